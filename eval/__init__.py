@@ -1,0 +1,1 @@
+"""Ready evaluation suites: copy and edit."""

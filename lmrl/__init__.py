@@ -1,0 +1,37 @@
+"""lmrl: fine-tune language models with reinforcement learning, online and from logged data.
+
+    recipe = lmrl.load_recipe("random_walks/ppo", ["training.steps=50"])
+    result = lmrl.train(recipe, output="runs/mine")
+    report = lmrl.evaluate(result.folder, suite="random_walks")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "TextEnvironment", "evaluate", "load_recipe", "train"]
+
+if TYPE_CHECKING:
+    from lmrl.environments import TextEnvironment
+    from lmrl.evaluation import evaluate
+    from lmrl.recipe import Recipe
+    from lmrl.recipe_files import load_recipe
+    from lmrl.training import train
+
+_HOMES = {
+    "Recipe": "lmrl.recipe",
+    "TextEnvironment": "lmrl.environments",
+    "evaluate": "lmrl.evaluation",
+    "load_recipe": "lmrl.recipe_files",
+    "train": "lmrl.training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import lmrl` and the command line start without torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lmrl' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,39 @@
+"""The command line: one file a verb. Nothing here imports torch before a verb needs it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+import typer
+
+from lmrl.cli import cp, eval, ls, replay, show, train
+from lmrl.errors import LmrlError
+
+app = typer.Typer(
+    name="lmrl",
+    help="Fine-tune language models with reinforcement learning, online and from logged data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (ls, cp, show, train, eval, replay):
+    app.command(name=verb.__name__.rpartition(".")[2])(verb.command)
+
+
+def main() -> None:
+    """Entry point: a mistake of the user's is one line and exit code 2; `--debug` shows the traceback."""
+    debug = "--debug" in sys.argv
+    try:
+        app(args=[argument for argument in sys.argv[1:] if argument != "--debug"], standalone_mode=True)
+    except LmrlError as error:
+        if debug:
+            raise
+        print(f"lmrl: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BaseException as error:
+        number = getattr(error, "number", None)  # training.interrupt.Interrupted, without importing torch to name it
+        if type(error).__name__ == "Interrupted" and number in (signal.SIGINT, signal.SIGTERM):
+            sys.exit(128 + number)
+        raise

@@ -1,0 +1,43 @@
+"""`lmrl eval`: score a policy on a suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lmrl.cli.common import Debug, Overrides
+
+
+def command(
+    policy: Annotated[str, typer.Argument(help="A run folder, a checkpoint, a model folder, a GGUF file or a hub name")],
+    overrides: Overrides = None,
+    suite: Annotated[
+        str | None, typer.Option("--suite", "-s", help="A suite's file or name (default: the run's own)")
+    ] = None,
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: final, best, or step-N")] = "final",
+    json: Annotated[Path | None, typer.Option("--json", help="Also write the scores to this file")] = None,
+    samples: Annotated[int, typer.Option("--samples", help="Completions to show")] = 3,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Allow a hub model to run its own code")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Score a policy: a table of means with 95 % confidence intervals."""
+    from lmrl.evaluation.suites import load_suite
+
+    if suite is not None:
+        load_suite(suite, overrides or [])  # a mistake in the suite should not wait for the model to load
+
+    from lmrl.evaluation import evaluate
+    from lmrl.training.display import Display
+
+    report = evaluate(policy, suite, overrides or [], checkpoint, trust_remote_code)
+    display = Display()
+    display.samples(report.trajectories, samples)
+    display.table(f"{report.policy} on {report.suite}", {"policy": report.metrics})
+    if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        json.write_text(report.to_json())
+        print(f"scores written to {json}")

@@ -1,0 +1,27 @@
+"""`lmrl show`: the resolved recipe, its batch arithmetic, and an estimate of memory."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lmrl.cli.common import Debug, Overrides
+from lmrl.estimates import arithmetic_line, memory_lines
+from lmrl.recipe_files import load_recipe, stages_of, to_yaml
+
+
+def command(
+    name: Annotated[str, typer.Argument(help="A recipe's file or name")],
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Show a recipe with all defaults, what a step does, and how much memory it takes."""
+    recipe = load_recipe(name, overrides or [])
+    console = Console(highlight=False)
+    console.print(to_yaml(recipe), markup=False, soft_wrap=True)
+    for stage, resolved in stages_of(recipe).items():
+        console.print(f"[bold]stage {stage}[/bold] ({resolved.objective.name})")
+        for line in [arithmetic_line(resolved), *memory_lines(resolved)]:
+            console.print(f"  {line}", markup=False, soft_wrap=True)

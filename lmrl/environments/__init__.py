@@ -1,0 +1,29 @@
+"""Text environments: gymnasium environments whose observations and actions are strings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from lmrl.environments.base import TextEnvironment
+from lmrl.errors import PluginError
+from lmrl.plugins import load_plugin
+
+SHIPPED = {"random_walks": "lmrl.environments.random_walks:RandomWalks"}
+
+__all__ = ["SHIPPED", "TextEnvironment", "environment_factory"]
+
+
+def environment_factory(task: Any) -> Callable[[], Any]:
+    """A function that makes one environment of a recipe's `task` section."""
+    cls = load_plugin(SHIPPED.get(task.environment, task.environment), "task.environment")
+    make = partial(cls, **task.options)
+    try:
+        environment = make()
+    except TypeError as error:
+        raise PluginError(f"task: environment '{task.environment}' does not take these options: {error}") from error
+    for method in ("reset", "step"):
+        if not callable(getattr(environment, method, None)):
+            raise PluginError(f"task.environment: '{task.environment}' has no {method}(): it is no gymnasium environment")
+    return make

@@ -1,0 +1,110 @@
+"""Random walks: find the shortest path to a goal on a graph known only from experience.
+
+The task of trlx's example of the same name (Chen et al., "Decision Transformer", arXiv 2106.01345, section 3, had the
+idea): a directed graph of `nodes` nodes called a, b, c, ...; the goal is `a`. The observation is a start node, the
+action is the rest of the walk, at most `max_length` nodes in all, for instance `f` -> `kca`. The reward is the walk's
+optimality, (max_length - length) / (max_length - shortest), and 0 for a walk that takes a missing edge or does not end
+at the goal, which no edge leaves. Start nodes without a path shorter than `max_length` are left out.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+import numpy as np
+
+from lmrl.environments.base import TextEnvironment
+from lmrl.errors import RecipeError
+
+GOAL = 0
+
+
+class RandomWalks(TextEnvironment):
+    """One graph, drawn by its number as trlx draws it, so that its graphs keep their numbers.
+
+    A number whose first graph has no start node from which the goal can be reached stands for the next graph that has.
+    """
+
+    players = ("random", "optimal")
+
+    def __init__(self, graph: int = 1000, nodes: int = 21, max_length: int = 10, edge_probability: float = 0.1):
+        self.max_length = max_length
+        random = np.random.RandomState(graph)
+        for _ in range(1000):
+            self.edges = _draw_graph(random, nodes, edge_probability)
+            self.distance = _distances_to_goal(self.edges)
+            # A path of d edges has d + 1 nodes; one of max_length nodes earns 0, so it is no use as an optimum.
+            self.starts = [node for node in range(nodes) if node != GOAL and self.distance[node] + 1 < max_length]
+            if self.starts:
+                break
+        else:
+            raise RecipeError("task: no graph of this kind has a start node with a short path to the goal")
+        self.num_starts = len(self.starts)
+
+    # ------------------------------------------------------------------------------------------------------ gymnasium
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[str, dict]:
+        super().reset(seed=seed)
+        index = (options or {}).get("start")
+        self.start = self.starts[self.np_random.integers(self.num_starts) if index is None else index]
+        return _name(self.start), {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
+        length = self._arrival(action)
+        shortest = int(self.distance[self.start]) + 1
+        optimality = 0.0 if length is None else (self.max_length - length) / (self.max_length - shortest)
+        metrics = {"optimality": optimality, "arrived": float(length is not None)}
+        return "", optimality, True, False, {"metrics": metrics}
+
+    def _arrival(self, action: str) -> int | None:
+        """Nodes of the walk, the start included, or None for a walk that does not end at the goal."""
+        node, letters = self.start, "".join(action.split())
+        for letter in letters:
+            following = ord(letter) - ord("a")
+            if not 0 <= following < len(self.edges) or not self.edges[node, following]:
+                return None
+            node = following
+        length = len(letters) + 1
+        return length if node == GOAL and length <= self.max_length else None
+
+    # ---------------------------------------------------------------------------------------------------------- extras
+    def act(self, player: str, rng: np.random.Generator) -> str:
+        node, walk = self.start, []
+        while node != GOAL and len(walk) < self.max_length - 1:
+            following = np.nonzero(self.edges[node])[0]
+            if player == "optimal":
+                following = following[self.distance[following] == self.distance[node] - 1]
+            node = int(rng.choice(following))
+            walk.append(_name(node))
+        return "".join(walk)
+
+    def texts(self) -> Iterable[str]:
+        return [_name(node) for node in range(len(self.edges))]
+
+
+def _name(node: int) -> str:
+    return chr(ord("a") + node)
+
+
+def _draw_graph(random: np.random.RandomState, nodes: int, edge_probability: float) -> np.ndarray:
+    """Directed edges, none from a node to itself; drawn again until every node has a way out."""
+    while True:
+        edges = random.rand(nodes, nodes) > 1 - edge_probability
+        np.fill_diagonal(edges, False)
+        if edges.any(axis=1).all():
+            edges[GOAL] = False
+            return edges
+
+
+def _distances_to_goal(edges: np.ndarray) -> np.ndarray:
+    """Edges on the shortest path from each node to the goal, by breadth-first search; a huge number where none is."""
+    distance = np.full(len(edges), np.iinfo(np.int32).max // 2)
+    distance[GOAL] = 0
+    queue = deque([GOAL])
+    while queue:
+        node = queue.popleft()
+        for before in np.nonzero(edges[:, node])[0]:
+            if distance[before] > distance[node] + 1:
+                distance[before] = distance[node] + 1
+                queue.append(before)
+    return distance

@@ -1,0 +1,31 @@
+"""Objectives: what turns trajectories into a batch and a loss. Pure tensor code, one short file each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lmrl.errors import PluginError
+from lmrl.objectives.base import Loss, Objective
+from lmrl.plugins import load_plugin
+from lmrl.recipe import CustomObjective
+
+SHIPPED = {
+    "likelihood": "lmrl.objectives.likelihood:Likelihood",
+    "ppo": "lmrl.objectives.ppo:PPO",
+}
+
+__all__ = ["SHIPPED", "Loss", "Objective", "load_objective"]
+
+
+def load_objective(options: Any) -> Objective:
+    """The objective of a recipe section; a plug-in gets its further keys as keyword arguments."""
+    if not isinstance(options, CustomObjective):
+        return load_plugin(SHIPPED[options.name], "objective.name")(options)
+    cls = load_plugin(options.name, "objective.name")
+    try:
+        objective = cls(**options.options)
+    except TypeError as error:
+        raise PluginError(f"objective: '{options.name}' does not take these options: {error}") from error
+    if not isinstance(objective, Objective):
+        raise PluginError(f"objective.name: '{options.name}' is not a lmrl.objectives.Objective")
+    return objective

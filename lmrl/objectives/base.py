@@ -1,0 +1,61 @@
+"""What an objective is: `prepare` and `loss`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lmrl.policy.policy import Outputs, Policy, Want
+from lmrl.trajectories.batch import Batch, Microbatch, to_batch
+from lmrl.trajectories.trajectory import Trajectory
+
+
+@dataclass
+class Loss:
+    """A microbatch's share: the updater divides the summed gradient by the summed count of the whole minibatch."""
+
+    sum: torch.Tensor
+    count: int
+    stats: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Sums over the microbatch, reported divided by the count."""
+
+
+class Objective:
+    """Base of all objectives. Subclasses implement `loss`, and `prepare` where they need more than the tokens."""
+
+    label = "objective"
+    """Name in tables."""
+    epochs = 1
+    minibatches = 1
+    uses_values = False
+    """Whether the policy needs a value head."""
+    uses_reference = False
+    """Whether the policy needs a reference."""
+
+    def begin(self, step: int) -> None:
+        """Called before each step, counted from 1."""
+
+    @property
+    def want(self) -> Want:
+        """What `loss` needs of a forward pass."""
+        return Want()
+
+    def prepare(self, policy: Policy, trajectories: list[Trajectory]) -> Batch:
+        """Trajectories to a batch, without gradient."""
+        return to_batch(trajectories)
+
+    def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
+        raise NotImplementedError
+
+    def finished(self, stats: dict[str, float]) -> bool:
+        """Whether to end this step's updates early, given the last minibatch's statistics."""
+        return False
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        pass

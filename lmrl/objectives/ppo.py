@@ -1,0 +1,223 @@
+"""Proximal policy optimisation with a value head, over the action tokens of whole episodes.
+
+Schulman et al., "Proximal policy optimization algorithms" (arXiv 1707.06347) and "High-dimensional continuous control
+using generalized advantage estimation" (arXiv 1506.02438); the divergence penalty follows Ziegler et al.,
+"Fine-tuning language models from human preferences" (arXiv 1909.08593).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from lmrl.objectives.base import Loss, Objective
+from lmrl.policy.policy import Outputs, Policy, Want
+from lmrl.recipe import PPOObjective
+from lmrl.trajectories.batch import Batch, Microbatch, Sequence, to_sequence
+from lmrl.trajectories.trajectory import CONTEXT, Trajectory
+
+
+# ------------------------------------------------------------------------------------------------------------ mathematics
+def advantages(
+    rewards_A: torch.Tensor, values_A: torch.Tensor, last_value: float, discounts_A: torch.Tensor, lam: float
+) -> torch.Tensor:
+    """Generalised advantage estimation over the action tokens of one episode.
+
+    rewards_A: what was earned at each action; values_A: value of the state each action was taken in; last_value: value
+    of the state after the last action (0 where the episode terminated); discounts_A: discount from each action to the
+    next. Shape (A,). A_t = delta_t + discount_t lam A_{t+1}, delta_t = r_t + discount_t V_{t+1} - V_t.
+    """
+    result = torch.zeros_like(rewards_A)
+    following, carried = last_value, 0.0
+    for index in range(len(rewards_A) - 1, -1, -1):
+        delta = rewards_A[index] + discounts_A[index] * following - values_A[index]
+        carried = delta + discounts_A[index] * lam * carried
+        result[index], following = carried, values_A[index]
+    return result
+
+
+def whiten(values: torch.Tensor) -> torch.Tensor:
+    """Zero mean, unit variance."""
+    return (values - values.mean()) / (values.std(correction=0) + 1e-8)
+
+
+def policy_loss(
+    logprobs_N: torch.Tensor, old_N: torch.Tensor, advantages_N: torch.Tensor, low: float, high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clipped surrogate, to be minimised, per action; and whether clipping decided it."""
+    ratio = (logprobs_N - old_N).exp()
+    free, clipped = -advantages_N * ratio, -advantages_N * ratio.clamp(1 - low, 1 + high)
+    return torch.maximum(free, clipped), clipped > free
+
+
+def value_loss(
+    values_N: torch.Tensor, old_N: torch.Tensor, returns_N: torch.Tensor, clip: float | None
+) -> torch.Tensor:
+    """Half squared error per action; with `clip`, the worse of the value and the value held near its old estimate."""
+    error = (values_N - returns_N) ** 2
+    if clip is not None:
+        held = old_N + (values_N - old_N).clamp(-clip, clip)
+        error = torch.maximum(error, (held - returns_N) ** 2)
+    return 0.5 * error
+
+
+def k3(logprobs_N: torch.Tensor, reference_N: torch.Tensor) -> torch.Tensor:
+    """Low-variance, non-negative estimate of KL(policy || reference) per action: r - 1 - log r, r = reference / policy.
+
+    Schulman, "Approximating KL divergence" (2020).
+    """
+    log_ratio = reference_N - logprobs_N
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def adapt_kl_coef(coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
+    """Proportional controller of Ziegler et al., section 2.2: the error is clipped to 20 %."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return coef * (1 + error * episodes / horizon)
+
+
+# -------------------------------------------------------------------------------------------------------------- objective
+class PPO(Objective):
+    label = "PPO"
+    uses_values = True
+
+    def __init__(self, options: PPOObjective):
+        self.options = options
+        self.epochs, self.minibatches = options.epochs, options.minibatches
+        self.uses_reference = options.kl_coef > 0
+        self.kl_coef = options.kl_coef
+        self.warming_up = False
+
+    def begin(self, step: int) -> None:
+        self.warming_up = step <= self.options.value_warmup_steps
+
+    @property
+    def want(self) -> Want:
+        return Want(
+            logprobs=not self.warming_up, values=True, detach_values=self.warming_up or self.options.detach_value
+        )
+
+    def prepare(self, policy: Policy, trajectories: list[Trajectory]) -> Batch:
+        spans: list[list[Sequence]] = []
+        for trajectory in trajectories:
+            held = [segment for segment in trajectory.segments if segment.actions]
+            tail = [] if trajectory.terminated else [trajectory.segments[-1]]
+            if tail and tail[0].actions:  # the observation after the last action stands in the same context
+                spans.append([*map(to_sequence, held[:-1]), to_sequence(held[-1], bootstrap=True)])
+            else:
+                spans.append([*map(to_sequence, held), *(to_sequence(segment, bootstrap=True) for segment in tail)])
+        scored = Batch([sequence for span in spans for sequence in span])
+        old = policy.score(scored, Want(values=True))
+        if policy.has_reference:
+            reference = policy.score(scored, reference=True)["logprobs"]
+        else:
+            reference = old["logprobs"]
+
+        kls, start = [], 0
+        for trajectory, span in zip(trajectories, spans, strict=True):
+            end = start + len(span)
+            kls.append(self._fill(trajectory, span, old, reference, slice(start, end)))
+            start = end
+        sequences = [sequence for span in spans for sequence in span if len(sequence.targets)]
+        stats = self._whiten_and_measure(sequences, trajectories)
+        if policy.has_reference:
+            stats["kl"] = sum(kls) / len(kls)
+        stats["kl_coef"] = self.kl_coef
+        if self.options.kl_target is not None and not self.warming_up:
+            options = self.options
+            self.kl_coef = adapt_kl_coef(self.kl_coef, stats["kl"], options.kl_target, len(kls), options.kl_horizon)
+        return Batch(sequences, stats)
+
+    def _fill(
+        self, trajectory: Trajectory, span: list[Sequence], old: dict, reference: list[torch.Tensor], where: slice
+    ) -> float:
+        """Write old log-probabilities, values, advantages and returns into one episode's sequences; return its KL."""
+        values, logprobs = torch.cat(old["values"][where]), torch.cat(old["logprobs"][where])
+        reference_logprobs = torch.cat(reference[where])
+        last_value = 0.0
+        if not trajectory.terminated:  # drop the pseudo-action
+            last_value, values = float(values[-1]), values[:-1]
+            logprobs, reference_logprobs = logprobs[:-1], reference_logprobs[:-1]
+            span[-1].states, span[-1].targets = span[-1].states[:-1], span[-1].targets[:-1]
+        rewards, turns = self._rewards_and_turns(trajectory)
+        log_ratio = logprobs - reference_logprobs
+        if self.options.kl_in == "reward":
+            rewards = rewards - self.kl_coef * log_ratio
+        next_turns = torch.cat([turns[1:], turns[-1:] + 1])
+        discounts = torch.where(next_turns == turns, self.options.gamma_token, self.options.gamma)
+        gae = advantages(rewards, values, last_value, discounts, self.options.lam)
+        fields = {
+            "old_logprobs": logprobs,
+            "old_values": values,
+            "reference_logprobs": reference_logprobs,
+            "advantages": gae,
+            "returns": gae + values,
+        }
+        sizes = [len(sequence.targets) for sequence in span]
+        for name, flat in fields.items():
+            for sequence, part in zip(span, flat.split(sizes), strict=True):
+                sequence.fields[name] = part
+        return float(log_ratio.sum())
+
+    def _rewards_and_turns(self, trajectory: Trajectory) -> tuple[torch.Tensor, torch.Tensor]:
+        rewards, turns = [], []
+        for segment in trajectory.segments:
+            for reward, turn in zip(segment.rewards, segment.turns, strict=True):
+                if turn != CONTEXT:
+                    rewards.append(reward)
+                    turns.append(turn)
+        for cut in trajectory.cut_turns:
+            rewards[len(turns) - 1 - turns[::-1].index(cut)] -= self.options.missing_eos_penalty
+        return torch.tensor(rewards), torch.tensor(turns)
+
+    def _whiten_and_measure(self, sequences: list[Sequence], trajectories: list[Trajectory]) -> dict[str, float]:
+        def flat(name: str) -> torch.Tensor:
+            return torch.cat([sequence.fields[name] for sequence in sequences])
+
+        gae, returns, values = flat("advantages"), flat("returns"), flat("old_values")
+        residual = (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+        if self.options.whiten_advantages:
+            sizes = [len(sequence.targets) for sequence in sequences]
+            for sequence, part in zip(sequences, whiten(gae).split(sizes), strict=True):
+                sequence.fields["advantages"] = part
+        stats = {"value_mean": float(values.mean()), "explained_variance": 1 - float(residual)}
+        sampled = [
+            logprob for trajectory in trajectories for segment in trajectory.segments for logprob in segment.logprobs
+        ]
+        sampled = torch.tensor([math.nan if logprob is None else logprob for logprob in sampled if logprob is not None])
+        if len(sampled) == len(gae):
+            gap = sampled - flat("old_logprobs")  # E over samples of log(sampler / learner) is their KL
+            stats["sampler_kl"], stats["sampler_gap"] = float(gap.mean()), float(gap.abs().max())
+        return stats
+
+    def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
+        options, fields = self.options, batch.fields
+        critic = value_loss(outputs.values, fields["old_values"], fields["returns"], options.value_clip).sum()
+        stats = {"value_loss": critic.detach()}
+        if self.warming_up:
+            return Loss(options.value_coef * critic, len(outputs.values), stats)
+        high = options.clip if options.clip_high is None else options.clip_high
+        old = fields["old_logprobs"]
+        surrogate, clipped = policy_loss(outputs.logprobs, old, fields["advantages"], options.clip, high)
+        total = surrogate.sum() + options.value_coef * critic - options.entropy_coef * outputs.entropy.sum()
+        if options.kl_in == "loss" and self.kl_coef > 0:
+            penalty = k3(outputs.logprobs, fields["reference_logprobs"]).sum()
+            total = total + self.kl_coef * penalty
+            stats["kl_loss"] = penalty.detach()
+        with torch.no_grad():
+            stats["policy_loss"] = surrogate.sum()
+            stats["clip_fraction"] = clipped.float().sum()
+            stats["entropy"] = outputs.entropy.sum()
+            stats["approx_kl"] = k3(old, outputs.logprobs).sum()  # KL(old || new): samples came from the old policy
+        return Loss(total, len(outputs.logprobs), stats)
+
+    def finished(self, stats: dict[str, float]) -> bool:
+        return self.options.target_kl is not None and stats.get("approx_kl", 0.0) > self.options.target_kl
+
+    def state(self) -> dict[str, Any]:
+        return {"kl_coef": self.kl_coef}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.kl_coef = state["kl_coef"]

@@ -1,0 +1,58 @@
+"""Code of one's own: `file.py:Name` or a dotted path, imported only when a run needs it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from lmrl.errors import PluginError, did_you_mean
+
+
+def load_plugin(name: str, key: str) -> Any:
+    """The object that `name` names. `key` is the recipe key, for the error message.
+
+    A file is imported under a name derived from its path, so that two files called `reward.py` do not collide and
+    what they define can be pickled.
+    """
+    target, colon, attribute = name.rpartition(":")
+    if not colon:
+        target, _, attribute = name.rpartition(".")
+    if not target or not attribute:
+        raise PluginError(f"{key}: '{name}' should be file.py:name or a dotted path")
+    try:
+        module = _import_file(Path(target)) if target.endswith(".py") else importlib.import_module(target)
+    except FileNotFoundError as error:
+        raise PluginError(f"{key}: file '{target}' does not exist") from error
+    except ModuleNotFoundError as error:
+        raise PluginError(f"{key}: '{name}' cannot be imported: no module named '{error.name}'") from error
+    except Exception as error:
+        raise PluginError(f"{key}: importing '{target}' failed: {type(error).__name__}: {error}") from error
+    found = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            names = [known for known in vars(found) if not known.startswith("_")]
+            raise PluginError(f"{key}: '{target}' defines no '{part}'{did_you_mean(part, names)}")
+        found = getattr(found, part)
+    return found
+
+
+def _import_file(path: Path) -> Any:
+    path = path.resolve()
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    module_name = f"lmrl_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module

@@ -1,0 +1,1 @@
+"""The policy: a language model with its tokenizer, adapters, heads and reference."""

@@ -1,0 +1,170 @@
+"""Loading policies: a hub name, a folder, a GGUF file, a run of lmrl, a LoRA adapter, or a config built from scratch."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from lmrl.errors import ModelError
+from lmrl.policy.policy import REFERENCE_ADAPTER, Policy
+from lmrl.policy.tokenizers import build_tokenizer
+from lmrl.recipe import Lora, Model
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def load_policy(
+    options: Model,
+    start: Path | None = None,
+    texts: Callable[[], Iterable[str]] = lambda: (),
+    value_head: bool = False,
+    reference: bool = False,
+) -> Policy:
+    """The policy of a stage as it begins.
+
+    start: checkpoint folder of the stage before, instead of `model.path` or `model.config`.
+    texts: called for the vocabulary of a model from scratch.
+    reference: keep the policy as it is now to measure divergence from: the switched-off adapter where the stage begins
+    from a bare base model, a second adapter where it begins from an adapter, a frozen copy otherwise.
+    """
+    if start is None and options.path is None:
+        model, tokenizer = _from_scratch(options, texts)
+        origin = None
+    else:
+        origin = str(start) if start else options.path
+        model, tokenizer = _open(origin, options)
+    kind = None
+    if options.lora is not None:
+        model, kind = _with_lora(model, options.lora, origin, reference)
+    elif hasattr(model, "peft_config"):
+        model = model.merge_and_unload()
+    if options.lora is None:
+        model.requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if reference and kind is None:
+        kind = copy.deepcopy(model).requires_grad_(False).eval()
+    policy = Policy(model, tokenizer, value_head=value_head, reference=kind if reference else None)
+    if start is not None:
+        policy.load_value_head(start)
+    return policy
+
+
+def open_policy(path: str, trust_remote_code: bool = False) -> Policy:
+    """Any saved policy, to be used and not trained: hub name, folder, GGUF file, adapter or run."""
+    model, tokenizer = _open(path, Model(path=path, trust_remote_code=trust_remote_code))
+    return Policy(model.requires_grad_(False), tokenizer)
+
+
+@torch.no_grad()
+def load_weights(policy: Policy, folder: Path) -> None:
+    """Copy the weights of a checkpoint of this very policy into it, bit by bit."""
+    if policy.is_lora:
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(policy.model, load_peft_weights(str(folder), device="cpu"), adapter_name="default")
+    else:
+        saved, _ = _open(str(folder), Model(path=str(folder)))
+        for own, other in zip(policy.model.parameters(), saved.parameters(), strict=True):
+            own.copy_(other)
+    policy.load_value_head(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------- origins
+def _from_scratch(options: Model, texts: Callable[[], Iterable[str]]) -> tuple[nn.Module, Any]:
+    tokenizer = build_tokenizer(options.tokenizer, texts())
+    settings = dict(options.config)
+    kind = settings.pop("model_type", None)
+    if kind is None:
+        raise ModelError("model.config: needs a `model_type` of transformers, for instance llama or gpt2")
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    try:
+        config = transformers.AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **ids, **settings})
+        unknown = [name for name in settings if name not in config.to_dict()]
+        if unknown:
+            raise ModelError(f"model.config: '{kind}' has no setting '{unknown[0]}'")
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"model.config: cannot build '{kind}': {str(error).splitlines()[0]}") from error
+    if config.vocab_size < len(tokenizer):
+        raise ModelError(f"model.config.vocab_size: {config.vocab_size} is less than the vocabulary of {len(tokenizer)}")
+    return model, tokenizer
+
+
+def _open(path: str, options: Model) -> tuple[nn.Module, Any]:
+    """Model and tokenizer; a peft model where `path` is an adapter."""
+    folder = Path(path)
+    if (folder / "stages").is_dir():
+        from lmrl.run import final_checkpoint
+
+        folder = final_checkpoint(folder)
+        path = str(folder)
+    dtype = getattr(torch, options.dtype)
+    if (folder / ADAPTER_CONFIG).exists():
+        from peft import PeftModel
+
+        base = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+        model, tokenizer = _open(base, options)
+        model = PeftModel.from_pretrained(model, path, is_trainable=options.lora is not None)
+        if (folder / "tokenizer_config.json").exists():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        return model, tokenizer
+    arguments = {"trust_remote_code": options.trust_remote_code, "revision": options.revision or "main"}
+    name = path
+    if path.endswith(".gguf"):
+        name, arguments = str(folder.parent), {"gguf_file": folder.name}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **arguments)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **arguments)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"model.path: '{path}' cannot be loaded: {reason}") from error
+    if path.endswith(".gguf"):  # the tensors are plain floats now, but the config still calls them quantized
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
+    model.config._name_or_path = path
+    return model, tokenizer
+
+
+def _with_lora(model: nn.Module, lora: Lora, origin: str | None, reference: bool) -> tuple[nn.Module, str | None]:
+    """Add an adapter, or go on with the one that is there; and say which kind of reference that allows."""
+    from peft import LoraConfig, get_peft_model
+
+    if not hasattr(model, "peft_config"):
+        config = LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            task_type="CAUSAL_LM",
+        )
+        try:
+            return get_peft_model(model, config), "adapter_off"
+        except ValueError as error:
+            raise ModelError(f"model.lora: {str(error).splitlines()[0]}") from error
+    found = model.peft_config["default"]
+    if (found.r, found.lora_alpha) != (lora.r, lora.alpha):
+        raise ModelError(
+            f"model.lora: '{origin}' is an adapter with r={found.r} and alpha={found.lora_alpha}, but the recipe asks for "
+            f"r={lora.r} and alpha={lora.alpha}: make them equal"
+        )
+    if reference:
+        model.load_adapter(origin, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
+        model.set_adapter("default")
+    return model, "adapter"

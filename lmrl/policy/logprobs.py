@@ -1,0 +1,96 @@
+"""Log-probabilities of chosen tokens without ever holding positions x vocabulary.
+
+`token_logprobs` is the one primitive that every objective goes through. It takes hidden states at action positions
+only, projects them to the vocabulary in slices with a running log-sum-exp, and recomputes each slice in the backward
+pass, as fused cross-entropy kernels do (see Wijmans et al., "Cut your losses in large-vocabulary language models",
+arXiv 2411.09009).
+"""
+
+from __future__ import annotations
+
+import torch
+
+SLICE = 8192
+"""Vocabulary entries projected at a time."""
+
+
+def token_logprobs(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_N: torch.Tensor,
+    temperature: float = 1.0,
+    slice_size: int = SLICE,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each target and entropy of each distribution, both of shape (N,), in nats.
+
+    The distribution is softmax((hidden @ weight.T + bias) / temperature). Accumulates in float32 at least.
+    """
+    return _TokenLogprobs.apply(hidden_ND, weight_VD, bias_V, targets_N, temperature, slice_size)
+
+
+def _logits(hidden, weight, bias, temperature, start, end) -> torch.Tensor:
+    logits = hidden @ weight[start:end].T
+    if bias is not None:
+        logits = logits + bias[start:end]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, slice_size):
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.to(weight.dtype)
+            top, total, weighted, picked = None, 0.0, 0.0, None
+            for start in range(0, weight.shape[0], slice_size):
+                end = min(start + slice_size, weight.shape[0])
+                logits = _logits(hidden, weight, bias, temperature, start, end)
+                inside = (targets >= start) & (targets < end)
+                found = logits.gather(1, (targets - start).clamp(0, end - start - 1)[:, None])[:, 0]
+                here = logits.amax(dim=1)
+                if top is None:
+                    new_top, picked = here, torch.zeros_like(here)
+                else:
+                    new_top = torch.maximum(top, here)
+                    shrink = (top - new_top).exp()
+                    total, weighted = total * shrink, weighted * shrink
+                picked = torch.where(inside, found, picked)
+                exp = (logits - new_top[:, None]).exp_()
+                total = total + exp.sum(dim=1)
+                weighted = weighted + exp.mul_(logits).sum(dim=1)
+                top = new_top
+            lse = top + total.log()
+            entropy = lse - weighted / total
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
+        ctx.temperature, ctx.slice_size = temperature, slice_size
+        return picked - lse, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprob, grad_entropy):
+        hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_weight = torch.empty_like(weight) if need_weight else None
+        grad_bias = torch.empty_like(bias) if need_bias and bias is not None else None
+        has_entropy = bool(grad_entropy.any())
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, weight.shape[0], ctx.slice_size):
+                end = min(start + ctx.slice_size, weight.shape[0])
+                logprob = _logits(hidden, weight, bias, ctx.temperature, start, end).sub_(lse[:, None])
+                prob = logprob.exp()
+                # d logprob / d logit = 1[target] - p;  d entropy / d logit = -p (log p + H)
+                if has_entropy:
+                    slope = grad_entropy[:, None] * (logprob + entropy[:, None]) + grad_logprob[:, None]
+                    grad = prob.mul_(slope).neg_()
+                else:
+                    grad = prob.mul_(grad_logprob[:, None]).neg_()
+                inside = ((targets >= start) & (targets < end)).nonzero()[:, 0]
+                grad[inside, targets[inside] - start] += grad_logprob[inside]
+                grad = grad.div_(ctx.temperature).to(weight.dtype)
+                if need_hidden:
+                    grad_hidden += grad @ weight[start:end]
+                if need_weight:
+                    grad_weight[start:end] = grad.T @ hidden
+                if grad_bias is not None:
+                    grad_bias[start:end] = grad.sum(dim=0)
+        return grad_hidden, grad_weight, grad_bias, None, None, None

@@ -1,0 +1,321 @@
+"""Recipes and suites on disk: finding them, overriding them, and saying in one line what is wrong and where."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from lmrl.errors import DataError, PluginError, RecipeError, did_you_mean
+from lmrl.recipe import CHOICES, MAIN_STAGE, Recipe
+
+Keys = tuple[str | int, ...]
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".gz")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-4` as a string; people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+@dataclass
+class Document:
+    """Plain data read from YAML, with the place each key was written at."""
+
+    data: dict[str, Any]
+    path: Path | None = None
+    places: dict[Keys, str] = field(default_factory=dict)
+
+    def place(self, keys: Keys) -> str:
+        """Where a key, or its nearest written parent, stands."""
+        for end in range(len(keys), 0, -1):
+            if keys[:end] in self.places:
+                return self.places[keys[:end]]
+        return str(self.path) if self.path else "the recipe"
+
+
+# --------------------------------------------------------------------------------------------------------------- finding
+def shipped(kind: str) -> Path:
+    """Folder of shipped content: `recipes`, `reward_models` or `eval`."""
+    return Path(str(files(f"lmrl.{kind}")))
+
+
+def shipped_names(kind: str) -> list[str]:
+    """Names of the shipped recipes (`random_walks/ppo`) or suites (`random_walks`)."""
+    folder = shipped(kind)
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def find_yaml(name: str | Path, kind: str) -> Path:
+    """A recipe or suite by path first, then by name among the shipped ones."""
+    noun = {"recipes": "recipe", "eval": "suite"}[kind]
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml"):
+        raise RecipeError(f"{noun} file '{name}' does not exist")
+    names = shipped_names(kind)
+    if path.as_posix() in names:
+        return shipped(kind) / f"{path.as_posix()}.yaml"
+    raise RecipeError(f"no {noun} called '{name}'{did_you_mean(str(name), names)}")
+
+
+def find_file(name: str, beside: Path, key: str) -> str:
+    """Absolute path of a file that a recipe names: from the current folder, the recipe's, or the shipped recipes'."""
+    folders = [Path.cwd(), beside, shipped("recipes")]
+    for folder in folders:
+        if (folder / name).exists():
+            return str((folder / name).resolve())
+    looked = ", ".join(dict.fromkeys(str(folder) for folder in folders))
+    raise DataError(f"{key}: file '{name}' does not exist (looked in {looked})")
+
+
+# --------------------------------------------------------------------------------------------------------------- reading
+def read_yaml(path: Path) -> Document:
+    """Read a YAML mapping; duplicate keys and syntax errors name their line."""
+    try:
+        root = yaml.compose(path.read_text(), Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(f"{path}{line}: not valid YAML: {error.problem}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    document = Document({}, path)
+    if root is None:
+        return document
+    if not isinstance(root, yaml.MappingNode):
+        raise RecipeError(f"{path}: holds a {root.id}, but a recipe is a mapping of keys to values")
+    _note_places(root, (), document)
+    document.data = yaml.load(path.read_text(), Loader=_Loader)
+    return document
+
+
+def _note_places(node: yaml.Node, keys: Keys, document: Document) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*keys, key.value)
+            place = f"{document.path}, line {key.start_mark.line + 1}"
+            if here in document.places:
+                raise RecipeError(f"key '{dotted(here)}' stands twice ({document.places[here]} and {place}): keep one")
+            document.places[here] = place
+            _note_places(value, here, document)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            document.places[(*keys, index)] = f"{document.path}, line {value.start_mark.line + 1}"
+            _note_places(value, (*keys, index), document)
+
+
+def dotted(keys: Keys) -> str:
+    return ".".join(str(key) for key in keys)
+
+
+def apply_override(document: Document, override: str) -> None:
+    """Apply `a.b.c=value`; the value is read as YAML. A list is reached into by index: `task.rewards.0.weight=2`."""
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise RecipeError(f"override '{override}' is not of the form key=value, for instance training.steps=50")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override '{override}': the value is not valid YAML") from error
+    keys: Keys = tuple(int(part) if part.isdigit() else part for part in name.split("."))
+    target: Any = document.data
+    for depth, key in enumerate(keys[:-1]):
+        target = _child(target, key, keys[: depth + 1], override)
+    last = keys[-1]
+    section = keys[-2] if len(keys) > 1 else None
+    if section in CHOICES and last == CHOICES[section][0] and target.get(last) != value:
+        target.clear()  # another task, source or objective has other keys
+    _put(target, last, value, keys, override)
+    document.places[keys] = f"override {override}"
+
+
+def _child(target: Any, key: str | int, keys: Keys, override: str) -> Any:
+    if isinstance(target, list):
+        if not isinstance(key, int) or key >= len(target):
+            raise RecipeError(f"override '{override}': the list has no item '{dotted(keys)}' (it has {len(target)})")
+        return target[key]
+    if target.get(key) is None:
+        target[key] = {}
+    if not isinstance(target[key], dict | list):
+        raise RecipeError(f"override '{override}': '{dotted(keys)}' holds a single value and has no keys below it")
+    return target[key]
+
+
+def _put(target: Any, key: str | int, value: Any, keys: Keys, override: str) -> None:
+    if not isinstance(target, list):
+        target[key] = value
+    elif isinstance(key, int) and key < len(target):
+        target[key] = value
+    else:
+        raise RecipeError(f"override '{override}': the list has no item '{dotted(keys)}' (it has {len(target)})")
+
+
+# ------------------------------------------------------------------------------------------------------------ validating
+def validate(schema: type[BaseModel], document: Document, prefix: Keys = ()) -> BaseModel:
+    """Check plain data against a schema; the first mistake becomes one line with its key, place and nearest name."""
+    try:
+        return schema.model_validate(document.data)
+    except ValidationError as error:
+        mistakes = error.errors()
+        more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
+        raise RecipeError(_explain(schema, document, mistakes[0], prefix) + more) from error
+
+
+def _explain(schema: type[BaseModel], document: Document, mistake: dict[str, Any], prefix: Keys) -> str:
+    keys: Keys = tuple(key for key in mistake["loc"] if not str(key).startswith("<"))
+    place = document.place(prefix + keys)
+    name = dotted(prefix + keys)
+    kind = mistake["type"]
+    if kind == "extra_forbidden":
+        parent = _schema_at(schema, document.data, keys[:-1])
+        return f"unknown key '{name}' ({place}){did_you_mean(str(keys[-1]), parent.model_fields if parent else ())}"
+    if kind == "missing":
+        return f"missing key '{name}' ({place})"
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        key, _, classes = CHOICES[keys[-1]]
+        given = mistake["input"].get(key) if isinstance(mistake["input"], dict) else mistake["input"]
+        valid = [tag.strip("<>") for tag in classes if tag not in ("<custom>", "<prompts>")]
+        place = document.place((*prefix, *keys, key))
+        if given is None:
+            return f"missing key '{name}.{key}' ({place}){did_you_mean('', valid)}"
+        return f"'{name}.{key}' names no known {keys[-1]}: '{given}' ({place}){did_you_mean(str(given), valid)}"
+    message = mistake["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{name + ': ' if name else ''}{message} ({place})"
+    return f"wrong value for '{name}' ({place}): {message[0].lower()}{message[1:]}, got {mistake['input']!r}"
+
+
+def _schema_at(schema: Any, data: Any, keys: Keys) -> type[BaseModel] | None:
+    """The section class that describes `data` at `keys`, or None where it is free-form."""
+    for key in keys:
+        if isinstance(schema, type) and issubclass(schema, BaseModel):
+            annotation = schema.model_fields[key].annotation if key in schema.model_fields else None
+            data = data.get(key) if isinstance(data, dict) else None
+            if key in CHOICES:
+                _, choose, classes = CHOICES[key]
+                schema = classes.get(choose(data) or "")
+                continue
+            schema = annotation
+        elif typing.get_origin(schema) is list:
+            schema = typing.get_args(schema)[0]
+            data = data[key] if isinstance(data, list) else None
+        if typing.get_origin(schema) in (types.UnionType, typing.Union):
+            schema = next((arm for arm in typing.get_args(schema) if arm is not type(None)), None)
+    return schema if isinstance(schema, type) and issubclass(schema, BaseModel) else None
+
+
+# --------------------------------------------------------------------------------------------------------------- recipes
+def load_recipe(name: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """The complete, checked recipe: a file or a shipped name, with dotted overrides.
+
+    Raises RecipeError or DataError with one line that names key, place and fix.
+    """
+    document = read_yaml(find_yaml(name, "recipes"))
+    for override in overrides:
+        apply_override(document, override)
+    stages = document.data.get("stages")
+    for section in [document.data, *(stages.values() if isinstance(stages, dict) else ())]:
+        resolve_files(section, document.path.parent)
+    recipe = validate(Recipe, document)
+    for stage in recipe.stages:
+        _stage(document, stage)
+    return recipe
+
+
+def stages_of(recipe: Recipe) -> dict[str, Recipe]:
+    """Every stage as a recipe of its own, in order; the last is `main`."""
+    document = Document(recipe.model_dump(mode="json"))
+    return {name: _stage(document, name) for name in recipe.stages} | {
+        MAIN_STAGE: recipe.model_copy(update={"stages": {}})
+    }
+
+
+def _stage(document: Document, name: str) -> Recipe:
+    """An earlier stage: the top-level keys with the stage's own laid over them."""
+    base = {key: value for key, value in document.data.items() if key != "stages"}
+    merged = merge(base, document.data["stages"][name])
+    return validate(Recipe, Document(merged, document.path, document.places), prefix=("stages", name))
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Lay changes over plain recipe data; a section that becomes another kind is replaced as a whole."""
+    merged = dict(base)
+    for key, value in changes.items():
+        if not isinstance(value, dict) or not isinstance(merged.get(key), dict):
+            merged[key] = value
+            continue
+        chooser = CHOICES.get(key)
+        other = chooser and chooser[0] in value and value[chooser[0]] != merged[key].get(chooser[0])
+        merged[key] = dict(value) if other else merge(merged[key], value)
+    return merged
+
+
+def resolve_files(data: Any, beside: Path) -> None:
+    """Make the files that plain recipe data name absolute, in place, so that a run resumes from any folder."""
+
+    def resolve(resolver, *keys: str) -> None:
+        section = data
+        for key in keys[:-1]:
+            section = section.get(key) if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(section.get(keys[-1]), str):
+            section[keys[-1]] = resolver(section[keys[-1]], beside, dotted(keys))
+
+    resolve(_model_path, "model", "path")
+    resolve(_data_path, "task", "prompts", "path")
+    resolve(_data_path, "source", "path")
+    resolve(_plugin_path, "task", "environment")
+    resolve(_plugin_path, "objective", "name")
+    task = data.get("task") if isinstance(data, dict) else None
+    rewards = task.get("rewards") if isinstance(task, dict) else None
+    for index, reward in enumerate(rewards if isinstance(rewards, list) else ()):
+        if isinstance(reward, dict) and isinstance(reward.get("function"), str):
+            reward["function"] = _plugin_path(reward["function"], beside, f"task.rewards.{index}.function")
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.endswith(DATA_SUFFIXES)
+
+
+def _model_path(name: str, beside: Path, key: str) -> str:
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    if Path(name).exists():
+        return str(Path(name).resolve())
+    if name.startswith((".", "/")) or name.endswith(".gguf"):
+        return find_file(name, beside, key)
+    if name.count("/") > 1:
+        raise DataError(f"{key}: '{name}' is no folder or file here, and no hub name (a hub name is OWNER/NAME)")
+    return name
+
+
+def _data_path(name: str, beside: Path, key: str) -> str:
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    return find_file(name, beside, key) if _looks_local(name) or Path(name).exists() else name
+
+
+def _plugin_path(name: str, beside: Path, key: str) -> str:
+    file, colon, attribute = name.rpartition(":")
+    if colon and file.endswith(".py"):
+        try:
+            return f"{find_file(file, beside, key)}:{attribute}"
+        except DataError as error:
+            raise PluginError(str(error)) from error
+    if colon and "/" in file:
+        raise PluginError(f"{key}: '{name}' should be file.py:name or a dotted path")
+    return name
+
+
+def to_yaml(recipe: BaseModel) -> str:
+    """The resolved recipe, every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

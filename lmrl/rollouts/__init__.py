@@ -1,0 +1,1 @@
+"""Rollouts: engines that sample tokens, and the sampler that plays episodes with one."""

@@ -1,0 +1,129 @@
+"""The `hf` engine: sampling with the policy's own transformers model, on any device.
+
+Rows are decoded together with a key-value cache; a row that has ended leaves the batch at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from lmrl.policy.policy import Policy
+from lmrl.rollouts.engine import Completion, Sampling
+from lmrl.seeding import stream
+
+
+class HFEngine:
+    """Samples from the policy in place: weights are always the current ones."""
+
+    def __init__(self, policy: Policy, slots: int = 256, checkpoint: Callable[[], None] = lambda: None):
+        """slots: rows decoded at a time. checkpoint: called between tokens; may raise to abandon the rollout."""
+        self.policy, self.slots, self.checkpoint = policy, slots, checkpoint
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: Sampling, keys: Sequence[tuple[int | str, ...]]
+    ) -> list[Completion]:
+        was_training = self.policy.training
+        self.policy.eval()
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # alike lengths, little padding
+        done: dict[int, Completion] = {}
+        try:
+            for first in range(0, len(order), self.slots):
+                chosen = order[first : first + self.slots]
+                completions = self._decode([prompts[index] for index in chosen], sampling, [keys[index] for index in chosen])
+                done.update(zip(chosen, completions, strict=True))
+        finally:
+            self.policy.train(was_training)
+        return [done[index] for index in range(len(prompts))]
+
+    def _decode(
+        self, prompts: list[list[int]], sampling: Sampling, keys: list[tuple[int | str, ...]]
+    ) -> list[Completion]:
+        policy, device = self.policy, self.policy.device
+        lm, eos = policy.causal_lm, policy.eos_ids
+        width = max(map(len, prompts))
+        tokens_BT = torch.full((len(prompts), width), policy.pad_id)
+        mask_BT = torch.zeros((len(prompts), width), dtype=torch.long)
+        for row, prompt in enumerate(prompts):  # left padding: all rows continue at the same column
+            tokens_BT[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask_BT[row, width - len(prompt) :] = 1
+        uniforms = np.stack([stream(*key).random(sampling.max_new_tokens) for key in keys])
+        inputs, mask_BT = tokens_BT.to(device), mask_BT.to(device)
+        positions = (mask_BT.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache(config=lm.config)
+        completions = [Completion([], [], "length") for _ in prompts]
+        active = list(range(len(prompts)))
+
+        for column in range(sampling.max_new_tokens):
+            self.checkpoint()
+            with policy._autocast():
+                logits_BV = lm(
+                    input_ids=inputs,
+                    attention_mask=mask_BT,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                ).logits[:, -1]
+            chosen_B, logprobs_B = draw(logits_BV.float(), sampling, uniforms[active, column])
+            chosen, logprobs = chosen_B.tolist(), logprobs_B.tolist()
+            going = []
+            for row, index in enumerate(active):
+                completion = completions[index]
+                completion.tokens.append(chosen[row])
+                completion.logprobs.append(logprobs[row])
+                if chosen[row] in eos:
+                    completion.end = "eos"
+                elif sampling.stop and self._stopped(completion.tokens, sampling.stop):
+                    completion.end = "stop"
+                else:
+                    going.append(row)
+            if not going or column + 1 == sampling.max_new_tokens:
+                break
+            if len(going) < len(active):
+                keep = torch.tensor(going, device=device)
+                cache.batch_select_indices(keep)
+                chosen_B, mask_BT, positions = chosen_B[keep], mask_BT[keep], positions[keep]
+                active = [active[row] for row in going]
+            inputs = chosen_B[:, None]
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(active), 1)], dim=1)
+            positions = positions[:, -1:] + 1
+        return completions
+
+    def _stopped(self, tokens: list[int], stop: tuple[str, ...]) -> bool:
+        # A stop string of n characters spans at most n tokens, and began no earlier than one token before.
+        tail = self.policy.tokenizer.decode(tokens[-(max(map(len, stop)) + 1) :])
+        return any(text in tail for text in stop)
+
+
+def draw(logits_BV: torch.Tensor, sampling: Sampling, uniforms_B: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token a row by inverting the cumulative distribution at a given uniform number.
+
+    Returns tokens and their log-probabilities under the distribution drawn from (after temperature, top-k, top-p).
+    """
+    if sampling.temperature == 0:
+        tokens_B = logits_BV.argmax(-1)
+        return tokens_B, torch.zeros(len(tokens_B), device=logits_BV.device)
+    logprobs_BV = _truncate(logits_BV / sampling.temperature, sampling).log_softmax(-1)
+    # float64: a float32 running sum over a large vocabulary loses the tail.
+    cumulative_BV = logprobs_BV.exp().double().cumsum(-1)
+    targets_B1 = torch.as_tensor(uniforms_B, device=logits_BV.device)[:, None] * cumulative_BV[:, -1:]
+    tokens_B1 = torch.searchsorted(cumulative_BV, targets_B1, right=True).clamp(max=logits_BV.shape[-1] - 1)
+    return tokens_B1[:, 0], logprobs_BV.gather(1, tokens_B1)[:, 0]
+
+
+def _truncate(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Set the logits outside top-k and top-p to minus infinity; the most likely token always stays."""
+    if 0 < sampling.top_k < logits_BV.shape[-1]:
+        kth = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < kth, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = logits_BV.sort(dim=-1, descending=True)
+        probs = ordered.softmax(-1)
+        outside = probs.cumsum(-1) - probs >= sampling.top_p  # mass before this token already reaches top_p
+        logits_BV = logits_BV.masked_fill(outside.scatter(1, order, outside), -torch.inf)
+    return logits_BV

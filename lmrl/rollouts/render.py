@@ -1,0 +1,62 @@
+"""From text to context tokens: raw, or through the model's chat template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lmrl.errors import ModelError
+
+SENTINEL = "LMRL-SENTINEL"
+Messages = list[dict[str, str]]
+
+
+class Renderer:
+    """Turns observations into tokens. Sampled tokens are never touched: what follows them is rendered on its own."""
+
+    def __init__(self, tokenizer: Any, chat: bool = False, system: str | None = None):
+        if chat and not tokenizer.chat_template:
+            raise ModelError("the tokenizer has no chat template: set `chat: false` to use the text as it is")
+        self.tokenizer, self.chat, self.system = tokenizer, chat, system
+
+    def first(self, observation: str | Messages, turns: list[tuple[str, str]] = ()) -> list[int]:
+        """Context that opens a segment; `turns` are earlier (observation, action) pairs, for the chat template."""
+        if isinstance(observation, str) and not self.chat:
+            tokens = self.tokenizer(observation).input_ids
+        else:
+            messages = [{"role": "system", "content": self.system}] if self.system else []
+            for earlier, action in turns:
+                messages += [{"role": "user", "content": earlier}, {"role": "assistant", "content": action}]
+            own = [{"role": "user", "content": observation}] if isinstance(observation, str) else observation
+            tokens = self._encode(self._template(messages + own))
+        return tokens or [self._start_token()]
+
+    def next(self, observation: str, ended: bool) -> list[int]:
+        """Context that follows an action in the same segment; `ended`: the action closed with its end-of-sequence."""
+        if not self.chat:
+            return self._encode(observation)
+        dialogue = [
+            {"role": "user", "content": "."},
+            {"role": "assistant", "content": SENTINEL},
+            {"role": "user", "content": observation},
+        ]
+        text = self._template(dialogue).rsplit(SENTINEL, 1)[1]
+        if ended:
+            text = text.removeprefix(self.tokenizer.eos_token or "")
+        return self._encode(text)
+
+    def action(self, text: str) -> list[int]:
+        """An action written by someone else, closed with the end-of-sequence token."""
+        eos = self.tokenizer.eos_token_id
+        return self._encode(text) + ([eos] if eos is not None else [])
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _template(self, messages: Messages) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def _start_token(self) -> int:
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        raise ModelError("a prompt is empty, and the tokenizer has neither a bos nor an eos token to start from")

@@ -1,0 +1,156 @@
+"""The sampler: plays episodes of a task with an engine, all episodes side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmrl.rollouts.engine import Completion, Engine, Sampling
+from lmrl.rollouts.task import Task
+from lmrl.seeding import key, stream
+from lmrl.trajectories.trajectory import Segment, Trajectory
+
+
+@dataclass
+class _Episode:
+    """An episode under way."""
+
+    environment: Any
+    name: tuple[int | str, ...]
+    trajectory: Trajectory
+    observation: Any = ""
+    pieces: list[tuple[Any, str, list[int], list[int]]] = field(default_factory=list)
+    """Of each turn: observation, action, and the tokens of both."""
+    turn: int = 0
+    over: bool = False
+    shown: list[str] = field(default_factory=list)
+
+    def fail(self, error: Exception) -> None:
+        self.over = True
+        self.trajectory.reward = None
+        self.trajectory.failure = f"environment raised {type(error).__name__}: {error}"
+
+
+class Sampler:
+    """Plays a task. Actions come from an engine, or from a scripted player of the environment."""
+
+    def __init__(self, task: Task, engine: Engine | None = None, decode: Any = None):
+        """decode: from sampled tokens to text, special tokens left out."""
+        self.task, self.engine, self.decode = task, engine, decode
+        self.environments: list[Any] = []  # kept between plays: building one may be slow, resetting one is not
+
+    def play(
+        self, starts: Sequence[int | None], samples: int, sampling: Sampling, name: tuple[int | str, ...]
+    ) -> list[Trajectory]:
+        """Play `samples` episodes from every start state and judge them. `name` names the random stream."""
+        episodes = self._begin(starts, samples, name)
+        while active := [episode for episode in episodes if not episode.over]:
+            contexts = [self._open(episode) for episode in active]
+            keys = [(*episode.name, episode.turn) for episode in active]
+            completions = self.engine.generate(contexts, sampling, keys)
+            for episode, completion in zip(active, completions, strict=True):
+                text = self._text(completion, sampling)
+                self._act(episode, completion.tokens, completion.logprobs, text, completion.end)
+        return self._finish(episodes)
+
+    def play_scripted(self, player: str, starts: Sequence[int | None], name: tuple[int | str, ...]) -> list[Trajectory]:
+        """Play one episode from every start state with a scripted player of the environment."""
+        episodes = self._begin(starts, 1, name)
+        for episode in episodes:
+            rng = stream(*episode.name, player)
+            while not episode.over:
+                self._open(episode)
+                text = episode.environment.act(player, rng)
+                self._act(episode, self.task.renderer.action(text), None, text, "eos")
+        return self._finish(episodes)
+
+    # ----------------------------------------------------------------------------------------------------- one episode
+    def _begin(self, starts: Sequence[int | None], samples: int, name: tuple[int | str, ...]) -> list[_Episode]:
+        episodes = []
+        for group, start in enumerate(starts):
+            for sample in range(samples):
+                number = group * samples + sample
+                trajectory = Trajectory([], "", "", group=group, episode=number)
+                if number == len(self.environments):
+                    self.environments.append(self.task.make())
+                episode = _Episode(self.environments[number], (*name, number), trajectory)
+                options = None if start is None else {"start": start}
+                # Episodes of a group begin alike: a start state that is drawn is drawn from the group's own seed.
+                seed = key(*name, "start", group) % 2**31
+                try:
+                    episode.observation, info = episode.environment.reset(seed=seed, options=options)
+                    trajectory.columns = info.get("columns", {})
+                except Exception as error:
+                    episode.fail(error)
+                if isinstance(episode.observation, list):
+                    trajectory.messages = episode.observation
+                    trajectory.prompt = "\n".join(str(message["content"]) for message in episode.observation)
+                else:
+                    trajectory.prompt = episode.observation
+                episodes.append(episode)
+        return episodes
+
+    def _open(self, episode: _Episode) -> list[int]:
+        """Put the current observation into the trajectory; return the whole context."""
+        renderer, segments = self.task.renderer, episode.trajectory.segments
+        if self.task.history == "all" and segments:
+            ended = episode.turn - 1 not in episode.trajectory.cut_turns
+            segments[-1].observe(renderer.next(episode.observation, ended))
+        else:
+            recent = 0 if self.task.history == "all" else self.task.history - 1
+            earlier = episode.pieces[max(len(episode.pieces) - recent, 0) :]
+            own = renderer.first(episode.observation, [(piece[0], piece[1]) for piece in earlier])
+            segment = Segment()
+            if not renderer.chat:
+                for _, _, observed, acted in earlier:
+                    segment.observe(observed + acted)
+            segment.observe(own)
+            segments.append(segment)
+        return list(segments[-1].tokens)
+
+    def _act(
+        self, episode: _Episode, tokens: list[int], logprobs: list[float] | None, text: str, end: str
+    ) -> None:
+        trajectory, segment = episode.trajectory, episode.trajectory.segments[-1]
+        if self.task.history != "all":
+            seen = self.task.renderer.first(episode.observation) if not self.task.renderer.chat else []
+            episode.pieces = [*episode.pieces, (episode.observation, text, seen, tokens)][-self.task.history :]
+        segment.act(tokens, logprobs, episode.turn)
+        if end == "length":
+            trajectory.cut_turns.append(episode.turn)
+        episode.shown.append(text)
+        try:
+            observation, reward, terminated, truncated, info = episode.environment.step(text)
+            reward = float(reward)
+        except Exception as error:
+            episode.fail(error)
+            return
+        trajectory.place_reward(reward, episode.turn)
+        trajectory.reward += reward
+        episode.turn += 1
+        episode.observation = observation
+        if terminated or truncated or episode.turn >= self.task.max_turns:
+            episode.over = True
+            trajectory.terminated = bool(terminated)
+            trajectory.metrics = {name: float(value) for name, value in info.get("metrics", {}).items()}
+            if not trajectory.terminated:
+                self._open(episode)  # the state whose value the truncated episode goes on with
+        else:
+            episode.shown.append(observation)
+
+    def _finish(self, episodes: list[_Episode]) -> list[Trajectory]:
+        trajectories = [episode.trajectory for episode in episodes]
+        for episode in episodes:
+            episode.trajectory.completion = "\n".join(map(str, episode.shown))
+            if episode.trajectory.failure:  # an environment that failed is not trusted again
+                self.environments[episode.trajectory.episode] = self.task.make()
+        self.task.judge(trajectories)
+        return trajectories
+
+    def _text(self, completion: Completion, sampling: Sampling) -> str:
+        text = self.decode(completion.tokens)
+        if completion.end == "stop":
+            cuts = [text.find(stop) for stop in sampling.stop if stop in text]
+            text = text[: min(cuts)] if cuts else text
+        return text

@@ -1,0 +1,140 @@
+"""A recipe's task, ready to be played: environments, start states, rendering and rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lmrl.environments import TextEnvironment, environment_factory
+from lmrl.errors import DataError, RecipeError
+from lmrl.recipe import Prompts, PromptTask
+from lmrl.rewards.rewards import RewardFunction, drop_failed, judge, load_rewards
+from lmrl.rollouts.render import Renderer
+from lmrl.seeding import stream
+from lmrl.trajectories.files import field_of, read_rows
+from lmrl.trajectories.trajectory import Trajectory
+
+
+class PromptEnvironment(TextEnvironment):
+    """Prompts as episodes of one step, whose rewards are computed for the whole batch afterwards."""
+
+    def __init__(self, rows: list[dict[str, Any]], column: str):
+        self.rows, self.column, self.num_starts = rows, column, len(rows)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        row = self.rows[options["start"]]
+        columns = {name: value for name, value in row.items() if name != self.column}
+        return row[self.column], {"columns": columns}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
+        return "", 0.0, True, False, {}
+
+
+@dataclass
+class Task:
+    """What the sampler plays. `training` and `heldout` list start states (None: drawn by seed)."""
+
+    make: Callable[[], Any]
+    renderer: Renderer
+    training: list[int] | None
+    heldout: list[int] | None
+    max_turns: int = 1
+    history: int | str = "all"
+    max_failed: float = 0.1
+    rewards: list[RewardFunction] = field(default_factory=list)
+    judged_by: str = "environment"
+    notes: list[str] = field(default_factory=list)
+
+    def judge(self, trajectories: list[Trajectory]) -> None:
+        """Give every trajectory its reward; an environment has done so already."""
+        if self.judged_by == "reward":
+            judge(self.rewards, trajectories)
+
+    def keep_judged(self, trajectories: list[Trajectory]) -> list[Trajectory]:
+        """The judged trajectories; stops the run where too many are not."""
+        return drop_failed(trajectories, self.max_failed, self.judged_by)
+
+
+def task_texts(section: Any) -> Iterable[str]:
+    """Text samples of a task, from which a model built from scratch takes its vocabulary."""
+    if isinstance(section, PromptTask):
+        rows = read_rows(section.prompts.path, section.prompts.split, section.prompts.limit)
+        return [value for row in rows for value in row.values() if isinstance(value, str)]
+    environment = environment_factory(section)()
+    texts = list(environment.texts()) if hasattr(environment, "texts") else []
+    if not texts:
+        raise RecipeError(
+            f"model.config: a model from scratch takes its vocabulary from the task, but environment "
+            f"'{section.environment}' has no texts(): add it, or give model.path"
+        )
+    return texts
+
+
+def build_task(section: Any, tokenizer: Any) -> Task:
+    """Load what a recipe's `task` names. Raises DataError, PluginError or ModelError with one line."""
+    if isinstance(section, PromptTask):
+        return _prompt_task(section, tokenizer)
+    make = environment_factory(section)
+    count = getattr(make(), "num_starts", None)
+    starts = None if count is None else list(range(count))
+    return Task(
+        make,
+        Renderer(tokenizer, section.chat),
+        training=starts,
+        heldout=starts,
+        max_turns=section.max_turns,
+        history=section.history,
+        max_failed=section.max_failed,
+    )
+
+
+def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
+    prompts = section.prompts
+    rows = read_rows(prompts.path, prompts.split, prompts.limit)
+    for number, row in enumerate(rows, start=1):
+        field_of(row, prompts.column, (str, list), prompts.path, number)
+    chat = prompts.chat or any(isinstance(row[prompts.column], list) for row in rows)
+    renderer = Renderer(tokenizer, chat, prompts.system)
+    short = [row for row in rows if len(renderer.first(row[prompts.column])) <= prompts.max_tokens]
+    notes = [f"{len(rows) - len(short)} of {len(rows)} prompts are longer than task.prompts.max_tokens={prompts.max_tokens}"]
+    if not short:
+        raise DataError(f"{prompts.path}: every prompt is longer than task.prompts.max_tokens={prompts.max_tokens}")
+    training, heldout = split_rows(len(short), prompts)
+    environment = PromptEnvironment(short, prompts.column)
+    return Task(
+        lambda: PromptEnvironment(environment.rows, environment.column),
+        renderer,
+        training=training,
+        heldout=heldout,
+        max_failed=section.max_failed,
+        rewards=load_rewards(section.rewards),
+        judged_by="reward",
+        notes=notes if len(short) < len(rows) else [],
+    )
+
+
+def split_rows(count: int, prompts: Prompts) -> tuple[list[int], list[int]]:
+    """Row numbers to train on and to hold out. The split depends on nothing but the number of rows."""
+    held = round(prompts.holdout * count)
+    if prompts.holdout > 0:
+        held = min(max(held, 1), count - 1)
+    order = stream("holdout", count).permutation(count).tolist()
+    if count == 1 or held == 0:
+        return sorted(order), sorted(order)
+    return sorted(order[held:]), sorted(order[:held])
+
+
+def starts_for(starts: list[int] | None, first: int, count: int, *name: int | str) -> list[int | None]:
+    """`count` start states from position `first` of an endless sequence of shuffled passes over `starts`."""
+    if starts is None:
+        return [None] * count
+    chosen: list[int | None] = []
+    while len(chosen) < count:
+        position = first + len(chosen)
+        order = stream(*name, "pass", position // len(starts)).permutation(np.array(starts)).tolist()
+        chosen += order[position % len(starts) :][: count - len(chosen)]
+    return chosen

@@ -1,0 +1,238 @@
+"""The run folder: everything a run leaves behind, as files that people and other tools can read.
+
+    recipe.yaml       the resolved recipe          versions.json   versions, git commit, machine
+    metrics.jsonl     one line a step or score     samples.jsonl   what was sampled, and its rewards
+    results.json      the closing table
+    stages/NAME/start/                             the policy as the stage began, where it exists nowhere else
+    stages/NAME/checkpoints/step-000050/           a transformers or peft folder, and state/ for resuming
+    stages/NAME/final/                             the same at the end; a stage that has one is finished
+
+A folder under `checkpoints/` or `final/` appears by one rename, so whatever is there is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lmrl.errors import RunError
+from lmrl.recipe import MAIN_STAGE, Recipe
+from lmrl.recipe_files import to_yaml
+
+RECIPE_FILE, METRICS_FILE, SAMPLES_FILE, RESULTS_FILE = "recipe.yaml", "metrics.jsonl", "samples.jsonl", "results.json"
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "gymnasium", "numpy", "tokenizers")
+FREE_TO_CHANGE = (("training", "checkpoint_every"), ("training", "keep_checkpoints"), ("tracking",))
+"""Recipe keys that a resumed run may change, because they do not touch what is computed."""
+
+
+class Run:
+    """An open run folder. Only one process may hold it."""
+
+    def __init__(self, folder: Path, recipe: Recipe):
+        self.folder, self.recipe = folder, recipe
+        self._lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until the process ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(f"{folder}: another process is writing to this run") from error
+        self._files: dict[str, Any] = {}
+
+    # -------------------------------------------------------------------------------------------------------- opening
+    @classmethod
+    def create(cls, folder: Path, recipe: Recipe) -> Run:
+        """A new run in an empty or absent folder."""
+        if folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
+            raise RunError(f"{folder} exists and is not empty: resume it with --resume, or choose another --output")
+        folder.mkdir(parents=True, exist_ok=True)
+        run = cls(folder, recipe)
+        write_atomically(folder / "versions.json", json.dumps(describe_machine(), indent=2) + "\n")
+        write_atomically(folder / RECIPE_FILE, to_yaml(recipe))  # last: a folder with a recipe is a run
+        return run
+
+    @classmethod
+    def resume(cls, folder: Path, recipe: Recipe | None) -> Run:
+        """Reopen a run; `recipe` (None: the run's own) must compute the same."""
+        own = read_recipe(folder)
+        if recipe is not None:
+            different = _differences(own.model_dump(mode="json"), recipe.model_dump(mode="json"))
+            if different:
+                raise RunError(
+                    f"{folder} was made by another recipe: '{'.'.join(different[0])}' differs"
+                    f"{f' (and {len(different) - 1} more)' if len(different) > 1 else ''}; "
+                    "resume it without overrides, or start a new run with another --output"
+                )
+        return cls(folder, recipe or own)
+
+    # -------------------------------------------------------------------------------------------------------- writing
+    def record(self, line: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        self._append(METRICS_FILE, line)
+
+    def record_samples(self, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            self._append(SAMPLES_FILE, line)
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        if name not in self._files:
+            self._files[name] = open(self.folder / name, "a", encoding="utf-8")  # noqa: SIM115
+        self._files[name].write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._files[name].flush()
+
+    def sync(self) -> None:
+        """Put what was recorded on disk; called before a checkpoint that counts on it."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+
+    def cut(self, stage: str, step: int) -> None:
+        """Drop recorded lines of later steps and stages, and a torn last line: they will be written again."""
+        order = [*self.recipe.stages, MAIN_STAGE]
+        for name in (METRICS_FILE, SAMPLES_FILE):
+            path = self.folder / name
+            if not path.exists():
+                continue
+            kept = []
+            for text in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    line = json.loads(text)
+                except json.JSONDecodeError:
+                    break
+                if (order.index(line["stage"]), line["step"]) > (order.index(stage), step):
+                    break
+                kept.append(text + "\n")
+            write_atomically(path, "".join(kept))
+
+    # ----------------------------------------------------------------------------------------------------- checkpoints
+    def stage_folder(self, stage: str) -> Path:
+        return self.folder / "stages" / stage
+
+    def final(self, stage: str) -> Path:
+        return self.stage_folder(stage) / "final"
+
+    def checkpoints(self, stage: str) -> list[Path]:
+        """Complete checkpoints of a stage, oldest first."""
+        return sorted((self.stage_folder(stage) / "checkpoints").glob("step-*"))
+
+    def write_folder(self, target: Path, write: Callable[[Path], None]) -> None:
+        """Fill a folder that appears by one rename; an existing one is left as it is."""
+        if target.exists():
+            return
+        self.sync()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = target.parent / f".writing-{target.name}"
+        if scratch.exists():
+            shutil.rmtree(scratch)
+        scratch.mkdir()
+        write(scratch)
+        for path in [*scratch.rglob("*"), scratch]:
+            _fsync(path)
+        scratch.rename(target)
+        _fsync(target.parent)
+
+    def prune(self, stage: str, keep: int, best: int | None) -> None:
+        """Delete all but the newest checkpoints and the best."""
+        for path in self.checkpoints(stage)[:-keep]:
+            if best is None or path.name != step_name(best):
+                shutil.rmtree(path)
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The resolved recipe of a run folder."""
+    if not (folder / RECIPE_FILE).is_file():
+        raise RunError(f"{folder} is not a run: it holds no {RECIPE_FILE}")
+    return Recipe.model_validate(yaml.safe_load((folder / RECIPE_FILE).read_text()))
+
+
+def final_checkpoint(folder: Path, which: str = "final") -> Path:
+    """A checkpoint folder of a run's last stage: `final` (or the newest there is), `best`, or `step-N`."""
+    stage = folder / "stages" / MAIN_STAGE
+    if not stage.is_dir():
+        raise RunError(f"{folder}: its last stage has no checkpoint yet; resume it with: lmrl train {folder} --resume")
+    checkpoints = sorted((stage / "checkpoints").glob("step-*"))
+    if which == "best":
+        state = json.loads((([stage / "final"] if (stage / "final").exists() else checkpoints[-1:])[0]
+                            / "state" / "trainer.json").read_text())
+        which = step_name(state["best"]["step"]) if state["best"] else "final"
+    if which == "final":
+        if (stage / "final").exists():
+            return stage / "final"
+        if checkpoints:
+            return checkpoints[-1]
+        raise RunError(f"{folder}: its last stage has no checkpoint yet; resume it with: lmrl train {folder} --resume")
+    step = which.removeprefix("step-")
+    found = stage / "checkpoints" / (step_name(int(step)) if step.isdigit() else which)
+    if not found.exists():
+        names = ", ".join([path.name for path in checkpoints] + ["final", "best"])
+        raise RunError(f"{folder} has no checkpoint '{which}'; there are: {names}")
+    return found
+
+
+def latest_run(root: Path = Path("runs")) -> Path:
+    """The run folder that was written to last."""
+    found = [path.parent for path in root.glob(f"**/{RECIPE_FILE}") if (path.parent / "versions.json").exists()]
+    if not found:
+        raise RunError(f"there is no run to resume under {root}/: name its folder, lmrl train FOLDER --resume")
+    return max(found, key=lambda folder: max(path.stat().st_mtime for path in folder.iterdir()))
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions and machine, for versions.json."""
+    versions = {}
+    for package in ("lmrl", *PACKAGES):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "git_commit": commit,
+        "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "command": sys.argv,
+    }
+
+
+def write_atomically(path: Path, text: str) -> None:
+    scratch = path.with_name(f".writing-{path.name}")
+    with open(scratch, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.rename(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _differences(old: Any, new: Any, keys: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    if keys in FREE_TO_CHANGE or old == new:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = dict.fromkeys([*old, *new])
+        return [found for name in names for found in _differences(old.get(name), new.get(name), (*keys, name))]
+    return [keys]

@@ -1,0 +1,100 @@
+"""Checkpoints: an ordinary model folder, and beside it all that decides the next step.
+
+Weights are read back from the model folder itself. State is safetensors and JSON; nothing is unpickled. There is no
+generator state, because every random stream is a function of (seed, stage, step).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lmrl.evaluation.api import TASK_FILE
+from lmrl.objectives.base import Objective
+from lmrl.policy.load import load_weights
+from lmrl.policy.policy import Policy
+from lmrl.recipe import Recipe
+from lmrl.run import Run, step_name
+from lmrl.training.updater import Updater
+
+STATE = "state"
+
+
+@dataclass
+class Progress:
+    """Where a stage stands, apart from tensors."""
+
+    step: int = 0
+    best: dict[str, Any] | None = None
+    """`{"step", "metric", "value"}` of the best evaluation."""
+    scores: dict[str, Any] = field(default_factory=dict)
+    """`start` and `last` evaluation, `data` and `optimum`: for the closing table."""
+    label: str = ""
+    columns: list[str] = field(default_factory=list)
+    """What the closing table calls this stage, and which scores it shows."""
+    failed: int = 0
+    """Samples that could not be judged."""
+
+
+def save(run: Run, stage: str, target: Path, recipe: Recipe, policy: Policy, objective: Objective, updater: Updater,
+         progress: Progress) -> None:
+    """Write a checkpoint folder; it appears whole or not at all."""
+
+    def write(folder: Path) -> None:
+        policy.save(folder)
+        save_task(folder, recipe)
+        (folder / STATE).mkdir()
+        tensors = {name: tensor.contiguous() for name, tensor in updater.tensors().items()}
+        save_file(tensors, folder / STATE / "optimizer.safetensors")
+        state = {"stage": stage, **asdict(progress), "objective": objective.state(), "updater": updater.state()}
+        (folder / STATE / "trainer.json").write_text(json.dumps(state, indent=2) + "\n")
+
+    run.write_folder(target, write)
+
+
+def save_task(folder: Path, recipe: Recipe) -> None:
+    """Leave the task beside the weights, so that a checkpoint can be scored without its run."""
+    task = {"task": recipe.task.model_dump(mode="json"), "suite": recipe.evaluation.suite}
+    (folder / TASK_FILE).write_text(json.dumps(task, indent=2) + "\n")
+
+
+def load(folder: Path, policy: Policy, objective: Objective, updater: Updater) -> Progress:
+    """Put a stage back to where a checkpoint left it."""
+    load_weights(policy, folder)
+    updater.load_tensors(load_file(folder / STATE / "optimizer.safetensors"))
+    state = json.loads((folder / STATE / "trainer.json").read_text())
+    objective.load_state(state["objective"])
+    updater.load_state(state["updater"])
+    return Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+
+
+def checkpoint_path(run: Run, stage: str, step: int) -> Path:
+    return run.stage_folder(stage) / "checkpoints" / step_name(step)
+
+
+# -------------------------------------------------------------------------------------------------- non-finite minibatches
+def save_nonfinite(run: Run, stage: str, step: int, policy: Policy, objective: Objective, minibatch: Any,
+                   stats: dict[str, float], seed: int) -> Path:
+    """Keep a minibatch whose loss or gradient is not finite, with all that is needed to see it again."""
+    target = run.folder / "nonfinite" / f"{stage}-{step_name(step)}"
+
+    def write(folder: Path) -> None:
+        policy.save(folder)
+        tensors: dict[str, torch.Tensor] = {}
+        for index, sequence in enumerate(minibatch.sequences):
+            own = {"tokens": sequence.tokens, "states": sequence.states, "targets": sequence.targets, **sequence.fields}
+            tensors |= {f"{index:05d}.{name}": tensor.clone().contiguous() for name, tensor in own.items()}
+        save_file(tensors, folder / "batch.safetensors")
+        info = {"stage": stage, "step": step, "seed": seed, "objective": objective.state(),
+                "stats": {name: str(value) for name, value in stats.items()},
+                "reproduce": f"lmrl replay {target}"}
+        (folder / "info.json").write_text(json.dumps(info, indent=2) + "\n")
+        (folder / "recipe.yaml").write_text((run.folder / "recipe.yaml").read_text())
+
+    run.write_folder(target, write)
+    return target

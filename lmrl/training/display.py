@@ -1,0 +1,97 @@
+"""What a person sees while a run goes on: a live display on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from lmrl.trajectories.trajectory import Trajectory
+
+SHOWN = ("reward", "kl", "nll", "entropy", "approx_kl", "length", "failed", "skipped")
+PLAIN_EVERY_SECONDS = 2.0
+
+
+class Display:
+    """Progress, scores, samples and tables of a run."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(highlight=False)
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._stage, self._steps, self._last = "", 0, 0.0
+
+    def say(self, text: str) -> None:
+        self.console.print(Text(text), soft_wrap=True)
+
+    def begin(self, stage: str, label: str, steps: int, done: int) -> None:
+        self._stage, self._steps = f"{stage} ({label})", steps
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[metrics]}"),
+                console=self.console,
+            )
+            self._task = self._progress.add_task(self._stage, total=steps, completed=done, metrics="")
+            self._progress.start()
+
+    def end(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        text = "  ".join(f"{name} {metrics[name]:.3g}" for name in SHOWN if metrics.get(name))
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, metrics=text)
+        elif step in (1, self._steps) or time.monotonic() - self._last > PLAIN_EVERY_SECONDS:
+            self._last = time.monotonic()
+            self.say(f"{self._stage} {step}/{self._steps}  {text}")
+
+    def score(self, step: int, metrics: dict[str, dict[str, Any]]) -> None:
+        text = "  ".join(f"{name} {interval(score)}" for name, score in metrics.items())
+        self.say(f"{self._stage} evaluation at step {step}: {text}")
+
+    def samples(self, trajectories: list[Trajectory], count: int) -> None:
+        for trajectory in trajectories[:count]:
+            reward = "not judged" if trajectory.reward is None else f"{trajectory.reward:.3f}"
+            line = Text(f"  [{reward}] ", style="cyan")
+            line.append(shorten(trajectory.prompt, 200), style="dim")
+            line.append(" -> ", style="dim")
+            line.append(shorten(trajectory.completion, 400), style="default")
+            self.console.print(line, soft_wrap=True)
+
+    def table(self, title: str, rows: dict[str, dict[str, dict[str, Any]]]) -> None:
+        self.console.print(score_table(title, rows))
+
+
+def score_table(title: str, rows: dict[str, dict[str, dict[str, Any]]]) -> Table:
+    """Rows of scores side by side, as mean and 95 % interval."""
+    names = list(dict.fromkeys(name for scores in rows.values() for name in scores))
+    table = Table(title=title, title_justify="left", caption="mean [95 % interval]", caption_justify="left")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    table.add_column("n", justify="right")
+    for label, scores in rows.items():
+        counts = {str(score["n"]) for score in scores.values()}
+        table.add_row(label, *(interval(scores[name]) if name in scores else "" for name in names), "/".join(sorted(counts)))
+    return table
+
+
+def interval(score: dict[str, Any]) -> str:
+    low, high = score["ci95"]
+    return f"{score['mean']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def shorten(text: str, width: int) -> str:
+    text = " ".join(str(text).split())
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,47 @@
+"""SIGTERM and Ctrl-C: finish what must not be torn, save, then stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+
+class Interrupted(BaseException):
+    """Raised at a safe point after a signal. Carries the signal's number."""
+
+    def __init__(self, number: int):
+        self.number = number
+        super().__init__(signal.Signals(number).name)
+
+
+class Interrupt:
+    """Catches the first signal; a second one takes its usual course at once.
+
+    `check()` raises Interrupted only where `safe` is set: while a rollout runs, when nothing has changed since the last
+    finished step.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.safe = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, _: FrameType | None) -> None:
+        self.number = number
+        for caught, handler in self._previous.items():
+            signal.signal(caught, handler)
+
+    def check(self) -> None:
+        if self.safe and self.number is not None:
+            raise Interrupted(self.number)

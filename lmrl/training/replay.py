@@ -1,0 +1,61 @@
+"""Seeing a non-finite minibatch again, from what the run kept of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from lmrl.errors import RunError
+from lmrl.objectives import load_objective
+from lmrl.policy.load import load_policy
+from lmrl.recipe_files import stages_of
+from lmrl.run import read_recipe
+from lmrl.seeding import seed_everything
+from lmrl.training.updater import Updater
+from lmrl.trajectories.batch import Batch, Sequence
+
+
+def replay(folder: Path) -> list[str]:
+    """Loss and gradients of the kept minibatch, and every tensor that is not finite, as lines for people."""
+    if not (folder / "info.json").is_file():
+        raise RunError(f"{folder} holds no kept minibatch (expected a folder below RUN/nonfinite/)")
+    info = json.loads((folder / "info.json").read_text())
+    recipe = stages_of(read_recipe(folder))[info["stage"]]
+    objective = load_objective(recipe.objective)
+    policy = load_policy(recipe.model, folder, value_head=objective.uses_values)
+    policy.temperature = recipe.rollouts.temperature
+    policy.microbatch_tokens = recipe.training.microbatch_tokens
+    objective.load_state(info["objective"])
+    objective.begin(info["step"])
+    batch = load_batch(folder / "batch.safetensors")
+    seed_everything(info["seed"], info["stage"], info["step"])
+    updater = Updater(policy, recipe.optimizer, recipe.training.steps)
+    stats = updater.backward(policy.train(), objective, batch)
+    lines = [f"stage {info['stage']}, step {info['step']}, {len(batch.sequences)} sequences: loss {stats['loss']}"]
+    for index, sequence in enumerate(batch.sequences):
+        for name, tensor in sequence.fields.items():
+            if not torch.isfinite(tensor).all():
+                lines.append(f"sequence {index}: {name} is not finite at {(~torch.isfinite(tensor)).nonzero()[:5, 0].tolist()}")
+    for name, parameter in updater.parameters.items():
+        if not torch.isfinite(parameter).all():
+            lines.append(f"weight {name} is not finite")
+        elif parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            lines.append(f"gradient of {name} is not finite")
+    return lines if len(lines) > 1 else [*lines, "everything is finite this time"]
+
+
+def load_batch(path: Path) -> Batch:
+    """A minibatch as `checkpoint.save_nonfinite` wrote it."""
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for full, tensor in load_file(path).items():
+        index, _, name = full.partition(".")
+        groups.setdefault(index, {})[name] = tensor
+    return Batch(
+        [
+            Sequence(group.pop("tokens"), group.pop("states"), group.pop("targets"), group)
+            for _, group in sorted(groups.items())
+        ]
+    )

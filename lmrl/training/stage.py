@@ -1,0 +1,259 @@
+"""One stage of a run: build its parts, and the loop."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmrl import run as runs
+from lmrl.errors import NonFiniteError, RecipeError, did_you_mean
+from lmrl.evaluation.evaluate import Evaluator, summarize_trajectories
+from lmrl.evaluation.suites import load_suite
+from lmrl.objectives import load_objective
+from lmrl.policy.load import load_policy
+from lmrl.recipe import Recipe
+from lmrl.rollouts.hf import HFEngine
+from lmrl.rollouts.sampler import Sampler
+from lmrl.rollouts.task import build_task, task_texts
+from lmrl.seeding import seed_everything, stream
+from lmrl.training import checkpoint
+from lmrl.training.checkpoint import Progress
+from lmrl.training.display import Display
+from lmrl.training.interrupt import Interrupt, Interrupted
+from lmrl.training.sources import build_source
+from lmrl.training.updater import Updater
+from lmrl.trajectories.trajectory import Trajectory
+
+SAMPLES_KEPT = 8
+"""Samples a step that go to samples.jsonl with their text."""
+
+
+class Stage:
+    """Everything a stage needs, built from its recipe. `start` is the checkpoint folder of the stage before."""
+
+    def __init__(self, run: runs.Run, name: str, recipe: Recipe, start: Path | None, device: torch.device,
+                 display: Display, interrupt: Interrupt, track: Any = None):
+        self.run, self.name, self.recipe, self.display, self.interrupt = run, name, recipe, display, interrupt
+        self.track = track or (lambda metrics, step: None)
+        self.seed = recipe.training.seed
+        seed_everything(self.seed, name, "build")
+        self.objective = load_objective(recipe.objective)
+        self.policy = load_policy(
+            recipe.model,
+            self._start(start),
+            texts=lambda: task_texts(recipe.task),
+            value_head=self.objective.uses_values,
+            reference=self.objective.uses_reference,
+        ).to(device)
+        self.policy.temperature = recipe.rollouts.temperature if recipe.source.name == "rollouts" else 1.0
+        self.policy.microbatch_tokens = recipe.training.microbatch_tokens
+        if recipe.training.precision == "bfloat16":
+            self.policy.autocast_dtype = torch.bfloat16
+        self.task = build_task(recipe.task, self.policy.tokenizer)
+        engine = HFEngine(self.policy, recipe.rollouts.slots, interrupt.check)
+        self.sampler = Sampler(self.task, engine, self.policy.decode)
+        self.source = build_source(recipe, self.task, self.sampler, name)
+        self.updater = Updater(self.policy, recipe.optimizer, recipe.training.steps)
+        self.evaluator = None
+        if recipe.evaluation.suite is not None:
+            task = recipe.task.model_dump(mode="json", exclude_unset=True)
+            self.evaluator = Evaluator(self.policy, load_suite(recipe.evaluation.suite, task=task))
+        columns = self.evaluator.suite.metrics if self.evaluator else []
+        self.progress = Progress(label=self.objective.label, columns=columns)
+        self._keep_start(start)
+
+    def _start(self, start: Path | None) -> Path | None:
+        """Where the policy comes from: the stage before, or this stage's own saved start on resume."""
+        own = self.run.stage_folder(self.name) / "start"
+        return own if start is None and own.exists() else start
+
+    def _keep_start(self, start: Path | None) -> None:
+        # A model from scratch exists nowhere else, and a reference has to be there when the run is resumed.
+        if start is None and self.recipe.model.path is None:
+            self.run.write_folder(self.run.stage_folder(self.name) / "start", self.policy.save)
+
+    # -------------------------------------------------------------------------------------------------------- the loop
+    def train(self) -> None:
+        """Run the remaining steps and leave `final/`."""
+        self._resume()
+        recipe, progress = self.recipe, self.progress
+        self.display.begin(self.name, self.objective.label, recipe.training.steps, progress.step)
+        try:
+            if progress.step == 0:
+                self._evaluate_start()
+            for step in range(progress.step + 1, recipe.training.steps + 1):
+                self._step(step)
+                progress.step = step
+                every = recipe.evaluation.every
+                if step == recipe.training.steps or (every and step % every == 0):
+                    self._evaluate(step, "last")
+                every = recipe.training.checkpoint_every
+                is_best = progress.best is not None and progress.best["step"] == step
+                if (every and step % every == 0) or is_best:
+                    self._save()
+                if self.interrupt.number is not None:
+                    raise Interrupted(self.interrupt.number)
+        except Interrupted:
+            if progress.step > 0:
+                self._save()
+                self.display.say(f"saved a checkpoint at step {progress.step} of stage {self.name}")
+            raise
+        finally:
+            self.display.end()
+        self._checkpoint(self.run.final(self.name))
+
+    def _step(self, step: int) -> None:
+        started = time.monotonic()
+        seed_everything(self.seed, self.name, step)
+        self.objective.begin(step)
+        self.updater.begin(step)
+        self.interrupt.safe = True
+        self.interrupt.check()
+        trajectories = self.source.next(step)
+        self.interrupt.safe = False
+        sampled = time.monotonic()
+        judged = self.task.keep_judged(trajectories) if self.source.fresh else trajectories
+        self.progress.failed += len(trajectories) - len(judged)
+        self._record_samples(step, trajectories)
+
+        batch = self.objective.prepare(self.policy, judged)
+        updates: list[dict[str, float]] = []
+        rng = stream(self.seed, self.name, step, "minibatches")
+        for _ in range(self.objective.epochs):
+            for minibatch in batch.minibatches(rng, self.objective.minibatches):
+                updates.append(self.updater.step(self.policy, self.objective, minibatch))
+                self._stop_on_nonfinite(step, minibatch, updates[-1])
+            if self.objective.finished(updates[-1]):
+                break
+        finished = time.monotonic()
+        metrics = measure(judged) | batch.stats | mean_of(updates)
+        metrics |= {"updates": len(updates), "failed": len(trajectories) - len(judged), "skipped": self.updater.skipped}
+        times = {
+            "source_s": round(sampled - started, 3),
+            "update_s": round(finished - sampled, 3),
+            "samples_per_s": round(len(trajectories) / (finished - started), 3),
+            "peak_memory_mb": peak_memory_mb(),
+        }
+        self.run.record({"stage": self.name, "step": step, "kind": "train", **metrics, "time": times})
+        self.track({f"{self.name}/{name}": value for name, value in (metrics | times).items()}, step)
+        self.display.step(step, metrics)
+        evaluation = self.recipe.evaluation
+        if step % evaluation.show_every == 0 and self.source.fresh:
+            self.display.samples(trajectories, evaluation.show_samples)
+
+    def _stop_on_nonfinite(self, step: int, minibatch: Any, stats: dict[str, float]) -> None:
+        in_a_row, limit = self.updater.skipped_in_a_row, self.recipe.training.max_nonfinite
+        if in_a_row == 0:
+            return
+        if in_a_row < limit:
+            self.display.say(
+                f"step {step}: loss {stats['loss']} and gradient norm {stats['grad_norm']} are not both finite; "
+                f"update skipped ({in_a_row} in a row, the run stops at {limit})"
+            )
+            return
+        kept = checkpoint.save_nonfinite(
+            self.run, self.name, step, self.policy, self.objective, minibatch, stats, self.seed
+        )
+        raise NonFiniteError(
+            f"stage {self.name}, step {step}: {in_a_row} updates in a row had a non-finite loss or gradient; batch, seed "
+            f"and recipe are in {kept}; reproduce with: lmrl replay {kept}"
+        )
+
+    # ------------------------------------------------------------------------------------------------------ evaluation
+    def _evaluate_start(self) -> None:
+        """What the stage's result is to be compared with: the data, the optimum and the policy as it begins."""
+        if getattr(self.recipe.source, "player", None):
+            self.progress.scores["data"] = summarize_trajectories(self.task, self.source.trajectories)
+        if self.evaluator is not None and (optimum := self.evaluator.optimum()):
+            self.progress.scores["optimum"] = optimum
+        self._evaluate(0, "start")
+
+    def _evaluate(self, step: int, name: str) -> None:
+        if self.evaluator is None:
+            return
+        scores, trajectories = self.evaluator()
+        self.progress.scores[name] = scores
+        self.run.record({"stage": self.name, "step": step, "kind": "eval", **scores})
+        self.run.record_samples([sample_line(self.name, step, "eval", one) for one in trajectories[:SAMPLES_KEPT]])
+        self.track({f"{self.name}/eval/{name}": score["mean"] for name, score in scores.items()}, step)
+        self.display.score(step, {name: scores[name] for name in self.progress.columns if name in scores})
+        metric = self.recipe.evaluation.metric or self.evaluator.suite.metrics[0]
+        if metric not in scores:
+            raise RecipeError(f"evaluation.metric: there is no metric '{metric}'{did_you_mean(metric, scores)}")
+        best, value = self.progress.best, scores[metric]["mean"]
+        if step > 0 and (best is None or value > best["value"]):
+            self.progress.best = {"step": step, "metric": metric, "value": value}
+
+    def _record_samples(self, step: int, trajectories: list[Trajectory]) -> None:
+        if not self.source.fresh:
+            return
+        chosen = [one for one in trajectories if one.failure] + [one for one in trajectories if not one.failure]
+        self.run.record_samples([sample_line(self.name, step, "train", one) for one in chosen[:SAMPLES_KEPT]])
+
+    # ----------------------------------------------------------------------------------------------------- checkpoints
+    def _resume(self) -> None:
+        found = self.run.checkpoints(self.name)
+        if found:
+            self.progress = checkpoint.load(found[-1], self.policy, self.objective, self.updater)
+            self.display.say(f"resumed stage {self.name} at step {self.progress.step}")
+        self.run.cut(self.name, self.progress.step if found else -1)
+
+    def _save(self) -> None:
+        self._checkpoint(checkpoint.checkpoint_path(self.run, self.name, self.progress.step))
+        best = self.progress.best["step"] if self.progress.best else None
+        self.run.prune(self.name, self.recipe.training.keep_checkpoints, best)
+
+    def _checkpoint(self, target: Path) -> None:
+        checkpoint.save(
+            self.run, self.name, target, self.recipe, self.policy, self.objective, self.updater, self.progress
+        )
+
+
+def measure(trajectories: list[Trajectory]) -> dict[str, float]:
+    """What a step's episodes were like: means of reward, components, metrics and length, and the spread of the reward."""
+    columns: dict[str, list[float]] = {}
+    for trajectory in trajectories:
+        for name, value in {**trajectory.components, **trajectory.metrics}.items():
+            if value is not None:
+                columns.setdefault(f"reward/{name}" if name in trajectory.components else name, []).append(value)
+    means = {name: sum(values) / len(values) for name, values in columns.items()}
+    rewards = [trajectory.reward for trajectory in trajectories if trajectory.reward is not None]
+    if rewards:
+        spread = torch.tensor(rewards, dtype=torch.float64)
+        means = {"reward": float(spread.mean()), "reward_std": float(spread.std(correction=0)), **means}
+    return {
+        "length": sum(trajectory.num_actions for trajectory in trajectories) / len(trajectories),
+        "cut": sum(bool(trajectory.cut_turns) for trajectory in trajectories) / len(trajectories),
+        **means,
+    }
+
+
+def mean_of(updates: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+
+
+def sample_line(stage: str, step: int, kind: str, trajectory: Trajectory) -> dict[str, Any]:
+    line = {
+        "stage": stage,
+        "step": step,
+        "kind": kind,
+        "prompt": trajectory.messages or trajectory.prompt,
+        "completion": trajectory.completion,
+        "reward": trajectory.reward,
+        "components": trajectory.components,
+        "metrics": trajectory.metrics,
+    }
+    return line | ({"failure": trajectory.failure} if trajectory.failure else {})
+
+
+def peak_memory_mb() -> int:
+    """Largest resident size of this process so far, or of the accelerator's memory where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() // 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20

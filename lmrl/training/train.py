@@ -1,0 +1,164 @@
+"""Running a recipe from its first stage to its closing table."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmrl.errors import RunError
+from lmrl.recipe import MAIN_STAGE, Recipe
+from lmrl.recipe_files import load_recipe, stages_of
+from lmrl.run import RESULTS_FILE, Run, write_atomically
+from lmrl.training.checkpoint import STATE
+from lmrl.training.display import Display
+from lmrl.training.interrupt import Interrupt, Interrupted
+from lmrl.training.stage import Stage
+
+
+@dataclass
+class Result:
+    """What a finished run left: its folder, the closing table and the final checkpoint."""
+
+    folder: Path
+    scores: dict[str, dict[str, dict[str, Any]]]
+    """By row (data, start, BC, PPO, optimum) and metric: mean, ci95, n."""
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "stages" / MAIN_STAGE / "final"
+
+
+def train(
+    recipe: Recipe | str | Path,
+    overrides: Sequence[str] = (),
+    output: str | Path | None = None,
+    resume: bool = False,
+    display: Display | None = None,
+) -> Result:
+    """Train a recipe: a `Recipe`, a file, or a shipped name such as `random_walks/ppo`.
+
+    output: the run folder (default: a new one under `runs/`). resume: go on with the run in that folder, or start it
+    where there is none. SIGTERM and Ctrl-C save a checkpoint and raise `Interrupted`.
+    """
+    display = display or Display()
+    name = str(recipe) if isinstance(recipe, str | Path) else "recipe"
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    elif overrides:
+        raise RunError("overrides go with a recipe's name or file; a Recipe object is changed by its attributes")
+    folder = Path(output) if output is not None else default_output(name)
+    if resume and (folder / "recipe.yaml").exists():
+        return resume_run(folder, recipe, display)
+    if resume:
+        display.say(f"there is no run in {folder} to resume: starting over")
+    return _execute(Run.create(folder.resolve(), recipe), display)
+
+
+def resume_run(folder: Path, recipe: Recipe | None = None, display: Display | None = None) -> Result:
+    """Go on with a run; recipe: None takes the run's own."""
+    return _execute(Run.resume(folder.resolve(), recipe), display or Display(), resumed=True)
+
+
+def dry_run(recipe: Recipe, display: Display | None = None) -> None:
+    """Try everything a run would do on a tiny scale: every stage, one step, a few episodes, in a temporary folder."""
+    data = recipe.model_dump(mode="json")
+    for section in [data, *data["stages"].values()]:
+        section.setdefault("training", {})["steps"] = 1
+        if (section.get("source") or {}).get("name") == "dataset":
+            section["source"] |= {"episodes": 8, "batch_size": 2}
+    data["rollouts"] |= {"prompts": 2, "samples": min(recipe.rollouts.samples, 2)}
+    data["rollouts"]["max_new_tokens"] = min(recipe.rollouts.max_new_tokens, 8)
+    data["tracking"]["trackers"] = []
+    data["evaluation"]["suite"] = None
+    if recipe.evaluation.suite is not None:
+        from lmrl.evaluation.suites import load_suite
+
+        load_suite(recipe.evaluation.suite, task=recipe.task.model_dump(mode="json", exclude_unset=True))
+    with tempfile.TemporaryDirectory(prefix="lmrl-dry-run-") as scratch:
+        _execute(Run.create(Path(scratch), Recipe.model_validate(data)), display or Display())
+
+
+def default_output(name: str) -> Path:
+    """A fresh folder under `runs/`, named after recipe and time."""
+    path = Path(name)
+    label = "-".join([*path.parts[-2:-1], path.stem]) if not path.is_absolute() else path.stem
+    base = Path("runs") / f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, number = base, 1
+    while folder.exists():
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return folder
+
+
+def _execute(run: Run, display: Display, resumed: bool = False) -> Result:
+    from accelerate import Accelerator
+
+    recipe = run.recipe
+    if recipe.training.threads is not None:
+        torch.set_num_threads(recipe.training.threads)
+    accelerator = Accelerator(log_with=recipe.tracking.trackers or None, project_dir=str(run.folder / "trackers"))
+    if accelerator.num_processes > 1:
+        raise RunError(f"lmrl trains in one process for now, but was launched as {accelerator.num_processes}")
+    if recipe.tracking.trackers:
+        accelerator.init_trackers(recipe.tracking.project, init_kwargs={"wandb": {"name": run.folder.name}})
+    display.say(f"run folder: {run.folder}")
+    if resumed and not any(run.final(name).exists() or run.checkpoints(name) for name in stages_of(recipe)):
+        display.say("there is no checkpoint yet: starting over")
+    previous: Path | None = None
+    offset = 0
+    with Interrupt() as interrupt:
+        try:
+            for name, stage_recipe in stages_of(recipe).items():
+                if run.final(name).exists():
+                    display.say(f"stage {name} is finished: not run again")
+                else:
+                    track = _tracker(accelerator, offset) if recipe.tracking.trackers else None
+                    stage = Stage(run, name, stage_recipe, previous, accelerator.device, display, interrupt, track)
+                    for note in stage.task.notes:
+                        display.say(f"note: {note}")
+                    stage.train()
+                    del stage
+                previous = run.final(name)
+                offset += stage_recipe.training.steps
+        except Interrupted:
+            display.say(f"interrupted; go on with: lmrl train {run.folder} --resume")
+            raise
+    accelerator.end_training()
+    scores, columns = closing_table(run)
+    if scores:
+        display.table("Result", {label: _only(row, columns) for label, row in scores.items()})
+    return Result(run.folder, scores)
+
+
+def _only(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+    return {name: row[name] for name in columns if name in row}
+
+
+def _tracker(accelerator: Any, offset: int) -> Any:
+    return lambda metrics, step: accelerator.log(metrics, step=offset + step)
+
+
+def closing_table(run: Run) -> tuple[dict[str, dict[str, dict[str, Any]]], list[str]]:
+    """Data, start, every stage and the optimum side by side, also written to results.json; and the suite's columns."""
+    rows: dict[str, Any] = {}
+    for number, (name, recipe) in enumerate(stages_of(run.recipe).items()):
+        state = json.loads((run.final(name) / STATE / "trainer.json").read_text())
+        scores, label = state["scores"], state["label"]
+        if "data" in scores:
+            rows["data"] = scores["data"]
+        if number == 0 and recipe.model.path is not None and "start" in scores:
+            rows["start"] = scores["start"]
+        if "last" in scores:
+            rows[label if label not in rows else f"{label} ({name})"] = scores["last"]
+        optimum, columns = scores.get("optimum"), state["columns"]
+    if optimum:
+        rows["optimum"] = optimum
+    write_atomically(run.folder / RESULTS_FILE, json.dumps(rows, indent=2) + "\n")
+    return rows, columns

@@ -1,0 +1,1 @@
+"""What flows: trajectories, and the batches that objectives make of them."""

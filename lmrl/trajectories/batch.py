@@ -1,0 +1,115 @@
+"""Batches: trajectories flattened into what an objective computes on.
+
+Every per-action quantity is a flat tensor over action tokens, so that objectives need neither masks nor padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from lmrl.trajectories.trajectory import Segment, Trajectory
+
+
+@dataclass
+class Sequence:
+    """One segment. `states` are the positions that predict the `targets`: both have one entry an action token (A,)."""
+
+    tokens: torch.Tensor
+    states: torch.Tensor
+    targets: torch.Tensor
+    fields: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Per action token, shape (A,): advantages, returns, old log-probabilities and the like."""
+
+
+@dataclass
+class Microbatch:
+    """Right-padded sequences for one pass. Suffixes: B sequences, T tokens, N action tokens in all."""
+
+    tokens_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    rows_N: torch.Tensor
+    cols_N: torch.Tensor
+    targets_N: torch.Tensor
+    fields: dict[str, torch.Tensor]
+    indices: list[int]
+    """Which sequences of the batch these are."""
+    lengths: list[int]
+    """Action tokens of each."""
+
+    def to(self, device: torch.device) -> Microbatch:
+        for name in ("tokens_BT", "mask_BT", "rows_N", "cols_N", "targets_N"):
+            setattr(self, name, getattr(self, name).to(device))
+        self.fields = {name: value.to(device) for name, value in self.fields.items()}
+        return self
+
+
+@dataclass
+class Batch:
+    sequences: list[Sequence]
+    stats: dict[str, float] = field(default_factory=dict)
+    """What `prepare` measured over the whole batch."""
+
+    @property
+    def num_actions(self) -> int:
+        return sum(len(sequence.targets) for sequence in self.sequences)
+
+    def minibatches(self, rng: np.random.Generator, count: int) -> Iterator[Batch]:
+        """Split at random into `count` parts of nearly equal size (fewer where there are fewer sequences)."""
+        order = rng.permutation(len(self.sequences))
+        for part in np.array_split(order, min(count, len(order))):
+            yield Batch([self.sequences[index] for index in part])
+
+    def microbatches(self, max_tokens: int, pad_id: int) -> list[Microbatch]:
+        """Sort by length and cut wherever the padded size would pass `max_tokens`; a long sequence may stand alone."""
+        order = sorted(range(len(self.sequences)), key=lambda index: len(self.sequences[index].tokens))
+        parts: list[list[int]] = []
+        for index in order:
+            length = len(self.sequences[index].tokens)
+            if parts and length * (len(parts[-1]) + 1) <= max_tokens:
+                parts[-1].append(index)
+            else:
+                parts.append([index])
+        return [self.collate(part, pad_id) for part in parts]
+
+    def collate(self, indices: list[int], pad_id: int) -> Microbatch:
+        chosen = [self.sequences[index] for index in indices]
+        width = max(len(sequence.tokens) for sequence in chosen)
+        tokens = torch.full((len(chosen), width), pad_id, dtype=torch.long)
+        mask = torch.zeros((len(chosen), width), dtype=torch.long)
+        for row, sequence in enumerate(chosen):
+            tokens[row, : len(sequence.tokens)] = sequence.tokens
+            mask[row, : len(sequence.tokens)] = 1
+        lengths = [len(sequence.targets) for sequence in chosen]
+        names = chosen[0].fields
+        return Microbatch(
+            tokens_BT=tokens,
+            mask_BT=mask,
+            rows_N=torch.repeat_interleave(torch.arange(len(chosen)), torch.tensor(lengths)),
+            cols_N=torch.cat([sequence.states for sequence in chosen]),
+            targets_N=torch.cat([sequence.targets for sequence in chosen]),
+            fields={name: torch.cat([sequence.fields[name] for sequence in chosen]) for name in names},
+            indices=indices,
+            lengths=lengths,
+        )
+
+
+def to_sequence(segment: Segment, bootstrap: bool = False) -> Sequence:
+    """Flatten a segment; with `bootstrap`, a last pseudo-action asks for the value of the state after its last token."""
+    tokens = torch.tensor(segment.tokens, dtype=torch.long)
+    actions = torch.tensor(segment.actions, dtype=torch.long)
+    states, targets = actions - 1, tokens[actions]
+    if bootstrap:
+        states = torch.cat([states, torch.tensor([len(tokens) - 1])])
+        targets = torch.cat([targets, torch.zeros(1, dtype=torch.long)])
+    return Sequence(tokens, states, targets)
+
+
+def to_batch(trajectories: list[Trajectory]) -> Batch:
+    """One sequence a segment that holds actions, in order."""
+    return Batch(
+        [to_sequence(segment) for trajectory in trajectories for segment in trajectory.segments if segment.actions]
+    )

@@ -1,0 +1,1 @@
+"""Ready recipes: `lmrl ls` names them, `lmrl cp` copies one to edit."""

@@ -1,0 +1,1 @@
+"""Ready reward functions: copy and edit."""
