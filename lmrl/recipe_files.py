@@ -180,7 +180,9 @@ def _explain(schema: type[BaseModel], document: Document, mistake: dict[str, Any
     kind = mistake["type"]
     if kind == "extra_forbidden":
         parent = _schema_at(schema, document.data, keys[:-1])
-        return f"unknown key '{name}' ({place}){did_you_mean(str(keys[-1]), parent.model_fields if parent else ())}"
+        above = f"{dotted(prefix + keys[:-1])}." if prefix + keys[:-1] else ""
+        valid = [above + name for name in parent.model_fields] if parent else []
+        return f"unknown key '{name}' ({place}){did_you_mean(name, valid)}"
     if kind == "missing":
         return f"missing key '{name}' ({place})"
     if kind in ("union_tag_not_found", "union_tag_invalid"):

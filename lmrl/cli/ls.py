@@ -25,6 +25,8 @@ def command(
     if kind is not None and kind not in KINDS:
         raise RecipeError(f"no kind called '{kind}'{did_you_mean(kind, KINDS)}")
     table = Table(show_header=False, box=None, padding=(0, 3, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column()
     for one in [kind] if kind else KINDS:
         table.add_row(f"[bold]{one}[/bold]", "")
         for name, text in listing(one).items():

@@ -1,0 +1,114 @@
+"""What a recipe will take, computed without torch: batch arithmetic and memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+from lmrl.recipe import Model, Recipe
+
+ADAM_BYTES = 4 + 4 + 8
+"""A trainable parameter: float32 weight, gradient and two moments."""
+PROCESS_MB = 450
+"""Python with torch and transformers imported, before any model."""
+SLICE = 8192
+"""Vocabulary entries projected at a time; the same as lmrl.policy.logprobs.SLICE, which needs torch."""
+
+
+def arithmetic_line(recipe: Recipe) -> str:
+    """prompts x samples -> minibatches -> microbatches -> updates."""
+    a = recipe.arithmetic()
+    width = _tokens_an_episode(recipe)
+    micro = math.ceil(a["episodes_per_minibatch"] * width / recipe.training.microbatch_tokens)
+    return (
+        f"a step: {a['prompts']} prompts x {a['samples']} samples = {a['episodes']} episodes -> "
+        f"{a['minibatches']} minibatches of {a['episodes_per_minibatch']} -> about {micro} microbatches of at most "
+        f"{recipe.training.microbatch_tokens} tokens each -> {a['epochs']} epochs = {a['updates_per_step']} updates; "
+        f"{a['steps']} steps = {a['updates']} updates"
+    )
+
+
+def memory_lines(recipe: Recipe) -> list[str]:
+    """An estimate of peak memory, item by item, or why there is none."""
+    shape = model_shape(recipe.model)
+    if shape is None:
+        return [f"memory: unknown, because '{recipe.model.path}' is not on this machine yet"]
+    lora, reference = recipe.model.lora, getattr(recipe.objective, "kl_coef", 0) > 0
+    total = shape["parameters"]
+    trainable = total if lora is None else lora.r * shape["lora_per_rank"]
+    base_bytes = total * (2 if recipe.model.dtype == "bfloat16" else 4)
+    items = {"weights": base_bytes + (trainable * 4 if lora else 0), "gradients and Adam": trainable * (ADAM_BYTES - 4)}
+    if reference and lora is None:
+        items["reference"] = base_bytes
+    tokens = min(recipe.training.microbatch_tokens, recipe.arithmetic()["episodes"] * _tokens_an_episode(recipe))
+    activation = 2 if "bfloat16" in (recipe.model.dtype, recipe.training.precision) else 4
+    # Attention input, q, k, v, output, two norms and three feed-forward maps are kept for the backward pass.
+    per_token = shape["layers"] * (10 * shape["hidden"] + 4 * shape["intermediate"]) * activation
+    items["activations"] = tokens * per_token
+    items["vocabulary slices"] = 3 * tokens * min(SLICE, shape["vocabulary"]) * 4
+    megabytes = {name: size / 2**20 for name, size in items.items()} | {"python": PROCESS_MB}
+    parts = ", ".join(f"{name} {size:,.0f}" for name, size in megabytes.items())
+    count = f"{total / 1e6:,.2f}M parameters, {trainable / 1e6:,.2f}M trainable"
+    return [f"model: {count}", f"memory: about {sum(megabytes.values()):,.0f} MB ({parts})"]
+
+
+def _tokens_an_episode(recipe: Recipe) -> int:
+    """Tokens of an episode at most; a prompt is guessed where its file has to be read to know."""
+    return recipe.rollouts.max_new_tokens + 16
+
+
+def model_shape(model: Model) -> dict[str, int] | None:
+    """Sizes of the model, from its config and, where it lies on disk, its file header. None: not on this machine."""
+    if model.config is not None:
+        return _shape_of_config(model.config, None)
+    folder = Path(model.path)
+    if not folder.exists():
+        folder = _cached(model.path)
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    return _shape_of_config(json.loads((folder / "config.json").read_text()), _count_parameters(folder))
+
+
+def _shape_of_config(config: dict[str, Any], parameters: int | None) -> dict[str, int]:
+    def get(default: int, *names: str) -> int:
+        return next((config[name] for name in names if config.get(name) is not None), default)
+
+    hidden = get(768, "hidden_size", "n_embd")
+    layers = get(12, "num_hidden_layers", "n_layer")
+    heads = get(12, "num_attention_heads", "n_head")
+    kv = get(heads, "num_key_value_heads") * get(hidden // heads, "head_dim")
+    intermediate = get(4 * hidden, "intermediate_size", "n_inner")
+    vocabulary = get(64, "vocab_size")
+    attention, mlp = 2 * hidden * hidden + 2 * hidden * kv, 3 * hidden * intermediate
+    embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    return {
+        "hidden": hidden,
+        "layers": layers,
+        "intermediate": intermediate,
+        "vocabulary": vocabulary,
+        "parameters": parameters or layers * (attention + mlp) + embeddings,
+        # rank 1 adds input + output width to each linear layer: q, o, k, v, gate, up, down
+        "lora_per_rank": layers * (2 * 2 * hidden + 2 * (hidden + kv) + 3 * (hidden + intermediate)),
+    }
+
+
+def _count_parameters(folder: Path) -> int | None:
+    """Parameters in a folder's safetensors files, from their headers."""
+    total = 0
+    for file in folder.glob("model*.safetensors"):
+        with open(file, "rb") as data:
+            header = json.loads(data.read(struct.unpack("<Q", data.read(8))[0]))
+        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total or None
+
+
+def _cached(name: str) -> Path | None:
+    """The newest snapshot of a hub model in the local cache."""
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    snapshots = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{name.replace('/', '--')}" / "snapshots"
+    found = sorted(snapshots.glob("*"), key=lambda path: path.stat().st_mtime) if snapshots.is_dir() else []
+    return found[-1] if found else None

@@ -1,0 +1,59 @@
+"""Shared fixtures: tiny models and tasks that need no network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+TINY_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture
+def tiny_config() -> dict:
+    return dict(TINY_LLAMA)
+
+
+@pytest.fixture
+def tiny_policy():
+    """A seeded character-level policy from scratch with a value head."""
+    from lmrl.policy.load import load_policy
+    from lmrl.recipe import Model
+
+    torch.manual_seed(0)
+    return load_policy(
+        Model(config=dict(TINY_LLAMA)), texts=lambda: ["abcdefghijklmnopqrstuvwxyz .,!?"], value_head=True
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformers folder with a tiny character-level model and a chat template, standing in for a hub model."""
+    from lmrl.policy.load import load_policy
+    from lmrl.recipe import Model
+
+    torch.manual_seed(0)
+    letters = "\n" + "".join(chr(code) for code in range(32, 127))
+    policy = load_policy(Model(config=dict(TINY_LLAMA) | {"max_position_embeddings": 256}), texts=lambda: [letters])
+    policy.tokenizer.chat_template = (
+        "{% for message in messages %}[{{ message.role }}]{{ message.content }}<eos>\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    folder = tmp_path_factory.mktemp("model")
+    policy.save(folder)
+    return folder

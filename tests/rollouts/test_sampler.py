@@ -1,0 +1,141 @@
+"""The sampler: multi-turn episodes token by token, nothing re-tokenised, failures counted."""
+
+import pytest
+
+from lmrl.environments import TextEnvironment
+from lmrl.errors import EpisodeError, ModelError
+from lmrl.rollouts.engine import Completion, Sampling
+from lmrl.rollouts.render import Renderer
+from lmrl.rollouts.sampler import Sampler
+from lmrl.rollouts.task import Task, split_rows, starts_for
+from lmrl.recipe import Prompts
+from lmrl.trajectories.trajectory import CONTEXT
+
+
+class Countdown(TextEnvironment):
+    """Ends after `start + 1` turns; pays 1 a turn; breaks on demand."""
+
+    num_starts = 4
+
+    def __init__(self, breaks_at: int | None = None, never_ends: bool = False):
+        self.breaks_at, self.never_ends = breaks_at, never_ends
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.start = self.left = options["start"]
+        return f"s{self.left}", {}
+
+    def step(self, action):
+        if self.start == self.breaks_at:
+            raise RuntimeError("out of order")
+        self.left -= 1
+        done = self.left < 0 and not self.never_ends
+        return f"o{max(self.left, 0)}", 1.0, done, False, {"metrics": {"turns": 1}} if done else {}
+
+
+class ScriptedEngine:
+    """Always says `ab` and eos; remembers the contexts it was given."""
+
+    def __init__(self, tokenizer):
+        self.tokens = tokenizer("ab").input_ids + [tokenizer.eos_token_id]
+        self.contexts = []
+
+    def generate(self, prompts, sampling, keys):
+        self.contexts.append([list(prompt) for prompt in prompts])
+        return [Completion(list(self.tokens), [-0.1, -0.2, -0.3], "eos") for _ in prompts]
+
+
+@pytest.fixture
+def tokenizer(tiny_policy):
+    from lmrl.policy.tokenizers import build_tokenizer
+
+    return build_tokenizer("char", ["abos0123456789"])
+
+
+def play(tokenizer, starts, history="all", max_turns=10, samples=1, max_failed=0.5, **options):
+    task = Task(lambda: Countdown(**options), Renderer(tokenizer), [0, 1, 2, 3], [0], max_turns, history, max_failed)
+    engine = ScriptedEngine(tokenizer)
+    decode = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)  # noqa: E731
+    return Sampler(task, engine, decode).play(starts, samples, Sampling(), ("test",)), engine, task
+
+
+def test_turns_share_one_context(tokenizer):
+    (short, long), engine, _ = play(tokenizer, [0, 1])
+    assert short.completion == "ab" and long.completion == "ab\no0\nab"
+    (segment,) = long.segments
+    assert tokenizer.decode(segment.tokens) == "s1ab<eos>o0ab<eos>"
+    assert segment.turns == [CONTEXT, CONTEXT, 0, 0, 0, CONTEXT, CONTEXT, 1, 1, 1]
+    assert segment.rewards == [0, 0, 0, 0, 1.0, 0, 0, 0, 0, 1.0]
+    assert [lp for lp in segment.logprobs if lp is not None] == [-0.1, -0.2, -0.3] * 2
+    assert (long.reward, long.terminated, long.metrics) == (2.0, True, {"turns": 1.0})
+    assert engine.contexts[1] == [segment.tokens[:7]]  # sampled tokens went back in as they were
+
+
+def test_history_of_one_turn_opens_a_segment_each_turn(tokenizer):
+    (episode,), engine, _ = play(tokenizer, [2], history=1)
+    assert [tokenizer.decode(segment.tokens) for segment in episode.segments] == ["s2ab<eos>", "o1ab<eos>", "o0ab<eos>"]
+    assert [segment.turns[-1] for segment in episode.segments] == [0, 1, 2]
+
+
+def test_history_of_two_turns_keeps_the_last_exchange(tokenizer):
+    (episode,), _, _ = play(tokenizer, [2], history=2)
+    texts = [tokenizer.decode(segment.tokens) for segment in episode.segments]
+    assert texts == ["s2ab<eos>", "s2ab<eos>o1ab<eos>", "o1ab<eos>o0ab<eos>"]
+    assert [len(segment.actions) for segment in episode.segments] == [3, 3, 3]  # earlier actions are context now
+
+
+def test_truncated_episode_ends_with_the_next_observation(tokenizer):
+    (episode,), _, _ = play(tokenizer, [0], never_ends=True, max_turns=2)
+    assert not episode.terminated and episode.reward == 2.0
+    assert tokenizer.decode(episode.segments[-1].tokens).endswith("ab<eos>o0")
+    (separate,), _, _ = play(tokenizer, [0], never_ends=True, max_turns=2, history=1)
+    assert not separate.segments[-1].actions and tokenizer.decode(separate.segments[-1].tokens) == "o0"
+
+
+def test_groups_and_start_states(tokenizer):
+    episodes, _, _ = play(tokenizer, [3, 1], samples=2)
+    assert [episode.group for episode in episodes] == [0, 0, 1, 1]
+    assert [episode.prompt for episode in episodes] == ["s3", "s3", "s1", "s1"]
+
+
+def test_a_broken_environment_is_counted_up_to_a_limit(tokenizer):
+    episodes, _, task = play(tokenizer, [0, 1, 2, 3], breaks_at=2)
+    assert [episode.reward for episode in episodes] == [1.0, 2.0, None, 4.0]
+    assert "RuntimeError: out of order" in episodes[2].failure
+    assert len(task.keep_judged(episodes)) == 3
+    task.max_failed = 0.2
+    with pytest.raises(EpisodeError, match="1 of 4 samples.*row 2.*out of order"):
+        task.keep_judged(episodes)
+
+
+def test_chat_template_across_turns(tiny_folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    renderer = Renderer(tokenizer, chat=True, system="be brief")
+    first = tokenizer.decode(renderer.first("hi"))
+    assert first == "[system]be brief<eos>\n[user]hi<eos>\n[assistant]"
+    assert tokenizer.decode(renderer.next("more", ended=True)) == "\n[user]more<eos>\n[assistant]"
+    assert tokenizer.decode(renderer.next("more", ended=False)) == "<eos>\n[user]more<eos>\n[assistant]"
+    messages = [{"role": "user", "content": "a"}]
+    assert tokenizer.decode(Renderer(tokenizer).first(messages)) == "[user]a<eos>\n[assistant]"
+
+
+def test_chat_needs_a_template(tokenizer):
+    with pytest.raises(ModelError, match="chat template"):
+        Renderer(tokenizer, chat=True)
+
+
+def test_starts_go_through_all_in_shuffled_passes():
+    starts = [10, 11, 12, 13, 14]
+    long = starts_for(starts, 0, 15, "seed")
+    assert all(sorted(long[at : at + 5]) == starts for at in (0, 5, 10)) and long[:5] != long[5:10]
+    assert long[3:11] == starts_for(starts, 3, 8, "seed")  # any stretch can be drawn on its own
+    assert starts_for(None, 3, 2, "seed") == [None, None]
+
+
+def test_heldout_rows_are_never_trained_on():
+    training, heldout = split_rows(100, Prompts(path="x", holdout=0.2))
+    assert len(heldout) == 20 and sorted(training + heldout) == list(range(100))
+    assert split_rows(100, Prompts(path="x", holdout=0.2)) == (training, heldout)
+    assert len(split_rows(3, Prompts(path="x", holdout=0.01))[1]) == 1
