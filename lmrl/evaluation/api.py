@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmrl.allocator import keep_freed_memory
 from lmrl.errors import RecipeError
 from lmrl.evaluation.evaluate import Evaluator, Scores
 from lmrl.evaluation.suites import load_suite
@@ -47,17 +48,18 @@ def evaluate(
     """
     import torch
 
+    keep_freed_memory()
     path = str(policy)
     if (Path(path) / "stages").is_dir():
         path = str(final_checkpoint(Path(path), checkpoint))
-    task = None
+    task, dtype = None, "float32"
     if (Path(path) / TASK_FILE).is_file():
         saved = json.loads((Path(path) / TASK_FILE).read_text())
-        task, suite = saved["task"], suite or saved["suite"]
+        task, dtype, suite = saved["task"], saved["dtype"], suite or saved["suite"]
     if suite is None:
         raise RecipeError(f"'{policy}' does not say what it was trained for: name a suite, --suite NAME")
     loaded = load_suite(suite, list(overrides), task)
-    evaluator = Evaluator(open_policy(path, trust_remote_code), loaded)
+    evaluator = Evaluator(open_policy(path, dtype, trust_remote_code), loaded)
     if torch.cuda.is_available():
         evaluator.policy.to("cuda")
     metrics, trajectories = evaluator()

@@ -46,7 +46,9 @@ def load_policy(
         origin = None
     else:
         origin = str(start) if start else options.path
-        model, tokenizer = _open(origin, options)
+        model, tokenizer = _open(
+            origin, options.dtype, options.trust_remote_code, options.revision, trainable=options.lora is not None
+        )
     kind = None
     if options.lora is not None:
         model, kind = _with_lora(model, options.lora, origin, reference)
@@ -60,15 +62,30 @@ def load_policy(
     if reference and kind is None:
         kind = copy.deepcopy(model).requires_grad_(False).eval()
     policy = Policy(model, tokenizer, value_head=value_head, reference=kind if reference else None)
+    _match_arithmetic(policy, options.dtype)
     if start is not None:
         policy.load_value_head(start)
     return policy
 
 
-def open_policy(path: str, trust_remote_code: bool = False) -> Policy:
+def open_policy(path: str, dtype: str = "float32", trust_remote_code: bool = False) -> Policy:
     """Any saved policy, to be used and not trained: hub name, folder, GGUF file, adapter or run."""
-    model, tokenizer = _open(path, Model(path=path, trust_remote_code=trust_remote_code))
-    return Policy(model.requires_grad_(False), tokenizer)
+    model, tokenizer = _open(path, dtype, trust_remote_code)
+    policy = Policy(model.requires_grad_(False), tokenizer)
+    _match_arithmetic(policy, dtype)
+    return policy
+
+
+def _match_arithmetic(policy: Policy, dtype: str) -> None:
+    """Beside bfloat16 base weights, compute adapters in bfloat16 too, although their weights are float32.
+
+    Otherwise peft keeps a float32 copy of every adapter's input for the backward pass.
+    """
+    if dtype == "bfloat16":
+        policy.autocast_dtype = torch.bfloat16
+        for module in policy.model.modules():
+            if hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = False
 
 
 @torch.no_grad()
@@ -79,7 +96,7 @@ def load_weights(policy: Policy, folder: Path) -> None:
 
         set_peft_model_state_dict(policy.model, load_peft_weights(str(folder), device="cpu"), adapter_name="default")
     else:
-        saved, _ = _open(str(folder), Model(path=str(folder)))
+        saved, _ = _open(str(folder))
         for own, other in zip(policy.model.parameters(), saved.parameters(), strict=True):
             own.copy_(other)
     policy.load_value_head(folder)
@@ -106,31 +123,38 @@ def _from_scratch(options: Model, texts: Callable[[], Iterable[str]]) -> tuple[n
     return model, tokenizer
 
 
-def _open(path: str, options: Model) -> tuple[nn.Module, Any]:
-    """Model and tokenizer; a peft model where `path` is an adapter."""
+def _open(
+    path: str,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    trainable: bool = False,
+) -> tuple[nn.Module, Any]:
+    """Model and tokenizer; a peft model where `path` is an adapter, which is then `trainable` or frozen."""
     folder = Path(path)
     if (folder / "stages").is_dir():
         from lmrl.run import final_checkpoint
 
         folder = final_checkpoint(folder)
         path = str(folder)
-    dtype = getattr(torch, options.dtype)
     if (folder / ADAPTER_CONFIG).exists():
         from peft import PeftModel
 
         base = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-        model, tokenizer = _open(base, options)
-        model = PeftModel.from_pretrained(model, path, is_trainable=options.lora is not None)
+        model, tokenizer = _open(base, dtype, trust_remote_code)
+        model = PeftModel.from_pretrained(model, path, is_trainable=trainable)
         if (folder / "tokenizer_config.json").exists():
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         return model, tokenizer
-    arguments = {"trust_remote_code": options.trust_remote_code, "revision": options.revision or "main"}
+    arguments = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     name = path
     if path.endswith(".gguf"):
         name, arguments = str(folder.parent), {"gguf_file": folder.name}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **arguments)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **arguments)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), use_safetensors=True, **arguments
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"model.path: '{path}' cannot be loaded: {reason}") from error

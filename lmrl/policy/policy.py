@@ -49,7 +49,8 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.linear(hidden.to(self.linear.weight.dtype)).squeeze(-1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.linear(hidden.to(self.linear.weight.dtype)).squeeze(-1)
 
 
 class Policy(nn.Module):
@@ -139,6 +140,16 @@ class Policy(nn.Module):
             if want.values:
                 outputs.values = self.value_head(hidden_ND.detach() if want.detach_values else hidden_ND)
         return outputs
+
+    def next_token_logits(self, **inputs: Any) -> torch.Tensor:
+        """Logits after the last position of each row, shape (B, V), for decoding; takes what the trunk takes."""
+        lm = self.causal_lm
+        with self._autocast():
+            if not self.splits_head:
+                return lm(**inputs).logits[:, -1]
+            # Two dimensions: a (B, 1, D) slice would make a batched product that copies the vocabulary matrix B times.
+            hidden_BD = getattr(lm, lm.base_model_prefix)(**inputs).last_hidden_state[:, -1]
+            return lm.get_output_embeddings()(hidden_BD)
 
     def _autocast(self):
         dtype = self.autocast_dtype

@@ -44,7 +44,7 @@ class HFEngine:
         self, prompts: list[list[int]], sampling: Sampling, keys: list[tuple[int | str, ...]]
     ) -> list[Completion]:
         policy, device = self.policy, self.policy.device
-        lm, eos = policy.causal_lm, policy.eos_ids
+        eos = policy.eos_ids
         width = max(map(len, prompts))
         tokens_BT = torch.full((len(prompts), width), policy.pad_id)
         mask_BT = torch.zeros((len(prompts), width), dtype=torch.long)
@@ -54,21 +54,15 @@ class HFEngine:
         uniforms = np.stack([stream(*key).random(sampling.max_new_tokens) for key in keys])
         inputs, mask_BT = tokens_BT.to(device), mask_BT.to(device)
         positions = (mask_BT.cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache(config=lm.config)
+        cache = DynamicCache(config=policy.causal_lm.config)
         completions = [Completion([], [], "length") for _ in prompts]
         active = list(range(len(prompts)))
 
         for column in range(sampling.max_new_tokens):
             self.checkpoint()
-            with policy._autocast():
-                logits_BV = lm(
-                    input_ids=inputs,
-                    attention_mask=mask_BT,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                ).logits[:, -1]
+            logits_BV = policy.next_token_logits(
+                input_ids=inputs, attention_mask=mask_BT, position_ids=positions, past_key_values=cache, use_cache=True
+            )
             chosen_B, logprobs_B = draw(logits_BV.float(), sampling, uniforms[active, column])
             chosen, logprobs = chosen_B.tolist(), logprobs_B.tolist()
             going = []

@@ -59,8 +59,12 @@ def save(run: Run, stage: str, target: Path, recipe: Recipe, policy: Policy, obj
 
 def save_task(folder: Path, recipe: Recipe) -> None:
     """Leave the task beside the weights, so that a checkpoint can be scored without its run."""
-    task = {"task": recipe.task.model_dump(mode="json"), "suite": recipe.evaluation.suite}
-    (folder / TASK_FILE).write_text(json.dumps(task, indent=2) + "\n")
+    saved = {
+        "task": recipe.task.model_dump(mode="json", exclude_unset=True),
+        "suite": recipe.evaluation.suite,
+        "dtype": recipe.model.dtype,
+    }
+    (folder / TASK_FILE).write_text(json.dumps(saved, indent=2) + "\n")
 
 
 def load(folder: Path, policy: Policy, objective: Objective, updater: Updater) -> Progress:

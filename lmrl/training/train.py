@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lmrl.allocator import keep_freed_memory
 from lmrl.errors import RunError
 from lmrl.recipe import MAIN_STAGE, Recipe
 from lmrl.recipe_files import load_recipe, stages_of
@@ -100,6 +101,7 @@ def default_output(name: str) -> Path:
 def _execute(run: Run, display: Display, resumed: bool = False) -> Result:
     from accelerate import Accelerator
 
+    keep_freed_memory()
     recipe = run.recipe
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)

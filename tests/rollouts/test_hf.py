@@ -45,13 +45,13 @@ def test_finished_rows_leave_the_batch(tiny_policy, monkeypatch):
     """With an eos that comes early, later passes are narrower, and what stays is unchanged."""
     tiny_policy.causal_lm.generation_config.eos_token_id = list(range(0, 14))
     sizes = []
-    original = tiny_policy.causal_lm.forward
+    original = tiny_policy.causal_lm.model.forward
 
     def watched(*args, **kwargs):
         sizes.append(len(kwargs["input_ids"]))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(tiny_policy.causal_lm, "forward", watched)
+    monkeypatch.setattr(tiny_policy.causal_lm.model, "forward", watched)
     prompts = PROMPTS * 4
     completions = HFEngine(tiny_policy).generate(prompts, Sampling(max_new_tokens=16), keys(len(prompts)))
     monkeypatch.undo()
