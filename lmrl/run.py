@@ -97,6 +97,9 @@ class Run:
     def cut(self, stage: str, step: int) -> None:
         """Drop recorded lines of later steps and stages, and a torn last line: they will be written again."""
         order = [*self.recipe.stages, MAIN_STAGE]
+        for file in self._files.values():  # the files are about to be replaced
+            file.close()
+        self._files.clear()
         for name in (METRICS_FILE, SAMPLES_FILE):
             path = self.folder / name
             if not path.exists():

@@ -25,6 +25,7 @@ for verb in (ls, cp, show, train, eval, replay):
 def main() -> None:
     """Entry point: a mistake of the user's is one line and exit code 2; `--debug` shows the traceback."""
     debug = "--debug" in sys.argv
+    sys.stdout.reconfigure(line_buffering=True)  # a log file should show a run as it goes on
     try:
         app(args=[argument for argument in sys.argv[1:] if argument != "--debug"], standalone_mode=True)
     except LmrlError as error:

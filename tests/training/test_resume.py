@@ -1,0 +1,166 @@
+"""Exact resume: however a run is stopped, its weights and metrics end up equal to the bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lmrl.errors import RunError
+from lmrl.recipe_files import load_recipe
+from lmrl.training import resume_run, train
+
+SMALL = [
+    "training.steps=6",
+    "training.checkpoint_every=2",
+    "stages.warmup.training.steps=4",
+    "stages.warmup.source.episodes=40",
+    "stages.warmup.source.batch_size=16",
+    "rollouts.prompts=4",
+    "rollouts.samples=2",
+    "model.config.hidden_size=16",
+    "model.config.intermediate_size=32",
+    "objective.kl_coef=0.1",
+    "objective.kl_target=1",
+    "evaluation.every=3",
+]
+
+# Runs `lmrl train` and sends this very process a signal at the n-th call of a function of lmrl.run: `record` is a line
+# of metrics just written, `_fsync` the middle of writing a checkpoint, before the rename that makes it visible.
+DRIVER = """
+import os, signal, sys
+import lmrl.run
+where, count, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+home = lmrl.run.Run if where == "record" else lmrl.run
+original, calls = getattr(home, where), 0
+def stop(*args):
+    global calls
+    calls += 1
+    result = original(*args)
+    if calls == count:
+        os.kill(os.getpid(), number)
+    return result
+setattr(home, where, stop)
+sys.argv = ["lmrl", *sys.argv[4:]]
+from lmrl.cli import main
+main()
+"""
+
+
+def launch(tmp_path: Path, stop: tuple[str, int, int], *arguments: str) -> subprocess.CompletedProcess:
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    command = [sys.executable, str(driver), *map(str, stop), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "time"} for line in lines]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert metrics(a) == metrics(b)
+    assert (a / "samples.jsonl").read_text() == (b / "samples.jsonl").read_text()
+    assert (a / "results.json").read_text() == (b / "results.json").read_text()
+    files = sorted(path.relative_to(a) for path in (a / "stages").glob("*/final/**/*.safetensors"))
+    assert len(files) >= 3
+    for file in files:
+        assert (a / file).read_bytes() == (b / file).read_bytes(), file
+
+
+def test_killed_again_and_again(tmp_path):
+    """SIGKILL in six places, a torn line and a SIGTERM; the resumed run equals the uninterrupted one."""
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    command = ["train", "random_walks/ppo", *SMALL, "--output"]
+    done = launch(tmp_path, ("record", 10**6, signal.SIGKILL), *command, str(whole))
+    assert done.returncode == 0, done.stderr
+
+    kill, term = int(signal.SIGKILL), int(signal.SIGTERM)
+    first = launch(tmp_path, ("record", 2, kill), *command, str(torn))  # before any checkpoint
+    assert first.returncode == -kill
+    stops = [
+        # what stops the process, what the resumed process says first
+        (("_fsync", 3, kill), "there is no checkpoint yet: starting over"),  # in the warm-up's first checkpoint
+        (("record", 5, kill), "starting over"),  # between two checkpoints of the warm-up
+        (("_fsync", 12, kill), "resumed stage warmup at step 2"),  # around the end of the warm-up
+        (("record", 4, term), "warmup"),  # in the second stage, asked politely
+        (("record", 2, kill), "resumed stage main"),
+    ]
+    for stop, said in stops:
+        with open(torn / "metrics.jsonl", "a") as file:
+            file.write('{"stage": "main", "st')  # a line the kernel had only half of
+        done = launch(tmp_path, stop, "train", str(torn), "--resume")
+        assert said in done.stdout, (stop, done.stdout, done.stderr)
+        assert done.returncode == (143 if stop[2] == term else -kill), (stop, done.stdout, done.stderr)
+        if stop[2] == term:
+            assert "saved a checkpoint at step" in done.stdout
+    done = launch(tmp_path, ("record", 10**6, kill), "train", "random_walks/ppo", *SMALL, "--output", str(torn), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "stage warmup is finished: not run again" in done.stdout
+    assert_same_run(whole, torn)
+    assert not list(torn.glob("stages/**/.writing-*"))
+
+
+def prompt_recipe(tmp_path: Path, tiny_folder: Path, **changes) -> Path:
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(12)))
+    (tmp_path / "mine.py").write_text("def vowels(completions, **_): return [sum(c < 'P' for c in t) for t in completions]")
+    data = {
+        "model": {"path": str(tiny_folder), "lora": {"r": 4, "alpha": 8, "dropout": 0.1}, "dtype": "bfloat16"},
+        "task": {"prompts": {"path": "prompts.jsonl"}, "rewards": [{"function": "mine.py:vowels"}]},
+        "rollouts": {"prompts": 4, "max_new_tokens": 6},
+        "objective": {"name": "ppo", "kl_coef": 0.1, "kl_target": 2.0, "minibatches": 2},
+        "optimizer": {"lr": 1e-2, "schedule": "cosine"},
+        "training": {"steps": 4, "checkpoint_every": 1, "threads": 1},
+    } | changes
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data))
+    return tmp_path / "mine.yaml"
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "adapter_after_adapter"])
+def test_interrupted_at_a_step(tmp_path, tiny_folder, monkeypatch, kind):
+    """Adapters with dropout, full weights, and a stage whose reference is a second adapter."""
+    changes = {}
+    if kind == "full":
+        changes["model"] = {"path": str(tiny_folder)}
+    if kind == "adapter_after_adapter":
+        changes["stages"] = {"first": {"training": {"steps": 2}, "objective": {"kl_coef": 0.0, "kl_target": None}}}
+    recipe = load_recipe(prompt_recipe(tmp_path, tiny_folder, **changes))
+    train(recipe, output=tmp_path / "whole")
+
+    from lmrl.training.stage import Stage
+
+    original = Stage._step
+
+    def broken(self, step):
+        if self.name == "main" and step == 3:
+            raise RuntimeError("pulled the plug")
+        original(self, step)
+
+    monkeypatch.setattr(Stage, "_step", broken)
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        train(recipe, output=tmp_path / "torn")
+    monkeypatch.undo()
+    resume_run(tmp_path / "torn")
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "torn")
+    for file in (tmp_path / "whole").glob("stages/main/final/**/*.safetensors"):
+        other = tmp_path / "torn" / file.relative_to(tmp_path / "whole")
+        assert file.read_bytes() == other.read_bytes(), file
+    kls = [line["kl"] for line in metrics(tmp_path / "whole") if line["stage"] == "main" and line["kind"] == "train"]
+    assert kls[0] == pytest.approx(0, abs=1e-6) and abs(kls[-1]) > 1e-4  # the reference stays where the stage began
+
+
+def test_a_run_is_not_overwritten_nor_mixed_up(tmp_path, tiny_folder):
+    recipe = load_recipe(prompt_recipe(tmp_path, tiny_folder), ["training.steps=1"])
+    train(recipe, output=tmp_path / "run")
+    with pytest.raises(RunError, match="exists and is not empty: resume it with --resume"):
+        train(recipe, output=tmp_path / "run")
+    other = load_recipe(tmp_path / "mine.yaml", ["training.steps=1", "training.seed=1"])
+    with pytest.raises(RunError, match="'training.seed' differs"):
+        train(other, output=tmp_path / "run", resume=True)
+    harmless = load_recipe(tmp_path / "mine.yaml", ["training.steps=1", "training.keep_checkpoints=5"])
+    train(harmless, output=tmp_path / "run", resume=True)
