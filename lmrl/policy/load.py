@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from lmrl.errors import ModelError
+from lmrl.errors import ModelError, did_you_mean
 from lmrl.policy.policy import REFERENCE_ADAPTER, Policy
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import Lora, Model
@@ -111,10 +111,11 @@ def _from_scratch(options: Model, texts: Callable[[], Iterable[str]]) -> tuple[n
         raise ModelError("model.config: needs a `model_type` of transformers, for instance llama or gpt2")
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     try:
+        known = transformers.AutoConfig.for_model(kind)
+        names = {*known.to_dict(), *known.attribute_map}
+        for name in set(settings) - names:  # transformers would keep an unknown setting and ignore it
+            raise ModelError(f"model.config: '{kind}' has no setting '{name}'{did_you_mean(name, names)}")
         config = transformers.AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **ids, **settings})
-        unknown = [name for name in settings if name not in config.to_dict()]
-        if unknown:
-            raise ModelError(f"model.config: '{kind}' has no setting '{unknown[0]}'")
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"model.config: cannot build '{kind}': {str(error).splitlines()[0]}") from error

@@ -1,0 +1,141 @@
+"""The command line as a person meets it: every verb in a real process, from another folder."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lmrl.recipe_files import shipped_names
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+
+
+def lmrl(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "lmrl", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENV, cwd=cwd, timeout=300)
+
+
+def test_ls(tmp_path):
+    done = lmrl("ls", cwd=tmp_path)
+    assert done.returncode == 0
+    for name in ("random_walks/ppo", "sentiment/ppo", "likelihood", "lmrl.reward_models.sentiment.sentiment", "suites"):
+        assert name in done.stdout
+    assert "ppo" not in lmrl("ls", "suites").stdout
+    assert "did you mean 'suites'" in lmrl("ls", "suite").stderr
+
+
+def test_cp_then_show_and_dry_run(tmp_path):
+    done = lmrl("cp", "random_walks/bc", "mine.yaml", cwd=tmp_path)
+    assert done.stdout.strip() == "mine.yaml" and (tmp_path / "mine.yaml").is_file()
+    assert "exists" in lmrl("cp", "random_walks/bc", "mine.yaml", cwd=tmp_path).stderr
+    done = lmrl("show", "mine.yaml", "training.steps=9", cwd=tmp_path)
+    assert "steps: 9" in done.stdout and "memory: about" in done.stdout
+    assert "1000 prompts" not in done.stdout and "128 prompts x 1 samples = 128 episodes" in done.stdout
+    assert lmrl("cp", "sentiment.py", cwd=tmp_path).returncode == 0 and (tmp_path / "sentiment.py").is_file()
+
+
+@pytest.mark.parametrize("verb", [["--help"], ["ls"], ["show", "random_walks/ppo"]])
+def test_light_verbs_never_import_torch(verb):
+    code = "import sys; sys.argv = ['lmrl', *sys.argv[1:]]\nfrom lmrl.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "print([name for name in ('torch', 'transformers', 'gymnasium', 'numpy') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code, *verb], capture_output=True, text=True, env=ENV)
+    assert done.stdout.strip().endswith("[]"), done.stdout[-200:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "random_walks/pppo"], "lmrl: no recipe called 'random_walks/pppo'; did you mean 'random_walks/ppo'?"),
+        (["train", "random_walks/ppo", "objective.clp=1"], "lmrl: unknown key 'objective.clp'"),
+        (["train"], "lmrl: name a recipe"),
+        (["train", "--resume"], "lmrl: there is no run to resume under runs/"),
+        (["train", "random_walks/ppo", "--resume"], "lmrl: --resume needs the run"),
+        (["eval", "nowhere/at/all", "--suite", "random_walks"], "lmrl: model.path: 'nowhere/at/all' cannot be loaded"),
+        (["eval", ".", "--suite", "random_walk"], "lmrl: no suite called 'random_walk'"),
+        (["replay", "."], "lmrl: . holds no kept minibatch"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, arguments, message):
+    done = lmrl(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback():
+    done = lmrl("show", "nothing", "--debug")
+    assert "Traceback" in done.stderr and "RecipeError" in done.stderr
+
+
+@pytest.mark.parametrize("name", shipped_names("recipes"))
+def test_every_shipped_recipe_is_tried(name, tmp_path, tiny_folder):
+    """A recipe of a hub model is tried with a tiny local one; nothing is left behind."""
+    overrides = [] if name.startswith("random_walks/") else [f"model.path={tiny_folder}", "task.prompts.max_tokens=200"]
+    done = lmrl("train", name, *overrides, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "dry run passed" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_resume_and_eval(tmp_path):
+    """A recipe of one's own with its own environment, objective options and tracker, from another folder."""
+    (tmp_path / "world.py").write_text(
+        "import lmrl\n"
+        "class Echo(lmrl.TextEnvironment):\n"
+        "    num_starts = 3\n"
+        "    def __init__(self, letter='a'): self.letter = letter\n"
+        "    def reset(self, *, seed=None, options=None):\n"
+        "        super().reset(seed=seed)\n"
+        "        return 'xyz'[options['start']], {}\n"
+        "    def step(self, action):\n"
+        "        return '', float(action.count(self.letter)), True, False, {'metrics': {'letters': len(action)}}\n"
+        "    def texts(self): return ['abcxyz']\n"
+    )
+    (tmp_path / "suite.yaml").write_text("task: {environment: world.py:Echo}\nrollouts: {max_new_tokens: 4}\nmetrics: [return]\n")
+    (tmp_path / "echo.yaml").write_text(
+        "model: {config: {model_type: gpt2, n_embd: 16, n_layer: 1, n_head: 2, n_positions: 32}}\n"
+        "task: {environment: world.py:Echo, letter: b}\n"
+        "rollouts: {prompts: 6, max_new_tokens: 4}\n"
+        "objective: {name: ppo}\n"
+        "training: {steps: 3, checkpoint_every: 1, threads: 1}\n"
+        "evaluation: {suite: suite.yaml}\n"
+        "tracking: {trackers: [tensorboard]}\n"
+    )
+    done = lmrl("train", "echo.yaml", "--output", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "evaluation at step 3" in done.stdout and "Result" in done.stdout
+    run = tmp_path / "run"
+    for name in ("recipe.yaml", "versions.json", "metrics.jsonl", "samples.jsonl", "results.json"):
+        assert (run / name).stat().st_size > 0, name
+    assert list((run / "trackers").rglob("events.out.tfevents*"))
+    sample = json.loads((run / "samples.jsonl").read_text().splitlines()[-1])
+    assert {"stage", "step", "prompt", "completion", "reward", "components"} <= set(sample)
+    assert len(list((run / "stages/main/checkpoints").iterdir())) <= 3
+    done = lmrl("train", "run", "--resume", cwd=tmp_path)
+    assert "stage main is finished: not run again" in done.stdout
+    done = lmrl("eval", "run", "--suite", "suite.yaml", "--json", "out/scores.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "out/scores.json").read_text())
+    assert scores["suite"] == "suite.yaml" and scores["policy"] == "run" and scores["metrics"]["return"]["n"] == 3
+    results = json.loads((run / "results.json").read_text())
+    assert scores["metrics"]["return"] == results["PPO"]["return"]
+    bad = (tmp_path / "world.py").read_text().replace("float(action.count(self.letter))", "1 / 0")
+    (tmp_path / "world.py").write_text(bad)
+    done = lmrl("train", "echo.yaml", "--output", "bad", cwd=tmp_path)
+    assert done.returncode == 2 and "environment failed on" in done.stderr and "ZeroDivisionError" in done.stderr
+
+
+def test_light_verbs_answer_at_once():
+    """Best of three, with room for a loaded machine: the promise is under a second on a quiet one."""
+    for verb in (["--help"], ["ls"], ["show", "random_walks/ppo"]):
+        times = []
+        for _ in range(3):
+            started = time.monotonic()
+            assert lmrl(*verb).returncode == 0
+            times.append(time.monotonic() - started)
+        assert min(times) < 3, verb

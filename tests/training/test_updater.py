@@ -1,0 +1,100 @@
+"""The updater: one gradient however the minibatch is cut, schedules, and non-finite steps."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from lmrl.errors import NonFiniteError
+from lmrl.objectives.base import Loss, Objective
+from lmrl.objectives.likelihood import Likelihood
+from lmrl.recipe import LikelihoodObjective, Optimizer
+from lmrl.training.replay import replay
+from lmrl.training.updater import Updater, schedule
+from lmrl.trajectories.batch import to_batch
+from lmrl.trajectories.trajectory import Segment, Trajectory
+
+
+def batch(count: int = 6):
+    trajectories = []
+    for index in range(count):
+        segment = Segment()
+        segment.observe([3, 4, 5][: 1 + index % 3])
+        segment.act([6 + index, 7, 8, 9][: 1 + index % 4], None, 0)
+        trajectories.append(Trajectory([segment], "", ""))
+    return to_batch(trajectories)
+
+
+def gradient(policy, microbatch_tokens):
+    policy.zero_grad()
+    policy.microbatch_tokens = microbatch_tokens
+    updater = Updater(policy, Optimizer(), 10)
+    stats = updater.backward(policy.train(), Likelihood(LikelihoodObjective(name="likelihood")), batch())
+    return stats["loss"], {name: p.grad.clone() for name, p in updater.parameters.items() if p.grad is not None}
+
+
+def test_gradient_does_not_depend_on_microbatches(tiny_policy):
+    policy = tiny_policy.double()
+    whole_loss, whole = gradient(policy, 10_000)
+    for tokens in (1, 8, 20):
+        loss, cut = gradient(policy, tokens)
+        assert loss == pytest.approx(whole_loss, rel=1e-12)
+        for name, value in whole.items():
+            torch.testing.assert_close(cut[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_loss_is_the_mean_over_action_tokens(tiny_policy):
+    loss, _ = gradient(tiny_policy, 10_000)
+    scores = tiny_policy.score(batch())["logprobs"]
+    assert loss == pytest.approx(-float(torch.cat(scores).mean()), rel=1e-5)
+
+
+def test_schedules():
+    factors = [schedule(Optimizer(schedule="linear", warmup_steps=2), step, 6) for step in range(1, 7)]
+    assert factors == pytest.approx([0.5, 1, 1, 0.75, 0.5, 0.25])
+    assert schedule(Optimizer(schedule="cosine"), 3, 4) == pytest.approx(0.5)
+    assert schedule(Optimizer(), 3, 4) == 1
+
+
+class Poison(Objective):
+    """A loss that is not finite at chosen calls."""
+
+    label = "poison"
+
+    def __init__(self, bad: tuple[int, ...] = (), every: bool = False):
+        self.bad, self.every, self.calls = bad, every, 0
+
+    def loss(self, outputs, micro) -> Loss:
+        self.calls += 1
+        factor = math.nan if self.every or self.calls in self.bad else 1.0
+        return Loss(-outputs.logprobs.sum() * factor, len(outputs.logprobs))
+
+
+def test_a_non_finite_step_changes_nothing(tiny_policy):
+    updater = Updater(tiny_policy, Optimizer(lr=0.1), 10)
+    before = {name: p.clone() for name, p in updater.parameters.items()}
+    stats = updater.step(tiny_policy, Poison(bad=(1,)), batch())
+    assert math.isnan(stats["loss"]) and (updater.skipped, updater.skipped_in_a_row) == (1, 1)
+    assert all(torch.equal(before[name], p) for name, p in updater.parameters.items())
+    assert not updater.tensors()
+    updater.step(tiny_policy, Poison(), batch())
+    assert (updater.skipped, updater.skipped_in_a_row) == (1, 0)
+    assert any(not torch.equal(before[name], p) for name, p in updater.parameters.items())
+
+
+def test_the_run_stops_and_keeps_what_broke_it(tmp_path):
+    """A plug-in objective turns bad: its minibatch, seed and recipe are kept, and `lmrl replay` sees it again."""
+    from lmrl.recipe_files import load_recipe
+    from lmrl.training import train
+
+    overrides = [f"objective.name={__file__}:Poison", "objective.every=true", "training.max_nonfinite=2",
+                 "training.steps=5", "source.episodes=20", "source.batch_size=4", "evaluation.suite=null"]
+    with pytest.raises(NonFiniteError, match=r"step 2: 2 updates in a row.*lmrl replay") as caught:
+        train(load_recipe("random_walks/bc", overrides), output=tmp_path / "run")
+    assert caught.value.exit_code == 1
+    (kept,) = (tmp_path / "run" / "nonfinite").iterdir()
+    info = json.loads((kept / "info.json").read_text())
+    assert (info["step"], info["seed"], info["reproduce"]) == (2, 0, f"lmrl replay {kept}")
+    lines = replay(kept)
+    assert "loss nan" in lines[0] and any("gradient of" in line for line in lines)
