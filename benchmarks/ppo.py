@@ -52,7 +52,9 @@ def main() -> None:
     print(f"\n{'':6} {'samples/s':>10} {'step s':>8} {'peak MB':>8}   (median of {args.rounds} rounds)")
     for peer, row in rows.items():
         print(f"{peer:6} {row['samples_per_second']:10.2f} {row['step_seconds']:8.2f} {row['peak_mb']:8.0f}")
-    speed = [a["samples_per_second"] / b["samples_per_second"] for a, b in zip(results["lmrl"], results["trl"], strict=True)]
+    speed = [
+        a["samples_per_second"] / b["samples_per_second"] for a, b in zip(results["lmrl"], results["trl"], strict=True)
+    ]
     memory = [a["peak_mb"] / b["peak_mb"] for a, b in zip(results["lmrl"], results["trl"], strict=True)]
     for name, ratios in (("speed", speed), ("memory", memory)):
         print(f"{name}: lmrl / trl = {statistics.median(ratios):.2f} (rounds {min(ratios):.2f} to {max(ratios):.2f})")

@@ -1,8 +1,8 @@
 """lmrl: fine-tune language models with reinforcement learning, online and from logged data.
 
-    recipe = lmrl.load_recipe("random_walks/ppo", ["training.steps=50"])
-    result = lmrl.train(recipe, output="runs/mine")
-    report = lmrl.evaluate(result.folder, suite="random_walks")
+recipe = lmrl.load_recipe("random_walks/ppo", ["training.steps=50"])
+result = lmrl.train(recipe, output="runs/mine")
+report = lmrl.evaluate(result.folder, suite="random_walks")
 """
 
 from __future__ import annotations

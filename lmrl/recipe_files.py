@@ -279,6 +279,7 @@ def resolve_files(data: Any, beside: Path) -> None:
     resolve(_data_path, "source", "path")
     resolve(_plugin_path, "task", "environment")
     resolve(_plugin_path, "objective", "name")
+    resolve(_suite_path, "evaluation", "suite")
     task = data.get("task") if isinstance(data, dict) else None
     rewards = task.get("rewards") if isinstance(task, dict) else None
     for index, reward in enumerate(rewards if isinstance(rewards, list) else ()):
@@ -304,6 +305,11 @@ def _model_path(name: str, beside: Path, key: str) -> str:
 def _data_path(name: str, beside: Path, key: str) -> str:
     name = str(Path(name).expanduser()) if name.startswith("~") else name
     return find_file(name, beside, key) if _looks_local(name) or Path(name).exists() else name
+
+
+def _suite_path(name: str, beside: Path, key: str) -> str:
+    """A suite's file beside the caller or the recipe; anything else is a shipped name."""
+    return find_file(name, beside, key) if name.endswith((".yaml", ".yml")) else name
 
 
 def _plugin_path(name: str, beside: Path, key: str) -> str:

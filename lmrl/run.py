@@ -30,7 +30,8 @@ from lmrl.errors import RunError
 from lmrl.recipe import MAIN_STAGE, Recipe
 from lmrl.recipe_files import to_yaml
 
-RECIPE_FILE, METRICS_FILE, SAMPLES_FILE, RESULTS_FILE = "recipe.yaml", "metrics.jsonl", "samples.jsonl", "results.json"
+RECIPE_FILE, VERSIONS_FILE, RESULTS_FILE = "recipe.yaml", "versions.json", "results.json"
+METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "gymnasium", "numpy", "tokenizers")
 FREE_TO_CHANGE = (("training", "checkpoint_every"), ("training", "keep_checkpoints"), ("tracking",))
 """Recipe keys that a resumed run may change, because they do not touch what is computed."""
@@ -52,11 +53,12 @@ class Run:
     @classmethod
     def create(cls, folder: Path, recipe: Recipe) -> Run:
         """A new run in an empty or absent folder."""
-        if folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
+        # What a run killed while it was being created leaves behind is no reason to refuse the folder.
+        if folder.exists() and any(path.name not in (".lock", VERSIONS_FILE) for path in _visible(folder)):
             raise RunError(f"{folder} exists and is not empty: resume it with --resume, or choose another --output")
         folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder, recipe)
-        write_atomically(folder / "versions.json", json.dumps(describe_machine(), indent=2) + "\n")
+        write_atomically(folder / VERSIONS_FILE, json.dumps(describe_machine(), indent=2) + "\n")
         write_atomically(folder / RECIPE_FILE, to_yaml(recipe))  # last: a folder with a recipe is a run
         return run
 
@@ -149,6 +151,10 @@ class Run:
                 shutil.rmtree(path)
 
 
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith(".writing-")]
+
+
 def step_name(step: int) -> str:
     return f"step-{step:06d}"
 
@@ -167,9 +173,9 @@ def final_checkpoint(folder: Path, which: str = "final") -> Path:
         raise RunError(f"{folder}: its last stage has no checkpoint yet; resume it with: lmrl train {folder} --resume")
     checkpoints = sorted((stage / "checkpoints").glob("step-*"))
     if which == "best":
-        state = json.loads((([stage / "final"] if (stage / "final").exists() else checkpoints[-1:])[0]
-                            / "state" / "trainer.json").read_text())
-        which = step_name(state["best"]["step"]) if state["best"] else "final"
+        newest = [stage / "final"] if (stage / "final").exists() else checkpoints[-1:]
+        best = json.loads((newest[0] / "state" / "trainer.json").read_text())["best"] if newest else None
+        which = step_name(best["step"]) if best else "final"
     if which == "final":
         if (stage / "final").exists():
             return stage / "final"
@@ -186,7 +192,7 @@ def final_checkpoint(folder: Path, which: str = "final") -> Path:
 
 def latest_run(root: Path = Path("runs")) -> Path:
     """The run folder that was written to last."""
-    found = [path.parent for path in root.glob(f"**/{RECIPE_FILE}") if (path.parent / "versions.json").exists()]
+    found = [path.parent for path in root.glob(f"**/{RECIPE_FILE}") if (path.parent / VERSIONS_FILE).exists()]
     if not found:
         raise RunError(f"there is no run to resume under {root}/: name its folder, lmrl train FOLDER --resume")
     return max(found, key=lambda folder: max(path.stat().st_mtime for path in folder.iterdir()))

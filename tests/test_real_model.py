@@ -50,8 +50,16 @@ def test_learner_and_sampler_agree():
 def test_two_steps_of_the_sentiment_recipe(tmp_path):
     recipe = lmrl.load_recipe(
         "sentiment/ppo",
-        [f"model.path={MODEL}", "training.steps=2", "rollouts.prompts=4", "rollouts.max_new_tokens=8",
-         "objective.value_warmup_steps=0", "evaluation.suite=null", "task.prompts.limit=20", "training.checkpoint_every=0"],
+        [
+            f"model.path={MODEL}",
+            "training.steps=2",
+            "rollouts.prompts=4",
+            "rollouts.max_new_tokens=8",
+            "objective.value_warmup_steps=0",
+            "evaluation.suite=null",
+            "task.prompts.limit=20",
+            "training.checkpoint_every=0",
+        ],
     )
     result = lmrl.train(recipe, output=tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

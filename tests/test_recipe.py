@@ -40,18 +40,33 @@ def test_a_resolved_recipe_reads_back_as_itself(name, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("clip: 0.1", "clp: 0.1"), r"unknown key 'objective.clp' \(.*mine.yaml, line 9\); did you mean 'objective.clip'\?"),
+        (
+            ("clip: 0.1", "clp: 0.1"),
+            r"unknown key 'objective.clp' \(.*mine.yaml, line 9\); did you mean 'objective.clip'\?",
+        ),
         (("objective:\n", "objectiv:\n"), r"missing key 'objective' \(.*mine.yaml\).*and 1 more"),
-        (("graph: 3", "graph: three"), r"wrong value for 'task.graph' \(.*mine.yaml, line 6\): input should be a valid integer.*'three'"),
-        (("name: ppo", "name: pppo"), r"'objective.name' names no known objective: 'pppo' \(.*line 8\); did you mean 'ppo'"),
-        (("environment: random_walks", "environment: randomwalks"), r"'task.environment' names no known task: 'randomwalks' \(.*line 5\); did you mean 'random_walks'"),
+        (
+            ("graph: 3", "graph: three"),
+            r"wrong value for 'task.graph' \(.*mine.yaml, line 6\): input should be a valid integer.*'three'",
+        ),
+        (
+            ("name: ppo", "name: pppo"),
+            r"'objective.name' names no known objective: 'pppo' \(.*line 8\); did you mean 'ppo'",
+        ),
+        (
+            ("environment: random_walks", "environment: randomwalks"),
+            r"'task.environment' names no known task: 'randomwalks' \(.*line 5\); did you mean 'random_walks'",
+        ),
         (("  graph: 3", "  graph: 3\n  graph: 4"), r"key 'task.graph' stands twice \(.*line 6 and .*line 7\)"),
         (("model:", "model: ["), r"mine.yaml, line \d+: not valid YAML"),
         (("config: {model_type: llama}", "dtype: float32"), r"model: needs `path`.*or `config`"),
         (("clip: 0.1", "kl_target: 6"), r"objective: `kl_target` adapts `kl_coef`"),
         (("task:", "rollouts: {top_p: 0.9}\ntask:"), r"truncated sampling biases.*rollouts.top_p=1"),
         (("task:", "source: {name: dataset, player: random}\ntask:"), r"'ppo' learns from its own fresh episodes"),
-        (("  environment: random_walks\n  graph: 3", "  environment: missing.py:Mine"), r"task.environment: file 'missing.py' does not exist"),
+        (
+            ("  environment: random_walks\n  graph: 3", "  environment: missing.py:Mine"),
+            r"task.environment: file 'missing.py' does not exist",
+        ),
         (("  config: {model_type: llama}", "  path: ./nowhere"), r"model.path: file './nowhere' does not exist"),
     ],
 )

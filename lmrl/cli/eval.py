@@ -11,7 +11,9 @@ from lmrl.cli.common import Debug, Overrides
 
 
 def command(
-    policy: Annotated[str, typer.Argument(help="A run folder, a checkpoint, a model folder, a GGUF file or a hub name")],
+    policy: Annotated[
+        str, typer.Argument(help="A run folder, a checkpoint, a model folder, a GGUF file or a hub name")
+    ],
     overrides: Overrides = None,
     suite: Annotated[
         str | None, typer.Option("--suite", "-s", help="A suite's file or name (default: the run's own)")

@@ -52,7 +52,9 @@ def _rewards() -> dict[str, str]:
     found = {}
     for path in sorted(shipped("reward_models").glob("*.py")):
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith(
+                "_"
+            ):
                 text = (ast.get_docstring(node) or "").split("\n")[0]
                 found[f"lmrl.reward_models.{path.stem}.{node.name}"] = text
     return found

@@ -25,5 +25,7 @@ def environment_factory(task: Any) -> Callable[[], Any]:
         raise PluginError(f"task: environment '{task.environment}' does not take these options: {error}") from error
     for method in ("reset", "step"):
         if not callable(getattr(environment, method, None)):
-            raise PluginError(f"task.environment: '{task.environment}' has no {method}(): it is no gymnasium environment")
+            raise PluginError(
+                f"task.environment: '{task.environment}' has no {method}(): it is no gymnasium environment"
+            )
     return make

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lmrl.allocator import keep_freed_memory
 from lmrl.errors import RecipeError

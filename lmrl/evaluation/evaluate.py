@@ -39,9 +39,7 @@ class Evaluator:
         """Play the suite. Episodes draw the same random numbers every time, so two scores are paired."""
         name = ("suite", self.suite.seed)
         before = self.policy.temperature
-        trajectories = self.task.keep_judged(
-            self.sampler.play(self.starts(), self.suite.samples, self.sampling, name)
-        )
+        trajectories = self.task.keep_judged(self.sampler.play(self.starts(), self.suite.samples, self.sampling, name))
         extra = {}
         if self.policy.has_reference:
             self.policy.temperature = self.sampling.temperature or 1.0

@@ -120,7 +120,9 @@ def _from_scratch(options: Model, texts: Callable[[], Iterable[str]]) -> tuple[n
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"model.config: cannot build '{kind}': {str(error).splitlines()[0]}") from error
     if config.vocab_size < len(tokenizer):
-        raise ModelError(f"model.config.vocab_size: {config.vocab_size} is less than the vocabulary of {len(tokenizer)}")
+        raise ModelError(
+            f"model.config.vocab_size: {config.vocab_size} is less than the vocabulary of {len(tokenizer)}"
+        )
     return model, tokenizer
 
 

@@ -61,7 +61,9 @@ def _load(spec: Reward, key: str) -> RewardFunction:
     names = {parameter.name for parameter in parameters}
     unknown = set() if takes_all else set(options) - names
     if unknown:
-        raise PluginError(f"{key}: '{spec.function}' takes no option '{sorted(unknown)[0]}' (it takes {', '.join(names)})")
+        raise PluginError(
+            f"{key}: '{spec.function}' takes no option '{sorted(unknown)[0]}' (it takes {', '.join(names)})"
+        )
 
     def call(**arguments: Any) -> Any:
         chosen = {name: value for name, value in arguments.items() if takes_all or name in names}
@@ -168,9 +170,9 @@ def _arguments(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
 
 
 def drop_failed(trajectories: Sequence[Trajectory], max_failed: float, what: str) -> list[Trajectory]:
-    """The judged trajectories. Raises when more than `max_failed` of them could not be judged, naming the first."""
+    """The judged trajectories. Raises when more than `max_failed` of them, or all, could not be judged."""
     failed = [(row, trajectory) for row, trajectory in enumerate(trajectories) if trajectory.reward is None]
-    if len(failed) > max_failed * len(trajectories):
+    if len(failed) > max_failed * len(trajectories) or len(failed) == len(trajectories):
         row, first = failed[0]
         error = RewardError if what == "reward" else EpisodeError
         raise error(

@@ -34,7 +34,9 @@ class HFEngine:
         try:
             for first in range(0, len(order), self.slots):
                 chosen = order[first : first + self.slots]
-                completions = self._decode([prompts[index] for index in chosen], sampling, [keys[index] for index in chosen])
+                completions = self._decode(
+                    [prompts[index] for index in chosen], sampling, [keys[index] for index in chosen]
+                )
                 done.update(zip(chosen, completions, strict=True))
         finally:
             self.policy.train(was_training)

@@ -109,9 +109,7 @@ class Sampler:
             segments.append(segment)
         return list(segments[-1].tokens)
 
-    def _act(
-        self, episode: _Episode, tokens: list[int], logprobs: list[float] | None, text: str, end: str
-    ) -> None:
+    def _act(self, episode: _Episode, tokens: list[int], logprobs: list[float] | None, text: str, end: str) -> None:
         trajectory, segment = episode.trajectory, episode.trajectory.segments[-1]
         if self.task.history != "all":
             seen = self.task.renderer.first(episode.observation) if not self.task.renderer.chat else []

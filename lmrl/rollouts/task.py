@@ -100,7 +100,9 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
     chat = prompts.chat or any(isinstance(row[prompts.column], list) for row in rows)
     renderer = Renderer(tokenizer, chat, prompts.system)
     short = [row for row in rows if len(renderer.first(row[prompts.column])) <= prompts.max_tokens]
-    notes = [f"{len(rows) - len(short)} of {len(rows)} prompts are longer than task.prompts.max_tokens={prompts.max_tokens}"]
+    notes = [
+        f"{len(rows) - len(short)} of {len(rows)} prompts are longer than task.prompts.max_tokens={prompts.max_tokens}"
+    ]
     if not short:
         raise DataError(f"{prompts.path}: every prompt is longer than task.prompts.max_tokens={prompts.max_tokens}")
     training, heldout = split_rows(len(short), prompts)

@@ -41,8 +41,16 @@ class Progress:
     """Samples that could not be judged."""
 
 
-def save(run: Run, stage: str, target: Path, recipe: Recipe, policy: Policy, objective: Objective, updater: Updater,
-         progress: Progress) -> None:
+def save(
+    run: Run,
+    stage: str,
+    target: Path,
+    recipe: Recipe,
+    policy: Policy,
+    objective: Objective,
+    updater: Updater,
+    progress: Progress,
+) -> None:
     """Write a checkpoint folder; it appears whole or not at all."""
 
     def write(folder: Path) -> None:
@@ -82,8 +90,16 @@ def checkpoint_path(run: Run, stage: str, step: int) -> Path:
 
 
 # -------------------------------------------------------------------------------------------------- non-finite minibatches
-def save_nonfinite(run: Run, stage: str, step: int, policy: Policy, objective: Objective, minibatch: Any,
-                   stats: dict[str, float], seed: int) -> Path:
+def save_nonfinite(
+    run: Run,
+    stage: str,
+    step: int,
+    policy: Policy,
+    objective: Objective,
+    minibatch: Any,
+    stats: dict[str, float],
+    seed: int,
+) -> Path:
     """Keep a minibatch whose loss or gradient is not finite, with all that is needed to see it again."""
     target = run.folder / "nonfinite" / f"{stage}-{step_name(step)}"
 
@@ -94,9 +110,14 @@ def save_nonfinite(run: Run, stage: str, step: int, policy: Policy, objective: O
             own = {"tokens": sequence.tokens, "states": sequence.states, "targets": sequence.targets, **sequence.fields}
             tensors |= {f"{index:05d}.{name}": tensor.clone().contiguous() for name, tensor in own.items()}
         save_file(tensors, folder / "batch.safetensors")
-        info = {"stage": stage, "step": step, "seed": seed, "objective": objective.state(),
-                "stats": {name: str(value) for name, value in stats.items()},
-                "reproduce": f"lmrl replay {target}"}
+        info = {
+            "stage": stage,
+            "step": step,
+            "seed": seed,
+            "objective": objective.state(),
+            "stats": {name: str(value) for name, value in stats.items()},
+            "reproduce": f"lmrl replay {target}",
+        }
         (folder / "info.json").write_text(json.dumps(info, indent=2) + "\n")
         (folder / "recipe.yaml").write_text((run.folder / "recipe.yaml").read_text())
 

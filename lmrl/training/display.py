@@ -83,7 +83,9 @@ def score_table(title: str, rows: dict[str, dict[str, dict[str, Any]]]) -> Table
     table.add_column("n", justify="right")
     for label, scores in rows.items():
         counts = {str(score["n"]) for score in scores.values()}
-        table.add_row(label, *(interval(scores[name]) if name in scores else "" for name in names), "/".join(sorted(counts)))
+        table.add_row(
+            label, *(interval(scores[name]) if name in scores else "" for name in names), "/".join(sorted(counts))
+        )
     return table
 
 

@@ -38,7 +38,9 @@ def replay(folder: Path) -> list[str]:
     for index, sequence in enumerate(batch.sequences):
         for name, tensor in sequence.fields.items():
             if not torch.isfinite(tensor).all():
-                lines.append(f"sequence {index}: {name} is not finite at {(~torch.isfinite(tensor)).nonzero()[:5, 0].tolist()}")
+                lines.append(
+                    f"sequence {index}: {name} is not finite at {(~torch.isfinite(tensor)).nonzero()[:5, 0].tolist()}"
+                )
     for name, parameter in updater.parameters.items():
         if not torch.isfinite(parameter).all():
             lines.append(f"weight {name} is not finite")

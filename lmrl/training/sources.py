@@ -69,7 +69,9 @@ def play_logged(task: Task, player: str, episodes: int, seed: int) -> list[Traje
     """Episodes of a scripted player from random start states."""
     players = getattr(task.make(), "players", ())
     if player not in players:
-        raise RecipeError(f"source.player: the environment has no player '{player}' (it has {', '.join(players) or 'none'})")
+        raise RecipeError(
+            f"source.player: the environment has no player '{player}' (it has {', '.join(players) or 'none'})"
+        )
     rng = stream(seed, "logged", player)
     starts = task.training
     chosen = [None if starts is None else int(rng.choice(starts)) for _ in range(episodes)]

@@ -36,8 +36,17 @@ SAMPLES_KEPT = 8
 class Stage:
     """Everything a stage needs, built from its recipe. `start` is the checkpoint folder of the stage before."""
 
-    def __init__(self, run: runs.Run, name: str, recipe: Recipe, start: Path | None, device: torch.device,
-                 display: Display, interrupt: Interrupt, track: Any = None):
+    def __init__(
+        self,
+        run: runs.Run,
+        name: str,
+        recipe: Recipe,
+        start: Path | None,
+        device: torch.device,
+        display: Display,
+        interrupt: Interrupt,
+        track: Any = None,
+    ):
         self.run, self.name, self.recipe, self.display, self.interrupt = run, name, recipe, display, interrupt
         self.track = track or (lambda metrics, step: None)
         self.seed = recipe.training.seed

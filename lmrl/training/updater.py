@@ -51,7 +51,9 @@ class Updater:
             self.optimizer.zero_grad(set_to_none=True)
             return stats
         if self.options.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.options.max_grad_norm, torch.tensor(norm))
+            torch.nn.utils.clip_grads_with_norm_(
+                self.parameters.values(), self.options.max_grad_norm, torch.tensor(norm)
+            )
         self.optimizer.step()
         self.skipped_in_a_row = 0
         return stats

@@ -41,7 +41,9 @@ def _read_jsonl(file: Path, limit: int | None) -> list[dict[str, Any]]:
                 except json.JSONDecodeError as error:
                     raise DataError(f"{file}, line {number}: not valid JSON: {error.msg}") from error
                 if not isinstance(row, dict):
-                    raise DataError(f"{file}, line {number}: holds a {type(row).__name__}, expected an object with keys")
+                    raise DataError(
+                        f"{file}, line {number}: holds a {type(row).__name__}, expected an object with keys"
+                    )
                 rows.append(row)
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise DataError(f"{file}: cannot be read as text: {error}") from error

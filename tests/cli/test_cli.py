@@ -49,7 +49,10 @@ def test_light_verbs_never_import_torch(verb):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "random_walks/pppo"], "lmrl: no recipe called 'random_walks/pppo'; did you mean 'random_walks/ppo'?"),
+        (
+            ["train", "random_walks/pppo"],
+            "lmrl: no recipe called 'random_walks/pppo'; did you mean 'random_walks/ppo'?",
+        ),
         (["train", "random_walks/ppo", "objective.clp=1"], "lmrl: unknown key 'objective.clp'"),
         (["train"], "lmrl: name a recipe"),
         (["train", "--resume"], "lmrl: there is no run to resume under runs/"),
@@ -96,7 +99,9 @@ def test_train_resume_and_eval(tmp_path):
         "        return '', float(action.count(self.letter)), True, False, {'metrics': {'letters': len(action)}}\n"
         "    def texts(self): return ['abcxyz']\n"
     )
-    (tmp_path / "suite.yaml").write_text("task: {environment: world.py:Echo}\nrollouts: {max_new_tokens: 4}\nmetrics: [return]\n")
+    (tmp_path / "suite.yaml").write_text(
+        "task: {environment: world.py:Echo}\nrollouts: {max_new_tokens: 4}\nmetrics: [return]\n"
+    )
     (tmp_path / "echo.yaml").write_text(
         "model: {config: {model_type: gpt2, n_embd: 16, n_layer: 1, n_head: 2, n_positions: 32}}\n"
         "task: {environment: world.py:Echo, letter: b}\n"

@@ -82,15 +82,25 @@ def reference_loss(new, old, values, old_values, advantage, returns, entropy, re
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"clip_high": 0.4, "value_clip": None}, {"kl_coef": 0.3, "kl_in": "loss"}, {"entropy_coef": 0.1, "clip": 0.05}],
+    [
+        {},
+        {"clip_high": 0.4, "value_clip": None},
+        {"kl_coef": 0.3, "kl_in": "loss"},
+        {"entropy_coef": 0.1, "clip": 0.05},
+    ],
 )
 def test_loss_equals_float64_reference(changes):
     rng = np.random.default_rng(0)
     new, old, ref = (-rng.random((3, 50)) * 2).tolist()
     values, old_values, advantage, returns, entropy = rng.normal(size=(5, 50)).tolist()
     o = options(**changes)
-    fields = {"old_logprobs": old, "old_values": old_values, "advantages": advantage, "returns": returns,
-              "reference_logprobs": ref}
+    fields = {
+        "old_logprobs": old,
+        "old_values": old_values,
+        "advantages": advantage,
+        "returns": returns,
+        "reference_logprobs": ref,
+    }
     as64 = {name: torch.tensor(value, dtype=torch.float64) for name, value in fields.items()}
     micro = to_batch([Trajectory([Segment([1, 2], [-1, 0], [None, 0.0], [0.0, 0.0])], "", "")]).collate([0], 0)
     micro.fields = as64

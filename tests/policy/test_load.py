@@ -48,7 +48,9 @@ def test_weights_are_float32_and_saved_folders_are_plain_transformers(tmp_path, 
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert tokenizer("hi!").input_ids == policy.tokenizer("hi!").input_ids
-    torch.testing.assert_close(plain_logprobs(lm, episodes()[0]), plain_logprobs(policy.causal_lm.eval(), episodes()[0]))
+    torch.testing.assert_close(
+        plain_logprobs(lm, episodes()[0]), plain_logprobs(policy.causal_lm.eval(), episodes()[0])
+    )
     again = load_policy(Model(path=str(tiny_folder)), start=tmp_path / "saved", value_head=True)
     assert torch.equal(again.value_head.linear.weight, policy.value_head.linear.weight)
 
@@ -115,8 +117,16 @@ def test_bfloat16_base_has_float32_adapters(tiny_folder):
 def test_a_model_with_capped_logits_goes_through_its_own_head():
     """Gemma 2 caps its logits, so projecting the hidden state by hand would be wrong."""
     torch.manual_seed(0)
-    config = {"model_type": "gemma2", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8,
-              "num_attention_heads": 2, "num_key_value_heads": 1, "final_logit_softcapping": 1.0}
+    config = {
+        "model_type": "gemma2",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "final_logit_softcapping": 1.0,
+    }
     policy = load_policy(Model(config=config), texts=lambda: ["abcdefghijklmn"])
     with torch.no_grad():
         policy.causal_lm.get_output_embeddings().weight.mul_(100)

@@ -11,7 +11,7 @@ from lmrl.recipe import Reward
 from lmrl.rewards.rewards import drop_failed, judge, load_rewards, score
 from lmrl.trajectories.trajectory import Segment, Trajectory
 
-FILE = '''
+FILE = """
 import asyncio
 def length(completions, **kwargs): return [len(c) for c in completions]
 def fussy(prompts, completions, answer): return [float(c == a) for c, a in zip(completions, answer)]
@@ -32,7 +32,7 @@ class Counter:
         self.count += 1
         return [self.count] * len(completions)
 not_a_function = 3
-'''
+"""
 
 
 @pytest.fixture
@@ -123,7 +123,9 @@ def test_failed_samples_are_left_out_up_to_the_limit(rewards):
     episodes = [episode("ok"), episode("x"), episode("ok"), episode("ok")]
     judge([rewards("bad_on_x")], episodes)
     assert len(drop_failed(episodes, 0.25, "reward")) == 3
-    with pytest.raises(RewardError, match=r"1 of 4.*task.max_failed=0.1.*row 1.*'x'.*mine.py:bad_on_x raised ValueError"):
+    with pytest.raises(
+        RewardError, match=r"1 of 4.*task.max_failed=0.1.*row 1.*'x'.*mine.py:bad_on_x raised ValueError"
+    ):
         drop_failed(episodes, 0.1, "reward")
 
 

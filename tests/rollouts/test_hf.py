@@ -65,7 +65,9 @@ def test_finished_rows_leave_the_batch(tiny_policy, monkeypatch):
 
 
 def test_stop_string(tiny_policy):
-    letter = tiny_policy.decode([HFEngine(tiny_policy).generate([[5]], Sampling(max_new_tokens=3), keys(1))[0].tokens[1]])
+    letter = tiny_policy.decode(
+        [HFEngine(tiny_policy).generate([[5]], Sampling(max_new_tokens=3), keys(1))[0].tokens[1]]
+    )
     completion = HFEngine(tiny_policy).generate([[5]], Sampling(max_new_tokens=30, stop=(letter,)), keys(1))[0]
     assert completion.end == "stop"
     assert tiny_policy.decode(completion.tokens).index(letter) == len(completion.tokens) - 1

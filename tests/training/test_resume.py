@@ -55,7 +55,9 @@ def launch(tmp_path: Path, stop: tuple[str, int, int], *arguments: str) -> subpr
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
     command = [sys.executable, str(driver), *map(str, stop), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
+    )
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -99,7 +101,9 @@ def test_killed_again_and_again(tmp_path):
         assert done.returncode == (143 if stop[2] == term else -kill), (stop, done.stdout, done.stderr)
         if stop[2] == term:
             assert "saved a checkpoint at step" in done.stdout
-    done = launch(tmp_path, ("record", 10**6, kill), "train", "random_walks/ppo", *SMALL, "--output", str(torn), "--resume")
+    done = launch(
+        tmp_path, ("record", 10**6, kill), "train", "random_walks/ppo", *SMALL, "--output", str(torn), "--resume"
+    )
     assert done.returncode == 0, done.stderr
     assert "stage warmup is finished: not run again" in done.stdout
     assert_same_run(whole, torn)
@@ -108,7 +112,9 @@ def test_killed_again_and_again(tmp_path):
 
 def prompt_recipe(tmp_path: Path, tiny_folder: Path, **changes) -> Path:
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(12)))
-    (tmp_path / "mine.py").write_text("def vowels(completions, **_): return [sum(c < 'P' for c in t) for t in completions]")
+    (tmp_path / "mine.py").write_text(
+        "def vowels(completions, **_): return [sum(c < 'P' for c in t) for t in completions]"
+    )
     data = {
         "model": {"path": str(tiny_folder), "lora": {"r": 4, "alpha": 8, "dropout": 0.1}, "dtype": "bfloat16"},
         "task": {"prompts": {"path": "prompts.jsonl"}, "rewards": [{"function": "mine.py:vowels"}]},

@@ -88,8 +88,15 @@ def test_the_run_stops_and_keeps_what_broke_it(tmp_path):
     from lmrl.recipe_files import load_recipe
     from lmrl.training import train
 
-    overrides = [f"objective.name={__file__}:Poison", "objective.every=true", "training.max_nonfinite=2",
-                 "training.steps=5", "source.episodes=20", "source.batch_size=4", "evaluation.suite=null"]
+    overrides = [
+        f"objective.name={__file__}:Poison",
+        "objective.every=true",
+        "training.max_nonfinite=2",
+        "training.steps=5",
+        "source.episodes=20",
+        "source.batch_size=4",
+        "evaluation.suite=null",
+    ]
     with pytest.raises(NonFiniteError, match=r"step 2: 2 updates in a row.*lmrl replay") as caught:
         train(load_recipe("random_walks/bc", overrides), output=tmp_path / "run")
     assert caught.value.exit_code == 1
