@@ -82,8 +82,9 @@ class Stage:
         return own if start is None and own.exists() else start
 
     def _keep_start(self, start: Path | None) -> None:
-        # A model from scratch exists nowhere else, and a reference has to be there when the run is resumed.
-        if start is None and self.recipe.model.path is None:
+        # A model from scratch exists nowhere else, and a frozen reference must not change with what `model.path` names.
+        frozen_copy = self.objective.uses_reference and self.recipe.model.lora is None
+        if start is None and (self.recipe.model.path is None or frozen_copy):
             self.run.write_folder(self.run.stage_folder(self.name) / "start", self.policy.save)
 
     # -------------------------------------------------------------------------------------------------------- the loop
