@@ -37,7 +37,10 @@ def main() -> None:
             sys.exit(f"{' '.join(command)}\n{done.stderr}")
         rows = json.loads((folder / "results.json").read_text())
         means = {label: row["optimality"]["mean"] for label, row in rows.items()}
-        print(f"graph {graph} seed {seed}: " + "  ".join(f"{label} {mean:.3f}" for label, mean in means.items()), flush=True)
+        print(
+            f"graph {graph} seed {seed}: " + "  ".join(f"{label} {mean:.3f}" for label, mean in means.items()),
+            flush=True,
+        )
         return means
 
     jobs = [(graph, seed) for graph in args.graphs for seed in args.seeds]

@@ -36,7 +36,7 @@ def memory_lines(recipe: Recipe) -> list[str]:
     """An estimate of peak memory, item by item, or why there is none."""
     shape = model_shape(recipe.model)
     if shape is None:
-        return [f"memory: unknown, because '{recipe.model.path}' is not on this machine yet"]
+        return [f"memory: unknown, because the sizes of '{recipe.model.path or 'model.config'}' are not known here yet"]
     lora, reference = recipe.model.lora, getattr(recipe.objective, "kl_coef", 0) > 0
     total = shape["parameters"]
     trainable = total if lora is None else lora.r * shape["lora_per_rank"]
@@ -63,14 +63,17 @@ def _tokens_an_episode(recipe: Recipe) -> int:
 
 def model_shape(model: Model) -> dict[str, int] | None:
     """Sizes of the model, from its config and, where it lies on disk, its file header. None: not on this machine."""
-    if model.config is not None:
-        return _shape_of_config(model.config, None)
-    folder = Path(model.path)
-    if not folder.exists():
-        folder = _cached(model.path)
-    if folder is None or not (folder / "config.json").is_file():
-        return None
-    return _shape_of_config(json.loads((folder / "config.json").read_text()), _count_parameters(folder))
+    try:
+        if model.config is not None:
+            return _shape_of_config(model.config, None)
+        folder = Path(model.path)
+        if not folder.exists():
+            folder = _cached(model.path)
+        if folder is None or not (folder / "config.json").is_file():
+            return None
+        return _shape_of_config(json.loads((folder / "config.json").read_text()), _count_parameters(folder))
+    except (TypeError, ValueError, ZeroDivisionError, struct.error):
+        return None  # sizes that make no sense are the model loader's to explain
 
 
 def _shape_of_config(config: dict[str, Any], parameters: int | None) -> dict[str, int]:

@@ -36,6 +36,7 @@ class Lora(Section):
     r: int = Field(16, ge=1)
     alpha: float = Field(32, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
+    """While imitating; objectives that compare log-probabilities switch all dropout off."""
     target_modules: str | list[str] = "all-linear"
 
 
@@ -56,6 +57,10 @@ class Model(Section):
             raise ValueError("needs `path` (hub name, folder or GGUF file) or `config` (a model built from scratch)")
         if self.path is not None:
             self.config = None  # so that one override, model.path=..., puts a real model into any recipe
+        if self.config is not None and self.lora is not None:
+            raise ValueError(
+                "`lora` adapts a pretrained model: give `path`, or train the model from scratch without it"
+            )
         if self.dtype != "float32" and self.lora is None:
             raise ValueError(
                 "`dtype: bfloat16` is for frozen weights, so it needs `lora`; trainable weights are float32 "
@@ -310,6 +315,8 @@ class Evaluation(Section):
     suite: str | None = None
     every: int = Field(0, ge=0)
     """Steps between evaluations (0: at the start and the end of a stage)."""
+    episodes: int | None = Field(None, ge=1)
+    """Start states to score during the run (null: as many as the suite says)."""
     metric: str | None = None
     """Metric that names the best checkpoint, higher is better (null: the suite's first)."""
     show_samples: int = Field(2, ge=0)
@@ -411,6 +418,9 @@ class Recipe(Section):
                 raise ValueError("a task of prompts learns from rewards: list at least one under task.rewards")
             if isinstance(self.source, DatasetSource) and self.source.player:
                 raise ValueError("`source.player` plays an environment; prompts have none: give source.path")
+        for name, changes in self.stages.items():
+            if "tracking" in changes:
+                raise ValueError(f"`stages.{name}.tracking`: trackers belong to the whole run, set `tracking` itself")
         if MAIN_STAGE in self.stages:
             raise ValueError(f"`stages.{MAIN_STAGE}` is what the top-level keys describe: choose another name")
         return self

@@ -85,10 +85,13 @@ def find_file(name: str, beside: Path, key: str) -> str:
 def read_yaml(path: Path) -> Document:
     """Read a YAML mapping; duplicate keys and syntax errors name their line."""
     try:
-        root = yaml.compose(path.read_text(), Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise RecipeError(f"{path}{line}: not valid YAML: {error.problem}") from error
+        text = path.read_text(encoding="utf-8")
+        root, data = yaml.compose(text, Loader=_Loader), yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise RecipeError(f"{path}{line}: not valid YAML: {reason}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
     document = Document({}, path)
@@ -97,7 +100,7 @@ def read_yaml(path: Path) -> Document:
     if not isinstance(root, yaml.MappingNode):
         raise RecipeError(f"{path}: holds a {root.id}, but a recipe is a mapping of keys to values")
     _note_places(root, (), document)
-    document.data = yaml.load(path.read_text(), Loader=_Loader)
+    document.data = data
     return document
 
 

@@ -24,11 +24,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lmrl.errors import RunError
 from lmrl.recipe import MAIN_STAGE, Recipe
-from lmrl.recipe_files import to_yaml
+from lmrl.recipe_files import read_yaml, to_yaml, validate
 
 RECIPE_FILE, VERSIONS_FILE, RESULTS_FILE = "recipe.yaml", "versions.json", "results.json"
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
@@ -54,9 +52,12 @@ class Run:
     def create(cls, folder: Path, recipe: Recipe) -> Run:
         """A new run in an empty or absent folder."""
         # What a run killed while it was being created leaves behind is no reason to refuse the folder.
-        if folder.exists() and any(path.name not in (".lock", VERSIONS_FILE) for path in _visible(folder)):
+        if folder.is_dir() and any(path.name not in (".lock", VERSIONS_FILE) for path in _visible(folder)):
             raise RunError(f"{folder} exists and is not empty: resume it with --resume, or choose another --output")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"--output: cannot make the folder {folder}: {error.strerror}") from error
         run = cls(folder, recipe)
         write_atomically(folder / VERSIONS_FILE, json.dumps(describe_machine(), indent=2) + "\n")
         write_atomically(folder / RECIPE_FILE, to_yaml(recipe))  # last: a folder with a recipe is a run
@@ -107,7 +108,7 @@ class Run:
             if not path.exists():
                 continue
             kept = []
-            for text in path.read_text(encoding="utf-8").splitlines():
+            for text in path.read_text(encoding="utf-8").split("\n")[:-1]:
                 try:
                     line = json.loads(text)
                 except json.JSONDecodeError:
@@ -148,7 +149,9 @@ class Run:
         """Delete all but the newest checkpoints and the best."""
         for path in self.checkpoints(stage)[:-keep]:
             if best is None or path.name != step_name(best):
-                shutil.rmtree(path)
+                doomed = path.with_name(f".writing-{path.name}")  # what is half deleted is no checkpoint either
+                path.rename(doomed)
+                shutil.rmtree(doomed)
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -163,7 +166,7 @@ def read_recipe(folder: Path) -> Recipe:
     """The resolved recipe of a run folder."""
     if not (folder / RECIPE_FILE).is_file():
         raise RunError(f"{folder} is not a run: it holds no {RECIPE_FILE}")
-    return Recipe.model_validate(yaml.safe_load((folder / RECIPE_FILE).read_text()))
+    return validate(Recipe, read_yaml(folder / RECIPE_FILE))
 
 
 def final_checkpoint(folder: Path, which: str = "final") -> Path:

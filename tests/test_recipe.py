@@ -150,6 +150,11 @@ def test_unknown_name_suggests_the_nearest():
         load_recipe("random_walk/ppo")
 
 
+def test_lora_needs_a_pretrained_model(tmp_path):
+    with pytest.raises(LmrlError, match="`lora` adapts a pretrained model"):
+        load_recipe(write(tmp_path, GOOD), ["model.lora.r=4"])
+
+
 def test_arithmetic():
     numbers = load_recipe("random_walks/ppo").arithmetic()
     assert numbers["episodes"] == 64 * 8

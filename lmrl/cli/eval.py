@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lmrl.cli.common import Debug, Overrides
+from lmrl.errors import RunError
 
 
 def command(
@@ -29,6 +30,8 @@ def command(
     """Score a policy: a table of means with 95 % confidence intervals."""
     from lmrl.evaluation.suites import load_suite
 
+    if json is not None and json.is_dir():
+        raise RunError(f"--json: {json} is a folder, name a file")
     if suite is not None:
         load_suite(suite, overrides or [])  # a mistake in the suite should not wait for the model to load
 

@@ -29,6 +29,8 @@ def command(
     folder = _run_to_resume(name, output) if resume else None
     if folder is None and name is None:
         raise RecipeError("name a recipe, for instance: lmrl train random_walks/ppo (lmrl ls shows them all)")
+    if dry_run and resume:
+        raise RecipeError("--dry-run tries a recipe from its start: leave --resume out")
     is_run = name is not None and (Path(name) / RECIPE_FILE).is_file()
     if is_run and not resume:
         raise RecipeError(f"'{name}' is a run folder: go on with it by --resume")

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from lmrl.environments.base import TextEnvironment
-from lmrl.errors import PluginError
+from lmrl.errors import LmrlError, PluginError
 from lmrl.plugins import load_plugin
 
 SHIPPED = {"random_walks": "lmrl.environments.random_walks:RandomWalks"}
@@ -21,8 +21,13 @@ def environment_factory(task: Any) -> Callable[[], Any]:
     make = partial(cls, **task.options)
     try:
         environment = make()
-    except TypeError as error:
-        raise PluginError(f"task: environment '{task.environment}' does not take these options: {error}") from error
+    except LmrlError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise PluginError(
+            f"task: environment '{task.environment}' cannot be made with these options: {reason}"
+        ) from error
     for method in ("reset", "step"):
         if not callable(getattr(environment, method, None)):
             raise PluginError(

@@ -17,6 +17,8 @@ from lmrl.trajectories.batch import to_batch
 from lmrl.trajectories.trajectory import Trajectory
 
 Scores = dict[str, dict[str, Any]]
+RESERVED = ("reward", "return", "length", "kl")
+"""Metrics of lmrl's own; a reward function or environment metric of that name is reported as `component/NAME`."""
 
 
 class Evaluator:
@@ -70,7 +72,7 @@ def summarize_trajectories(task: Task, trajectories: Sequence[Trajectory]) -> Sc
     for trajectory in trajectories:
         for name, value in {**trajectory.components, **trajectory.metrics}.items():
             if value is not None:
-                values.setdefault(name, []).append(value)
+                values.setdefault(f"component/{name}" if name in RESERVED else name, []).append(value)
     values["length"] = [trajectory.num_actions for trajectory in trajectories]
     return {name: summarize(column) for name, column in values.items()}
 

@@ -16,6 +16,8 @@ class Suite(Section):
 
     description: str = ""
     task: TaskSection
+    follows_run: bool = False
+    """Score a run on its own task instead, where it is of the same kind."""
     rollouts: Rollouts = Rollouts()
     episodes: int | None = Field(None, ge=1)
     """Start states to play, in order (null: every held-out prompt, or every start state)."""
@@ -29,12 +31,14 @@ class Suite(Section):
 def load_suite(name: str | Path, overrides: list[str] = (), task: dict[str, Any] | None = None) -> Suite:
     """A suite by path or shipped name.
 
-    task: the task of a run's recipe. Where it is of the same kind (the same environment, or prompts), the run's own
-    settings (its graph, its prompts) take the place of the suite's.
+    task: the task of a run's recipe. A suite that follows runs, of the same kind (the same environment, or prompts),
+    is then played with the run's own settings: its graph, its held-out prompts, its rewards.
     """
     document = read_yaml(find_yaml(name, "eval"))
+    resolve_files(document.data, document.path.parent)
     own = document.data.get("task")
-    if task is not None and isinstance(own, dict) and own.get("environment") == task.get("environment"):
+    follows = document.data.get("follows_run") is True and task is not None and isinstance(own, dict)
+    if follows and own.get("environment") == task.get("environment"):
         document.data["task"] = merge(own, task)
     for override in overrides:
         apply_override(document, override)

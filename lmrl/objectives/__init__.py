@@ -24,8 +24,9 @@ def load_objective(options: Any) -> Objective:
     cls = load_plugin(options.name, "objective.name")
     try:
         objective = cls(**options.options)
-    except TypeError as error:
-        raise PluginError(f"objective: '{options.name}' does not take these options: {error}") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise PluginError(f"objective: '{options.name}' cannot be made with these options: {reason}") from error
     if not isinstance(objective, Objective):
         raise PluginError(f"objective.name: '{options.name}' is not a lmrl.objectives.Objective")
     return objective

@@ -31,6 +31,8 @@ class Objective:
     minibatches = 1
     uses_values = False
     """Whether the policy needs a value head."""
+    dropout = False
+    """Whether updates run with the model's dropout: not where log-probabilities are compared with earlier ones."""
     uses_reference = False
     """Whether the policy needs a reference."""
 

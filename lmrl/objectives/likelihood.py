@@ -12,6 +12,7 @@ class Likelihood(Objective):
     """L = -log pi(a|s), averaged over action tokens, minus an optional entropy bonus."""
 
     label = "BC"
+    dropout = True
 
     def __init__(self, options: LikelihoodObjective):
         self.options = options

@@ -75,7 +75,7 @@ def k3(logprobs_N: torch.Tensor, reference_N: torch.Tensor) -> torch.Tensor:
 def adapt_kl_coef(coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
     """Proportional controller of Ziegler et al., section 2.2: the error is clipped to 20 %."""
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return coef * (1 + error * episodes / horizon)
+    return coef * (1 + error * min(episodes / horizon, 1.0))
 
 
 # -------------------------------------------------------------------------------------------------------------- objective

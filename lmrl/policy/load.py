@@ -51,7 +51,7 @@ def load_policy(
         )
     kind = None
     if options.lora is not None:
-        model, kind = _with_lora(model, options.lora, origin, reference)
+        model, kind = _with_lora(model, options.lora, origin, options.revision, reference)
     elif hasattr(model, "peft_config"):
         model = model.merge_and_unload()
     if options.lora is None:
@@ -89,14 +89,14 @@ def _match_arithmetic(policy: Policy, dtype: str) -> None:
 
 
 @torch.no_grad()
-def load_weights(policy: Policy, folder: Path) -> None:
+def load_weights(policy: Policy, folder: Path, trust_remote_code: bool = False) -> None:
     """Copy the weights of a checkpoint of this very policy into it, bit by bit."""
     if policy.is_lora:
         from peft import load_peft_weights, set_peft_model_state_dict
 
         set_peft_model_state_dict(policy.model, load_peft_weights(str(folder), device="cpu"), adapter_name="default")
     else:
-        saved, _ = _open(str(folder))
+        saved, _ = _open(str(folder), trust_remote_code=trust_remote_code)
         for own, other in zip(policy.model.parameters(), saved.parameters(), strict=True):
             own.copy_(other)
     policy.load_value_head(folder)
@@ -117,8 +117,10 @@ def _from_scratch(options: Model, texts: Callable[[], Iterable[str]]) -> tuple[n
             raise ModelError(f"model.config: '{kind}' has no setting '{name}'{did_you_mean(name, names)}")
         config = transformers.AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **ids, **settings})
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"model.config: cannot build '{kind}': {str(error).splitlines()[0]}") from error
+    except ModelError:
+        raise
+    except Exception as error:  # transformers raises many kinds for sizes that do not fit together
+        raise ModelError(f"model.config: cannot build '{kind}': {' '.join(str(error).split())}") from error
     if config.vocab_size < len(tokenizer):
         raise ModelError(
             f"model.config.vocab_size: {config.vocab_size} is less than the vocabulary of {len(tokenizer)}"
@@ -143,8 +145,9 @@ def _open(
     if (folder / ADAPTER_CONFIG).exists():
         from peft import PeftModel
 
-        base = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-        model, tokenizer = _open(base, dtype, trust_remote_code)
+        adapter = json.loads((folder / ADAPTER_CONFIG).read_text())
+        base = adapter["base_model_name_or_path"]
+        model, tokenizer = _open(base, dtype, trust_remote_code, adapter.get("revision"))
         model = PeftModel.from_pretrained(model, path, is_trainable=trainable)
         if (folder / "tokenizer_config.json").exists():
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -158,8 +161,8 @@ def _open(
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=getattr(torch, dtype), use_safetensors=True, **arguments
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # missing, torn, not a model, refused remote code: every library has kinds of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"model.path: '{path}' cannot be loaded: {reason}") from error
     if path.endswith(".gguf"):  # the tensors are plain floats now, but the config still calls them quantized
         if hasattr(model.config, "quantization_config"):
@@ -169,7 +172,9 @@ def _open(
     return model, tokenizer
 
 
-def _with_lora(model: nn.Module, lora: Lora, origin: str | None, reference: bool) -> tuple[nn.Module, str | None]:
+def _with_lora(
+    model: nn.Module, lora: Lora, origin: str | None, revision: str | None, reference: bool
+) -> tuple[nn.Module, str | None]:
     """Add an adapter, or go on with the one that is there; and say which kind of reference that allows."""
     from peft import LoraConfig, get_peft_model
 
@@ -180,6 +185,7 @@ def _with_lora(model: nn.Module, lora: Lora, origin: str | None, reference: bool
             lora_dropout=lora.dropout,
             target_modules=lora.target_modules,
             task_type="CAUSAL_LM",
+            revision=revision,
         )
         try:
             return get_peft_model(model, config), "adapter_off"

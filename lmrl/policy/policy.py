@@ -13,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lmrl.policy.logprobs import token_logprobs
+from lmrl.recipe import Recipe
 from lmrl.trajectories.batch import Batch, Microbatch
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 REFERENCE_ADAPTER = "reference"
+LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+"""Settings by which models of transformers cap or scale their logits; the probe below finds others."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,13 @@ class Policy(nn.Module):
         self.autocast_dtype: torch.dtype | None = None
         self.splits_head = _head_is_linear(self.causal_lm)
 
+    def configure(self, recipe: Recipe) -> None:
+        """Take over what a recipe says about passes through the model."""
+        self.temperature = recipe.rollouts.temperature if recipe.source.name == "rollouts" else 1.0
+        self.microbatch_tokens = recipe.training.microbatch_tokens
+        if recipe.training.precision == "bfloat16":
+            self.autocast_dtype = torch.bfloat16
+
     # ------------------------------------------------------------------------------------------------------ structure
     @property
     def causal_lm(self) -> nn.Module:
@@ -86,6 +96,11 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.causal_lm.get_input_embeddings().weight.device
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of context the model has positions for, where its config says so."""
+        return getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def has_reference(self) -> bool:
@@ -230,6 +245,9 @@ def _head_is_linear(lm: nn.Module) -> bool:
     """
     head, trunk = lm.get_output_embeddings(), getattr(lm, lm.base_model_prefix, None)
     if trunk is None or trunk is lm or getattr(head, "weight", None) is None:
+        return False
+    config = lm.config.get_text_config()
+    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in LOGIT_SETTINGS):
         return False
     was_training = lm.training
     lm.eval()

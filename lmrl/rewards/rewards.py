@@ -50,8 +50,9 @@ def _load(spec: Reward, key: str) -> RewardFunction:
     if inspect.isclass(found):
         try:
             found, options = found(**options), {}
-        except TypeError as error:
-            raise PluginError(f"{key}: '{spec.function}' does not take these options: {error}") from error
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise PluginError(f"{key}: '{spec.function}' cannot be made with these options: {reason}") from error
     if not callable(found):
         raise PluginError(f"{key}: '{spec.function}' is a {type(found).__name__}, not a function")
     file, colon, name = spec.function.rpartition(":")
@@ -101,7 +102,8 @@ def score(function: RewardFunction, arguments: dict[str, list[Any]]) -> Scores:
 
 
 def _checked_list(function: RewardFunction, result: Any, rows: int) -> list[Any]:
-    if isinstance(result, str | bytes | dict) or not hasattr(result, "__len__") or not hasattr(result, "__iter__"):
+    is_list = hasattr(result, "__len__") and hasattr(result, "__iter__") and getattr(result, "ndim", 1) == 1
+    if isinstance(result, str | bytes | dict) or not is_list:
         raise RewardError(
             f"reward {function.origin} returned {result!r:.60} ({type(result).__name__}); "
             f"expected a list with one number or None for each of the {rows} rows"

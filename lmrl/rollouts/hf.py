@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from lmrl.errors import ModelError
 from lmrl.policy.policy import Policy
 from lmrl.rollouts.engine import Completion, Sampling
 from lmrl.seeding import stream
@@ -27,6 +28,13 @@ class HFEngine:
     def generate(
         self, prompts: Sequence[list[int]], sampling: Sampling, keys: Sequence[tuple[int | str, ...]]
     ) -> list[Completion]:
+        longest, limit = max(map(len, prompts)) + sampling.max_new_tokens, self.policy.max_length
+        if limit is not None and longest > limit:
+            raise ModelError(
+                f"a context of {longest - sampling.max_new_tokens} tokens and max_new_tokens={sampling.max_new_tokens} need "
+                f"{longest} positions, but the model has {limit}: lower rollouts.max_new_tokens, or shorten the context "
+                "(task.prompts.max_tokens, task.history)"
+            )
         was_training = self.policy.training
         self.policy.eval()
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # alike lengths, little padding
@@ -65,7 +73,10 @@ class HFEngine:
             logits_BV = policy.next_token_logits(
                 input_ids=inputs, attention_mask=mask_BT, position_ids=positions, past_key_values=cache, use_cache=True
             )
+            if device.type == "mps":  # has no float64, which drawing needs
+                logits_BV = logits_BV.cpu()
             chosen_B, logprobs_B = draw(logits_BV.float(), sampling, uniforms[active, column])
+            chosen_B = chosen_B.to(device)
             chosen, logprobs = chosen_B.tolist(), logprobs_B.tolist()
             going = []
             for row, index in enumerate(active):
@@ -82,6 +93,10 @@ class HFEngine:
                 break
             if len(going) < len(active):
                 keep = torch.tensor(going, device=device)
+                if not all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
+                    raise ModelError(
+                        "engine 'hf' needs a model whose whole cache is keys and values (no state-space layers)"
+                    )
                 cache.batch_select_indices(keep)
                 chosen_B, mask_BT, positions = chosen_B[keep], mask_BT[keep], positions[keep]
                 active = [active[row] for row in going]
@@ -91,8 +106,9 @@ class HFEngine:
         return completions
 
     def _stopped(self, tokens: list[int], stop: tuple[str, ...]) -> bool:
-        # A stop string of n characters spans at most n tokens, and began no earlier than one token before.
-        tail = self.policy.tokenizer.decode(tokens[-(max(map(len, stop)) + 1) :])
+        # A stop string of n bytes spans at most n tokens, and began no earlier than one token before.
+        longest = max(len(text.encode()) for text in stop)
+        tail = self.policy.tokenizer.decode(tokens[-(longest + 1) :])
         return any(text in tail for text in stop)
 
 

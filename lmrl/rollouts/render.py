@@ -30,8 +30,8 @@ class Renderer:
             tokens = self._encode(self._template(messages + own))
         return tokens or [self._start_token()]
 
-    def next(self, observation: str, ended: bool) -> list[int]:
-        """Context that follows an action in the same segment; `ended`: the action closed with its end-of-sequence."""
+    def next(self, observation: str, last_token: int) -> list[int]:
+        """Context that follows an action in the same segment; `last_token` is the action's last."""
         if not self.chat:
             return self._encode(observation)
         dialogue = [
@@ -39,21 +39,30 @@ class Renderer:
             {"role": "assistant", "content": SENTINEL},
             {"role": "user", "content": observation},
         ]
-        text = self._template(dialogue).rsplit(SENTINEL, 1)[1]
-        if ended:
-            text = text.removeprefix(self.tokenizer.eos_token or "")
-        return self._encode(text)
+        tokens = self._encode(self._template(dialogue).rsplit(SENTINEL, 1)[1])
+        return tokens[1:] if tokens[:1] == [last_token] else tokens  # the policy has closed its turn by itself
 
     def action(self, text: str) -> list[int]:
-        """An action written by someone else, closed with the end-of-sequence token."""
+        """An action written by someone else, closed as the chat template closes a turn, or with end-of-sequence."""
         eos = self.tokenizer.eos_token_id
-        return self._encode(text) + ([eos] if eos is not None else [])
+        end = [] if eos is None else [eos]
+        if self.chat:
+            dialogue = [{"role": "user", "content": "."}, {"role": "assistant", "content": SENTINEL}]
+            closing = self._encode(self._template(dialogue, open_turn=False).rsplit(SENTINEL, 1)[1])
+            end = closing[:1] if closing[:1] and closing[0] in self.tokenizer.all_special_ids else end
+        return self._encode(text) + end
+
+    def plain(self, text: str) -> list[int]:
+        """Context in the middle of a raw segment, without special tokens."""
+        return self._encode(text)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def _template(self, messages: Messages) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    def _template(self, messages: Messages, open_turn: bool = True) -> str:
+        if not self.tokenizer.chat_template:
+            raise ModelError("the prompts are dialogues, but the tokenizer has no chat template")
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
 
     def _start_token(self) -> int:
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):

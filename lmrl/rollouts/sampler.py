@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +21,8 @@ class _Episode:
     name: tuple[int | str, ...]
     trajectory: Trajectory
     observation: Any = ""
-    pieces: list[tuple[Any, str, list[int], list[int]]] = field(default_factory=list)
-    """Of each turn: observation, action, and the tokens of both."""
+    pieces: list[tuple[Any, str, list[int]]] = field(default_factory=list)
+    """Of each recent turn: observation, action, and the action's tokens."""
     turn: int = 0
     over: bool = False
     shown: list[str] = field(default_factory=list)
@@ -80,10 +81,13 @@ class Sampler:
                 seed = key(*name, "start", group) % 2**31
                 try:
                     episode.observation, info = episode.environment.reset(seed=seed, options=options)
+                    check_text(episode.observation)
                     trajectory.columns = info.get("columns", {})
                 except Exception as error:
                     episode.fail(error)
-                if isinstance(episode.observation, list):
+                if episode.over:
+                    pass
+                elif isinstance(episode.observation, list):
                     trajectory.messages = episode.observation
                     trajectory.prompt = "\n".join(str(message["content"]) for message in episode.observation)
                 else:
@@ -95,32 +99,36 @@ class Sampler:
         """Put the current observation into the trajectory; return the whole context."""
         renderer, segments = self.task.renderer, episode.trajectory.segments
         if self.task.history == "all" and segments:
-            ended = episode.turn - 1 not in episode.trajectory.cut_turns
-            segments[-1].observe(renderer.next(episode.observation, ended))
+            segments[-1].observe(renderer.next(episode.observation, segments[-1].tokens[-1]))
         else:
             recent = 0 if self.task.history == "all" else self.task.history - 1
             earlier = episode.pieces[max(len(episode.pieces) - recent, 0) :]
-            own = renderer.first(episode.observation, [(piece[0], piece[1]) for piece in earlier])
             segment = Segment()
-            if not renderer.chat:
-                for _, _, observed, acted in earlier:
-                    segment.observe(observed + acted)
-            segment.observe(own)
+            if renderer.chat or not earlier:
+                segment.observe(renderer.first(episode.observation, [piece[:2] for piece in earlier]))
+            else:
+                opening, _, acted = earlier[0]
+                segment.observe(renderer.first(opening) + acted)
+                for observed, _, acted in earlier[1:]:
+                    segment.observe(renderer.plain(observed) + acted)
+                segment.observe(renderer.plain(episode.observation))
             segments.append(segment)
         return list(segments[-1].tokens)
 
     def _act(self, episode: _Episode, tokens: list[int], logprobs: list[float] | None, text: str, end: str) -> None:
         trajectory, segment = episode.trajectory, episode.trajectory.segments[-1]
         if self.task.history != "all":
-            seen = self.task.renderer.first(episode.observation) if not self.task.renderer.chat else []
-            episode.pieces = [*episode.pieces, (episode.observation, text, seen, tokens)][-self.task.history :]
+            episode.pieces = [*episode.pieces, (episode.observation, text, tokens)][-self.task.history :]
         segment.act(tokens, logprobs, episode.turn)
         if end == "length":
             trajectory.cut_turns.append(episode.turn)
         episode.shown.append(text)
         try:
             observation, reward, terminated, truncated, info = episode.environment.step(text)
-            reward = float(reward)
+            observation, reward = check_text(observation), float(reward)
+            if not math.isfinite(reward):
+                raise ValueError(f"step() returned the reward {reward}")
+            metrics = {name: float(value) for name, value in info.get("metrics", {}).items()}
         except Exception as error:
             episode.fail(error)
             return
@@ -131,7 +139,7 @@ class Sampler:
         if terminated or truncated or episode.turn >= self.task.max_turns:
             episode.over = True
             trajectory.terminated = bool(terminated)
-            trajectory.metrics = {name: float(value) for name, value in info.get("metrics", {}).items()}
+            trajectory.metrics = metrics
             if not trajectory.terminated:
                 self._open(episode)  # the state whose value the truncated episode goes on with
         else:
@@ -152,3 +160,10 @@ class Sampler:
             cuts = [text.find(stop) for stop in sampling.stop if stop in text]
             text = text[: min(cuts)] if cuts else text
         return text
+
+
+def check_text(observation: Any) -> Any:
+    """Observations are text; a prompt may also be a list of messages."""
+    if not isinstance(observation, str | list):
+        raise TypeError(f"the observation is a {type(observation).__name__}, expected text")
+    return observation

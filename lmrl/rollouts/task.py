@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from lmrl.environments import TextEnvironment, environment_factory
 from lmrl.errors import DataError, RecipeError
-from lmrl.recipe import Prompts, PromptTask
+from lmrl.recipe import Prompts, PromptTask, Recipe
 from lmrl.rewards.rewards import RewardFunction, drop_failed, judge, load_rewards
 from lmrl.rollouts.render import Renderer
 from lmrl.seeding import stream
@@ -49,6 +49,13 @@ class Task:
     judged_by: str = "environment"
     notes: list[str] = field(default_factory=list)
 
+    def heldout_prompts(self) -> set[str]:
+        """Prompts that serve evaluation alone, as text."""
+        if self.judged_by != "reward" or self.heldout == self.training:
+            return set()
+        environment = self.make()
+        return {str(environment.rows[row][environment.column]) for row in self.heldout}
+
     def judge(self, trajectories: list[Trajectory]) -> None:
         """Give every trajectory its reward; an environment has done so already."""
         if self.judged_by == "reward":
@@ -59,19 +66,25 @@ class Task:
         return drop_failed(trajectories, self.max_failed, self.judged_by)
 
 
-def task_texts(section: Any) -> Iterable[str]:
-    """Text samples of a task, from which a model built from scratch takes its vocabulary."""
+def task_texts(recipe: Recipe) -> list[str]:
+    """Text samples of a task and of logged data, from which a model built from scratch takes its vocabulary."""
+    section, source, texts = recipe.task, recipe.source, []
+    if getattr(source, "path", None):
+        texts += _strings(read_rows(source.path, source.split))
     if isinstance(section, PromptTask):
-        rows = read_rows(section.prompts.path, section.prompts.split, section.prompts.limit)
-        return [value for row in rows for value in row.values() if isinstance(value, str)]
+        return texts + _strings(read_rows(section.prompts.path, section.prompts.split, section.prompts.limit))
     environment = environment_factory(section)()
-    texts = list(environment.texts()) if hasattr(environment, "texts") else []
+    texts += list(environment.texts()) if hasattr(environment, "texts") else []
     if not texts:
         raise RecipeError(
             f"model.config: a model from scratch takes its vocabulary from the task, but environment "
             f"'{section.environment}' has no texts(): add it, or give model.path"
         )
     return texts
+
+
+def _strings(rows: list[dict[str, Any]]) -> list[str]:
+    return [value for row in rows for value in row.values() if isinstance(value, str)]
 
 
 def build_task(section: Any, tokenizer: Any) -> Task:
@@ -96,7 +109,7 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
     prompts = section.prompts
     rows = read_rows(prompts.path, prompts.split, prompts.limit)
     for number, row in enumerate(rows, start=1):
-        field_of(row, prompts.column, (str, list), prompts.path, number)
+        check_prompt(field_of(row, prompts.column, (str, list), prompts.path, number), prompts, number)
     chat = prompts.chat or any(isinstance(row[prompts.column], list) for row in rows)
     renderer = Renderer(tokenizer, chat, prompts.system)
     short = [row for row in rows if len(renderer.first(row[prompts.column])) <= prompts.max_tokens]
@@ -117,6 +130,17 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
         judged_by="reward",
         notes=notes if len(short) < len(rows) else [],
     )
+
+
+def check_prompt(prompt: str | list, prompts: Prompts, number: int) -> None:
+    """A prompt that is a dialogue has to be a list of messages."""
+    if isinstance(prompt, list) and not (
+        prompt and all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in prompt)
+    ):
+        raise DataError(
+            f"{prompts.path}, row {number}: field '{prompts.column}' is {prompt!r:.60}; "
+            "expected text or messages with 'role' and 'content'"
+        )
 
 
 def split_rows(count: int, prompts: Prompts) -> tuple[list[int], list[int]]:

@@ -68,16 +68,16 @@ def save(
 def save_task(folder: Path, recipe: Recipe) -> None:
     """Leave the task beside the weights, so that a checkpoint can be scored without its run."""
     saved = {
-        "task": recipe.task.model_dump(mode="json", exclude_unset=True),
+        "task": recipe.task.model_dump(mode="json"),
         "suite": recipe.evaluation.suite,
         "dtype": recipe.model.dtype,
     }
     (folder / TASK_FILE).write_text(json.dumps(saved, indent=2) + "\n")
 
 
-def load(folder: Path, policy: Policy, objective: Objective, updater: Updater) -> Progress:
+def load(folder: Path, recipe: Recipe, policy: Policy, objective: Objective, updater: Updater) -> Progress:
     """Put a stage back to where a checkpoint left it."""
-    load_weights(policy, folder)
+    load_weights(policy, folder, recipe.model.trust_remote_code)
     updater.load_tensors(load_file(folder / STATE / "optimizer.safetensors"))
     state = json.loads((folder / STATE / "trainer.json").read_text())
     objective.load_state(state["objective"])

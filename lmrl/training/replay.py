@@ -26,14 +26,13 @@ def replay(folder: Path) -> list[str]:
     recipe = stages_of(read_recipe(folder))[info["stage"]]
     objective = load_objective(recipe.objective)
     policy = load_policy(recipe.model, folder, value_head=objective.uses_values)
-    policy.temperature = recipe.rollouts.temperature
-    policy.microbatch_tokens = recipe.training.microbatch_tokens
+    policy.configure(recipe)
     objective.load_state(info["objective"])
     objective.begin(info["step"])
     batch = load_batch(folder / "batch.safetensors")
     seed_everything(info["seed"], info["stage"], info["step"])
     updater = Updater(policy, recipe.optimizer, recipe.training.steps)
-    stats = updater.backward(policy.train(), objective, batch)
+    stats = updater.backward(policy.train(objective.dropout), objective, batch)
     lines = [f"stage {info['stage']}, step {info['step']}, {len(batch.sequences)} sequences: loss {stats['loss']}"]
     for index, sequence in enumerate(batch.sequences):
         for name, tensor in sequence.fields.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Protocol
 
 from lmrl.errors import DataError, RecipeError
@@ -61,7 +62,7 @@ def build_source(recipe: Recipe, task: Task, sampler: Sampler, stage: str) -> So
     if recipe.source.player is not None:
         trajectories = play_logged(task, recipe.source.player, recipe.source.episodes, seed)
     else:
-        trajectories = read_logged(recipe.source.path, recipe.source.split, task.renderer)
+        trajectories = read_logged(recipe.source.path, recipe.source.split, task.renderer, task.heldout_prompts())
     return Logged(trajectories, recipe.source.batch_size, seed, stage)
 
 
@@ -78,12 +79,17 @@ def play_logged(task: Task, player: str, episodes: int, seed: int) -> list[Traje
     return task.keep_judged(Sampler(task).play_scripted(player, chosen, (seed, "logged", player)))
 
 
-def read_logged(path: str, split: str, renderer: Renderer) -> list[Trajectory]:
-    """Episodes of one step from a file of `prompt` and `completion` (trl's prompt-completion format)."""
+def read_logged(path: str, split: str, renderer: Renderer, without: Collection[str] = ()) -> list[Trajectory]:
+    """Episodes of one step from a file of `prompt` and `completion` (trl's prompt-completion format).
+
+    without: prompts (as text) that are held out for evaluation.
+    """
     trajectories = []
     for number, row in enumerate(read_rows(path, split), start=1):
         prompt = field_of(row, "prompt", (str, list), path, number)
         completion = field_of(row, "completion", (str, list), path, number)
+        if str(prompt) in without:
+            continue
         text = completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
         if not text:
             raise DataError(f"{path}, row {number}: field 'completion' is empty")

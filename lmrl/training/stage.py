@@ -55,14 +55,13 @@ class Stage:
         self.policy = load_policy(
             recipe.model,
             self._start(start),
-            texts=lambda: task_texts(recipe.task),
+            texts=lambda: task_texts(recipe),
             value_head=self.objective.uses_values,
             reference=self.objective.uses_reference,
         ).to(device)
-        self.policy.temperature = recipe.rollouts.temperature if recipe.source.name == "rollouts" else 1.0
-        self.policy.microbatch_tokens = recipe.training.microbatch_tokens
-        if recipe.training.precision == "bfloat16":
-            self.policy.autocast_dtype = torch.bfloat16
+        self.policy.configure(recipe)
+        if recipe.training.threads is not None:
+            torch.set_num_threads(recipe.training.threads)
         self.task = build_task(recipe.task, self.policy.tokenizer)
         engine = HFEngine(self.policy, recipe.rollouts.slots, interrupt.check)
         self.sampler = Sampler(self.task, engine, self.policy.decode)
@@ -70,8 +69,9 @@ class Stage:
         self.updater = Updater(self.policy, recipe.optimizer, recipe.training.steps)
         self.evaluator = None
         if recipe.evaluation.suite is not None:
-            task = recipe.task.model_dump(mode="json", exclude_unset=True)
-            self.evaluator = Evaluator(self.policy, load_suite(recipe.evaluation.suite, task=task))
+            suite = load_suite(recipe.evaluation.suite, task=recipe.task.model_dump(mode="json"))
+            suite.episodes = recipe.evaluation.episodes or suite.episodes
+            self.evaluator = Evaluator(self.policy, suite)
         columns = self.evaluator.suite.metrics if self.evaluator else []
         self.progress = Progress(label=self.objective.label, columns=columns)
         self._keep_start(start)
@@ -209,7 +209,7 @@ class Stage:
     def _resume(self) -> None:
         found = self.run.checkpoints(self.name)
         if found:
-            self.progress = checkpoint.load(found[-1], self.policy, self.objective, self.updater)
+            self.progress = checkpoint.load(found[-1], self.recipe, self.policy, self.objective, self.updater)
             self.display.say(f"resumed stage {self.name} at step {self.progress.step}")
         self.run.cut(self.name, self.progress.step if found else -1)
 

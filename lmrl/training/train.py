@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import tempfile
 import time
@@ -10,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lmrl.allocator import keep_freed_memory
-from lmrl.errors import RunError
+from lmrl.errors import RecipeError, RunError
 from lmrl.recipe import MAIN_STAGE, Recipe
 from lmrl.recipe_files import load_recipe, stages_of
 from lmrl.run import RESULTS_FILE, Run, write_atomically
@@ -77,11 +76,9 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> None:
     data["rollouts"] |= {"prompts": 2, "samples": min(recipe.rollouts.samples, 2)}
     data["rollouts"]["max_new_tokens"] = min(recipe.rollouts.max_new_tokens, 8)
     data["tracking"]["trackers"] = []
-    data["evaluation"]["suite"] = None
-    if recipe.evaluation.suite is not None:
-        from lmrl.evaluation.suites import load_suite
-
-        load_suite(recipe.evaluation.suite, task=recipe.task.model_dump(mode="json", exclude_unset=True))
+    data["evaluation"]["episodes"] = 2
+    if "value_warmup_steps" in data["objective"]:
+        data["objective"]["value_warmup_steps"] = 0  # try the policy's update as well
     with tempfile.TemporaryDirectory(prefix="lmrl-dry-run-") as scratch:
         _execute(Run.create(Path(scratch), Recipe.model_validate(data)), display or Display())
 
@@ -103,8 +100,9 @@ def _execute(run: Run, display: Display, resumed: bool = False) -> Result:
 
     keep_freed_memory()
     recipe = run.recipe
-    if recipe.training.threads is not None:
-        torch.set_num_threads(recipe.training.threads)
+    for tracker in recipe.tracking.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise RecipeError(f"tracking.trackers: '{tracker}' is not installed: pip install {tracker}")
     accelerator = Accelerator(log_with=recipe.tracking.trackers or None, project_dir=str(run.folder / "trackers"))
     if accelerator.num_processes > 1:
         raise RunError(f"lmrl trains in one process for now, but was launched as {accelerator.num_processes}")

@@ -39,6 +39,21 @@ def test_suite_takes_over_the_task_of_a_run():
         load_suite("random_walks", ["rollouts.tempratur=1"])
 
 
+def test_a_suite_that_does_not_follow_runs_stays_as_it_is(tmp_path):
+    (tmp_path / "own.yaml").write_text("task: {environment: random_walks, graph: 2}\nmetrics: [optimality]\n")
+    assert load_suite(tmp_path / "own.yaml", task={"environment": "random_walks", "graph": 7}).task.graph == 2
+
+
+def test_names_of_lmrls_own_metrics_stay_its_own():
+    from lmrl.evaluation.evaluate import summarize_trajectories
+    from lmrl.rollouts.task import Task
+    from lmrl.trajectories.trajectory import Trajectory
+
+    task = Task(None, None, None, None, judged_by="reward")
+    scores = summarize_trajectories(task, [Trajectory([], "", "", reward=0.5, components={"reward": 3.0})])
+    assert scores["reward"]["mean"] == 0.5 and scores["component/reward"]["mean"] == 3.0
+
+
 def test_evaluate_a_run_and_its_checkpoints(tmp_path):
     recipe = lmrl.load_recipe(
         "random_walks/bc",

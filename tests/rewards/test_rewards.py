@@ -147,7 +147,7 @@ def test_messages_reach_the_function_as_messages(rewards):
         ("lenght", {}, "defines no 'lenght'; did you mean 'length'"),
         ("not_a_function", {}, "is a int, not a function"),
         ("scaled", {"scal": 2}, "takes no option 'scal'"),
-        ("Counter", {}, "does not take these options"),
+        ("Counter", {}, "cannot be made with these options: TypeError"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(rewards, name, options, message):

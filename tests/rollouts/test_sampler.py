@@ -37,7 +37,7 @@ class ScriptedEngine:
     """Always says `ab` and eos; remembers the contexts it was given."""
 
     def __init__(self, tokenizer):
-        self.tokens = tokenizer("ab").input_ids + [tokenizer.eos_token_id]
+        self.tokens = tokenizer("ab", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         self.contexts = []
 
     def generate(self, prompts, sampling, keys):
@@ -84,6 +84,22 @@ def test_history_of_two_turns_keeps_the_last_exchange(tokenizer):
     assert [len(segment.actions) for segment in episode.segments] == [3, 3, 3]  # earlier actions are context now
 
 
+def test_a_bos_token_opens_a_segment_and_stands_nowhere_else(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<unk> $A", special_tokens=[("<unk>", 2)])
+    for history in ("all", 2, 100):
+        (episode,), _, _ = play(tokenizer, [2], history=history)
+        assert all(segment.tokens[0] == 2 and segment.tokens.count(2) == 1 for segment in episode.segments), history
+
+
+def test_a_reward_that_is_not_finite_is_a_failure(tokenizer, monkeypatch):
+    original = Countdown.step
+    monkeypatch.setattr(Countdown, "step", lambda self, a: (*original(self, a)[:1], float("nan"), True, False, {}))
+    (episode,), _, _ = play(tokenizer, [0])
+    assert episode.reward is None and "the reward nan" in episode.failure
+
+
 def test_truncated_episode_ends_with_the_next_observation(tokenizer):
     (episode,), _, _ = play(tokenizer, [0], never_ends=True, max_turns=2)
     assert not episode.terminated and episode.reward == 2.0
@@ -115,8 +131,9 @@ def test_chat_template_across_turns(tiny_folder):
     renderer = Renderer(tokenizer, chat=True, system="be brief")
     first = tokenizer.decode(renderer.first("hi"))
     assert first == "[system]be brief<eos>\n[user]hi<eos>\n[assistant]"
-    assert tokenizer.decode(renderer.next("more", ended=True)) == "\n[user]more<eos>\n[assistant]"
-    assert tokenizer.decode(renderer.next("more", ended=False)) == "<eos>\n[user]more<eos>\n[assistant]"
+    assert tokenizer.decode(renderer.next("more", tokenizer.eos_token_id)) == "\n[user]more<eos>\n[assistant]"
+    assert tokenizer.decode(renderer.next("more", 5)) == "<eos>\n[user]more<eos>\n[assistant]"
+    assert tokenizer.decode(renderer.action("yes")) == "yes<eos>"
     messages = [{"role": "user", "content": "a"}]
     assert tokenizer.decode(Renderer(tokenizer).first(messages)) == "[user]a<eos>\n[assistant]"
 

@@ -160,6 +160,16 @@ def test_interrupted_at_a_step(tmp_path, tiny_folder, monkeypatch, kind):
     assert kls[0] == pytest.approx(0, abs=1e-6) and abs(kls[-1]) > 1e-4  # the reference stays where the stage began
 
 
+def test_cutting_keeps_every_earlier_line(tmp_path):
+    from lmrl.run import Run
+
+    run = Run.create(tmp_path / "run", load_recipe("random_walks/bc"))
+    for step in range(1, 6):
+        run.record_samples([{"stage": "main", "step": step, "completion": "a\u2028b\x85c"}])
+    run.cut("main", 4)
+    assert len((tmp_path / "run" / "samples.jsonl").read_text().split("\n")[:-1]) == 4
+
+
 def test_a_run_is_not_overwritten_nor_mixed_up(tmp_path, tiny_folder):
     recipe = load_recipe(prompt_recipe(tmp_path, tiny_folder), ["training.steps=1"])
     train(recipe, output=tmp_path / "run")

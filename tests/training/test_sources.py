@@ -82,3 +82,10 @@ def test_every_logged_episode_is_used_before_any_twice(tokenizer):
     seen = [one for step in range(1, 6) for one in source.next(step)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert source.next(2) == seen[4:8]
+
+
+def test_heldout_prompts_are_kept_out_of_logged_data(tmp_path, tokenizer):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n')
+    (kept,) = read_logged(str(path), "train", Renderer(tokenizer), without={"a"})
+    assert kept.prompt == "c"
