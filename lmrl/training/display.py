@@ -61,7 +61,9 @@ class Display:
         self.say(f"{self._stage} evaluation at step {step}: {text}")
 
     def samples(self, trajectories: list[Trajectory], count: int) -> None:
-        for trajectory in trajectories[:count]:
+        """Show some of these episodes, from different prompts where there are several."""
+        stride = max(len(trajectories) // max(count, 1), 1)
+        for trajectory in trajectories[::stride][:count]:
             reward = "not judged" if trajectory.reward is None else f"{trajectory.reward:.3f}"
             line = Text(f"  [{reward}] ", style="cyan")
             line.append(shorten(trajectory.prompt, 200), style="dim")
@@ -74,9 +76,11 @@ class Display:
 
 
 def score_table(title: str, rows: dict[str, dict[str, dict[str, Any]]]) -> Table:
-    """Rows of scores side by side, as mean and 95 % interval."""
+    """Rows of scores side by side, as mean and half width of the 95 % interval."""
     names = list(dict.fromkeys(name for scores in rows.values() for name in scores))
-    table = Table(title=title, title_justify="left", caption="mean [95 % interval]", caption_justify="left")
+    table = Table(
+        title=title, title_justify="left", caption="mean ± half width of the 95 % interval", caption_justify="left"
+    )
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right")
@@ -91,7 +95,7 @@ def score_table(title: str, rows: dict[str, dict[str, dict[str, Any]]]) -> Table
 
 def interval(score: dict[str, Any]) -> str:
     low, high = score["ci95"]
-    return f"{score['mean']:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{score['mean']:.3f} ± {(high - low) / 2:.3f}"
 
 
 def shorten(text: str, width: int) -> str:
