@@ -1,8 +1,8 @@
 """Keeping freed memory in the process.
 
 glibc gives every large block back to the kernel as soon as it is freed, and the next tensor of that size faults all its
-pages in again, zeroed. Training frees and takes the same blocks over and over, so on a CPU this costs more than a tenth
-of the time.
+pages in again, zeroed. Training frees and takes the same blocks over and over, which on a CPU
+costs a good part of the time.
 """
 
 from __future__ import annotations
