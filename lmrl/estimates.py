@@ -16,7 +16,7 @@ ADAM_BYTES = 4 + 4 + 8
 PROCESS_MB = 450
 """Python with torch and transformers imported, before any model."""
 SLICE = 8192
-"""Vocabulary entries projected at a time; the same as lmrl.policy.logprobs.SLICE, which needs torch."""
+"""Vocabulary entries that lmrl.policy.logprobs projects at a time."""
 
 
 def arithmetic_line(recipe: Recipe) -> str:

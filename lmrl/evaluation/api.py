@@ -41,9 +41,9 @@ def evaluate(
 ) -> Report:
     """Score a policy: a run folder, a checkpoint, any transformers or peft folder, a GGUF file, or a hub name.
 
-    suite: a file or a shipped name (default: the suite of the policy's own recipe). A policy made by lmrl is scored on
-    the task it was trained for (its graph, its held-out prompts); `overrides` such as `task.graph=7` or `samples=4`
-    change the suite. checkpoint: of a run, `final`, `best` or `step-N`.
+    suite: a file or a shipped name (default: the suite of the policy's own recipe). A suite that follows runs, as the
+    shipped ones do, scores a policy made by lmrl on the task it was trained for (its graph, its held-out prompts);
+    `overrides` such as `task.graph=7` or `samples=4` change the suite. checkpoint: of a run, `final`, `best` or `step-N`.
     """
     import torch
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import torch
 
-SLICE = 8192
-"""Vocabulary entries projected at a time."""
+from lmrl.estimates import SLICE
 
 
 def token_logprobs(

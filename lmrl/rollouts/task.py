@@ -119,9 +119,8 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
     if not short:
         raise DataError(f"{prompts.path}: every prompt is longer than task.prompts.max_tokens={prompts.max_tokens}")
     training, heldout = split_rows(len(short), prompts)
-    environment = PromptEnvironment(short, prompts.column)
     return Task(
-        lambda: PromptEnvironment(environment.rows, environment.column),
+        lambda: PromptEnvironment(short, prompts.column),
         renderer,
         training=training,
         heldout=heldout,

@@ -37,8 +37,6 @@ class Progress:
     label: str = ""
     columns: list[str] = field(default_factory=list)
     """What the closing table calls this stage, and which scores it shows."""
-    failed: int = 0
-    """Samples that could not be judged."""
 
 
 def save(

@@ -128,7 +128,6 @@ class Stage:
         self.interrupt.safe = False
         sampled = time.monotonic()
         judged = self.task.keep_judged(trajectories) if self.source.fresh else trajectories
-        self.progress.failed += len(trajectories) - len(judged)
         self._record_samples(step, trajectories)
 
         batch = self.objective.prepare(self.policy, judged)
