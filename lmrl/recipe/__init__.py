@@ -1,0 +1,27 @@
+"""The recipe's schema, torch-free: one file a section, put together in recipe.py."""
+
+from lmrl.recipe.base import Plugin, Section
+from lmrl.recipe.model import Lora, Model
+from lmrl.recipe.objective import (
+    OBJECTIVES,
+    CustomObjective,
+    ILQLObjective,
+    LikelihoodObjective,
+    MCObjective,
+    PPOObjective,
+    QObjective,
+    QSFTObjective,
+)
+from lmrl.recipe.recipe import CHOICES, MAIN_STAGE, Recipe, TaskSection, is_plugin
+from lmrl.recipe.source import SOURCES, DatasetSource, LoggedEpisodes, MixtureSource, Rollouts, RolloutsSource
+from lmrl.recipe.steps import Evaluation, Gate, Optimizer, Tracking, Training
+from lmrl.recipe.task import (
+    ENVIRONMENTS,
+    CustomTask,
+    EpisodeLimits,
+    MazeTask,
+    Prompts,
+    PromptTask,
+    RandomWalksTask,
+    Reward,
+)

@@ -1,0 +1,67 @@
+"""Which sections go together: a combination that makes no sense is refused with the reason and the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lmrl.recipe.objective import LikelihoodObjective, PPOObjective, QObjective, QSFTObjective
+from lmrl.recipe.source import LoggedEpisodes, MixtureSource, RolloutsSource
+from lmrl.recipe.task import PromptTask
+
+
+def mistakes(recipe: Any) -> Iterator[str]:
+    """One line for each combination in a recipe that cannot work."""
+    objective, source, task, model = recipe.objective, recipe.source, recipe.task, recipe.model
+    rolls_out = isinstance(source, RolloutsSource)
+    if isinstance(objective, PPOObjective):
+        yield from _ppo(recipe, rolls_out)
+    if isinstance(objective, LikelihoodObjective) and not isinstance(source, LoggedEpisodes) and source.best == 1:
+        yield (
+            "objective 'likelihood' imitates, and imitating all of one's own episodes changes nothing: set source.best=0.3 "
+            "to keep the best (expert iteration), or source.name=dataset with source.path or source.player"
+        )
+    if isinstance(source, MixtureSource) and isinstance(objective, LikelihoodObjective):
+        yield (
+            "source 'mixture' is for objectives that learn from any policy's episodes and their rewards (ilql, mc); "
+            "'likelihood' would imitate both: set source.name=dataset, or source.name=rollouts with source.best below 1"
+        )
+    if isinstance(objective, QSFTObjective) and not (isinstance(source, LoggedEpisodes) and source.name == "dataset"):
+        yield (
+            "objective 'q_sft' measures values against the behaviour that made the data, which fresh episodes change: "
+            "set source.name=dataset (for online learning use objective.name=ilql)"
+        )
+    if isinstance(objective, QObjective | QSFTObjective) and source.best < 1:
+        yield f"objective '{objective.name}' learns from bad episodes as well as good ones: leave source.best at 1"
+    if isinstance(objective, QSFTObjective) and model.lora is not None:
+        yield "objective 'q_sft' trains a second copy of all weights beside the policy: leave model.lora out"
+    if isinstance(objective, QObjective) and objective.trunk == "separate" and model.lora is not None:
+        yield (
+            "`objective.trunk: separate` trains a second copy of all weights: with model.lora use shared (or detached)"
+        )
+    if isinstance(task, PromptTask):
+        if not isinstance(source, LoggedEpisodes) or isinstance(source, MixtureSource):
+            if not task.rewards:
+                yield "a task of prompts learns from rewards: list at least one under task.rewards"
+        if getattr(source, "player", None):
+            yield "`source.player` plays an environment; prompts have none: give source.path"
+    gate = recipe.evaluation.gate
+    if gate is not None and recipe.evaluation.suite is None:
+        yield "`evaluation.gate` measures on a suite: set evaluation.suite"
+
+
+def _ppo(recipe: Any, rolls_out: bool) -> Iterator[str]:
+    if not rolls_out:
+        yield (
+            "objective 'ppo' learns from its own fresh episodes: set source.name=rollouts "
+            "(for logged data use objective.name=ilql or likelihood)"
+        )
+    elif recipe.source.best < 1:
+        yield "objective 'ppo' learns from bad episodes as well as good ones: leave source.best at 1"
+    if recipe.rollouts.top_p < 1 or recipe.rollouts.top_k > 0:
+        yield (
+            "objective 'ppo' needs the full distribution, because truncated sampling biases the probability ratio: "
+            "set rollouts.top_p=1 and rollouts.top_k=0"
+        )
+    if recipe.rollouts.temperature == 0:
+        yield "objective 'ppo' explores by sampling: set rollouts.temperature above 0"

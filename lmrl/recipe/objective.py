@@ -1,0 +1,163 @@
+"""The `objective` section: one class an objective."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from lmrl.recipe.base import Plugin, Section
+
+
+class LikelihoodObjective(Section):
+    """Behaviour cloning: the likelihood of the action tokens."""
+
+    name: Literal["likelihood"]
+    entropy_coef: float = Field(0.0, ge=0)
+    """Weight of an entropy bonus (0: plain likelihood)."""
+
+
+class PPOObjective(Section):
+    """Proximal policy optimisation over action tokens (Schulman et al., arXiv 1707.06347)."""
+
+    name: Literal["ppo"]
+    epochs: int = Field(2, ge=1)
+    minibatches: int = Field(1, ge=1)
+    clip: float = Field(0.2, gt=0)
+    clip_high: float | None = Field(None, gt=0)
+    """Upper clipping bound where it differs from `clip`."""
+    value_coef: float = Field(0.5, ge=0)
+    value_clip: float | None = Field(0.2, gt=0)
+    """Clipping of the value around its old estimate (null: none)."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Discount a turn."""
+    gamma_token: float = Field(1.0, gt=0, le=1)
+    """Discount a token inside a turn."""
+    lam: float = Field(0.95, ge=0, le=1)
+    whiten_advantages: bool = True
+    entropy_coef: float = Field(0.0, ge=0)
+    value_loss: Literal["squared", "hl_gauss"] = "squared"
+    """hl_gauss: values as categories over `value_range` (Farebrother et al., arXiv 2403.03950)."""
+    value_range: tuple[float, float] | None = None
+    """Lowest and highest value that `hl_gauss` can express."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the divergence from the reference (0: none, and no reference is kept)."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Where the divergence enters: per-token in the reward (k1), or as a loss term (k3)."""
+    kl_target: float | None = Field(None, gt=0)
+    """Nats an episode that `kl_coef` is adapted towards (null: fixed)."""
+    kl_horizon: int = Field(1000, ge=1)
+    """Episodes over which `kl_coef` adapts."""
+    target_kl: float | None = Field(None, gt=0)
+    """Update epochs end early once the policy has moved this far (nats a token)."""
+    missing_eos_penalty: float = Field(0.0, ge=0)
+    """Taken from the reward of a turn that was cut off by the token limit."""
+    value_warmup_steps: int = Field(0, ge=0)
+    """First steps that train the value head alone."""
+    detach_value: bool = False
+    """Stop the value loss at the trunk, so that it trains the head alone."""
+
+    @model_validator(mode="after")
+    def _adaptive_needs_start(self) -> PPOObjective:
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("`kl_target` adapts `kl_coef`, which has to start above 0")
+        if (self.value_loss == "hl_gauss") != (self.value_range is not None):
+            raise ValueError("`value_loss: hl_gauss` and `value_range: [LOW, HIGH]` (returns to expect) go together")
+        return self
+
+
+class Discounts(Section):
+    """How later rewards count."""
+
+    gamma: float = Field(0.99, gt=0, le=1)
+    """Discount a turn."""
+    gamma_token: float = Field(1.0, gt=0, le=1)
+    """Discount a token inside a turn."""
+
+
+class Guidance(Section):
+    """How a policy with Q values decodes: log pi + beta Q, over the tokens that the behaviour supports."""
+
+    beta: float = Field(16.0, ge=0)
+    """Weight of Q where decoding says nothing else (an inference setting: sweep it with `lmrl eval --beta 1,4,16,64`)."""
+    support: float = Field(0.01, ge=0, lt=1)
+    """Tokens less likely than this under the likelihood-trained policy are never drawn (0: no such mask)."""
+
+
+class QObjective(Discounts, Guidance):
+    """What objectives with Q heads share."""
+
+    q_head: Literal["mlp", "linear", "tied"] = "mlp"
+    """mlp: two layers; linear: one; tied: the vocabulary matrix times a d x d matrix. `lmrl export` folds the last two."""
+    trunk: Literal["shared", "detached", "separate"] = "shared"
+    """Where the heads stand: on the policy's last hidden states, on those without a gradient into the policy, or on a
+    copy of the model of their own."""
+    start_value: float | Literal["lowest"] = "lowest"
+    """What Q is before anything is learned, and stays for tokens never seen: `lowest` is the lowest return in the data,
+    so that what is unknown looks bad."""
+    value_loss: Literal["squared", "hl_gauss"] = "squared"
+    """hl_gauss: values as categories over the returns in the data (Farebrother et al., arXiv 2403.03950)."""
+    cql_coef: float = Field(0.1, ge=0)
+    """Weight of the push-down of Q outside the data, CE(Q / cql_temperature, action) (CQL, arXiv 2006.04779)."""
+    cql_temperature: float = Field(1.0, gt=0)
+    calibrated: bool = False
+    """Push no value below the return that the data realised (Cal-QL, Nakamoto et al., arXiv 2303.05479)."""
+    bc_coef: float = Field(1.0, ge=0)
+    """Weight of the likelihood of the actions (0: the policy stays as it is)."""
+
+    @model_validator(mode="after")
+    def _bins_need_mlp(self) -> QObjective:
+        if self.value_loss == "hl_gauss" and self.q_head != "mlp":
+            raise ValueError("`value_loss: hl_gauss` is not linear in the hidden state: it needs `q_head: mlp`")
+        if self.calibrated and self.cql_coef == 0:
+            raise ValueError("`calibrated` limits the push-down of `cql_coef`, which is 0")
+        return self
+
+
+class ILQLObjective(QObjective):
+    """Implicit language Q-learning on logged data (Snell et al., arXiv 2206.11871)."""
+
+    name: Literal["ilql"]
+    expectile: float = Field(0.8, gt=0, lt=1)
+    """How near V comes to the best action in the data (0.5: their mean)."""
+    polyak: float = Field(0.005, gt=0, le=1)
+    """How far the target Q follows Q at every update."""
+    awbc_beta: float = Field(0.0, ge=0)
+    """Weight the likelihood by exp(awbc_beta x advantage) (0: plain)."""
+
+
+class MCObjective(QObjective):
+    """Q by regression on the returns that followed (Monte Carlo returns), and decoding guided by it."""
+
+    name: Literal["mc"]
+
+
+class QSFTObjective(Discounts, Guidance):
+    """Q-learning by supervised fine-tuning (Hong et al., arXiv 2411.05193): no heads, a second model's probabilities."""
+
+    name: Literal["q_sft"]
+    return_range: tuple[float, float] = (0.0, 1.0)
+    """Lowest and highest return-to-go of an episode; returns are scaled from there to [0, 1]."""
+    polyak: float = Field(0.005, gt=0, le=1)
+    """How far the target model follows at every update."""
+
+    @model_validator(mode="after")
+    def _ordered_range(self) -> QSFTObjective:
+        if not self.return_range[0] < self.return_range[1]:
+            raise ValueError("`return_range` is [LOW, HIGH] with LOW < HIGH")
+        return self
+
+
+class CustomObjective(Plugin):
+    """An objective of one's own, `file.py:Name` or a dotted path."""
+
+    name: str
+
+
+OBJECTIVES = {
+    "likelihood": LikelihoodObjective,
+    "ppo": PPOObjective,
+    "ilql": ILQLObjective,
+    "mc": MCObjective,
+    "q_sft": QSFTObjective,
+}

@@ -1,0 +1,121 @@
+"""The recipe: one strict, typed description of a run.
+
+Everything a run does is written here and nowhere else; each section has a file of its own beside this one. Reading
+files and overrides is `recipe_files`; nothing here imports torch, so that `lmrl show` answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Tag, model_validator
+
+from lmrl.recipe.base import Section
+from lmrl.recipe.combinations import mistakes
+from lmrl.recipe.model import Model
+from lmrl.recipe.objective import OBJECTIVES, CustomObjective
+from lmrl.recipe.source import SOURCES, Rollouts, RolloutsSource
+from lmrl.recipe.steps import Evaluation, Optimizer, Tracking, Training
+from lmrl.recipe.task import ENVIRONMENTS, CustomTask, PromptTask
+
+MAIN_STAGE = "main"
+
+
+def is_plugin(name: Any) -> bool:
+    """Whether a name is code of one's own (`file.py:Name`, `package.module.Name`) and no shipped one."""
+    return isinstance(name, str) and (":" in name or "." in name)
+
+
+def _choose(key: str, shipped: dict[str, type], custom: str | None):
+    def choose(value: Any) -> str | None:
+        name = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
+        if isinstance(name, str) and name in shipped:
+            return f"<{name}>"
+        return custom if custom and is_plugin(name) else None
+
+    return choose
+
+
+def _tags(classes: dict[str, type]) -> dict[str, type]:
+    return {f"<{name}>": cls for name, cls in classes.items()}
+
+
+def _choose_task(value: Any) -> str | None:
+    given = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    return "<prompts>" if "environment" not in given else _choose_environment(value)
+
+
+_choose_environment = _choose("environment", ENVIRONMENTS, "<custom>")
+CHOICES = {
+    "task": ("environment", _choose_task, {"<prompts>": PromptTask, **_tags(ENVIRONMENTS), "<custom>": CustomTask}),
+    "source": ("name", _choose("name", SOURCES, None), _tags(SOURCES)),
+    "objective": (
+        "name",
+        _choose("name", OBJECTIVES, "<custom>"),
+        {**_tags(OBJECTIVES), "<custom>": CustomObjective},
+    ),
+}
+"""Sections whose keys depend on a name in them: the key that holds the name, the choice, and the classes by tag."""
+
+
+def _union(section: str) -> Any:
+    _, choose, classes = CHOICES[section]
+    arms = [Annotated[cls, Tag(tag)] for tag, cls in classes.items()]
+    return Annotated[functools.reduce(operator.or_, arms), Discriminator(choose)]
+
+
+TaskSection = _union("task")
+SourceSection = _union("source")
+ObjectiveSection = _union("objective")
+
+
+class Recipe(Section):
+    """A run. Top-level keys describe the last stage; `stages` holds what earlier ones do differently, in order."""
+
+    description: str = ""
+    model: Model
+    task: TaskSection
+    source: SourceSection = RolloutsSource()
+    rollouts: Rollouts = Rollouts()
+    objective: ObjectiveSection
+    optimizer: Optimizer = Optimizer()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+    start: str = "previous"
+    """Where a stage's policy comes from: `previous` (the stage before it; the model itself for the first), `model`, or
+    the name of an earlier stage."""
+    stages: dict[str, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Recipe:
+        for name, changes in self.stages.items():
+            if "tracking" in changes:
+                raise ValueError(f"`stages.{name}.tracking`: trackers belong to the whole run, set `tracking` itself")
+        if MAIN_STAGE in self.stages:
+            raise ValueError(f"`stages.{MAIN_STAGE}` is what the top-level keys describe: choose another name")
+        for mistake in mistakes(self):
+            raise ValueError(mistake)
+        return self
+
+    def arithmetic(self) -> dict[str, int]:
+        """How a step's episodes become updates, as far as it is known before sampling."""
+        if isinstance(self.source, RolloutsSource):
+            prompts, samples = self.rollouts.prompts, self.rollouts.samples
+        else:  # of a mixture, what it learns from; what it plays is rollouts.prompts x rollouts.samples
+            prompts, samples = self.source.batch_size, 1
+        epochs = getattr(self.objective, "epochs", 1)
+        minibatches = getattr(self.objective, "minibatches", 1)
+        return {
+            "prompts": prompts,
+            "samples": samples,
+            "episodes": prompts * samples,
+            "epochs": epochs,
+            "minibatches": minibatches,
+            "episodes_per_minibatch": -(-prompts * samples // minibatches),
+            "updates_per_step": epochs * minibatches,
+            "steps": self.training.steps,
+            "updates": epochs * minibatches * self.training.steps,
+        }

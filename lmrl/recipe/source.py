@@ -1,0 +1,103 @@
+"""The `source` and `rollouts` sections: where trajectories come from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from lmrl.recipe.base import Section
+
+Players = str | dict[str, float]
+"""A scripted player, or several with the share of the episodes that each plays."""
+
+
+class RolloutsSource(Section):
+    """Fresh episodes by the current policy (sizes and sampling are under `rollouts`)."""
+
+    name: Literal["rollouts"] = "rollouts"
+    best: float = Field(1.0, gt=0, le=1)
+    """Share of each step's episodes, those with the highest returns, that is learned from."""
+
+
+class LoggedEpisodes(Section):
+    """Logged episodes: a file or folder of them, or episodes played by a scripted player."""
+
+    path: str | None = None
+    """JSONL or Parquet, a folder of Parquet shards, or a dataset on the hub (see lmrl/trajectories/rows.py)."""
+    split: str = "train"
+    player: Players | None = None
+    """A scripted player of the environment, for instance `random`, or shares: `{random: 0.9, optimal: 0.1}`."""
+    episodes: int = Field(1000, ge=1)
+    """How many episodes the player plays."""
+    batch_size: int = Field(64, ge=1)
+    """Episodes a step."""
+    best: float = Field(1.0, gt=0, le=1)
+    """Share of the episodes, those with the highest returns, that is learned from (below 1: filtered)."""
+    skip_bad_rows: bool = False
+    """Count malformed rows and keep them aside, in the run's bad_rows.jsonl, instead of stopping."""
+
+    @field_validator("player")
+    @classmethod
+    def _shares_add_up(cls, player: Players | None) -> Players | None:
+        if isinstance(player, dict) and (any(share < 0 for share in player.values()) or not sum(player.values()) > 0):
+            raise ValueError("the players' shares have to be positive, for instance {random: 0.9, optimal: 0.1}")
+        return player
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> LoggedEpisodes:
+        if (self.path is None) == (self.player is None):
+            raise ValueError("needs either `path` (logged episodes) or `player` (a scripted player)")
+        return self
+
+
+class DatasetSource(LoggedEpisodes):
+    """Logged episodes, in shuffled passes."""
+
+    name: Literal["dataset"]
+
+
+class MixtureSource(LoggedEpisodes):
+    """Logged episodes and fresh ones together: from offline to online learning.
+
+    Each step plays `rollouts.prompts` x `rollouts.samples` fresh episodes into a replay buffer, and learns from
+    `batch_size` episodes, of which a share comes from the buffer and the rest from the log.
+    """
+
+    name: Literal["mixture"]
+    online: float = Field(0.5, ge=0, le=1)
+    """Share of the fresh episodes in a batch at the first step ..."""
+    online_end: float = Field(1.0, ge=0, le=1)
+    """... and at the last; linear in between."""
+    warmup_steps: int = Field(0, ge=0)
+    """First steps that only collect, without updates (WSRL, Zhou et al., arXiv 2412.07762)."""
+    replay: int = Field(2000, ge=1)
+    """Newest fresh episodes that the buffer keeps."""
+
+
+SOURCES = {"rollouts": RolloutsSource, "dataset": DatasetSource, "mixture": MixtureSource}
+
+
+class Rollouts(Section):
+    """How episodes are sampled."""
+
+    engine: Literal["hf"] = "hf"
+    prompts: int = Field(32, ge=1)
+    """Prompts (or start states) a step."""
+    samples: int = Field(1, ge=1)
+    """Episodes for each prompt."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Tokens a turn at most."""
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    """0: no limit."""
+    stop: list[str] = []
+    """Strings that end a turn."""
+    slots: int = Field(256, ge=1)
+    """Sequences decoded at a time."""
+    beta: float | None = Field(None, ge=0)
+    """Of a policy with Q heads: weight of Q beside the log-probabilities (null: as its objective said; 0: none)."""
+    support: float | None = Field(None, ge=0, lt=1)
+    """Of a policy with Q heads: tokens less likely than this under the policy without Q are never drawn (null: as its
+    objective said)."""

@@ -1,0 +1,88 @@
+"""Sections about steps: `optimizer`, `training`, `evaluation`, `tracking`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from lmrl.recipe.base import Section
+
+
+class Optimizer(Section):
+    """AdamW with a schedule."""
+
+    lr: float = Field(1e-4, gt=0)
+    head_lr: float | None = Field(None, gt=0)
+    """Learning rate of value heads where it differs from `lr`."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the learning rate does after warm-up, down to 0 over the stage."""
+    warmup_steps: int = Field(0, ge=0)
+    max_grad_norm: float | None = Field(1.0, gt=0)
+
+
+class Training(Section):
+    """How long, how reproducibly, in what pieces."""
+
+    steps: int = Field(100, ge=1)
+    seed: int = Field(0, ge=0)
+    microbatch_tokens: int = Field(4096, ge=1)
+    """Tokens, padding included, that go through the model at once."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast. Trainable weights stay float32."""
+    checkpoint_every: int = Field(50, ge=0)
+    """Steps between checkpoints (0: only at the end of a stage)."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints to keep, beside the best."""
+    max_nonfinite: int = Field(3, ge=1)
+    """The run stops after so many updates in a row with a non-finite loss or gradient."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads (null: torch decides)."""
+
+
+class Evaluation(Section):
+    """The suite that a run is scored on."""
+
+    suite: str | None = None
+    every: int = Field(0, ge=0)
+    """Steps between evaluations (0: at the start and the end of a stage)."""
+    episodes: int | None = Field(None, ge=1)
+    """Start states to score during the run (null: as many as the suite says)."""
+    metric: str | None = None
+    """Metric that names the best checkpoint, higher is better (null: the suite's first)."""
+    diagnostics_every: int = Field(50, ge=0)
+    """Steps between diagnostics of an objective with values, on a fixed probe batch (0: none)."""
+    gate: Gate | None = None
+    show_samples: int = Field(2, ge=0)
+    """Samples shown live."""
+    show_every: int = Field(10, ge=1)
+    """Steps between samples shown live."""
+
+
+class Gate(Section):
+    """Watch the policy through a stage's first steps, and take it back where it loses what it could do before.
+
+    Scores are the suite's metric, normalised: 0 is the random player, 100 the optimal one. They are paired over start
+    states with the policy as the stage began.
+    """
+
+    drop: float = Field(5.0, ge=0)
+    """Points of normalised score that may be lost."""
+    every: int = Field(5, ge=1)
+    """Steps between measurements."""
+    steps: int | None = Field(None, ge=1)
+    """First steps that are watched (null: the whole stage)."""
+    lr_factor: float = Field(0.5, gt=0, le=1)
+    """After a rollback the learning rate is multiplied by this."""
+    max_rollbacks: int = Field(3, ge=1)
+    """After so many, the stage ends with the best checkpoint."""
+
+
+class Tracking(Section):
+    """Experiment trackers, through accelerate."""
+
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    project: str = "lmrl"
