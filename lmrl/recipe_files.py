@@ -249,7 +249,7 @@ def stages_of(recipe: Recipe) -> dict[str, Recipe]:
 
 def _stage(document: Document, name: str) -> Recipe:
     """An earlier stage: the top-level keys with the stage's own laid over them."""
-    base = {key: value for key, value in document.data.items() if key != "stages"}
+    base = {key: value for key, value in document.data.items() if key not in ("stages", "start")}
     merged = merge(base, document.data["stages"][name])
     return validate(Recipe, Document(merged, document.path, document.places), prefix=("stages", name))
 

@@ -32,12 +32,13 @@ def tiny_config() -> dict:
 @pytest.fixture
 def tiny_policy():
     """A seeded character-level policy from scratch with a value head."""
+    from lmrl.policy.heads import HeadsSpec
     from lmrl.policy.load import load_policy
     from lmrl.recipe import Model
 
     torch.manual_seed(0)
     return load_policy(
-        Model(config=dict(TINY_LLAMA)), texts=lambda: ["abcdefghijklmnopqrstuvwxyz .,!?"], value_head=True
+        Model(config=dict(TINY_LLAMA)), texts=lambda: ["abcdefghijklmnopqrstuvwxyz .,!?"], heads=HeadsSpec()
     )
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import lmrl
+from lmrl.policy.heads import HeadsSpec
 from lmrl.policy.load import load_policy, open_policy
-from lmrl.policy.policy import Want
+from lmrl.policy.passes import Want
 from lmrl.recipe import Lora, Model
 from lmrl.rollouts.engine import Sampling
 from lmrl.rollouts.hf import HFEngine
@@ -32,7 +33,7 @@ def test_greedy_decoding_equals_generate():
 def test_learner_and_sampler_agree():
     """float32: to rounding. bfloat16: within its resolution."""
     for dtype, tolerance in (("float32", 2e-4), ("bfloat16", 0.6)):
-        policy = load_policy(Model(path=MODEL, dtype=dtype, lora=Lora(r=4)), value_head=True)
+        policy = load_policy(Model(path=MODEL, dtype=dtype, lora=Lora(r=4)), heads=HeadsSpec())
         policy.temperature = 0.9
         contexts = [policy.tokenizer(prompt).input_ids for prompt in PROMPTS]
         found = HFEngine(policy).generate(contexts, Sampling(16, 0.9), [("s", i) for i in range(3)])

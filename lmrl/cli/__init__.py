@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from lmrl.cli import cp, eval, ls, replay, show, train
+from lmrl.cli import collect, cp, eval, export, ls, replay, show, train
 from lmrl.errors import LmrlError
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (ls, cp, show, train, eval, replay):
+for verb in (ls, cp, show, train, collect, eval, export, replay):
     app.command(name=verb.__name__.rpartition(".")[2])(verb.command)
 
 

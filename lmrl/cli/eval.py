@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lmrl.cli.common import Debug, Overrides
-from lmrl.errors import RunError
+from lmrl.errors import RecipeError, RunError
 
 
 def command(
@@ -21,6 +21,9 @@ def command(
     ] = None,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: final, best, or step-N")] = "final",
     json: Annotated[Path | None, typer.Option("--json", help="Also write the scores to this file")] = None,
+    beta: Annotated[
+        str | None, typer.Option("--beta", help="Of a policy with Q heads: weights of Q to try, for instance 1,4,16,64")
+    ] = None,
     samples: Annotated[int, typer.Option("--samples", help="Completions to show")] = 3,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Allow a hub model to run its own code")
@@ -32,17 +35,29 @@ def command(
 
     if json is not None and json.is_dir():
         raise RunError(f"--json: {json} is a folder, name a file")
+    betas = _numbers(beta)
     if suite is not None:
         load_suite(suite, overrides or [])  # a mistake in the suite should not wait for the model to load
 
     from lmrl.evaluation import evaluate
     from lmrl.training.display import Display
 
-    report = evaluate(policy, suite, overrides or [], checkpoint, trust_remote_code)
+    report = evaluate(policy, suite, overrides or [], checkpoint, trust_remote_code, betas)
     display = Display()
     display.samples(report.trajectories, samples)
-    display.table(f"{report.policy} on {report.suite}", {"policy": report.metrics})
+    display.table(f"{report.policy} on {report.suite}", report.rows)
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
         json.write_text(report.to_json())
         print(f"scores written to {json}")
+
+
+def _numbers(text: str | None) -> list[float]:
+    """`1,4,16` as numbers."""
+    try:
+        numbers = [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        numbers = [-1.0]
+    if any(not 0 <= number < float("inf") for number in numbers):
+        raise RecipeError(f"--beta: '{text}' is no list of weights, for instance 1,4,16,64")
+    return numbers

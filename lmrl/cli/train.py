@@ -9,6 +9,7 @@ import typer
 
 from lmrl.cli.common import Debug, Overrides
 from lmrl.errors import RecipeError
+from lmrl.recipe import LoggedEpisodes, Recipe
 from lmrl.recipe_files import load_recipe
 from lmrl.run import RECIPE_FILE, latest_run
 
@@ -21,11 +22,28 @@ def command(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder (default: under runs/)")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run stopped")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Try every part on a tiny scale, keep nothing")] = False,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Leave malformed rows of logged data out, and keep them aside")
+    ] = False,
+    over: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--over", metavar="KEY=VALUE,...", help="Run every combination of these keys' values (repeatable)"
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", help="With --over: runs at a time")] = 1,
     debug: Debug = False,
 ) -> None:
     """Train a recipe."""
     if name is not None and "=" in name:
         name, overrides = None, [name, *(overrides or [])]
+    if over:
+        if skip_bad_rows:
+            raise RecipeError("--skip-bad-rows does not go with --over: set source.skip_bad_rows=true")
+        _sweep(name, overrides or [], over, output, resume, dry_run, jobs)
+        return
+    if jobs != 1:
+        raise RecipeError("--jobs goes with --over, which makes several runs")
     folder = _run_to_resume(name, output) if resume else None
     if folder is None and name is None:
         raise RecipeError("name a recipe, for instance: lmrl train random_walks/ppo (lmrl ls shows them all)")
@@ -38,6 +56,9 @@ def command(
     if recipe is None and overrides:
         raise RecipeError("a resumed run keeps its recipe: leave the overrides out, or name the recipe as well")
 
+    if skip_bad_rows:
+        _skip_bad_rows(recipe)
+
     from lmrl import training
 
     if dry_run:
@@ -47,6 +68,45 @@ def command(
         training.resume_run(folder, recipe)
     else:
         training.train(recipe, output=output or training.default_output(name), resume=resume)
+
+
+def _skip_bad_rows(recipe: Recipe | None) -> None:
+    """Set `skip_bad_rows` wherever a recipe reads logged data."""
+    if recipe is None:
+        raise RecipeError("a resumed run keeps its recipe: leave --skip-bad-rows out")
+    own = [recipe.source] if isinstance(recipe.source, LoggedEpisodes) else []
+    of_stages = [changes["source"] for changes in recipe.stages.values() if "source" in changes]
+    of_stages = [source for source in of_stages if source.get("name") != "rollouts"]
+    if not own and not of_stages:
+        raise RecipeError("--skip-bad-rows: the recipe reads no logged data")
+    for source in own:
+        source.skip_bad_rows = True
+    for source in of_stages:
+        source["skip_bad_rows"] = True
+
+
+def _sweep(
+    name: str | None, overrides: list[str], over: list[str], output: Path | None, resume: bool, dry: bool, jobs: int
+) -> None:
+    """Train a recipe over values; --dry-run checks every combination's recipe and tries the first."""
+    if name is None:
+        raise RecipeError("--over needs a recipe, for instance: lmrl train random_walks/ppo --over training.seed=0,1,2")
+    if (Path(name) / RECIPE_FILE).is_file():
+        raise RecipeError(f"'{name}' is a run folder: --over goes with a recipe")
+    if dry and resume:
+        raise RecipeError("--dry-run tries a recipe from its start: leave --resume out")
+    if resume and output is None:
+        raise RecipeError("--resume needs the sweep's folder: --output FOLDER beside the recipe")
+
+    from lmrl import training
+    from lmrl.training.sweep import combinations, sweep
+
+    if dry:
+        first, *others = combinations(name, overrides, over)
+        training.dry_run(first.recipe)
+        print(f"dry run of {first.name} passed, and {len(others)} more recipes are in order: nothing was kept")
+    else:
+        sweep(name, overrides, over, output, jobs, resume)
 
 
 def _run_to_resume(name: str | None, output: Path | None) -> Path | None:

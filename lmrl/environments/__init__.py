@@ -10,7 +10,10 @@ from lmrl.environments.base import TextEnvironment
 from lmrl.errors import LmrlError, PluginError
 from lmrl.plugins import load_plugin
 
-SHIPPED = {"random_walks": "lmrl.environments.random_walks:RandomWalks"}
+SHIPPED = {
+    "random_walks": "lmrl.environments.random_walks:RandomWalks",
+    "maze": "lmrl.environments.maze:Maze",
+}
 
 __all__ = ["SHIPPED", "TextEnvironment", "environment_factory"]
 

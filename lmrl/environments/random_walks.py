@@ -5,6 +5,10 @@ idea): a directed graph of `nodes` nodes called a, b, c, ...; the goal is `a`. T
 action is the rest of the walk, at most `max_length` nodes in all, for instance `f` -> `kca`. The reward is the walk's
 optimality, (max_length - length) / (max_length - shortest), and 0 for a walk that takes a missing edge or does not end
 at the goal, which no edge leaves. Start nodes without a path shorter than `max_length` are left out.
+
+Players: `random` follows edges at random until the goal or `max_length`; `optimal` takes a shortest path; `suboptimal` is
+`random` without the shortest paths, for data from which the optimum can only be stitched together (Fu et al., "D4RL",
+arXiv 2004.07219, section 4: undirected and suboptimal data).
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from lmrl.environments.base import TextEnvironment
 from lmrl.errors import RecipeError
 
 GOAL = 0
+REDRAWS = 100
 
 
 class RandomWalks(TextEnvironment):
@@ -26,7 +31,7 @@ class RandomWalks(TextEnvironment):
     A number whose first graph has no start node from which the goal can be reached stands for the next graph that has.
     """
 
-    players = ("random", "optimal")
+    players = ("random", "suboptimal", "optimal")
 
     def __init__(self, graph: int = 1000, nodes: int = 21, max_length: int = 10, edge_probability: float = 0.1):
         self.max_length = max_length
@@ -69,10 +74,20 @@ class RandomWalks(TextEnvironment):
 
     # ---------------------------------------------------------------------------------------------------------- extras
     def act(self, player: str, rng: np.random.Generator) -> str:
+        if player != "suboptimal":
+            return self._walk(rng, shortest=player == "optimal")
+        for _ in range(REDRAWS):
+            walk = self._walk(rng)
+            if self._arrival(walk) != self.distance[self.start] + 1:
+                return walk
+        return walk[:-1]  # there is no way but the shortest: stop before the goal, which fails
+
+    def _walk(self, rng: np.random.Generator, shortest: bool = False) -> str:
+        """Nodes after the start, along random edges (shortest: of those that bring the goal nearer)."""
         node, walk = self.start, []
         while node != GOAL and len(walk) < self.max_length - 1:
             following = np.nonzero(self.edges[node])[0]
-            if player == "optimal":
+            if shortest:
                 following = following[self.distance[following] == self.distance[node] - 1]
             node = int(rng.choice(following))
             walk.append(_name(node))

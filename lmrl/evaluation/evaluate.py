@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from statistics import mean
 from typing import Any
 
 from lmrl.errors import RecipeError, did_you_mean
@@ -12,12 +15,14 @@ from lmrl.policy.policy import Policy
 from lmrl.rollouts.engine import Sampling
 from lmrl.rollouts.hf import HFEngine
 from lmrl.rollouts.sampler import Sampler
-from lmrl.rollouts.task import Task, build_task
+from lmrl.rollouts.task import build_task
 from lmrl.trajectories.batch import to_batch
 from lmrl.trajectories.trajectory import Trajectory
 
 Scores = dict[str, dict[str, Any]]
-RESERVED = ("reward", "return", "length", "kl")
+RANDOM_EPISODES = 8
+"""Of the random player from each start, for the low end of normalised scores."""
+RESERVED = ("reward", "return", "length", "kl", "normalized")
 """Metrics of lmrl's own; a reward function or environment metric of that name is reported as `component/NAME`."""
 
 
@@ -25,7 +30,7 @@ class Evaluator:
     """A suite made ready for one policy, to be scored any number of times."""
 
     def __init__(self, policy: Policy, suite: Suite):
-        self.policy, self.suite = policy, suite
+        self.policy, self.suite, self.name = policy, suite, ""
         self.task = build_task(suite.task, policy.tokenizer)
         self.sampling = Sampling.of(suite.rollouts)
         engine = HFEngine(policy, suite.rollouts.slots)
@@ -37,11 +42,15 @@ class Evaluator:
             return [None] * (self.suite.episodes or 100)
         return starts[: self.suite.episodes or len(starts)]
 
-    def __call__(self) -> tuple[Scores, list[Trajectory]]:
-        """Play the suite. Episodes draw the same random numbers every time, so two scores are paired."""
+    def __call__(self, beta: float | None = None) -> tuple[Scores, list[Trajectory]]:
+        """Play the suite. Episodes draw the same random numbers every time, so two scores are paired.
+
+        beta: weight of Q instead of the suite's or the policy's own.
+        """
         name = ("suite", self.suite.seed)
         before = self.policy.temperature
-        trajectories = self.task.keep_judged(self.sampler.play(self.starts(), self.suite.samples, self.sampling, name))
+        sampling = self.sampling if beta is None else replace(self.sampling, beta=beta)
+        trajectories = self.task.keep_judged(self.sampler.play(self.starts(), self.suite.samples, sampling, name))
         extra = {}
         if self.policy.has_reference:
             self.policy.temperature = self.sampling.temperature or 1.0
@@ -51,30 +60,75 @@ class Evaluator:
 
     def optimum(self) -> Scores | None:
         """The exact optimum, where the environment has a player for it."""
-        if "optimal" not in getattr(self.task.make(), "players", ()):
+        played = self._play("optimal", self.starts())
+        return self.report(played) if played else None
+
+    def _play(self, player: str, starts: list[int | None]) -> list[Trajectory] | None:
+        """Episodes of a scripted player of the environment, None where it has no such player."""
+        if player not in getattr(self.task.make(), "players", ()):
             return None
-        return self.report(Sampler(self.task).play_scripted("optimal", self.starts(), ("suite", self.suite.seed)))
+        return Sampler(self.task).play_scripted(player, starts, ("suite", self.suite.seed))
+
+    @cached_property
+    def scale(self) -> tuple[float, float] | None:
+        """The main metric of the environment's players `random` and `optimal`, where it has both."""
+        metric = self.suite.metrics[0]
+        random = self._play("random", [start for start in self.starts() for _ in range(RANDOM_EPISODES)])
+        best = self._play("optimal", self.starts())
+        if not random or not best:
+            return None
+        low, high = (mean(values_of(played)[metric]) for played in (random, best))
+        return (low, high) if high > low else None
+
+    def normalize(self, value: float) -> float:
+        """A value of the main metric in points: 0 for the random player, 100 for the optimum; as it is without them."""
+        if self.scale is None:
+            return value
+        low, high = self.scale
+        return 100 * (value - low) / (high - low)
+
+    def by_start(self, trajectories: Sequence[Trajectory]) -> list[float]:
+        """Of each start state, the mean of the main metric in points."""
+        groups: dict[int, list[float]] = {}
+        for trajectory in trajectories:
+            value = dict(named_values(trajectory))[self.suite.metrics[0]]
+            groups.setdefault(trajectory.group, []).append(self.normalize(value))
+        return [mean(values) for values in groups.values()]
 
     def report(self, trajectories: Sequence[Trajectory], extra: dict[str, list[float]] = {}) -> Scores:
         """Every metric of these episodes, the suite's own first."""
-        scores = summarize_trajectories(self.task, trajectories)
+        scores = summarize_trajectories(trajectories)
         scores |= {name: summarize(values) for name, values in extra.items()}
         main = self.suite.metrics[0]
         if main not in scores:
             raise RecipeError(f"suite: there is no metric '{main}'{did_you_mean(main, scores)}")
+        if "normalized" in self.suite.metrics and self.scale is not None:
+            values = [dict(named_values(trajectory))[main] for trajectory in trajectories]
+            scores["normalized"] = summarize([self.normalize(value) for value in values])
         return {name: scores[name] for name in dict.fromkeys([*self.suite.metrics, *scores]) if name in scores}
 
 
-def summarize_trajectories(task: Task, trajectories: Sequence[Trajectory]) -> Scores:
+def summarize_trajectories(trajectories: Sequence[Trajectory]) -> Scores:
     """Return (or reward), every component and metric, and length in tokens, each with its interval."""
-    main = "reward" if task.judged_by == "reward" else "return"
-    values: dict[str, list[float]] = {main: [trajectory.reward for trajectory in trajectories]}
+    return {name: summarize(column) for name, column in values_of(trajectories).items()}
+
+
+def values_of(trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
+    """What the episodes scored, by metric."""
+    columns: dict[str, list[float]] = {}
     for trajectory in trajectories:
-        for name, value in {**trajectory.components, **trajectory.metrics}.items():
-            if value is not None:
-                values.setdefault(f"component/{name}" if name in RESERVED else name, []).append(value)
-    values["length"] = [trajectory.num_actions for trajectory in trajectories]
-    return {name: summarize(column) for name, column in values.items()}
+        for name, value in named_values(trajectory):
+            columns.setdefault(name, []).append(value)
+    return columns
+
+
+def named_values(trajectory: Trajectory) -> Iterator[tuple[str, float]]:
+    """What one episode scored: `return` (of prompts, `reward`), components, metrics, length in tokens."""
+    yield "reward" if trajectory.components else "return", trajectory.reward
+    for name, value in {**trajectory.components, **trajectory.metrics}.items():
+        if value is not None:
+            yield f"component/{name}" if name in RESERVED else name, value
+    yield "length", trajectory.num_actions
 
 
 def divergences(policy: Policy, trajectories: Sequence[Trajectory]) -> list[float]:

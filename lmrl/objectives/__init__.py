@@ -12,6 +12,9 @@ from lmrl.recipe import CustomObjective
 SHIPPED = {
     "likelihood": "lmrl.objectives.likelihood:Likelihood",
     "ppo": "lmrl.objectives.ppo:PPO",
+    "ilql": "lmrl.objectives.ilql:ILQL",
+    "mc": "lmrl.objectives.mc:MCReturns",
+    "q_sft": "lmrl.objectives.q_sft:QSFT",
 }
 
 __all__ = ["SHIPPED", "Loss", "Objective", "load_objective"]

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from lmrl.policy.policy import Outputs, Policy, Want
+from lmrl.policy.heads import HeadsSpec
+from lmrl.policy.passes import Outputs, Want
+from lmrl.policy.policy import Policy
 from lmrl.trajectories.batch import Batch, Microbatch, to_batch
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -29,12 +31,19 @@ class Objective:
     """Name in tables."""
     epochs = 1
     minibatches = 1
-    uses_values = False
-    """Whether the policy needs a value head."""
+    heads: HeadsSpec | None = None
+    """The heads that the policy needs."""
+    polyak: float | None = None
+    """How far target heads follow at every update."""
+    needs_rewards = True
+    """Whether logged episodes have to say what they earned."""
     dropout = False
     """Whether updates run with the model's dropout: not where log-probabilities are compared with earlier ones."""
     uses_reference = False
     """Whether the policy needs a reference."""
+
+    def calibrate(self, policy: Policy, trajectories: list[Trajectory]) -> None:
+        """Called once, before the first step of a stage that begins with new heads, with some logged episodes."""
 
     def begin(self, step: int) -> None:
         """Called before each step, counted from 1."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lmrl.objectives.base import Loss, Objective
-from lmrl.policy.policy import Outputs
+from lmrl.policy.passes import Outputs
 from lmrl.recipe import LikelihoodObjective
 from lmrl.trajectories.batch import Microbatch
 
@@ -13,6 +13,7 @@ class Likelihood(Objective):
 
     label = "BC"
     dropout = True
+    needs_rewards = False
 
     def __init__(self, options: LikelihoodObjective):
         self.options = options

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 
 from lmrl.objectives.base import Loss, Objective
-from lmrl.policy.policy import Outputs, Policy, Want
+from lmrl.policy.heads import BINS, HeadsSpec, category_loss
+from lmrl.policy.passes import Outputs, Want
+from lmrl.policy.policy import Policy
 from lmrl.recipe import PPOObjective
-from lmrl.trajectories.batch import Batch, Microbatch, Sequence, to_sequence
-from lmrl.trajectories.trajectory import CONTEXT, Trajectory
+from lmrl.trajectories.batch import Batch, Microbatch, Sequence
+from lmrl.trajectories.chain import discounts, rewards_and_turns, to_sequences
+from lmrl.trajectories.trajectory import Trajectory
 
 
 # ------------------------------------------------------------------------------------------------------------ mathematics
@@ -81,14 +84,19 @@ def adapt_kl_coef(coef: float, kl: float, target: float, episodes: int, horizon:
 # -------------------------------------------------------------------------------------------------------------- objective
 class PPO(Objective):
     label = "PPO"
-    uses_values = True
 
     def __init__(self, options: PPOObjective):
         self.options = options
+        self.heads = HeadsSpec(bins=BINS if options.value_loss == "hl_gauss" else 0)
         self.epochs, self.minibatches = options.epochs, options.minibatches
         self.uses_reference = options.kl_coef > 0
         self.kl_coef = options.kl_coef
         self.warming_up = False
+
+    def calibrate(self, policy: Policy, trajectories: list[Trajectory]) -> None:
+        if self.options.value_range is not None:
+            low, high = self.options.value_range
+            policy.values.calibrate(start=0.0, mean=min(max(0.0, low), high), scale=1.0, low=low, high=high)
 
     def begin(self, step: int) -> None:
         self.warming_up = step <= self.options.value_warmup_steps
@@ -100,14 +108,7 @@ class PPO(Objective):
         )
 
     def prepare(self, policy: Policy, trajectories: list[Trajectory]) -> Batch:
-        spans: list[list[Sequence]] = []
-        for trajectory in trajectories:
-            held = [segment for segment in trajectory.segments if segment.actions]
-            tail = [] if trajectory.terminated else [trajectory.segments[-1]]
-            if tail and tail[0].actions:  # the observation after the last action stands in the same context
-                spans.append([*map(to_sequence, held[:-1]), to_sequence(held[-1], bootstrap=True)])
-            else:
-                spans.append([*map(to_sequence, held), *(to_sequence(segment, bootstrap=True) for segment in tail)])
+        spans = [to_sequences(trajectory) for trajectory in trajectories]
         scored = Batch([sequence for span in spans for sequence in span])
         old = policy.score(scored, Want(values=True))
         if policy.has_reference:
@@ -145,9 +146,8 @@ class PPO(Objective):
         log_ratio = logprobs - reference_logprobs
         if self.options.kl_in == "reward":
             rewards = rewards - self.kl_coef * log_ratio
-        next_turns = torch.cat([turns[1:], turns[-1:] + 1])
-        discounts = torch.where(next_turns == turns, self.options.gamma_token, self.options.gamma)
-        gae = advantages(rewards, values, last_value, discounts, self.options.lam)
+        discounts_A = discounts(turns, self.options.gamma, self.options.gamma_token)
+        gae = advantages(rewards, values, last_value, discounts_A, self.options.lam)
         fields = {
             "old_logprobs": logprobs,
             "old_values": values,
@@ -162,15 +162,10 @@ class PPO(Objective):
         return float(log_ratio.sum())
 
     def _rewards_and_turns(self, trajectory: Trajectory) -> tuple[torch.Tensor, torch.Tensor]:
-        rewards, turns = [], []
-        for segment in trajectory.segments:
-            for reward, turn in zip(segment.rewards, segment.turns, strict=True):
-                if turn != CONTEXT:
-                    rewards.append(reward)
-                    turns.append(turn)
+        rewards, turns = rewards_and_turns(trajectory)
         for cut in trajectory.cut_turns:
-            rewards[len(turns) - 1 - turns[::-1].index(cut)] -= self.options.missing_eos_penalty
-        return torch.tensor(rewards), torch.tensor(turns)
+            rewards[(turns == cut).nonzero()[-1]] -= self.options.missing_eos_penalty
+        return rewards, turns
 
     def _whiten_and_measure(self, sequences: list[Sequence], trajectories: list[Trajectory]) -> dict[str, float]:
         def flat(name: str) -> torch.Tensor:
@@ -194,7 +189,10 @@ class PPO(Objective):
 
     def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
         options, fields = self.options, batch.fields
-        critic = value_loss(outputs.values, fields["old_values"], fields["returns"], options.value_clip).sum()
+        if outputs.value_logits is None:
+            critic = value_loss(outputs.values, fields["old_values"], fields["returns"], options.value_clip).sum()
+        else:
+            critic = category_loss(outputs.value_logits, fields["returns"], *options.value_range).sum()
         stats = {"value_loss": critic.detach()}
         if self.warming_up:
             return Loss(options.value_coef * critic, len(outputs.values), stats)

@@ -15,7 +15,8 @@ import transformers
 from torch import nn
 
 from lmrl.errors import ModelError, did_you_mean
-from lmrl.policy.policy import REFERENCE_ADAPTER, Policy
+from lmrl.policy.heads import HeadsSpec
+from lmrl.policy.policy import REFERENCE_ADAPTER, Policy, saved_heads
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import Lora, Model
 
@@ -31,7 +32,7 @@ def load_policy(
     options: Model,
     start: Path | None = None,
     texts: Callable[[], Iterable[str]] = lambda: (),
-    value_head: bool = False,
+    heads: HeadsSpec | None = None,
     reference: bool = False,
 ) -> Policy:
     """The policy of a stage as it begins.
@@ -61,17 +62,21 @@ def load_policy(
             parameter.data = parameter.data.float()
     if reference and kind is None:
         kind = copy.deepcopy(model).requires_grad_(False).eval()
-    policy = Policy(model, tokenizer, value_head=value_head, reference=kind if reference else None)
+    policy = Policy(model, tokenizer, heads=heads, reference=kind if reference else None)
     _match_arithmetic(policy, options.dtype)
     if start is not None:
-        policy.load_value_head(start)
+        policy.load_heads(start)
     return policy
 
 
 def open_policy(path: str, dtype: str = "float32", trust_remote_code: bool = False) -> Policy:
-    """Any saved policy, to be used and not trained: hub name, folder, GGUF file, adapter or run."""
+    """Any saved policy, with its Q heads if it has any, to be used and not trained: hub name, folder, GGUF file, adapter or run."""
     model, tokenizer = _open(path, dtype, trust_remote_code)
-    policy = Policy(model.requires_grad_(False), tokenizer)
+    folder = _checkpoint_of(path)
+    heads = saved_heads(folder)
+    policy = Policy(model.requires_grad_(False), tokenizer, heads if heads is not None and heads.q else None)
+    policy.load_heads(folder)
+    policy.requires_grad_(False)
     _match_arithmetic(policy, dtype)
     return policy
 
@@ -99,7 +104,7 @@ def load_weights(policy: Policy, folder: Path, trust_remote_code: bool = False) 
         saved, _ = _open(str(folder), trust_remote_code=trust_remote_code)
         for own, other in zip(policy.model.parameters(), saved.parameters(), strict=True):
             own.copy_(other)
-    policy.load_value_head(folder)
+    policy.load_heads(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------- origins
@@ -136,12 +141,8 @@ def _open(
     trainable: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Model and tokenizer; a peft model where `path` is an adapter, which is then `trainable` or frozen."""
-    folder = Path(path)
-    if (folder / "stages").is_dir():
-        from lmrl.run import final_checkpoint
-
-        folder = final_checkpoint(folder)
-        path = str(folder)
+    folder = _checkpoint_of(path)
+    path = str(folder) if folder != Path(path) else path
     if (folder / ADAPTER_CONFIG).exists():
         from peft import PeftModel
 
@@ -170,6 +171,16 @@ def _open(
         model.hf_quantizer, model.is_quantized = None, False
     model.config._name_or_path = path
     return model, tokenizer
+
+
+def _checkpoint_of(path: str) -> Path:
+    """The folder itself, or the final checkpoint of a run."""
+    folder = Path(path)
+    if not (folder / "stages").is_dir():
+        return folder
+    from lmrl.run import final_checkpoint
+
+    return final_checkpoint(folder)
 
 
 def _with_lora(

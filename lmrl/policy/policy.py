@@ -1,10 +1,11 @@
-"""The policy module: trunk, vocabulary projection, value head and reference behind one forward."""
+"""The policy module: trunk, vocabulary projection, heads and reference behind one forward."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,47 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lmrl.policy.heads import CHUNK, HeadsSpec, Values, guide, probability_ratio
 from lmrl.policy.logprobs import token_logprobs
-from lmrl.recipe import Recipe
+from lmrl.policy.passes import Cache, Guidance, Outputs, States, Want
+from lmrl.recipe import LikelihoodObjective, QObjective, QSFTObjective, Recipe
 from lmrl.trajectories.batch import Batch, Microbatch
 
-VALUE_HEAD_FILE = "value_head.safetensors"
+HEADS_FILE, HEADS_CONFIG = "heads.safetensors", "heads.json"
 REFERENCE_ADAPTER = "reference"
 LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 """Settings by which models of transformers cap or scale their logits; the probe below finds others."""
-
-
-@dataclass(frozen=True)
-class Want:
-    """What a forward pass has to bring back."""
-
-    logprobs: bool = True
-    values: bool = False
-    detach_values: bool = False
-    """Stop the gradient of the values at the trunk."""
-
-
-@dataclass
-class Outputs:
-    """Per action token, flat over the microbatch: all tensors have shape (N,)."""
-
-    logprobs: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None
-    values: torch.Tensor | None = None
-
-
-class ValueHead(nn.Module):
-    """Linear value head, float32, zero at the start so that advantages begin as plain returns."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.linear = nn.Linear(width, 1)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.linear(hidden.to(self.linear.weight.dtype)).squeeze(-1)
 
 
 class Policy(nn.Module):
@@ -63,14 +33,14 @@ class Policy(nn.Module):
     temperature: sampling temperature; log-probabilities are those of the distribution that is sampled from.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, value_head: bool = False, reference: Any = None):
+    def __init__(self, model: nn.Module, tokenizer: Any, heads: HeadsSpec | None = None, reference: Any = None):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        width = self.causal_lm.get_input_embeddings().weight.shape[1]
-        width = getattr(self.causal_lm.config.get_text_config(), "hidden_size", width)
-        self.value_head = ValueHead(width) if value_head else None
+        self.values = self._build_values(heads) if heads is not None else None
         self._reference = reference if reference is None or isinstance(reference, str) else [reference]  # not a child
+        self.heads_are_new = True
+        """Whether the heads have yet to learn anything."""
         self.temperature = 1.0
         self.microbatch_tokens = 4096
         self.autocast_dtype: torch.dtype | None = None
@@ -78,12 +48,29 @@ class Policy(nn.Module):
 
     def configure(self, recipe: Recipe) -> None:
         """Take over what a recipe says about passes through the model."""
-        self.temperature = recipe.rollouts.temperature if recipe.source.name == "rollouts" else 1.0
+        untempered = isinstance(recipe.objective, LikelihoodObjective | QObjective | QSFTObjective)
+        self.temperature = 1.0 if untempered or recipe.source.name != "rollouts" else recipe.rollouts.temperature
         self.microbatch_tokens = recipe.training.microbatch_tokens
         if recipe.training.precision == "bfloat16":
             self.autocast_dtype = torch.bfloat16
 
+    def _build_values(self, heads: HeadsSpec) -> Values:
+        width, tokens = self.vocabulary.shape[1], self.vocabulary.shape[0]
+        width = getattr(self.causal_lm.config.get_text_config(), "hidden_size", width)
+        return Values(heads, width, tokens, self.causal_lm)
+
     # ------------------------------------------------------------------------------------------------------ structure
+    @property
+    def vocabulary(self) -> torch.Tensor:
+        """The matrix that projects hidden states to logits, (V, D)."""
+        return self.causal_lm.get_output_embeddings().weight
+
+    @property
+    def guidance(self) -> Guidance | None:
+        """How this policy decodes unless something else is asked for; None where it has no Q values."""
+        spec = self.values.spec if self.values is not None else None
+        return Guidance(spec.beta, spec.support) if spec is not None and spec.q is not None else None
+
     @property
     def causal_lm(self) -> nn.Module:
         return _unwrapped(self.model)
@@ -129,41 +116,143 @@ class Policy(nn.Module):
         return self._run(self.causal_lm, batch, want)
 
     def _run(self, lm: nn.Module, batch: Microbatch, want: Want) -> Outputs:
+        outputs = Outputs()
         with self._autocast():
             # Without padding the attention needs no mask and takes its fastest path.
             mask = None if bool(batch.mask_BT.all()) else batch.mask_BT
             inputs = {"input_ids": batch.tokens_BT, "attention_mask": mask, "use_cache": False}
-            if self.splits_head:
-                hidden_BTD = getattr(lm, lm.base_model_prefix)(**inputs).last_hidden_state
-            else:
-                result = lm(**inputs, output_hidden_states=True)
-                hidden_BTD = result.hidden_states[-1]
-            hidden_ND = hidden_BTD[batch.rows_N, batch.cols_N]
-            outputs = Outputs()
-            if want.logprobs and self.splits_head:
-                head = lm.get_output_embeddings()
-                bias = getattr(head, "bias", None)
-                outputs.logprobs, outputs.entropy = token_logprobs(
-                    hidden_ND, head.weight, bias, batch.targets_N, self.temperature
-                )
-            elif want.logprobs:
-                logits_NV = result.logits[batch.rows_N, batch.cols_N].float() / self.temperature
-                logprobs_NV = logits_NV.log_softmax(-1)
-                outputs.logprobs = logprobs_NV.gather(1, batch.targets_N[:, None])[:, 0]
-                outputs.entropy = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
-            if want.values:
-                outputs.values = self.value_head(hidden_ND.detach() if want.detach_values else hidden_ND)
+            separate = self.values is not None and self.values.trunk is not None
+            hidden_ND = None
+            if want.logprobs or not separate:
+                hidden_ND = self._policy_outputs(lm, inputs, batch, want, outputs)
+            if want.probability is not None:
+                self._second_model(inputs, batch, want, outputs)
+            elif want.values or want.q:
+                target_ND = hidden_ND
+                if separate:
+                    hidden_ND = self.values.trunk(**inputs).last_hidden_state[batch.rows_N, batch.cols_N]
+                    with torch.no_grad():
+                        target_ND = self.values.target_trunk(**inputs).last_hidden_state[batch.rows_N, batch.cols_N]
+                with torch.autocast(hidden_ND.device.type, enabled=False):
+                    hidden_ND = hidden_ND.detach() if want.detach_values else hidden_ND
+                    self._head_outputs(hidden_ND, target_ND, batch, want, outputs)
         return outputs
 
-    def next_token_logits(self, **inputs: Any) -> torch.Tensor:
+    def _policy_outputs(
+        self, lm: nn.Module, inputs: dict[str, Any], batch: Microbatch, want: Want, outputs: Outputs
+    ) -> torch.Tensor:
+        """Fill in log-probabilities and entropy; return the hidden states of the action tokens, (N, D)."""
+        if self.splits_head:
+            hidden_BTD = getattr(lm, lm.base_model_prefix)(**inputs).last_hidden_state
+        else:
+            result = lm(**inputs, output_hidden_states=True)
+            hidden_BTD = result.hidden_states[-1]
+        hidden_ND = hidden_BTD[batch.rows_N, batch.cols_N]
+        if want.logprobs and self.splits_head:
+            head = lm.get_output_embeddings()
+            bias = getattr(head, "bias", None)
+            outputs.logprobs, outputs.entropy = token_logprobs(
+                hidden_ND, head.weight, bias, batch.targets_N, self.temperature
+            )
+        elif want.logprobs:
+            logits_NV = result.logits[batch.rows_N, batch.cols_N].float() / self.temperature
+            logprobs_NV = logits_NV.log_softmax(-1)
+            outputs.logprobs = logprobs_NV.gather(1, batch.targets_N[:, None])[:, 0]
+            outputs.entropy = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+        return hidden_ND
+
+    def _head_outputs(
+        self, hidden_ND: torch.Tensor, target_ND: torch.Tensor, batch: Microbatch, want: Want, outputs: Outputs
+    ) -> None:
+        values, actions_N, matrix = self.values, batch.targets_N, self.vocabulary
+        if want.values:
+            outputs.values, outputs.value_logits = values.value(hidden_ND)
+        if want.q:
+            taken, logits = zip(*[values.taken(q, hidden_ND, actions_N, matrix) for q in values.q], strict=True)
+            outputs.q = torch.stack(taken)
+            outputs.q_logits = torch.stack(logits) if values.spec.bins else None
+            with torch.no_grad():
+                targets = [values.taken(q, target_ND, actions_N, matrix)[0] for q in values.target_q]
+                outputs.target_q = torch.stack(targets).amin(0)
+        if want.push is not None:
+            floors = batch.fields["returns"] if want.floors else None
+            pushed = [values.push_down(q, hidden_ND, actions_N, matrix, want.push, floors) for q in values.q]
+            outputs.push = torch.stack([push for push, _ in pushed])
+            outputs.bound = torch.stack([bound for _, bound in pushed]).mean(0) if want.floors else None
+
+    def _second_model(self, inputs: dict[str, Any], batch: Microbatch, want: Want, outputs: Outputs) -> None:
+        """Q-SFT: log-probabilities of the second model, and the best supported ratio of its target to the policy."""
+        rows, cols, actions_N = batch.rows_N, batch.cols_N, batch.targets_N
+        values = self.values
+        head, trunk = values.trunk.get_output_embeddings(), getattr(values.trunk, values.trunk.base_model_prefix)
+        hidden_ND = trunk(**inputs).last_hidden_state[rows, cols]
+        logprobs_N, _ = token_logprobs(hidden_ND, head.weight, getattr(head, "bias", None), actions_N)
+        taken_N = (hidden_ND * head.weight[actions_N]).sum(-1)
+        every_N = hidden_ND @ head.weight.sum(0)  # the sum of all logits, without the logits
+        if getattr(head, "bias", None) is not None:
+            taken_N, every_N = taken_N + head.bias[actions_N], every_N + head.bias.sum()
+        outputs.logprobs, outputs.vocabulary = logprobs_N, values.tokens
+        outputs.other_logprobs = every_N - values.tokens * (taken_N - logprobs_N) - logprobs_N
+        with torch.no_grad():
+            pi_ND = getattr(self.causal_lm, self.causal_lm.base_model_prefix)(**inputs).last_hidden_state[rows, cols]
+            target = values.target_trunk
+            p_ND = getattr(target, target.base_model_prefix)(**inputs).last_hidden_state[rows, cols]
+            best = []
+            for pi, p in zip(*(part.split(max(CHUNK // values.tokens, 1)) for part in (pi_ND, p_ND)), strict=True):
+                pi_logits = self.causal_lm.get_output_embeddings()(pi).float()
+                ratio = probability_ratio(target.get_output_embeddings()(p), pi_logits)
+                supported = guide(pi_logits, torch.zeros_like(pi_logits), 0.0, want.probability).isfinite()
+                best.append(ratio.masked_fill(~supported, 0).amax(-1))
+            outputs.best_ratio = torch.cat(best)
+
+    def new_cache(self, guidance: Guidance | None = None) -> Cache:
+        two = guidance is not None and self.values.trunk is not None
+        return Cache(self.causal_lm.config, two)
+
+    def next_token_logits(self, cache: Cache, guidance: Guidance | None = None, **inputs: Any) -> torch.Tensor:
         """Logits after the last position of each row, shape (B, V), for decoding; takes what the trunk takes."""
-        lm = self.causal_lm
+        # Two dimensions: a (B, 1, D) slice would make a batched product that copies the vocabulary matrix B times.
+        states = self._states(inputs, lambda hidden_BTD: hidden_BTD[:, -1], guidance is not None, cache)
+        if guidance is None:
+            return states.logits_NV
+        return guide(states.logits_NV, states.q_NV, guidance.beta, guidance.support)
+
+    @torch.no_grad()
+    def states(self, batch: Microbatch) -> States:
+        """Logits, values and Q of the states of a small batch, over the whole vocabulary."""
+        inputs = {"input_ids": batch.tokens_BT, "attention_mask": batch.mask_BT}
+        states = self._states(
+            inputs, lambda hidden_BTD: hidden_BTD[batch.rows_N, batch.cols_N], self.guidance is not None
+        )
+        if self.values is not None and self.values.v is not None:
+            states.values_N = self.values.value(states.features_ND)[0]
+        return states
+
+    def _states(self, inputs: dict[str, Any], pick: Callable, with_q: bool, cache: Cache | None = None) -> States:
+        """Run the trunks that are needed; `pick` chooses states from hidden states of shape (B, T, D)."""
+        lm, values = self.causal_lm, self.values
+        own = {"past_key_values": cache.policy if cache else None, "use_cache": cache is not None}
         with self._autocast():
-            if not self.splits_head:
-                return lm(**inputs).logits[:, -1]
-            # Two dimensions: a (B, 1, D) slice would make a batched product that copies the vocabulary matrix B times.
-            hidden_BD = getattr(lm, lm.base_model_prefix)(**inputs).last_hidden_state[:, -1]
-            return lm.get_output_embeddings()(hidden_BD)
+            if self.splits_head:
+                hidden_ND = pick(getattr(lm, lm.base_model_prefix)(**inputs, **own).last_hidden_state)
+                logits_NV = lm.get_output_embeddings()(hidden_ND)
+            else:
+                result = lm(**inputs, **own, output_hidden_states=True)
+                hidden_ND, logits_NV = pick(result.hidden_states[-1]), pick(result.logits)
+            states = States(hidden_ND, logits_NV)
+            if not with_q:
+                return states
+            own = own | {"past_key_values": cache.values if cache else None}
+            if values.trunk is not None:
+                target = values.target_trunk
+                trunk = getattr(target, target.base_model_prefix) if values.spec.q == "probability" else target
+                states.features_ND = pick(trunk(**inputs, **own).last_hidden_state)
+            if values.spec.q == "probability":
+                states.q_NV = probability_ratio(target.get_output_embeddings()(states.features_ND), logits_NV)
+            else:
+                with torch.autocast(hidden_ND.device.type, enabled=False):
+                    states.q_NV = values.guiding(states.features_ND, self.vocabulary)
+        return states
 
     def _autocast(self):
         dtype = self.autocast_dtype
@@ -216,20 +305,37 @@ class Policy(nn.Module):
 
     # --------------------------------------------------------------------------------------------------------- saving
     def save(self, folder: Path) -> None:
-        """Write an ordinary transformers or peft folder, with the value head beside it."""
+        """Write an ordinary transformers or peft folder, with the heads beside it."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.is_lora:
             self.model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
         else:
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        if self.value_head is not None:
-            save_file(self.value_head.state_dict(), folder / VALUE_HEAD_FILE)
+        if self.values is not None:
+            state = {name: tensor.detach().clone().contiguous() for name, tensor in self.values.state_dict().items()}
+            save_file(state, folder / HEADS_FILE)
+            (folder / HEADS_CONFIG).write_text(json.dumps(asdict(self.values.spec)) + "\n")
 
-    def load_value_head(self, folder: Path) -> None:
-        """Take over the value head of a checkpoint, where it has one."""
-        if self.value_head is not None and (folder / VALUE_HEAD_FILE).exists():
-            self.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
+    def load_heads(self, folder: Path) -> None:
+        """Take over the heads of a checkpoint, where it has the same ones."""
+        spec = saved_heads(folder)
+        if self.values is None or spec is None or not _same_heads(spec, self.values.spec):
+            return
+        self.values.load_state_dict(load_file(folder / HEADS_FILE))
+        self.heads_are_new = False
+
+
+def saved_heads(folder: Path) -> HeadsSpec | None:
+    """The heads that a checkpoint folder holds."""
+    file = folder / HEADS_CONFIG
+    return HeadsSpec(**json.loads(file.read_text())) if file.exists() else None
+
+
+def _same_heads(one: HeadsSpec, other: HeadsSpec) -> bool:
+    parts = ("value", "q", "twins", "bins")
+    same_trunk = (one.trunk == "separate") == (other.trunk == "separate")
+    return same_trunk and all(getattr(one, part) == getattr(other, part) for part in parts)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

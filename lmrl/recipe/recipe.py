@@ -96,6 +96,12 @@ class Recipe(Section):
                 raise ValueError(f"`stages.{name}.tracking`: trackers belong to the whole run, set `tracking` itself")
         if MAIN_STAGE in self.stages:
             raise ValueError(f"`stages.{MAIN_STAGE}` is what the top-level keys describe: choose another name")
+        names = list(self.stages)
+        starts = [changes.get("start", "previous") for changes in self.stages.values()] + [self.start]
+        for index, start in enumerate(starts if names else ()):
+            if start not in ("previous", "model", *names[:index]):
+                where = f"stages.{names[index]}.start" if index < len(names) else "start"
+                raise ValueError(f"`{where}`: '{start}' is no earlier stage (nor `previous`, nor `model`)")
         for mistake in mistakes(self):
             raise ValueError(mistake)
         return self

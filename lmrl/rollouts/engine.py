@@ -18,11 +18,22 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     stop: tuple[str, ...] = ()
+    beta: float | None = None
+    """Of a policy with Q heads: weight of Q, and the least behaviour support of a token (None: as the policy says)."""
+    support: float | None = None
 
     @classmethod
     def of(cls, options: Rollouts) -> Sampling:
         """The sampling that a recipe's or suite's `rollouts` section describes."""
-        return cls(options.max_new_tokens, options.temperature, options.top_p, options.top_k, tuple(options.stop))
+        return cls(
+            options.max_new_tokens,
+            options.temperature,
+            options.top_p,
+            options.top_k,
+            tuple(options.stop),
+            options.beta,
+            options.support,
+        )
 
 
 @dataclass

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
 from lmrl.errors import ModelError
+from lmrl.policy.passes import Guidance
 from lmrl.policy.policy import Policy
 from lmrl.rollouts.engine import Completion, Sampling
 from lmrl.seeding import stream
@@ -64,14 +64,15 @@ class HFEngine:
         uniforms = np.stack([stream(*key).random(sampling.max_new_tokens) for key in keys])
         inputs, mask_BT = tokens_BT.to(device), mask_BT.to(device)
         positions = (mask_BT.cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache(config=policy.causal_lm.config)
+        guidance = guidance_of(policy, sampling)
+        cache = policy.new_cache(guidance)
         completions = [Completion([], [], "length") for _ in prompts]
         active = list(range(len(prompts)))
 
         for column in range(sampling.max_new_tokens):
             self.checkpoint()
             logits_BV = policy.next_token_logits(
-                input_ids=inputs, attention_mask=mask_BT, position_ids=positions, past_key_values=cache, use_cache=True
+                cache, guidance, input_ids=inputs, attention_mask=mask_BT, position_ids=positions
             )
             if device.type == "mps":  # has no float64, which drawing needs
                 logits_BV = logits_BV.cpu()
@@ -93,11 +94,12 @@ class HFEngine:
                 break
             if len(going) < len(active):
                 keep = torch.tensor(going, device=device)
-                if not all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
+                try:
+                    cache.keep(keep)
+                except AttributeError as error:
                     raise ModelError(
                         "engine 'hf' needs a model whose whole cache is keys and values (no state-space layers)"
-                    )
-                cache.batch_select_indices(keep)
+                    ) from error
                 chosen_B, mask_BT, positions = chosen_B[keep], mask_BT[keep], positions[keep]
                 active = [active[row] for row in going]
             inputs = chosen_B[:, None]
@@ -110,6 +112,16 @@ class HFEngine:
         longest = max(len(text.encode()) for text in stop)
         tail = self.policy.tokenizer.decode(tokens[-(longest + 1) :])
         return any(text in tail for text in stop)
+
+
+def guidance_of(policy: Policy, sampling: Sampling) -> Guidance | None:
+    """How Q guides this policy: as the sampling says, else as the policy itself says; None where it has no Q."""
+    own = policy.guidance
+    if own is None:
+        return None
+    beta = own.beta if sampling.beta is None else sampling.beta
+    support = own.support if sampling.support is None else sampling.support
+    return Guidance(beta, support) if beta > 0 or support > 0 else None
 
 
 def draw(logits_BV: torch.Tensor, sampling: Sampling, uniforms_B: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lmrl.rollouts.engine import Completion, Engine, Sampling
 from lmrl.rollouts.task import Task
 from lmrl.seeding import key, stream
-from lmrl.trajectories.trajectory import Segment, Trajectory
+from lmrl.trajectories.trajectory import Recorder, Trajectory, transcript
 
 
 @dataclass
@@ -20,12 +20,10 @@ class _Episode:
     environment: Any
     name: tuple[int | str, ...]
     trajectory: Trajectory
+    recorder: Recorder
     observation: Any = ""
-    pieces: list[tuple[Any, str, list[int]]] = field(default_factory=list)
-    """Of each recent turn: observation, action, and the action's tokens."""
     turn: int = 0
     over: bool = False
-    shown: list[str] = field(default_factory=list)
 
     def fail(self, error: Exception) -> None:
         self.over = True
@@ -47,7 +45,7 @@ class Sampler:
         """Play `samples` episodes from every start state and judge them. `name` names the random stream."""
         episodes = self._begin(starts, samples, name)
         while active := [episode for episode in episodes if not episode.over]:
-            contexts = [self._open(episode) for episode in active]
+            contexts = [episode.recorder.observe(episode.observation) for episode in active]
             keys = [(*episode.name, episode.turn) for episode in active]
             completions = self.engine.generate(contexts, sampling, keys)
             for episode, completion in zip(active, completions, strict=True):
@@ -60,8 +58,9 @@ class Sampler:
         episodes = self._begin(starts, 1, name)
         for episode in episodes:
             rng = stream(*episode.name, player)
+            episode.trajectory.player = player
             while not episode.over:
-                self._open(episode)
+                episode.recorder.observe(episode.observation)
                 text = episode.environment.act(player, rng)
                 self._act(episode, self.task.renderer.action(text), None, text, "eos")
         return self._finish(episodes)
@@ -75,7 +74,8 @@ class Sampler:
                 trajectory = Trajectory([], "", "", group=group, episode=number)
                 if number == len(self.environments):
                     self.environments.append(self.task.make())
-                episode = _Episode(self.environments[number], (*name, number), trajectory)
+                recorder = Recorder(trajectory, self.task.renderer, self.task.history)
+                episode = _Episode(self.environments[number], (*name, number), trajectory, recorder)
                 options = None if start is None else {"start": start}
                 # Episodes of a group begin alike: a start state that is drawn is drawn from the group's own seed.
                 seed = key(*name, "start", group) % 2**31
@@ -85,44 +85,12 @@ class Sampler:
                     trajectory.columns = info.get("columns", {})
                 except Exception as error:
                     episode.fail(error)
-                if episode.over:
-                    pass
-                elif isinstance(episode.observation, list):
-                    trajectory.messages = episode.observation
-                    trajectory.prompt = "\n".join(str(message["content"]) for message in episode.observation)
-                else:
-                    trajectory.prompt = episode.observation
                 episodes.append(episode)
         return episodes
 
-    def _open(self, episode: _Episode) -> list[int]:
-        """Put the current observation into the trajectory; return the whole context."""
-        renderer, segments = self.task.renderer, episode.trajectory.segments
-        if self.task.history == "all" and segments:
-            segments[-1].observe(renderer.next(episode.observation, segments[-1].tokens[-1]))
-        else:
-            recent = 0 if self.task.history == "all" else self.task.history - 1
-            earlier = episode.pieces[max(len(episode.pieces) - recent, 0) :]
-            segment = Segment()
-            if renderer.chat or not earlier:
-                segment.observe(renderer.first(episode.observation, [piece[:2] for piece in earlier]))
-            else:
-                opening, _, acted = earlier[0]
-                segment.observe(renderer.first(opening) + acted)
-                for observed, _, acted in earlier[1:]:
-                    segment.observe(renderer.plain(observed) + acted)
-                segment.observe(renderer.plain(episode.observation))
-            segments.append(segment)
-        return list(segments[-1].tokens)
-
     def _act(self, episode: _Episode, tokens: list[int], logprobs: list[float] | None, text: str, end: str) -> None:
-        trajectory, segment = episode.trajectory, episode.trajectory.segments[-1]
-        if self.task.history != "all":
-            episode.pieces = [*episode.pieces, (episode.observation, text, tokens)][-self.task.history :]
-        segment.act(tokens, logprobs, episode.turn)
-        if end == "length":
-            trajectory.cut_turns.append(episode.turn)
-        episode.shown.append(text)
+        trajectory = episode.trajectory
+        episode.recorder.act(text, tokens, logprobs, cut=end == "length")
         try:
             observation, reward, terminated, truncated, info = episode.environment.step(text)
             observation, reward = check_text(observation), float(reward)
@@ -138,17 +106,14 @@ class Sampler:
         episode.observation = observation
         if terminated or truncated or episode.turn >= self.task.max_turns:
             episode.over = True
-            trajectory.terminated = bool(terminated)
             trajectory.metrics = metrics
-            if not trajectory.terminated:
-                self._open(episode)  # the state whose value the truncated episode goes on with
-        else:
-            episode.shown.append(observation)
+            if not terminated:
+                episode.recorder.truncate(observation)
 
     def _finish(self, episodes: list[_Episode]) -> list[Trajectory]:
         trajectories = [episode.trajectory for episode in episodes]
         for episode in episodes:
-            episode.trajectory.completion = "\n".join(map(str, episode.shown))
+            episode.trajectory.completion = transcript(episode.trajectory.turns)
             if episode.trajectory.failure:  # an environment that failed is not trusted again
                 self.environments[episode.trajectory.episode] = self.task.make()
         self.task.judge(trajectories)

@@ -15,6 +15,8 @@ from lmrl.rewards.rewards import RewardFunction, drop_failed, judge, load_reward
 from lmrl.rollouts.render import Renderer
 from lmrl.seeding import stream
 from lmrl.trajectories.files import field_of, read_rows
+from lmrl.trajectories.rows import prompt_key
+from lmrl.trajectories.store import logged_texts
 from lmrl.trajectories.trajectory import Trajectory
 
 
@@ -54,7 +56,7 @@ class Task:
         if self.judged_by != "reward" or self.heldout == self.training:
             return set()
         environment = self.make()
-        return {str(environment.rows[row][environment.column]) for row in self.heldout}
+        return {prompt_key(environment.rows[row][environment.column]) for row in self.heldout}
 
     def judge(self, trajectories: list[Trajectory]) -> None:
         """Give every trajectory its reward; an environment has done so already."""
@@ -70,7 +72,7 @@ def task_texts(recipe: Recipe) -> list[str]:
     """Text samples of a task and of logged data, from which a model built from scratch takes its vocabulary."""
     section, source, texts = recipe.task, recipe.source, []
     if getattr(source, "path", None):
-        texts += _strings(read_rows(source.path, source.split))
+        texts += logged_texts(source.path, source.split)
     if isinstance(section, PromptTask):
         return texts + _strings(read_rows(section.prompts.path, section.prompts.split, section.prompts.limit))
     environment = environment_factory(section)()
@@ -83,8 +85,12 @@ def task_texts(recipe: Recipe) -> list[str]:
     return texts
 
 
-def _strings(rows: list[dict[str, Any]]) -> list[str]:
-    return [value for row in rows for value in row.values() if isinstance(value, str)]
+def _strings(value: Any) -> list[str]:
+    """The texts of rows, also those inside of messages and turns."""
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for one in inner for text in _strings(one)]
 
 
 def build_task(section: Any, tokenizer: Any) -> Task:

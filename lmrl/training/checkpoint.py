@@ -20,6 +20,7 @@ from lmrl.policy.load import load_weights
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Recipe
 from lmrl.run import Run, step_name
+from lmrl.training.sources import Source
 from lmrl.training.updater import Updater
 
 STATE = "state"
@@ -34,6 +35,8 @@ class Progress:
     """`{"step", "metric", "value"}` of the best evaluation."""
     scores: dict[str, Any] = field(default_factory=dict)
     """`start` and `last` evaluation, `data` and `optimum`: for the closing table."""
+    gate: dict[str, Any] = field(default_factory=dict)
+    """See gate.GateState."""
     label: str = ""
     columns: list[str] = field(default_factory=list)
     """What the closing table calls this stage, and which scores it shows."""
@@ -47,6 +50,7 @@ def save(
     policy: Policy,
     objective: Objective,
     updater: Updater,
+    source: Source,
     progress: Progress,
 ) -> None:
     """Write a checkpoint folder; it appears whole or not at all."""
@@ -57,6 +61,7 @@ def save(
         (folder / STATE).mkdir()
         tensors = {name: tensor.contiguous() for name, tensor in updater.tensors().items()}
         save_file(tensors, folder / STATE / "optimizer.safetensors")
+        source.save(folder / STATE)
         state = {"stage": stage, **asdict(progress), "objective": objective.state(), "updater": updater.state()}
         (folder / STATE / "trainer.json").write_text(json.dumps(state, indent=2) + "\n")
 
@@ -73,14 +78,22 @@ def save_task(folder: Path, recipe: Recipe) -> None:
     (folder / TASK_FILE).write_text(json.dumps(saved, indent=2) + "\n")
 
 
-def load(folder: Path, recipe: Recipe, policy: Policy, objective: Objective, updater: Updater) -> Progress:
+def load(
+    folder: Path, recipe: Recipe, policy: Policy, objective: Objective, updater: Updater, source: Source
+) -> Progress:
     """Put a stage back to where a checkpoint left it."""
-    load_weights(policy, folder, recipe.model.trust_remote_code)
-    updater.load_tensors(load_file(folder / STATE / "optimizer.safetensors"))
+    load_policy_state(folder, recipe, policy, updater)
+    source.load(folder / STATE)
     state = json.loads((folder / STATE / "trainer.json").read_text())
     objective.load_state(state["objective"])
     updater.load_state(state["updater"])
     return Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+
+
+def load_policy_state(folder: Path, recipe: Recipe, policy: Policy, updater: Updater) -> None:
+    """Put weights and optimizer back to where a checkpoint left them."""
+    load_weights(policy, folder, recipe.model.trust_remote_code)
+    updater.load_tensors(load_file(folder / STATE / "optimizer.safetensors"))
 
 
 def checkpoint_path(run: Run, stage: str, step: int) -> Path:

@@ -25,7 +25,7 @@ def replay(folder: Path) -> list[str]:
     info = json.loads((folder / "info.json").read_text())
     recipe = stages_of(read_recipe(folder))[info["stage"]]
     objective = load_objective(recipe.objective)
-    policy = load_policy(recipe.model, folder, value_head=objective.uses_values)
+    policy = load_policy(recipe.model, folder, heads=objective.heads)
     policy.configure(recipe)
     objective.load_state(info["objective"])
     objective.begin(info["step"])

@@ -2,99 +2,217 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
-from lmrl.errors import DataError, RecipeError
-from lmrl.recipe import DatasetSource, Recipe, Rollouts
+from lmrl.errors import DataError, ModelError
+from lmrl.evaluation.evaluate import RESERVED, Scores, summarize_trajectories
+from lmrl.evaluation.statistics import summarize
+from lmrl.recipe import LoggedEpisodes, MixtureSource, Recipe, Rollouts, RolloutsSource
+from lmrl.recipe.source import Players
+from lmrl.rollouts.collect import check_players, draw_starts, play_players
 from lmrl.rollouts.engine import Sampling
-from lmrl.rollouts.render import Renderer
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task, starts_for
 from lmrl.seeding import stream
-from lmrl.trajectories.files import field_of, read_rows
-from lmrl.trajectories.trajectory import Segment, Trajectory
+from lmrl.trajectories.store import LoggedFile, read_episodes, write_episodes
+from lmrl.trajectories.trajectory import Trajectory
+
+REPLAY_FILE = "replay.parquet"
+CACHED = 4096
+"""Logged episodes whose tokens are kept in memory."""
 
 
-class Source(Protocol):
-    fresh: bool
-    """Whether the current policy made the trajectories."""
+@dataclass
+class Drawn:
+    """A step's trajectories: those to learn from, and those that the current policy has just played (judged or not)."""
 
-    def next(self, step: int) -> list[Trajectory]:
-        """The trajectories of a step, counted from 1: a function of the step (and the policy) alone."""
-        ...
+    learn: list[Trajectory]
+    played: list[Trajectory] = field(default_factory=list)
+    failed: int = 0
+    """Of the played ones, how many could not be judged."""
 
 
-class FreshRollouts:
-    """Episodes by the current policy."""
+class Source:
+    """Base of all sources. What `next` gives is a function of the step, the policy and the saved state alone."""
 
-    fresh = True
+    logged: Logged | None = None
+    """The logged episodes among it."""
 
-    def __init__(self, sampler: Sampler, options: Rollouts, seed: int, stage: str):
-        self.sampler, self.options, self.name = sampler, options, (seed, stage)
+    def next(self, step: int) -> Drawn:
+        """The trajectories of a step, counted from 1."""
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Write what a resumed run needs beside a checkpoint."""
+
+    def load(self, folder: Path) -> None:
+        pass
+
+
+class FreshRollouts(Source):
+    """Episodes by the current policy; `best` below 1 keeps that share, of those with the highest returns."""
+
+    def __init__(self, sampler: Sampler, options: Rollouts, seed: int, stage: str, best: float = 1.0):
+        self.sampler, self.options, self.name, self.best = sampler, options, (seed, stage), best
         self.sampling = Sampling.of(options)
 
-    def next(self, step: int) -> list[Trajectory]:
-        count = self.options.prompts
-        starts = starts_for(self.sampler.task.training, (step - 1) * count, count, *self.name, "prompts")
-        return self.sampler.play(starts, self.options.samples, self.sampling, (*self.name, "rollout", step))
+    def next(self, step: int) -> Drawn:
+        count, task = self.options.prompts, self.sampler.task
+        starts = starts_for(task.training, (step - 1) * count, count, *self.name, "prompts")
+        played = self.sampler.play(starts, self.options.samples, self.sampling, (*self.name, "rollout", step))
+        judged = task.keep_judged(played)
+        learn = [judged[index] for index in best_of([one.reward for one in judged], self.best)]
+        return Drawn(learn, played, len(played) - len(judged))
 
 
-class Logged:
-    """Logged episodes, in shuffled passes."""
+class Logged(Source):
+    """Logged episodes, in shuffled passes. The tokens of the last CACHED episodes that were used are kept in memory."""
 
-    fresh = False
+    def __init__(
+        self,
+        episodes: Sequence[Trajectory] | LoggedFile,
+        returns: list[float | None],
+        batch_size: int,
+        seed: int,
+        stage: str,
+        best: float = 1.0,
+        scores: Callable[[], Scores | None] = lambda: None,
+        notes: Sequence[str] = (),
+    ):
+        """returns: of all episodes (None: not judged). best: share of them, with the highest, that is learned from.
 
-    def __init__(self, trajectories: list[Trajectory], batch_size: int, seed: int, stage: str):
-        self.trajectories, self.batch_size, self.name = trajectories, batch_size, (seed, stage)
+        scores: means with intervals over all episodes, None where no return is known. notes: what a person should know.
+        """
+        self.returns, self.batch_size, self.name = returns, batch_size, (seed, stage)
+        self.scores, self.notes, self.logged = scores, list(notes), self
+        self.kept = best_of(returns, best)
+        self._episode = lru_cache(CACHED)(episodes.__getitem__)
 
-    def next(self, step: int) -> list[Trajectory]:
-        rows = list(range(len(self.trajectories)))
-        chosen = starts_for(rows, (step - 1) * self.batch_size, self.batch_size, *self.name, "rows")
-        return [self.trajectories[row] for row in chosen]
+    def next(self, step: int) -> Drawn:
+        return Drawn(self.take((step - 1) * self.batch_size, self.batch_size))
+
+    def take(self, first: int, count: int) -> list[Trajectory]:
+        """`count` episodes from position `first` of the endless sequence of shuffled passes."""
+        return [self._episode(row) for row in starts_for(self.kept, first, count, *self.name, "rows")]
+
+    def probe(self, count: int) -> list[Trajectory]:
+        """The first `count` episodes (fewer where there are fewer) of an order that is always the same."""
+        order = stream(*self.name, "probe").permutation(self.kept)
+        return [self._episode(row) for row in order[:count].tolist()]
 
 
-def build_source(recipe: Recipe, task: Task, sampler: Sampler, stage: str) -> Source:
-    """The source of a stage's recipe."""
+class Mixture(Source):
+    """Fresh episodes go into a replay buffer; a batch takes a share from it, and the rest from the log."""
+
+    def __init__(self, fresh: FreshRollouts, logged: Logged, options: MixtureSource, steps: int, tokenizer: Any):
+        self.fresh, self.logged, self.options, self.steps = fresh, logged, options, steps
+        self.tokenizer = tokenizer
+        self.replay: list[Trajectory] = []
+
+    def online(self, step: int) -> int:
+        """Episodes of a step's batch that come from the replay buffer."""
+        options = self.options
+        if step <= options.warmup_steps:
+            return 0
+        done = (step - 1 - options.warmup_steps) / max(self.steps - 1 - options.warmup_steps, 1)
+        return round((options.online + (options.online_end - options.online) * done) * options.batch_size)
+
+    def next(self, step: int) -> Drawn:
+        options, drawn = self.options, self.fresh.next(step)
+        self.replay = (self.replay + drawn.learn)[-options.replay :]
+        if step <= options.warmup_steps:
+            return Drawn([], drawn.played, drawn.failed)
+        count = self.online(step)
+        rows = stream(*self.fresh.name, "replay", step).integers(len(self.replay), size=count)
+        first = sum(options.batch_size - self.online(earlier) for earlier in range(options.warmup_steps + 1, step))
+        learn = [self.replay[row] for row in rows] + self.logged.take(first, options.batch_size - count)
+        return Drawn(learn, drawn.played, drawn.failed)
+
+    def save(self, folder: Path) -> None:
+        write_episodes(folder / REPLAY_FILE, self.replay, self.tokenizer)
+
+    def load(self, folder: Path) -> None:
+        self.replay = read_episodes(folder / REPLAY_FILE, self.tokenizer)
+
+
+def best_of(returns: list[float | None], share: float) -> list[int]:
+    """Positions of that share of episodes with the highest returns, at least one; of equal ones the first."""
+    positions = list(range(len(returns)))
+    if share == 1:
+        return positions
+    if any(value is None for value in returns):
+        row = returns.index(None)
+        raise DataError(f"source.best={share} ranks episodes by their returns, but episode {row + 1} has no reward")
+    count = max(round(share * len(returns)), 1)
+    return sorted(sorted(positions, key=lambda position: -returns[position])[:count])
+
+
+def build_source(recipe: Recipe, task: Task, sampler: Sampler, stage: str, bad_rows: Path | None = None) -> Source:
+    """The source of a stage's recipe. bad_rows: where malformed rows are reported, if they are to be skipped."""
     seed = recipe.training.seed
-    if not isinstance(recipe.source, DatasetSource):
-        return FreshRollouts(sampler, recipe.rollouts, seed, stage)
-    if recipe.source.player is not None:
-        trajectories = play_logged(task, recipe.source.player, recipe.source.episodes, seed)
-    else:
-        trajectories = read_logged(recipe.source.path, recipe.source.split, task.renderer, task.heldout_prompts())
-    return Logged(trajectories, recipe.source.batch_size, seed, stage)
+    if isinstance(recipe.source, RolloutsSource):
+        return FreshRollouts(sampler, recipe.rollouts, seed, stage, recipe.source.best)
+    logged = build_logged(recipe.source, task, seed, stage, bad_rows)
+    if not isinstance(recipe.source, MixtureSource):
+        return logged
+    fresh = FreshRollouts(sampler, recipe.rollouts, seed, stage)
+    return Mixture(fresh, logged, recipe.source, recipe.training.steps, task.renderer.tokenizer)
 
 
-def play_logged(task: Task, player: str, episodes: int, seed: int) -> list[Trajectory]:
-    """Episodes of a scripted player from random start states."""
-    players = getattr(task.make(), "players", ())
-    if player not in players:
-        raise RecipeError(
-            f"source.player: the environment has no player '{player}' (it has {', '.join(players) or 'none'})"
+def build_logged(source: LoggedEpisodes, task: Task, seed: int, stage: str, bad_rows: Path | None = None) -> Logged:
+    """The logged episodes that a source names: of a file, or played by a scripted player."""
+    if source.player is not None:
+        episodes = play_logged(task, source.player, source.episodes, seed)
+        returns = [episode.reward for episode in episodes]
+        return Logged(
+            episodes,
+            returns,
+            source.batch_size,
+            seed,
+            stage,
+            source.best,
+            lambda: summarize_trajectories(episodes),
         )
-    rng = stream(seed, "logged", player)
-    starts = task.training
-    chosen = [None if starts is None else int(rng.choice(starts)) for _ in range(episodes)]
-    return task.keep_judged(Sampler(task).play_scripted(player, chosen, (seed, "logged", player)))
+    file = read_logged(source.path, task, source.split, source.skip_bad_rows, bad_rows)
+    return Logged(
+        file,
+        file.returns,
+        source.batch_size,
+        seed,
+        stage,
+        source.best,
+        lambda: summarize_file(file, "reward" if task.judged_by == "reward" else "return"),
+        file.notes,
+    )
 
 
-def read_logged(path: str, split: str, renderer: Renderer, without: Collection[str] = ()) -> list[Trajectory]:
-    """Episodes of one step from a file of `prompt` and `completion` (trl's prompt-completion format).
+def play_logged(task: Task, player: Players, episodes: int, seed: int) -> list[Trajectory]:
+    """Episodes of scripted players from random start states."""
+    check_players(task, player, "source.player")
+    name = (seed, "logged", player if isinstance(player, str) else "players")
+    starts = draw_starts(task, episodes, name)
+    return task.keep_judged(play_players(Sampler(task), player, starts, name))
 
-    without: prompts (as text) that are held out for evaluation.
-    """
-    trajectories = []
-    for number, row in enumerate(read_rows(path, split), start=1):
-        prompt = field_of(row, "prompt", (str, list), path, number)
-        completion = field_of(row, "completion", (str, list), path, number)
-        if str(prompt) in without:
-            continue
-        text = completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
-        if not text:
-            raise DataError(f"{path}, row {number}: field 'completion' is empty")
-        segment = Segment()
-        segment.observe(renderer.first(prompt))
-        segment.act(renderer.action(text), None, 0)
-        trajectories.append(Trajectory([segment], str(prompt), text, reward=None, episode=number - 1))
-    return trajectories
+
+def read_logged(
+    path: str, task: Task, split: str = "train", skip_bad_rows: bool = False, bad_rows: Path | None = None
+) -> LoggedFile:
+    """Episodes of a file, without the prompts that the task holds out for evaluation."""
+    without = task.heldout_prompts()
+    file = LoggedFile(path, task.renderer, task.history, split, without, skip_bad_rows, bad_rows)
+    if file.needs_template and not task.renderer.tokenizer.chat_template:
+        raise ModelError(f"{path}: holds dialogues, but the tokenizer has no chat template")
+    return file
+
+
+def summarize_file(file: LoggedFile, main: str) -> Scores | None:
+    """Return (under the name `main`), components and metrics of logged episodes, each with its interval."""
+    known = [value for value in file.returns if value is not None]
+    if not known:
+        return None
+    named = {f"component/{name}" if name in RESERVED else name: values for name, values in file.measures.items()}
+    return {name: summarize(values) for name, values in ({main: known} | named).items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 
 from lmrl import run as runs
 from lmrl.errors import NonFiniteError, RecipeError, did_you_mean
-from lmrl.evaluation.evaluate import Evaluator, summarize_trajectories
+from lmrl.evaluation.evaluate import Evaluator, Scores
 from lmrl.evaluation.suites import load_suite
-from lmrl.objectives import load_objective
+from lmrl.objectives import Objective, load_objective
 from lmrl.policy.load import load_policy
 from lmrl.recipe import Recipe
 from lmrl.rollouts.hf import HFEngine
@@ -23,12 +24,19 @@ from lmrl.rollouts.task import build_task, task_texts
 from lmrl.seeding import seed_everything, stream
 from lmrl.training import checkpoint
 from lmrl.training.checkpoint import Progress
-from lmrl.training.display import Display
+from lmrl.training.diagnostics import Diagnostics, start_values
+from lmrl.training.display import Display, interval
+from lmrl.training.gate import GateState, breached, drop, is_due
 from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.sources import build_source
 from lmrl.training.updater import Updater
+from lmrl.trajectories.store import read_episodes, write_episodes
 from lmrl.trajectories.trajectory import Trajectory
 
+BAD_ROWS = "bad_rows.jsonl"
+CALIBRATION_EPISODES = 1000
+"""Logged episodes from whose returns new heads take their units."""
+PROBE_EPISODES = 32
 SAMPLES_KEPT = 8
 """Samples a step that go to samples.jsonl with their text."""
 
@@ -56,7 +64,7 @@ class Stage:
             recipe.model,
             self._start(start),
             texts=lambda: task_texts(recipe),
-            value_head=self.objective.uses_values,
+            heads=self.objective.heads,
             reference=self.objective.uses_reference,
         ).to(device)
         self.policy.configure(recipe)
@@ -65,7 +73,10 @@ class Stage:
         self.task = build_task(recipe.task, self.policy.tokenizer)
         engine = HFEngine(self.policy, recipe.rollouts.slots, interrupt.check)
         self.sampler = Sampler(self.task, engine, self.policy.decode)
-        self.source = build_source(recipe, self.task, self.sampler, name)
+        self.source = build_source(recipe, self.task, self.sampler, name, run.folder / BAD_ROWS)
+        if self.objective.heads is not None and self.policy.heads_are_new:
+            logged = self.source.logged.probe(CALIBRATION_EPISODES) if self.source.logged else []
+            self.objective.calibrate(self.policy, logged)
         self.updater = Updater(self.policy, recipe.optimizer, recipe.training.steps)
         self.evaluator = None
         if recipe.evaluation.suite is not None:
@@ -73,7 +84,8 @@ class Stage:
             suite.episodes = recipe.evaluation.episodes or suite.episodes
             self.evaluator = Evaluator(self.policy, suite)
         columns = self.evaluator.suite.metrics if self.evaluator else []
-        self.progress = Progress(label=self.objective.label, columns=columns)
+        self.progress = Progress(label=label_of(recipe, self.objective), columns=columns)
+        self.diagnostics: Diagnostics | None = None
         self._keep_start(start)
 
     def _start(self, start: Path | None) -> Path | None:
@@ -92,7 +104,7 @@ class Stage:
         """Run the remaining steps and leave `final/`."""
         self._resume()
         recipe, progress = self.recipe, self.progress
-        self.display.begin(self.name, self.objective.label, recipe.training.steps, progress.step)
+        self.display.begin(self.name, progress.label, recipe.training.steps, progress.step)
         try:
             if progress.step == 0:
                 self._evaluate_start()
@@ -102,10 +114,14 @@ class Stage:
                 every = recipe.evaluation.every
                 if step == recipe.training.steps or (every and step % every == 0):
                     self._evaluate(step, "last")
+                gate = recipe.evaluation.gate
+                given_up = gate is not None and is_due(gate, step) and self._pass_gate(step)
                 every = recipe.training.checkpoint_every
                 is_best = progress.best is not None and progress.best["step"] == step
                 if (every and step % every == 0) or is_best:
                     self._save()
+                if given_up:
+                    break
                 if self.interrupt.number is not None:
                     raise Interrupted(self.interrupt.number)
         except Interrupted:
@@ -124,13 +140,34 @@ class Stage:
         self.updater.begin(step)
         self.interrupt.safe = True
         self.interrupt.check()
-        trajectories = self.source.next(step)
+        drawn = self.source.next(step)
         self.interrupt.safe = False
         sampled = time.monotonic()
-        judged = self.task.keep_judged(trajectories) if self.source.fresh else trajectories
-        self._record_samples(step, trajectories)
+        self._record_samples(step, drawn.played)
+        metrics = self._learn(step, drawn.learn) if drawn.learn else {"updates": 0}
+        finished = time.monotonic()
+        if drawn.played and self.source.logged:  # a mixture: what it learned from is not what it played
+            judged = [one for one in drawn.played if one.reward is not None]
+            metrics |= {f"online/{name}": value for name, value in measure(judged).items()}
+        metrics |= {"failed": drawn.failed, "skipped": self.updater.skipped}
+        times = {
+            "source_s": round(sampled - started, 3),
+            "update_s": round(finished - sampled, 3),
+            "samples_per_s": round(len(drawn.played or drawn.learn) / (finished - started), 3),
+            "peak_memory_mb": peak_memory_mb(),
+        }
+        self.run.record({"stage": self.name, "step": step, "kind": "train", **metrics, "time": times})
+        self.track({f"{self.name}/{name}": value for name, value in (metrics | times).items()}, step)
+        self.display.step(step, metrics)
+        evaluation = self.recipe.evaluation
+        if step % evaluation.show_every == 0:
+            self.display.samples(drawn.played, evaluation.show_samples)
+        every = evaluation.diagnostics_every
+        if self.objective.heads is not None and every and (step % every == 0 or step == self.recipe.training.steps):
+            self._diagnose(step, drawn.played)
 
-        batch = self.objective.prepare(self.policy, judged)
+    def _learn(self, step: int, trajectories: list[Trajectory]) -> dict[str, float]:
+        batch = self.objective.prepare(self.policy, trajectories)
         updates: list[dict[str, float]] = []
         rng = stream(self.seed, self.name, step, "minibatches")
         for _ in range(self.objective.epochs):
@@ -139,21 +176,28 @@ class Stage:
                 self._stop_on_nonfinite(step, minibatch, updates[-1])
             if self.objective.finished(updates[-1]):
                 break
-        finished = time.monotonic()
-        metrics = measure(judged) | batch.stats | mean_of(updates)
-        metrics |= {"updates": len(updates), "failed": len(trajectories) - len(judged), "skipped": self.updater.skipped}
-        times = {
-            "source_s": round(sampled - started, 3),
-            "update_s": round(finished - sampled, 3),
-            "samples_per_s": round(len(trajectories) / (finished - started), 3),
-            "peak_memory_mb": peak_memory_mb(),
-        }
-        self.run.record({"stage": self.name, "step": step, "kind": "train", **metrics, "time": times})
-        self.track({f"{self.name}/{name}": value for name, value in (metrics | times).items()}, step)
-        self.display.step(step, metrics)
-        evaluation = self.recipe.evaluation
-        if step % evaluation.show_every == 0 and self.source.fresh:
-            self.display.samples(trajectories, evaluation.show_samples)
+        return measure(trajectories) | batch.stats | mean_of(updates) | {"updates": len(updates)}
+
+    def _diagnose(self, step: int, played: list[Trajectory]) -> None:
+        """Look at the probe batch: logged episodes, or the first fresh ones, kept beside the stage."""
+        if self.diagnostics is None:
+            kept = self.run.stage_folder(self.name) / "probe.parquet"
+            if self.source.logged:
+                probe = self.source.logged.probe(PROBE_EPISODES)
+            elif kept.exists():
+                probe = read_episodes(kept, self.policy.tokenizer)
+            else:
+                probe = [one for one in played if one.reward is not None][:PROBE_EPISODES]
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                write_episodes(kept, probe, self.policy.tokenizer)
+            self.diagnostics = Diagnostics(probe, *self._discounts())
+        found = self.diagnostics(self.policy)
+        self.run.record({"stage": self.name, "step": step, "kind": "diagnostics", **found})
+        self.track({f"{self.name}/diagnostics/{name}": value for name, value in found.items()}, step)
+
+    def _discounts(self) -> tuple[float, float]:
+        options = self.recipe.objective
+        return getattr(options, "gamma", 1.0), getattr(options, "gamma_token", 1.0)
 
     def _stop_on_nonfinite(self, step: int, minibatch: Any, stats: dict[str, float]) -> None:
         in_a_row, limit = self.updater.skipped_in_a_row, self.recipe.training.max_nonfinite
@@ -176,31 +220,73 @@ class Stage:
     # ------------------------------------------------------------------------------------------------------ evaluation
     def _evaluate_start(self) -> None:
         """What the stage's result is to be compared with: the data, the optimum and the policy as it begins."""
-        if getattr(self.recipe.source, "player", None):
-            self.progress.scores["data"] = summarize_trajectories(self.task, self.source.trajectories)
+        if self.source.logged and (data := self.source.logged.scores()):
+            self.progress.scores["data"] = data
         if self.evaluator is not None and (optimum := self.evaluator.optimum()):
             self.progress.scores["optimum"] = optimum
-        self._evaluate(0, "start")
+        trajectories = self._evaluate(0, "start")
+        if self.recipe.evaluation.gate is not None:
+            self.progress.gate = asdict(GateState(before=self.evaluator.by_start(trajectories)))
+            self._consider(0, self.progress.scores["start"])
+            self._save()
 
-    def _evaluate(self, step: int, name: str) -> None:
+    def _pass_gate(self, step: int) -> bool:
+        """Measure what was lost since the stage began; roll back where that is too much. True: give up at the best."""
+        gate, state = self.recipe.evaluation.gate, GateState(**self.progress.gate)
+        trajectories = self._evaluate(step, "last")
+        lost = drop(state.before, self.evaluator.by_start(trajectories))
+        state.worst = max(state.worst, lost["mean"])
+        line = {"stage": self.name, "step": step, "kind": "gate", "drop": lost, "rolled_back": breached(gate, lost)}
+        self.display.say(f"gate at step {step}: {interval(lost)} points lost since the stage began")
+        if breached(gate, lost):
+            state.rollbacks += 1
+            state.lr_factor *= gate.lr_factor
+            best = self.progress.best["step"]
+            kept = checkpoint.checkpoint_path(self.run, self.name, best)
+            checkpoint.load_policy_state(kept, self.recipe, self.policy, self.updater)
+            self.updater.lr_factor = state.lr_factor
+            line |= {"back_to": best, "lr_factor": state.lr_factor}
+            self.display.say(
+                f"gate at step {step}: more than the {gate.drop:g} points allowed; back to step {best}, learning rate "
+                f"x {state.lr_factor:g}"
+            )
+        self.progress.gate = asdict(state)
+        self.run.record(line)
+        if not line["rolled_back"]:
+            return False
+        given_up = state.rollbacks >= gate.max_rollbacks
+        if given_up:
+            self.display.say(f"gate: {state.rollbacks} rollbacks, the stage ends with the policy of step {best}")
+        if given_up or step == self.recipe.training.steps:
+            self._evaluate(step, "last")
+        self._save()
+        return given_up
+
+    def _evaluate(self, step: int, name: str) -> list[Trajectory]:
+        """Score the policy as it is; returns the episodes."""
         if self.evaluator is None:
-            return
+            return []
         scores, trajectories = self.evaluator()
         self.progress.scores[name] = scores
-        self.run.record({"stage": self.name, "step": step, "kind": "eval", **scores})
+        found = start_values(self.policy, trajectories, *self._discounts())
+        self.run.record({"stage": self.name, "step": step, "kind": "eval", **scores, **found})
         self.run.record_samples([sample_line(self.name, step, "eval", one) for one in trajectories[:SAMPLES_KEPT]])
         self.track({f"{self.name}/eval/{name}": score["mean"] for name, score in scores.items()}, step)
         self.display.score(step, {name: scores[name] for name in self.progress.columns if name in scores})
+        if step > 0:
+            self._consider(step, scores)
+        return trajectories
+
+    def _consider(self, step: int, scores: Scores) -> None:
+        """Note the best evaluation so far."""
         metric = self.recipe.evaluation.metric or self.evaluator.suite.metrics[0]
         if metric not in scores:
             raise RecipeError(f"evaluation.metric: there is no metric '{metric}'{did_you_mean(metric, scores)}")
         best, value = self.progress.best, scores[metric]["mean"]
-        if step > 0 and (best is None or value > best["value"]):
+        if best is None or value > best["value"]:
             self.progress.best = {"step": step, "metric": metric, "value": value}
 
     def _record_samples(self, step: int, trajectories: list[Trajectory]) -> None:
-        if not self.source.fresh:
-            return
         chosen = [one for one in trajectories if one.failure] + [one for one in trajectories if not one.failure]
         self.run.record_samples([sample_line(self.name, step, "train", one) for one in chosen[:SAMPLES_KEPT]])
 
@@ -208,7 +294,9 @@ class Stage:
     def _resume(self) -> None:
         found = self.run.checkpoints(self.name)
         if found:
-            self.progress = checkpoint.load(found[-1], self.recipe, self.policy, self.objective, self.updater)
+            parts = (self.policy, self.objective, self.updater, self.source)
+            self.progress = checkpoint.load(found[-1], self.recipe, *parts)
+            self.updater.lr_factor = self.progress.gate.get("lr_factor", 1.0)
             self.display.say(f"resumed stage {self.name} at step {self.progress.step}")
         self.run.cut(self.name, self.progress.step if found else -1)
 
@@ -218,9 +306,17 @@ class Stage:
         self.run.prune(self.name, self.recipe.training.keep_checkpoints, best)
 
     def _checkpoint(self, target: Path) -> None:
-        checkpoint.save(
-            self.run, self.name, target, self.recipe, self.policy, self.objective, self.updater, self.progress
-        )
+        parts = (self.policy, self.objective, self.updater, self.source)
+        checkpoint.save(self.run, self.name, target, self.recipe, *parts, self.progress)
+
+
+def label_of(recipe: Recipe, objective: Objective) -> str:
+    """What tables call a stage: imitation has a name for each of its sources."""
+    if recipe.objective.name != "likelihood":
+        return objective.label
+    if recipe.source.name == "rollouts":
+        return "expert iteration"
+    return "filtered BC" if recipe.source.best < 1 else "BC"
 
 
 def measure(trajectories: list[Trajectory]) -> dict[str, float]:

@@ -120,8 +120,11 @@ def _execute(run: Run, display: Display, resumed: bool = False) -> Result:
                     display.say(f"stage {name} is finished: not run again")
                 else:
                     track = _tracker(accelerator, offset) if recipe.tracking.trackers else None
-                    stage = Stage(run, name, stage_recipe, previous, accelerator.device, display, interrupt, track)
-                    for note in stage.task.notes:
+                    start = previous
+                    if stage_recipe.start != "previous":
+                        start = None if stage_recipe.start == "model" else run.final(stage_recipe.start)
+                    stage = Stage(run, name, stage_recipe, start, accelerator.device, display, interrupt, track)
+                    for note in [*stage.task.notes, *(stage.source.logged.notes if stage.source.logged else ())]:
                         display.say(f"note: {note}")
                     stage.train()
                     del stage

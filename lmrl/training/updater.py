@@ -21,8 +21,8 @@ class Updater:
         """steps: length of the stage, for the schedule."""
         self.options, self.steps = options, steps
         self.parameters = policy.trainable()
-        heads = [parameter for name, parameter in self.parameters.items() if name.startswith("value_head.")]
-        trunk = [parameter for name, parameter in self.parameters.items() if not name.startswith("value_head.")]
+        heads = [parameter for name, parameter in self.parameters.items() if is_head(name)]
+        trunk = [parameter for name, parameter in self.parameters.items() if not is_head(name)]
         head_lr = options.lr if options.head_lr is None else options.head_lr
         groups = [{"params": trunk, "lr": options.lr, "base_lr": options.lr}]
         if heads:
@@ -30,13 +30,15 @@ class Updater:
         self.optimizer = torch.optim.AdamW(
             groups, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
         )
+        self.lr_factor = 1.0
+        """On top of the schedule (a rollback of the gate lowers it)."""
         self.skipped = 0
         self.skipped_in_a_row = 0
 
     def begin(self, step: int) -> None:
         """Set the learning rate of a step, counted from 1."""
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * schedule(self.options, step, self.steps)
+            group["lr"] = group["base_lr"] * self.lr_factor * schedule(self.options, step, self.steps)
 
     def step(self, policy: Policy, objective: Objective, minibatch: Batch) -> dict[str, float]:
         """One update. Returns statistics averaged over the minibatch; a non-finite one changes no weight."""
@@ -55,6 +57,8 @@ class Updater:
                 self.parameters.values(), self.options.max_grad_norm, torch.tensor(norm)
             )
         self.optimizer.step()
+        if objective.polyak is not None:
+            policy.values.follow(objective.polyak)
         self.skipped_in_a_row = 0
         return stats
 
@@ -83,6 +87,7 @@ class Updater:
         }
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.optimizer.state.clear()
         for name, parameter in self.parameters.items():
             state = {
                 full.rpartition(".")[2]: value for full, value in tensors.items() if full.rpartition(".")[0] == name
@@ -98,6 +103,11 @@ class Updater:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter of a policy belongs to a head, and not to a trunk."""
+    return name.startswith(("values.v.", "values.q."))
 
 
 def schedule(options: Optimizer, step: int, steps: int) -> float:

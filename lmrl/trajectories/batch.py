@@ -23,6 +23,8 @@ class Sequence:
     targets: torch.Tensor
     fields: dict[str, torch.Tensor] = field(default_factory=dict)
     """Per action token, shape (A,): advantages, returns, old log-probabilities and the like."""
+    chain: int | None = None
+    """Sequences of one chain (see chain.py) stay together, in order."""
 
 
 @dataclass
@@ -58,21 +60,37 @@ class Batch:
         return sum(len(sequence.targets) for sequence in self.sequences)
 
     def minibatches(self, rng: np.random.Generator, count: int) -> Iterator[Batch]:
-        """Split at random into `count` parts of nearly equal size (fewer where there are fewer sequences)."""
-        order = rng.permutation(len(self.sequences))
+        """Split at random into `count` parts with nearly equally many chains (fewer where there are fewer)."""
+        chains = self._chains()
+        order = rng.permutation(len(chains))
         for part in np.array_split(order, min(count, len(order))):
-            yield Batch([self.sequences[index] for index in part])
+            yield Batch([self.sequences[index] for chain in part for index in chains[chain]])
+
+    def _chains(self) -> list[list[int]]:
+        """Indices of the sequences that stay together; a sequence without a chain stands alone."""
+        chains: list[list[int]] = []
+        for index, sequence in enumerate(self.sequences):
+            if chains and sequence.chain is not None and sequence.chain == self.sequences[index - 1].chain:
+                chains[-1].append(index)
+            else:
+                chains.append([index])
+        return chains
 
     def microbatches(self, max_tokens: int, pad_id: int) -> list[Microbatch]:
-        """Sort by length and cut wherever the padded size would pass `max_tokens`; a long sequence may stand alone."""
-        order = sorted(range(len(self.sequences)), key=lambda index: len(self.sequences[index].tokens))
+        """Sort by length and cut wherever the padded size would pass `max_tokens`; a long chain may stand alone."""
+
+        def width(chain: list[int]) -> int:
+            return max(len(self.sequences[index].tokens) for index in chain)
+
         parts: list[list[int]] = []
-        for index in order:
-            length = len(self.sequences[index].tokens)
-            if parts and length * (len(parts[-1]) + 1) <= max_tokens:
-                parts[-1].append(index)
+        widest = 0
+        for chain in sorted(self._chains(), key=width):
+            widest = max(widest, width(chain))
+            if parts and widest * (len(parts[-1]) + len(chain)) <= max_tokens:
+                parts[-1] += chain
             else:
-                parts.append([index])
+                parts.append(list(chain))
+                widest = width(chain)
         return [self.collate(part, pad_id) for part in parts]
 
     def collate(self, indices: list[int], pad_id: int) -> Microbatch:

@@ -1,82 +1,231 @@
-"""Reading rows: JSONL (plain or gzipped), Parquet, CSV, or a dataset on the hub."""
+"""Files of rows, opened for random access: JSONL (plain or gzipped), Parquet (a file or a folder), CSV, the hub.
+
+Plain JSONL and Parquet stay on disk, so they may be larger than memory.
+"""
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from lmrl.errors import DataError
 
+Row = dict[str, Any]
+SCAN_ROWS = 256
+"""Rows of a table that a scan holds at a time."""
 
-def read_rows(path: str, split: str = "train", limit: int | None = None) -> list[dict[str, Any]]:
-    """All rows as dicts. A malformed line names file and line; `split` applies to hub datasets."""
+
+class Malformed(ValueError):
+    """What is wrong with a row; who reads the file adds its place."""
+
+
+class Rows:
+    """Rows of one or several files by number. DataError names file and line (or row) of one that cannot be read."""
+
+    unit = "row"
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def place(self, index: int) -> tuple[str, int]:
+        """File and number there, from 1."""
+        raise NotImplementedError
+
+    def text(self, index: int) -> str:
+        """A row as it stands in the file, for reports."""
+        return json.dumps(self[index], ensure_ascii=False, default=str)
+
+    def where(self, index: int) -> str:
+        file, number = self.place(index)
+        return f"{file}, {self.unit} {number}"
+
+    def __getitem__(self, index: int) -> Row:
+        try:
+            return self._read(index)
+        except Malformed as error:
+            raise DataError(f"{self.where(index)}: {error}") from error
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[index] for index in range(len(self)))
+
+    def scan(self) -> Iterator[Row | Malformed]:
+        """All rows in order; in place of one that cannot be read, what is wrong with it."""
+        for index in range(len(self)):
+            try:
+                yield self._read(index)
+            except Malformed as error:
+                yield error
+
+    def _read(self, index: int) -> Row:
+        raise NotImplementedError
+
+
+class JsonLines(Rows):
+    """One JSON object a line. Keeps where each line begins; a gzipped file is held in memory, unpacked."""
+
+    unit = "line"
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file: BinaryIO = io.BytesIO(gzip.open(path).read()) if path.suffix == ".gz" else open(path, "rb")  # noqa: SIM115
+        except (OSError, EOFError) as error:
+            raise DataError(f"{path}: cannot be read: {error}") from error
+        starts, numbers, position = array("q"), array("q"), 0
+        for number, line in enumerate(self._file, start=1):
+            if line.strip():
+                starts.append(position)
+                numbers.append(number)
+            position += len(line)
+        self._starts, self._numbers = np.array(starts, dtype=np.int64), np.array(numbers, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def place(self, index: int) -> tuple[str, int]:
+        return str(self.path), int(self._numbers[index])
+
+    def text(self, index: int) -> str:
+        return self._line(index).decode(errors="replace").strip()
+
+    def _line(self, index: int) -> bytes:
+        self._file.seek(int(self._starts[index]))
+        return self._file.readline()
+
+    def _read(self, index: int) -> Row:
+        try:
+            row = json.loads(self._line(index).decode())
+        except UnicodeDecodeError as error:
+            raise Malformed(f"not valid UTF-8 text: {error.reason}") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise Malformed(f"not valid JSON: {getattr(error, 'msg', 'nested too deeply')}") from error
+        if not isinstance(row, dict):
+            raise Malformed(f"holds a {type(row).__name__}, expected an object with keys")
+        return row
+
+
+class Table(Rows):
+    """Rows of a `datasets.Dataset`, which maps its file into memory. files: (name, rows) of what it was made of."""
+
+    def __init__(self, dataset: Any, files: list[tuple[str, int]]):
+        self._dataset = dataset
+        self._names = [name for name, _ in files]
+        self._ends = list(accumulate(rows for _, rows in files))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def place(self, index: int) -> tuple[str, int]:
+        file = bisect_right(self._ends, index)
+        return self._names[file], index + 1 - (self._ends[file - 1] if file else 0)
+
+    def scan(self) -> Iterator[Row]:
+        for columns in self._dataset.iter(batch_size=SCAN_ROWS):
+            for values in zip(*columns.values(), strict=True):
+                yield dict(zip(columns, values, strict=True))
+
+    def _read(self, index: int) -> Row:
+        return self._dataset[int(index)]
+
+
+def open_rows(path: str, split: str = "train") -> Rows:
+    """The rows of a file, of a folder of Parquet shards, or (with its `split`) of a dataset on the hub."""
     file = Path(path)
-    if not file.is_file():
-        return _read_dataset(path, split, limit)
-    if file.name.endswith((".jsonl", ".jsonl.gz", ".json")):
-        rows = _read_jsonl(file, limit)
-    elif file.suffix in (".parquet", ".csv"):
-        rows = _read_table(file, limit)
+    if file.is_dir():
+        shards = sorted(file.glob("*.parquet"))
+        if not shards:
+            raise DataError(f"{path}: the folder holds no Parquet shards (*.parquet)")
+        rows: Rows = _open_parquet(shards)
+    elif not file.is_file():
+        rows = _open_hub(path, split)
+    elif file.name.endswith((".jsonl", ".jsonl.gz", ".json")):
+        rows = JsonLines(file)
+    elif file.suffix == ".parquet":
+        rows = _open_parquet([file])
+    elif file.suffix == ".csv":
+        rows = _open_csv(file)
     else:
         raise DataError(f"{path}: unknown kind of file; expected .jsonl, .jsonl.gz, .parquet or .csv")
-    if not rows:
+    if not len(rows):
         raise DataError(f"{path}: holds no rows")
     return rows
 
 
-def _read_jsonl(file: Path, limit: int | None) -> list[dict[str, Any]]:
-    rows = []
-    opener = gzip.open if file.suffix == ".gz" else open
-    try:
-        with opener(file, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if limit is not None and len(rows) >= limit:
-                    break
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{file}, line {number}: not valid JSON: {error.msg}") from error
-                if not isinstance(row, dict):
-                    raise DataError(
-                        f"{file}, line {number}: holds a {type(row).__name__}, expected an object with keys"
-                    )
-                rows.append(row)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise DataError(f"{file}: cannot be read as text: {error}") from error
-    return rows
+def read_rows(path: str, split: str = "train", limit: int | None = None) -> list[Row]:
+    """All rows (at most `limit`) at once. A malformed line names file and line; `split` applies to hub datasets."""
+    rows = open_rows(path, split)
+    return [rows[index] for index in range(min(len(rows), limit if limit is not None else len(rows)))]
 
 
-def _read_table(file: Path, limit: int | None) -> list[dict[str, Any]]:
-    import pyarrow.csv
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(file) if file.suffix == ".parquet" else pyarrow.csv.read_csv(file)
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from error
-    return table.slice(0, limit).to_pylist()
-
-
-def _read_dataset(name: str, split: str, limit: int | None) -> list[dict[str, Any]]:
+def quiet_datasets() -> Any:
+    """The `datasets` library (slow to import) without its progress bars."""
     import datasets
 
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def _open_parquet(shards: list[Path]) -> Table:
+    import pyarrow.parquet
+
+    files = []
+    for shard in shards:
+        try:
+            files.append((str(shard), pyarrow.parquet.read_metadata(shard).num_rows))
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise DataError(f"{shard}: cannot be read: {error}") from error
     try:
-        dataset = datasets.load_dataset(name, split=split)
+        return Table(quiet_datasets().Dataset.from_parquet([str(shard) for shard in shards]), files)
+    except Exception as error:  # the library wraps what Arrow raises: shards that differ in columns, torn pages
+        cause = error.__cause__ or error
+        raise DataError(f"{shards[0]}: cannot be read: {str(cause).strip().splitlines()[0]}") from error
+
+
+def _open_csv(file: Path) -> Table:
+    import pyarrow.csv
+
+    try:
+        table = pyarrow.csv.read_csv(file)
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise DataError(f"{file}: cannot be read: {error}") from error
+    return Table(quiet_datasets().Dataset(table), [(str(file), len(table))])
+
+
+def _open_hub(name: str, split: str) -> Table:
+    try:
+        dataset = quiet_datasets().load_dataset(name, split=split)
     except Exception as error:  # the library raises many kinds, from network errors to unknown splits
         reason = str(error).strip().split("\n")[0]
         raise DataError(f"dataset '{name}' (split '{split}') cannot be loaded from the hub: {reason}") from error
-    return list(dataset.select(range(min(limit or len(dataset), len(dataset)))))
+    return Table(dataset, [(name, len(dataset))])
 
 
-def field_of(row: dict[str, Any], name: str, kinds: tuple[type, ...], path: str, number: int) -> Any:
-    """A row's field, checked: DataError names file, row, field and what was expected."""
-    expected = " or ".join({str: "text", list: "a list of messages"}.get(kind, kind.__name__) for kind in kinds)
-    if name not in row:
-        raise DataError(f"{path}, row {number}: has no field '{name}' (fields: {', '.join(row)}); expected {expected}")
-    if not isinstance(row[name], kinds):
-        raise DataError(f"{path}, row {number}: field '{name}' is {row[name]!r:.60}; expected {expected}")
+def take(row: Row, name: str, *kinds: type) -> Any:
+    """A row's field, checked: Malformed names the field and what was expected."""
+    expected = " or ".join(_KINDS.get(kind, kind.__name__) for kind in kinds)
+    if row.get(name) is None:
+        given = ", ".join(key for key, value in row.items() if value is not None)
+        raise Malformed(f"has no field '{name}' (fields: {given}); expected {expected}")
+    if not isinstance(row[name], kinds) or (isinstance(row[name], bool) and bool not in kinds):
+        raise Malformed(f"field '{name}' is {row[name]!r:.60}; expected {expected}")
     return row[name]
+
+
+_KINDS = {str: "text", list: "a list of messages", int: "a whole number", bool: "true or false"}
+
+
+def field_of(row: Row, name: str, kinds: tuple[type, ...], path: str, number: int) -> Any:
+    """A row's field, checked: DataError names file, row, field and what was expected."""
+    try:
+        return take(row, name, *kinds)
+    except Malformed as error:
+        raise DataError(f"{path}, row {number}: {error}") from error

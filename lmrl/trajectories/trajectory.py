@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+Messages = list[dict[str, str]]
+
 CONTEXT = -1
 """In `Segment.turns`: a token the policy did not choose."""
 
@@ -42,6 +44,15 @@ class Segment:
 
 
 @dataclass
+class Turn:
+    """An exchange as text: what was observed (a prompt may be messages), what was done, and what was earned by it."""
+
+    observation: str | Messages
+    action: str
+    reward: float = 0.0
+
+
+@dataclass
 class Trajectory:
     """One episode: its segments, how it ended, what it earned, and its text for people."""
 
@@ -66,8 +77,14 @@ class Trajectory:
     episode: int = 0
     columns: dict[str, Any] = field(default_factory=dict)
     """The prompt's other columns, for reward functions."""
-    messages: list[dict[str, str]] | None = None
+    messages: Messages | None = None
     """The prompt as messages, where it is a dialogue."""
+    turns: list[Turn] = field(default_factory=list)
+    """The episode as text."""
+    final_observation: str | None = None
+    """Of a truncated episode: what would have come next."""
+    player: str | None = None
+    """Who played: a policy or a scripted player, where it is known."""
 
     @property
     def num_actions(self) -> int:
@@ -79,5 +96,83 @@ class Trajectory:
             for position in range(len(segment.tokens) - 1, -1, -1):
                 if segment.turns[position] != CONTEXT and turn in (None, segment.turns[position]):
                     segment.rewards[position] += reward
+                    if self.turns:
+                        self.turns[segment.turns[position]].reward += reward
                     return
         raise ValueError(f"turn {turn} has no token to hold a reward")
+
+
+class Recorder:
+    """Writes an episode down as it goes on: text into the trajectory's turns, tokens into its segments.
+
+    history: what the policy sees of the episode, `all` or the last N observations with the turns between them; only
+    with `all` do turns share a segment. renderer: from text to context tokens.
+    """
+
+    def __init__(self, trajectory: Trajectory, renderer: Any, history: int | str):
+        self.trajectory, self.renderer, self.history = trajectory, renderer, history
+        self._observation: str | Messages = ""
+        self._recent: list[tuple[str | Messages, str, list[int]]] = []  # observation, action and the action's tokens
+
+    def observe(self, observation: str | Messages) -> list[int]:
+        """Put an observation into the trajectory; return the whole context of the action that follows."""
+        renderer, segments = self.renderer, self.trajectory.segments
+        if not segments:
+            self._begin(observation)
+        self._observation = observation
+        if self.history == "all" and segments:
+            segments[-1].observe(renderer.next(observation, segments[-1].tokens[-1]))
+            return list(segments[-1].tokens)
+        segment, earlier = Segment(), self._recent
+        if renderer.chat:
+            dialogue = [message for seen, text, _ in earlier for message in [*as_messages(seen), _assistant(text)]]
+            segment.observe(renderer.first(dialogue + as_messages(observation)))
+        elif not earlier:
+            segment.observe(renderer.first(observation))
+        else:
+            opening, _, acted = earlier[0]
+            segment.observe(renderer.first(opening) + acted)
+            for seen, _, acted in earlier[1:]:
+                segment.observe(renderer.plain(seen) + acted)
+            segment.observe(renderer.plain(observation))
+        segments.append(segment)
+        return list(segment.tokens)
+
+    def act(self, text: str, tokens: list[int], logprobs: list[float] | None = None, cut: bool = False) -> None:
+        """Put the action that answers the last observation into the trajectory. cut: it ran into the token limit."""
+        turns = self.trajectory.turns
+        self.trajectory.segments[-1].act(tokens, logprobs, len(turns))
+        if cut:
+            self.trajectory.cut_turns.append(len(turns))
+        turns.append(Turn(self._observation, text))
+        if self.history != "all" and self.history > 1:
+            self._recent = [*self._recent, (self._observation, text, tokens)][1 - self.history :]
+
+    def truncate(self, observation: str) -> None:
+        """End with an observation that nobody answers: the state whose value the episode goes on with."""
+        self.trajectory.terminated = False
+        self.trajectory.final_observation = observation
+        self.observe(observation)
+
+    def _begin(self, observation: str | Messages) -> None:
+        self.trajectory.messages = None if isinstance(observation, str) else observation
+        self.trajectory.prompt = prompt_text(observation)
+
+
+def prompt_text(observation: str | Messages) -> str:
+    """A prompt for people: messages are joined by line breaks."""
+    return observation if isinstance(observation, str) else "\n".join(str(one["content"]) for one in observation)
+
+
+def transcript(turns: list[Turn]) -> str:
+    """What followed the prompt, for people: actions and the observations between them, one a line."""
+    lines = [line for turn in turns for line in (turn.observation, turn.action)]
+    return "\n".join(map(str, lines[1:]))
+
+
+def as_messages(observation: str | Messages) -> Messages:
+    return [{"role": "user", "content": observation}] if isinstance(observation, str) else observation
+
+
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lmrl.environments.random_walks import RandomWalks
+from lmrl.environments.random_walks import RandomWalks, _distances_to_goal
 
 
 @pytest.fixture
@@ -13,8 +13,6 @@ def square():
     world.edges = np.zeros((4, 4), dtype=bool)
     for before, after in ("bc", "bd", "ca", "dc"):
         world.edges[ord(before) - 97, ord(after) - 97] = True
-    from lmrl.environments.random_walks import _distances_to_goal
-
     world.distance = _distances_to_goal(world.edges)
     world.starts, world.num_starts = [1, 2, 3], 3
     return world
@@ -67,6 +65,31 @@ def test_players_and_starts():
         world.reset(seed=int(rng.integers(2**31)))
         rewards.append(world.step(world.act("random", rng))[1])
     assert 0.2 < np.mean(rewards) < 0.5
+
+
+def test_suboptimal_walks_hold_the_pieces_of_the_shortest():
+    """No shortest walk among 1,000, though some arrive; their edges join to a shortest path from every start."""
+    world, rng = RandomWalks(1000), np.random.default_rng(0)
+    optimalities, seen = [], np.zeros_like(world.edges)
+    for episode in range(1000):
+        world.reset(options={"start": episode % world.num_starts})
+        walk = world.act("suboptimal", rng)
+        optimalities.append(world.step(walk)[1])
+        nodes = [world.start, *(ord(letter) - ord("a") for letter in walk)]
+        seen[nodes[:-1], nodes[1:]] = True
+    assert not (seen & ~world.edges).any()
+    assert max(optimalities) < 1 and 0.1 < np.mean(optimalities) < 0.3
+    assert (_distances_to_goal(seen)[world.starts] == world.distance[world.starts]).all()
+
+
+def test_a_start_with_no_other_way_fails(square):
+    """d -> c -> a is the only walk from d, and from c only the goal is left."""
+    for start, walk in ((2, ""), (3, "c")):
+        square.reset(options={"start": start - 1})
+        assert square.act("suboptimal", np.random.default_rng(0)) == walk
+        assert square.step(walk)[1] == 0.0
+    square.reset(options={"start": 0})
+    assert square.act("suboptimal", np.random.default_rng(0)) == "dca"  # and never the shorter "ca"
 
 
 def test_graph_number_is_the_graph():

@@ -46,11 +46,9 @@ def test_a_suite_that_does_not_follow_runs_stays_as_it_is(tmp_path):
 
 def test_names_of_lmrls_own_metrics_stay_its_own():
     from lmrl.evaluation.evaluate import summarize_trajectories
-    from lmrl.rollouts.task import Task
     from lmrl.trajectories.trajectory import Trajectory
 
-    task = Task(None, None, None, None, judged_by="reward")
-    scores = summarize_trajectories(task, [Trajectory([], "", "", reward=0.5, components={"reward": 3.0})])
+    scores = summarize_trajectories([Trajectory([], "", "", reward=0.5, components={"reward": 3.0})])
     assert scores["reward"]["mean"] == 0.5 and scores["component/reward"]["mean"] == 3.0
 
 

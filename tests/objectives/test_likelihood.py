@@ -3,7 +3,7 @@ import math
 import torch
 
 from lmrl.objectives.likelihood import Likelihood
-from lmrl.policy.policy import Outputs
+from lmrl.policy.passes import Outputs
 from lmrl.recipe import LikelihoodObjective
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lmrl.objectives.ppo import PPO, adapt_kl_coef, advantages, k3, policy_loss, value_loss, whiten
-from lmrl.policy.policy import Outputs, Want
+from lmrl.policy.passes import Outputs, Want
 from lmrl.recipe import PPOObjective
 from lmrl.trajectories.batch import Batch, to_batch
 from lmrl.trajectories.trajectory import Segment, Trajectory
@@ -134,14 +134,14 @@ def plain_scores(policy, trajectory):
     tokens = torch.tensor([trajectory.segments[0].tokens])
     with torch.no_grad():
         out = policy.causal_lm(tokens, output_hidden_states=True)
-        values = policy.value_head(out.hidden_states[-1])[0]
+        values = policy.values.value(out.hidden_states[-1][0])[0]
     return out.logits[0].log_softmax(-1), values
 
 
 @pytest.mark.parametrize("terminated", [True, False])
 def test_prepare_follows_the_definition(tiny_policy, terminated):
     policy = tiny_policy.eval()
-    torch.nn.init.normal_(policy.value_head.linear.weight)
+    torch.nn.init.normal_(policy.values.v.weight)
     trajectory = two_turns(terminated)
     objective = PPO(options(gamma=0.5, gamma_token=0.9, lam=0.8, whiten_advantages=False))
     sequence = objective.prepare(policy, [trajectory]).sequences[0]
@@ -195,14 +195,14 @@ def test_value_warmup_leaves_the_policy_alone(tiny_policy):
     batch = objective.prepare(tiny_policy, [two_turns()])
     micro = batch.microbatches(100, 0)[0]
     objective.loss(tiny_policy(micro, objective.want), micro).sum.backward()
-    assert tiny_policy.value_head.linear.weight.grad.abs().sum() > 0
+    assert tiny_policy.values.v.weight.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in tiny_policy.model.parameters())
     objective.begin(2)
     assert objective.want == Want(logprobs=True, values=True, detach_values=False)
 
 
 def test_detach_value_stops_the_critic_at_the_trunk(tiny_policy):
-    torch.nn.init.normal_(tiny_policy.value_head.linear.weight)
+    torch.nn.init.normal_(tiny_policy.values.v.weight)
     objective = PPO(options(detach_value=True))
     objective.begin(1)
     micro = objective.prepare(tiny_policy, [two_turns()]).microbatches(100, 0)[0]

@@ -6,8 +6,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmrl.errors import ModelError
+from lmrl.policy.heads import HeadsSpec
 from lmrl.policy.load import load_policy, load_weights, open_policy
-from lmrl.policy.policy import Policy, Want
+from lmrl.policy.passes import Want
+from lmrl.policy.policy import Policy
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import Lora, Model
 from lmrl.trajectories.batch import to_batch
@@ -41,9 +43,9 @@ def test_scores_equal_the_model_alone(tiny_policy, microbatch_tokens):
 
 
 def test_weights_are_float32_and_saved_folders_are_plain_transformers(tmp_path, tiny_folder):
-    policy = load_policy(Model(path=str(tiny_folder)), value_head=True)
+    policy = load_policy(Model(path=str(tiny_folder)), heads=HeadsSpec())
     assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
-    torch.nn.init.normal_(policy.value_head.linear.weight)
+    torch.nn.init.normal_(policy.values.v.weight)
     policy.save(tmp_path / "saved")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
@@ -51,8 +53,8 @@ def test_weights_are_float32_and_saved_folders_are_plain_transformers(tmp_path, 
     torch.testing.assert_close(
         plain_logprobs(lm, episodes()[0]), plain_logprobs(policy.causal_lm.eval(), episodes()[0])
     )
-    again = load_policy(Model(path=str(tiny_folder)), start=tmp_path / "saved", value_head=True)
-    assert torch.equal(again.value_head.linear.weight, policy.value_head.linear.weight)
+    again = load_policy(Model(path=str(tiny_folder)), start=tmp_path / "saved", heads=HeadsSpec())
+    assert torch.equal(again.values.v.weight, policy.values.v.weight)
 
 
 def test_adapter_reference_and_saving(tmp_path, tiny_folder):
@@ -104,14 +106,14 @@ def test_full_reference_is_a_frozen_copy(tiny_folder):
 
 
 def test_bfloat16_base_has_float32_adapters(tiny_folder):
-    policy = load_policy(Model(path=str(tiny_folder), dtype="bfloat16", lora=Lora(r=2)), value_head=True)
+    policy = load_policy(Model(path=str(tiny_folder), dtype="bfloat16", lora=Lora(r=2)), heads=HeadsSpec())
     assert {parameter.dtype for parameter in policy.trainable().values()} == {torch.float32}
     assert policy.causal_lm.get_input_embeddings().weight.dtype == torch.bfloat16
     micro = to_batch(episodes()).microbatches(1000, 0)[0]
     outputs = policy(micro, Want(values=True))
     assert outputs.logprobs.dtype == outputs.values.dtype == torch.float32
     (outputs.logprobs.sum() + outputs.values.sum()).backward()
-    assert policy.value_head.linear.weight.grad.dtype == torch.float32
+    assert policy.values.v.weight.grad.dtype == torch.float32
 
 
 def test_a_model_with_capped_logits_goes_through_its_own_head():

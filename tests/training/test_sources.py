@@ -1,18 +1,18 @@
-"""Logged data: files and scripted players."""
+"""Logged data as a source: files and scripted players."""
 
-import gzip
 import json
 
 import pytest
 
-from lmrl.errors import DataError, RecipeError
+from lmrl.errors import DataError, ModelError, RecipeError
 from lmrl.policy.tokenizers import build_tokenizer
-from lmrl.recipe import RandomWalksTask
+from lmrl.recipe import DatasetSource, RandomWalksTask
+from lmrl.rollouts.collect import play_players
 from lmrl.rollouts.render import Renderer
-from lmrl.rollouts.task import build_task
-from lmrl.training.sources import Logged, play_logged, read_logged
-from lmrl.trajectories.files import read_rows
-from lmrl.trajectories.trajectory import CONTEXT
+from lmrl.rollouts.sampler import Sampler
+from lmrl.rollouts.task import PromptEnvironment, Task, build_task
+from lmrl.training import sources
+from lmrl.training.sources import Logged, best_of, build_logged, play_logged, read_logged
 
 
 @pytest.fixture
@@ -20,72 +20,146 @@ def tokenizer():
     return build_tokenizer("char", ["abcdefghijklmnopqrstuvwxyz "])
 
 
-def test_prompt_and_completion_rows(tmp_path, tokenizer):
-    path = tmp_path / "data.jsonl"
-    path.write_text('{"prompt": "ab", "completion": "cd"}\n\n{"prompt": "x", "completion": "y"}\n')
-    first, second = read_logged(str(path), "train", Renderer(tokenizer))
-    assert tokenizer.decode(first.segments[0].tokens) == "abcd<eos>"
-    assert first.segments[0].turns == [CONTEXT, CONTEXT, 0, 0, 0] and first.reward is None
+@pytest.fixture
+def walks(tokenizer):
+    return build_task(RandomWalksTask(environment="random_walks", graph=1000), tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": ', r"data.jsonl, line 2: not valid JSON"),
-        ('["a"]', r"data.jsonl, line 1: holds a list, expected an object"),
-        ('{"prompt": "a"}', r"data.jsonl, row 1: has no field 'completion' \(fields: prompt\); expected text"),
-        ('{"prompt": "a", "completion": 3}', r"row 1: field 'completion' is 3; expected text"),
-        ('{"prompt": "a", "completion": ""}', r"row 1: field 'completion' is empty"),
-        ("", r"holds no rows"),
-    ],
-)
-def test_a_malformed_row_is_named(tmp_path, tokenizer, text, message):
-    path = tmp_path / "data.jsonl"
-    path.write_text(text)
-    with pytest.raises(DataError, match=message):
-        read_logged(str(path), "train", Renderer(tokenizer))
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
-def test_file_kinds(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
-    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    (tmp_path / "a.csv").write_text("prompt,n\na,1\nb,2\n")
-    for name in ("a.jsonl.gz", "a.parquet", "a.csv"):
-        assert read_rows(str(tmp_path / name)) == rows
-        assert read_rows(str(tmp_path / name), limit=1) == rows[:1]
-    (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(DataError, match="unknown kind of file"):
-        read_rows(str(tmp_path / "a.txt"))
-    (tmp_path / "broken.parquet").write_text("no")
-    with pytest.raises(DataError, match="broken.parquet: cannot be read"):
-        read_rows(str(tmp_path / "broken.parquet"))
+def dataset(**options):
+    return DatasetSource(name="dataset", **options)
 
 
-def test_scripted_players_make_data(tokenizer):
-    task = build_task(RandomWalksTask(environment="random_walks", graph=1000), tokenizer)
-    walks = play_logged(task, "random", 50, seed=0)
-    assert len(walks) == 50 and 0 < sum(walk.reward for walk in walks) < 50
-    assert all(set(walk.segments[0].logprobs) == {None} for walk in walks)
-    assert [walk.completion for walk in walks] == [walk.completion for walk in play_logged(task, "random", 50, seed=0)]
-    assert {walk.reward for walk in play_logged(task, "optimal", 20, seed=0)} == {1.0}
-    with pytest.raises(RecipeError, match=r"no player 'best' \(it has random, optimal\)"):
-        play_logged(task, "best", 1, seed=0)
+# -------------------------------------------------------------------------------------------------------------- players
+def test_scripted_players_make_data(walks):
+    played = play_logged(walks, "random", 50, seed=0)
+    assert len(played) == 50 and 0 < sum(walk.reward for walk in played) < 50
+    assert all(set(walk.segments[0].logprobs) == {None} for walk in played)
+    assert played == play_logged(walks, "random", 50, seed=0)
+    assert {walk.reward for walk in play_logged(walks, "optimal", 20, seed=0)} == {1.0}
+    for players in ("best", {"random": 1.0, "best": 1.0}):
+        with pytest.raises(RecipeError, match=r"source.player: the environment has no player 'best' \(it has random, "):
+            play_logged(walks, players, 1, seed=0)
 
 
-def test_every_logged_episode_is_used_before_any_twice(tokenizer):
-    source = Logged(list(range(10)), batch_size=4, seed=0, stage="main")
+def test_players_share_the_episodes(walks):
+    played = play_logged(walks, {"random": 3, "optimal": 1}, 400, seed=0)
+    assert [walk.episode for walk in played] == [walk.group for walk in played] == list(range(400))
+    optimal = [walk for walk in played if walk.player == "optimal"]
+    assert 70 < len(optimal) < 130 and {walk.reward for walk in optimal} == {1.0}
+    assert {walk.player for walk in played} == {"random", "optimal"}
+    assert played == play_logged(walks, {"random": 0.75, "optimal": 0.25}, 400, seed=0)
+    starts = [int(walks.training[0])] * 3
+    (only,) = {walk.player for walk in play_players(Sampler(walks), {"random": 1.0}, starts, ("x",))}
+    assert only == "random"
+
+
+def test_scores_of_players(walks):
+    source = build_logged(dataset(player={"random": 0.5, "optimal": 0.5}, episodes=60, best=0.2), walks, 0, "main")
+    assert source.scores()["return"]["mean"] == pytest.approx(sum(source.returns) / 60)
+    assert source.scores()["optimality"]["n"] == 60 and "length" in source.scores()
+    assert {episode.reward for step in range(1, 4) for episode in source.next(step)} == {1.0}
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+def test_a_file_as_source(tmp_path, walks):
+    rows = [
+        {"turns": [{"observation": "a", "action": letter}], "reward": reward, "metrics": {"optimality": reward}}
+        for letter, reward in zip("bcdef", [1, 5, 3, 5, 2], strict=True)
+    ]
+    path = lines(tmp_path / "data.jsonl", rows)
+    source = build_logged(dataset(path=path, batch_size=2), walks, 0, "main")
+    assert source.returns == [1, 5, 3, 5, 2] and source.notes == [] and not source.fresh
+    assert source.scores()["return"]["mean"] == 3.2 and source.scores()["optimality"]["n"] == 5
+    seen = [episode.completion for step in (1, 2, 3, 4, 5) for episode in source.next(step)]
+    assert sorted(seen) == sorted("bcdef" * 2)
+    best = build_logged(dataset(path=path, batch_size=2, best=0.4), walks, 0, "main")
+    assert {episode.completion for episode in best.next(1)} == {"c", "e"}
+    assert best.returns == source.returns and best.scores() == source.scores()
+
+
+def test_a_file_without_rewards(tmp_path, walks):
+    path = lines(
+        tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b", "reward": 1}, {"prompt": "a", "completion": "c"}]
+    )
+    assert build_logged(dataset(path=path), walks, 0, "main").scores()["return"]["n"] == 1
+    with pytest.raises(DataError, match="source.best=0.5 ranks episodes .* episode 2 has no reward"):
+        build_logged(dataset(path=path, best=0.5), walks, 0, "main")
+    path = lines(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}])
+    assert build_logged(dataset(path=path), walks, 0, "main").scores() is None
+
+
+def test_the_window_of_the_task_holds_for_files(tmp_path, tokenizer):
+    turns = [{"observation": letter, "action": letter.upper().lower()} for letter in "abc"]
+    path = lines(tmp_path / "data.jsonl", [{"turns": turns}])
+    for history, count in (("all", 1), (1, 3)):
+        task = Task(lambda: None, Renderer(tokenizer), None, None, history=history)
+        assert len(read_logged(path, task)[0].segments) == count
+
+
+def test_dialogues_need_a_template(tmp_path, walks):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = lines(tmp_path / "data.jsonl", [{"messages": chat}])
+    with pytest.raises(ModelError, match="data.jsonl: holds dialogues, but the tokenizer has no chat template"):
+        read_logged(path, walks)
+
+
+def test_malformed_rows_can_be_skipped(tmp_path, walks):
+    path = lines(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a"}])
+    with pytest.raises(DataError, match="data.jsonl, line 2: has no field 'completion'"):
+        build_logged(dataset(path=path), walks, 0, "main")
+    report = tmp_path / "bad_rows.jsonl"
+    source = build_logged(dataset(path=path, skip_bad_rows=True), walks, 0, "main", report)
+    assert source.notes == [f"{path}: left out 1 malformed lines (see {report})"]
+    assert json.loads(report.read_text())["line"] == 2
+
+
+def test_heldout_prompts_are_kept_out_of_logged_data(tmp_path, tokenizer):
+    path = lines(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}])
+    prompts = [{"prompt": "a"}, {"prompt": "e"}]
+    task = Task(
+        lambda: PromptEnvironment(prompts, "prompt"), Renderer(tokenizer), [1], [0], judged_by="reward"
+    )  # fmt: skip
+    file = read_logged(path, task)
+    assert [file[index].prompt for index in range(len(file))] == ["c"]
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+def logged(count, batch_size=4, **options):
+    return Logged(list(range(count)), [0.0] * count, batch_size, 0, "main", **options)
+
+
+def test_every_logged_episode_is_used_before_any_twice():
+    source = logged(10)
     seen = [one for step in range(1, 6) for one in source.next(step)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert source.next(2) == seen[4:8]
 
 
-def test_heldout_prompts_are_kept_out_of_logged_data(tmp_path, tokenizer):
-    path = tmp_path / "data.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n')
-    (kept,) = read_logged(str(path), "train", Renderer(tokenizer), without={"a"})
-    assert kept.prompt == "c"
+def test_probe_is_always_the_same_episodes():
+    source = logged(10)
+    assert source.probe(3) == logged(10).probe(5)[:3] and sorted(source.probe(99)) == list(range(10))
+
+
+def test_only_the_last_used_episodes_are_held(monkeypatch):
+    monkeypatch.setattr(sources, "CACHED", 3)
+    read = []
+
+    class Counted:
+        def __getitem__(self, index):
+            read.append(index)
+            return index
+
+    source = Logged(Counted(), [0.0] * 8, 4, 0, "main")
+    source.next(1), source.next(1)
+    assert len(read) > 4 and source._episode.cache_info().currsize == 3
+
+
+def test_the_best_share():
+    assert best_of([1.0, 3.0, 2.0, 3.0], 1.0) == [0, 1, 2, 3]
+    assert best_of([1.0, 3.0, 2.0, 3.0], 0.5) == [1, 3] and best_of([1.0, 3.0, 2.0, 3.0], 0.25) == [1]
+    assert best_of([1.0, 3.0], 0.01) == [1] and best_of([None, 1.0], 1.0) == [0, 1]

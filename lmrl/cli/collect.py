@@ -1,0 +1,201 @@
+"""`lmrl collect`: play episodes and keep them, to learn from later."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lmrl.cli.common import Debug
+from lmrl.errors import RecipeError
+from lmrl.recipe import Rollouts, Section, TaskSection
+from lmrl.recipe.source import Players
+from lmrl.recipe_files import Document, apply_override, merge, resolve_files, validate
+
+
+class Collection(Section):
+    """What is played, and how."""
+
+    task: TaskSection
+    rollouts: Rollouts = Rollouts()
+
+
+def command(
+    policy: Annotated[
+        str,
+        typer.Argument(
+            help="A run folder, a checkpoint, a model folder, a GGUF file, a hub name, or scripted players of the "
+            "environment: random, or shares such as random=0.9,optimal=0.1"
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes, for instance task.max_turns=20", metavar="[KEY=VALUE]...")
+    ] = None,
+    episodes: Annotated[int, typer.Option("--episodes", "-n", min=1, help="How many to play")] = 1000,
+    environment: Annotated[
+        str | None, typer.Option("--environment", "-e", help="Its name, or file.py:Name (default: the run's own task)")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A folder, or a .jsonl file (default: a folder under data/)")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of start states and sampling")] = 0,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="Short for rollouts.temperature=...")
+    ] = None,
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: final, best, or step-N")] = "final",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite collected episodes")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Allow a hub model to run its own code")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Play episodes and keep them as rows (see lmrl/trajectories/rows.py), for source.path=FOLDER."""
+    from lmrl.trajectories.store import EpisodeWriter, check_destination
+
+    output = output or Path("data") / time.strftime("episodes-%Y%m%d-%H%M%S")
+    check_destination(output, force)
+    changes = [*(overrides or []), *([] if temperature is None else [f"rollouts.temperature={temperature}"])]
+
+    from lmrl.training.interrupt import Interrupt, Interrupted
+
+    totals = Totals()
+    with Interrupt() as interrupt:
+        interrupt.safe = True
+        player = open_player(policy, environment, changes, checkpoint, trust_remote_code, interrupt.check)
+        with EpisodeWriter(output, player.tokenizer, force=force) as writer:
+            try:
+                for played in player.play(episodes, seed):
+                    writer.write(played)
+                    totals.add(played)
+            except Interrupted:
+                print(f"interrupted; {totals.line(player.tokenizer is not None)} are kept in {output}")
+                raise
+    print(f"{totals.line(player.tokenizer is not None)} -> {output}")
+
+
+def parse_players(text: str) -> Players:
+    """`random`, or `random=0.9,optimal=0.1`."""
+    if "=" not in text:
+        return text
+    shares: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, share = part.partition("=")
+        try:
+            shares[name.strip()] = float(share)
+        except ValueError:
+            shares[name.strip()] = -1
+    if min(shares.values()) < 0 or not 0 < sum(shares.values()) < float("inf"):
+        raise RecipeError(f"'{text}' does not name players with their shares, for instance random=0.9,optimal=0.1")
+    return shares
+
+
+def resolve(environment: str | None, overrides: list[str], saved: dict[str, Any]) -> Collection:
+    """The checked task and rollouts. saved: those of the policy's own run, as far as they are known."""
+    document = Document(dict(saved), places={("task", "environment"): "--environment"})
+    if environment is not None:
+        document.data = merge(document.data, {"task": {"environment": environment}})
+        if "environment" not in saved.get("task", {}):
+            document.data["task"] = {"environment": environment}  # a task of prompts has other keys
+    if "task" not in document.data:
+        raise RecipeError("name what to play: --environment NAME (lmrl ls environments shows them)")
+    for override in overrides:
+        apply_override(document, override)
+    resolve_files(document.data, Path.cwd())
+    return validate(Collection, document)
+
+
+class Player:
+    """A policy or scripted players, ready to play. tokenizer: fingerprint of the policy's, None for scripted ones."""
+
+    def __init__(self, sampler: Any, rollouts: Rollouts, players: Players | None, name: str, check: Any):
+        from lmrl.trajectories.rows import fingerprint
+
+        self.sampler, self.rollouts, self.players, self.name, self.check = sampler, rollouts, players, name, check
+        self.tokenizer = None if players else fingerprint(sampler.task.renderer.tokenizer)
+
+    def play(self, episodes: int, seed: int) -> Any:
+        """The judged episodes, part by part."""
+        from lmrl.rollouts.collect import collect
+
+        for played in collect(self.sampler, self.players, self.rollouts, episodes, seed, self.check):
+            for trajectory in played:
+                trajectory.player = trajectory.player or self.name
+            yield played
+
+
+def open_player(
+    policy: str, environment: str | None, overrides: list[str], checkpoint: str, trust_remote_code: bool, check: Any
+) -> Player:
+    """What `policy` names: scripted players where the environment has them, else a language model."""
+    from lmrl.environments import environment_factory
+    from lmrl.recipe import PromptTask
+    from lmrl.rollouts.collect import check_players
+    from lmrl.rollouts.sampler import Sampler
+    from lmrl.rollouts.task import build_task
+
+    local = Path(policy).exists()
+    path, dtype, saved = _saved(policy, checkpoint) if local else (policy, "float32", {})
+    plan = resolve(environment, overrides, saved)
+    make = None if local or isinstance(plan.task, PromptTask) else environment_factory(plan.task)
+    players = parse_players(policy) if make else None
+    if players and (isinstance(players, dict) or players in getattr(make(), "players", ())):
+        from lmrl.policy.tokenizers import build_tokenizer
+
+        # Only text is kept, so any tokenizer does, and no chat template is needed.
+        task = build_task(plan.task.model_copy(update={"chat": False}), build_tokenizer("char", ()))
+        check_players(task, players, "POLICY")
+        return Player(Sampler(task), plan.rollouts, players, policy, check)
+
+    import torch
+
+    from lmrl.policy.load import open_policy
+    from lmrl.rollouts.hf import HFEngine
+
+    model = open_policy(path, dtype, trust_remote_code)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    task = build_task(plan.task, model.tokenizer)
+    return Player(
+        Sampler(task, HFEngine(model, plan.rollouts.slots, check), model.decode), plan.rollouts, None, path, check
+    )
+
+
+def _saved(policy: str, checkpoint: str) -> tuple[str, str, dict[str, Any]]:
+    """Checkpoint folder, dtype, and task and rollouts of the run that made it, where it says so."""
+    from lmrl.evaluation.api import TASK_FILE
+    from lmrl.run import RECIPE_FILE, final_checkpoint, read_recipe
+
+    path, saved, dtype = Path(policy), {}, "float32"
+    if (path / RECIPE_FILE).is_file():
+        saved["rollouts"] = read_recipe(path).rollouts.model_dump(mode="json")
+        path = final_checkpoint(path, checkpoint)
+    if (path / TASK_FILE).is_file():
+        found = json.loads((path / TASK_FILE).read_text())
+        saved["task"], dtype = found["task"], found["dtype"]
+    return str(path), dtype, saved
+
+
+class Totals:
+    """What was collected, for the closing line."""
+
+    def __init__(self) -> None:
+        self.episodes, self.turns, self.tokens = 0, 0, 0
+        self.returns: list[float] = []
+
+    def add(self, played: list[Any]) -> None:
+        self.episodes += len(played)
+        self.turns += sum(len(trajectory.turns) for trajectory in played)
+        self.tokens += sum(trajectory.num_actions for trajectory in played)
+        self.returns += [trajectory.reward for trajectory in played if trajectory.reward is not None]
+
+    def line(self, with_tokens: bool) -> str:
+        from lmrl.evaluation.statistics import summarize
+
+        counts = f"{self.episodes} episodes, {self.turns} turns" + (f", {self.tokens} tokens" if with_tokens else "")
+        if not self.returns:
+            return f"{counts}, not judged"
+        score = summarize(self.returns)
+        return f"{counts}, mean return {score['mean']:.3f} [{score['ci95'][0]:.3f}, {score['ci95'][1]:.3f}]"

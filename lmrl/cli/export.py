@@ -1,0 +1,40 @@
+"""`lmrl export`: an ordinary checkpoint from a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lmrl.cli.common import Debug
+
+
+def command(
+    run: Annotated[str, typer.Argument(help="A run folder or a checkpoint")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write to")],
+    beta: Annotated[
+        float | None, typer.Option("--beta", min=0, help="Fold linear or tied Q heads into the model, with this weight")
+    ] = None,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Of a LoRA run: the adapter instead of merged weights")
+    ] = False,
+    max_loss: Annotated[
+        float, typer.Option("--max-loss", help="Points of normalised score that folding may cost")
+    ] = 5.0,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Play the suite with both policies")] = True,
+    suite: Annotated[
+        str | None, typer.Option("--suite", "-s", help="A suite's file or name (default: the run's own)")
+    ] = None,
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: final, best, or step-N")] = "final",
+    debug: Debug = False,
+) -> None:
+    """Write a run as an ordinary transformers checkpoint, which any server decodes at full speed."""
+    from lmrl.evaluation.export import export
+    from lmrl.training.display import Display
+
+    result = export(run, destination, beta, adapter_only, max_loss, check, checkpoint, suite)
+    if result.rows:
+        Display().table(f"beta {beta:g}", result.rows)
+        print(f"{result.metric}: the export loses {result.loss:.1f} points of at most {max_loss:g}")
+    print(f"written to {destination}")

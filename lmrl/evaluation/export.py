@@ -1,0 +1,98 @@
+"""Exporting a run, and checking on its suite that what was exported still does what the run does."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lmrl.errors import RunError
+from lmrl.evaluation.api import TASK_FILE, evaluator_for
+from lmrl.evaluation.evaluate import Evaluator, Scores
+from lmrl.policy.export import save_adapter, save_plain
+from lmrl.policy.load import open_policy
+from lmrl.run import final_checkpoint
+
+
+@dataclass
+class Export:
+    """Where an export went, and what it scores beside the policy that it was made of."""
+
+    folder: Path
+    metric: str = ""
+    rows: dict[str, Scores] = field(default_factory=dict)
+    loss: float | None = None
+    """Points of normalised score (100: from the random player to the optimum) that the export lost; without players to
+    scale by, percent of what Q had gained over beta 0."""
+
+
+def export(
+    policy: str | Path,
+    destination: Path,
+    beta: float | None = None,
+    adapter_only: bool = False,
+    max_loss: float = 5.0,
+    check: bool = True,
+    checkpoint: str = "final",
+    suite: str | None = None,
+) -> Export:
+    """Write a run or checkpoint as an ordinary transformers (or adapter) folder.
+
+    beta: fold the Q heads into the vocabulary matrix at this weight; then both policies play the suite, and nothing is
+    kept where the export loses more than `max_loss`. Raises RunError there, and where `destination` is not empty.
+    """
+    if destination.exists() and any(destination.iterdir()):
+        raise RunError(f"{destination} is not empty: choose another destination")
+    path = Path(policy)
+    path = final_checkpoint(path, checkpoint) if (path / "stages").is_dir() else path
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".export-") as scratch:
+        written = Path(scratch) / "model"
+        exported = open_policy(str(path))
+        if beta is None and exported.guidance is not None and not adapter_only:
+            raise RunError("this policy is guided by Q heads: say how much, --beta B (0: leave them behind)")
+        if adapter_only:
+            if beta is not None:
+                raise RunError(
+                    "Q heads are folded into the vocabulary matrix, which no adapter holds: drop --adapter-only"
+                )
+            save_adapter(exported, written)
+        else:
+            save_plain(exported, written, beta)
+        result = Export(destination)
+        if beta is not None and check:
+            result = compare(path, written, destination, beta, checkpoint, suite)
+            if result.loss > max_loss:
+                raise RunError(
+                    f"the export scores {result.rows['exported'][result.metric]['mean']:.3f} on {result.metric} where the "
+                    f"guided policy scores {result.rows['guided'][result.metric]['mean']:.3f}: a loss of {result.loss:.1f} "
+                    f"points, more than the {max_loss:g} allowed. The support mask and the lower twin cannot travel along: "
+                    "try another --beta, or allow it with --max-loss"
+                )
+        if (path / TASK_FILE).is_file():
+            shutil.copy(path / TASK_FILE, written / TASK_FILE)
+        if destination.exists():
+            destination.rmdir()
+        written.rename(destination)
+    return result
+
+
+def compare(guided: Path, exported: Path, destination: Path, beta: float, checkpoint: str, suite: str | None) -> Export:
+    """Play the suite with both policies."""
+    evaluator = evaluator_for(guided, suite, checkpoint=checkpoint)
+    rows = {"guided": evaluator(beta)[0]}
+    plain = Evaluator(open_policy(str(exported)), evaluator.suite)
+    rows["exported"] = plain()[0]
+    metric = evaluator.suite.metrics[0]
+
+    def score(row: dict[str, Any]) -> float:
+        return evaluator.normalize(row[metric]["mean"])
+
+    loss = score(rows["guided"]) - score(rows["exported"])
+    if evaluator.scale is None:
+        rows["without Q"] = evaluator(0.0)[0]
+        gain = score(rows["guided"]) - score(rows["without Q"])
+        loss = 100 * loss / gain if gain > 0 else (0.0 if loss <= 0 else 100.0)
+    return Export(destination, metric, rows, loss)

@@ -1,0 +1,29 @@
+"""Monte Carlo returns: Q by regression on what followed, and decoding guided by it.
+
+The one-step improvement over the behaviour that Snell et al. (arXiv 2206.11871) and LMRL-Gym (arXiv 2311.18232) compare
+ILQL with.
+"""
+
+from __future__ import annotations
+
+from lmrl.objectives.base import Loss
+from lmrl.objectives.q import QLearning
+from lmrl.policy.passes import Outputs
+from lmrl.recipe import MCObjective
+from lmrl.trajectories.batch import Microbatch
+
+
+class MCReturns(QLearning):
+    """L = (Q - sum_k gamma^k r_k)^2 + c CE(Q / T, a) - log pi(a|s), per action token."""
+
+    label = "MC returns"
+    polyak = 1.0  # decoding reads the targets, which are Q itself here
+
+    def __init__(self, options: MCObjective):
+        super().__init__(options, twins=1, value=False)
+
+    def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
+        q_N = self.q_loss(outputs, batch.fields["returns"])
+        loss = self.total(outputs, batch, q_N)
+        loss.stats["q_loss"] = (q_N.detach() * batch.fields["real"]).sum()
+        return loss

@@ -1,0 +1,111 @@
+"""What objectives with Q heads share: chains of action tokens, the push-down, and the likelihood beside them."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from lmrl.errors import DataError
+from lmrl.objectives.base import Loss, Objective
+from lmrl.policy.heads import BINS, HeadsSpec, category_loss
+from lmrl.policy.passes import Outputs, Want
+from lmrl.policy.policy import Policy
+from lmrl.recipe import QObjective
+from lmrl.trajectories.batch import Batch, Microbatch
+from lmrl.trajectories.chain import discounts, returns_to_go, rewards_and_turns, to_chains
+from lmrl.trajectories.trajectory import Trajectory
+
+SCALE = float(os.environ.get("LMRL_SCALE", "0"))
+
+
+class QLearning(Objective):
+    """Base of objectives with Q heads: subclasses say what Q is regressed on."""
+
+    def __init__(self, options: QObjective, twins: int, value: bool):
+        self.options = options
+        self.range, self.unit = (0.0, 1.0), 1.0
+        self.heads = HeadsSpec(
+            value=value,
+            q=options.q_head,
+            twins=twins,
+            trunk=options.trunk,
+            bins=BINS if options.value_loss == "hl_gauss" else 0,
+            beta=options.beta,
+            support=options.support,
+        )
+
+    def calibrate(self, policy: Policy, trajectories: list[Trajectory]) -> None:
+        returns = torch.cat([self.returns(trajectory) for trajectory in trajectories])
+        low, high, mean, std = (
+            float(number) for number in (returns.min(), returns.max(), returns.mean(), returns.std())
+        )
+        start = low if self.options.start_value == "lowest" else self.options.start_value
+        mean = mean if self.options.start_value == "lowest" else start
+        margin = 0.1 * (high - low) + 1e-3  # bootstrapped values may pass what was realised
+        policy.values.calibrate(
+            start, mean, SCALE or max(std, 1e-3), min(low, start) - margin, max(high, start) + margin
+        )
+
+    def returns(self, trajectory: Trajectory) -> torch.Tensor:
+        """Discounted return-to-go of every action token, (A,)."""
+        rewards_A, turns_A = rewards_and_turns(trajectory)
+        return returns_to_go(rewards_A, discounts(turns_A, self.options.gamma, self.options.gamma_token))
+
+    @property
+    def want(self) -> Want:
+        options = self.options
+        return Want(
+            logprobs=options.bc_coef > 0,
+            values=self.heads.value,
+            detach_values=options.trunk == "detached",
+            q=True,
+            push=options.cql_temperature if options.cql_coef > 0 else None,
+            floors=options.calibrated,
+        )
+
+    def prepare(self, policy: Policy, trajectories: list[Trajectory]) -> Batch:
+        self.range = float(policy.values.low), float(policy.values.high)
+        self.unit = float(policy.values.scale) ** 2
+        sequences = []
+        for number, trajectory in enumerate(trajectories):
+            if trajectory.reward is None:
+                raise DataError(
+                    f"logged episode {trajectory.episode} has no reward, and '{self.options.name}' learns from rewards: "
+                    "add them, or imitate the data with objective.name=likelihood"
+                )
+            first = 0 if number == 0 else sequences[-1].chain + 1
+            chains = to_chains(
+                trajectory, self.options.gamma, self.options.gamma_token, policy.microbatch_tokens, first
+            )
+            sequences += [sequence for chain in chains for sequence in chain]
+        return Batch(sequences)
+
+    def q_loss(self, outputs: Outputs, targets_N: torch.Tensor) -> torch.Tensor:
+        """Sum over the heads of the error of Q against its targets, (N,), in units of the returns' variance.
+
+        So that neither the likelihood beside it nor the learning rate has to know the size of the rewards.
+        """
+        if outputs.q_logits is None:
+            return ((outputs.q - targets_N) ** 2).sum(0) / self.unit
+        return sum(self.category_loss(logits, targets_N) for logits in outputs.q_logits)
+
+    def category_loss(self, logits_NK: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        return category_loss(logits_NK, targets_N, *self.range)
+
+    def total(
+        self, outputs: Outputs, batch: Microbatch, losses_N: torch.Tensor, weights_N: torch.Tensor | float = 1.0
+    ) -> Loss:
+        """Add the push-down and the (weighted) likelihood to an objective's own losses, over real actions."""
+        options, real_N = self.options, batch.fields["real"]
+        stats = {"q": outputs.q.mean(0), "q_spread": outputs.q.amax(0) - outputs.q.amin(0)}
+        if outputs.push is not None:
+            losses_N = losses_N + options.cql_coef * outputs.push.sum(0) / self.unit
+            stats["push_down"] = outputs.push.mean(0)
+        if outputs.bound is not None:
+            stats["bound"] = outputs.bound
+        if outputs.logprobs is not None:
+            losses_N = losses_N - options.bc_coef * weights_N * outputs.logprobs
+            stats |= {"nll": -outputs.logprobs, "entropy": outputs.entropy}
+        sums = {name: (value.detach() * real_N).sum() for name, value in stats.items()}
+        return Loss((losses_N * real_N).sum(), int(real_N.sum()), sums)

@@ -1,0 +1,72 @@
+"""Q-learning by supervised fine-tuning: a second model whose probabilities, over the policy's, are Q values.
+
+Hong, Dragan, Levine, "Q-SFT" (arXiv 2411.05193). The policy pi is the imitation of the data and stays as it is. The
+second model p is trained by a weighted cross-entropy, with w = clip(r + gamma max_a' pbar(a'|s') / pi(a'|s'), 0, 1):
+
+    L = -[w log p(a|s) + (1 - w) / (V - 1) sum_{a' != a} log p(a'|s)]
+
+Where the data are drawn from pi, setting the expected gradient to zero gives
+p(a) = pi(a) w(a) + sum_{a' != a} pi(a') (1 - w(a')) / (V - 1): p / pi is the value w of an action only where pi(a) is well
+above 1 / V. Elsewhere the second term makes unlikely actions look good, so both the maximum and decoding stay inside the
+behaviour support.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lmrl.errors import DataError
+from lmrl.objectives.base import Loss, Objective
+from lmrl.objectives.ilql import next_values
+from lmrl.policy.heads import HeadsSpec
+from lmrl.policy.passes import Outputs, Want
+from lmrl.policy.policy import Policy
+from lmrl.recipe import QSFTObjective
+from lmrl.trajectories.batch import Batch, Microbatch
+from lmrl.trajectories.chain import to_chains
+from lmrl.trajectories.trajectory import Trajectory
+
+
+class QSFT(Objective):
+    label = "Q-SFT"
+
+    def __init__(self, options: QSFTObjective):
+        self.options, self.polyak = options, options.polyak
+        self.heads = HeadsSpec(
+            value=False, q="probability", twins=1, trunk="separate", beta=options.beta, support=options.support
+        )
+
+    @property
+    def want(self) -> Want:
+        return Want(logprobs=False, probability=self.options.support)
+
+    def prepare(self, policy: Policy, trajectories: list[Trajectory]) -> Batch:
+        low, high = self.options.return_range
+        sequences = []
+        for trajectory in trajectories:
+            first = sequences[-1].chain + 1 if sequences else 0
+            options = self.options
+            chains = to_chains(trajectory, options.gamma, options.gamma_token, policy.microbatch_tokens, first)
+            own = [sequence for chain in chains for sequence in chain]
+            returns_A = torch.cat([one.fields["returns"][one.fields["real"] > 0] for one in own])
+            if trajectory.reward is None or returns_A.min() < low - 1e-6 or returns_A.max() > high + 1e-6:
+                raise DataError(
+                    f"logged episode {trajectory.episode} has returns outside objective.return_range=[{low:g}, {high:g}] "
+                    "(or none at all): set the range to the lowest and highest return-to-go of the data"
+                )
+            sequences += own
+        return Batch(sequences)
+
+    def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
+        fields, real_N = batch.fields, batch.fields["real"]
+        low, high = self.options.return_range
+        # In units of the range, and counted from its low end: what an episode's end is worth, 0, becomes -low.
+        rewards_N = fields["rewards"] / (high - low)
+        zero = -low / (high - low)
+        following_N = next_values(outputs.best_ratio) - zero
+        weights_N = (rewards_N + fields["discounts"] * following_N + zero).clamp(0, 1)
+        others = outputs.vocabulary - 1
+        losses_N = -(weights_N * outputs.logprobs + (1 - weights_N) / others * outputs.other_logprobs)
+        stats = {"weight": weights_N, "logprob": outputs.logprobs, "best_q": outputs.best_ratio}
+        sums = {name: (value.detach() * real_N).sum() for name, value in stats.items()}
+        return Loss((losses_N * real_N).sum(), int(real_N.sum()), sums)

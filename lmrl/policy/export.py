@@ -1,0 +1,64 @@
+"""From a policy with Q heads to an ordinary checkpoint that decodes as value guidance does, at full speed.
+
+Where Q is linear in the hidden state, logits + beta Q = (W_lm + beta scale W_q) h + constant, and the constant drops out of the
+softmax: one matrix does both. The twins enter by their mean, since the lower of two is not linear.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lmrl.errors import ModelError
+from lmrl.policy.policy import Policy
+
+
+def fold(policy: Policy, beta: float) -> torch.Tensor:
+    """The vocabulary matrix (V, D), float32, of pi exp(beta mean(Qbar_1, Qbar_2)). Raises ModelError where Q is not linear."""
+    values = policy.values
+    if values is None or values.spec.q is None:
+        raise ModelError("--beta folds Q heads into the model, but this policy has none: leave it out")
+    if values.spec.q not in ("linear", "tied"):
+        raise ModelError(
+            f"Q heads of kind '{values.spec.q}' are not linear and cannot be folded into the vocabulary matrix: train with "
+            "objective.name=ilql, objective.q_head=tied (or linear) and objective.trunk=shared (or detached)"
+        )
+    if values.trunk is not None:
+        raise ModelError(
+            "the Q heads stand on a trunk of their own, which the exported model would not have: train with "
+            "objective.trunk=shared or detached"
+        )
+    if not policy.splits_head:
+        raise ModelError("this model caps or scales its logits, so that Q cannot be folded into its vocabulary matrix")
+    matrix_VD = policy.vocabulary.detach().float()
+    parts = [matrix_VD @ head.mix if values.spec.q == "tied" else head.weight for head in values.target_q]
+    q_VD = torch.stack([part.detach() for part in parts]).mean(0) * values.scale
+    q_VD = q_VD - q_VD.mean(0)  # a constant for every state, which would only cost precision
+    return matrix_VD + beta * q_VD
+
+
+def save_plain(policy: Policy, folder: Path, beta: float | None = None) -> None:
+    """Write an ordinary transformers folder: adapters merged, and with `beta` the Q heads folded in, float32."""
+    matrix_VD = fold(policy, beta) if beta is not None else None
+    model = policy.model.merge_and_unload() if policy.is_lora else policy.model
+    if matrix_VD is not None:
+        head = model.get_output_embeddings()
+        folded = nn.Linear(matrix_VD.shape[1], matrix_VD.shape[0], bias=getattr(head, "bias", None) is not None)
+        folded.weight = nn.Parameter(matrix_VD, requires_grad=False)
+        if folded.bias is not None:
+            folded.bias = nn.Parameter(head.bias.detach().float(), requires_grad=False)
+        model.set_output_embeddings(folded)
+        for config in {id(one): one for one in (model.config, model.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
+    model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def save_adapter(policy: Policy, folder: Path) -> None:
+    """Write the LoRA adapter alone. Raises ModelError where there is none."""
+    if not policy.is_lora:
+        raise ModelError("--adapter-only needs a run with model.lora; this one trained all weights: leave it out")
+    policy.model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+    policy.tokenizer.save_pretrained(folder)

@@ -1,0 +1,233 @@
+"""Heads beside the vocabulary projection: a value head, and twin Q heads with targets.
+
+Every head is `features(hidden)` times a weight matrix, so that Q values of a large vocabulary can be sliced as its
+log-probabilities are (see logprobs.py) and, where the features are linear, folded into it (see export.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lmrl.policy.logprobs import token_logprobs
+
+BINS = 51
+"""Categories of a value (Farebrother et al., section 4)."""
+CHUNK = 2**22
+"""Numbers that a slice of Q values over the vocabulary may hold."""
+
+
+@dataclass(frozen=True)
+class HeadsSpec:
+    """Which heads a policy carries, and how they guide its decoding unless something else is asked for."""
+
+    value: bool = True
+    q: Literal["mlp", "linear", "tied", "probability"] | None = None
+    """probability: no head, but the probabilities of a second model (Q-SFT)."""
+    twins: int = 2
+    trunk: Literal["shared", "detached", "separate"] = "shared"
+    bins: int = 0
+    """Categories of a value (HL-Gauss); 0: plain numbers and squared error."""
+    beta: float = 1.0
+    support: float = 0.0
+
+
+# ------------------------------------------------------------------------------------------------------------ mathematics
+def hl_gauss(values_N: torch.Tensor, low: float, high: float, bins: int) -> torch.Tensor:
+    """Target distribution (N, bins) of values: a Gaussian of .75 bin widths, integrated over each bin.
+
+    Farebrother et al., "Stop regressing" (arXiv 2403.03950), section 3.1. Values outside [low, high] are clipped.
+    """
+    width = (high - low) / bins
+    edges = torch.linspace(low, high, bins + 1, device=values_N.device, dtype=values_N.dtype)
+    distance = (edges - values_N.clamp(low, high)[..., None]) / (0.75 * width * math.sqrt(2))
+    cumulative = torch.erf(distance)
+    mass = cumulative[..., 1:] - cumulative[..., :-1]
+    return mass / (cumulative[..., -1:] - cumulative[..., :1])
+
+
+def category_loss(logits_NK: torch.Tensor, values_N: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """Cross-entropy of categories to values, (N,)."""
+    return -(hl_gauss(values_N, low, high, logits_NK.shape[-1]) * logits_NK.log_softmax(-1)).sum(-1)
+
+
+def bin_centres(low: float, high: float, bins: int, like: torch.Tensor) -> torch.Tensor:
+    """Value of each category, (bins,)."""
+    width = (high - low) / bins
+    return torch.linspace(low + width / 2, high - width / 2, bins, device=like.device, dtype=like.dtype)
+
+
+def guide(logits_BV: torch.Tensor, q_BV: torch.Tensor, beta: float, support: float) -> torch.Tensor:
+    """Logits of value-guided decoding, log pi + beta Q up to a constant (Snell et al., arXiv 2206.11871, section 4.3).
+
+    Tokens less likely than `support` under pi are ruled out; pi's most likely token never is.
+    """
+    guided_BV = logits_BV.float() + beta * q_BV
+    if support > 0:
+        logprobs_BV = logits_BV.float().log_softmax(-1)
+        floor_B1 = logprobs_BV.amax(-1, keepdim=True).clamp(max=math.log(support))
+        guided_BV = guided_BV.masked_fill(logprobs_BV < floor_B1, -torch.inf)
+    return guided_BV
+
+
+# ------------------------------------------------------------------------------------------------------------------ heads
+class Head(nn.Module):
+    """`features(hidden)` @ weight.T + bias, in float32; the last layer starts at (nearly) zero."""
+
+    def __init__(self, kind: Literal["mlp", "linear", "tied"], width: int, outputs: int):
+        super().__init__()
+        self.kind, inner = kind, 2 * width if kind == "mlp" else width
+        self.hidden = nn.Linear(width, inner) if kind == "mlp" else None
+        self.bias = nn.Parameter(torch.zeros(outputs)) if kind == "mlp" or outputs == 1 else None
+        if kind == "tied":
+            self.mix, self.weight = nn.Parameter(torch.empty(width, width)), None
+        else:
+            self.mix, self.weight = None, nn.Parameter(torch.zeros(outputs, inner))
+        if kind != "mlp" and outputs > 1:  # twins that began alike would stay alike
+            nn.init.normal_(self.mix if kind == "tied" else self.weight, std=1e-3 / math.sqrt(width))
+
+    def features(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        hidden_ND = hidden_ND.float()
+        if self.hidden is not None:
+            return self.hidden(hidden_ND).relu()
+        return hidden_ND if self.mix is None else hidden_ND @ self.mix.T
+
+    def matrix(self, vocabulary_VD: torch.Tensor | None = None) -> torch.Tensor:
+        return vocabulary_VD.detach() if self.weight is None else self.weight
+
+
+class Values(nn.Module):
+    """All heads of a policy, their targets, and a trunk of their own where the spec says so.
+
+    A Q value is `offset + scale x output` (or the mean of its categories between `low` and `high`); `calibrate` sets
+    these numbers from data, so that learning rates need not know the unit of the reward.
+    """
+
+    def __init__(self, spec: HeadsSpec, width: int, tokens: int, lm: nn.Module):
+        super().__init__()
+        self.spec, self.tokens = spec, tokens
+        outputs = max(spec.bins, 1)
+        kind = "mlp" if spec.q else "linear"
+        self.v = Head(kind, width, outputs) if spec.value else None
+        heads = spec.twins if spec.q in ("mlp", "linear", "tied") else 0
+        self.q = nn.ModuleList(Head(spec.q, width, tokens * outputs) for _ in range(heads))
+        self.target_q = copy.deepcopy(self.q).requires_grad_(False)
+        own = lm if spec.q == "probability" else getattr(lm, lm.base_model_prefix)
+        separate = spec.trunk == "separate"
+        self.trunk = copy.deepcopy(own).float().requires_grad_(True) if separate else None
+        self.target_trunk = copy.deepcopy(self.trunk).requires_grad_(False) if separate else None
+        for name, value in {"offset": 0.0, "scale": 1.0, "v_offset": 0.0, "low": -1.0, "high": 1.0}.items():
+            self.register_buffer(name, torch.tensor(value))
+
+    def calibrate(self, start: float, mean: float, scale: float, low: float, high: float) -> None:
+        """Say what Q (`start`) and V (`mean`) are before learning, their unit, and the range of categories."""
+        with torch.no_grad():
+            for name, value in (("offset", start), ("v_offset", mean), ("scale", scale), ("low", low), ("high", high)):
+                getattr(self, name).fill_(value)
+            if self.spec.bins:
+                for head in (*self.q, *self.target_q):
+                    head.bias.copy_(self._logits_for(start).repeat(self.tokens))
+                self.v.bias.copy_(self._logits_for(mean))
+
+    def _logits_for(self, value: float) -> torch.Tensor:
+        probs = hl_gauss(self.low.new_tensor([value]), float(self.low), float(self.high), self.spec.bins)[0]
+        return (probs + 1e-4).log()
+
+    @torch.no_grad()
+    def follow(self, polyak: float) -> None:
+        """Move the targets towards what they follow."""
+        pairs = [(self.q, self.target_q)] + ([(self.trunk, self.target_trunk)] if self.trunk is not None else [])
+        for source, target in pairs:
+            for new, old in zip(source.parameters(), target.parameters(), strict=True):
+                old.lerp_(new, polyak)
+
+    # ------------------------------------------------------------------------------------------------------------- values
+    def value(self, hidden_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """V of each state (N,), and its categories' logits (N, bins) where there are any."""
+        features = self.v.features(hidden_ND)
+        outputs = features @ self.v.weight.T + self.v.bias
+        if self.spec.bins:
+            return self._mean(outputs), outputs
+        return self.v_offset + self.scale * outputs[:, 0], None
+
+    def taken(self, head: Head, hidden_ND: torch.Tensor, actions_N: torch.Tensor, vocabulary_VD: torch.Tensor):
+        """Q of the given actions (N,), and their categories' logits (N, bins) where there are any."""
+        features, weight = head.features(hidden_ND), head.matrix(vocabulary_VD)
+        if self.spec.bins:
+            rows = weight.view(self.tokens, self.spec.bins, -1)[actions_N]
+            logits = torch.einsum("nkf,nf->nk", rows, features) + head.bias.view(self.tokens, -1)[actions_N]
+            return self._mean(logits), logits
+        output = (weight[actions_N].float() * features).sum(-1)
+        output = output if head.bias is None else output + head.bias[actions_N]
+        return self.offset + self.scale * output, None
+
+    def all(self, head: Head, features_NF: torch.Tensor, vocabulary_VD: torch.Tensor) -> torch.Tensor:
+        """Q of every token, (N, V), from `head.features(hidden)`."""
+        outputs = features_NF @ head.matrix(vocabulary_VD).float().T
+        outputs = outputs if head.bias is None else outputs + head.bias
+        if self.spec.bins:
+            return self._mean(outputs.view(len(outputs), self.tokens, self.spec.bins))
+        return self.offset + self.scale * outputs
+
+    def push_down(
+        self,
+        head: Head,
+        hidden_ND: torch.Tensor,
+        actions_N: torch.Tensor,
+        vocabulary_VD: torch.Tensor,
+        temperature: float,
+        floor_N: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """logsumexp_a(Q / T) - Q(action) / T for each state, (N,): the cross-entropy of CQL.
+
+        floor_N: raise every Q to at least this much first (Cal-QL); then also the share of the tokens it lifted, (N,).
+        """
+        features = head.features(hidden_ND)
+        if floor_N is None and not self.spec.bins:
+            bias = None if head.bias is None else head.bias * self.scale
+            weight = head.matrix(vocabulary_VD)
+            return -token_logprobs(features * self.scale, weight, bias, actions_N, temperature)[0], None
+        bound = actions_N.new_zeros(len(actions_N), dtype=torch.float) if floor_N is None else None
+
+        def rows(features_NF, actions_N, floor_N):
+            q_NV = self.all(head, features_NF, vocabulary_VD)
+            data_N = q_NV.gather(1, actions_N[:, None])[:, 0]
+            if floor_N is not None:
+                bound_N = (q_NV < floor_N[:, None]).float().mean(1).detach()
+                q_NV = torch.maximum(q_NV, floor_N[:, None])
+            else:
+                bound_N = data_N.detach() * 0
+            return (q_NV / temperature).logsumexp(1) - data_N / temperature, bound_N
+
+        step = max(CHUNK // (self.tokens * max(self.spec.bins, 1)), 1)
+        parts = []
+        for first in range(0, len(actions_N), step):
+            cut = slice(first, first + step)
+            floor = None if floor_N is None else floor_N[cut]
+            parts.append(checkpoint(rows, features[cut], actions_N[cut], floor, use_reentrant=False))
+        pushed, bounds = (torch.cat(column) for column in zip(*parts, strict=True))
+        return pushed, bounds if bound is None else None
+
+    def guiding(self, hidden_BD: torch.Tensor, vocabulary_VD: torch.Tensor) -> torch.Tensor:
+        """Q of every token as decoding uses it, (B, V): the lower of the target twins."""
+        values = [self.all(head, head.features(hidden_BD), vocabulary_VD) for head in self.target_q]
+        return torch.stack(values).amin(0)
+
+    def _mean(self, logits: torch.Tensor) -> torch.Tensor:
+        centres = bin_centres(float(self.low), float(self.high), self.spec.bins, logits)
+        return logits.softmax(-1) @ centres
+
+
+def probability_ratio(p_logits_BV: torch.Tensor, pi_logits_BV: torch.Tensor) -> torch.Tensor:
+    """Q values in [0, 1] as Q-SFT keeps them, p(a|s) / pi(a|s), (B, V).
+
+    At its optimum p(a) = pi(a) Q(a) + (what the other actions leave over) / (V - 1), so the ratio is Q only where pi is
+    well above 1 / V: use it inside the behaviour support alone.
+    """
+    return (p_logits_BV.float().log_softmax(-1) - pi_logits_BV.float().log_softmax(-1)).exp().clamp(max=1)

@@ -1,0 +1,84 @@
+"""What a pass through the policy is asked for, and what it brings back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+
+@dataclass(frozen=True)
+class Want:
+    """What a forward pass has to bring back."""
+
+    logprobs: bool = True
+    values: bool = False
+    detach_values: bool = False
+    """Stop the gradient of the values at the trunk."""
+    q: bool = False
+    """Q of the actions by each head, and by the targets."""
+    push: float | None = None
+    """The push-down of Q over the vocabulary, at this temperature."""
+    floors: bool = False
+    """Push no Q below the batch's field `returns`."""
+    probability: float | None = None
+    """What Q-SFT needs, with this much behaviour support."""
+
+
+@dataclass
+class Outputs:
+    """Per action token, flat over the microbatch: shape (N,), or (H, N) for H Q heads, (..., K) for K categories."""
+
+    logprobs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    value_logits: torch.Tensor | None = None
+    q: torch.Tensor | None = None
+    q_logits: torch.Tensor | None = None
+    target_q: torch.Tensor | None = None
+    """The lower of the target twins."""
+    push: torch.Tensor | None = None
+    bound: torch.Tensor | None = None
+    """Share of the vocabulary that the floor lifted."""
+    other_logprobs: torch.Tensor | None = None
+    """Of the second model, the sum over all tokens but the action."""
+    vocabulary: int = 0
+    best_ratio: torch.Tensor | None = None
+    """Highest Q of a supported token, by the target of the second model."""
+
+
+@dataclass
+class States:
+    """Everything about some states, N, over the whole vocabulary, V: for small batches."""
+
+    features_ND: torch.Tensor
+    """Last hidden states that the heads stand on."""
+    logits_NV: torch.Tensor
+    values_N: torch.Tensor | None = None
+    q_NV: torch.Tensor | None = None
+    """As decoding uses it: the lower of the target twins."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How Q guides decoding: its weight, and the behaviour support."""
+
+    beta: float
+    support: float = 0.0
+
+
+class Cache:
+    """Keys and values of rows under way, for each trunk that decoding runs."""
+
+    def __init__(self, config: Any, two: bool):
+        self.policy = DynamicCache(config=config)
+        self.values = DynamicCache(config=config) if two else None
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these rows alone. Raises AttributeError where a layer's state is no keys and values."""
+        for cache in (self.policy, self.values):
+            if cache is not None:
+                for layer in cache.layers:
+                    layer.batch_select_indices(rows)

@@ -1,0 +1,85 @@
+"""Collecting episodes: by a policy, by a scripted player, or by several with a share each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from lmrl.errors import RecipeError
+from lmrl.recipe import Rollouts
+from lmrl.recipe.source import Players
+from lmrl.rollouts.engine import Sampling
+from lmrl.rollouts.sampler import Sampler
+from lmrl.rollouts.task import Task
+from lmrl.seeding import stream
+from lmrl.trajectories.trajectory import Trajectory
+
+Name = tuple[int | str, ...]
+
+
+def collect(
+    sampler: Sampler,
+    players: Players | None,
+    rollouts: Rollouts,
+    episodes: int,
+    seed: int,
+    check: Callable[[], Any] = lambda: None,
+) -> Iterator[list[Trajectory]]:
+    """Play `episodes` episodes from random start states, `rollouts.prompts` starts at a time; yields the judged ones.
+
+    players: None for the sampler's engine, which plays `rollouts.samples` episodes from each start. check: called
+    between the parts; may raise to stop. Groups and episodes are numbered throughout.
+    """
+    task, samples = sampler.task, 1 if players else rollouts.samples
+    for first in range(0, episodes, rollouts.prompts * samples):
+        check()
+        name = (seed, "collect", first)
+        left = min(episodes - first, rollouts.prompts * samples)
+        starts = draw_starts(task, -(-left // samples), name)
+        if players:
+            played = play_players(sampler, players, starts, name)
+        else:
+            played = sampler.play(starts, samples, Sampling.of(rollouts), name)[:left]
+        for trajectory in played:
+            trajectory.episode += first
+            trajectory.group += first // samples
+        if task.judged_by == "reward" and not task.rewards:
+            for trajectory in played:
+                trajectory.reward = None  # prompts without a reward: nobody judges
+            yield played
+        else:
+            yield task.keep_judged(played)
+
+
+def draw_starts(task: Task, count: int, name: Name) -> list[int | None]:
+    """Random start states that the task trains on (None: drawn by the environment)."""
+    if task.training is None:
+        return [None] * count
+    rng, starts = stream(*name), np.array(task.training)
+    return [int(rng.choice(starts)) for _ in range(count)]
+
+
+def check_players(task: Task, players: Players, key: str) -> None:
+    """Raise RecipeError where the environment has no such scripted player."""
+    known = getattr(task.make(), "players", ())
+    for player in [players] if isinstance(players, str) else players:
+        if player not in known:
+            raise RecipeError(f"{key}: the environment has no player '{player}' (it has {', '.join(known) or 'none'})")
+
+
+def play_players(sampler: Sampler, players: Players, starts: list[int | None], name: Name) -> list[Trajectory]:
+    """An episode from every start state, by one scripted player, or each by one drawn from shares."""
+    if isinstance(players, str):
+        return sampler.play_scripted(players, starts, name)
+    names, shares = list(players), np.array(list(players.values()), dtype=float)
+    drawn = stream(*name, "players").choice(len(names), size=len(starts), p=shares / shares.sum())
+    found: dict[int, Trajectory] = {}
+    for number, player in enumerate(names):
+        chosen = np.flatnonzero(drawn == number).tolist()
+        played = sampler.play_scripted(player, [starts[index] for index in chosen], (*name, player))
+        for index, trajectory in zip(chosen, played, strict=True):
+            trajectory.group = trajectory.episode = index
+            found[index] = trajectory
+    return [found[index] for index in range(len(starts))]

@@ -1,0 +1,41 @@
+"""The gate: online improvement may not lose what was learned.
+
+Through a stage's first steps the policy is measured against itself as the stage began, paired over start states. Where
+the loss is surely more than allowed, the run takes the best policy back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmrl.evaluation.statistics import summarize
+from lmrl.recipe import Gate
+
+
+@dataclass
+class GateState:
+    """What the gate remembers, as part of a checkpoint."""
+
+    before: list[float] = field(default_factory=list)
+    """Of each start state, the normalised score as the stage began."""
+    worst: float = 0.0
+    """Largest mean drop measured so far, in points."""
+    rollbacks: int = 0
+    lr_factor: float = 1.0
+
+
+def drop(before: Sequence[float], now: Sequence[float]) -> dict[str, Any]:
+    """Points lost since the stage began: mean over start states, its 95 % interval, n. Raises where starts differ."""
+    return summarize([first - second for first, second in zip(before, now, strict=True)])
+
+
+def is_due(gate: Gate, step: int) -> bool:
+    """Whether a step, counted from 1, is measured."""
+    return step % gate.every == 0 and (gate.steps is None or step <= gate.steps)
+
+
+def breached(gate: Gate, lost: dict[str, Any]) -> bool:
+    """Whether the interval says that more was lost than allowed."""
+    return lost["ci95"][0] > gate.drop

@@ -1,0 +1,316 @@
+"""Sweeps: a recipe run once for every combination of some keys' values, and one table over the runs.
+
+Runs are processes of their own (`python -m lmrl train ...`), so that each is what it would be alone, and one that fails
+leaves the others be. The sweep's folder holds
+
+    NAME/          a run, for instance seed-0_graph-1000      NAME.log   what it printed
+    results.json   scores over the runs, see `over_runs`
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from lmrl.errors import LmrlError, RecipeError, RunError
+from lmrl.evaluation.statistics import summarize
+from lmrl.evaluation.suites import load_suite
+from lmrl.recipe import CHOICES, Recipe
+from lmrl.recipe_files import load_recipe
+from lmrl.run import RECIPE_FILE, RESULTS_FILE, Run, write_atomically
+from lmrl.training.display import Display, interval
+from lmrl.training.interrupt import Interrupt, Interrupted
+from lmrl.training.train import default_output
+
+Rows = dict[str, dict[str, dict[str, Any]]]
+"""Scores by row (data, BC, PPO, optimum) and metric."""
+POLL_SECONDS = 0.2
+KINDS = {f"{section}.{key}" for section, (key, _, _) in CHOICES.items()}
+
+
+class SweepError(LmrlError):
+    """Some runs of a sweep failed."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination: the run's name, its overrides, and the recipe that they make."""
+
+    name: str
+    overrides: list[str]
+    recipe: Recipe
+
+    @property
+    def columns(self) -> list[str]:
+        """The metrics of the run's suite, the main one first."""
+        suite = self.recipe.evaluation.suite
+        return load_suite(suite, task=self.recipe.task.model_dump(mode="json")).metrics if suite else []
+
+
+def sweep(
+    recipe: str,
+    overrides: Sequence[str],
+    over: Sequence[str],
+    output: str | Path | None = None,
+    jobs: int = 1,
+    resume: bool = False,
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Run a recipe (a file or a shipped name) over values, `jobs` runs at a time; returns what results.json holds.
+
+    over: `KEY=VALUE,VALUE`, one for each key. output: the sweep's folder (default: a new one under `runs/`). resume:
+    keep the finished runs in that folder and go on with the others. Raises RecipeError or RunError before anything
+    runs, and SweepError at the end where runs failed. SIGTERM and Ctrl-C let every run save a checkpoint.
+    """
+    display = display or Display()
+    points = combinations(recipe, overrides, over)
+    if jobs < 1:
+        raise RecipeError(f"--jobs: at least one run at a time, not {jobs}")
+    folder = Path(output) if output is not None else default_output(recipe)
+    _check(folder, points, resume)
+    folder.mkdir(parents=True, exist_ok=True)
+    display.say(f"{len(points)} runs, {min(jobs, len(points))} at a time, in {folder}")
+
+    def start(point: Point) -> subprocess.Popen:
+        command = [sys.executable, "-m", "lmrl", "train", recipe, *point.overrides]
+        command += ["--output", str(folder / point.name), "--resume"]
+        environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
+        with open(_log(folder, point), "w", encoding="utf-8") as log:
+            # A group of its own: Ctrl-C reaches the sweep alone, which passes it on once (a second one would not save).
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, process_group=0
+            )
+
+    def report(point: Point, code: int, seconds: float) -> None:
+        if code:
+            failed[point.name] = failure(_log(folder, point).read_text(encoding="utf-8", errors="replace"), code)
+            display.say(f"{point.name} failed: {failed[point.name]}")
+        else:
+            display.say(f"{finished_line(point, _read(folder, point))}  ({seconds:.0f} s)")
+
+    failed: dict[str, str] = {}
+    waiting = []
+    for point in points:
+        if _finished(folder, point):
+            display.say(f"{finished_line(point, _read(folder, point))}  (finished before)")
+        else:
+            waiting.append(point)
+    try:
+        run_all(waiting, start, report, jobs)
+    except Interrupted:
+        display.say(f"interrupted; go on with the same command, --output {folder} and --resume")
+        raise
+    rows = over_runs({point.name: _read(folder, point) for point in points if point.name not in failed})
+    results = {"over": {key: [yaml.safe_load(text) for text in texts] for key, texts in read_over(over).items()}}
+    results |= {"rows": rows, "failed": failed}
+    write_atomically(folder / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
+    columns = dict.fromkeys(column for point in points for column in point.columns)
+    if rows and columns:
+        display.console.print(sweep_table(rows, columns))
+    if failed:
+        raise SweepError(
+            f"{len(failed)} of {len(points)} runs failed: {', '.join(failed)} (each has a .log in {folder})"
+        )
+    return results
+
+
+# --------------------------------------------------------------------------------------------------- what is to be run
+def read_over(over: Iterable[str]) -> dict[str, list[str]]:
+    """`["training.seed=0,1"]` as `{"training.seed": ["0", "1"]}`; commas within brackets or quotes do not split."""
+    swept: dict[str, list[str]] = {}
+    for option in over:
+        key, equals, text = option.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"--over '{option}' is not of the form key=value,value, for instance training.seed=0,1,2")
+        if key in swept:
+            raise RecipeError(f"--over names '{key}' twice: give all its values at once")
+        values = _split(text, option)
+        if not values:
+            raise RecipeError(f"--over '{option}' has no values, for instance training.seed=0,1,2")
+        for value in values:
+            if values.count(value) > 1:
+                raise RecipeError(f"--over '{option}' has the value {value} twice")
+        swept[key] = values
+    return swept
+
+
+def _split(text: str, option: str) -> list[str]:
+    listed = f"[{text}]"
+    try:
+        node = yaml.compose(listed, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--over '{option}': the values are no YAML list, for instance 0,1,2") from error
+    return [listed[item.start_mark.index : item.end_mark.index].strip() for item in node.value]
+
+
+def combinations(recipe: str, overrides: Sequence[str], over: Sequence[str]) -> list[Point]:
+    """Every combination of the values, the last key's turning fastest, each a checked recipe."""
+    swept = read_over(over)
+    for key in (override.partition("=")[0] for override in overrides):
+        if key in swept:
+            raise RecipeError(f"'{key}' is both set and swept by --over: leave one out")
+    labels = _labels(list(swept))
+    short = {key: _short(values) for key, values in swept.items()}
+    points = []
+    for chosen in itertools.product(*(range(len(values)) for values in swept.values())):
+        name = "_".join(f"{labels[key]}-{short[key][index]}" for key, index in zip(swept, chosen, strict=True))
+        own = [f"{key}={swept[key][index]}" for key, index in zip(swept, chosen, strict=True)]
+        # What kind a section is comes first, because choosing it clears the section's other keys.
+        everything = sorted([*overrides, *own], key=lambda override: not _names_a_kind(override))
+        points.append(Point(name, everything, load_recipe(recipe, everything)))
+    return points
+
+
+def _names_a_kind(override: str) -> bool:
+    return ".".join(override.partition("=")[0].split(".")[-2:]) in KINDS
+
+
+def _labels(keys: list[str]) -> dict[str, str]:
+    """For each dotted key its shortest ending that no other key has: `seed`, or `warmup-training-steps`."""
+
+    def label(key: str) -> str:
+        parts = key.split(".")
+        endings = [parts[start:] for start in range(len(parts) - 1, -1, -1)]
+        alone = [end for end in endings if sum(other.split(".")[-len(end) :] == end for other in keys) == 1]
+        return "-".join((alone or [parts])[0])
+
+    return {key: label(key) for key in keys}
+
+
+def _short(values: list[str]) -> list[str]:
+    """Values as parts of a folder's name, numbered where they would read alike."""
+    names = [re.sub(r"[^\w.+-]+", "-", value.strip("[]{}\"'/ "))[:40] for value in values]
+    return [name if names.count(name) == 1 else f"{name}-{number}" for number, name in enumerate(names, start=1)]
+
+
+def _check(folder: Path, points: list[Point], resume: bool) -> None:
+    """Refuse a folder that would be overwritten, or whose runs were made by other recipes."""
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"--output: {folder} is a file, not a folder")
+    if not resume and folder.is_dir() and any(folder.iterdir()):
+        raise RunError(f"{folder} exists and is not empty: go on with it by --resume, or choose another --output")
+    for point in points:
+        if (folder / point.name / RECIPE_FILE).is_file():
+            Run.resume(folder / point.name, point.recipe)  # raises where it is another's, and is closed at once
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+def run_all(
+    points: Sequence[Point],
+    start: Callable[[Point], subprocess.Popen],
+    report: Callable[[Point, int, float], None],
+    jobs: int,
+) -> None:
+    """Keep `jobs` processes going until all have ended; report each with its exit code and seconds.
+
+    A signal is passed on as one SIGTERM to each, and raises Interrupted when they have ended.
+    """
+    waiting = deque(points)
+    active: dict[str, tuple[Point, subprocess.Popen, float]] = {}
+    with Interrupt() as interrupt:
+        try:
+            while waiting or active:
+                if interrupt.number is not None:
+                    raise Interrupted(interrupt.number)
+                while waiting and len(active) < jobs:
+                    point = waiting.popleft()
+                    active[point.name] = (point, start(point), time.monotonic())
+                time.sleep(POLL_SECONDS)
+                for point, process, started in list(active.values()):
+                    if process.poll() is not None:
+                        del active[point.name]
+                        report(point, process.returncode, time.monotonic() - started)
+        finally:
+            for _, process, _ in active.values():
+                process.terminate()
+            for _, process, _ in active.values():
+                process.wait()
+
+
+def failure(log: str, code: int) -> str:
+    """Why a run failed, in one line: its error, or the last that it printed, or its exit code."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line.removeprefix("lmrl: ") for line in lines if line.startswith("lmrl: ")]
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}"
+    return (errors or lines or [f"exit code {code}"])[-1]
+
+
+def _log(folder: Path, point: Point) -> Path:
+    return folder / f"{point.name}.log"
+
+
+def _finished(folder: Path, point: Point) -> bool:
+    return (folder / point.name / RESULTS_FILE).is_file()
+
+
+def _read(folder: Path, point: Point) -> Rows:
+    return json.loads((folder / point.name / RESULTS_FILE).read_text())
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+def finished_line(point: Point, rows: Rows) -> str:
+    """A run's name and the main metric of each row."""
+    means = [
+        f"{label} {row[main]['mean']:.3f}" for main in point.columns[:1] for label, row in rows.items() if main in row
+    ]
+    return "  ".join([point.name, *means])
+
+
+def over_runs(runs: dict[str, Rows]) -> Rows:
+    """Scores over runs by row and metric: mean, 95 % interval over the runs' means, n runs, the lowest, and each one's.
+
+    A row that only some runs have (another method's) counts those alone. The optimum comes last.
+    """
+    labels = dict.fromkeys(label for rows in runs.values() for label in rows)
+    return {
+        label: _over_runs([(name, rows[label]) for name, rows in runs.items() if label in rows])
+        for label in sorted(labels, key=lambda label: label == "optimum")
+    }
+
+
+def _over_runs(rows: list[tuple[str, dict[str, dict[str, Any]]]]) -> dict[str, dict[str, Any]]:
+    scores = {}
+    for metric in dict.fromkeys(metric for _, row in rows for metric in row):
+        values = {name: row[metric]["mean"] for name, row in rows if metric in row}
+        scores[metric] = summarize(list(values.values())) | {"lowest": min(values.values()), "values": values}
+    return scores
+
+
+def sweep_table(rows: Rows, columns: Iterable[str]) -> Table:
+    """Rows side by side: of each column its mean over runs with the interval, and the lowest run."""
+    table = Table(
+        title="Result over runs", caption="mean ± half width of the 95 % interval over runs, and the lowest run"
+    )
+    table.title_justify = table.caption_justify = "left"
+    table.add_column("")
+    shown = [column for column in columns if any(column in scores for scores in rows.values())]
+    for column in shown:
+        table.add_column(column, justify="right")
+        table.add_column("lowest", justify="right")
+    table.add_column("n", justify="right")
+    for label, scores in rows.items():
+        cells = [cell for column in shown for cell in _cells(scores.get(column))]
+        counts = {scores[column]["n"] for column in shown if column in scores}
+        table.add_row(label, *cells, "/".join(map(str, sorted(counts))))
+    return table
+
+
+def _cells(score: dict[str, Any] | None) -> tuple[str, str]:
+    return (interval(score), f"{score['lowest']:.3f}") if score else ("", "")

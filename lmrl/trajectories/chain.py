@@ -1,0 +1,111 @@
+"""Chains: an episode as the linked action tokens that value-based objectives compute on.
+
+The state after an action token is the one its next action token was taken in, wherever that stands; environment tokens
+in between are skipped. A truncated episode goes on: a pseudo-action at its end asks for the value of its last state.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lmrl.trajectories.batch import Sequence, to_sequence
+from lmrl.trajectories.trajectory import CONTEXT, Segment, Trajectory
+
+
+def to_sequences(trajectory: Trajectory) -> list[Sequence]:
+    """One sequence a segment with actions, in order, and a pseudo-action at the end where the episode was truncated."""
+    held = [segment for segment in trajectory.segments if segment.actions]
+    if trajectory.terminated:
+        return [to_sequence(segment) for segment in held]
+    last = trajectory.segments[-1]
+    if last.actions:  # the observation after the last action stands in the same context
+        return [*map(to_sequence, held[:-1]), to_sequence(last, bootstrap=True)]
+    return [*map(to_sequence, held), to_sequence(last, bootstrap=True)]
+
+
+def rewards_and_turns(trajectory: Trajectory) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each action token earned, and the turn it belongs to, both (A,)."""
+    pairs = [
+        (reward, turn)
+        for segment in trajectory.segments
+        for reward, turn in zip(segment.rewards, segment.turns, strict=True)
+        if turn != CONTEXT
+    ]
+    rewards, turns = zip(*pairs, strict=True)
+    return torch.tensor(rewards, dtype=torch.float32), torch.tensor(turns)
+
+
+def discounts(turns_A: torch.Tensor, gamma: float, gamma_token: float) -> torch.Tensor:
+    """Discount from each action token to the next, (A,): `gamma_token` inside a turn, `gamma` at its end."""
+    following = torch.cat([turns_A[1:], turns_A[-1:] + 1])
+    return torch.where(following == turns_A, gamma_token, gamma)
+
+
+def returns_to_go(rewards_A: torch.Tensor, discounts_A: torch.Tensor) -> torch.Tensor:
+    """What each action token and all after it earned, discounted: G_t = r_t + discount_t G_{t+1}, (A,)."""
+    result = torch.zeros_like(rewards_A)
+    carried = 0.0
+    for index in range(len(rewards_A) - 1, -1, -1):
+        carried = rewards_A[index] + discounts_A[index] * carried
+        result[index] = carried
+    return result
+
+
+def to_chains(
+    trajectory: Trajectory, gamma: float, gamma_token: float, max_tokens: int, first: int = 0
+) -> list[list[Sequence]]:
+    """An episode as chains of at most `max_tokens` tokens (unless one segment alone has more), numbered from `first`.
+
+    Sequences carry, per action token: `rewards`, `discounts` (0 where the episode terminated), `returns` (realised, to
+    the episode's end) and `real` (False for a pseudo-action). In a batch that keeps chains whole, the next state of
+    action n is that of action n + 1. A chain that was cut goes on with a pseudo-action in the segment after the cut.
+    """
+    sequences = to_sequences(trajectory)
+    rewards_A, turns_A = rewards_and_turns(trajectory)
+    discounts_A = discounts(turns_A, gamma, gamma_token)
+    returns_A = returns_to_go(rewards_A, discounts_A)
+    if trajectory.terminated:
+        discounts_A[-1] = 0.0
+    else:
+        rewards_A, discounts_A, returns_A = (
+            torch.cat([one, one.new_zeros(1)]) for one in (rewards_A, discounts_A, returns_A)
+        )
+    real_A = torch.ones_like(rewards_A)
+    if not trajectory.terminated:
+        real_A[-1] = 0.0
+    sizes = [len(sequence.targets) for sequence in sequences]
+    fields = {"rewards": rewards_A, "discounts": discounts_A, "returns": returns_A, "real": real_A}
+    for name, flat in fields.items():
+        for sequence, part in zip(sequences, flat.split(sizes), strict=True):
+            sequence.fields[name] = part
+    chains = _cut(sequences, max_tokens)
+    for number, chain in enumerate(chains, start=first):
+        for sequence in chain:
+            sequence.chain = number
+    return chains
+
+
+def _cut(sequences: list[Sequence], max_tokens: int) -> list[list[Sequence]]:
+    chains, widest = [[]], 0
+    for sequence in sequences:
+        widest = max(widest, len(sequence.tokens))
+        if chains[-1] and widest * (len(chains[-1]) + 2) > max_tokens:  # padded, and with a pseudo-action's sequence
+            chains[-1].append(_state_before(sequence))
+            chains.append([])
+            widest = len(sequence.tokens)
+        chains[-1].append(sequence)
+    return chains
+
+
+def _state_before(sequence: Sequence) -> Sequence:
+    """The context of a sequence's first action, with a pseudo-action that asks for its value."""
+    end = int(sequence.states[0]) + 1
+    fields = {name: torch.zeros(1) for name in sequence.fields}
+    return Sequence(sequence.tokens[:end], sequence.states[:1], torch.zeros(1, dtype=torch.long), fields)
+
+
+def first_state(segment: Segment) -> Sequence:
+    """The state an episode begins in, as a sequence with a pseudo-action."""
+    end = segment.actions[0]
+    context = Segment(segment.tokens[:end], segment.turns[:end], segment.logprobs[:end], segment.rewards[:end])
+    return to_sequence(context, bootstrap=True)

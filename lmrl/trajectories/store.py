@@ -1,0 +1,279 @@
+"""Episodes on disk: read lazily from any format of rows.py, written as Parquet shards or JSONL."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Collection, Sequence
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from lmrl.errors import DataError, RunError
+from lmrl.trajectories.files import JsonLines, Malformed, Row, open_rows, quiet_datasets
+from lmrl.trajectories.rows import fingerprint, is_dialogue, parse, prompt_key, render, to_row
+from lmrl.trajectories.trajectory import Trajectory
+
+SHARD_EPISODES = 1000
+VOCABULARY_ROWS = 10_000
+"""Rows from whose text a model built from scratch takes its vocabulary."""
+SHARDS, SCRATCH = "data-*.parquet", ".writing-"
+
+
+class LoggedFile:
+    """Logged episodes, of any format that rows.py knows, which stay on disk.
+
+    Opening goes through all rows once and checks their text; an episode is read and tokenised when it is asked for.
+    Episodes whose prompt's key is in `without` (held out for evaluation) and those that failed are left out.
+
+    skip_bad_rows: count malformed rows and write them to `bad_rows`, one JSON object a line, instead of raising
+    DataError with file, line, field and what was expected.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        renderer: Any,
+        history: int | str = "all",
+        split: str = "train",
+        without: Collection[str] = (),
+        skip_bad_rows: bool = False,
+        bad_rows: Path | None = None,
+    ):
+        self.path, self.renderer, self.history = path, renderer, history
+        self.tokenizer = fingerprint(renderer.tokenizer)
+        self.rows = open_rows(path, split)
+        self.returns: list[float | None] = []
+        self.measures: dict[str, array] = {}
+        """Components and metrics by name, of the episodes that have them."""
+        self.notes: list[str] = []
+        self.needs_template = False
+        """Whether there are dialogues to be rendered."""
+        self._index, self._parts = array("q"), array("b")
+        self._scan(without, skip_bad_rows, bad_rows)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Trajectory:
+        row = self._index[index]
+        try:
+            episode = parse(self.rows[row], row, self.tokenizer)[self._parts[index]]
+            return render(episode, self.renderer, self.history)
+        except Malformed as error:
+            raise DataError(f"{self.rows.where(row)}: {error}") from error
+
+    def _scan(self, without: Collection[str], skip_bad_rows: bool, bad_rows: Path | None) -> None:
+        bad, failed, heldout = [], 0, 0
+        for number, row in enumerate(self.rows.scan()):
+            try:
+                if isinstance(row, Malformed):
+                    raise row
+                episodes = parse(row, number, self.tokenizer)
+            except Malformed as error:
+                if not skip_bad_rows:
+                    raise DataError(f"{self.rows.where(number)}: {error}") from error
+                bad.append((number, str(error)))
+                continue
+            for part, episode in enumerate(episodes):
+                if episode.failure is not None:
+                    failed += 1
+                elif without and (str(row.get("prompt")) in without or _prompt(episode) in without):
+                    heldout += 1
+                else:
+                    self._keep(number, part, episode)
+        counts = {
+            f"malformed {self.rows.unit}s" + (f" (see {bad_rows})" if bad_rows else ""): len(bad),
+            "episodes that failed when they were played": failed,
+            "episodes of held-out prompts": heldout,
+        }
+        self.notes += [f"{self.path}: left out {count} {what}" for what, count in counts.items() if count]
+        if bad and bad_rows is not None:
+            self._report(bad, bad_rows)
+        if not len(self):
+            raise DataError(f"no episode is left; {'; '.join(self.notes)}")
+
+    def _keep(self, number: int, part: int, episode: Trajectory) -> None:
+        self._index.append(number)
+        self._parts.append(part)
+        self.returns.append(episode.reward)
+        self.needs_template |= is_dialogue(episode) and not episode.segments
+        for name, value in {**episode.components, **episode.metrics}.items():
+            if value is not None:
+                self.measures.setdefault(name, array("d")).append(value)
+
+    def _report(self, bad: list[tuple[int, str]], target: Path) -> None:
+        with open(target, "w", encoding="utf-8") as file:
+            for number, reason in bad:
+                name, line = self.rows.place(number)
+                report = {"file": name, "line": line, "reason": reason, "row": self.rows.text(number)}
+                file.write(json.dumps(report, ensure_ascii=False) + "\n")
+
+
+def logged_texts(path: str, split: str = "train") -> list[str]:
+    """Observations and actions of the first VOCABULARY_ROWS rows; whether rows are malformed is LoggedFile's to say."""
+    texts: list[str] = []
+    for number, row in enumerate(islice(open_rows(path, split).scan(), VOCABULARY_ROWS)):
+        try:
+            episodes = [] if isinstance(row, Malformed) else parse(row, number)
+        except Malformed:
+            continue
+        for episode in episodes:
+            said = [text for turn in episode.turns for text in (turn.observation, turn.action) if isinstance(text, str)]
+            texts += [episode.prompt, *said, episode.final_observation or ""]
+    return texts
+
+
+def _prompt(episode: Trajectory) -> str:
+    return prompt_key(episode.turns[0].observation)
+
+
+# --------------------------------------------------------------------------------------------------------------- writing
+class EpisodeWriter:
+    """Writes episodes as they come: a folder of Parquet shards, or one file where `path` ends in .jsonl.
+
+    A shard appears by one rename, so that what is there is complete, and no more than a shard is held in memory.
+    tokenizer: its fingerprint, to write tokens as well as text. force: replace the episodes of an earlier writer.
+    """
+
+    def __init__(
+        self, path: Path, tokenizer: str | None = None, shard_episodes: int = SHARD_EPISODES, force: bool = False
+    ):
+        check_destination(path, force)
+        self.path, self.tokenizer, self.shard_episodes = path, tokenizer, shard_episodes
+        self._rows: list[Row] = []
+        self._shards = 0
+        self._file: TextIO | None = None
+        self._begun = False
+
+    def write(self, trajectories: Sequence[Trajectory]) -> None:
+        if not self._begun:  # only now, so that nothing is made or replaced where no episode can be played
+            self._begin()
+        rows = [to_row(trajectory, self.tokenizer) for trajectory in trajectories]
+        if self._file:
+            self._file.writelines(map(_json_line, rows))
+            self._file.flush()
+            return
+        self._rows += rows
+        while len(self._rows) >= self.shard_episodes:
+            self._write_shard(self._rows[: self.shard_episodes])
+            self._rows = self._rows[self.shard_episodes :]
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+        elif self._rows:
+            self._write_shard(self._rows)
+            self._rows = []
+
+    def _begin(self) -> None:
+        path, self._begun = self.path, True
+        try:
+            (path.parent if is_jsonl(path) else path).mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "w", encoding="utf-8") if is_jsonl(path) else None  # noqa: SIM115
+        except OSError as error:
+            raise RunError(f"{path}: cannot be written: {error.strerror}") from error
+        for old in [] if self._file else [*path.glob(SHARDS), *path.glob(SCRATCH + "*")]:
+            old.unlink()
+
+    def _write_shard(self, rows: list[Row]) -> None:
+        name = f"data-{self._shards:05d}.parquet"
+        _write_parquet(self.path / (SCRATCH + name), rows)
+        (self.path / (SCRATCH + name)).rename(self.path / name)
+        self._shards += 1
+
+    def __enter__(self) -> EpisodeWriter:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()  # whatever stopped the writing, the episodes so far are whole
+
+
+def is_jsonl(path: Path) -> bool:
+    return path.suffix == ".jsonl"
+
+
+def check_destination(path: Path, force: bool = False) -> None:
+    """Raise RunError where episodes cannot be written to `path` without losing something."""
+    if not is_jsonl(path) and path.suffix in (".parquet", ".json", ".csv", ".gz"):
+        raise RunError(f"{path}: expected a folder (for Parquet shards) or a name that ends in .jsonl")
+    if is_jsonl(path) and path.is_dir() or not is_jsonl(path) and path.is_file():
+        raise RunError(f"{path} is a {'folder' if path.is_dir() else 'file'}: choose another destination")
+    if is_jsonl(path) and path.exists() and not force:
+        raise RunError(f"{path} exists: choose another destination, or overwrite it with --force")
+    if path.is_dir():
+        found = {*path.iterdir()}
+        if found - {*path.glob(SHARDS), *path.glob(SCRATCH + "*")}:
+            raise RunError(f"{path} holds other files than episodes: choose another destination")
+        if found and not force:
+            raise RunError(f"{path} exists: choose another destination, or overwrite it with --force")
+
+
+def write_episodes(path: Path, trajectories: Sequence[Trajectory], tokenizer: Any) -> None:
+    """Write episodes with their tokens to one file, .jsonl or .parquet."""
+    rows = [to_row(trajectory, fingerprint(tokenizer)) for trajectory in trajectories]
+    if is_jsonl(path):
+        path.write_text("".join(map(_json_line, rows)), encoding="utf-8")
+    else:
+        _write_parquet(path, rows)
+
+
+def read_episodes(path: Path, tokenizer: Any) -> list[Trajectory]:
+    """All episodes of a file as they were written, token by token; only `columns` are left out.
+
+    Raises DataError where they hold the tokens of another tokenizer.
+    """
+    import pyarrow.parquet
+
+    # Not through `datasets`, which would leave a copy of every file in its cache.
+    rows = list(JsonLines(path)) if is_jsonl(path) else pyarrow.parquet.read_table(path).to_pylist()
+    own = fingerprint(tokenizer)
+    if any(row["tokenizer"] != own for row in rows):
+        raise DataError(f"{path}: holds tokens of another tokenizer")
+    return [trajectory for row in rows for trajectory in parse(row, 0, own)]
+
+
+def _json_line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _write_parquet(path: Path, rows: list[Row]) -> None:
+    """One schema for all episodes: what is free-form in a row becomes JSON text."""
+    texts = [{name: json.dumps(row[name]) for name in ("metrics", "components")} for row in rows]
+    datasets = quiet_datasets()
+    value, many = datasets.Value, datasets.List
+    features = datasets.Features(
+        {
+            "group": value("int64"),
+            "episode": value("int64"),
+            "player": value("string"),
+            "prompt_messages": many({"role": value("string"), "content": value("string")}),
+            "turns": many(
+                {
+                    "observation": value("string"),
+                    "action": value("string"),
+                    "reward": value("float64"),
+                    "cut": value("bool"),
+                }
+            ),
+            "final_observation": value("string"),
+            "terminated": value("bool"),
+            "reward": value("float64"),
+            "metrics": value("string"),
+            "components": value("string"),
+            "failure": value("string"),
+            "tokenizer": value("string"),
+            "segments": many(
+                {
+                    "tokens": many(value("int32")),
+                    "turns": many(value("int32")),
+                    "logprobs": many(value("float64")),
+                    "rewards": many(value("float64")),
+                }
+            ),
+        }
+    )
+    whole = [row | text for row, text in zip(rows, texts, strict=True)]
+    columns = {name: [row[name] for row in whole] for name in features}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(path))
