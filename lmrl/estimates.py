@@ -9,7 +9,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from lmrl.recipe import Model, Recipe
+from lmrl.recipe import ILQLObjective, MixtureSource, Model, PPOObjective, QObjective, QSFTObjective, Recipe
 
 ADAM_BYTES = 4 + 4 + 8
 """A trainable parameter: float32 weight, gradient and two moments."""
@@ -17,16 +17,24 @@ PROCESS_MB = 450
 """Python with torch and transformers imported, before any model."""
 SLICE = 8192
 """Vocabulary entries that lmrl.policy.logprobs projects at a time."""
+BINS = 51
+"""Categories of a value, as in lmrl.policy.heads."""
 
 
 def arithmetic_line(recipe: Recipe) -> str:
-    """prompts x samples -> minibatches -> microbatches -> updates."""
+    """Prompts x samples -> minibatches -> microbatches -> updates."""
     a = recipe.arithmetic()
     width = _tokens_an_episode(recipe)
     micro = math.ceil(a["episodes_per_minibatch"] * width / recipe.training.microbatch_tokens)
+    episodes = f"{a['prompts']} prompts x {a['samples']} samples = {a['episodes']} episodes"
+    if isinstance(recipe.source, MixtureSource):
+        played = recipe.rollouts.prompts * recipe.rollouts.samples
+        episodes = (
+            f"plays {recipe.rollouts.prompts} prompts x {recipe.rollouts.samples} samples = {played} episodes into the "
+            f"replay buffer, learns from {a['episodes']}"
+        )
     return (
-        f"a step: {a['prompts']} prompts x {a['samples']} samples = {a['episodes']} episodes -> "
-        f"{a['minibatches']} minibatches of {a['episodes_per_minibatch']} -> about {micro} microbatches of at most "
+        f"a step: {episodes} -> {a['minibatches']} minibatches of {a['episodes_per_minibatch']} -> about {micro} microbatches of at most "
         f"{recipe.training.microbatch_tokens} tokens each -> {a['epochs']} epochs = {a['updates_per_step']} updates; "
         f"{a['steps']} steps = {a['updates']} updates"
     )
@@ -41,7 +49,14 @@ def memory_lines(recipe: Recipe) -> list[str]:
     total = shape["parameters"]
     trainable = total if lora is None else lora.r * shape["lora_per_rank"]
     base_bytes = total * (2 if recipe.model.dtype == "bfloat16" else 4)
-    items = {"weights": base_bytes + (trainable * 4 if lora else 0), "gradients and Adam": trainable * (ADAM_BYTES - 4)}
+    heads, targets = head_parameters(recipe.objective, shape["hidden"], shape["vocabulary"])
+    copy = total if getattr(recipe.objective, "trunk", "") == "separate" else 0
+    learned = trainable
+    if isinstance(recipe.objective, QSFTObjective):  # trains a copy, and leaves the policy as it is
+        copy, learned = total, 0
+    items = {"weights": base_bytes + (trainable * 4 if lora else 0), "gradients and Adam": learned * (ADAM_BYTES - 4)}
+    items["second model and its target"] = copy * (ADAM_BYTES + 4)
+    items["heads and their targets"] = heads * ADAM_BYTES + targets * 4
     if reference and lora is None:
         items["reference"] = base_bytes
     tokens = min(recipe.training.microbatch_tokens, recipe.arithmetic()["episodes"] * _tokens_an_episode(recipe))
@@ -50,10 +65,26 @@ def memory_lines(recipe: Recipe) -> list[str]:
     per_token = shape["layers"] * (10 * shape["hidden"] + 4 * shape["intermediate"]) * activation
     items["activations"] = tokens * per_token
     items["vocabulary slices"] = 3 * tokens * min(SLICE, shape["vocabulary"]) * 4
-    megabytes = {name: size / 2**20 for name, size in items.items()} | {"python": PROCESS_MB}
+    megabytes = {name: size / 2**20 for name, size in items.items() if size} | {"python": PROCESS_MB}
     parts = ", ".join(f"{name} {size:,.0f}" for name, size in megabytes.items())
-    count = f"{total / 1e6:,.2f}M parameters, {trainable / 1e6:,.2f}M trainable"
+    count = f"{total / 1e6:,.2f}M parameters, {(learned + copy + heads) / 1e6:,.2f}M trainable"
     return [f"model: {count}", f"memory: about {sum(megabytes.values()):,.0f} MB ({parts})"]
+
+
+def head_parameters(objective: Any, hidden: int, vocabulary: int) -> tuple[int, int]:
+    """Parameters of the heads that an objective trains, and of their targets (see lmrl.policy.heads)."""
+    outputs = BINS if getattr(objective, "value_loss", "squared") == "hl_gauss" else 1
+
+    def mlp(entries: int) -> int:
+        return 2 * hidden * (hidden + 1) + (2 * hidden + 1) * entries * outputs
+
+    if isinstance(objective, PPOObjective):
+        return (hidden + 1) * outputs, 0
+    if not isinstance(objective, QObjective):
+        return 0, 0
+    one = {"mlp": mlp(vocabulary), "linear": hidden * vocabulary, "tied": hidden * hidden}[objective.q_head]
+    heads = 2 * one + mlp(1) if isinstance(objective, ILQLObjective) else one
+    return heads, heads
 
 
 def _tokens_an_episode(recipe: Recipe) -> int:

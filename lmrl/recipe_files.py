@@ -251,7 +251,9 @@ def _stage(document: Document, name: str) -> Recipe:
     """An earlier stage: the top-level keys with the stage's own laid over them."""
     base = {key: value for key, value in document.data.items() if key not in ("stages", "start")}
     merged = merge(base, document.data["stages"][name])
-    return validate(Recipe, Document(merged, document.path, document.places), prefix=("stages", name))
+    start = merged.pop("start", "previous")  # checked where all stages are known
+    stage = validate(Recipe, Document(merged, document.path, document.places), prefix=("stages", name))
+    return stage.model_copy(update={"start": start})
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

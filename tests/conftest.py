@@ -23,6 +23,17 @@ TINY_LLAMA = {
     "max_position_embeddings": 64,
 }
 
+TINY_WALKS = [
+    "task.nodes=8",
+    "model.config.hidden_size=16",
+    "model.config.intermediate_size=32",
+    "rollouts.max_new_tokens=10",
+    "source.episodes=60",
+    "source.batch_size=8",
+    "training.threads=1",
+]
+"""Overrides that make a recipe like random_walks/bc a matter of a second."""
+
 
 @pytest.fixture
 def tiny_config() -> dict:
@@ -57,4 +68,16 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     folder = tmp_path_factory.mktemp("model")
     policy.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ilql_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with tied Q heads that guide strongly and without a support mask."""
+    import lmrl
+
+    objective = "objective={name: ilql, q_head: tied, trunk: detached, beta: 8, support: 0, polyak: 0.5}"
+    changes = [*TINY_WALKS, objective, "training.steps=20", "training.checkpoint_every=0", "optimizer.lr=1e-2"]
+    folder = tmp_path_factory.mktemp("ilql") / "run"
+    lmrl.train("random_walks/bc", changes, output=folder)
     return folder

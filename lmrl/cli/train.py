@@ -9,8 +9,8 @@ import typer
 
 from lmrl.cli.common import Debug, Overrides
 from lmrl.errors import RecipeError
-from lmrl.recipe import LoggedEpisodes, Recipe
-from lmrl.recipe_files import load_recipe
+from lmrl.recipe import MAIN_STAGE, LoggedEpisodes, Recipe
+from lmrl.recipe_files import load_recipe, stages_of
 from lmrl.run import RECIPE_FILE, latest_run
 
 
@@ -74,15 +74,14 @@ def _skip_bad_rows(recipe: Recipe | None) -> None:
     """Set `skip_bad_rows` wherever a recipe reads logged data."""
     if recipe is None:
         raise RecipeError("a resumed run keeps its recipe: leave --skip-bad-rows out")
-    own = [recipe.source] if isinstance(recipe.source, LoggedEpisodes) else []
-    of_stages = [changes["source"] for changes in recipe.stages.values() if "source" in changes]
-    of_stages = [source for source in of_stages if source.get("name") != "rollouts"]
-    if not own and not of_stages:
+    reading = [name for name, stage in stages_of(recipe).items() if isinstance(stage.source, LoggedEpisodes)]
+    if not reading:
         raise RecipeError("--skip-bad-rows: the recipe reads no logged data")
-    for source in own:
-        source.skip_bad_rows = True
-    for source in of_stages:
-        source["skip_bad_rows"] = True
+    for name in reading:
+        if name == MAIN_STAGE:
+            recipe.source.skip_bad_rows = True
+        else:
+            recipe.stages[name].setdefault("source", {})["skip_bad_rows"] = True
 
 
 def _sweep(

@@ -41,10 +41,10 @@ def export(
     """Write a run or checkpoint as an ordinary transformers (or adapter) folder.
 
     beta: fold the Q heads into the vocabulary matrix at this weight; then both policies play the suite, and nothing is
-    kept where the export loses more than `max_loss`. Raises RunError there, and where `destination` is not empty.
+    kept where the export loses more than `max_loss`. Raises RunError there, and where `destination` is no empty folder.
     """
-    if destination.exists() and any(destination.iterdir()):
-        raise RunError(f"{destination} is not empty: choose another destination")
+    if destination.is_file() or destination.is_dir() and any(destination.iterdir()):
+        raise RunError(f"{destination} is not an empty folder: choose another destination")
     path = Path(policy)
     path = final_checkpoint(path, checkpoint) if (path / "stages").is_dir() else path
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def export(
         else:
             save_plain(exported, written, beta)
         result = Export(destination)
-        if beta is not None and check:
+        if beta and check:
             result = compare(path, written, destination, beta, checkpoint, suite)
             if result.loss > max_loss:
                 raise RunError(

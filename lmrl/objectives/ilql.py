@@ -31,7 +31,8 @@ def expectile_weights(errors_N: torch.Tensor, expectile: float) -> torch.Tensor:
 class ILQL(QLearning):
     """L = sum_i (Q_i - (r + discount V'))^2 + |tau - 1(u < 0)| u^2 + c CE(Q_i / T, a) - w log pi(a|s)
 
-    with u = min(Qbar_1, Qbar_2) - V and w = exp(awbc_beta u), per action token.
+    with u = min(Qbar_1, Qbar_2) - V and w = exp(awbc_beta u), per action token. V' is a Polyak target as well: where Q and V
+    share a trunk, a V' that moves with every update of Q sets both swinging.
     """
 
     label = "ILQL"
@@ -42,8 +43,8 @@ class ILQL(QLearning):
 
     def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
         fields, values_N = batch.fields, outputs.values
-        targets_N = fields["rewards"] + fields["discounts"] * next_values(values_N.detach())
         advantages_N = outputs.target_q - values_N
+        targets_N = fields["rewards"] + fields["discounts"] * next_values(outputs.target_values)
         expectile_N = expectile_weights(advantages_N.detach(), self.options.expectile)
         if outputs.value_logits is None:
             v_N = expectile_N * advantages_N**2 / self.unit

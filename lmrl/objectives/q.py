@@ -37,15 +37,14 @@ class QLearning(Objective):
 
     def calibrate(self, policy: Policy, trajectories: list[Trajectory]) -> None:
         returns = torch.cat([self.returns(trajectory) for trajectory in trajectories])
-        low, high, mean, std = (
-            float(number) for number in (returns.min(), returns.max(), returns.mean(), returns.std())
-        )
+        rewards = torch.cat([rewards_and_turns(trajectory)[0] for trajectory in trajectories])
+        low, high, mean = (float(number) for number in (returns.min(), returns.max(), returns.mean()))
+        earned = rewards[rewards != 0]
+        unit = float(earned.pow(2).mean().sqrt()) if len(earned) else 1.0
         start = low if self.options.start_value == "lowest" else self.options.start_value
         mean = mean if self.options.start_value == "lowest" else start
         margin = 0.1 * (high - low) + 1e-3  # bootstrapped values may pass what was realised
-        policy.values.calibrate(
-            start, mean, SCALE or max(std, 1e-3), min(low, start) - margin, max(high, start) + margin
-        )
+        policy.values.calibrate(start, mean, unit, min(low, start) - margin, max(high, start) + margin)
 
     def returns(self, trajectory: Trajectory) -> torch.Tensor:
         """Discounted return-to-go of every action token, (A,)."""
@@ -82,9 +81,9 @@ class QLearning(Objective):
         return Batch(sequences)
 
     def q_loss(self, outputs: Outputs, targets_N: torch.Tensor) -> torch.Tensor:
-        """Sum over the heads of the error of Q against its targets, (N,), in units of the returns' variance.
+        """Sum over the heads of the error of Q against its targets, (N,), in units of a squared reward.
 
-        So that neither the likelihood beside it nor the learning rate has to know the size of the rewards.
+        So that neither the likelihood beside it nor the learning rate has to know how large rewards are.
         """
         if outputs.q_logits is None:
             return ((outputs.q - targets_N) ** 2).sum(0) / self.unit

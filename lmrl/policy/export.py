@@ -23,7 +23,8 @@ def fold(policy: Policy, beta: float) -> torch.Tensor:
     if values.spec.q not in ("linear", "tied"):
         raise ModelError(
             f"Q heads of kind '{values.spec.q}' are not linear and cannot be folded into the vocabulary matrix: train with "
-            "objective.name=ilql, objective.q_head=tied (or linear) and objective.trunk=shared (or detached)"
+            "objective.name=ilql, objective.q_head=tied (or linear) and objective.trunk=shared (or detached), or leave the "
+            "heads behind with --beta 0"
         )
     if values.trunk is not None:
         raise ModelError(
@@ -40,8 +41,8 @@ def fold(policy: Policy, beta: float) -> torch.Tensor:
 
 
 def save_plain(policy: Policy, folder: Path, beta: float | None = None) -> None:
-    """Write an ordinary transformers folder: adapters merged, and with `beta` the Q heads folded in, float32."""
-    matrix_VD = fold(policy, beta) if beta is not None else None
+    """Write an ordinary transformers folder: adapters merged, and with `beta` above 0 the Q heads folded in, float32."""
+    matrix_VD = fold(policy, beta) if beta else None
     model = policy.model.merge_and_unload() if policy.is_lora else policy.model
     if matrix_VD is not None:
         head = model.get_output_embeddings()

@@ -78,18 +78,18 @@ def guide(logits_BV: torch.Tensor, q_BV: torch.Tensor, beta: float, support: flo
 
 # ------------------------------------------------------------------------------------------------------------------ heads
 class Head(nn.Module):
-    """`features(hidden)` @ weight.T + bias, in float32; the last layer starts at (nearly) zero."""
+    """`features(hidden)` @ weight.T (+ bias), in float32; the last layer starts at (nearly) zero."""
 
-    def __init__(self, kind: Literal["mlp", "linear", "tied"], width: int, outputs: int):
+    def __init__(self, kind: Literal["mlp", "linear", "tied"], width: int, outputs: int, bias: bool = True):
         super().__init__()
         self.kind, inner = kind, 2 * width if kind == "mlp" else width
         self.hidden = nn.Linear(width, inner) if kind == "mlp" else None
-        self.bias = nn.Parameter(torch.zeros(outputs)) if kind == "mlp" or outputs == 1 else None
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         if kind == "tied":
             self.mix, self.weight = nn.Parameter(torch.empty(width, width)), None
         else:
             self.mix, self.weight = None, nn.Parameter(torch.zeros(outputs, inner))
-        if kind != "mlp" and outputs > 1:  # twins that began alike would stay alike
+        if kind != "mlp" and not bias:  # twins that began alike would stay alike
             nn.init.normal_(self.mix if kind == "tied" else self.weight, std=1e-3 / math.sqrt(width))
 
     def features(self, hidden_ND: torch.Tensor) -> torch.Tensor:
@@ -116,8 +116,9 @@ class Values(nn.Module):
         kind = "mlp" if spec.q else "linear"
         self.v = Head(kind, width, outputs) if spec.value else None
         heads = spec.twins if spec.q in ("mlp", "linear", "tied") else 0
-        self.q = nn.ModuleList(Head(spec.q, width, tokens * outputs) for _ in range(heads))
+        self.q = nn.ModuleList(Head(spec.q, width, tokens * outputs, spec.q == "mlp") for _ in range(heads))
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
+        self.target_v = copy.deepcopy(self.v).requires_grad_(False) if spec.q and spec.value else None
         own = lm if spec.q == "probability" else getattr(lm, lm.base_model_prefix)
         separate = spec.trunk == "separate"
         self.trunk = copy.deepcopy(own).float().requires_grad_(True) if separate else None
@@ -133,7 +134,9 @@ class Values(nn.Module):
             if self.spec.bins:
                 for head in (*self.q, *self.target_q):
                     head.bias.copy_(self._logits_for(start).repeat(self.tokens))
-                self.v.bias.copy_(self._logits_for(mean))
+                for head in (self.v, self.target_v):
+                    if head is not None:
+                        head.bias.copy_(self._logits_for(mean))
 
     def _logits_for(self, value: float) -> torch.Tensor:
         probs = hl_gauss(self.low.new_tensor([value]), float(self.low), float(self.high), self.spec.bins)[0]
@@ -142,16 +145,18 @@ class Values(nn.Module):
     @torch.no_grad()
     def follow(self, polyak: float) -> None:
         """Move the targets towards what they follow."""
-        pairs = [(self.q, self.target_q)] + ([(self.trunk, self.target_trunk)] if self.trunk is not None else [])
+        pairs = [(self.q, self.target_q), (self.v, self.target_v), (self.trunk, self.target_trunk)]
         for source, target in pairs:
+            if target is None:
+                continue
             for new, old in zip(source.parameters(), target.parameters(), strict=True):
                 old.lerp_(new, polyak)
 
     # ------------------------------------------------------------------------------------------------------------- values
-    def value(self, hidden_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """V of each state (N,), and its categories' logits (N, bins) where there are any."""
-        features = self.v.features(hidden_ND)
-        outputs = features @ self.v.weight.T + self.v.bias
+    def value(self, hidden_ND: torch.Tensor, head: Head | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """V of each state (N,) by the head (or `target_v`), and its categories' logits (N, bins) where there are any."""
+        head = head or self.v
+        outputs = head.features(hidden_ND) @ head.weight.T + head.bias
         if self.spec.bins:
             return self._mean(outputs), outputs
         return self.v_offset + self.scale * outputs[:, 0], None

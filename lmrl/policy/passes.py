@@ -39,6 +39,7 @@ class Outputs:
     q_logits: torch.Tensor | None = None
     target_q: torch.Tensor | None = None
     """The lower of the target twins."""
+    target_values: torch.Tensor | None = None
     push: torch.Tensor | None = None
     bound: torch.Tensor | None = None
     """Share of the vocabulary that the floor lifted."""

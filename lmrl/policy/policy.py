@@ -174,6 +174,8 @@ class Policy(nn.Module):
             with torch.no_grad():
                 targets = [values.taken(q, target_ND, actions_N, matrix)[0] for q in values.target_q]
                 outputs.target_q = torch.stack(targets).amin(0)
+                if values.target_v is not None:
+                    outputs.target_values = values.value(target_ND, values.target_v)[0]
         if want.push is not None:
             floors = batch.fields["returns"] if want.floors else None
             pushed = [values.push_down(q, hidden_ND, actions_N, matrix, want.push, floors) for q in values.q]

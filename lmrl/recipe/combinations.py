@@ -45,6 +45,11 @@ def mistakes(recipe: Any) -> Iterator[str]:
                 yield "a task of prompts learns from rewards: list at least one under task.rewards"
         if getattr(source, "player", None):
             yield "`source.player` plays an environment; prompts have none: give source.path"
+    if getattr(source, "turns", None) is not None:
+        if getattr(task, "history", "all") == "all":
+            yield "`source.turns` cuts episodes between turns, but here all turns share a context: set task.history=1 (or N)"
+        if objective.name == "mc" or getattr(objective, "calibrated", False):
+            yield "`source.turns` cuts off the returns that followed, which the objective needs: leave it out"
     gate = recipe.evaluation.gate
     if gate is not None and recipe.evaluation.suite is None:
         yield "`evaluation.gate` measures on a suite: set evaluation.suite"

@@ -98,7 +98,7 @@ class Recipe(Section):
             raise ValueError(f"`stages.{MAIN_STAGE}` is what the top-level keys describe: choose another name")
         names = list(self.stages)
         starts = [changes.get("start", "previous") for changes in self.stages.values()] + [self.start]
-        for index, start in enumerate(starts if names else ()):
+        for index, start in enumerate(starts):
             if start not in ("previous", "model", *names[:index]):
                 where = f"stages.{names[index]}.start" if index < len(names) else "start"
                 raise ValueError(f"`{where}`: '{start}' is no earlier stage (nor `previous`, nor `model`)")
@@ -123,5 +123,5 @@ class Recipe(Section):
             "episodes_per_minibatch": -(-prompts * samples // minibatches),
             "updates_per_step": epochs * minibatches,
             "steps": self.training.steps,
-            "updates": epochs * minibatches * self.training.steps,
+            "updates": epochs * minibatches * max(self.training.steps - getattr(self.source, "warmup_steps", 0), 0),
         }

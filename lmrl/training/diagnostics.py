@@ -10,14 +10,16 @@ from __future__ import annotations
 import torch
 
 from lmrl.policy.heads import guide
-from lmrl.policy.passes import States
+from lmrl.policy.passes import States, Want
 from lmrl.policy.policy import Policy
-from lmrl.trajectories.batch import Batch, Sequence
-from lmrl.trajectories.chain import discounts, first_state, returns_to_go, rewards_and_turns, to_sequences
+from lmrl.trajectories.batch import Batch, Sequence, to_batch
+from lmrl.trajectories.chain import discounts, first_state, returns_to_go, rewards_and_turns
 from lmrl.trajectories.trajectory import Trajectory
 
-PROBE_STATES = 1024
-"""Action tokens that the probe batch has at most."""
+PROBE_STATES, FEWEST_STATES = 1024, 64
+"""Action tokens that the probe batch has at most: as many as fit, but no fewer than the second number."""
+DENSE = 2**23
+"""Numbers that a tensor over probe states and the whole vocabulary may hold."""
 SUPPORT = 0.01
 """Actions less likely than this under the policy without Q count as outside the behaviour, unless the policy says."""
 
@@ -48,20 +50,25 @@ def neighbour_products(features_ND: torch.Tensor, same_N: torch.Tensor) -> float
 
 
 # ------------------------------------------------------------------------------------------------------------------ probe
+def probe_states(vocabulary: int) -> int:
+    """Action tokens of a probe batch for a vocabulary of this size."""
+    return min(max(DENSE // vocabulary, FEWEST_STATES), PROBE_STATES)
+
+
 class Diagnostics:
     """A probe batch, and what a policy makes of it."""
 
-    def __init__(self, trajectories: list[Trajectory], gamma: float, gamma_token: float):
-        """The first episodes, as far as PROBE_STATES action tokens go; at least a part of one."""
+    def __init__(self, trajectories: list[Trajectory], states: int, gamma: float, gamma_token: float):
+        """The first episodes, as far as `states` action tokens go; at least a part of one."""
         self.sequences: list[Sequence] = []
         self.episodes: list[int] = []
         self.gamma, self.gamma_token = gamma, gamma_token
         count = 0
         for number, trajectory in enumerate(trajectories):
-            for sequence in to_sequences(trajectory):
-                if count >= PROBE_STATES:
+            for sequence in to_batch([trajectory]).sequences:
+                if count >= states:
                     break
-                kept = min(len(sequence.targets), PROBE_STATES - count)
+                kept = min(len(sequence.targets), states - count)
                 sequence.states, sequence.targets = sequence.states[:kept], sequence.targets[:kept]
                 count += kept
                 self.sequences.append(sequence)
@@ -131,7 +138,5 @@ def start_values(policy: Policy, trajectories: list[Trajectory], gamma: float, g
     for trajectory in judged:
         rewards_A, turns_A = rewards_and_turns(trajectory)
         realised.append(float(returns_to_go(rewards_A, discounts(turns_A, gamma, gamma_token))[0]))
-    values = []
-    for micro in batch.microbatches(policy.microbatch_tokens, policy.pad_id):
-        values.append(policy.states(micro.to(policy.device)).values_N.float().cpu())
-    return {"value_start": float(torch.cat(values).mean()), "realised_start": sum(realised) / len(realised)}
+    values = torch.cat(policy.score(batch, Want(logprobs=False, values=True))["values"])
+    return {"value_start": float(values.mean()), "realised_start": sum(realised) / len(realised)}

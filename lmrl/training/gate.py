@@ -36,6 +36,11 @@ def is_due(gate: Gate, step: int) -> bool:
     return step % gate.every == 0 and (gate.steps is None or step <= gate.steps)
 
 
+def has_given_up(gate: Gate, state: dict[str, Any]) -> bool:
+    """Whether a stage with this state of the gate has been rolled back as often as it may be."""
+    return GateState(**state).rollbacks >= gate.max_rollbacks
+
+
 def breached(gate: Gate, lost: dict[str, Any]) -> bool:
     """Whether the interval says that more was lost than allowed."""
     return lost["ci95"][0] > gate.drop

@@ -18,6 +18,7 @@ from lmrl.rollouts.engine import Sampling
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task, starts_for
 from lmrl.seeding import stream
+from lmrl.trajectories.chain import piece
 from lmrl.trajectories.store import LoggedFile, read_episodes, write_episodes
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -80,16 +81,18 @@ class Logged(Source):
         seed: int,
         stage: str,
         best: float = 1.0,
+        turns: int | None = None,
         scores: Callable[[], Scores | None] = lambda: None,
         notes: Sequence[str] = (),
     ):
         """returns: of all episodes (None: not judged). best: share of them, with the highest, that is learned from.
+        turns: learn from a piece of so many turns of each.
 
         scores: means with intervals over all episodes, None where no return is known. notes: what a person should know.
         """
         self.returns, self.batch_size, self.name = returns, batch_size, (seed, stage)
         self.scores, self.notes, self.logged = scores, list(notes), self
-        self.kept = best_of(returns, best)
+        self.kept, self.turns = best_of(returns, best), turns
         self._episode = lru_cache(CACHED)(episodes.__getitem__)
 
     def next(self, step: int) -> Drawn:
@@ -97,7 +100,18 @@ class Logged(Source):
 
     def take(self, first: int, count: int) -> list[Trajectory]:
         """`count` episodes from position `first` of the endless sequence of shuffled passes."""
-        return [self._episode(row) for row in starts_for(self.kept, first, count, *self.name, "rows")]
+        rows = starts_for(self.kept, first, count, *self.name, "rows")
+        episodes = [self._episode(row) for row in rows]
+        if self.turns is None:
+            return episodes
+        return [self._piece(episode, first + number) for number, episode in enumerate(episodes)]
+
+    def _piece(self, episode: Trajectory, position: int) -> Trajectory:
+        last = max(sum(1 for segment in episode.segments if segment.actions) - self.turns, 0)
+        rng = stream(*self.name, "piece", position)
+        # Every second piece is an episode's end: what happens there is what all earlier values rest on.
+        start = last if rng.random() < 0.5 else rng.integers(last + 1)
+        return piece(episode, int(start), self.turns)
 
     def probe(self, count: int) -> list[Trajectory]:
         """The first `count` episodes (fewer where there are fewer) of an order that is always the same."""
@@ -175,6 +189,7 @@ def build_logged(source: LoggedEpisodes, task: Task, seed: int, stage: str, bad_
             seed,
             stage,
             source.best,
+            source.turns,
             lambda: summarize_trajectories(episodes),
         )
     file = read_logged(source.path, task, source.split, source.skip_bad_rows, bad_rows)
@@ -185,6 +200,7 @@ def build_logged(source: LoggedEpisodes, task: Task, seed: int, stage: str, bad_
         seed,
         stage,
         source.best,
+        source.turns,
         lambda: summarize_file(file, "reward" if task.judged_by == "reward" else "return"),
         file.notes,
     )

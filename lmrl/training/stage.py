@@ -17,16 +17,16 @@ from lmrl.evaluation.evaluate import Evaluator, Scores
 from lmrl.evaluation.suites import load_suite
 from lmrl.objectives import Objective, load_objective
 from lmrl.policy.load import load_policy
-from lmrl.recipe import Recipe
+from lmrl.recipe import QObjective, Recipe
 from lmrl.rollouts.hf import HFEngine
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import build_task, task_texts
 from lmrl.seeding import seed_everything, stream
 from lmrl.training import checkpoint
 from lmrl.training.checkpoint import Progress
-from lmrl.training.diagnostics import Diagnostics, start_values
+from lmrl.training.diagnostics import Diagnostics, probe_states, start_values
 from lmrl.training.display import Display, interval
-from lmrl.training.gate import GateState, breached, drop, is_due
+from lmrl.training.gate import GateState, breached, drop, has_given_up, is_due
 from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.sources import build_source
 from lmrl.training.updater import Updater
@@ -76,6 +76,11 @@ class Stage:
         self.source = build_source(recipe, self.task, self.sampler, name, run.folder / BAD_ROWS)
         if self.objective.heads is not None and self.policy.heads_are_new:
             logged = self.source.logged.probe(CALIBRATION_EPISODES) if self.source.logged else []
+            if isinstance(recipe.objective, QObjective) and not logged:
+                raise RecipeError(
+                    f"objective '{recipe.objective.name}' takes the unit of its new Q values from logged returns: set "
+                    "source.name=mixture (or dataset), or start from a stage that has such values"
+                )
             self.objective.calibrate(self.policy, logged)
         self.updater = Updater(self.policy, recipe.optimizer, recipe.training.steps)
         self.evaluator = None
@@ -84,6 +89,12 @@ class Stage:
             suite.episodes = recipe.evaluation.episodes or suite.episodes
             self.evaluator = Evaluator(self.policy, suite)
         columns = self.evaluator.suite.metrics if self.evaluator else []
+        metric = recipe.evaluation.metric
+        if recipe.evaluation.gate is not None and metric not in (None, columns[0]):
+            raise RecipeError(
+                f"evaluation.gate takes the policy back to the best by the suite's first metric, '{columns[0]}': leave "
+                f"evaluation.metric={metric} out"
+            )
         self.progress = Progress(label=label_of(recipe, self.objective), columns=columns)
         self.diagnostics: Diagnostics | None = None
         self._keep_start(start)
@@ -102,26 +113,27 @@ class Stage:
     # -------------------------------------------------------------------------------------------------------- the loop
     def train(self) -> None:
         """Run the remaining steps and leave `final/`."""
-        self._resume()
+        resumed = self._resume()
         recipe, progress = self.recipe, self.progress
         self.display.begin(self.name, progress.label, recipe.training.steps, progress.step)
+        gate = recipe.evaluation.gate
         try:
-            if progress.step == 0:
+            if not resumed:
                 self._evaluate_start()
             for step in range(progress.step + 1, recipe.training.steps + 1):
+                if gate is not None and has_given_up(gate, progress.gate):
+                    break
                 self._step(step)
                 progress.step = step
-                every = recipe.evaluation.every
-                if step == recipe.training.steps or (every and step % every == 0):
-                    self._evaluate(step, "last")
-                gate = recipe.evaluation.gate
-                given_up = gate is not None and is_due(gate, step) and self._pass_gate(step)
+                every, watched = recipe.evaluation.every, gate is not None and is_due(gate, step)
+                if step == recipe.training.steps or (every and step % every == 0) or watched:
+                    trajectories = self._evaluate(step, "last")
+                if watched:
+                    self._pass_gate(step, trajectories)
                 every = recipe.training.checkpoint_every
                 is_best = progress.best is not None and progress.best["step"] == step
                 if (every and step % every == 0) or is_best:
                     self._save()
-                if given_up:
-                    break
                 if self.interrupt.number is not None:
                     raise Interrupted(self.interrupt.number)
         except Interrupted:
@@ -146,8 +158,8 @@ class Stage:
         self._record_samples(step, drawn.played)
         metrics = self._learn(step, drawn.learn) if drawn.learn else {"updates": 0}
         finished = time.monotonic()
-        if drawn.played and self.source.logged:  # a mixture: what it learned from is not what it played
-            judged = [one for one in drawn.played if one.reward is not None]
+        judged = [one for one in drawn.played if one.reward is not None]
+        if judged and (self.source.logged or len(drawn.learn) < len(judged)):  # it learned from others, or from some
             metrics |= {f"online/{name}": value for name, value in measure(judged).items()}
         metrics |= {"failed": drawn.failed, "skipped": self.updater.skipped}
         times = {
@@ -188,9 +200,11 @@ class Stage:
                 probe = read_episodes(kept, self.policy.tokenizer)
             else:
                 probe = [one for one in played if one.reward is not None][:PROBE_EPISODES]
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                write_episodes(kept, probe, self.policy.tokenizer)
-            self.diagnostics = Diagnostics(probe, *self._discounts())
+                scratch = kept.with_name(f".writing-{kept.name}")
+                scratch.parent.mkdir(parents=True, exist_ok=True)
+                write_episodes(scratch, probe, self.policy.tokenizer)
+                scratch.rename(kept)
+            self.diagnostics = Diagnostics(probe, probe_states(len(self.policy.vocabulary)), *self._discounts())
         found = self.diagnostics(self.policy)
         self.run.record({"stage": self.name, "step": step, "kind": "diagnostics", **found})
         self.track({f"{self.name}/diagnostics/{name}": value for name, value in found.items()}, step)
@@ -230,10 +244,9 @@ class Stage:
             self._consider(0, self.progress.scores["start"])
             self._save()
 
-    def _pass_gate(self, step: int) -> bool:
-        """Measure what was lost since the stage began; roll back where that is too much. True: give up at the best."""
+    def _pass_gate(self, step: int, trajectories: list[Trajectory]) -> None:
+        """Compare a step's evaluation with the stage's beginning; roll back where too much was lost."""
         gate, state = self.recipe.evaluation.gate, GateState(**self.progress.gate)
-        trajectories = self._evaluate(step, "last")
         lost = drop(state.before, self.evaluator.by_start(trajectories))
         state.worst = max(state.worst, lost["mean"])
         line = {"stage": self.name, "step": step, "kind": "gate", "drop": lost, "rolled_back": breached(gate, lost)}
@@ -253,14 +266,13 @@ class Stage:
         self.progress.gate = asdict(state)
         self.run.record(line)
         if not line["rolled_back"]:
-            return False
-        given_up = state.rollbacks >= gate.max_rollbacks
+            return
+        given_up = has_given_up(gate, self.progress.gate)
         if given_up:
             self.display.say(f"gate: {state.rollbacks} rollbacks, the stage ends with the policy of step {best}")
         if given_up or step == self.recipe.training.steps:
             self._evaluate(step, "last")
         self._save()
-        return given_up
 
     def _evaluate(self, step: int, name: str) -> list[Trajectory]:
         """Score the policy as it is; returns the episodes."""
@@ -291,7 +303,8 @@ class Stage:
         self.run.record_samples([sample_line(self.name, step, "train", one) for one in chosen[:SAMPLES_KEPT]])
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Go back to the newest checkpoint; False: there is none."""
         found = self.run.checkpoints(self.name)
         if found:
             parts = (self.policy, self.objective, self.updater, self.source)
@@ -299,6 +312,7 @@ class Stage:
             self.updater.lr_factor = self.progress.gate.get("lr_factor", 1.0)
             self.display.say(f"resumed stage {self.name} at step {self.progress.step}")
         self.run.cut(self.name, self.progress.step if found else -1)
+        return bool(found)
 
     def _save(self) -> None:
         self._checkpoint(checkpoint.checkpoint_path(self.run, self.name, self.progress.step))

@@ -71,8 +71,10 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> None:
     data = recipe.model_dump(mode="json")
     for section in [data, *data["stages"].values()]:
         section.setdefault("training", {})["steps"] = 1
-        if (section.get("source") or {}).get("name") == "dataset":
+        if (section.get("source") or {}).get("name") in ("dataset", "mixture"):
             section["source"] |= {"episodes": 8, "batch_size": 2}
+        if (section.get("source") or {}).get("warmup_steps"):
+            section["source"]["warmup_steps"] = 0  # try the update as well
     data["rollouts"] |= {"prompts": 2, "samples": min(recipe.rollouts.samples, 2)}
     data["rollouts"]["max_new_tokens"] = min(recipe.rollouts.max_new_tokens, 8)
     data["tracking"]["trackers"] = []
@@ -135,7 +137,7 @@ def _execute(run: Run, display: Display, resumed: bool = False) -> Result:
             raise
     accelerator.end_training()
     scores, columns = closing_table(run)
-    if scores:
+    if scores and columns:
         display.table("Result", {label: _only(row, columns) for label, row in scores.items()})
     return Result(run.folder, scores)
 

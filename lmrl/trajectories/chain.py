@@ -6,6 +6,8 @@ in between are skipped. A truncated episode goes on: a pseudo-action at its end 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from lmrl.trajectories.batch import Sequence, to_sequence
@@ -104,8 +106,24 @@ def _state_before(sequence: Sequence) -> Sequence:
     return Sequence(sequence.tokens[:end], sequence.states[:1], torch.zeros(1, dtype=torch.long), fields)
 
 
+def piece(trajectory: Trajectory, first: int, count: int) -> Trajectory:
+    """Turns `first` to `first + count` of an episode whose turns have a segment each; it goes on where it was cut."""
+    segments = trajectory.segments
+    acting = [index for index, segment in enumerate(segments) if segment.actions]
+    end = first + count
+    if end >= len(acting):
+        return replace(trajectory, segments=segments[acting[first] :])
+    following = segments[acting[end]]
+    kept = [segments[index] for index in acting[first:end]]
+    return replace(trajectory, segments=[*kept, _context(following)], terminated=False)
+
+
+def _context(segment: Segment) -> Segment:
+    """A segment as it stood before its first action."""
+    end = segment.actions[0]
+    return Segment(segment.tokens[:end], segment.turns[:end], segment.logprobs[:end], segment.rewards[:end])
+
+
 def first_state(segment: Segment) -> Sequence:
     """The state an episode begins in, as a sequence with a pseudo-action."""
-    end = segment.actions[0]
-    context = Segment(segment.tokens[:end], segment.turns[:end], segment.logprobs[:end], segment.rewards[:end])
-    return to_sequence(context, bootstrap=True)
+    return to_sequence(_context(segment), bootstrap=True)

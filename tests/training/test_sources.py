@@ -62,7 +62,7 @@ def test_scores_of_players(walks):
     source = build_logged(dataset(player={"random": 0.5, "optimal": 0.5}, episodes=60, best=0.2), walks, 0, "main")
     assert source.scores()["return"]["mean"] == pytest.approx(sum(source.returns) / 60)
     assert source.scores()["optimality"]["n"] == 60 and "length" in source.scores()
-    assert {episode.reward for step in range(1, 4) for episode in source.next(step)} == {1.0}
+    assert {episode.reward for step in range(1, 4) for episode in source.next(step).learn} == {1.0}
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -73,12 +73,12 @@ def test_a_file_as_source(tmp_path, walks):
     ]
     path = lines(tmp_path / "data.jsonl", rows)
     source = build_logged(dataset(path=path, batch_size=2), walks, 0, "main")
-    assert source.returns == [1, 5, 3, 5, 2] and source.notes == [] and not source.fresh
+    assert source.returns == [1, 5, 3, 5, 2] and source.notes == []
     assert source.scores()["return"]["mean"] == 3.2 and source.scores()["optimality"]["n"] == 5
-    seen = [episode.completion for step in (1, 2, 3, 4, 5) for episode in source.next(step)]
+    seen = [episode.completion for step in (1, 2, 3, 4, 5) for episode in source.next(step).learn]
     assert sorted(seen) == sorted("bcdef" * 2)
     best = build_logged(dataset(path=path, batch_size=2, best=0.4), walks, 0, "main")
-    assert {episode.completion for episode in best.next(1)} == {"c", "e"}
+    assert {episode.completion for episode in best.next(1).learn} == {"c", "e"}
     assert best.returns == source.returns and best.scores() == source.scores()
 
 
@@ -135,9 +135,9 @@ def logged(count, batch_size=4, **options):
 
 def test_every_logged_episode_is_used_before_any_twice():
     source = logged(10)
-    seen = [one for step in range(1, 6) for one in source.next(step)]
+    seen = [one for step in range(1, 6) for one in source.next(step).learn]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
-    assert source.next(2) == seen[4:8]
+    assert source.next(2).learn == seen[4:8]
 
 
 def test_probe_is_always_the_same_episodes():

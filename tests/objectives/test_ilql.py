@@ -1,0 +1,164 @@
+"""ILQL and its relatives against dense float64 references and hand-computed values."""
+
+import pytest
+import torch
+
+from lmrl.errors import DataError
+from lmrl.objectives import load_objective
+from lmrl.objectives.ilql import expectile_weights, next_values
+from lmrl.policy.heads import category_loss, hl_gauss
+from lmrl.policy.load import load_policy
+from lmrl.recipe import ILQLObjective, MCObjective, Model, Optimizer, QSFTObjective
+from lmrl.training.updater import Updater
+from tests.conftest import TINY_LLAMA
+from tests.trajectories.test_chain import episode
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?"
+
+
+def build(options, seed=0):
+    torch.manual_seed(seed)
+    objective = load_objective(options)
+    policy = load_policy(Model(config=dict(TINY_LLAMA)), texts=lambda: [LETTERS], heads=objective.heads)
+    values = policy.values
+    for head in (*values.q, *values.target_q, *(head for head in (values.v, values.target_v) if head is not None)):
+        for parameter in head.parameters():
+            torch.nn.init.normal_(parameter.data, std=0.2)
+    objective.calibrate(policy, [episode()])
+    return objective, policy
+
+
+def compute(objective, policy, trajectories):
+    (micro,) = objective.prepare(policy, trajectories).microbatches(10_000, policy.pad_id)
+    outputs = policy(micro, objective.want)
+    return objective.loss(outputs, micro), outputs, micro
+
+
+def test_expectile_and_next_values_by_hand():
+    assert torch.allclose(expectile_weights(torch.tensor([-2.0, 3.0]), 0.9), torch.tensor([0.1, 0.9]))
+    assert next_values(torch.tensor([1.0, 2.0, 3.0])).tolist() == [2, 3, 0]
+
+
+@pytest.mark.parametrize("q_head", ["mlp", "linear", "tied"])
+@pytest.mark.parametrize("trunk", ["shared", "separate"])
+def test_the_loss_is_the_published_one(q_head, trunk):
+    """Every term recomputed densely in float64 for one terminated and one truncated episode."""
+    options = ILQLObjective(
+        name="ilql", q_head=q_head, trunk=trunk, gamma=0.9, gamma_token=0.95, expectile=0.8, cql_coef=0.3,
+        cql_temperature=2.0, bc_coef=0.5, awbc_beta=0.7,
+    )  # fmt: skip
+    objective, policy = build(options)
+    loss, outputs, micro = compute(objective, policy, [episode(), episode(terminated=False)])
+    values, unit = policy.values, float(policy.values.scale) ** 2
+    states = policy.states(micro)
+    hidden, matrix = states.features_ND, policy.vocabulary
+    if trunk == "separate":
+        hidden = values.trunk(input_ids=micro.tokens_BT, attention_mask=micro.mask_BT).last_hidden_state
+        hidden = hidden[micro.rows_N, micro.cols_N]
+    q = [values.all(head, head.features(hidden), matrix).double() for head in values.q]
+    target_q = states.q_NV.double().gather(1, micro.targets_N[:, None])[:, 0]
+    v = values.value(hidden)[0].double()
+    next_v = values.value(states.features_ND, values.target_v)[0].tolist()
+    logprobs = states.logits_NV.double().log_softmax(-1).gather(1, micro.targets_N[:, None])[:, 0]
+    # Two episodes of three actions; the second is truncated, so a fourth state follows.
+    rewards, steps = [0, -1, 5, 0, -1, 5], [0.95, 0.9, 0.0, 0.95, 0.9, 0.9]
+    total = 0.0
+    for place in range(6):
+        action = int(micro.targets_N[place])
+        target = rewards[place] + steps[place] * next_v[place + 1]
+        for one in q:
+            total += (float(one[place, action]) - target) ** 2 / unit
+            total += 0.3 * float((one[place] / 2).logsumexp(0) - one[place, action] / 2) / unit
+        advantage = float(target_q[place] - v[place])
+        total += (0.8 if advantage >= 0 else 0.2) * advantage**2 / unit
+        weight = min(float(torch.tensor(0.7 * advantage).exp()), 20.0)
+        total -= 0.5 * weight * float(logprobs[place])
+    assert loss.count == 6
+    assert torch.allclose(loss.sum.double(), torch.tensor(total, dtype=torch.float64), rtol=1e-4)
+
+
+def test_targets_get_no_gradient_and_a_detached_trunk_none_of_q():
+    objective, policy = build(ILQLObjective(name="ilql", q_head="tied", trunk="detached", bc_coef=0.0))
+    loss, _, _ = compute(objective, policy, [episode()])
+    loss.sum.backward()
+    assert all(parameter.grad is None for parameter in policy.values.target_q.parameters())
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in policy.model.parameters())
+    assert all(parameter.grad.any() for head in policy.values.q for parameter in head.parameters())
+
+
+def test_categories_replace_squares():
+    options = ILQLObjective(name="ilql", value_loss="hl_gauss", cql_coef=0.0, bc_coef=0.0)
+    objective, policy = build(options)
+    loss, outputs, micro = compute(objective, policy, [episode()])
+    low, high = objective.range
+    target = micro.fields["rewards"] + micro.fields["discounts"] * next_values(outputs.target_values)
+    expected = sum(category_loss(logits, target, low, high).sum() for logits in outputs.q_logits)
+    weights = expectile_weights((outputs.target_q - outputs.values).detach(), options.expectile)
+    expected = expected + (weights * category_loss(outputs.value_logits, outputs.target_q, low, high)).sum()
+    assert torch.allclose(loss.sum, expected) and loss.sum.requires_grad
+    assert torch.allclose(hl_gauss(target, low, high, 51).sum(-1), torch.ones(3))
+
+
+def test_returns_that_followed_are_what_mc_learns():
+    objective, policy = build(MCObjective(name="mc", gamma=0.5, gamma_token=0.8, cql_coef=0.0, bc_coef=0.0))
+    loss, outputs, _ = compute(objective, policy, [episode()])
+    expected = (outputs.q[0] - torch.tensor([1.2, 1.5, 5.0])) ** 2
+    assert torch.allclose(loss.sum, expected.sum() / policy.values.scale**2) and len(policy.values.q) == 1
+
+
+def test_cal_ql_reports_how_often_its_bound_binds():
+    objective, policy = build(ILQLObjective(name="ilql", calibrated=True, gamma=1.0))
+    loss, outputs, micro = compute(objective, policy, [episode()])
+    dense = policy.values.all(
+        policy.values.q[0], policy.values.q[0].features(policy.states(micro).features_ND), policy.vocabulary
+    )
+    lifted = (dense < torch.tensor([4.0, 4.0, 5.0])[:, None]).float().mean(1)
+    assert float(loss.stats["bound"]) > 0 and outputs.bound.shape == (3,)
+    assert (outputs.bound - lifted).abs().max() < 0.5  # the mean over both twins
+
+
+def test_q_sft_weights_come_from_the_best_supported_ratio():
+    options = QSFTObjective(name="q_sft", gamma=0.9, gamma_token=1.0, return_range=(-1.0, 5.0))
+    objective, policy = build(options)
+    for parameter in policy.values.trunk.parameters():
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    loss, outputs, micro = compute(objective, policy, [episode()])
+    trunk = policy.values.trunk
+    p = trunk(input_ids=micro.tokens_BT, attention_mask=micro.mask_BT).logits[micro.rows_N, micro.cols_N]
+    p = p.double().log_softmax(-1)
+    best = outputs.best_ratio
+    # Return-to-go in units of the range: G = -1 + 6 q, so the targets are (r + discount G' + 1) / 6.
+    following = [-1 + 6 * float(best[1]), -1 + 6 * float(best[2]), 0.0]
+    total = 0.0
+    for place, (reward, step) in enumerate([(0, 1.0), (-1, 0.9), (5, 0.0)]):
+        weight = min(max((reward + step * following[place] + 1) / 6, 0), 1)
+        action = int(micro.targets_N[place])
+        others = float(p[place].sum() - p[place, action])
+        total -= weight * float(p[place, action]) + (1 - weight) / (p.shape[1] - 1) * others
+    assert torch.allclose(loss.sum.double(), torch.tensor(total, dtype=torch.float64), rtol=1e-4)
+    with pytest.raises(DataError, match=r"returns outside objective.return_range=\[0, 1\]"):
+        build(QSFTObjective(name="q_sft"))[0].prepare(policy, [episode()])
+
+
+def test_data_without_rewards_is_refused():
+    objective, policy = build(ILQLObjective(name="ilql"))
+    unjudged = episode()
+    unjudged.reward = None
+    with pytest.raises(DataError, match="has no reward, and 'ilql' learns from rewards"):
+        objective.prepare(policy, [unjudged])
+
+
+def test_the_updater_moves_targets_after_each_step():
+    objective, policy = build(ILQLObjective(name="ilql", q_head="linear", polyak=0.5))
+    updater = Updater(policy, Optimizer(lr=1e-2), 10)
+    before = policy.values.target_q[0].weight.clone()
+    updater.step(policy, objective, objective.prepare(policy, [episode()]))
+    after = policy.values.q[0].weight
+    assert torch.allclose(policy.values.target_q[0].weight, 0.5 * before + 0.5 * after)
+
+
+def test_calibration_reads_the_data():
+    _, policy = build(ILQLObjective(name="ilql", gamma=0.5, gamma_token=0.8))
+    assert float(policy.values.offset) == pytest.approx(1.2)  # the lowest return-to-go of the data
+    _, policy = build(ILQLObjective(name="ilql", start_value=-3.0))
+    assert float(policy.values.offset) == -3.0

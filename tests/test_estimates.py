@@ -1,0 +1,93 @@
+"""What a recipe is said to take, against what is really built."""
+
+import pytest
+import torch
+
+from lmrl import estimates
+from lmrl.estimates import arithmetic_line, head_parameters, memory_lines
+from lmrl.objectives import load_objective
+from lmrl.policy import heads
+from lmrl.policy.load import load_policy
+from lmrl.recipe import ILQLObjective, LikelihoodObjective, MCObjective, Model, PPOObjective, QSFTObjective
+from lmrl.recipe_files import load_recipe
+from tests.conftest import TINY_LLAMA
+
+OBJECTIVES = [
+    *(kind(name=name, q_head=q) for kind, name in ((ILQLObjective, "ilql"), (MCObjective, "mc")) for q in ("mlp", "linear", "tied")),
+    ILQLObjective(name="ilql", value_loss="hl_gauss"),
+    MCObjective(name="mc", value_loss="hl_gauss"),
+    PPOObjective(name="ppo"),
+    PPOObjective(name="ppo", value_loss="hl_gauss", value_range=(-1.0, 2.0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options", OBJECTIVES, ids=lambda one: f"{one.name}-{getattr(one, 'q_head', '')}-{one.value_loss}"
+)
+def test_parameters_of_heads(options):
+    """As many as the policy holds; and heads of every kind can be calibrated."""
+    objective = load_objective(options)
+    policy = load_policy(Model(config=dict(TINY_LLAMA)), texts=lambda: ["abcdefgh"], heads=objective.heads)
+    policy.values.calibrate(start=-1.0, mean=0.5, scale=1.0, low=-2.0, high=2.0)
+    counts = {True: 0, False: 0}
+    for parameter in policy.values.parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    assert head_parameters(options, 16, policy.values.tokens) == (counts[True], counts[False])
+    if policy.values.v is not None:
+        assert policy.values.value(torch.randn(1, 16))[0].item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_no_heads():
+    for options in (LikelihoodObjective(name="likelihood"), QSFTObjective(name="q_sft")):
+        assert head_parameters(options, 16, 30) == (0, 0)
+    assert estimates.BINS == heads.BINS
+
+
+CONFIG = (
+    "{model_type: llama, hidden_size: 256, intermediate_size: 512, num_hidden_layers: 2, num_attention_heads: 4, "
+    "vocab_size: 50000}"
+)
+
+
+def items(*changes):
+    """The line about the model, and the megabytes of each item of the one about memory."""
+    recipe = load_recipe("random_walks/bc", [f"model.config={CONFIG}", *changes])
+    model, memory = memory_lines(recipe)
+    named = {}
+    for part in memory.partition("(")[2].rstrip(")").split(", "):
+        name, _, size = part.rpartition(" ")
+        named[name] = float(size.replace(",", ""))
+    assert float(memory.split()[2].replace(",", "")) == pytest.approx(sum(named.values()), abs=5)  # rounding
+    return model, named
+
+
+def test_memory_of_values():
+    total = 2 * (4 * 256 * 256 + 3 * 256 * 512) + 2 * 50_000 * 256
+    model, plain = items()
+    assert model == f"model: {total / 1e6:.2f}M parameters, {total / 1e6:.2f}M trainable"
+    assert "heads and their targets" not in plain and "second model and its target" not in plain
+    model, named = items("objective={name: ilql, q_head: linear}")
+    heads = 2 * 256 * 50_000
+    assert named["heads and their targets"] == pytest.approx(heads * 20 / 2**20, abs=6)
+    assert f"{total / 1e6:.2f}M parameters" in model and float(model.split()[-2][:-1]) == pytest.approx(
+        (total + heads) / 1e6, abs=0.3
+    )
+    _, named = items("objective={name: ilql, q_head: tied, trunk: separate}")
+    assert named["second model and its target"] == pytest.approx(total * 20 / 2**20, abs=1)
+    model, named = items("objective={name: q_sft}")
+    assert named["second model and its target"] == pytest.approx(total * 20 / 2**20, abs=1)
+    assert "gradients and Adam" not in named and f"{total / 1e6:.2f}M trainable" in model
+
+
+def test_arithmetic_of_a_mixture():
+    source = "source={name: mixture, player: random, batch_size: 24, warmup_steps: 5}"
+    recipe = load_recipe(
+        "random_walks/bc",
+        [source, "objective={name: ilql}", "rollouts.prompts=3", "rollouts.samples=2", "training.steps=20"],
+    )
+    assert recipe.arithmetic()["episodes"] == 24 and recipe.arithmetic()["updates"] == 15
+    line = arithmetic_line(recipe)
+    assert line.startswith(
+        "a step: plays 3 prompts x 2 samples = 6 episodes into the replay buffer, learns from 24 -> "
+    )
+    assert line.endswith("20 steps = 15 updates")
