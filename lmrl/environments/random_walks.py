@@ -6,6 +6,10 @@ action is the rest of the walk, at most `max_length` nodes in all, for instance 
 optimality, (max_length - length) / (max_length - shortest), and 0 for a walk that takes a missing edge or does not end
 at the goal, which no edge leaves. Start nodes without a path shorter than `max_length` are left out.
 
+With `stepwise` a walk is many turns: the observation is the node one is at, the action the next node, and arriving earns
+1, whatever the length (a discount makes short walks worth more). A state is then a node, however it was reached, so
+that pieces of different walks fit together.
+
 Players: `random` follows edges at random until the goal or `max_length`; `optimal` takes a shortest path; `suboptimal` is
 `random` without the shortest paths, for data from which the optimum can only be stitched together (Fu et al., "D4RL",
 arXiv 2004.07219, section 4: undirected and suboptimal data).
@@ -33,8 +37,15 @@ class RandomWalks(TextEnvironment):
 
     players = ("random", "suboptimal", "optimal")
 
-    def __init__(self, graph: int = 1000, nodes: int = 21, max_length: int = 10, edge_probability: float = 0.1):
-        self.max_length = max_length
+    def __init__(
+        self,
+        graph: int = 1000,
+        nodes: int = 21,
+        max_length: int = 10,
+        edge_probability: float = 0.1,
+        stepwise: bool = False,
+    ):
+        self.max_length, self.stepwise = max_length, stepwise
         random = np.random.RandomState(graph)
         for _ in range(1000):
             self.edges = _draw_graph(random, nodes, edge_probability)
@@ -52,14 +63,27 @@ class RandomWalks(TextEnvironment):
         super().reset(seed=seed)
         index = (options or {}).get("start")
         self.start = self.starts[self.np_random.integers(self.num_starts) if index is None else index]
+        self.walked, self.plan = "", None
         return _name(self.start), {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
-        length = self._arrival(action)
+        if not self.stepwise:
+            optimality, metrics = self._judge(action)
+            return "", optimality, True, False, {"metrics": metrics}
+        here, move = (self.walked or _name(self.start))[-1], action.strip()
+        self.walked += move
+        optimality, metrics = self._judge(self.walked)
+        there = ord(move) - ord("a") if len(move) == 1 else -1
+        possible = 0 <= there < len(self.edges) and self.edges[ord(here) - ord("a"), there]
+        over = not possible or there == GOAL or len(self.walked) + 1 >= self.max_length
+        return "" if over else move, metrics["arrived"], over, False, {"metrics": metrics}
+
+    def _judge(self, walk: str) -> tuple[float, dict[str, float]]:
+        length = self._arrival(walk)
         shortest = int(self.distance[self.start]) + 1
         optimality = 0.0 if length is None else (self.max_length - length) / (self.max_length - shortest)
         metrics = {"optimality": optimality, "arrived": float(length is not None)}
-        return "", optimality, True, False, {"metrics": metrics}
+        return optimality, metrics
 
     def _arrival(self, action: str) -> int | None:
         """Nodes of the walk, the start included, or None for a walk that does not end at the goal."""
@@ -74,6 +98,13 @@ class RandomWalks(TextEnvironment):
 
     # ---------------------------------------------------------------------------------------------------------- extras
     def act(self, player: str, rng: np.random.Generator) -> str:
+        if not self.stepwise:
+            return self._plan(player, rng)
+        if self.plan is None:
+            self.plan = self._plan(player, rng)
+        return self.plan[len(self.walked) : len(self.walked) + 1]
+
+    def _plan(self, player: str, rng: np.random.Generator) -> str:
         if player != "suboptimal":
             return self._walk(rng, shortest=player == "optimal")
         for _ in range(REDRAWS):

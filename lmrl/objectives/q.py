@@ -23,7 +23,7 @@ class QLearning(Objective):
     """Base of objectives with Q heads: subclasses say what Q is regressed on."""
 
     def __init__(self, options: QObjective, twins: int, value: bool):
-        self.options = options
+        self.options, self.minibatches = options, options.minibatches
         self.range, self.unit = (0.0, 1.0), 1.0
         self.heads = HeadsSpec(
             value=value,

@@ -227,7 +227,8 @@ class Policy(nn.Module):
             inputs, lambda hidden_BTD: hidden_BTD[batch.rows_N, batch.cols_N], self.guidance is not None
         )
         if self.values is not None and self.values.v is not None:
-            states.values_N = self.values.value(states.features_ND)[0]
+            # The features are the target trunk's where there is one; V's target belongs to them.
+            states.values_N = self.values.value(states.features_ND, self.values.target_v)[0]
         return states
 
     def _states(self, inputs: dict[str, Any], pick: Callable, with_q: bool, cache: Cache | None = None) -> States:

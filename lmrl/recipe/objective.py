@@ -87,6 +87,8 @@ class Guidance(Section):
 class QObjective(Discounts, Guidance):
     """What objectives with Q heads share."""
 
+    minibatches: int = Field(1, ge=1)
+    """Updates a step, each on a part of its episodes."""
     q_head: Literal["mlp", "linear", "tied"] = "mlp"
     """mlp: two layers; linear: one; tied: the vocabulary matrix times a d x d matrix. `lmrl export` folds the last two."""
     trunk: Literal["shared", "detached", "separate"] = "shared"

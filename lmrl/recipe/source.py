@@ -33,8 +33,8 @@ class LoggedEpisodes(Section):
     batch_size: int = Field(64, ge=1)
     """Episodes a step."""
     turns: int | None = Field(None, ge=1)
-    """Of each episode that is drawn, learn from a piece of so many turns, its end or any other (null: from all of it).
-    Many pieces of many episodes make steadier updates than a few whole ones. Needs `task.history: N`."""
+    """Of each episode that is drawn, learn from a piece of so many turns, drawn as well (null: from all of it). Many
+    pieces of many episodes make steadier updates than a few whole ones. Needs `task.history: N`."""
     best: float = Field(1.0, gt=0, le=1)
     """Share of the episodes, those with the highest returns, that is learned from (below 1: filtered)."""
     skip_bad_rows: bool = False

@@ -82,10 +82,12 @@ class RandomWalksTask(EpisodeLimits):
     nodes: int = Field(21, ge=3, le=26)
     max_length: int = Field(10, ge=3)
     edge_probability: float = Field(0.1, gt=0, le=1)
+    stepwise: bool = False
+    """One node a turn, instead of the whole walk in one."""
 
     @property
     def options(self) -> dict[str, Any]:
-        return self.model_dump(include={"graph", "nodes", "max_length", "edge_probability"})
+        return self.model_dump(include={"graph", "nodes", "max_length", "edge_probability", "stepwise"})
 
 
 class MazeTask(EpisodeLimits):

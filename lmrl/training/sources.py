@@ -101,17 +101,18 @@ class Logged(Source):
     def take(self, first: int, count: int) -> list[Trajectory]:
         """`count` episodes from position `first` of the endless sequence of shuffled passes."""
         rows = starts_for(self.kept, first, count, *self.name, "rows")
-        episodes = [self._episode(row) for row in rows]
+        return self.pieces([self._episode(row) for row in rows], "piece", first)
+
+    def pieces(self, episodes: list[Trajectory], *name: int | str) -> list[Trajectory]:
+        """A piece of `turns` turns of each episode, where they are to be cut. `name` names the random stream."""
         if self.turns is None:
             return episodes
-        return [self._piece(episode, first + number) for number, episode in enumerate(episodes)]
-
-    def _piece(self, episode: Trajectory, position: int) -> Trajectory:
-        last = max(sum(1 for segment in episode.segments if segment.actions) - self.turns, 0)
-        rng = stream(*self.name, "piece", position)
-        # Every second piece is an episode's end: what happens there is what all earlier values rest on.
-        start = last if rng.random() < 0.5 else rng.integers(last + 1)
-        return piece(episode, int(start), self.turns)
+        rng = stream(*self.name, *name)
+        last = [sum(1 for segment in one.segments if segment.actions) - self.turns for one in episodes]
+        return [
+            piece(one, int(rng.integers(max(end, 0) + 1)), self.turns)
+            for one, end in zip(episodes, last, strict=True)
+        ]
 
     def probe(self, count: int) -> list[Trajectory]:
         """The first `count` episodes (fewer where there are fewer) of an order that is always the same."""
@@ -143,7 +144,8 @@ class Mixture(Source):
         count = self.online(step)
         rows = stream(*self.fresh.name, "replay", step).integers(len(self.replay), size=count)
         first = sum(options.batch_size - self.online(earlier) for earlier in range(options.warmup_steps + 1, step))
-        learn = [self.replay[row] for row in rows] + self.logged.take(first, options.batch_size - count)
+        replayed = self.logged.pieces([self.replay[row] for row in rows], "replayed", step)
+        learn = replayed + self.logged.take(first, options.batch_size - count)
         return Drawn(learn, drawn.played, drawn.failed)
 
     def save(self, folder: Path) -> None:
