@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from lmrl.errors import DataError
@@ -15,8 +13,6 @@ from lmrl.recipe import QObjective
 from lmrl.trajectories.batch import Batch, Microbatch
 from lmrl.trajectories.chain import discounts, returns_to_go, rewards_and_turns, to_chains
 from lmrl.trajectories.trajectory import Trajectory
-
-SCALE = float(os.environ.get("LMRL_SCALE", "0"))
 
 
 class QLearning(Objective):

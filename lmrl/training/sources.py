@@ -110,8 +110,7 @@ class Logged(Source):
         rng = stream(*self.name, *name)
         last = [sum(1 for segment in one.segments if segment.actions) - self.turns for one in episodes]
         return [
-            piece(one, int(rng.integers(max(end, 0) + 1)), self.turns)
-            for one, end in zip(episodes, last, strict=True)
+            piece(one, int(rng.integers(max(end, 0) + 1)), self.turns) for one, end in zip(episodes, last, strict=True)
         ]
 
     def probe(self, count: int) -> list[Trajectory]:

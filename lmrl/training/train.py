@@ -79,6 +79,8 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> None:
     data["rollouts"]["max_new_tokens"] = min(recipe.rollouts.max_new_tokens, 8)
     data["tracking"]["trackers"] = []
     data["evaluation"]["episodes"] = 2
+    if "max_turns" in data["task"]:
+        data["task"]["max_turns"] = min(data["task"]["max_turns"], 5)
     if "value_warmup_steps" in data["objective"]:
         data["objective"]["value_warmup_steps"] = 0  # try the policy's update as well
     with tempfile.TemporaryDirectory(prefix="lmrl-dry-run-") as scratch:
