@@ -64,7 +64,10 @@ def test_two_steps_of_the_sentiment_recipe(tmp_path):
     )
     result = lmrl.train(recipe, output=tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2] and all(line["skipped"] == 0 for line in lines)
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in steps] == [1, 2] and all(line["skipped"] == 0 for line in steps)
+    (diagnostics,) = (line for line in lines if line["kind"] == "diagnostics")
+    assert diagnostics["step"] == 2 and diagnostics["effective_rank"] > 1
     report = lmrl.evaluate(result.checkpoint, "sentiment", ["episodes=2", "rollouts.max_new_tokens=4"])
     assert report.metrics["reward"]["n"] == 2
 
