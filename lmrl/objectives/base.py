@@ -35,8 +35,6 @@ class Objective:
     """The heads that the policy needs."""
     polyak: float | None = None
     """How far target heads follow at every update."""
-    needs_rewards = True
-    """Whether logged episodes have to say what they earned."""
     dropout = False
     """Whether updates run with the model's dropout: not where log-probabilities are compared with earlier ones."""
     uses_reference = False

@@ -13,7 +13,6 @@ class Likelihood(Objective):
 
     label = "BC"
     dropout = True
-    needs_rewards = False
 
     def __init__(self, options: LikelihoodObjective):
         self.options = options

@@ -198,26 +198,19 @@ class Values(nn.Module):
             bias = None if head.bias is None else head.bias * self.scale
             weight = head.matrix(vocabulary_VD)
             return -token_logprobs(features * self.scale, weight, bias, actions_N, temperature)[0], None
-        bound = actions_N.new_zeros(len(actions_N), dtype=torch.float) if floor_N is None else None
+        floors_N = torch.full_like(features[:, 0], -torch.inf) if floor_N is None else floor_N
 
-        def rows(features_NF, actions_N, floor_N):
+        def rows(features_NF, actions_N, floors_N):
             q_NV = self.all(head, features_NF, vocabulary_VD)
             data_N = q_NV.gather(1, actions_N[:, None])[:, 0]
-            if floor_N is not None:
-                bound_N = (q_NV < floor_N[:, None]).float().mean(1).detach()
-                q_NV = torch.maximum(q_NV, floor_N[:, None])
-            else:
-                bound_N = data_N.detach() * 0
-            return (q_NV / temperature).logsumexp(1) - data_N / temperature, bound_N
+            lifted_N = (q_NV < floors_N[:, None]).float().mean(1).detach()
+            return (torch.maximum(q_NV, floors_N[:, None]) / temperature).logsumexp(1) - data_N / temperature, lifted_N
 
         step = max(CHUNK // (self.tokens * max(self.spec.bins, 1)), 1)
-        parts = []
-        for first in range(0, len(actions_N), step):
-            cut = slice(first, first + step)
-            floor = None if floor_N is None else floor_N[cut]
-            parts.append(checkpoint(rows, features[cut], actions_N[cut], floor, use_reentrant=False))
-        pushed, bounds = (torch.cat(column) for column in zip(*parts, strict=True))
-        return pushed, bounds if bound is None else None
+        pieces = zip(features.split(step), actions_N.split(step), floors_N.split(step), strict=True)
+        parts = [checkpoint(rows, *piece, use_reentrant=False) for piece in pieces]
+        pushed, lifted = (torch.cat(column) for column in zip(*parts, strict=True))
+        return pushed, None if floor_N is None else lifted
 
     def guiding(self, hidden_BD: torch.Tensor, vocabulary_VD: torch.Tensor) -> torch.Tensor:
         """Q of every token as decoding uses it, (B, V): the lower of the target twins."""

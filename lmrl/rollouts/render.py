@@ -18,14 +18,12 @@ class Renderer:
             raise ModelError("the tokenizer has no chat template: set `chat: false` to use the text as it is")
         self.tokenizer, self.chat, self.system = tokenizer, chat, system
 
-    def first(self, observation: str | Messages, turns: list[tuple[str, str]] = ()) -> list[int]:
-        """Context that opens a segment; `turns` are earlier (observation, action) pairs, for the chat template."""
+    def first(self, observation: str | Messages) -> list[int]:
+        """Context that opens a segment."""
         if isinstance(observation, str) and not self.chat:
             tokens = self.tokenizer(observation).input_ids
         else:
             messages = [{"role": "system", "content": self.system}] if self.system else []
-            for earlier, action in turns:
-                messages += [{"role": "user", "content": earlier}, {"role": "assistant", "content": action}]
             own = [{"role": "user", "content": observation}] if isinstance(observation, str) else observation
             tokens = self._encode(self._template(messages + own))
         return tokens or [self._start_token()]
