@@ -15,6 +15,11 @@ SHIPPED = {
     "ilql": "lmrl.objectives.ilql:ILQL",
     "mc": "lmrl.objectives.mc:MCReturns",
     "q_sft": "lmrl.objectives.q_sft:QSFT",
+    "dpo": "lmrl.objectives.dpo:DPO",
+    "grpo": "lmrl.objectives.group:GroupPolicyGradient",
+    "dr_grpo": "lmrl.objectives.group:GroupPolicyGradient",
+    "rloo": "lmrl.objectives.group:GroupPolicyGradient",
+    "reinforce_pp": "lmrl.objectives.group:GroupPolicyGradient",
 }
 
 __all__ = ["SHIPPED", "Loss", "Objective", "load_objective"]

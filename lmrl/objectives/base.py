@@ -19,7 +19,7 @@ class Loss:
     """A microbatch's share: the updater divides the summed gradient by the summed count of the whole minibatch."""
 
     sum: torch.Tensor
-    count: int
+    count: float
     stats: dict[str, torch.Tensor] = field(default_factory=dict)
     """Sums over the microbatch, reported divided by the count."""
 
@@ -39,6 +39,8 @@ class Objective:
     """Whether updates run with the model's dropout: not where log-probabilities are compared with earlier ones."""
     uses_reference = False
     """Whether the policy needs a reference."""
+    compares = False
+    """Whether it learns from episodes of the same prompt beside each other, so that a step takes whole groups of them."""
 
     def calibrate(self, policy: Policy, trajectories: list[Trajectory]) -> None:
         """Called once, before the first step of a stage that begins with new heads, with some logged episodes."""
@@ -57,6 +59,10 @@ class Objective:
 
     def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
         raise NotImplementedError
+
+    def heldout(self, policy: Policy, trajectories: list[Trajectory]) -> dict[str, list[float]]:
+        """What can be said of logged episodes that are held out, without gradient: by metric, a number for each."""
+        return {}
 
     def finished(self, stats: dict[str, float]) -> bool:
         """Whether to end this step's updates early, given the last minibatch's statistics."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch import nn
 from lmrl.policy.heads import CHUNK, HeadsSpec, Values, guide, probability_ratio
 from lmrl.policy.logprobs import token_logprobs
 from lmrl.policy.passes import Cache, Guidance, Outputs, States, Want
-from lmrl.recipe import LikelihoodObjective, QObjective, QSFTObjective, Recipe
-from lmrl.trajectories.batch import Batch, Microbatch
+from lmrl.recipe import DPOObjective, LikelihoodObjective, QObjective, QSFTObjective, Recipe
+from lmrl.trajectories.batch import Batch, Microbatch, Sequence
+from lmrl.trajectories.shared import pack, positions, visible
 
 HEADS_FILE, HEADS_CONFIG = "heads.safetensors", "heads.json"
 REFERENCE_ADAPTER = "reference"
@@ -48,7 +50,7 @@ class Policy(nn.Module):
 
     def configure(self, recipe: Recipe) -> None:
         """Take over what a recipe says about passes through the model."""
-        untempered = isinstance(recipe.objective, LikelihoodObjective | QObjective | QSFTObjective)
+        untempered = isinstance(recipe.objective, LikelihoodObjective | QObjective | QSFTObjective | DPOObjective)
         self.temperature = 1.0 if untempered or recipe.source.name != "rollouts" else recipe.rollouts.temperature
         self.microbatch_tokens = recipe.training.microbatch_tokens
         if recipe.training.precision == "bfloat16":
@@ -118,9 +120,7 @@ class Policy(nn.Module):
     def _run(self, lm: nn.Module, batch: Microbatch, want: Want) -> Outputs:
         outputs = Outputs()
         with self._autocast():
-            # Without padding the attention needs no mask and takes its fastest path.
-            mask = None if bool(batch.mask_BT.all()) else batch.mask_BT
-            inputs = {"input_ids": batch.tokens_BT, "attention_mask": mask, "use_cache": False}
+            inputs = self._inputs(batch)
             separate = self.values is not None and self.values.trunk is not None
             hidden_ND = None
             if want.logprobs or not separate:
@@ -137,6 +137,42 @@ class Policy(nn.Module):
                     hidden_ND = hidden_ND.detach() if want.detach_values else hidden_ND
                     self._head_outputs(hidden_ND, target_ND, batch, want, outputs)
         return outputs
+
+    def _inputs(self, batch: Microbatch) -> dict[str, Any]:
+        inputs = {"input_ids": batch.tokens_BT, "use_cache": False}
+        if batch.branches_BT is not None:
+            mask_B1TT = visible(batch.branches_BT)[:, None]
+            if self.causal_lm.config._attn_implementation != "sdpa":  # eager attention adds its mask to the scores
+                dtype = self.causal_lm.dtype
+                mask_B1TT = torch.zeros_like(mask_B1TT, dtype=dtype).masked_fill(~mask_B1TT, torch.finfo(dtype).min)
+            return inputs | {"attention_mask": mask_B1TT, "position_ids": positions(batch.branches_BT)}
+        # Without padding the attention needs no mask and takes its fastest path.
+        return inputs | {"attention_mask": None if bool(batch.mask_BT.all()) else batch.mask_BT}
+
+    @cached_property
+    def packs(self) -> bool:
+        """Whether the model computes packed sequences (see trajectories/shared.py) as it computes plain ones, by trial.
+
+        Not those with a state instead of attention, with a window, or with an attention that ignores the mask.
+        """
+        config = self.causal_lm.config.get_text_config()
+        kinds = getattr(config, "layer_types", None) or ["full_attention"]
+        if set(kinds) != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
+            return False
+        tokens = torch.arange(12) % self.vocabulary.shape[0]
+        plain = [
+            Sequence(torch.cat([tokens[:4], own]), torch.arange(3, 3 + len(own)), own)
+            for own in (tokens[4:7], tokens[7:])
+        ]
+        was_training = self.training
+        try:
+            scores = [self.score(Batch(part))["logprobs"] for part in (plain, [pack(plain)])]
+        except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):
+            return False
+        finally:
+            self.train(was_training)
+        tolerance = 1e-4 if self.causal_lm.dtype == torch.float32 and self.autocast_dtype is None else 5e-2
+        return torch.allclose(torch.cat(scores[0]), torch.cat(scores[1]), atol=tolerance, rtol=0)
 
     def _policy_outputs(
         self, lm: nn.Module, inputs: dict[str, Any], batch: Microbatch, want: Want, outputs: Outputs

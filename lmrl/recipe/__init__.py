@@ -5,6 +5,8 @@ from lmrl.recipe.model import Lora, Model
 from lmrl.recipe.objective import (
     OBJECTIVES,
     CustomObjective,
+    DPOObjective,
+    GroupObjective,
     ILQLObjective,
     LikelihoodObjective,
     MCObjective,

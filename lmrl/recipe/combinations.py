@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lmrl.recipe.objective import LikelihoodObjective, PPOObjective, QObjective, QSFTObjective
+from lmrl.recipe.objective import (
+    DPOObjective,
+    GroupObjective,
+    LikelihoodObjective,
+    PPOObjective,
+    QObjective,
+    QSFTObjective,
+)
 from lmrl.recipe.source import LoggedEpisodes, MixtureSource, RolloutsSource
 from lmrl.recipe.task import PromptTask
 
@@ -14,8 +21,12 @@ def mistakes(recipe: Any) -> Iterator[str]:
     """One line for each combination in a recipe that cannot work."""
     objective, source, task, model = recipe.objective, recipe.source, recipe.task, recipe.model
     rolls_out = isinstance(source, RolloutsSource)
-    if isinstance(objective, PPOObjective):
-        yield from _ppo(recipe, rolls_out)
+    if isinstance(objective, PPOObjective | GroupObjective):
+        yield from _policy_gradient(recipe, rolls_out)
+    if isinstance(objective, DPOObjective):
+        yield from _pairs(recipe, rolls_out)
+    if rolls_out and source.resample and recipe.rollouts.samples == 1:
+        yield "`source.resample` replaces prompts whose samples all earned the same: set rollouts.samples to 2 or more"
     if isinstance(objective, LikelihoodObjective) and not isinstance(source, LoggedEpisodes) and source.best == 1:
         yield (
             "objective 'likelihood' imitates, and imitating all of one's own episodes changes nothing: set source.best=0.3 "
@@ -55,18 +66,35 @@ def mistakes(recipe: Any) -> Iterator[str]:
         yield "`evaluation.gate` measures on a suite: set evaluation.suite"
 
 
-def _ppo(recipe: Any, rolls_out: bool) -> Iterator[str]:
+def _pairs(recipe: Any, rolls_out: bool) -> Iterator[str]:
+    source, options = recipe.source, recipe.objective
+    if isinstance(source, MixtureSource):
+        yield "objective 'dpo' learns from pairs of one origin: set source.name=dataset (or rollouts)"
+    elif rolls_out and recipe.rollouts.samples == 1:
+        yield "objective 'dpo' compares samples of the same prompt: set rollouts.samples to 2 or more"
+    if source.best < 1:
+        yield "objective 'dpo' learns from bad episodes as well as good ones: leave source.best at 1"
+    if getattr(source, "turns", None) is not None:
+        yield "objective 'dpo' compares whole episodes: leave source.turns out"
+    if options.cache_reference and rolls_out:
+        yield "`objective.cache_reference` is for logged episodes, which come again: set source.name=dataset"
+
+
+def _policy_gradient(recipe: Any, rolls_out: bool) -> Iterator[str]:
+    name = recipe.objective.name
     if not rolls_out:
         yield (
-            "objective 'ppo' learns from its own fresh episodes: set source.name=rollouts "
+            f"objective '{name}' learns from its own fresh episodes: set source.name=rollouts "
             "(for logged data use objective.name=ilql or likelihood)"
         )
     elif recipe.source.best < 1:
-        yield "objective 'ppo' learns from bad episodes as well as good ones: leave source.best at 1"
+        yield f"objective '{name}' learns from bad episodes as well as good ones: leave source.best at 1"
+    if name in ("grpo", "dr_grpo", "rloo") and recipe.rollouts.samples == 1:
+        yield f"objective '{name}' compares samples of the same prompt: set rollouts.samples to 2 or more"
     if recipe.rollouts.top_p < 1 or recipe.rollouts.top_k > 0:
         yield (
-            "objective 'ppo' needs the full distribution, because truncated sampling biases the probability ratio: "
+            f"objective '{name}' needs the full distribution, because truncated sampling biases the probability ratio: "
             "set rollouts.top_p=1 and rollouts.top_k=0"
         )
     if recipe.rollouts.temperature == 0:
-        yield "objective 'ppo' explores by sampling: set rollouts.temperature above 0"
+        yield f"objective '{name}' explores by sampling: set rollouts.temperature above 0"

@@ -150,6 +150,106 @@ class QSFTObjective(Discounts, Guidance):
         return self
 
 
+PREFERENCE_LOSSES = Literal[
+    "sigmoid",
+    "sigmoid_norm",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "simpo",
+    "orpo",
+]
+
+
+class DPOObjective(Section):
+    """Direct preference optimisation (Rafailov et al., arXiv 2305.18290) and its variants, on pairs of episodes.
+
+    The pairs are chosen and rejected of preference data, or the best and the worst of several episodes of a prompt.
+    """
+
+    name: Literal["dpo"]
+    loss: PREFERENCE_LOSSES = "sigmoid"
+    """As trl calls them (sigmoid_norm: a token instead of an episode); formulas and papers are in lmrl/objectives/dpo.py."""
+    beta: float = Field(0.1, gt=0)
+    """How closely the policy is held to the reference; of simpo and orpo, the weight of the margin."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of the pairs that is taken to be labelled the wrong way round (sigmoid, robust, exo_pair)."""
+    target_margin: float = Field(0.5, ge=0)
+    """Of simpo: how much better a token of the chosen episode has to be, times beta."""
+    sft_coef: float | None = Field(None, ge=0)
+    """Weight of the likelihood of the chosen episodes, a token (null: 1 with orpo, else 0)."""
+    minibatches: int = Field(1, ge=1)
+    """Updates a step, each on a part of its pairs."""
+    share_prompts: bool = True
+    """Compute what both episodes of a pair begin with once, where the model allows it."""
+    cache_reference: bool = False
+    """Compute the reference's log-probabilities of logged episodes once, before the first step, and keep them on disk
+    for later runs of the same model on the same data. Without LoRA this saves the reference's memory."""
+
+    @property
+    def reference_free(self) -> bool:
+        return self.loss in ("simpo", "orpo")
+
+    @model_validator(mode="after")
+    def _sensible(self) -> DPOObjective:
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust", "exo_pair"):
+            raise ValueError(f"`label_smoothing` is for sigmoid, robust and exo_pair; loss '{self.loss}' has none")
+        if self.loss == "exo_pair" and not self.label_smoothing:
+            raise ValueError("`loss: exo_pair` needs `label_smoothing` above 0 (its paper has 1e-3)")
+        if self.cache_reference and self.reference_free:
+            raise ValueError(f"`cache_reference`: loss '{self.loss}' has no reference")
+        return self
+
+
+class GroupObjective(Section):
+    """What policy gradients share whose baseline is the episodes of the same prompt (or the batch), and no critic."""
+
+    epochs: int = Field(1, ge=1)
+    minibatches: int = Field(1, ge=1)
+    clip: float = Field(0.2, gt=0)
+    clip_high: float | None = Field(None, gt=0)
+    """Upper clipping bound where it differs from `clip` (DAPO, arXiv 2503.14476, has 0.28)."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the divergence from the reference (0: none, and no reference is kept): with rloo and reinforce_pp in the
+    reward, with grpo and dr_grpo a term of the loss (k3)."""
+    entropy_coef: float = Field(0.0, ge=0)
+    share_prompts: bool = True
+    """Compute the prompt of a group once in the updates, where the model allows it."""
+
+
+class GRPOObjective(GroupObjective):
+    """Rewards standardised in the group, the mean over each episode's tokens (Shao et al., arXiv 2402.03300)."""
+
+    name: Literal["grpo"]
+
+
+class DrGRPOObjective(GroupObjective):
+    """Rewards less the group's mean, the sum over tokens by a constant (Liu et al., arXiv 2503.20783)."""
+
+    name: Literal["dr_grpo"]
+    constant_length: int = Field(256, ge=1)
+    """What the sum over an episode's tokens is divided by, the same for all of any length."""
+
+
+class RLOOObjective(GroupObjective):
+    """Rewards less the mean of the others in the group, the sum over tokens (Ahmadian et al., arXiv 2402.14740)."""
+
+    name: Literal["rloo"]
+
+
+class ReinforcePPObjective(GroupObjective):
+    """REINFORCE++: the divergence in the reward, standardised over the batch (Hu et al., arXiv 2501.03262)."""
+
+    name: Literal["reinforce_pp"]
+
+
 class CustomObjective(Plugin):
     """An objective of one's own, `file.py:Name` or a dotted path."""
 
@@ -162,4 +262,9 @@ OBJECTIVES = {
     "ilql": ILQLObjective,
     "mc": MCObjective,
     "q_sft": QSFTObjective,
+    "dpo": DPOObjective,
+    "grpo": GRPOObjective,
+    "dr_grpo": DrGRPOObjective,
+    "rloo": RLOOObjective,
+    "reinforce_pp": ReinforcePPObjective,
 }

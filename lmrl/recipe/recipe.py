@@ -94,6 +94,12 @@ class Recipe(Section):
         for name, changes in self.stages.items():
             if "tracking" in changes:
                 raise ValueError(f"`stages.{name}.tracking`: trackers belong to the whole run, set `tracking` itself")
+        if isinstance(self.task, PromptTask) and self.task.prompts.path is None:
+            if getattr(self.source, "path", None) is None:
+                raise ValueError(
+                    "`task.prompts.path`: no file of prompts is named (nor logged episodes, `source.path`)"
+                )
+            self.task.prompts.path, self.task.prompts.split = self.source.path, self.source.split
         if MAIN_STAGE in self.stages:
             raise ValueError(f"`stages.{MAIN_STAGE}` is what the top-level keys describe: choose another name")
         names = list(self.stages)

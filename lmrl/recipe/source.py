@@ -18,6 +18,9 @@ class RolloutsSource(Section):
     name: Literal["rollouts"] = "rollouts"
     best: float = Field(1.0, gt=0, le=1)
     """Share of each step's episodes, those with the highest returns, that is learned from."""
+    resample: int = Field(0, ge=0)
+    """Rounds of further prompts at most, drawn in place of those whose samples all earned the same (dynamic sampling,
+    DAPO, arXiv 2503.14476). Needs rollouts.samples of at least 2."""
 
 
 class LoggedEpisodes(Section):
@@ -31,7 +34,9 @@ class LoggedEpisodes(Section):
     episodes: int = Field(1000, ge=1)
     """How many episodes the player plays."""
     batch_size: int = Field(64, ge=1)
-    """Episodes a step."""
+    """Episodes a step; of an objective that compares episodes, pairs."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Episodes with more tokens are left out, and counted."""
     turns: int | None = Field(None, ge=1)
     """Of each episode that is drawn, learn from a piece of so many turns, drawn as well (null: from all of it). Many
     pieces of many episodes make steadier updates than a few whole ones. Needs `task.history: N`."""

@@ -12,8 +12,10 @@ from lmrl.recipe.base import Plugin, Section
 class Prompts(Section):
     """Where prompts come from: a JSONL or Parquet file, or a dataset on the hub."""
 
-    path: str
+    path: str | None = None
+    """Null: the prompts of the logged episodes, `source.path`."""
     column: str = "prompt"
+    """Of preference data without such a column the prompt is what chosen and rejected begin with."""
     split: str = "train"
     chat: bool = False
     """Put each prompt through the model's chat template (columns holding message lists always are)."""

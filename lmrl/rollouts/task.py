@@ -14,8 +14,8 @@ from lmrl.recipe import Prompts, PromptTask, Recipe
 from lmrl.rewards.rewards import RewardFunction, drop_failed, judge, load_rewards
 from lmrl.rollouts.render import Renderer
 from lmrl.seeding import stream
-from lmrl.trajectories.files import field_of, read_rows
-from lmrl.trajectories.rows import prompt_key
+from lmrl.trajectories.files import Malformed, read_rows
+from lmrl.trajectories.rows import prompt_key, prompt_of
 from lmrl.trajectories.store import logged_texts
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -115,7 +115,11 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
     prompts = section.prompts
     rows = read_rows(prompts.path, prompts.split, prompts.limit)
     for number, row in enumerate(rows, start=1):
-        check_prompt(field_of(row, prompts.column, (str, list), prompts.path, number), prompts, number)
+        try:
+            row[prompts.column] = prompt_of(row, prompts.column)
+        except Malformed as error:
+            raise DataError(f"{prompts.path}, row {number}: {error}") from error
+        check_prompt(row[prompts.column], prompts, number)
     chat = prompts.chat or any(isinstance(row[prompts.column], list) for row in rows)
     renderer = Renderer(tokenizer, chat, prompts.system)
     short = [row for row in rows if len(renderer.first(row[prompts.column])) <= prompts.max_tokens]

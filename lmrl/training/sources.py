@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,12 @@ class Source:
 class FreshRollouts(Source):
     """Episodes by the current policy; `best` below 1 keeps that share, of those with the highest returns."""
 
-    def __init__(self, sampler: Sampler, options: Rollouts, seed: int, stage: str, best: float = 1.0):
-        self.sampler, self.options, self.name, self.best = sampler, options, (seed, stage), best
+    def __init__(
+        self, sampler: Sampler, options: Rollouts, seed: int, stage: str, best: float = 1.0, resample: int = 0
+    ):
+        """resample: rounds in which prompts whose episodes all earned the same are replaced by further ones."""
+        self.sampler, self.options, self.name = sampler, options, (seed, stage)
+        self.best, self.resample = best, resample
         self.sampling = Sampling.of(options)
 
     def next(self, step: int) -> Drawn:
@@ -66,8 +70,24 @@ class FreshRollouts(Source):
         starts = starts_for(task.training, (step - 1) * count, count, *self.name, "prompts")
         played = self.sampler.play(starts, self.options.samples, self.sampling, (*self.name, "rollout", step))
         judged = task.keep_judged(played)
+        failed = len(played) - len(judged)
+        for again in range(1, self.resample + 1):
+            alike = alike_groups(judged)
+            if not alike:
+                break
+            name = (*self.name, "again", again)
+            starts = starts_for(task.training, (step - 1) * count, len(alike), *name)
+            more = self.sampler.play(starts, self.options.samples, self.sampling, (*name, step))
+            for trajectory in more:
+                trajectory.group += again * count
+            kept = task.keep_judged(more)
+            failed += len(more) - len(kept)
+            spread = [one for one in kept if one.group not in alike_groups(kept)]
+            replaced = alike[: len({one.group for one in spread})]
+            judged = [one for one in judged if one.group not in replaced] + spread
+            played = played + more
         learn = [judged[index] for index in best_of([one.reward for one in judged], self.best)]
-        return Drawn(learn, played, len(played) - len(judged))
+        return Drawn(learn, played, failed)
 
 
 class Logged(Source):
@@ -82,26 +102,57 @@ class Logged(Source):
         stage: str,
         best: float = 1.0,
         turns: int | None = None,
+        groups: Sequence[int] | None = None,
         scores: Callable[[], Scores | None] = lambda: None,
+        heldout: Callable[[int | None], list[Trajectory]] = lambda count: [],
         notes: Sequence[str] = (),
     ):
         """returns: of all episodes (None: not judged). best: share of them, with the highest, that is learned from.
-        turns: learn from a piece of so many turns of each.
+        turns: learn from a piece of so many turns of each. groups: of each episode the group it belongs to, where whole
+        groups are to be drawn, and only those whose returns differ; a batch then has so many groups.
 
-        scores: means with intervals over all episodes, None where no return is known. notes: what a person should know.
+        scores: means with intervals over all episodes, None where no return is known. heldout: gives the episodes of
+        (that many) held-out prompts. notes: what a person should know.
         """
         self.returns, self.batch_size, self.name = returns, batch_size, (seed, stage)
-        self.scores, self.notes, self.logged = scores, list(notes), self
-        self.kept, self.turns = best_of(returns, best), turns
+        self.scores, self.heldout, self.notes, self.logged = scores, heldout, list(notes), self
+        self.units = [[row] for row in range(len(returns))] if groups is None else self._comparable(groups)
+        self.kept = best_of(returns, best) if groups is None else list(range(len(self.units)))
+        self.grouped, self.turns = groups is not None, turns
         self._episode = lru_cache(CACHED)(episodes.__getitem__)
 
     def next(self, step: int) -> Drawn:
         return Drawn(self.take((step - 1) * self.batch_size, self.batch_size))
 
     def take(self, first: int, count: int) -> list[Trajectory]:
-        """`count` episodes from position `first` of the endless sequence of shuffled passes."""
-        rows = starts_for(self.kept, first, count, *self.name, "rows")
-        return self.pieces([self._episode(row) for row in rows], "piece", first)
+        """`count` episodes (or groups) from position `first` of the endless sequence of shuffled passes."""
+        units = starts_for(self.kept, first, count, *self.name, "rows")
+        if self.grouped:
+            return [
+                replace(self._episode(row), group=number)
+                for number, unit in enumerate(units)
+                for row in self.units[unit]
+            ]
+        return self.pieces([self._episode(row) for row in units], "piece", first)
+
+    def _comparable(self, groups: Sequence[int]) -> list[list[int]]:
+        """Rows of each group that has different returns; the others are counted in a note."""
+        rows: dict[int, list[int]] = {}
+        for row, group in enumerate(groups):
+            rows.setdefault(group, []).append(row)
+        if None in self.returns:
+            raise DataError(f"episode {self.returns.index(None) + 1} has no reward, and pairs are ranked by rewards")
+        units = [unit for unit in rows.values() if len({self.returns[row] for row in unit}) > 1]
+        if not units:
+            raise DataError(
+                "no two episodes of a prompt have different rewards, so that there is no pair to learn from; expected "
+                "chosen and rejected, or several episodes with rewards for each prompt"
+            )
+        if len(units) < len(rows):
+            self.notes.append(
+                f"left out {len(rows) - len(units)} of {len(rows)} prompts, whose episodes all earn the same"
+            )
+        return units
 
     def pieces(self, episodes: list[Trajectory], *name: int | str) -> list[Trajectory]:
         """A piece of `turns` turns of each episode, where they are to be cut. `name` names the random stream."""
@@ -116,7 +167,7 @@ class Logged(Source):
     def probe(self, count: int) -> list[Trajectory]:
         """The first `count` episodes (fewer where there are fewer) of an order that is always the same."""
         order = stream(*self.name, "probe").permutation(self.kept)
-        return [self._episode(row) for row in order[:count].tolist()]
+        return [self._episode(row) for unit in order[:count].tolist() for row in self.units[unit]]
 
 
 class Mixture(Source):
@@ -154,6 +205,14 @@ class Mixture(Source):
         self.replay = read_episodes(folder / REPLAY_FILE, self.tokenizer)
 
 
+def alike_groups(trajectories: list[Trajectory]) -> list[int]:
+    """Groups whose episodes all earned the same, in order of appearance."""
+    rewards: dict[int, set[float]] = {}
+    for trajectory in trajectories:
+        rewards.setdefault(trajectory.group, set()).add(trajectory.reward)
+    return [group for group, earned in rewards.items() if len(earned) == 1]
+
+
 def best_of(returns: list[float | None], share: float) -> list[int]:
     """Positions of that share of episodes with the highest returns, at least one; of equal ones the first."""
     positions = list(range(len(returns)))
@@ -166,19 +225,26 @@ def best_of(returns: list[float | None], share: float) -> list[int]:
     return sorted(sorted(positions, key=lambda position: -returns[position])[:count])
 
 
-def build_source(recipe: Recipe, task: Task, sampler: Sampler, stage: str, bad_rows: Path | None = None) -> Source:
-    """The source of a stage's recipe. bad_rows: where malformed rows are reported, if they are to be skipped."""
+def build_source(
+    recipe: Recipe, task: Task, sampler: Sampler, stage: str, bad_rows: Path | None = None, compares: bool = False
+) -> Source:
+    """The source of a stage's recipe.
+
+    bad_rows: where malformed rows are reported, if they are to be skipped. compares: draw logged episodes by prompt.
+    """
     seed = recipe.training.seed
     if isinstance(recipe.source, RolloutsSource):
-        return FreshRollouts(sampler, recipe.rollouts, seed, stage, recipe.source.best)
-    logged = build_logged(recipe.source, task, seed, stage, bad_rows)
+        return FreshRollouts(sampler, recipe.rollouts, seed, stage, recipe.source.best, recipe.source.resample)
+    logged = build_logged(recipe.source, task, seed, stage, bad_rows, compares)
     if not isinstance(recipe.source, MixtureSource):
         return logged
     fresh = FreshRollouts(sampler, recipe.rollouts, seed, stage)
     return Mixture(fresh, logged, recipe.source, recipe.training.steps, task.renderer.tokenizer)
 
 
-def build_logged(source: LoggedEpisodes, task: Task, seed: int, stage: str, bad_rows: Path | None = None) -> Logged:
+def build_logged(
+    source: LoggedEpisodes, task: Task, seed: int, stage: str, bad_rows: Path | None = None, compares: bool = False
+) -> Logged:
     """The logged episodes that a source names: of a file, or played by a scripted player."""
     if source.player is not None:
         episodes = play_logged(task, source.player, source.episodes, seed)
@@ -191,9 +257,10 @@ def build_logged(source: LoggedEpisodes, task: Task, seed: int, stage: str, bad_
             stage,
             source.best,
             source.turns,
+            [episode.group for episode in episodes] if compares else None,
             lambda: summarize_trajectories(episodes),
         )
-    file = read_logged(source.path, task, source.split, source.skip_bad_rows, bad_rows)
+    file = read_logged(source, task, bad_rows)
     return Logged(
         file,
         file.returns,
@@ -202,7 +269,9 @@ def build_logged(source: LoggedEpisodes, task: Task, seed: int, stage: str, bad_
         stage,
         source.best,
         source.turns,
+        file.groups if compares else None,
         lambda: summarize_file(file, "reward" if task.judged_by == "reward" else "return"),
+        file.heldout,
         file.notes,
     )
 
@@ -215,14 +284,20 @@ def play_logged(task: Task, player: Players, episodes: int, seed: int) -> list[T
     return task.keep_judged(play_players(Sampler(task), player, starts, name))
 
 
-def read_logged(
-    path: str, task: Task, split: str = "train", skip_bad_rows: bool = False, bad_rows: Path | None = None
-) -> LoggedFile:
+def read_logged(source: LoggedEpisodes, task: Task, bad_rows: Path | None = None) -> LoggedFile:
     """Episodes of a file, without the prompts that the task holds out for evaluation."""
-    without = task.heldout_prompts()
-    file = LoggedFile(path, task.renderer, task.history, split, without, skip_bad_rows, bad_rows)
+    file = LoggedFile(
+        source.path,
+        task.renderer,
+        task.history,
+        source.split,
+        task.heldout_prompts(),
+        source.skip_bad_rows,
+        bad_rows,
+        source.max_tokens,
+    )
     if file.needs_template and not task.renderer.tokenizer.chat_template:
-        raise ModelError(f"{path}: holds dialogues, but the tokenizer has no chat template")
+        raise ModelError(f"{source.path}: holds dialogues, but the tokenizer has no chat template")
     return file
 
 

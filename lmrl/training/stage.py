@@ -14,6 +14,7 @@ import torch
 from lmrl import run as runs
 from lmrl.errors import NonFiniteError, RecipeError, did_you_mean
 from lmrl.evaluation.evaluate import Evaluator, Scores
+from lmrl.evaluation.statistics import summarize
 from lmrl.evaluation.suites import load_suite
 from lmrl.objectives import Objective, load_objective
 from lmrl.policy.load import load_policy
@@ -73,7 +74,9 @@ class Stage:
         self.task = build_task(recipe.task, self.policy.tokenizer)
         engine = HFEngine(self.policy, recipe.rollouts.slots, interrupt.check)
         self.sampler = Sampler(self.task, engine, self.policy.decode)
-        self.source = build_source(recipe, self.task, self.sampler, name, run.folder / BAD_ROWS)
+        self.source = build_source(
+            recipe, self.task, self.sampler, name, run.folder / BAD_ROWS, self.objective.compares
+        )
         if self.objective.heads is not None and self.policy.heads_are_new:
             logged = self.source.logged.probe(CALIBRATION_EPISODES) if self.source.logged else []
             if isinstance(recipe.objective, QObjective) and not logged:
@@ -180,6 +183,8 @@ class Stage:
 
     def _learn(self, step: int, trajectories: list[Trajectory]) -> dict[str, float]:
         batch = self.objective.prepare(self.policy, trajectories)
+        if not batch.sequences:  # nothing to compare
+            return measure(trajectories) | batch.stats | {"updates": 0}
         updates: list[dict[str, float]] = []
         rng = stream(self.seed, self.name, step, "minibatches")
         for _ in range(self.objective.epochs):
@@ -275,12 +280,19 @@ class Stage:
         self._save()
 
     def _evaluate(self, step: int, name: str) -> list[Trajectory]:
-        """Score the policy as it is; returns the episodes."""
-        if self.evaluator is None:
+        """Score the policy as it is, on the suite and on held-out logged episodes; returns the suite's episodes."""
+        scores, trajectories = self.evaluator() if self.evaluator is not None else ({}, [])
+        found = start_values(self.policy, trajectories, *self._discounts()) if trajectories else {}
+        heldout = self.source.logged.heldout(self.recipe.evaluation.episodes) if self.source.logged else []
+        if heldout:
+            measured = self.objective.heldout(self.policy, heldout)
+            scores = scores | {f"heldout/{key}": summarize(values) for key, values in measured.items()}
+            self.progress.columns = list(
+                dict.fromkeys([*self.progress.columns, *(f"heldout/{key}" for key in measured)])
+            )
+        if not scores:
             return []
-        scores, trajectories = self.evaluator()
         self.progress.scores[name] = scores
-        found = start_values(self.policy, trajectories, *self._discounts())
         self.run.record({"stage": self.name, "step": step, "kind": "eval", **scores, **found})
         self.run.record_samples([sample_line(self.name, step, "eval", one) for one in trajectories[:SAMPLES_KEPT]])
         self.track({f"{self.name}/eval/{name}": score["mean"] for name, score in scores.items()}, step)
@@ -290,8 +302,10 @@ class Stage:
         return trajectories
 
     def _consider(self, step: int, scores: Scores) -> None:
-        """Note the best evaluation so far."""
-        metric = self.recipe.evaluation.metric or self.evaluator.suite.metrics[0]
+        """Note the best evaluation so far; without a suite only where the recipe names the metric."""
+        metric = self.recipe.evaluation.metric or (self.evaluator.suite.metrics[0] if self.evaluator else None)
+        if metric is None:
+            return
         if metric not in scores:
             raise RecipeError(f"evaluation.metric: there is no metric '{metric}'{did_you_mean(metric, scores)}")
         best, value = self.progress.best, scores[metric]["mean"]

@@ -25,6 +25,8 @@ class Sequence:
     """Per action token, shape (A,): advantages, returns, old log-probabilities and the like."""
     chain: int | None = None
     """Sequences of one chain (see chain.py) stay together, in order."""
+    branches: torch.Tensor | None = None
+    """Of a packed sequence (see shared.py): 0 for the shared beginning, n for its nth continuation, (T,)."""
 
 
 @dataclass
@@ -41,10 +43,14 @@ class Microbatch:
     """Which sequences of the batch these are."""
     lengths: list[int]
     """Action tokens of each."""
+    branches_BT: torch.Tensor | None = None
+    """Where there are packed sequences: the continuation each token belongs to; -1 for padding."""
 
     def to(self, device: torch.device) -> Microbatch:
         for name in ("tokens_BT", "mask_BT", "rows_N", "cols_N", "targets_N"):
             setattr(self, name, getattr(self, name).to(device))
+        if self.branches_BT is not None:
+            self.branches_BT = self.branches_BT.to(device)
         self.fields = {name: value.to(device) for name, value in self.fields.items()}
         return self
 
@@ -101,6 +107,12 @@ class Batch:
         for row, sequence in enumerate(chosen):
             tokens[row, : len(sequence.tokens)] = sequence.tokens
             mask[row, : len(sequence.tokens)] = 1
+        branches = None
+        if any(sequence.branches is not None for sequence in chosen):
+            branches = torch.full((len(chosen), width), -1, dtype=torch.long)
+            for row, sequence in enumerate(chosen):
+                size = len(sequence.tokens)
+                branches[row, :size] = 0 if sequence.branches is None else sequence.branches
         lengths = [len(sequence.targets) for sequence in chosen]
         names = chosen[0].fields
         return Microbatch(
@@ -112,6 +124,7 @@ class Batch:
             fields={name: torch.cat([sequence.fields[name] for sequence in chosen]) for name in names},
             indices=indices,
             lengths=lengths,
+            branches_BT=branches,
         )
 
 

@@ -57,6 +57,13 @@ def fingerprint(tokenizer: Any) -> str:
     return hashlib.blake2b(json.dumps([vocabulary, special]).encode(), digest_size=8).hexdigest()
 
 
+def prompt_of(row: Row, column: str = "prompt") -> str | Messages:
+    """The prompt in a row's column; of preference data without that column what chosen and rejected begin with."""
+    if row.get(column) is None and {"chosen", "rejected"} <= set(row):
+        return parse(row)[0].turns[0].observation
+    return take(row, column, str, list)
+
+
 def prompt_key(prompt: str | Messages) -> str:
     """Prompts with the same key are the same: of messages only role and content count."""
     if isinstance(prompt, str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,8 @@ class LoggedFile:
     Opening goes through all rows once and checks their text; an episode is read and tokenised when it is asked for.
     Episodes whose prompt's key is in `without` (held out for evaluation) and those that failed are left out.
 
+    max_tokens: leave out longer episodes as well, for which all are tokenised once.
+
     skip_bad_rows: count malformed rows and write them to `bad_rows`, one JSON object a line, instead of raising
     DataError with file, line, field and what was expected.
     """
@@ -40,8 +43,9 @@ class LoggedFile:
         without: Collection[str] = (),
         skip_bad_rows: bool = False,
         bad_rows: Path | None = None,
+        max_tokens: int | None = None,
     ):
-        self.path, self.renderer, self.history = path, renderer, history
+        self.path, self.renderer, self.history, self.max_tokens = path, renderer, history, max_tokens
         self.tokenizer = fingerprint(renderer.tokenizer)
         self.rows = open_rows(path, split)
         self.returns: list[float | None] = []
@@ -50,22 +54,35 @@ class LoggedFile:
         self.notes: list[str] = []
         self.needs_template = False
         """Whether there are dialogues to be rendered."""
+        self.groups = array("q")
+        """Of each episode a number that it shares with those that can be compared with it: of the same prompt."""
         self._index, self._parts = array("q"), array("b")
+        self._heldout: list[tuple[int, int, int]] = []
         self._scan(without, skip_bad_rows, bad_rows)
 
     def __len__(self) -> int:
         return len(self._index)
 
     def __getitem__(self, index: int) -> Trajectory:
-        row = self._index[index]
+        return self._read(self._index[index], self._parts[index])
+
+    def heldout(self, groups: int | None = None) -> list[Trajectory]:
+        """The episodes of held-out prompts, of the first `groups` prompts (None: of all), numbered by prompt."""
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(key for *_, key in self._heldout))}
+        return [
+            replace(self._read(row, part), group=numbers[key])
+            for row, part, key in self._heldout
+            if groups is None or numbers[key] < groups
+        ]
+
+    def _read(self, row: int, part: int) -> Trajectory:
         try:
-            episode = parse(self.rows[row], row, self.tokenizer)[self._parts[index]]
-            return render(episode, self.renderer, self.history)
+            return render(parse(self.rows[row], row, self.tokenizer)[part], self.renderer, self.history)
         except Malformed as error:
             raise DataError(f"{self.rows.where(row)}: {error}") from error
 
     def _scan(self, without: Collection[str], skip_bad_rows: bool, bad_rows: Path | None) -> None:
-        bad, failed, heldout = [], 0, 0
+        bad, failed, heldout, long = [], 0, 0, 0
         for number, row in enumerate(self.rows.scan()):
             try:
                 if isinstance(row, Malformed):
@@ -79,14 +96,19 @@ class LoggedFile:
             for part, episode in enumerate(episodes):
                 if episode.failure is not None:
                     failed += 1
+                elif self._is_long(episode):
+                    long += 1
                 elif without and (str(row.get("prompt")) in without or _prompt(episode) in without):
                     heldout += 1
+                    self._heldout.append((number, part, _group(row, number, episode)))
                 else:
                     self._keep(number, part, episode)
+                    self.groups.append(_group(row, number, episode))
         counts = {
             f"malformed {self.rows.unit}s" + (f" (see {bad_rows})" if bad_rows else ""): len(bad),
             "episodes that failed when they were played": failed,
             "episodes of held-out prompts": heldout,
+            f"episodes of more than {self.max_tokens} tokens": long,
         }
         self.notes += [f"{self.path}: left out {count} {what}" for what, count in counts.items() if count]
         if bad and bad_rows is not None:
@@ -102,6 +124,12 @@ class LoggedFile:
         for name, value in {**episode.components, **episode.metrics}.items():
             if value is not None:
                 self.measures.setdefault(name, array("d")).append(value)
+
+    def _is_long(self, episode: Trajectory) -> bool:
+        if self.max_tokens is None:
+            return False
+        segments = render(episode, self.renderer, self.history).segments
+        return max((len(segment.tokens) for segment in segments), default=0) > self.max_tokens
 
     def _report(self, bad: list[tuple[int, str]], target: Path) -> None:
         with open(target, "w", encoding="utf-8") as file:
@@ -123,6 +151,13 @@ def logged_texts(path: str, split: str = "train") -> list[str]:
             said = [text for turn in episode.turns for text in (turn.observation, turn.action) if isinstance(text, str)]
             texts += [episode.prompt, *said, episode.final_observation or ""]
     return texts
+
+
+def _group(row: Row, number: int, episode: Trajectory) -> int:
+    """A number for what an episode can be compared with: its pair, its group, or else those of the same prompt."""
+    if "chosen" in row:
+        return hash(number)
+    return hash((row.get("group"), _prompt(episode)))
 
 
 def _prompt(episode: Trajectory) -> str:

@@ -98,14 +98,14 @@ def test_the_window_of_the_task_holds_for_files(tmp_path, tokenizer):
     path = lines(tmp_path / "data.jsonl", [{"turns": turns}])
     for history, count in (("all", 1), (1, 3)):
         task = Task(lambda: None, Renderer(tokenizer), None, None, history=history)
-        assert len(read_logged(path, task)[0].segments) == count
+        assert len(read_logged(dataset(path=path), task)[0].segments) == count
 
 
 def test_dialogues_need_a_template(tmp_path, walks):
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path = lines(tmp_path / "data.jsonl", [{"messages": chat}])
     with pytest.raises(ModelError, match="data.jsonl: holds dialogues, but the tokenizer has no chat template"):
-        read_logged(path, walks)
+        read_logged(dataset(path=path), walks)
 
 
 def test_malformed_rows_can_be_skipped(tmp_path, walks):
@@ -124,8 +124,43 @@ def test_heldout_prompts_are_kept_out_of_logged_data(tmp_path, tokenizer):
     task = Task(
         lambda: PromptEnvironment(prompts, "prompt"), Renderer(tokenizer), [1], [0], judged_by="reward"
     )  # fmt: skip
-    file = read_logged(path, task)
+    file = read_logged(dataset(path=path), task)
     assert [file[index].prompt for index in range(len(file))] == ["c"]
+    assert [episode.prompt for episode in file.heldout()] == ["a"]
+
+
+def test_long_episodes_are_left_out(tmp_path, walks):
+    path = lines(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "abcdef", "completion": "b"}])
+    source = build_logged(dataset(path=path, max_tokens=5), walks, 0, "main")
+    assert [episode.prompt for episode in source.take(0, 2)] == ["a", "a"]
+    assert source.notes == [f"{path}: left out 1 episodes of more than 5 tokens"]
+
+
+# --------------------------------------------------------------------------------------------------------------- groups
+def rewarded(*triples):
+    return [{"prompt": prompt, "completion": text, "reward": reward} for prompt, text, reward in triples]
+
+
+def test_groups_are_drawn_whole(tmp_path, walks):
+    rows = rewarded(("a", "x", 1), ("b", "x", 0), ("a", "y", 0), ("c", "x", 1), ("c", "y", 1), ("b", "z", 2))
+    source = build_logged(dataset(path=lines(tmp_path / "data.jsonl", rows)), walks, 0, "main", compares=True)
+    drawn = source.take(0, 3)
+    assert len(drawn) == 6  # two pairs and one of them again; the prompt c has nothing to compare
+    assert [episode.group for episode in drawn] == [0, 0, 1, 1, 2, 2]
+    assert {episode.prompt for episode in drawn} == {"a", "b"}
+    assert source.notes == ["left out 1 of 3 prompts, whose episodes all earn the same"]
+
+
+def test_pairs_of_the_same_prompt_stay_apart(tmp_path, walks):
+    rows = [{"prompt": "a", "chosen": "x", "rejected": "y"}, {"prompt": "a", "chosen": "z", "rejected": "x"}]
+    source = build_logged(dataset(path=lines(tmp_path / "data.jsonl", rows)), walks, 0, "main", compares=True)
+    assert sorted(len(unit) for unit in source.units) == [2, 2]
+
+
+def test_nothing_to_compare_is_said(tmp_path, walks):
+    path = lines(tmp_path / "data.jsonl", rewarded(("a", "x", 1), ("b", "x", 0)))
+    with pytest.raises(DataError, match="no two episodes of a prompt have different rewards"):
+        build_logged(dataset(path=path), walks, 0, "main", compares=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- batches

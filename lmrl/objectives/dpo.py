@@ -1,0 +1,171 @@
+"""Direct preference optimisation and its variants, on pairs of episodes.
+
+Rafailov et al., "Direct preference optimization" (arXiv 2305.18290). An episode's log-probability is the sum over all of
+its action tokens, in however many turns; environment tokens do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from lmrl.errors import DataError
+from lmrl.objectives.base import Loss, Objective
+from lmrl.objectives.groups import EPISODE, episode_sums, grouped_batch, groups_of
+from lmrl.policy.passes import Outputs
+from lmrl.policy.policy import Policy
+from lmrl.recipe import DPOObjective
+from lmrl.trajectories.batch import Batch, Microbatch
+from lmrl.trajectories.trajectory import Trajectory
+
+DISCOPOP_TEMPERATURE = 0.05
+
+
+@dataclass
+class Pairs:
+    """What the losses compute on, per pair, (P, 2): chosen first. Log-probabilities are sums over action tokens."""
+
+    logprobs_P2: torch.Tensor
+    reference_P2: torch.Tensor
+    lengths_P2: torch.Tensor
+
+    @property
+    def ratios_P2(self) -> torch.Tensor:
+        """log(policy / reference) of each episode."""
+        return self.logprobs_P2 - self.reference_P2
+
+    @property
+    def means_P2(self) -> torch.Tensor:
+        """log(policy / reference) a token."""
+        return self.ratios_P2 / self.lengths_P2
+
+
+def preference_loss(pairs: Pairs, options: DPOObjective) -> torch.Tensor:
+    """The loss of each pair, (P,). Of simpo and orpo the reference has to be 0."""
+    beta, epsilon = options.beta, options.label_smoothing
+    chosen, rejected = pairs.ratios_P2.unbind(-1)
+    logit = beta * (chosen - rejected)
+    up, down = F.logsigmoid(logit), F.logsigmoid(-logit)
+    mean_gap = pairs.means_P2[:, 0] - pairs.means_P2[:, 1]
+    match options.loss:
+        case "sigmoid":  # with smoothing: cDPO (Mitchell, 2023)
+            return -(1 - epsilon) * up - epsilon * down
+        case "robust":  # Chowdhury et al., arXiv 2403.00409
+            return (-(1 - epsilon) * up + epsilon * down) / (1 - 2 * epsilon)
+        case "hinge":  # SLiC, Zhao et al., arXiv 2305.10425
+            return torch.relu(1 - logit)
+        case "ipo":  # Azar et al., arXiv 2310.12036, eq. 17, a token
+            return (mean_gap - 1 / (2 * beta)) ** 2
+        case "sigmoid_norm":  # length-normalised DPO, Tülu 3, arXiv 2411.15124
+            return -F.logsigmoid(beta * mean_gap)
+        case "simpo":  # Meng et al., arXiv 2405.14734
+            return -F.logsigmoid(beta * mean_gap - options.target_margin)
+        case "orpo":  # Hong et al., arXiv 2403.07691, eqs. 4 and 7
+            log_odds = mean_gap - (log1mexp(pairs.means_P2[:, 0]) - log1mexp(pairs.means_P2[:, 1]))
+            return -beta * F.logsigmoid(log_odds)
+        case "exo_pair":  # Ji et al., arXiv 2402.00856, eq. 16
+            known = torch.tensor(epsilon, device=logit.device)
+            return up.exp() * (up - torch.log1p(-known)) + down.exp() * (down - known.log())
+        case "nca_pair":  # Chen et al., arXiv 2402.05369
+            return -F.logsigmoid(beta * chosen) - 0.5 * sum(F.logsigmoid(-beta * one) for one in (chosen, rejected))
+        case "bco_pair":  # Jung et al., arXiv 2404.04656
+            return -F.logsigmoid(beta * chosen) - F.logsigmoid(-beta * rejected)
+        case "sppo_hard":  # Wu et al., arXiv 2405.00675
+            return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
+        case "apo_zero":  # D'Oosterlinck et al., arXiv 2408.06266, eq. 7
+            return 1 - torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)
+        case "apo_down":  # ibid., eq. 8
+            return torch.sigmoid(beta * chosen) + 1 - torch.sigmoid(logit)
+        case "discopop":  # Lu et al., arXiv 2406.08414, eq. 5
+            weight = torch.sigmoid(logit / DISCOPOP_TEMPERATURE)
+            return -up * (1 - weight) + torch.exp(-logit) * weight
+    raise ValueError(f"unknown loss '{options.loss}'")
+
+
+def log1mexp(values: torch.Tensor) -> torch.Tensor:
+    """log(1 - exp(x)) for x < 0, without cancellation (Mächler, 2012); 0 is taken for the number just below."""
+    values = values.clamp(max=-torch.finfo(values.dtype).eps)
+    near = values > -0.6931
+    small = torch.log(-torch.expm1(torch.where(near, values, -1.0)))
+    large = torch.log1p(-torch.exp(torch.where(near, -1.0, values)))
+    return torch.where(near, small, large)
+
+
+def best_and_worst(trajectories: List[Trajectory]) -> list[list[Trajectory]]:
+    """Of each group the episodes with the highest and the lowest reward; groups whose rewards are all equal have none."""
+    pairs = []
+    for group in groups_of(trajectories):
+        ranked = sorted((trajectories[position] for position in group), key=lambda one: -one.reward)
+        if ranked[0].reward > ranked[-1].reward:
+            pairs.append([ranked[0], ranked[-1]])
+    return pairs
+
+
+class DPO(Objective):
+    label = "DPO"
+    compares = True
+
+    def __init__(self, options: DPOObjective):
+        self.options, self.minibatches = options, options.minibatches
+        self.uses_reference = not options.reference_free
+        self.label = "DPO" if options.loss == "sigmoid" else options.loss
+        self.sft_coef = options.sft_coef if options.sft_coef is not None else float(options.loss == "orpo")
+
+    def prepare(self, policy: Policy, trajectories: list[Trajectory]) -> Batch:
+        for trajectory in trajectories:
+            if trajectory.reward is None:
+                raise DataError(
+                    f"logged episode {trajectory.episode} has no reward, and pairs are ranked by their rewards"
+                )
+        pairs = best_and_worst(trajectories)
+        batch = grouped_batch(pairs, policy, self.options.share_prompts, whole=True)
+        if self.uses_reference and batch.sequences:
+            reference = policy.score(batch, reference=True)["logprobs"]
+            for sequence, logprobs in zip(batch.sequences, reference, strict=True):
+                sequence.fields["reference_logprobs"] = logprobs
+        groups = len(groups_of(trajectories))
+        batch.stats = {"pairs": len(pairs), "ties": (groups - len(pairs)) / groups}
+        return batch
+
+    def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
+        pairs = pairs_of(outputs.logprobs, batch.fields)
+        losses_P = preference_loss(pairs, self.options)
+        if self.sft_coef > 0:
+            losses_P = losses_P - self.sft_coef * pairs.logprobs_P2[:, 0] / pairs.lengths_P2[:, 0]
+        with torch.no_grad():
+            stats = {name: value.sum() for name, value in self.measures(pairs).items()}
+        return Loss(losses_P.sum(), len(losses_P), stats)
+
+    def measures(self, pairs: Pairs) -> dict[str, torch.Tensor]:
+        """What is reported of each pair, (P,): implicit rewards, their margin, and whether it has the right sign."""
+        scores_P2 = self.options.beta * (pairs.means_P2 if self.options.reference_free else pairs.ratios_P2)
+        margin = scores_P2[:, 0] - scores_P2[:, 1]
+        return {
+            "accuracy": (margin > 0).float() + 0.5 * (margin == 0),
+            "margin": margin,
+            "chosen_reward": scores_P2[:, 0],
+            "rejected_reward": scores_P2[:, 1],
+            "chosen_logprob": pairs.logprobs_P2[:, 0],
+            "rejected_logprob": pairs.logprobs_P2[:, 1],
+        }
+
+    def heldout(self, policy: Policy, trajectories: list[Trajectory]) -> dict[str, list[float]]:
+        batch = self.prepare(policy, trajectories)
+        if not batch.sequences:
+            return {}
+        logprobs_N = torch.cat(policy.score(batch)["logprobs"])
+        names = batch.sequences[0].fields
+        fields = {name: torch.cat([sequence.fields[name] for sequence in batch.sequences]) for name in names}
+        found = self.measures(pairs_of(logprobs_N, fields))
+        return {name: found[name].tolist() for name in ("accuracy", "margin")}
+
+
+def pairs_of(logprobs_N: torch.Tensor, fields: dict[str, torch.Tensor]) -> Pairs:
+    """Action tokens of whole pairs, whose episodes are numbered 2p (chosen) and 2p + 1, summed up."""
+    episodes_N = fields[EPISODE]
+    reference_N = fields.get("reference_logprobs", torch.zeros_like(logprobs_N))
+    columns = (logprobs_N, reference_N, torch.ones_like(logprobs_N))
+    return Pairs(*(episode_sums(column, episodes_N).view(-1, 2) for column in columns))

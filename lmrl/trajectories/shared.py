@@ -1,0 +1,58 @@
+"""Sequences that begin alike, packed into one so that what they share is computed once.
+
+A packed sequence holds the shared beginning, then every continuation after it. A continuation sees the beginning and
+itself, and its positions go on from the beginning's end, so that every log-probability is that of the plain sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lmrl.trajectories.batch import Sequence
+
+
+def shared_length(sequences: list[Sequence]) -> int:
+    """How many first tokens can be computed once: equal in all, and before the first action of any."""
+    shortest = min(int(sequence.states[0]) + 1 for sequence in sequences)
+    first = sequences[0].tokens[:shortest]
+    for other in sequences[1:]:
+        differing = (other.tokens[:shortest] != first).nonzero()
+        if len(differing):
+            shortest = int(differing[0])
+            first = first[:shortest]
+    return shortest
+
+
+def pack(sequences: list[Sequence]) -> Sequence | None:
+    """One sequence with a branch for each of these, whose actions stand in the given order; None: they share nothing."""
+    length = shared_length(sequences)
+    if length == 0:
+        return None
+    tokens, branches, states = [sequences[0].tokens[:length]], [torch.zeros(length, dtype=torch.long)], []
+    end = length
+    for number, sequence in enumerate(sequences, start=1):
+        own = sequence.tokens[length:]
+        tokens.append(own)
+        branches.append(torch.full((len(own),), number))
+        states.append(torch.where(sequence.states < length, sequence.states, sequence.states - length + end))
+        end += len(own)
+    return Sequence(
+        torch.cat(tokens),
+        torch.cat(states),
+        torch.cat([sequence.targets for sequence in sequences]),
+        {name: torch.cat([sequence.fields[name] for sequence in sequences]) for name in sequences[0].fields},
+        branches=torch.cat(branches),
+    )
+
+
+def positions(branches_BT: torch.Tensor) -> torch.Tensor:
+    """Position of each token within its own continuation, (B, T)."""
+    return visible(branches_BT).sum(-1) - 1
+
+
+def visible(branches_BT: torch.Tensor) -> torch.Tensor:
+    """Which tokens each token sees: earlier ones of the beginning (branch 0) or of its own branch, (B, T, T)."""
+    size = branches_BT.shape[1]
+    earlier_TT = torch.ones(size, size, dtype=torch.bool, device=branches_BT.device).tril()
+    same_BTT = branches_BT[:, :, None] == branches_BT[:, None, :]
+    return earlier_TT & (same_BTT | (branches_BT == 0)[:, None, :])

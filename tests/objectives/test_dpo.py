@@ -1,0 +1,204 @@
+"""Preference losses against trl, and pairs from episodes."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lmrl.errors import DataError
+from lmrl.objectives.dpo import DPO, Pairs, best_and_worst, log1mexp, preference_loss
+from lmrl.recipe import DPOObjective
+from lmrl.recipe.objective import PREFERENCE_LOSSES
+from lmrl.training.updater import Updater
+from lmrl.trajectories.trajectory import CONTEXT, Segment, Trajectory
+
+LOSSES = PREFERENCE_LOSSES.__args__
+OF_TRL = [loss for loss in LOSSES if loss not in ("simpo", "orpo")]
+
+
+def options(**changes) -> DPOObjective:
+    if changes.get("loss") == "exo_pair":
+        changes = {"label_smoothing": 1e-3} | changes
+    return DPOObjective(name="dpo", **changes)
+
+
+def episode(context, action, reward, group=0):
+    tokens = [*context, *action]
+    turns = [CONTEXT] * len(context) + [0] * len(action)
+    segment = Segment(tokens, turns, [None] * len(tokens), [0.0] * len(tokens))
+    return Trajectory([segment], "", "", reward=reward, group=group)
+
+
+@pytest.fixture
+def pairs():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([[3.0, 5.0], [7.0, 2.0], [4.0, 4.0]])
+    logprobs, reference = (-torch.rand(3, 2, generator=generator) * 2 * lengths for _ in range(2))
+    return Pairs(logprobs, reference, lengths)
+
+
+# ------------------------------------------------------------------------------------------------------------- by hand
+def test_sigmoid_by_hand():
+    # beta .5, ratios 2 and -2: the logit is 2
+    pair = Pairs(torch.tensor([[-1.0, -4.0]]), torch.tensor([[-3.0, -2.0]]), torch.ones(1, 2))
+    assert preference_loss(pair, options(beta=0.5)).item() == pytest.approx(math.log(1 + math.exp(-2)))
+    smooth = preference_loss(pair, options(beta=0.5, label_smoothing=0.25)).item()
+    assert smooth == pytest.approx(0.75 * math.log(1 + math.exp(-2)) + 0.25 * math.log(1 + math.exp(2)))
+
+
+def test_log1mexp_is_exact():
+    values = torch.tensor([-1e-4, -0.5, -3.0, -40.0], dtype=torch.float64)
+    torch.testing.assert_close(log1mexp(values), torch.log1p(-values.exp()), rtol=1e-9, atol=1e-18)
+
+
+def test_best_and_worst_of_a_group():
+    group = [episode([1], [2], reward, group=4) for reward in (0.5, 2.0, -1.0)]
+    ties = [episode([1], [2], 1.0, group=5) for _ in range(3)]
+    assert [[one.reward for one in pair] for pair in best_and_worst(group + ties)] == [[2.0, -1.0]]
+
+
+def test_options_that_do_nothing_are_refused():
+    with pytest.raises(ValueError, match="label_smoothing"):
+        options(loss="hinge", label_smoothing=0.1)
+    with pytest.raises(ValueError, match="exo_pair"):
+        DPOObjective(name="dpo", loss="exo_pair")
+    with pytest.raises(ValueError, match="no reference"):
+        options(loss="simpo", cache_reference=True)
+
+
+# ----------------------------------------------------------------------------------------------------- trl as an oracle
+@pytest.fixture(scope="module")
+def dialogues():
+    """Token rows of four pairs, with prompts of different lengths."""
+    return [
+        ([3, 4, 5, 6], [7, 8, 9], [10, 11]),
+        ([5, 6], [7, 7, 7, 7, 2], [1, 2, 3]),
+        ([9, 8, 7, 6, 5, 4], [3], [2, 1, 2, 1]),
+        ([1, 2, 3], [4, 5, 6, 7], [4, 5, 9, 10, 11]),
+    ]
+
+
+@pytest.fixture
+def moved_policy(tiny_folder):
+    """A policy with a reference, a little away from it."""
+    from lmrl.policy.load import load_policy
+    from lmrl.recipe import Model
+
+    torch.manual_seed(1)
+    policy = load_policy(Model(path=str(tiny_folder)), reference=True)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(0.03 * torch.randn_like(parameter))
+    return policy
+
+
+def ours(policy, dialogues, **changes):
+    objective = DPO(options(**changes))
+    episodes = []
+    for group, (prompt, chosen, rejected) in enumerate(dialogues):
+        episodes += [episode(prompt, chosen, 1.0, group), episode(prompt, rejected, -1.0, group)]
+    batch = objective.prepare(policy, episodes)
+    policy.train(False)
+    [micro] = batch.microbatches(10_000, policy.pad_id)
+    loss = objective.loss(policy(micro, objective.want), micro)
+    return loss.sum / loss.count
+
+
+def trl_loss(policy, dialogues, loss, beta, label_smoothing, tmp_path):
+    """DPOTrainer's own loss on its own collation of the same tokens."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    config = DPOConfig(
+        str(tmp_path), loss_type=[loss], beta=beta, label_smoothing=label_smoothing, report_to="none", use_cpu=True,
+        bf16=False, gradient_checkpointing=False, per_device_train_batch_size=4,
+    )  # fmt: skip
+    rows = [{"prompt": "ab", "chosen": "c", "rejected": "d"}] * 4
+    trainer = DPOTrainer(
+        policy.model, ref_model=policy._reference[0], args=config, processing_class=policy.tokenizer,
+        train_dataset=Dataset.from_list(rows),
+    )  # fmt: skip
+    collate = DataCollatorForPreference(pad_token_id=policy.pad_id)
+    batch = collate([{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in dialogues])
+    trainer.model.eval()
+    return trainer.compute_loss(trainer.model, dict(batch))
+
+
+@pytest.mark.parametrize("loss", OF_TRL)
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_losses_equal_those_of_trl(moved_policy, dialogues, loss, share_prompts, tmp_path):
+    smoothing = 0.1 if loss in ("robust", "exo_pair") else 0.0
+    own = ours(moved_policy, dialogues, loss=loss, beta=0.3, label_smoothing=smoothing, share_prompts=share_prompts)
+    other = trl_loss(moved_policy, dialogues, loss, 0.3, smoothing, tmp_path)
+    torch.testing.assert_close(own.detach(), other.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_simpo_equals_that_of_trl(pairs):
+    from trl.experimental.cpo import CPOTrainer
+
+    stub = SimpleNamespace(
+        loss_type="simpo",
+        simpo_gamma=0.7,
+        beta=2.0,
+        alpha=0.0,
+        label_smoothing=0.0,
+        accelerator=SimpleNamespace(device="cpu"),
+    )
+    means = pairs.logprobs_P2 / pairs.lengths_P2
+    expected, _, _ = CPOTrainer.cpo_loss(stub, means[:, 0], means[:, 1])
+    free = Pairs(pairs.logprobs_P2, torch.zeros(3, 2), pairs.lengths_P2)
+    found = preference_loss(free, options(loss="simpo", beta=2.0, target_margin=0.7))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_orpo_equals_that_of_trl(pairs):
+    from trl.experimental.orpo import ORPOTrainer
+
+    stub = SimpleNamespace(beta=0.1, accelerator=SimpleNamespace(device="cpu"))
+    means = pairs.logprobs_P2 / pairs.lengths_P2
+    expected = ORPOTrainer.odds_ratio_loss(stub, means[:, 0], means[:, 1])[0]
+    free = Pairs(pairs.logprobs_P2, torch.zeros(3, 2), pairs.lengths_P2)
+    torch.testing.assert_close(preference_loss(free, options(loss="orpo")), -expected, atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ the whole
+def test_pairs_of_many_segments_are_summed(tiny_policy):
+    """An episode in two contexts counts all of its actions, and stays beside its partner."""
+    tiny_policy._reference = [tiny_policy.model]
+    one = episode([1, 2], [3, 4], 1.0)
+    one.segments += episode([5], [6], 0.0).segments
+    objective = DPO(options())
+    batch = objective.prepare(tiny_policy, [one, episode([1, 2], [9], 0.0)])
+    assert [sequence.chain for sequence in batch.sequences] == [0, 0, 0]
+    assert [sequence.fields["episode"].tolist() for sequence in batch.sequences] == [[0, 0], [0], [1]]
+    assert objective.heldout(tiny_policy, [one, episode([1, 2], [9], 0.0)]) == {"accuracy": [0.5], "margin": [0.0]}
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "discopop"])  # not convex: may stay near 0
+def test_every_loss_learns_the_preference(tiny_policy, loss):
+    import copy
+
+    from lmrl.recipe import Optimizer
+
+    tiny_policy._reference = [copy.deepcopy(tiny_policy.model)]
+    episodes = [
+        episode([1, 2, 3], action, reward, group)
+        for group in range(2)
+        for action, reward in (([4 + group, 5], 1.0), ([6, 7 + group], -1.0))
+    ]
+    objective = DPO(options(loss=loss))
+    updater = Updater(tiny_policy, Optimizer(lr=1e-2), 20)
+    before = objective.heldout(tiny_policy, episodes)["margin"]
+    for step in range(1, 21):
+        updater.begin(step)
+        stats = updater.step(tiny_policy, objective, objective.prepare(tiny_policy, episodes))
+    assert stats["loss"] < math.inf
+    after = objective.heldout(tiny_policy, episodes)
+    assert sum(after["margin"]) > sum(before) and after["accuracy"] == [1.0, 1.0]
+
+
+def test_pairs_without_rewards_are_refused(tiny_policy):
+    with pytest.raises(DataError, match="has no reward"):
+        DPO(options()).prepare(tiny_policy, [episode([1], [2], None)])
