@@ -63,7 +63,9 @@ def memory_lines(recipe: Recipe) -> list[str]:
     activation = 2 if "bfloat16" in (recipe.model.dtype, recipe.training.precision) else 4
     # Attention input, q, k, v, output, two norms and three feed-forward maps are kept for the backward pass.
     per_token = shape["layers"] * (10 * shape["hidden"] + 4 * shape["intermediate"]) * activation
-    items["activations"] = tokens * per_token
+    # With checkpointing only the layers' inputs are kept, and one layer is computed again at a time.
+    kept = shape["layers"] * shape["hidden"] * activation + per_token // shape["layers"]
+    items["activations"] = tokens * (kept if recipe.training.gradient_checkpointing else per_token)
     items["vocabulary slices"] = 3 * tokens * min(SLICE, shape["vocabulary"]) * 4
     megabytes = {name: size / 2**20 for name, size in items.items() if size} | {"python": PROCESS_MB}
     parts = ", ".join(f"{name} {size:,.0f}" for name, size in megabytes.items())

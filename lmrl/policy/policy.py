@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lmrl.errors import ModelError
 from lmrl.policy.heads import CHUNK, HeadsSpec, Values, guide, probability_ratio
 from lmrl.policy.logprobs import token_logprobs
 from lmrl.policy.passes import Cache, Guidance, Outputs, States, Want
@@ -55,6 +57,20 @@ class Policy(nn.Module):
         self.microbatch_tokens = recipe.training.microbatch_tokens
         if recipe.training.precision == "bfloat16":
             self.autocast_dtype = torch.bfloat16
+        if recipe.training.gradient_checkpointing:
+            trunks = [self.causal_lm, *([self.values.trunk] if self.values and self.values.trunk else [])]
+            for trunk in trunks:
+                if not trunk.supports_gradient_checkpointing:
+                    kind = type(trunk).__name__
+                    raise ModelError(f"training.gradient_checkpointing: {kind} does not support it; leave it out")
+                trunk.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def begin_update(self, dropout: bool) -> None:
+        """Make ready for passes with gradient, with the model's dropout or without."""
+        self.train(dropout)
+        for module in self.modules():  # layers checkpoint themselves in training mode only, and take no cache then
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training |= module.gradient_checkpointing
 
     def _build_values(self, heads: HeadsSpec) -> Values:
         width, tokens = self.vocabulary.shape[1], self.vocabulary.shape[0]

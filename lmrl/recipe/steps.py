@@ -33,6 +33,8 @@ class Training(Section):
     """Tokens, padding included, that go through the model at once."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast. Trainable weights stay float32."""
+    gradient_checkpointing: bool = False
+    """Keep no activations inside the model's layers for the backward pass, but compute them again: less memory, more time."""
     checkpoint_every: int = Field(50, ge=0)
     """Steps between checkpoints (0: only at the end of a stage)."""
     keep_checkpoints: int = Field(2, ge=1)

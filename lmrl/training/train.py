@@ -140,7 +140,8 @@ def _execute(run: Run, display: Display, resumed: bool = False) -> Result:
     accelerator.end_training()
     scores, columns = closing_table(run)
     if scores and columns:
-        display.table("Result", {label: _only(row, columns) for label, row in scores.items()})
+        rows = {label: _only(row, columns) for label, row in scores.items()}
+        display.table("Result", {label: row for label, row in rows.items() if row})
     return Result(run.folder, scores)
 
 

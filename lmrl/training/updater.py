@@ -42,7 +42,7 @@ class Updater:
 
     def step(self, policy: Policy, objective: Objective, minibatch: Batch) -> dict[str, float]:
         """One update. Returns statistics averaged over the minibatch; a non-finite one changes no weight."""
-        policy.train(objective.dropout)
+        policy.begin_update(objective.dropout)
         self.optimizer.zero_grad(set_to_none=True)
         stats = self.backward(policy, objective, minibatch)
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))

@@ -10,6 +10,7 @@ from lmrl.errors import NonFiniteError
 from lmrl.objectives.base import Loss, Objective
 from lmrl.objectives.likelihood import Likelihood
 from lmrl.recipe import LikelihoodObjective, Optimizer
+from lmrl.recipe_files import load_recipe
 from lmrl.training.replay import replay
 from lmrl.training.updater import Updater, schedule
 from lmrl.trajectories.batch import to_batch
@@ -105,3 +106,26 @@ def test_the_run_stops_and_keeps_what_broke_it(tmp_path):
     assert (info["step"], info["seed"], info["reproduce"]) == (2, 0, f"lmrl replay {kept}")
     lines = replay(kept)
     assert "loss nan" in lines[0] and any("gradient of" in line for line in lines)
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny_policy):
+    from lmrl.trajectories.batch import Batch, Sequence
+
+    tokens = torch.arange(3, 15)
+    batch = Batch([Sequence(tokens, torch.arange(4, 11), tokens[5:])])
+    recipe = load_recipe("random_walks/bc", ["training.gradient_checkpointing=true"])
+    gradients, layers = [], []
+    first = tiny_policy.causal_lm.model.layers[0].mlp
+    first.register_forward_hook(lambda *_: layers.append(1))
+    for checkpointed in (False, True):
+        if checkpointed:
+            tiny_policy.configure(recipe)
+            assert tiny_policy.causal_lm.is_gradient_checkpointing
+        tiny_policy.begin_update(dropout=False)
+        tiny_policy.zero_grad()
+        [micro] = batch.microbatches(100, tiny_policy.pad_id)
+        tiny_policy(micro).logprobs.sum().backward()
+        gradients.append([p.grad.clone() for p in tiny_policy.model.parameters()])
+    assert len(layers) == 3  # once without, twice with
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
