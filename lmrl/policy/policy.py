@@ -63,7 +63,7 @@ class Policy(nn.Module):
                 if not trunk.supports_gradient_checkpointing:
                     kind = type(trunk).__name__
                     raise ModelError(f"training.gradient_checkpointing: {kind} does not support it; leave it out")
-                trunk.gradient_checkpointing_enable({"use_reentrant": False})
+                trunk.gradient_checkpointing_enable()
 
     def begin_update(self, dropout: bool) -> None:
         """Make ready for passes with gradient, with the model's dropout or without."""

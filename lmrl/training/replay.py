@@ -32,7 +32,8 @@ def replay(folder: Path) -> list[str]:
     batch = load_batch(folder / "batch.safetensors")
     seed_everything(info["seed"], info["stage"], info["step"])
     updater = Updater(policy, recipe.optimizer, recipe.training.steps)
-    stats = updater.backward(policy.train(objective.dropout), objective, batch)
+    policy.begin_update(objective.dropout)
+    stats = updater.backward(policy, objective, batch)
     lines = [f"stage {info['stage']}, step {info['step']}, {len(batch.sequences)} sequences: loss {stats['loss']}"]
     for index, sequence in enumerate(batch.sequences):
         for name, tensor in sequence.fields.items():
