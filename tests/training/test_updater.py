@@ -116,7 +116,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_policy):
     recipe = load_recipe("random_walks/bc", ["training.gradient_checkpointing=true"])
     gradients, layers = [], []
     first = tiny_policy.causal_lm.model.layers[0].mlp
-    first.register_forward_hook(lambda *_: layers.append(1))
+    first.register_forward_pre_hook(lambda *_: layers.append(1))
     for checkpointed in (False, True):
         if checkpointed:
             tiny_policy.configure(recipe)

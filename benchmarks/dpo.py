@@ -1,0 +1,159 @@
+"""DPO side by side with trl's DPOTrainer: pairs per second and peak memory.
+
+    python benchmarks/dpo.py --model FOLDER --pairs PAIRS.jsonl [--rounds 3]
+
+Both run the same job in a process of their own, in turn: the same pairs in the same order and tokens, pairs a batch and a
+microbatch, LoRA rank and targets, learning rate, threads, bfloat16 arithmetic and gradient checkpointing. trl runs at its defaults (float32
+weights under bfloat16 autocast, checkpointing on); lmrl keeps the frozen weights in bfloat16. `--no-checkpointing`
+switches it off on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a causal LM, for instance SmolLM2-135M-Instruct")
+    parser.add_argument("--pairs", required=True, help="JSONL with chosen and rejected texts, as Anthropic's HH-RLHF")
+    parser.add_argument("--batch", type=int, default=4, help="pairs a step, and at most so many a microbatch")
+    parser.add_argument("--steps", type=int, default=8, help="of which the first two are not counted")
+    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument("--lora-r", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--no-checkpointing", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--peer", choices=("lmrl", "trl"), help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peer:
+        (run_lmrl if args.peer == "lmrl" else run_trl)(args)
+        return
+
+    results: dict[str, list[dict]] = {"lmrl": [], "trl": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        pairs = same_pairs(args, Path(scratch) / "pairs.jsonl")
+        for number in range(args.rounds):
+            for peer in results:
+                report = Path(scratch) / f"{peer}-{number}"
+                command = [sys.executable, __file__, *sys.argv[1:], "--peer", peer, "--output", str(report)]
+                done = subprocess.run(
+                    [*command, "--pairs", str(pairs)], capture_output=True, text=True,
+                    env=os.environ | {"OMP_NUM_THREADS": str(args.threads)},
+                )  # fmt: skip
+                if done.returncode:
+                    sys.exit(f"{peer} failed\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+                results[peer].append(json.loads(report.with_suffix(".json").read_text()))
+                print(peer, json.dumps(results[peer][-1]), flush=True)
+    print(f"\n{'':6} {'pairs/s':>9} {'peak MB':>8}   (median of {args.rounds} rounds)")
+    for peer, runs in results.items():
+        speed, memory = (statistics.median(run[key] for run in runs) for key in ("pairs_per_second", "peak_mb"))
+        print(f"{peer:6} {speed:9.3f} {memory:8.0f}")
+    for name, key in (("speed", "pairs_per_second"), ("memory", "peak_mb")):
+        ratios = [a[key] / b[key] for a, b in zip(results["lmrl"], results["trl"], strict=True)]
+        print(f"{name}: lmrl / trl = {statistics.median(ratios):.2f} (rounds {min(ratios):.2f} to {max(ratios):.2f})")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def same_pairs(args: argparse.Namespace, path: Path) -> Path:
+    """The first pairs that fit, with the prompt apart, so that both sides cut the text in the same place."""
+    from transformers import AutoTokenizer
+
+    from lmrl.trajectories.rows import parse
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    rows = []
+    with open(args.pairs) as lines:
+        for line in lines:
+            chosen, rejected = parse(json.loads(line))
+            prompt, texts = chosen.prompt, (chosen.turns[0].action, rejected.turns[0].action)
+            if max(len(tokenizer(prompt + text).input_ids) for text in texts) < args.max_tokens:
+                rows.append({"prompt": prompt, "chosen": texts[0], "rejected": texts[1]})
+            if len(rows) == args.batch * args.steps:
+                break
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run_lmrl(args: argparse.Namespace) -> None:
+    import lmrl
+
+    overrides = {
+        "model.path": args.model,
+        "model.lora.r": args.lora_r,
+        "source.path": args.pairs,
+        "source.batch_size": args.batch,
+        "source.max_tokens": "null",
+        "task.prompts.holdout": 0,
+        "training.steps": args.steps,
+        "training.checkpoint_every": 0,
+        "training.threads": args.threads,
+        "training.microbatch_tokens": args.batch * args.max_tokens,
+        "training.gradient_checkpointing": str(not args.no_checkpointing).lower(),
+        "evaluation.every": 0,
+    }
+    run = args.output
+    lmrl.train("dialogues/dpo", [f"{key}={value}" for key, value in overrides.items()], output=run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    times = [line["time"] for line in lines if line["kind"] == "train"]
+    report(args, [time["source_s"] + time["update_s"] for time in times], times[-1]["peak_memory_mb"])
+
+
+def run_trl(args: argparse.Namespace) -> None:
+    import resource
+    import time
+
+    import torch
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    torch.set_num_threads(args.threads)
+    marks = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            marks.append(time.monotonic())
+
+        def on_step_end(self, *_, **__):
+            marks[-1] = time.monotonic() - marks[-1]
+
+    config = DPOConfig(
+        str(args.output), per_device_train_batch_size=args.batch, max_steps=args.steps, learning_rate=1e-4, max_length=None,
+        report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
+        **({"gradient_checkpointing": False} if args.no_checkpointing else {}),
+    )  # fmt: skip
+    trainer = DPOTrainer(
+        args.model, args=config, processing_class=AutoTokenizer.from_pretrained(args.model),
+        train_dataset=load_dataset("json", data_files=args.pairs, split="train"), callbacks=[Clock()],
+        peft_config=LoraConfig(r=args.lora_r, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    trainer.train()
+    report(args, marks, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+
+
+def report(args: argparse.Namespace, seconds: list[float], peak_mb: float) -> None:
+    counted = seconds[2:]
+    found = {
+        "pairs_per_second": args.batch * len(counted) / sum(counted),
+        "step_seconds": [round(second, 2) for second in counted],
+        "peak_mb": peak_mb,
+    }
+    args.output.with_suffix(".json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
