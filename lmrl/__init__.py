@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "TextEnvironment", "evaluate", "load_recipe", "train"]
+__all__ = ["Recipe", "TemporaryError", "TextEnvironment", "evaluate", "load_recipe", "train"]
 
 if TYPE_CHECKING:
     from lmrl.environments import TextEnvironment
+    from lmrl.errors import TemporaryError
     from lmrl.evaluation import evaluate
     from lmrl.recipe import Recipe
     from lmrl.recipe_files import load_recipe
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Recipe": "lmrl.recipe",
+    "TemporaryError": "lmrl.errors",
     "TextEnvironment": "lmrl.environments",
     "evaluate": "lmrl.evaluation",
     "load_recipe": "lmrl.recipe_files",

@@ -35,6 +35,10 @@ class RewardError(LmrlError):
     """A reward function broke its contract, or failed on too many samples."""
 
 
+class TemporaryError(Exception):
+    """For reward functions to raise: a failure that may pass, so that the call is tried again before samples are lost."""
+
+
 class EpisodeError(LmrlError):
     """An environment failed on too many episodes."""
 

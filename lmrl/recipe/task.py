@@ -36,16 +36,68 @@ class Prompts(Section):
 
 
 class Reward(Section):
-    """One reward function: `file.py:name` or a dotted path."""
+    """One reward: a function, a scorer behind HTTP, or a learned model."""
 
-    function: str
+    function: str | None = None
+    """`file.py:name` or a dotted path, of trl's protocol."""
+    url: str | None = None
+    """Address of a scorer (see lmrl/rewards/http.py), for instance `lmrl reward serve`."""
+    model: str | list[str] | None = None
+    """A sequence classifier: a folder, a hub name, or `stage:NAME` for an earlier stage of this recipe; several make an
+    ensemble (see lmrl/rewards/model.py)."""
     weight: float = 1.0
+    """0: watched, not trained on."""
     options: dict[str, Any] = {}
+    """Arguments of the function, of the class, or of what `url` and `model` stand for."""
     name: str | None = None
+    timeout: float | None = Field(None, gt=0)
+    """Seconds that a call may take; a function that is not async then runs in a worker process, as nothing else stops it."""
+    workers: int = Field(0, ge=0)
+    """Processes that run it side by side, each on a part of the batch (0: the run's own process)."""
+    memory_mb: int | None = Field(None, ge=64)
+    """Address space that a worker may take."""
+    retries: int = Field(2, ge=0)
+    """Further calls after a failure that may pass (lmrl.TemporaryError, ConnectionError, TimeoutError)."""
+    normalize: tuple[float, float] | None = None
+    """[mean, standard deviation]: scores count as (score - mean) / deviation."""
+    clip: tuple[float, float] | None = None
+    """[low, high] of what counts, after `normalize`."""
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Reward:
+        if sum(one is not None for one in (self.function, self.url, self.model)) != 1:
+            raise ValueError("a reward is one of `function`, `url` and `model`")
+        if self.memory_mb is not None and self.workers == 0:
+            raise ValueError("`memory_mb` limits worker processes: set `workers` to 1 or more")
+        if self.normalize is not None and self.normalize[1] <= 0:
+            raise ValueError("`normalize` is [mean, standard deviation], with a deviation above 0")
+        if self.clip is not None and self.clip[0] >= self.clip[1]:
+            raise ValueError("`clip` is [low, high], with low < high")
+        return self
+
+    @property
+    def kind(self) -> str:
+        return next(kind for kind in ("function", "url", "model") if getattr(self, kind) is not None)
+
+    @property
+    def what(self) -> str:
+        """The function, address or model(s), as given."""
+        given = getattr(self, self.kind)
+        return given if isinstance(given, str) else ", ".join(given)
 
     @property
     def label(self) -> str:
-        return self.name or self.function.replace(":", ".").rsplit(".", 1)[-1]
+        if self.name or self.kind != "function":
+            return self.name or self.kind
+        return self.function.replace(":", ".").rsplit(".", 1)[-1]
+
+    def target(self) -> tuple[str, dict[str, Any]]:
+        """The function or class that does the work, and its options."""
+        if self.kind == "url":
+            return "lmrl.rewards.http.Scorer", {"url": self.url, "timeout": self.timeout} | self.options
+        if self.kind == "model":
+            return "lmrl.rewards.model.Classifier", {"model": self.model} | self.options
+        return self.function, dict(self.options)
 
 
 class PromptTask(Section):

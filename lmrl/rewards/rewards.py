@@ -6,19 +6,23 @@ names. None means "not judged". A failure is data: the sample is left out and co
 
 from __future__ import annotations
 
-import asyncio
-import inspect
+import copy
 import math
 import numbers
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from lmrl.errors import EpisodeError, PluginError, RewardError
-from lmrl.plugins import load_plugin
-from lmrl.recipe import Reward
+from lmrl.errors import EpisodeError, RewardError, TemporaryError
+from lmrl.rewards.workers import Failure
 from lmrl.trajectories.trajectory import Trajectory
+
+FIRST_PAUSE = 0.5
+"""Seconds before a call is tried again."""
+MAX_TIMEOUTS, MAX_LOST = 2, 8
+"""Timeouts and workers that narrowing a failure down may cost, of each part of a batch."""
 
 
 @dataclass
@@ -29,6 +33,21 @@ class RewardFunction:
     origin: str
     weight: float
     call: Callable[..., Any]
+    parallel: int = 1
+    """Parts of a batch that may be called for at a time, from threads."""
+    timeout: float | None = None
+    """Seconds that a call may take; `call` sees to it."""
+    retries: int = 0
+    """Further calls after a failure that may pass."""
+    normalize: tuple[float, float] | None = None
+    """Mean and standard deviation that scores are standardised by, where they count."""
+    clip: tuple[float, float] | None = None
+
+    def counted(self, value: float) -> float:
+        """A score as it goes into the reward."""
+        if self.normalize is not None:
+            value = (value - self.normalize[0]) / self.normalize[1]
+        return value if self.clip is None else min(max(value, self.clip[0]), self.clip[1])
 
 
 @dataclass
@@ -39,93 +58,110 @@ class Scores:
     causes: list[str | None]
 
 
-def load_rewards(specs: Sequence[Reward]) -> list[RewardFunction]:
-    """Import the functions of `task.rewards`; a class is instantiated with its `options`."""
-    return [_load(spec, f"task.rewards.{index}.function") for index, spec in enumerate(specs)]
+def score(function: RewardFunction, columns: dict[str, list[Any]]) -> Scores:
+    """Call a function on a batch of columns, in parts where it takes several at a time.
 
-
-def _load(spec: Reward, key: str) -> RewardFunction:
-    found = load_plugin(spec.function, key)
-    options = dict(spec.options)
-    if inspect.isclass(found):
-        try:
-            found, options = found(**options), {}
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise PluginError(f"{key}: '{spec.function}' cannot be made with these options: {reason}") from error
-    if not callable(found):
-        raise PluginError(f"{key}: '{spec.function}' is a {type(found).__name__}, not a function")
-    file, colon, name = spec.function.rpartition(":")
-    origin = f"{Path(file).name}:{name}" if colon and file.endswith(".py") else spec.function
-    parameters = inspect.signature(found).parameters.values()
-    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-    names = {parameter.name for parameter in parameters}
-    unknown = set() if takes_all else set(options) - names
-    if unknown:
-        raise PluginError(
-            f"{key}: '{spec.function}' takes no option '{sorted(unknown)[0]}' (it takes {', '.join(names)})"
-        )
-
-    def call(**arguments: Any) -> Any:
-        chosen = {name: value for name, value in arguments.items() if takes_all or name in names}
-        result = found(**chosen, **options)
-        return asyncio.run(result) if inspect.iscoroutine(result) else result
-
-    return RewardFunction(spec.label, origin, spec.weight, call)
-
-
-def score(function: RewardFunction, arguments: dict[str, list[Any]]) -> Scores:
-    """Call a function on a batch of columns.
-
-    An exception in the batch is narrowed down by calling row by row, so that it costs only the rows that cause it. A
-    result of the wrong length or type raises RewardError: that is a mistake in the function, not a hard sample.
+    What fails in a batch is narrowed down by calling row by row, so that it costs only the rows that cause it; after a few
+    further timeouts the rest of the batch is given up. A result of the wrong length or type raises
+    RewardError: that is a mistake in the function, not a hard sample.
     """
-    rows = len(arguments["prompts"])
+    rows = len(columns["prompts"])
+    parts = min(function.parallel, rows)
+    if parts == 1:
+        return _score(function, columns)
+    bounds = [rows * part // parts for part in range(parts + 1)]
+    slices = [
+        {name: column[low:high] for name, column in columns.items()}
+        for low, high in zip(bounds, bounds[1:], strict=False)
+    ]
+    with ThreadPoolExecutor(parts) as threads:
+        found = list(threads.map(lambda part: _score(function, part), slices))
+    return Scores([one for part in found for one in part.values], [one for part in found for one in part.causes])
+
+
+def _score(function: RewardFunction, columns: dict[str, list[Any]]) -> Scores:
+    rows = len(columns["prompts"])
     try:
-        result = function.call(**arguments)
-    except Exception as error:
-        if rows == 1:
-            return Scores([None], [f"{function.origin} raised {type(error).__name__}: {error}"])
-        singles = [score(function, {name: [column[row]] for name, column in arguments.items()}) for row in range(rows)]
-        return Scores([single.values[0] for single in singles], [single.causes[0] for single in singles])
-    values, causes = [], []
-    for row, value in enumerate(_checked_list(function, result, rows)):
-        number = _number(function, row, value)
-        cause = None
-        if number is None:
-            cause = f"{function.origin} returned None"
-        elif not math.isfinite(number):
-            number, cause = None, f"{function.origin} returned {value}"
-        values.append(number)
-        causes.append(cause)
-    return Scores(values, causes)
+        values = _attempt(function, columns)
+    except RewardError:
+        raise
+    except (Exception, SystemExit) as error:
+        return Scores([None], [_cause(function, error)]) if rows == 1 else _row_by_row(function, columns, error)
+    causes, kept = [], []
+    for value in values:
+        fine = value is not None and math.isfinite(value)
+        causes.append(None if fine else f"{function.origin} returned {value}")
+        kept.append(value if fine else None)
+    return Scores(kept, causes)
 
 
-def _checked_list(function: RewardFunction, result: Any, rows: int) -> list[Any]:
+def _row_by_row(function: RewardFunction, columns: dict[str, list[Any]], error: BaseException) -> Scores:
+    """Find the rows that make a batch fail, within MAX_TIMEOUTS further timeouts and MAX_LOST further workers."""
+    result = Scores([], [])
+    late = lost = 0
+    for row in range(len(columns["prompts"])):
+        if late >= MAX_TIMEOUTS or lost >= MAX_LOST:
+            result.values.append(None)
+            result.causes.append(f"{_cause(function, error)} (on its batch; too many failures to try every row)")
+            continue
+        single = _score(function, {name: [column[row]] for name, column in columns.items()})
+        late += "timed out after" in (single.causes[0] or "")
+        lost += "lost its worker" in (single.causes[0] or "")
+        result.values += single.values
+        result.causes += single.causes
+    return result
+
+
+def _attempt(function: RewardFunction, columns: dict[str, list[Any]]) -> list[float | None]:
+    """Call once, and again after failures that may pass, each time after twice the pause."""
+    rows = len(columns["prompts"])
+    for retry in range(function.retries + 1):
+        try:  # a function may change what it is given
+            return checked_values(function.origin, function.call(**copy.deepcopy(columns)), rows)
+        except Exception as error:
+            if retry == function.retries or not is_temporary(error):
+                raise
+            time.sleep(min(FIRST_PAUSE * 2**retry, 30))
+    raise AssertionError
+
+
+def is_temporary(error: BaseException) -> bool:
+    """Whether it may go better the next time."""
+    return isinstance(error, TemporaryError | ConnectionError | TimeoutError) or getattr(error, "temporary", False)
+
+
+def _cause(function: RewardFunction, error: BaseException) -> str:
+    how = str(error) if isinstance(error, Failure) else f"raised {type(error).__name__}: {error}"
+    return f"{function.origin} {how}"
+
+
+def checked_values(origin: str, result: Any, rows: int) -> list[float | None]:
+    """A function's result as numbers, finite or not, and None. RewardError: wrong length or type."""
+    return [_number(origin, row, value) for row, value in enumerate(_checked_list(origin, result, rows))]
+
+
+def _checked_list(origin: str, result: Any, rows: int) -> list[Any]:
     is_list = hasattr(result, "__len__") and hasattr(result, "__iter__") and getattr(result, "ndim", 1) == 1
     if isinstance(result, str | bytes | dict) or not is_list:
         raise RewardError(
-            f"reward {function.origin} returned {result!r:.60} ({type(result).__name__}); "
+            f"reward {origin} returned {result!r:.60} ({type(result).__name__}); "
             f"expected a list with one number or None for each of the {rows} rows"
         )
     values = list(result)
     if len(values) != rows:
         where = f"row {len(values)} has no value" if len(values) < rows else f"row {rows} does not exist"
-        raise RewardError(
-            f"reward {function.origin} returned {len(values)} values for {rows} rows ({where}): {values!r:.80}"
-        )
+        raise RewardError(f"reward {origin} returned {len(values)} values for {rows} rows ({where}): {values!r:.80}")
     return values
 
 
-def _number(function: RewardFunction, row: int, value: Any) -> float | None:
+def _number(origin: str, row: int, value: Any) -> float | None:
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()  # a numpy or torch scalar
     if value is None:
         return None
     if not isinstance(value, numbers.Real):
         raise RewardError(
-            f"reward {function.origin}, row {row}: returned {value!r:.60} ({type(value).__name__}); "
-            "expected a number or None"
+            f"reward {origin}, row {row}: returned {value!r:.60} ({type(value).__name__}); expected a number or None"
         )
     return float(value)
 
@@ -148,7 +184,7 @@ def judge(rewards: Sequence[RewardFunction], trajectories: Sequence[Trajectory])
             if value is None:
                 trajectory.reward, trajectory.failure = None, trajectory.failure or cause
             elif trajectory.reward is not None:
-                trajectory.reward += function.weight * value
+                trajectory.reward += function.weight * function.counted(value)
     for trajectory in trajectories:
         if trajectory.reward is not None:
             trajectory.place_reward(trajectory.reward)

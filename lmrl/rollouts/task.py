@@ -11,7 +11,8 @@ import numpy as np
 from lmrl.environments import TextEnvironment, environment_factory
 from lmrl.errors import DataError, RecipeError
 from lmrl.recipe import Prompts, PromptTask, Recipe
-from lmrl.rewards.rewards import RewardFunction, drop_failed, judge, load_rewards
+from lmrl.rewards.load import load_rewards
+from lmrl.rewards.rewards import RewardFunction, drop_failed, judge
 from lmrl.rollouts.render import Renderer
 from lmrl.seeding import stream
 from lmrl.trajectories.files import Malformed, read_rows

@@ -8,7 +8,8 @@ import torch
 
 from lmrl.errors import PluginError, RewardError
 from lmrl.recipe import Reward
-from lmrl.rewards.rewards import drop_failed, judge, load_rewards, score
+from lmrl.rewards.load import load_rewards
+from lmrl.rewards.rewards import drop_failed, judge, score
 from lmrl.trajectories.trajectory import Segment, Trajectory
 
 FILE = """

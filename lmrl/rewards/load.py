@@ -1,0 +1,115 @@
+"""From a reward's section of a recipe to something that can be called on a batch."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lmrl.errors import PluginError
+from lmrl.plugins import load_plugin
+from lmrl.recipe import Reward
+from lmrl.rewards.rewards import RewardFunction
+from lmrl.rewards.workers import TimedOut, pool_of
+
+
+def load_rewards(specs: Sequence[Reward]) -> list[RewardFunction]:
+    """The rewards of `task.rewards`, in this process or in workers of their own."""
+    return [load_reward(spec, f"task.rewards.{index}") for index, spec in enumerate(specs)]
+
+
+def load_reward(spec: Reward, key: str) -> RewardFunction:
+    """One reward. Raises PluginError where it cannot be loaded, whether here or in a worker."""
+    workers = spec.workers
+    if workers == 0:
+        call, origin = local_call(spec, key)
+        if spec.timeout is not None and not _limits_itself(call):
+            workers = 1  # nothing else can stop a function that hangs
+    if workers > 0:
+        origin = origin_of(spec)
+        call = pool_of(spec.model_dump(mode="json"), key, workers, spec.timeout)
+    options = {"timeout": spec.timeout, "retries": spec.retries, "normalize": spec.normalize, "clip": spec.clip}
+    return RewardFunction(spec.label, origin, spec.weight, call, max(workers, 1), **options)
+
+
+def local_call(spec: Reward, key: str) -> tuple[Callable[..., Any], str]:
+    """The function, to be called with columns by name in this process, and what to call it in messages.
+
+    A class is instantiated with its `options`; a function gets them with every call.
+    """
+    name, options = spec.target()
+    key = f"{key}.{spec.kind}"
+    found = load_plugin(name, key)
+    if inspect.isclass(found):
+        try:
+            found, options = found(**options), {}
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise PluginError(f"{key}: '{spec.what}' cannot be made with these options: {reason}") from error
+    if not callable(found):
+        raise PluginError(f"{key}: '{spec.what}' is a {type(found).__name__}, not a function")
+    parameters = inspect.signature(found).parameters.values()
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    names = {parameter.name for parameter in parameters}
+    unknown = set() if takes_all else set(options) - names
+    if unknown:
+        raise PluginError(f"{key}: '{spec.what}' takes no option '{sorted(unknown)[0]}' (it takes {', '.join(names)})")
+    is_async = inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(getattr(found, "__call__", None))
+    call = partial(_call, found, None if takes_all else names, options, spec.timeout if is_async else None)
+    call.limits_itself = is_async
+    return call, origin_of(spec)
+
+
+def _call(
+    function: Callable[..., Any], names: set[str] | None, options: dict[str, Any], timeout: float | None, **columns: Any
+) -> Any:
+    """Call a function with the columns it takes; an async one is awaited, for `timeout` seconds at most."""
+    chosen = {name: value for name, value in columns.items() if names is None or name in names}
+    result = function(**chosen, **options)
+    return _await(result, timeout) if inspect.iscoroutine(result) else result
+
+
+def _await(coroutine: Coroutine, timeout: float | None) -> Any:
+    """Wait for a coroutine, also where this thread has a running event loop, as in a notebook."""
+
+    async def limited() -> Any:
+        try:
+            return await asyncio.wait_for(coroutine, timeout)
+        except TimeoutError as error:
+            if timeout is None:
+                raise
+            raise TimedOut(f"timed out after {timeout:g} s") from error
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(limited())
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.extend((True, asyncio.run(limited())))
+        except BaseException as error:
+            outcome.extend((False, error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    finished, value = outcome
+    if not finished:
+        raise value
+    return value
+
+
+def _limits_itself(call: Callable[..., Any]) -> bool:
+    return getattr(call, "limits_itself", False)
+
+
+def origin_of(spec: Reward) -> str:
+    """What messages call a reward: `file.py:function`, a dotted path, an address, or a model."""
+    file, colon, name = spec.what.rpartition(":")
+    return f"{Path(file).name}:{name}" if colon and file.endswith(".py") else spec.what

@@ -1,0 +1,56 @@
+"""A worker process of lmrl.rewards.workers: loads one reward function, and scores batches until its parent is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+from lmrl.errors import LmrlError, RewardError
+from lmrl.recipe import Reward
+from lmrl.rewards.load import local_call
+from lmrl.rewards.rewards import checked_values, is_temporary
+from lmrl.rewards.workers import receive, send
+
+
+def main() -> None:
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    order = receive(channel)
+    spec = Reward.model_validate(order["spec"])
+    if spec.memory_mb is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (spec.memory_mb << 20, spec.memory_mb << 20))
+    try:
+        call, origin = local_call(spec, order["key"])
+    except LmrlError as error:
+        send(channel, {"plugin_error": str(error)})
+        return
+    send(channel, {"ready": True})
+    while True:
+        try:
+            arguments = receive(channel)
+        except (EOFError, OSError):
+            return
+        try:
+            answer = {"values": checked_values(origin, call(**arguments), len(arguments["prompts"]))}
+        except RewardError as error:
+            answer = {"mistake": str(error)}
+        except (Exception, SystemExit) as error:
+            answer = {"raised": f"{type(error).__name__}: {error}", "temporary": is_temporary(error)}
+        send(channel, answer)
+
+
+def _end_with(parent: int) -> None:
+    """End this process and all it has started when the parent is gone, also in the middle of a batch."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
