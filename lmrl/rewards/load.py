@@ -58,7 +58,7 @@ def local_call(spec: Reward, key: str) -> tuple[Callable[..., Any], str]:
     unknown = set() if takes_all else set(options) - names
     if unknown:
         raise PluginError(f"{key}: '{spec.what}' takes no option '{sorted(unknown)[0]}' (it takes {', '.join(names)})")
-    is_async = inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(getattr(found, "__call__", None))
+    is_async = inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(type(found).__call__)
     call = partial(_call, found, None if takes_all else names, options, spec.timeout if is_async else None)
     call.limits_itself = is_async
     return call, origin_of(spec)
