@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lmrl.recipe.objective import LikelihoodObjective, PPOObjective, QObjective, QSFTObjective
-from lmrl.recipe.source import LoggedEpisodes, MixtureSource, RolloutsSource
+from lmrl.recipe.objective import LikelihoodObjective, PPOObjective, QObjective, QSFTObjective, RewardModelObjective
+from lmrl.recipe.source import DatasetSource, LoggedEpisodes, MixtureSource, RolloutsSource
 from lmrl.recipe.task import PromptTask
 
 
 def mistakes(recipe: Any) -> Iterator[str]:
     """One line for each combination in a recipe that cannot work."""
     objective, source, task, model = recipe.objective, recipe.source, recipe.task, recipe.model
+    if isinstance(objective, RewardModelObjective):
+        yield from _reward_model(source)
+        return
+    if task is None:
+        yield "missing key 'task': what the policy plays, an environment or prompts"
+        return
     rolls_out = isinstance(source, RolloutsSource)
     if isinstance(objective, PPOObjective):
         yield from _ppo(recipe, rolls_out)
@@ -70,3 +76,14 @@ def _ppo(recipe: Any, rolls_out: bool) -> Iterator[str]:
         )
     if recipe.rollouts.temperature == 0:
         yield "objective 'ppo' explores by sampling: set rollouts.temperature above 0"
+
+
+def _reward_model(source: Any) -> Iterator[str]:
+    learns = "objective 'reward_model' learns from pairs of a chosen and a rejected completion"
+    if not isinstance(source, DatasetSource) or source.path is None:
+        yield f"{learns}: set source.name=dataset and source.path (and leave source.player out)"
+        return
+    if source.best < 1:
+        yield f"{learns}, which have no returns to rank them by: leave source.best at 1"
+    if source.turns is not None:
+        yield f"{learns} as a whole: leave source.turns out"

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from lmrl.recipe.base import Plugin, Section
 
+STAGE_PREFIX = "stages/"
+"""A reward's `model` that begins so is the result of an earlier stage of the same run."""
+
 
 class Prompts(Section):
     """Where prompts come from: a JSONL or Parquet file, or a dataset on the hub."""
@@ -34,15 +37,40 @@ class Prompts(Section):
 
 
 class Reward(Section):
-    """One reward function: `file.py:name` or a dotted path."""
+    """One reward: a function, or a learned model."""
 
-    function: str
+    function: str | None = None
+    """`file.py:name` or a dotted path."""
+    model: str | list[str] | None = None
+    """A sequence classifier (folder or hub name), `stages/NAME` (the reward model that an earlier stage trained), or a
+    list of them, an ensemble. Its options are the arguments of lmrl.rewards.model.RewardModel."""
     weight: float = 1.0
     options: dict[str, Any] = {}
+    normalize: Literal["running"] | tuple[float, float] | None = None
+    """Subtract a mean and divide by a standard deviation before weighting: [MEAN, STD], or `running`, those of all
+    training samples so far (evaluation then reports the score as it is). Components stay as they were scored."""
+    clip: tuple[float, float] | None = None
+    """Lowest and highest value, after normalisation."""
     name: str | None = None
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Reward:
+        if (self.function is None) == (not self.model):
+            raise ValueError("needs either `function` (file.py:name) or `model` (a sequence classifier, or several)")
+        if isinstance(self.normalize, tuple) and not self.normalize[1] > 0:
+            raise ValueError("`normalize` is [MEAN, STD] with STD above 0, or `running`")
+        if self.clip is not None and not self.clip[0] < self.clip[1]:
+            raise ValueError("`clip` is [LOW, HIGH] with LOW < HIGH")
+        return self
+
+    @property
+    def models(self) -> list[str]:
+        return [self.model] if isinstance(self.model, str) else self.model or []
 
     @property
     def label(self) -> str:
+        if self.name is None and self.models:
+            return self.models[0].rstrip("/").rsplit("/", 1)[-1]
         return self.name or self.function.replace(":", ".").rsplit(".", 1)[-1]
 
 

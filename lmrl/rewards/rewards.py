@@ -1,7 +1,8 @@
 """Running reward functions: `f(prompts, completions, **columns) -> list[float | None]`, plain or async.
 
 A function is called once a batch. It gets every column of the prompts' file by name, or those that its signature
-names. None means "not judged". A failure is data: the sample is left out and counted, and never becomes a zero.
+names. None means "not judged". In place of a number stands an object where there is more to record: `{"score": 1.2,
+"std": 0.3}`. A failure is data: the sample is left out and counted, and never becomes a zero.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lmrl.errors import EpisodeError, PluginError, RewardError
+from lmrl.errors import EpisodeError, LmrlError, PluginError, RewardError, did_you_mean
 from lmrl.plugins import load_plugin
-from lmrl.recipe import Reward
+from lmrl.recipe import STAGE_PREFIX, Reward
+from lmrl.rewards.scale import Scale
 from lmrl.trajectories.trajectory import Trajectory
 
 
@@ -29,30 +31,40 @@ class RewardFunction:
     origin: str
     weight: float
     call: Callable[..., Any]
+    scale: Scale = field(default_factory=Scale)
 
 
 @dataclass
 class Scores:
-    """One function's verdict on a batch: a number or None for each row, and the cause where there is none."""
+    """One function's verdict on a batch: a number or None for each row, the cause where there is none, and extras."""
 
     values: list[float | None]
     causes: list[str | None]
+    extras: list[dict[str, float]]
+    """Further numbers that the function wants recorded, by name."""
 
 
 def load_rewards(specs: Sequence[Reward]) -> list[RewardFunction]:
-    """Import the functions of `task.rewards`; a class is instantiated with its `options`."""
-    return [_load(spec, f"task.rewards.{index}.function") for index, spec in enumerate(specs)]
+    """Import the functions of `task.rewards`, and load its models; a class is instantiated with its `options`."""
+    return [_load(spec, f"task.rewards.{index}") for index, spec in enumerate(specs)]
 
 
 def _load(spec: Reward, key: str) -> RewardFunction:
+    scale = Scale(spec.normalize, spec.clip)
+    if unknown := [model for model in spec.models if model.startswith(STAGE_PREFIX)]:
+        raise RewardError(
+            f"{key}.model: '{unknown[0]}' is the reward model of a run that is not at hand here: name its folder"
+        )
+    if spec.models:
+        from lmrl.rewards.model import RewardModel
+
+        model = _make(RewardModel, {"model": spec.model, **spec.options}, "RewardModel", f"{key}.model")
+        return RewardFunction(spec.label, spec.label, spec.weight, model, scale)
+    key = f"{key}.function"
     found = load_plugin(spec.function, key)
     options = dict(spec.options)
     if inspect.isclass(found):
-        try:
-            found, options = found(**options), {}
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise PluginError(f"{key}: '{spec.function}' cannot be made with these options: {reason}") from error
+        found, options = _make(found, options, spec.function, key), {}
     if not callable(found):
         raise PluginError(f"{key}: '{spec.function}' is a {type(found).__name__}, not a function")
     file, colon, name = spec.function.rpartition(":")
@@ -71,7 +83,23 @@ def _load(spec: Reward, key: str) -> RewardFunction:
         result = found(**chosen, **options)
         return asyncio.run(result) if inspect.iscoroutine(result) else result
 
-    return RewardFunction(spec.label, origin, spec.weight, call)
+    return RewardFunction(spec.label, origin, spec.weight, call, scale)
+
+
+def _make(cls: type, options: dict[str, Any], name: str, key: str) -> Any:
+    try:
+        parameters = inspect.signature(cls).parameters
+        if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+            for option in set(options) - set(parameters):
+                raise PluginError(f"{key}: '{name}' takes no option '{option}'{did_you_mean(option, parameters)}")
+        return cls(**options)
+    except PluginError:
+        raise
+    except LmrlError as error:
+        raise type(error)(f"{key}: {error}") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise PluginError(f"{key}: '{name}' cannot be made with these options: {reason}") from error
 
 
 def score(function: RewardFunction, arguments: dict[str, list[Any]]) -> Scores:
@@ -85,11 +113,16 @@ def score(function: RewardFunction, arguments: dict[str, list[Any]]) -> Scores:
         result = function.call(**arguments)
     except Exception as error:
         if rows == 1:
-            return Scores([None], [f"{function.origin} raised {type(error).__name__}: {error}"])
+            return Scores([None], [f"{function.origin} raised {type(error).__name__}: {error}"], [{}])
         singles = [score(function, {name: [column[row]] for name, column in arguments.items()}) for row in range(rows)]
-        return Scores([single.values[0] for single in singles], [single.causes[0] for single in singles])
-    values, causes = [], []
+        parts = [(single.values[0], single.causes[0], single.extras[0]) for single in singles]
+        return Scores(*map(list, zip(*parts, strict=True)))
+    values, causes, extras = [], [], []
     for row, value in enumerate(_checked_list(function, result, rows)):
+        extra = {}
+        if isinstance(value, dict) and "score" in value:
+            extra = {name: _number(function, row, one) for name, one in value.items() if name != "score"}
+            value = value["score"]
         number = _number(function, row, value)
         cause = None
         if number is None:
@@ -98,7 +131,8 @@ def score(function: RewardFunction, arguments: dict[str, list[Any]]) -> Scores:
             number, cause = None, f"{function.origin} returned {value}"
         values.append(number)
         causes.append(cause)
-    return Scores(values, causes)
+        extras.append({name: one for name, one in extra.items() if one is not None and math.isfinite(one)})
+    return Scores(values, causes, extras)
 
 
 def _checked_list(function: RewardFunction, result: Any, rows: int) -> list[Any]:
@@ -130,25 +164,28 @@ def _number(function: RewardFunction, row: int, value: Any) -> float | None:
     return float(value)
 
 
-def judge(rewards: Sequence[RewardFunction], trajectories: Sequence[Trajectory]) -> None:
+def judge(rewards: Sequence[RewardFunction], trajectories: Sequence[Trajectory], learning: bool = False) -> None:
     """Fill `components`, `reward` and `failure` of one-step trajectories and place the reward on their last token.
 
-    The reward is the weighted sum. A sample that a weighted function did not judge has no reward; a function of
-    weight 0 is only watched.
+    The reward is the weighted sum of scores, after their normalisation and clipping; components are the scores as they
+    were. A sample that a weighted function did not judge has no reward; a function of weight 0 is only watched.
+    learning: these are training samples, which running statistics follow.
     """
     arguments = _arguments(trajectories)
     for trajectory in trajectories:
         trajectory.reward = 0.0
     for function in rewards:
         scores = score(function, arguments)
-        for trajectory, value, cause in zip(trajectories, scores.values, scores.causes, strict=True):
-            trajectory.components[function.label] = value
+        scaled = function.scale(scores.values, learning)
+        for row, trajectory in enumerate(trajectories):
+            trajectory.components[function.label] = scores.values[row]
+            trajectory.components |= {f"{function.label}/{name}": one for name, one in scores.extras[row].items()}
             if function.weight == 0:
                 continue
-            if value is None:
-                trajectory.reward, trajectory.failure = None, trajectory.failure or cause
+            if scaled[row] is None:
+                trajectory.reward, trajectory.failure = None, trajectory.failure or scores.causes[row]
             elif trajectory.reward is not None:
-                trajectory.reward += function.weight * value
+                trajectory.reward += function.weight * scaled[row]
     for trajectory in trajectories:
         if trajectory.reward is not None:
             trajectory.place_reward(trajectory.reward)

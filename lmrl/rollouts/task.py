@@ -14,8 +14,8 @@ from lmrl.recipe import Prompts, PromptTask, Recipe
 from lmrl.rewards.rewards import RewardFunction, drop_failed, judge, load_rewards
 from lmrl.rollouts.render import Renderer
 from lmrl.seeding import stream
-from lmrl.trajectories.files import field_of, read_rows
-from lmrl.trajectories.rows import prompt_key
+from lmrl.trajectories.files import Malformed, field_of, read_rows
+from lmrl.trajectories.rows import preference, prompt_key
 from lmrl.trajectories.store import logged_texts
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -48,6 +48,8 @@ class Task:
     history: int | str = "all"
     max_failed: float = 0.1
     rewards: list[RewardFunction] = field(default_factory=list)
+    learning: bool = False
+    """Whether what is played is learned from, so that running statistics of rewards follow it."""
     judged_by: str = "environment"
     notes: list[str] = field(default_factory=list)
 
@@ -61,7 +63,7 @@ class Task:
     def judge(self, trajectories: list[Trajectory]) -> None:
         """Give every trajectory its reward; an environment has done so already."""
         if self.judged_by == "reward":
-            judge(self.rewards, trajectories)
+            judge(self.rewards, trajectories, self.learning)
 
     def keep_judged(self, trajectories: list[Trajectory]) -> list[Trajectory]:
         """The judged trajectories; stops the run where too many are not."""
@@ -73,6 +75,8 @@ def task_texts(recipe: Recipe) -> list[str]:
     section, source, texts = recipe.task, recipe.source, []
     if getattr(source, "path", None):
         texts += logged_texts(source.path, source.split)
+    if section is None:
+        return texts
     if isinstance(section, PromptTask):
         return texts + _strings(read_rows(section.prompts.path, section.prompts.split, section.prompts.limit))
     environment = environment_factory(section)()
@@ -115,6 +119,8 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
     prompts = section.prompts
     rows = read_rows(prompts.path, prompts.split, prompts.limit)
     for number, row in enumerate(rows, start=1):
+        if row.get(prompts.column) is None and {"chosen", "rejected"} <= row.keys():
+            row[prompts.column] = prompt_of_pair(row, prompts.path, number)
         check_prompt(field_of(row, prompts.column, (str, list), prompts.path, number), prompts, number)
     chat = prompts.chat or any(isinstance(row[prompts.column], list) for row in rows)
     renderer = Renderer(tokenizer, chat, prompts.system)
@@ -135,6 +141,14 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
         judged_by="reward",
         notes=notes if len(short) < len(rows) else [],
     )
+
+
+def prompt_of_pair(row: dict[str, Any], path: str, number: int) -> str | list:
+    """The prompt of a preference that does not state it: what both completions begin with."""
+    try:
+        return preference(row)[0]
+    except Malformed as error:
+        raise DataError(f"{path}, row {number}: {error}") from error
 
 
 def check_prompt(prompt: str | list, prompts: Prompts, number: int) -> None:
