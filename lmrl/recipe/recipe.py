@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag, model_validator
@@ -108,9 +109,27 @@ class Recipe(Section):
                 raise ValueError(
                     f"`{where}`: stage '{start}' trains a reward model, and leaves no policy to start from"
                 )
-        for mistake in mistakes(self):
+        for mistake in [*mistakes(self), *self._idle_settings()]:
             raise ValueError(mistake)
         return self
+
+    def _idle_settings(self) -> Iterator[str]:
+        """Settings that are stated for a reward model, and not only shared with it, although it cannot use them."""
+        stated = {
+            f"stages.{name}.": own for name, own in self.stages.items() if self._objective_name(own) == REWARD_MODEL
+        }
+        if not self.stages and self.objective.name == REWARD_MODEL:
+            stated[""] = {"evaluation": self.evaluation.model_dump(mode="json")}
+        for place, section in stated.items():
+            if section.get("rollouts"):
+                yield f"`{place}rollouts`: a reward model is trained on pairs, and plays nothing: leave it out"
+            evaluation = section.get("evaluation")
+            for name in ("suite", "gate", "metric") if isinstance(evaluation, dict) else ():
+                if evaluation.get(name) is not None:
+                    yield (
+                        f"`{place}evaluation.{name}`: a reward model plays no suite; it is measured on the pairs that "
+                        "objective.holdout keeps aside: leave it out"
+                    )
 
     @property
     def judges(self) -> bool:

@@ -93,7 +93,9 @@ def test_of_a_longer_text_the_end_is_kept(classifier):
 
 def test_labels_and_probabilities(classifier):
     path = classifier(labels=3, id2label={0: "BAD", 1: "FAIR", 2: "GOOD"}, label2id={"BAD": 0, "FAIR": 1, "GOOD": 2})
-    with pytest.raises(RecipeError, match=r"task.rewards.0.model: .* choose one with options.label \(BAD, FAIR, GOOD\)"):
+    with pytest.raises(
+        RecipeError, match=r"task.rewards.0.model: .* choose one with options.label \(BAD, FAIR, GOOD\)"
+    ):
         learned(path)
     with pytest.raises(RecipeError, match="has no label 'GOD'; did you mean 'GOOD'"):
         learned(path, options={"label": "GOD"})

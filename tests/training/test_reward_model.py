@@ -44,7 +44,11 @@ def write_pairs(path, count=120):
         for number in range(count):
             chosen, rejected = ("".join(rng.choices(letters, k=3)) for letters in ("aeiou", "bcdfg"))
             noise = rng.choices("xyz", k=3)
-            row = {"prompt": f"{number % 60}: ", "chosen": chosen + "".join(noise), "rejected": rejected + "".join(noise)}
+            row = {
+                "prompt": f"{number % 60}: ",
+                "chosen": chosen + "".join(noise),
+                "rejected": rejected + "".join(noise),
+            }
             file.write(json.dumps(row) + "\n")
 
 
@@ -256,7 +260,15 @@ def test_running_statistics_survive_a_stop(tmp_path, tiny_folder, monkeypatch):
             "stage warmup is judged by stage rm, which is trained later: move rm before warmup",
         ),
         (["stages.rm.source.best=0.5"], "have no returns to rank them by: leave source.best at 1"),
-        (["stages.rm.source={name: rollouts}"], "learns from pairs of a chosen and a rejected completion: set source.name"),
+        (
+            ["stages.rm.source={name: rollouts}"],
+            "learns from pairs of a chosen and a rejected completion: set source.name",
+        ),
+        (["stages.rm.evaluation.suite=sentiment"], "`stages.rm.evaluation.suite`: a reward model plays no suite"),
+        (
+            ["stages.rm.rollouts.samples=2"],
+            "`stages.rm.rollouts`: a reward model is trained on pairs, and plays nothing",
+        ),
         (["task=null"], "missing key 'task': what the policy plays"),
     ],
 )
@@ -273,7 +285,9 @@ def test_a_reward_model_run_is_no_policy(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------------- data
 def test_pairs_of_every_format(tmp_path):
-    user, good, bad = ({"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "yes"), ("assistant", "no")))
+    user, good, bad = (
+        {"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "yes"), ("assistant", "no"))
+    )
     rows = [
         {"prompt": "p", "chosen": "a", "rejected": "b"},
         {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
@@ -314,7 +328,9 @@ def test_no_prompt_of_a_held_out_pair_is_trained_on():
 
 def test_the_split_agrees_with_that_of_the_prompts(tmp_path, tiny_folder):
     """The same file as prompts, without a `prompt` column, and as pairs."""
-    rows = [{"chosen": f"\n\nHuman: {n}\n\nAssistant: a", "rejected": f"\n\nHuman: {n}\n\nAssistant: b"} for n in range(40)]
+    rows = [
+        {"chosen": f"\n\nHuman: {n}\n\nAssistant: a", "rejected": f"\n\nHuman: {n}\n\nAssistant: b"} for n in range(40)
+    ]
     recipe = load_recipe(stages_recipe(tmp_path, tiny_folder), ["stages.rm.training.steps=1"])
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     from lmrl.policy.tokenizers import build_tokenizer
