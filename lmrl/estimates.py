@@ -9,7 +9,16 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from lmrl.recipe import ILQLObjective, MixtureSource, Model, PPOObjective, QObjective, QSFTObjective, Recipe
+from lmrl.recipe import (
+    ILQLObjective,
+    MixtureSource,
+    Model,
+    PPOObjective,
+    QObjective,
+    QSFTObjective,
+    Recipe,
+    RewardModelObjective,
+)
 
 ADAM_BYTES = 4 + 4 + 8
 """A trainable parameter: float32 weight, gradient and two moments."""
@@ -24,6 +33,11 @@ BINS = 51
 def arithmetic_line(recipe: Recipe) -> str:
     """Prompts x samples -> minibatches -> microbatches -> updates."""
     a = recipe.arithmetic()
+    if isinstance(recipe.objective, RewardModelObjective):
+        return (
+            f"a step: {a['episodes']} pairs of texts of at most {recipe.objective.max_length} tokens each -> microbatches of "
+            f"about {recipe.training.microbatch_tokens} tokens -> 1 update; {a['steps']} steps = {a['updates']} updates"
+        )
     width = _tokens_an_episode(recipe)
     micro = math.ceil(a["episodes_per_minibatch"] * width / recipe.training.microbatch_tokens)
     episodes = f"{a['prompts']} prompts x {a['samples']} samples = {a['episodes']} episodes"
@@ -66,7 +80,8 @@ def memory_lines(recipe: Recipe) -> list[str]:
     # With checkpointing only the layers' inputs are kept, and one layer is computed again at a time.
     kept = shape["layers"] * shape["hidden"] * activation + per_token // shape["layers"]
     items["activations"] = tokens * (kept if recipe.training.gradient_checkpointing else per_token)
-    items["vocabulary slices"] = 3 * tokens * min(SLICE, shape["vocabulary"]) * 4
+    if not isinstance(recipe.objective, RewardModelObjective):
+        items["vocabulary slices"] = 3 * tokens * min(SLICE, shape["vocabulary"]) * 4
     megabytes = {name: size / 2**20 for name, size in items.items() if size} | {"python": PROCESS_MB}
     parts = ", ".join(f"{name} {size:,.0f}" for name, size in megabytes.items())
     count = f"{total / 1e6:,.2f}M parameters, {(learned + copy + heads) / 1e6:,.2f}M trainable"
@@ -91,6 +106,8 @@ def head_parameters(objective: Any, hidden: int, vocabulary: int) -> tuple[int, 
 
 def _tokens_an_episode(recipe: Recipe) -> int:
     """Tokens of an episode at most; a prompt is guessed where its file has to be read to know."""
+    if isinstance(recipe.objective, RewardModelObjective):
+        return 2 * recipe.objective.max_length  # of a pair
     return recipe.rollouts.max_new_tokens + 16
 
 

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lmrl.errors import DataError, PluginError, RecipeError, did_you_mean
-from lmrl.recipe import CHOICES, MAIN_STAGE, Recipe
+from lmrl.recipe import CHOICES, MAIN_STAGE, REWARD_MODEL, STAGE_PREFIX, Recipe, Reward
 
 Keys = tuple[str | int, ...]
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".gz")
@@ -234,17 +234,53 @@ def load_recipe(name: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     for section in [document.data, *(stages.values() if isinstance(stages, dict) else ())]:
         resolve_files(section, document.path.parent)
     recipe = validate(Recipe, document)
-    for stage in recipe.stages:
-        _stage(document, stage)
+    stages = {name: _stage(document, name) for name in recipe.stages}
+    _check_stage_rewards(stages | {MAIN_STAGE: recipe})
     return recipe
 
 
 def stages_of(recipe: Recipe) -> dict[str, Recipe]:
     """Every stage as a recipe of its own, in order; the last is `main`."""
     document = Document(recipe.model_dump(mode="json"))
-    return {name: _stage(document, name) for name in recipe.stages} | {
-        MAIN_STAGE: recipe.model_copy(update={"stages": {}})
-    }
+    stages = {name: _stage(document, name) for name in recipe.stages}
+    stages[MAIN_STAGE] = recipe.model_copy(update={"stages": {}})
+    _check_stage_rewards(stages)
+    return stages
+
+
+def _check_stage_rewards(stages: dict[str, Recipe]) -> None:
+    """Rewards of the form `stages/NAME` have to be there when a stage needs them."""
+    models = [name for name, recipe in stages.items() if recipe.objective.name == REWARD_MODEL]
+    for position, (name, recipe) in enumerate(stages.items()):
+        before = list(stages)[:position]
+        for index, reward in enumerate(getattr(recipe.task, "rewards", ())):
+            for model in reward.models:
+                wanted = model.removeprefix(STAGE_PREFIX)
+                if wanted == model:
+                    continue
+                key = f"task.rewards.{index}.model"
+                if wanted not in models:
+                    raise RecipeError(
+                        f"{key}: no stage '{wanted}' trains a reward model{did_you_mean(wanted, models)}"
+                        + ("" if models else "; add one under stages, with objective.name=reward_model")
+                    )
+                if recipe.judges and wanted not in before:
+                    raise RecipeError(
+                        f"{key}: stage {name} is judged by stage {wanted}, which is trained later: move {wanted} before "
+                        f"{name}, or set stages.{name}.task.rewards (and stages.{name}.evaluation.suite=null)"
+                    )
+
+
+def locate_rewards(task: dict[str, Any], run: Path) -> dict[str, Any]:
+    """A task as plain data, in which rewards of the form `stages/NAME` became the folders of that run."""
+    rewards = []
+    for given in task.get("rewards") or ():
+        reward, spec = dict(given), Reward.model_validate(given)
+        if any(model.startswith(STAGE_PREFIX) for model in spec.models):
+            folders = [str(run / model / "final") if model.startswith(STAGE_PREFIX) else model for model in spec.models]
+            reward |= {"model": folders, "name": spec.label}
+        rewards.append(reward)
+    return task | ({"rewards": rewards} if rewards else {})
 
 
 def _stage(document: Document, name: str) -> Recipe:
@@ -290,6 +326,10 @@ def resolve_files(data: Any, beside: Path) -> None:
     for index, reward in enumerate(rewards if isinstance(rewards, list) else ()):
         if isinstance(reward, dict) and isinstance(reward.get("function"), str):
             reward["function"] = _plugin_path(reward["function"], beside, f"task.rewards.{index}.function")
+        if isinstance(reward, dict) and isinstance(reward.get("model"), str | list):
+            given = [reward["model"]] if isinstance(reward["model"], str) else reward["model"]
+            found = [_reward_model(model, beside, f"task.rewards.{index}.model") for model in given]
+            reward["model"] = found[0] if isinstance(reward["model"], str) else found
 
 
 def _looks_local(name: str) -> bool:
@@ -305,6 +345,11 @@ def _model_path(name: str, beside: Path, key: str) -> str:
     if name.count("/") > 1:
         raise DataError(f"{key}: '{name}' is no folder or file here, and no hub name (a hub name is OWNER/NAME)")
     return name
+
+
+def _reward_model(name: Any, beside: Path, key: str) -> Any:
+    is_path = isinstance(name, str) and not name.startswith(STAGE_PREFIX)
+    return _model_path(name, beside, key) if is_path else name
 
 
 def _data_path(name: str, beside: Path, key: str) -> str:

@@ -133,13 +133,17 @@ class Run:
         """Fill a folder that appears by one rename; an existing one is left as it is."""
         if target.exists():
             return
-        self.sync()
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = target.parent / f".writing-{target.name}"
         if scratch.exists():
             shutil.rmtree(scratch)
         scratch.mkdir()
         write(scratch)
+        self.publish(scratch, target)
+
+    def publish(self, scratch: Path, target: Path) -> None:
+        """Make a folder that is written appear under its name, on disk and by one rename."""
+        self.sync()
         for path in [*scratch.rglob("*"), scratch]:
             _fsync(path)
         scratch.rename(target)

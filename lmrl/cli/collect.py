@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -165,7 +164,7 @@ def open_player(
 
 def _saved(policy: str, checkpoint: str) -> tuple[str, str, dict[str, Any]]:
     """Checkpoint folder, dtype, and task and rollouts of the run that made it, where it says so."""
-    from lmrl.evaluation.api import TASK_FILE
+    from lmrl.evaluation.api import TASK_FILE, saved_task
     from lmrl.run import RECIPE_FILE, final_checkpoint, read_recipe
 
     path, saved, dtype = Path(policy), {}, "float32"
@@ -173,7 +172,7 @@ def _saved(policy: str, checkpoint: str) -> tuple[str, str, dict[str, Any]]:
         saved["rollouts"] = read_recipe(path).rollouts.model_dump(mode="json")
         path = final_checkpoint(path, checkpoint)
     if (path / TASK_FILE).is_file():
-        found = json.loads((path / TASK_FILE).read_text())
+        found = saved_task(path)
         saved["task"], dtype = found["task"], found["dtype"]
     return str(path), dtype, saved
 

@@ -6,13 +6,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lmrl.allocator import keep_freed_memory
 from lmrl.errors import RecipeError
 from lmrl.evaluation.evaluate import Evaluator, Scores
 from lmrl.evaluation.suites import load_suite
 from lmrl.policy.load import open_policy
-from lmrl.run import final_checkpoint
+from lmrl.recipe_files import locate_rewards
+from lmrl.run import RECIPE_FILE, final_checkpoint
 from lmrl.trajectories.trajectory import Trajectory
 
 TASK_FILE = "lmrl.json"
@@ -83,7 +85,7 @@ def evaluator_for(
         path = str(final_checkpoint(Path(path), checkpoint))
     task, dtype = None, "float32"
     if (Path(path) / TASK_FILE).is_file():
-        saved = json.loads((Path(path) / TASK_FILE).read_text())
+        saved = saved_task(Path(path))
         task, dtype, suite = saved["task"], saved["dtype"], suite or saved["suite"]
     if suite is None:
         raise RecipeError(f"'{policy}' does not say what it was trained for: name a suite, --suite NAME")
@@ -91,3 +93,10 @@ def evaluator_for(
     evaluator = Evaluator(open_policy(path, dtype, trust_remote_code), loaded)
     evaluator.name = str(suite)
     return evaluator
+
+
+def saved_task(checkpoint: Path) -> dict[str, Any]:
+    """`{"task", "suite", "dtype"}` as a checkpoint was saved with, its run's reward models found where they lie now."""
+    saved = json.loads((checkpoint / TASK_FILE).read_text())
+    run = next((one for one in checkpoint.resolve().parents if (one / RECIPE_FILE).is_file()), None)
+    return saved | ({"task": locate_rewards(saved["task"], run)} if run else {})

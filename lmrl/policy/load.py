@@ -1,9 +1,8 @@
-"""Loading policies: a hub name, a folder, a GGUF file, a run of lmrl, a LoRA adapter, or a config built from scratch."""
+"""Loading models: a hub name, a folder, a GGUF file, a run of lmrl, a LoRA adapter, or a config built from scratch."""
 
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -12,15 +11,19 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 
 from lmrl.errors import ModelError, did_you_mean
+from lmrl.policy.classifier import Classifier
 from lmrl.policy.heads import HeadsSpec
 from lmrl.policy.policy import REFERENCE_ADAPTER, Policy, saved_heads
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import Lora, Model
 
 ADAPTER_CONFIG = "adapter_config.json"
+CAUSAL_LM = transformers.AutoModelForCausalLM
+CLASSIFIER = transformers.AutoModelForSequenceClassification
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 transformers.utils.logging.set_verbosity_error()
@@ -81,16 +84,81 @@ def open_policy(path: str, dtype: str = "float32", trust_remote_code: bool = Fal
     return policy
 
 
+def load_classifier(
+    options: Model,
+    start: Path | None = None,
+    texts: Callable[[], Iterable[str]] = lambda: (),
+    max_tokens: int | None = None,
+) -> Classifier:
+    """A model with one output for a whole text, to be trained as a reward model; arguments as for `load_policy`.
+
+    max_tokens: of a longer text the end is kept.
+
+    The head is new unless the model is such a classifier already. A LoRA adapter of an earlier stage is merged.
+    """
+    if start is None and options.path is None:
+        model, tokenizer = _from_scratch(options, texts, CLASSIFIER, num_labels=1)
+    else:
+        origin = str(start) if start else options.path
+        # Read in float32, so that merging an adapter rounds once and not for every matrix twice.
+        model, tokenizer = _open(
+            origin, "float32", options.trust_remote_code, options.revision, auto=CLASSIFIER, num_labels=1
+        )
+        if hasattr(model, "peft_config"):
+            model = model.merge_and_unload()
+        model.to(getattr(torch, options.dtype))
+    if options.lora is not None:
+        model = _add_adapter(model, options.lora, "SEQ_CLS", options.revision)
+    else:
+        model.requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if options.dtype == "bfloat16":
+        _keep_input_dtype(model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ModelError(
+            f"model.path: the tokenizer of '{options.path}' has neither a pad nor an eos token to pad with"
+        )
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return Classifier(model, tokenizer, max_tokens)
+
+
+def open_classifier(
+    path: str,
+    dtype: str = "float32",
+    max_tokens: int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Classifier:
+    """A saved sequence classifier (hub name, folder or adapter), to be asked and not trained.
+
+    Raises ModelError where it cannot be loaded, or is a language model without a classification head.
+    """
+    model, tokenizer = _open(
+        path, dtype, trust_remote_code, revision, auto=CLASSIFIER, key="reward model", complete=True
+    )
+    if hasattr(model, "peft_config"):
+        model = model.merge_and_unload()
+    return Classifier(model.requires_grad_(False).eval(), tokenizer, max_tokens)
+
+
 def _match_arithmetic(policy: Policy, dtype: str) -> None:
+    if dtype == "bfloat16":
+        policy.autocast_dtype = torch.bfloat16
+        _keep_input_dtype(policy.model)
+
+
+def _keep_input_dtype(model: nn.Module) -> None:
     """Beside bfloat16 base weights, compute adapters in bfloat16 too, although their weights are float32.
 
     Otherwise peft keeps a float32 copy of every adapter's input for the backward pass.
     """
-    if dtype == "bfloat16":
-        policy.autocast_dtype = torch.bfloat16
-        for module in policy.model.modules():
-            if hasattr(module, "cast_input_dtype_enabled"):
-                module.cast_input_dtype_enabled = False
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
 
 
 @torch.no_grad()
@@ -108,7 +176,10 @@ def load_weights(policy: Policy, folder: Path, trust_remote_code: bool = False) 
 
 
 # ---------------------------------------------------------------------------------------------------------------- origins
-def _from_scratch(options: Model, texts: Callable[[], Iterable[str]]) -> tuple[nn.Module, Any]:
+def _from_scratch(
+    options: Model, texts: Callable[[], Iterable[str]], auto: type = CAUSAL_LM, **more: Any
+) -> tuple[nn.Module, Any]:
+    """A model of the kind `auto`; more: further settings of its config."""
     tokenizer = build_tokenizer(options.tokenizer, texts())
     settings = dict(options.config)
     kind = settings.pop("model_type", None)
@@ -120,8 +191,8 @@ def _from_scratch(options: Model, texts: Callable[[], Iterable[str]]) -> tuple[n
         names = {*known.to_dict(), *known.attribute_map}
         for name in set(settings) - names:  # transformers would keep an unknown setting and ignore it
             raise ModelError(f"model.config: '{kind}' has no setting '{name}'{did_you_mean(name, names)}")
-        config = transformers.AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **ids, **settings})
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        config = transformers.AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **ids, **settings, **more})
+        model = auto.from_config(config, dtype=torch.float32)
     except ModelError:
         raise
     except Exception as error:  # transformers raises many kinds for sizes that do not fit together
@@ -139,38 +210,90 @@ def _open(
     trust_remote_code: bool = False,
     revision: str | None = None,
     trainable: bool = False,
+    auto: type = CAUSAL_LM,
+    key: str = "model.path",
+    complete: bool = False,
+    **more: Any,
 ) -> tuple[nn.Module, Any]:
-    """Model and tokenizer; a peft model where `path` is an adapter, which is then `trainable` or frozen."""
+    """Model and tokenizer; a peft model where `path` is an adapter, which is then `trainable` or frozen.
+
+    auto: the kind of model. key: what names it, for messages. complete: refuse a model without weights for its head.
+    more: further settings of its config.
+    """
     folder = _checkpoint_of(path)
     path = str(folder) if folder != Path(path) else path
     if (folder / ADAPTER_CONFIG).exists():
-        from peft import PeftModel
-
-        adapter = json.loads((folder / ADAPTER_CONFIG).read_text())
-        base = adapter["base_model_name_or_path"]
-        model, tokenizer = _open(base, dtype, trust_remote_code, adapter.get("revision"))
-        model = PeftModel.from_pretrained(model, path, is_trainable=trainable)
-        if (folder / "tokenizer_config.json").exists():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        return model, tokenizer
+        return _open_adapter(folder, dtype, trust_remote_code, trainable, auto, key, complete, more)
     arguments = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     name = path
     if path.endswith(".gguf"):
         name, arguments = str(folder.parent), {"gguf_file": folder.name}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **arguments)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), use_safetensors=True, **arguments
+        model, found = auto.from_pretrained(
+            name, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **arguments, **more
         )
     except Exception as error:  # missing, torn, not a model, refused remote code: every library has kinds of its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"model.path: '{path}' cannot be loaded: {reason}") from error
+        raise ModelError(f"{key}: '{path}' cannot be loaded: {reason}") from error
+    if auto is CAUSAL_LM and _is_classifier(model.config):
+        raise ModelError(
+            f"{key}: '{path}' is a sequence classifier, such as a reward model, and no language model: name it as "
+            "`model` under task.rewards"
+        )
+    if complete and found["missing_keys"]:
+        raise ModelError(
+            f"{key}: '{path}' has no weights for '{sorted(found['missing_keys'])[0]}', so its scores would be random: "
+            "train it first, with objective.name=reward_model"
+        )
     if path.endswith(".gguf"):  # the tensors are plain floats now, but the config still calls them quantized
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
     model.config._name_or_path = path
     return model, tokenizer
+
+
+def _open_adapter(
+    folder: Path,
+    dtype: str,
+    trust_remote_code: bool,
+    trainable: bool,
+    auto: type,
+    key: str,
+    complete: bool,
+    more: dict[str, Any],
+) -> tuple[nn.Module, Any]:
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(str(folder))
+    if auto is CLASSIFIER:
+        labels = _labels_of_adapter(folder)
+        if complete and labels is None:
+            raise ModelError(
+                f"{key}: '{folder}' is an adapter without a classification head, so its scores would be random"
+            )
+        more = {"num_labels": labels or 1} | more
+        config.task_type = None  # an adapter of a language model fits the trunk of a classifier
+    elif str(config.task_type).endswith("SEQ_CLS"):
+        raise ModelError(f"{key}: '{folder}' is an adapter of a sequence classifier, and of no language model")
+    base = config.base_model_name_or_path
+    model, tokenizer = _open(base, dtype, trust_remote_code, config.revision, auto=auto, key=key, **more)
+    model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
+    if (folder / "tokenizer_config.json").exists():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+    return model, tokenizer
+
+
+def _labels_of_adapter(folder: Path) -> int | None:
+    """Outputs of the classification head that an adapter brings along; None where it brings none."""
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        heads = [name for name in file.keys() if name.endswith(("score.weight", "classifier.weight"))]
+        return file.get_slice(heads[0]).get_shape()[0] if heads else None
+
+
+def _is_classifier(config: Any) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def _checkpoint_of(path: str) -> Path:
@@ -187,21 +310,8 @@ def _with_lora(
     model: nn.Module, lora: Lora, origin: str | None, revision: str | None, reference: bool
 ) -> tuple[nn.Module, str | None]:
     """Add an adapter, or go on with the one that is there; and say which kind of reference that allows."""
-    from peft import LoraConfig, get_peft_model
-
     if not hasattr(model, "peft_config"):
-        config = LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            task_type="CAUSAL_LM",
-            revision=revision,
-        )
-        try:
-            return get_peft_model(model, config), "adapter_off"
-        except ValueError as error:
-            raise ModelError(f"model.lora: {str(error).splitlines()[0]}") from error
+        return _add_adapter(model, lora, "CAUSAL_LM", revision), "adapter_off"
     found = model.peft_config["default"]
     if (found.r, found.lora_alpha) != (lora.r, lora.alpha):
         raise ModelError(
@@ -212,3 +322,20 @@ def _with_lora(
         model.load_adapter(origin, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
         model.set_adapter("default")
     return model, "adapter"
+
+
+def _add_adapter(model: nn.Module, lora: Lora, task: str, revision: str | None) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type=task,
+        revision=revision,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(f"model.lora: {str(error).splitlines()[0]}") from error

@@ -13,12 +13,14 @@ from lmrl.recipe.objective import (
     PPOObjective,
     QObjective,
     QSFTObjective,
+    RewardModelObjective,
 )
-from lmrl.recipe.recipe import CHOICES, MAIN_STAGE, Recipe, TaskSection, is_plugin
+from lmrl.recipe.recipe import CHOICES, MAIN_STAGE, REWARD_MODEL, Recipe, TaskSection, is_plugin
 from lmrl.recipe.source import SOURCES, DatasetSource, LoggedEpisodes, MixtureSource, Rollouts, RolloutsSource
 from lmrl.recipe.steps import Evaluation, Gate, Optimizer, Tracking, Training
 from lmrl.recipe.task import (
     ENVIRONMENTS,
+    STAGE_PREFIX,
     CustomTask,
     EpisodeLimits,
     MazeTask,

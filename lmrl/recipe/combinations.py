@@ -12,14 +12,21 @@ from lmrl.recipe.objective import (
     PPOObjective,
     QObjective,
     QSFTObjective,
+    RewardModelObjective,
 )
-from lmrl.recipe.source import LoggedEpisodes, MixtureSource, RolloutsSource
+from lmrl.recipe.source import DatasetSource, LoggedEpisodes, MixtureSource, RolloutsSource
 from lmrl.recipe.task import PromptTask
 
 
 def mistakes(recipe: Any) -> Iterator[str]:
     """One line for each combination in a recipe that cannot work."""
     objective, source, task, model = recipe.objective, recipe.source, recipe.task, recipe.model
+    if isinstance(objective, RewardModelObjective):
+        yield from _reward_model(source)
+        return
+    if task is None:
+        yield "missing key 'task': what the policy plays, an environment or prompts"
+        return
     rolls_out = isinstance(source, RolloutsSource)
     if isinstance(objective, PPOObjective | GroupObjective):
         yield from _policy_gradient(recipe, rolls_out)
@@ -98,3 +105,15 @@ def _policy_gradient(recipe: Any, rolls_out: bool) -> Iterator[str]:
         )
     if recipe.rollouts.temperature == 0:
         yield f"objective '{name}' explores by sampling: set rollouts.temperature above 0"
+
+
+
+def _reward_model(source: Any) -> Iterator[str]:
+    learns = "objective 'reward_model' learns from pairs of a chosen and a rejected completion"
+    if not isinstance(source, DatasetSource) or source.path is None:
+        yield f"{learns}: set source.name=dataset and source.path (and leave source.player out)"
+        return
+    if source.best < 1:
+        yield f"{learns}, which have no returns to rank them by: leave source.best at 1"
+    if source.turns is not None:
+        yield f"{learns} as a whole: leave source.turns out"

@@ -250,6 +250,23 @@ class ReinforcePPObjective(GroupObjective):
     name: Literal["reinforce_pp"]
 
 
+class RewardModelObjective(Section):
+    """A reward model from preferences (Bradley-Terry; Ouyang et al., arXiv 2203.02155), trained by trl's RewardTrainer.
+
+    The source is a dataset of chosen and rejected completions. The result is a transformers sequence classifier with one
+    output, which later stages name as a reward: `task.rewards: [{model: stages/NAME}]`.
+    """
+
+    name: Literal["reward_model"]
+    holdout: float = Field(0.1, ge=0, lt=1)
+    """Share of the prompts whose pairs are never trained on and measure the result; those that `task.prompts` holds out
+    are among them."""
+    max_length: int = Field(1024, ge=1)
+    """Tokens of a prompt with its completion; of a longer text the end is kept."""
+    center_coef: float = Field(0.0, ge=0)
+    """Weight of the squared sum of a pair's rewards, which keeps their mean at zero (Eisenstein et al., arXiv 2312.09244)."""
+
+
 class CustomObjective(Plugin):
     """An objective of one's own, `file.py:Name` or a dotted path."""
 
@@ -267,4 +284,5 @@ OBJECTIVES = {
     "dr_grpo": DrGRPOObjective,
     "rloo": RLOOObjective,
     "reinforce_pp": ReinforcePPObjective,
+    "reward_model": RewardModelObjective,
 }

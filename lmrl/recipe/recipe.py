@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag, model_validator
@@ -20,7 +21,7 @@ from lmrl.recipe.source import SOURCES, Rollouts, RolloutsSource
 from lmrl.recipe.steps import Evaluation, Optimizer, Tracking, Training
 from lmrl.recipe.task import ENVIRONMENTS, CustomTask, PromptTask
 
-MAIN_STAGE = "main"
+MAIN_STAGE, REWARD_MODEL = "main", "reward_model"
 
 
 def is_plugin(name: Any) -> bool:
@@ -76,7 +77,8 @@ class Recipe(Section):
 
     description: str = ""
     model: Model
-    task: TaskSection
+    task: TaskSection | None = None
+    """What the policy plays. Only a reward model on its own does without."""
     source: SourceSection = RolloutsSource()
     rollouts: Rollouts = Rollouts()
     objective: ObjectiveSection
@@ -85,8 +87,8 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
     start: str = "previous"
-    """Where a stage's policy comes from: `previous` (the stage before it; the model itself for the first), `model`, or
-    the name of an earlier stage."""
+    """Where a stage's policy comes from: `previous` (the last stage before it that left a policy, and not a reward model;
+    the model itself where there is none), `model`, or the name of an earlier stage."""
     stages: dict[str, dict[str, Any]] = {}
 
     @model_validator(mode="after")
@@ -103,14 +105,49 @@ class Recipe(Section):
         if MAIN_STAGE in self.stages:
             raise ValueError(f"`stages.{MAIN_STAGE}` is what the top-level keys describe: choose another name")
         names = list(self.stages)
+        trained = [self._objective_name(changes) for changes in self.stages.values()] + [self.objective.name]
         starts = [changes.get("start", "previous") for changes in self.stages.values()] + [self.start]
         for index, start in enumerate(starts):
+            where = f"stages.{names[index]}.start" if index < len(names) else "start"
             if start not in ("previous", "model", *names[:index]):
-                where = f"stages.{names[index]}.start" if index < len(names) else "start"
                 raise ValueError(f"`{where}`: '{start}' is no earlier stage (nor `previous`, nor `model`)")
-        for mistake in mistakes(self):
+            if start in names and trained[names.index(start)] == REWARD_MODEL != trained[index]:
+                raise ValueError(
+                    f"`{where}`: stage '{start}' trains a reward model, and leaves no policy to start from"
+                )
+        for mistake in [*mistakes(self), *self._idle_settings()]:
             raise ValueError(mistake)
         return self
+
+    def _idle_settings(self) -> Iterator[str]:
+        """Settings that are stated for a reward model, and not only shared with it, although it cannot use them."""
+        stated = {
+            f"stages.{name}.": own for name, own in self.stages.items() if self._objective_name(own) == REWARD_MODEL
+        }
+        if not self.stages and self.objective.name == REWARD_MODEL:
+            stated[""] = {"evaluation": self.evaluation.model_dump(mode="json")}
+        for place, section in stated.items():
+            if section.get("rollouts"):
+                yield f"`{place}rollouts`: a reward model is trained on pairs, and plays nothing: leave it out"
+            evaluation = section.get("evaluation")
+            for name in ("suite", "gate", "metric") if isinstance(evaluation, dict) else ():
+                if evaluation.get(name) is not None:
+                    yield (
+                        f"`{place}evaluation.{name}`: a reward model plays no suite; it is measured on the pairs that "
+                        "objective.holdout keeps aside: leave it out"
+                    )
+
+    @property
+    def judges(self) -> bool:
+        """Whether a stage plays its task, and so needs the task's rewards."""
+        return self.objective.name != REWARD_MODEL and (
+            self.source.name != "dataset" or self.evaluation.suite is not None
+        )
+
+    def _objective_name(self, changes: dict[str, Any]) -> str:
+        """Of a stage, given what it does differently."""
+        objective = changes.get("objective")
+        return (objective.get("name") if isinstance(objective, dict) else None) or self.objective.name
 
     def arithmetic(self) -> dict[str, int]:
         """How a step's episodes become updates, as far as it is known before sampling."""

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from lmrl.recipe.base import Plugin, Section
 
+STAGE_PREFIX = "stages/"
+"""A reward's `model` that begins so is the result of an earlier stage of the same run."""
+
 
 class Prompts(Section):
     """Where prompts come from: a JSONL or Parquet file, or a dataset on the hub."""
@@ -43,8 +46,8 @@ class Reward(Section):
     url: str | None = None
     """Address of a scorer (see lmrl/rewards/http.py), for instance `lmrl reward serve`."""
     model: str | list[str] | None = None
-    """A sequence classifier: a folder, a hub name, or `stage:NAME` for an earlier stage of this recipe; several make an
-    ensemble (see lmrl/rewards/model.py)."""
+    """A sequence classifier: a folder, a hub name, or `stages/NAME` for the reward model that an earlier stage trained; several
+    make an ensemble. Its options are the arguments of lmrl.rewards.model.RewardModel."""
     weight: float = 1.0
     """0: watched, not trained on."""
     options: dict[str, Any] = {}
@@ -58,45 +61,52 @@ class Reward(Section):
     """Address space that a worker may take."""
     retries: int = Field(2, ge=0)
     """Further calls after a failure that may pass (lmrl.TemporaryError, ConnectionError, TimeoutError)."""
-    normalize: tuple[float, float] | None = None
-    """[mean, standard deviation]: scores count as (score - mean) / deviation."""
+    normalize: Literal["running"] | tuple[float, float] | None = None
+    """Subtract a mean and divide by a standard deviation before weighting: [MEAN, STD], or `running`, those of all
+    training samples so far (evaluation then reports the score as it is). Components stay as they were scored."""
     clip: tuple[float, float] | None = None
-    """[low, high] of what counts, after `normalize`."""
+    """Lowest and highest value, after normalisation."""
 
     @model_validator(mode="after")
     def _sensible(self) -> Reward:
-        if sum(one is not None for one in (self.function, self.url, self.model)) != 1:
+        if sum(bool(one) for one in (self.function, self.url, self.model)) != 1:
             raise ValueError("a reward is one of `function`, `url` and `model`")
         if self.memory_mb is not None and self.workers == 0:
             raise ValueError("`memory_mb` limits worker processes: set `workers` to 1 or more")
-        if self.normalize is not None and self.normalize[1] <= 0:
-            raise ValueError("`normalize` is [mean, standard deviation], with a deviation above 0")
-        if self.clip is not None and self.clip[0] >= self.clip[1]:
-            raise ValueError("`clip` is [low, high], with low < high")
+        if isinstance(self.normalize, tuple) and not self.normalize[1] > 0:
+            raise ValueError("`normalize` is [MEAN, STD] with STD above 0, or `running`")
+        if self.clip is not None and not self.clip[0] < self.clip[1]:
+            raise ValueError("`clip` is [LOW, HIGH] with LOW < HIGH")
         return self
 
     @property
     def kind(self) -> str:
-        return next(kind for kind in ("function", "url", "model") if getattr(self, kind) is not None)
+        return next(kind for kind in ("function", "url", "model") if getattr(self, kind))
 
     @property
     def what(self) -> str:
         """The function, address or model(s), as given."""
-        given = getattr(self, self.kind)
-        return given if isinstance(given, str) else ", ".join(given)
+        return ", ".join(self.models) or self.url or self.function
+
+    @property
+    def models(self) -> list[str]:
+        return [self.model] if isinstance(self.model, str) else self.model or []
 
     @property
     def label(self) -> str:
-        if self.name or self.kind != "function":
+        if self.name or self.kind == "url":
             return self.name or self.kind
+        if self.models:
+            return self.models[0].rstrip("/").rsplit("/", 1)[-1]
         return self.function.replace(":", ".").rsplit(".", 1)[-1]
 
     def target(self) -> tuple[str, dict[str, Any]]:
         """The function or class that does the work, and its options."""
         if self.kind == "url":
-            return "lmrl.rewards.http.Scorer", {"url": self.url, "timeout": self.timeout} | self.options
+            limits = {} if self.timeout is None else {"timeout": self.timeout}
+            return "lmrl.rewards.http.Scorer", {"url": self.url, "retries": self.retries} | limits | self.options
         if self.kind == "model":
-            return "lmrl.rewards.model.Classifier", {"model": self.model} | self.options
+            return "lmrl.rewards.model.RewardModel", {"model": self.model} | self.options
         return self.function, dict(self.options)
 
 

@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lmrl.errors import PluginError
+from lmrl.errors import LmrlError, PluginError, RewardError, did_you_mean
 from lmrl.plugins import load_plugin
-from lmrl.recipe import Reward
+from lmrl.recipe import STAGE_PREFIX, Reward
 from lmrl.rewards.rewards import RewardFunction
+from lmrl.rewards.scale import Scale
 from lmrl.rewards.workers import TimedOut, pool_of
 
 
@@ -24,6 +25,10 @@ def load_rewards(specs: Sequence[Reward]) -> list[RewardFunction]:
 
 def load_reward(spec: Reward, key: str) -> RewardFunction:
     """One reward. Raises PluginError where it cannot be loaded, whether here or in a worker."""
+    if unknown := [model for model in spec.models if model.startswith(STAGE_PREFIX)]:
+        raise RewardError(
+            f"{key}.model: '{unknown[0]}' is the reward model of a run that is not at hand here: name its folder"
+        )
     workers = spec.workers
     if workers == 0:
         call, origin = local_call(spec, key)
@@ -32,8 +37,8 @@ def load_reward(spec: Reward, key: str) -> RewardFunction:
     if workers > 0:
         origin = origin_of(spec)
         call = pool_of(spec.model_dump(mode="json"), key, workers, spec.timeout)
-    options = {"timeout": spec.timeout, "retries": spec.retries, "normalize": spec.normalize, "clip": spec.clip}
-    return RewardFunction(spec.label, origin, spec.weight, call, max(workers, 1), **options)
+    scale = Scale(spec.normalize, spec.clip)
+    return RewardFunction(spec.label, origin, spec.weight, call, max(workers, 1), spec.timeout, spec.retries, scale)
 
 
 def local_call(spec: Reward, key: str) -> tuple[Callable[..., Any], str]:
@@ -45,11 +50,7 @@ def local_call(spec: Reward, key: str) -> tuple[Callable[..., Any], str]:
     key = f"{key}.{spec.kind}"
     found = load_plugin(name, key)
     if inspect.isclass(found):
-        try:
-            found, options = found(**options), {}
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise PluginError(f"{key}: '{spec.what}' cannot be made with these options: {reason}") from error
+        found, options = _make(found, options, spec.what, key), {}
     if not callable(found):
         raise PluginError(f"{key}: '{spec.what}' is a {type(found).__name__}, not a function")
     parameters = inspect.signature(found).parameters.values()
@@ -62,6 +63,22 @@ def local_call(spec: Reward, key: str) -> tuple[Callable[..., Any], str]:
     call = partial(_call, found, None if takes_all else names, options, spec.timeout if is_async else None)
     call.limits_itself = is_async
     return call, origin_of(spec)
+
+
+def _make(cls: type, options: dict[str, Any], name: str, key: str) -> Any:
+    try:
+        parameters = inspect.signature(cls).parameters
+        if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+            for option in set(options) - set(parameters):
+                raise PluginError(f"{key}: '{name}' takes no option '{option}'{did_you_mean(option, parameters)}")
+        return cls(**options)
+    except PluginError:
+        raise
+    except LmrlError as error:
+        raise type(error)(f"{key}: {error}") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise PluginError(f"{key}: '{name}' cannot be made with these options: {reason}") from error
 
 
 def _call(
@@ -110,6 +127,8 @@ def _limits_itself(call: Callable[..., Any]) -> bool:
 
 
 def origin_of(spec: Reward) -> str:
-    """What messages call a reward: `file.py:function`, a dotted path, an address, or a model."""
+    """What messages call a reward: `file.py:function`, a dotted path, an address, or a model's name."""
+    if spec.models:
+        return spec.label
     file, colon, name = spec.what.rpartition(":")
     return f"{Path(file).name}:{name}" if colon and file.endswith(".py") else spec.what

@@ -1,7 +1,8 @@
 """Running reward functions: `f(prompts, completions, **columns) -> list[float | None]`, plain or async.
 
 A function is called once a batch. It gets every column of the prompts' file by name, or those that its signature
-names. None means "not judged". A failure is data: the sample is left out and counted, and never becomes a zero.
+names. None means "not judged". In place of a number stands an object where there is more to record: `{"score": 1.2,
+"std": 0.3}`. A failure is data: the sample is left out and counted, and never becomes a zero.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import numbers
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lmrl.errors import EpisodeError, RewardError, TemporaryError
+from lmrl.rewards.scale import Scale
 from lmrl.rewards.workers import Failure
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -39,23 +41,28 @@ class RewardFunction:
     """Seconds that a call may take; `call` sees to it."""
     retries: int = 0
     """Further calls after a failure that may pass."""
-    normalize: tuple[float, float] | None = None
-    """Mean and standard deviation that scores are standardised by, where they count."""
-    clip: tuple[float, float] | None = None
-
-    def counted(self, value: float) -> float:
-        """A score as it goes into the reward."""
-        if self.normalize is not None:
-            value = (value - self.normalize[0]) / self.normalize[1]
-        return value if self.clip is None else min(max(value, self.clip[0]), self.clip[1])
+    scale: Scale = field(default_factory=Scale)
+    """From a score to what counts."""
 
 
 @dataclass
 class Scores:
-    """One function's verdict on a batch: a number or None for each row, and the cause where there is none."""
+    """One function's verdict on a batch: a number or None for each row, the cause where there is none, and extras."""
 
-    values: list[float | None]
-    causes: list[str | None]
+    values: list[float | None] = field(default_factory=list)
+    causes: list[str | None] = field(default_factory=list)
+    extras: list[dict[str, float]] = field(default_factory=list)
+    """Further numbers that the function wants recorded, by name."""
+
+    def add(self, value: float | None, cause: str | None = None, extra: dict[str, float] | None = None) -> None:
+        self.values.append(value)
+        self.causes.append(cause)
+        self.extras.append(extra or {})
+
+    def extend(self, other: Scores) -> None:
+        self.values += other.values
+        self.causes += other.causes
+        self.extras += other.extras
 
 
 def score(function: RewardFunction, columns: dict[str, list[Any]]) -> Scores:
@@ -76,7 +83,10 @@ def score(function: RewardFunction, columns: dict[str, list[Any]]) -> Scores:
     ]
     with ThreadPoolExecutor(parts) as threads:
         found = list(threads.map(lambda part: _score(function, part), slices))
-    return Scores([one for part in found for one in part.values], [one for part in found for one in part.causes])
+    result = Scores()
+    for part in found:
+        result.extend(part)
+    return result
 
 
 def _score(function: RewardFunction, columns: dict[str, list[Any]]) -> Scores:
@@ -86,33 +96,35 @@ def _score(function: RewardFunction, columns: dict[str, list[Any]]) -> Scores:
     except RewardError:
         raise
     except (Exception, SystemExit) as error:
-        return Scores([None], [_cause(function, error)]) if rows == 1 else _row_by_row(function, columns, error)
-    causes, kept = [], []
+        return Scores([None], [_cause(function, error)], [{}]) if rows == 1 else _row_by_row(function, columns, error)
+    result = Scores()
     for value in values:
+        extra = {}
+        if isinstance(value, dict):
+            extra = {name: one for name, one in value.items() if name != "score" and one is not None}
+            extra = {name: one for name, one in extra.items() if math.isfinite(one)}
+            value = value["score"]
         fine = value is not None and math.isfinite(value)
-        causes.append(None if fine else f"{function.origin} returned {value}")
-        kept.append(value if fine else None)
-    return Scores(kept, causes)
+        result.add(value if fine else None, None if fine else f"{function.origin} returned {value}", extra)
+    return result
 
 
 def _row_by_row(function: RewardFunction, columns: dict[str, list[Any]], error: BaseException) -> Scores:
     """Find the rows that make a batch fail, within MAX_TIMEOUTS further timeouts and MAX_LOST further workers."""
-    result = Scores([], [])
+    result = Scores()
     late = lost = 0
     for row in range(len(columns["prompts"])):
         if late >= MAX_TIMEOUTS or lost >= MAX_LOST:
-            result.values.append(None)
-            result.causes.append(f"{_cause(function, error)} (on its batch; too many failures to try every row)")
+            result.add(None, f"{_cause(function, error)} (on its batch; too many failures to try every row)")
             continue
         single = _score(function, {name: [column[row]] for name, column in columns.items()})
         late += "timed out after" in (single.causes[0] or "")
         lost += "lost its worker" in (single.causes[0] or "")
-        result.values += single.values
-        result.causes += single.causes
+        result.extend(single)
     return result
 
 
-def _attempt(function: RewardFunction, columns: dict[str, list[Any]]) -> list[float | None]:
+def _attempt(function: RewardFunction, columns: dict[str, list[Any]]) -> list[Value]:
     """Call once, and again after failures that may pass, each time after twice the pause."""
     rows = len(columns["prompts"])
     for retry in range(function.retries + 1):
@@ -135,9 +147,18 @@ def _cause(function: RewardFunction, error: BaseException) -> str:
     return f"{function.origin} {how}"
 
 
-def checked_values(origin: str, result: Any, rows: int) -> list[float | None]:
-    """A function's result as numbers, finite or not, and None. RewardError: wrong length or type."""
-    return [_number(origin, row, value) for row, value in enumerate(_checked_list(origin, result, rows))]
+Value = float | None | dict[str, float | None]
+
+
+def checked_values(origin: str, result: Any, rows: int) -> list[Value]:
+    """A function's result as numbers, finite or not, None, or objects of them. RewardError: wrong length or type."""
+    return [_value(origin, row, value) for row, value in enumerate(_checked_list(origin, result, rows))]
+
+
+def _value(origin: str, row: int, value: Any) -> Value:
+    if isinstance(value, dict) and "score" in value:
+        return {name: _number(origin, row, one) for name, one in value.items()}
+    return _number(origin, row, value)
 
 
 def _checked_list(origin: str, result: Any, rows: int) -> list[Any]:
@@ -166,25 +187,28 @@ def _number(origin: str, row: int, value: Any) -> float | None:
     return float(value)
 
 
-def judge(rewards: Sequence[RewardFunction], trajectories: Sequence[Trajectory]) -> None:
+def judge(rewards: Sequence[RewardFunction], trajectories: Sequence[Trajectory], learning: bool = False) -> None:
     """Fill `components`, `reward` and `failure` of one-step trajectories and place the reward on their last token.
 
-    The reward is the weighted sum. A sample that a weighted function did not judge has no reward; a function of
-    weight 0 is only watched.
+    The reward is the weighted sum of scores, after their normalisation and clipping; components are the scores as they
+    were. A sample that a weighted function did not judge has no reward; a function of weight 0 is only watched.
+    learning: these are training samples, which running statistics follow.
     """
     arguments = _arguments(trajectories)
     for trajectory in trajectories:
         trajectory.reward = 0.0
     for function in rewards:
         scores = score(function, arguments)
-        for trajectory, value, cause in zip(trajectories, scores.values, scores.causes, strict=True):
-            trajectory.components[function.label] = value
+        scaled = function.scale(scores.values, learning)
+        for row, trajectory in enumerate(trajectories):
+            trajectory.components[function.label] = scores.values[row]
+            trajectory.components |= {f"{function.label}/{name}": one for name, one in scores.extras[row].items()}
             if function.weight == 0:
                 continue
-            if value is None:
-                trajectory.reward, trajectory.failure = None, trajectory.failure or cause
+            if scaled[row] is None:
+                trajectory.reward, trajectory.failure = None, trajectory.failure or scores.causes[row]
             elif trajectory.reward is not None:
-                trajectory.reward += function.weight * function.counted(value)
+                trajectory.reward += function.weight * scaled[row]
     for trajectory in trajectories:
         if trajectory.reward is not None:
             trajectory.place_reward(trajectory.reward)

@@ -49,6 +49,8 @@ class Task:
     history: int | str = "all"
     max_failed: float = 0.1
     rewards: list[RewardFunction] = field(default_factory=list)
+    learning: bool = False
+    """Whether what is played is learned from, so that running statistics of rewards follow it."""
     judged_by: str = "environment"
     notes: list[str] = field(default_factory=list)
 
@@ -62,7 +64,7 @@ class Task:
     def judge(self, trajectories: list[Trajectory]) -> None:
         """Give every trajectory its reward; an environment has done so already."""
         if self.judged_by == "reward":
-            judge(self.rewards, trajectories)
+            judge(self.rewards, trajectories, self.learning)
 
     def keep_judged(self, trajectories: list[Trajectory]) -> list[Trajectory]:
         """The judged trajectories; stops the run where too many are not."""
@@ -74,6 +76,8 @@ def task_texts(recipe: Recipe) -> list[str]:
     section, source, texts = recipe.task, recipe.source, []
     if getattr(source, "path", None):
         texts += logged_texts(source.path, source.split)
+    if section is None:
+        return texts
     if isinstance(section, PromptTask):
         return texts + _strings(read_rows(section.prompts.path, section.prompts.split, section.prompts.limit))
     environment = environment_factory(section)()

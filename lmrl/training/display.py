@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lmrl.trajectories.trajectory import Trajectory
 
-SHOWN = ("reward", "kl", "nll", "entropy", "approx_kl", "length", "failed", "skipped")
+SHOWN = ("reward", "kl", "nll", "entropy", "approx_kl", "accuracy", "margin", "length", "failed", "skipped")
 PLAIN_EVERY_SECONDS = 2.0
 
 

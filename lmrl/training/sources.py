@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -13,6 +14,7 @@ from lmrl.evaluation.evaluate import RESERVED, Scores, summarize_trajectories
 from lmrl.evaluation.statistics import summarize
 from lmrl.recipe import LoggedEpisodes, MixtureSource, Recipe, Rollouts, RolloutsSource
 from lmrl.recipe.source import Players
+from lmrl.rewards.scale import Scale
 from lmrl.rollouts.collect import check_players, draw_starts, play_players
 from lmrl.rollouts.engine import Sampling
 from lmrl.rollouts.sampler import Sampler
@@ -22,7 +24,7 @@ from lmrl.trajectories.chain import piece
 from lmrl.trajectories.store import LoggedFile, read_episodes, write_episodes
 from lmrl.trajectories.trajectory import Trajectory
 
-REPLAY_FILE = "replay.parquet"
+REPLAY_FILE, REWARDS_FILE = "replay.parquet", "rewards.json"
 CACHED = 4096
 """Logged episodes whose tokens are kept in memory."""
 
@@ -88,6 +90,21 @@ class FreshRollouts(Source):
             played = played + more
         learn = [judged[index] for index in best_of([one.reward for one in judged], self.best)]
         return Drawn(learn, played, failed)
+
+    def save(self, folder: Path) -> None:
+        if running := self._running():
+            states = {label: scale.state() for label, scale in running.items()}
+            (folder / REWARDS_FILE).write_text(json.dumps(states) + "\n")
+
+    def load(self, folder: Path) -> None:
+        if running := self._running():
+            states = json.loads((folder / REWARDS_FILE).read_text())
+            for label, scale in running.items():
+                scale.load_state(states[label])
+
+    def _running(self) -> dict[str, Scale]:
+        """Rewards that are normalised by what was sampled so far."""
+        return {one.label: one.scale for one in self.sampler.task.rewards if one.scale.is_running}
 
 
 class Logged(Source):
@@ -199,9 +216,11 @@ class Mixture(Source):
         return Drawn(learn, drawn.played, drawn.failed)
 
     def save(self, folder: Path) -> None:
+        self.fresh.save(folder)
         write_episodes(folder / REPLAY_FILE, self.replay, self.tokenizer)
 
     def load(self, folder: Path) -> None:
+        self.fresh.load(folder)
         self.replay = read_episodes(folder / REPLAY_FILE, self.tokenizer)
 
 

@@ -18,7 +18,8 @@ from lmrl.evaluation.statistics import summarize
 from lmrl.evaluation.suites import load_suite
 from lmrl.objectives import Objective, load_objective
 from lmrl.policy.load import load_policy
-from lmrl.recipe import QObjective, Recipe
+from lmrl.recipe import PromptTask, QObjective, Recipe
+from lmrl.recipe_files import locate_rewards
 from lmrl.rollouts.hf import HFEngine
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import build_task, task_texts
@@ -71,7 +72,9 @@ class Stage:
         self.policy.configure(recipe)
         if recipe.training.threads is not None:
             torch.set_num_threads(recipe.training.threads)
-        self.task = build_task(recipe.task, self.policy.tokenizer)
+        section = task_of(recipe, run.folder)
+        self.task = build_task(section, self.policy.tokenizer)
+        self.task.learning = True
         engine = HFEngine(self.policy, recipe.rollouts.slots, interrupt.check)
         self.sampler = Sampler(self.task, engine, self.policy.decode)
         self.source = build_source(
@@ -88,7 +91,7 @@ class Stage:
         self.updater = Updater(self.policy, recipe.optimizer, recipe.training.steps)
         self.evaluator = None
         if recipe.evaluation.suite is not None:
-            suite = load_suite(recipe.evaluation.suite, task=recipe.task.model_dump(mode="json"))
+            suite = load_suite(recipe.evaluation.suite, task=section.model_dump(mode="json"))
             suite.episodes = recipe.evaluation.episodes or suite.episodes
             self.evaluator = Evaluator(self.policy, suite)
         columns = self.evaluator.suite.metrics if self.evaluator else []
@@ -101,6 +104,11 @@ class Stage:
         self.progress = Progress(label=label_of(recipe, self.objective), columns=columns)
         self.diagnostics: Diagnostics | None = None
         self._keep_start(start)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know about the data."""
+        return [*self.task.notes, *(self.source.logged.notes if self.source.logged else ())]
 
     def _start(self, start: Path | None) -> Path | None:
         """Where the policy comes from: the stage before, or this stage's own saved start on resume."""
@@ -336,6 +344,15 @@ class Stage:
     def _checkpoint(self, target: Path) -> None:
         parts = (self.policy, self.objective, self.updater, self.source)
         checkpoint.save(self.run, self.name, target, self.recipe, *parts, self.progress)
+
+
+def task_of(recipe: Recipe, run: Path) -> Any:
+    """A stage's task section, with the run's own reward models found; without models where nothing is judged by them."""
+    if not isinstance(recipe.task, PromptTask):
+        return recipe.task
+    if not recipe.judges:
+        return recipe.task.model_copy(update={"rewards": [one for one in recipe.task.rewards if not one.models]})
+    return PromptTask.model_validate(locate_rewards(recipe.task.model_dump(mode="json"), run))
 
 
 def label_of(recipe: Recipe, objective: Objective) -> str:

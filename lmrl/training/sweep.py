@@ -29,7 +29,7 @@ from rich.table import Table
 from lmrl.errors import LmrlError, RecipeError, RunError
 from lmrl.evaluation.statistics import summarize
 from lmrl.evaluation.suites import load_suite
-from lmrl.recipe import CHOICES, Recipe
+from lmrl.recipe import CHOICES, REWARD_MODEL, Recipe
 from lmrl.recipe_files import load_recipe
 from lmrl.run import RECIPE_FILE, RESULTS_FILE, Run, write_atomically
 from lmrl.training.display import Display, interval
@@ -58,7 +58,11 @@ class Point:
 
     @property
     def columns(self) -> list[str]:
-        """The metrics of the run's suite, the main one first."""
+        """The metrics of the run's suite, or of its reward model; the main one first."""
+        if self.recipe.objective.name == REWARD_MODEL:
+            from lmrl.training.reward_model import COLUMNS
+
+            return COLUMNS
         suite = self.recipe.evaluation.suite
         return load_suite(suite, task=self.recipe.task.model_dump(mode="json")).metrics if suite else []
 

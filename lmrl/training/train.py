@@ -13,7 +13,7 @@ from typing import Any
 
 from lmrl.allocator import keep_freed_memory
 from lmrl.errors import RecipeError, RunError
-from lmrl.recipe import MAIN_STAGE, Recipe
+from lmrl.recipe import MAIN_STAGE, Recipe, RewardModelObjective
 from lmrl.recipe_files import load_recipe, stages_of
 from lmrl.run import RESULTS_FILE, Run, write_atomically
 from lmrl.training.checkpoint import STATE
@@ -79,7 +79,7 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> None:
     data["rollouts"]["max_new_tokens"] = min(recipe.rollouts.max_new_tokens, 8)
     data["tracking"]["trackers"] = []
     data["evaluation"]["episodes"] = 2
-    if "max_turns" in data["task"]:
+    if "max_turns" in (data["task"] or {}):
         data["task"]["max_turns"] = min(data["task"]["max_turns"], 5)
     if "value_warmup_steps" in data["objective"]:
         data["objective"]["value_warmup_steps"] = 0  # try the policy's update as well
@@ -127,26 +127,33 @@ def _execute(run: Run, display: Display, resumed: bool = False) -> Result:
                     start = previous
                     if stage_recipe.start != "previous":
                         start = None if stage_recipe.start == "model" else run.final(stage_recipe.start)
-                    stage = Stage(run, name, stage_recipe, start, accelerator.device, display, interrupt, track)
-                    for note in [*stage.task.notes, *(stage.source.logged.notes if stage.source.logged else ())]:
+                    stage = _stage_class(stage_recipe)(
+                        run, name, stage_recipe, start, accelerator.device, display, interrupt, track
+                    )
+                    for note in stage.notes:
                         display.say(f"note: {note}")
                     stage.train()
                     del stage
-                previous = run.final(name)
+                if not isinstance(stage_recipe.objective, RewardModelObjective):
+                    previous = run.final(name)
                 offset += stage_recipe.training.steps
         except Interrupted:
             display.say(f"interrupted; go on with: lmrl train {run.folder} --resume")
             raise
     accelerator.end_training()
     scores, columns = closing_table(run)
-    if scores and columns:
-        rows = {label: _only(row, columns) for label, row in scores.items()}
-        display.table("Result", {label: row for label, row in rows.items() if row})
+    shown = {label: {name: row[name] for name in columns if name in row} for label, row in scores.items()}
+    if any(shown.values()):
+        display.table("Result", {label: row for label, row in shown.items() if row})
     return Result(run.folder, scores)
 
 
-def _only(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
-    return {name: row[name] for name in columns if name in row}
+def _stage_class(recipe: Recipe) -> Any:
+    if not isinstance(recipe.objective, RewardModelObjective):
+        return Stage
+    from lmrl.training.reward_model import RewardModelStage  # trl takes seconds to import
+
+    return RewardModelStage
 
 
 def _tracker(accelerator: Any, offset: int) -> Any:
@@ -154,8 +161,9 @@ def _tracker(accelerator: Any, offset: int) -> Any:
 
 
 def closing_table(run: Run) -> tuple[dict[str, dict[str, dict[str, Any]]], list[str]]:
-    """Data, start, every stage and the optimum side by side, also written to results.json; and the suite's columns."""
+    """Data, start, every stage and the optimum side by side, also written to results.json; and the columns to show."""
     rows: dict[str, Any] = {}
+    columns: dict[str, None] = {}
     for number, (name, recipe) in enumerate(stages_of(run.recipe).items()):
         state = json.loads((run.final(name) / STATE / "trainer.json").read_text())
         scores, label = state["scores"], state["label"]
@@ -165,8 +173,9 @@ def closing_table(run: Run) -> tuple[dict[str, dict[str, dict[str, Any]]], list[
             rows["start"] = scores["start"]
         if "last" in scores:
             rows[label if label not in rows else f"{label} ({name})"] = scores["last"]
-        optimum, columns = scores.get("optimum"), state["columns"]
+        optimum = scores.get("optimum")
+        columns |= dict.fromkeys(state["columns"])
     if optimum:
         rows["optimum"] = optimum
     write_atomically(run.folder / RESULTS_FILE, json.dumps(rows, indent=2) + "\n")
-    return rows, columns
+    return rows, list(columns)

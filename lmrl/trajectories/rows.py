@@ -60,7 +60,7 @@ def fingerprint(tokenizer: Any) -> str:
 def prompt_of(row: Row, column: str = "prompt") -> str | Messages:
     """The prompt in a row's column; of preference data without that column what chosen and rejected begin with."""
     if row.get(column) is None and {"chosen", "rejected"} <= set(row):
-        return parse(row)[0].turns[0].observation
+        return preference(row)[0]
     return take(row, column, str, list)
 
 
@@ -268,6 +268,19 @@ def _chat(row: Row, number: int) -> Trajectory:
 
 
 def _preference(row: Row, number: int) -> list[Trajectory]:
+    prompt, *answers = preference(row)
+    episodes = []
+    for side, (answer, reward) in enumerate(zip(answers, (1.0, -1.0), strict=True)):
+        name = ("chosen", "rejected")[side]
+        turns = [Turn(prompt, answer)] if isinstance(answer, str) else _dialogue(answer, name, prompt)[0]
+        episode = _episode({"reward": reward}, turns, number)
+        episode.episode = 2 * number + side
+        episodes.append(episode)
+    return episodes
+
+
+def preference(row: Row) -> tuple[str | Messages, str | Messages, str | Messages]:
+    """Prompt, chosen and rejected completion of a row: all text, or all messages. Raises Malformed."""
     chosen, rejected = _text_or_messages(row, "chosen"), _text_or_messages(row, "rejected")
     if type(chosen) is not type(rejected):
         raise Malformed("fields 'chosen' and 'rejected' differ in kind; expected text in both, or messages in both")
@@ -276,21 +289,11 @@ def _preference(row: Row, number: int) -> list[Trajectory]:
         if prompt is None:
             prompt = common_prompt(chosen, rejected)
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        sides = [[Turn(prompt, _not_empty(text, name))] for name, text in (("chosen", chosen), ("rejected", rejected))]
-    else:
-        shared = common_messages(chosen, rejected)
-        stated = [] if prompt is None else as_messages(prompt)
-        opening = shared if all(message in shared for message in stated) else stated + shared
-        sides = [
-            _dialogue(messages[len(shared) :], name, opening)[0]
-            for name, messages in (("chosen", chosen), ("rejected", rejected))
-        ]
-    episodes = []
-    for side, (turns, reward) in enumerate(zip(sides, (1.0, -1.0), strict=True)):
-        episode = _episode({"reward": reward}, turns, number)
-        episode.episode = 2 * number + side
-        episodes.append(episode)
-    return episodes
+        return prompt, _not_empty(chosen, "chosen"), _not_empty(rejected, "rejected")
+    shared = common_messages(chosen, rejected)
+    stated = [] if prompt is None else as_messages(prompt)
+    opening = shared if all(message in shared for message in stated) else stated + shared
+    return opening, chosen[len(shared) :], rejected[len(shared) :]
 
 
 def common_prompt(chosen: str, rejected: str) -> str:

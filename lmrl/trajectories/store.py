@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from lmrl.errors import DataError, RunError
-from lmrl.trajectories.files import JsonLines, Malformed, Row, open_rows, quiet_datasets
+from lmrl.trajectories.files import JsonLines, Malformed, Row, Rows, open_rows, quiet_datasets
 from lmrl.trajectories.rows import fingerprint, is_dialogue, parse, prompt_key, render, to_row
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -112,7 +112,7 @@ class LoggedFile:
         }
         self.notes += [f"{self.path}: left out {count} {what}" for what, count in counts.items() if count]
         if bad and bad_rows is not None:
-            self._report(bad, bad_rows)
+            report_bad_rows(self.rows, bad, bad_rows)
         if not len(self):
             raise DataError(f"no episode is left; {'; '.join(self.notes)}")
 
@@ -131,12 +131,13 @@ class LoggedFile:
         segments = render(episode, self.renderer, self.history).segments
         return max((len(segment.tokens) for segment in segments), default=0) > self.max_tokens
 
-    def _report(self, bad: list[tuple[int, str]], target: Path) -> None:
-        with open(target, "w", encoding="utf-8") as file:
-            for number, reason in bad:
-                name, line = self.rows.place(number)
-                report = {"file": name, "line": line, "reason": reason, "row": self.rows.text(number)}
-                file.write(json.dumps(report, ensure_ascii=False) + "\n")
+
+def report_bad_rows(rows: Rows, bad: list[tuple[int, str]], target: Path) -> None:
+    """Write malformed rows (number and what is wrong) to a file, one JSON object a line."""
+    with open(target, "w", encoding="utf-8") as file:
+        for number, reason in bad:
+            name, line = rows.place(number)
+            file.write(_json_line({"file": name, "line": line, "reason": reason, "row": rows.text(number)}))
 
 
 def logged_texts(path: str, split: str = "train") -> list[str]:

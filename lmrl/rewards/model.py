@@ -1,0 +1,124 @@
+"""Learned rewards: any sequence classifier, or an ensemble of them, behind the protocol of reward functions."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+from weakref import WeakValueDictionary
+
+import torch
+
+from lmrl.errors import RecipeError, did_you_mean
+from lmrl.policy.classifier import BATCH_TOKENS, Classifier
+from lmrl.policy.load import open_classifier
+from lmrl.trajectories.trajectory import Messages
+
+COMBINE = ("mean", "min", "mean_minus_std")
+_OPEN: WeakValueDictionary[tuple, Classifier] = WeakValueDictionary()
+"""Classifiers in use, so that training and evaluation share one copy of the weights."""
+
+
+class RewardModel:
+    """Scores completions with a transformers sequence classifier, in its own tokens and through its own chat template.
+
+    model: a folder or hub name, or a list of them, an ensemble.
+    label: of a classifier with several outputs the one that counts, by name or index.
+    probability: take its probability instead of its logit.
+    prompt: score the prompt together with the completion (false: the completion alone, as text).
+    chat: put text through the chat template, as messages always are.
+    eos: end text with the end-of-sequence token, as trl's RewardTrainer does with text that is no dialogue.
+    max_tokens: of a longer text the end is kept (None: as long as model and tokenizer allow).
+    combine: how an ensemble's scores become one (Coste et al., arXiv 2310.02743); std_coef: for mean_minus_std.
+    batch_tokens: tokens, padding included, that go through a model at once.
+    dtype: of the weights; the head stays float32. device: null takes the accelerator where there is one.
+
+    Raises RecipeError for options that make no sense, ModelError for a model that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model: str | list[str],
+        label: str | int | None = None,
+        probability: bool = False,
+        prompt: bool = True,
+        chat: bool = False,
+        eos: bool = False,
+        max_tokens: int | None = None,
+        combine: Literal["mean", "min", "mean_minus_std"] = "mean",
+        std_coef: float = 1.0,
+        batch_tokens: int = BATCH_TOKENS,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        device: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ):
+        if combine not in COMBINE:
+            raise RecipeError(f"'combine' cannot be '{combine}'{did_you_mean(str(combine), COMBINE)}")
+        if dtype not in ("float32", "bfloat16"):
+            raise RecipeError(f"'dtype' cannot be '{dtype}': choose float32 or bfloat16")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        paths = [model] if isinstance(model, str) else model
+        self.members = [_open(path, dtype, max_tokens, revision, trust_remote_code, device) for path in paths]
+        self.outputs = [output_of(member, label, path) for member, path in zip(self.members, paths, strict=True)]
+        self.probability, self.prompt, self.chat, self.eos = probability, prompt, chat, eos
+        self.combine, self.std_coef, self.batch_tokens = combine, std_coef, batch_tokens
+
+    def __call__(
+        self, prompts: list[str | Messages], completions: list[str | Messages], **columns: Any
+    ) -> list[float] | list[dict[str, float]]:
+        """One score for each completion; of an ensemble also `std`, how far its members disagree."""
+        scores_MN = torch.stack([self._scores(index, prompts, completions) for index in range(len(self.members))])
+        if len(self.members) == 1:
+            return scores_MN[0].tolist()
+        mean_N, std_N = scores_MN.mean(0), scores_MN.std(0, correction=0)
+        if self.combine == "min":
+            combined_N = scores_MN.amin(0)
+        else:
+            combined_N = mean_N - (self.std_coef * std_N if self.combine == "mean_minus_std" else 0)
+        return [{"score": score, "std": std} for score, std in zip(combined_N.tolist(), std_N.tolist(), strict=True)]
+
+    def _scores(self, index: int, prompts: list, completions: list) -> torch.Tensor:
+        """Scores of one member, (N,), float64."""
+        member = self.members[index]
+        tokens = [member.tokens(*self._parts(member, *pair)) for pair in zip(prompts, completions, strict=True)]
+        logits_NL = member.logits(tokens, self.batch_tokens).double()
+        if not self.probability:
+            return logits_NL[:, self.outputs[index]]
+        several = logits_NL.shape[1] > 1 and member.config.problem_type != "multi_label_classification"
+        return (logits_NL.softmax(-1) if several else logits_NL.sigmoid())[:, self.outputs[index]]
+
+    def _parts(self, member: Classifier, prompt: str | Messages, completion: str | Messages) -> tuple:
+        """Prompt and completion as the member is to see them."""
+        if not self.prompt:
+            prompt = ""
+            if not isinstance(completion, str):
+                completion = "\n\n".join(message["content"] for message in completion)
+        elif self.chat and isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if self.eos and isinstance(prompt, str) and isinstance(completion, str):
+            completion += member.tokenizer.eos_token or ""
+        return prompt, completion
+
+
+def _open(
+    path: str, dtype: str, max_tokens: int | None, revision: str | None, trust_remote_code: bool, device: str
+) -> Classifier:
+    name = (path, dtype, max_tokens, revision, trust_remote_code, device)
+    if (found := _OPEN.get(name)) is None:
+        found = open_classifier(path, dtype, max_tokens, revision, trust_remote_code)
+        found.model.to(device)
+        if dtype == "bfloat16":
+            found.compute_in_bfloat16()
+        _OPEN[name] = found
+    return found
+
+
+def output_of(classifier: Classifier, label: str | int | None, path: str) -> int:
+    """Which output of a classifier a label means. Raises RecipeError where there is no such label, or none is chosen."""
+    names = [classifier.config.id2label[index] for index in range(classifier.config.num_labels)]
+    if label is None:
+        if len(names) > 1:
+            raise RecipeError(f"'{path}' has several labels: choose one with options.label ({', '.join(names)})")
+        return 0
+    if isinstance(label, int) and not 0 <= label < len(names) or isinstance(label, str) and label not in names:
+        raise RecipeError(f"options.label: '{path}' has no label '{label}'{did_you_mean(str(label), names)}")
+    return label if isinstance(label, int) else names.index(label)

@@ -1,0 +1,58 @@
+"""Normalising and clipping the scores of a reward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+
+class Scale:
+    """(score - mean) / std with fixed numbers or running ones, then clipping.
+
+    Running statistics are those of all training samples so far, the ones at hand included (Welford's method in batches,
+    Chan et al., 1983). Samples of an evaluation leave them as they are, and stay as they were scored: what is compared
+    over time needs a fixed scale.
+    """
+
+    def __init__(
+        self,
+        normalize: Literal["running"] | tuple[float, float] | None = None,
+        clip: tuple[float, float] | None = None,
+    ):
+        self.normalize, self.clip = normalize, clip
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+        """Samples so far, their mean, and the sum of squared deviations from it."""
+
+    @property
+    def is_running(self) -> bool:
+        return self.normalize == "running"
+
+    def __call__(self, scores: Sequence[float | None], learning: bool = False) -> list[float | None]:
+        """Scores on the new scale; None stays None."""
+        if self.is_running and not learning:
+            return list(scores)
+        mean, std = 0.0, 1.0
+        if self.is_running:
+            self._follow([score for score in scores if score is not None])
+            mean, std = self.mean, math.sqrt(self.squares / self.count) if self.squares > 0 else 1.0
+        elif self.normalize is not None:
+            mean, std = self.normalize
+        low, high = self.clip or (-math.inf, math.inf)
+        return [None if score is None else min(max((score - mean) / std, low), high) for score in scores]
+
+    def _follow(self, scores: list[float]) -> None:
+        if not scores:
+            return
+        mean = math.fsum(scores) / len(scores)
+        squares = math.fsum((score - mean) ** 2 for score in scores)
+        total, gap = self.count + len(scores), mean - self.mean
+        self.squares += squares + gap * gap * self.count * len(scores) / total
+        self.mean += gap * len(scores) / total
+        self.count = total
+
+    def state(self) -> dict[str, Any]:
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]

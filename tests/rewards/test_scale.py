@@ -1,0 +1,65 @@
+"""Normalising and clipping scores; running statistics are part of a run's state."""
+
+import statistics
+
+import pytest
+from pydantic import ValidationError
+
+from lmrl.recipe import Reward
+from lmrl.rewards.rewards import RewardFunction, judge
+from lmrl.rewards.scale import Scale
+from lmrl.trajectories.trajectory import Segment, Trajectory
+
+
+def test_fixed_numbers_and_clipping():
+    scale = Scale((2.0, 0.5), (-1, 1))
+    assert scale([2.0, 2.25, 9.0, None, -9.0]) == [0.0, 0.5, 1.0, None, -1.0]
+    assert Scale()([3.0, None]) == [3.0, None]
+
+
+def test_running_statistics_are_those_of_all_samples_so_far():
+    scale, seen = Scale("running"), []
+    for batch in ([1.0, 5.0, None], [2.0], [7.0, 7.0, 0.5]):
+        seen += [value for value in batch if value is not None]
+        scaled = scale(batch, learning=True)
+        mean, std = statistics.fmean(seen), statistics.pstdev(seen)
+        assert scaled == [None if value is None else pytest.approx((value - mean) / std) for value in batch]
+
+
+def test_evaluation_leaves_running_statistics_alone():
+    scale = Scale("running", (-1, 1))
+    scale([0.0, 4.0], learning=True)
+    before = scale.state()
+    assert scale([100.0]) == [100.0] and scale.state() == before
+    other = Scale("running", (-1, 1))
+    other.load_state(before)
+    assert other([3.0], learning=True) == scale([3.0], learning=True)
+
+
+def test_equal_scores_are_only_centred():
+    assert Scale("running")([3.0, 3.0], learning=True) == [0.0, 0.0]
+    assert Scale("running")([None], learning=True) == [None]
+
+
+def test_components_stay_as_they_were_scored():
+    segment = Segment()
+    segment.observe([1])
+    segment.act([2], [-1.0], 0)
+    episode = Trajectory([segment], "p", "c")
+    judge([RewardFunction("r", "r", 2.0, lambda **_: [5.0], scale=Scale((1.0, 2.0), None))], [episode], learning=True)
+    assert episode.components == {"r": 5.0} and episode.reward == 4.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "a reward is one of"),
+        ({"function": "a.b", "model": "c"}, "a reward is one of"),
+        ({"model": []}, "a reward is one of"),
+        ({"function": "a.b", "normalize": (0, 0)}, "STD above 0"),
+        ({"function": "a.b", "clip": (1, 1)}, "LOW < HIGH"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        Reward(**settings)

@@ -1,0 +1,381 @@
+"""Reward models as stages: they learn, resume to the bit, and judge the stages after them."""
+
+import json
+import math
+import os
+import random
+import signal
+
+import pytest
+import torch
+import transformers
+import yaml
+
+import lmrl.run
+from lmrl.errors import DataError, ModelError, NonFiniteError, RecipeError, RunError
+from lmrl.evaluation.statistics import bootstrap
+from lmrl.recipe_files import load_recipe
+from lmrl.training import dry_run, resume_run, train
+from lmrl.training.interrupt import Interrupted
+from lmrl.training.reward_model import (
+    Pair,
+    SkippingAdamW,
+    agreement,
+    calibration_error,
+    pairs_at_once,
+    read_pairs,
+    split_pairs,
+)
+
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def write_pairs(path, count=120):
+    """Preferences for vowels: chosen completions have three, rejected ones none."""
+    rng = random.Random(0)
+    with open(path, "w") as file:
+        for number in range(count):
+            chosen, rejected = ("".join(rng.choices(letters, k=3)) for letters in ("aeiou", "bcdfg"))
+            noise = rng.choices("xyz", k=3)
+            row = {
+                "prompt": f"{number % 60}: ",
+                "chosen": chosen + "".join(noise),
+                "rejected": rejected + "".join(noise),
+            }
+            file.write(json.dumps(row) + "\n")
+
+
+def write_recipe(tmp_path, **changes):
+    write_pairs(tmp_path / "pairs.jsonl")
+    data = {
+        "model": {"config": TINY},
+        "source": {"name": "dataset", "path": "pairs.jsonl", "batch_size": 8},
+        "objective": {"name": "reward_model", "holdout": 0.2, "max_length": 32},
+        "optimizer": {"lr": 3e-3},
+        "training": {"steps": 6, "checkpoint_every": 2, "threads": 1, "microbatch_tokens": 128},
+    } | changes
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
+    return tmp_path / "mine.yaml"
+
+
+def stages_recipe(tmp_path, tiny_folder, **changes):
+    """Imitate the chosen and the rejected, learn what is preferred, and improve by it."""
+    data = {
+        "model": {"path": str(tiny_folder), "lora": {"r": 4}},
+        "task": {"prompts": {"path": "pairs.jsonl"}, "rewards": [{"model": "stages/rm", "normalize": "running"}]},
+        "stages": {
+            "warmup": {
+                "source": {"name": "dataset", "path": "pairs.jsonl", "batch_size": 4},
+                "objective": {"name": "likelihood"},
+            },
+            "rm": {
+                "source": {"name": "dataset", "path": "pairs.jsonl", "batch_size": 4},
+                "objective": {"name": "reward_model", "max_length": 32},
+            },
+        },
+        "source": {"name": "rollouts"},
+        "objective": {"name": "ppo"},
+        "rollouts": {"prompts": 4, "max_new_tokens": 6},
+        "training": {"steps": 2, "checkpoint_every": 1, "threads": 1},
+    } | changes
+    return write_recipe(tmp_path, **data)
+
+
+def lines(run):
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "time"} for line in found]
+
+
+def weights(run, stage="main"):
+    return (run / "stages" / stage / "final" / "model.safetensors").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------------- the stage
+def test_it_learns_and_leaves_a_transformers_classifier(tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path), ["training.steps=40", "evaluation.every=20"])
+    result = train(recipe, output=tmp_path / "run")
+    row = result.scores["reward model"]
+    assert row["accuracy"]["mean"] > 0.95 and row["accuracy"]["n"] == 24
+    assert row["margin"]["ci95"][0] > 0.5 and row["brier"]["mean"] < 0.15
+    kinds = [(line["kind"], line["step"]) for line in lines(tmp_path / "run") if line["kind"] == "eval"]
+    assert kinds == [("eval", 20), ("eval", 40)]
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(result.checkpoint)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(result.checkpoint)
+    assert model.config.num_labels == 1 and tokenizer.model_max_length == 32
+
+    def reward(text):
+        with torch.no_grad():
+            return float(model(input_ids=tokenizer(text, return_tensors="pt").input_ids).logits)
+
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert samples[-1]["rewards"] == pytest.approx(
+        [reward(samples[-1]["prompt"] + samples[-1][side]) for side in ("chosen", "rejected")], abs=1e-5
+    )
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(
+    ("where", "call"),
+    [("record", 1), ("record", 5), ("_fsync", 3), ("_fsync", 14)],
+    ids=["before a checkpoint", "between checkpoints", "in the first checkpoint", "in a later checkpoint"],
+)
+def test_a_killed_run_resumes_to_the_bit(tmp_path, tiny_folder, monkeypatch, where, call, lora):
+    model = {"path": str(tiny_folder), "lora": {"r": 4, "dropout": 0.1}, "dtype": "bfloat16"}
+    optimizer = {"lr": 1e-2, "schedule": "cosine", "warmup_steps": 2}
+    recipe = load_recipe(write_recipe(tmp_path, optimizer=optimizer, **({"model": model} if lora else {})))
+    train(recipe, output=tmp_path / "whole")
+
+    home, calls = (lmrl.run.Run if where == "record" else lmrl.run), 0
+    original = getattr(home, where)
+
+    def stop(*arguments):
+        nonlocal calls
+        calls += 1
+        original(*arguments)
+        if calls == call:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(home, where, stop)
+        with pytest.raises(Killed):
+            train(recipe, output=tmp_path / "torn")
+    resume_run(tmp_path / "torn")
+    assert lines(tmp_path / "torn") == lines(tmp_path / "whole")
+    assert weights(tmp_path / "torn") == weights(tmp_path / "whole")
+    checkpoints = tmp_path / "torn" / "stages" / "main" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-000004", "step-000006"]
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_sigterm_saves_first(tmp_path, monkeypatch, step):
+    recipe = load_recipe(write_recipe(tmp_path))
+    train(recipe, output=tmp_path / "whole")
+    original, calls = torch.optim.AdamW.step, 0
+
+    def stop(*arguments, **more):
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", stop)
+        with pytest.raises(Interrupted):
+            train(recipe, output=tmp_path / "torn")
+    assert (tmp_path / "torn" / "stages" / "main" / "checkpoints" / f"step-{step:06d}").is_dir()
+    resume_run(tmp_path / "torn")
+    assert lines(tmp_path / "torn") == lines(tmp_path / "whole")
+    assert weights(tmp_path / "torn") == weights(tmp_path / "whole")
+
+
+def test_the_size_of_microbatches_changes_nothing(tmp_path):
+    recipe = write_recipe(tmp_path)
+    small = train(load_recipe(recipe, ["training.microbatch_tokens=16"]), output=tmp_path / "small").scores
+    large = train(load_recipe(recipe, ["training.microbatch_tokens=4096"]), output=tmp_path / "large").scores
+    for metric in ("accuracy", "margin", "brier"):
+        mean = small["reward model"][metric]["mean"]
+        assert mean == pytest.approx(large["reward model"][metric]["mean"], abs=1e-4)
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path):
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = SkippingAdamW([{"params": [parameter], "lr": 0.1}])
+    for gradient, expected in ((1.0, (0, 0)), (math.nan, (1, 1)), (math.inf, (2, 2)), (1.0, (2, 0))):
+        parameter.grad = torch.full((2,), gradient)
+        before = parameter.detach().clone()
+        optimizer.step()
+        assert torch.equal(before, parameter) == (not math.isfinite(gradient))
+        assert (optimizer.skipped, optimizer.skipped_in_a_row) == expected
+    broken = load_recipe(write_recipe(tmp_path), ["optimizer.lr=1e30", "training.max_nonfinite=2"])
+    with pytest.raises(NonFiniteError, match="2 updates in a row had a non-finite loss or gradient"):
+        train(broken, output=tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------------------------- in a recipe
+def test_three_stages_in_one_recipe(tmp_path, tiny_folder):
+    """Warm-up, reward model and PPO: the policy comes from the warm-up, its reward from the stage in between."""
+    recipe = load_recipe(stages_recipe(tmp_path, tiny_folder))
+    dry_run(recipe)
+    result = train(recipe, output=tmp_path / "run")
+    assert "reward model" in result.scores
+    last = [line for line in lines(tmp_path / "run") if line["kind"] == "train"][-1]
+    assert last["stage"] == "main" and "reward/rm" in last and "reward" in last
+
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    played = [line for line in samples if line["stage"] == "main"]
+    from lmrl.rewards.model import RewardModel
+
+    judge = RewardModel(str(tmp_path / "run" / "stages" / "rm" / "final"))
+    expected = judge([line["prompt"] for line in played], [line["completion"] for line in played])
+    assert [line["components"]["rm"] for line in played] == pytest.approx(expected, abs=1e-5)
+
+    # A checkpoint finds its reward where the run lies now.
+    (tmp_path / "run").rename(tmp_path / "moved")
+    report = lmrl.evaluate(tmp_path / "moved", suite="sentiment", overrides=["episodes=2"])
+    assert "rm" in report.metrics
+    assert result.checkpoint.name == "final"
+
+
+def test_running_statistics_survive_a_stop(tmp_path, tiny_folder, monkeypatch):
+    recipe = load_recipe(stages_recipe(tmp_path, tiny_folder), ["training.steps=4"])
+    train(recipe, output=tmp_path / "whole")
+    original = lmrl.run.Run.record
+
+    def stop(self, line):
+        original(self, line)
+        if (line["stage"], line["step"]) == ("main", 3):
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lmrl.run.Run, "record", stop)
+        with pytest.raises(Killed):
+            train(recipe, output=tmp_path / "torn")
+    resume_run(tmp_path / "torn")
+    assert lines(tmp_path / "torn") == lines(tmp_path / "whole")
+    kept = [tmp_path / name / "stages" / "main" / "final" / "state" / "rewards.json" for name in ("torn", "whole")]
+    assert kept[0].read_text() == kept[1].read_text() and json.loads(kept[0].read_text())["rm"]["count"] == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["start=rm"], "`start`: stage 'rm' trains a reward model, and leaves no policy to start from"),
+        (["task.rewards.0.model=stages/mr"], "no stage 'mr' trains a reward model; valid here: rm"),
+        (["task.rewards.0.model=stages/warmup"], "no stage 'warmup' trains a reward model"),
+        (
+            ["stages.warmup.source={name: rollouts, best: 0.5}"],
+            "stage warmup is judged by stage rm, which is trained later: move rm before warmup",
+        ),
+        (["stages.rm.source.best=0.5"], "have no returns to rank them by: leave source.best at 1"),
+        (
+            ["stages.rm.source={name: rollouts}"],
+            "learns from pairs of a chosen and a rejected completion: set source.name",
+        ),
+        (["stages.rm.evaluation.suite=sentiment"], "`stages.rm.evaluation.suite`: a reward model plays no suite"),
+        (
+            ["stages.rm.rollouts.samples=2"],
+            "`stages.rm.rollouts`: a reward model is trained on pairs, and plays nothing",
+        ),
+        (["task=null"], "missing key 'task': what the policy plays"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path, tiny_folder, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(stages_recipe(tmp_path, tiny_folder), changes)
+
+
+def test_a_reward_model_run_is_no_policy(tmp_path):
+    train(load_recipe(write_recipe(tmp_path), ["training.steps=1"]), output=tmp_path / "run")
+    with pytest.raises((ModelError, RunError, RecipeError), match="reward model"):
+        lmrl.evaluate(tmp_path / "run", suite="sentiment")
+
+
+# ------------------------------------------------------------------------------------------------------------------- data
+def test_pairs_of_every_format(tmp_path):
+    user, good, bad = (
+        {"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "yes"), ("assistant", "no"))
+    )
+    rows = [
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        {"prompt": [user], "chosen": [good], "rejected": [bad]},
+        {"chosen": [user, good], "rejected": [user, bad]},
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs, notes = read_pairs(str(path))
+    assert notes == [] and pairs == [
+        Pair("p", "a", "b"),
+        Pair("\n\nHuman: q\n\nAssistant:", " a", " b"),
+        Pair([user], [good], [bad]),
+        Pair([user], [good], [bad]),
+    ]
+    path.write_text(path.read_text() + '{"prompt": "p", "completion": "c"}\n')
+    with pytest.raises(DataError, match="pairs.jsonl, line 5: has no field 'chosen'"):
+        read_pairs(str(path))
+    pairs, notes = read_pairs(str(path), skip_bad_rows=True, bad_rows=tmp_path / "bad.jsonl")
+    assert len(pairs) == 4 and "left out 1 malformed lines" in notes[0]
+    assert json.loads((tmp_path / "bad.jsonl").read_text())["line"] == 5
+
+
+def test_no_prompt_of_a_held_out_pair_is_trained_on():
+    pairs = [Pair(f"{number % 10}", "a", "b") for number in range(30)]
+    training, heldout = split_pairs(pairs, 0.2)
+    assert len(heldout) == 6 and sorted(training + heldout) == list(range(30))
+    assert not {pairs[index].prompt for index in training} & {pairs[index].prompt for index in heldout}
+    assert split_pairs(pairs, 0.2) == (training, heldout)
+    _, reserved = split_pairs(pairs, 0.2, {"3", "4", "elsewhere"})
+    assert {pairs[index].prompt for index in reserved} == {"3", "4"}
+    as_message = [Pair([{"role": "user", "content": "3"}], [], []), Pair("4", "a", "b")]
+    assert split_pairs(as_message, 0.5, {"3"}) == ([1], [0])
+    assert split_pairs(pairs, 0.0) == (list(range(30)), [])
+    with pytest.raises(DataError, match="none of 30 pairs is left to train on"):
+        split_pairs(pairs, 0.1, {str(number) for number in range(10)})
+
+
+def test_the_split_agrees_with_that_of_the_prompts(tmp_path, tiny_folder):
+    """The same file as prompts, without a `prompt` column, and as pairs."""
+    rows = [
+        {"chosen": f"\n\nHuman: {n}\n\nAssistant: a", "rejected": f"\n\nHuman: {n}\n\nAssistant: b"} for n in range(40)
+    ]
+    recipe = load_recipe(stages_recipe(tmp_path, tiny_folder), ["stages.rm.training.steps=1"])
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    from lmrl.policy.tokenizers import build_tokenizer
+    from lmrl.rollouts.task import build_task
+
+    section = recipe.task.model_copy(update={"rewards": []})
+    reserved = build_task(section, build_tokenizer("char", ["abc"])).heldout_prompts()
+    pairs, _ = read_pairs(str(tmp_path / "pairs.jsonl"))
+    _, heldout = split_pairs(pairs, 0.1, reserved)
+    assert {pairs[index].prompt for index in heldout} == reserved and len(reserved) == 4
+
+
+# ------------------------------------------------------------------------------------------------------------ measurement
+def test_agreement_by_hand():
+    scores = agreement([2.0, -1.0, 0.0, 3.0])
+    assert scores["accuracy"]["mean"] == pytest.approx((1 + 0 + 0.5 + 1) / 4)
+    assert scores["margin"]["mean"] == 1.0
+
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x))
+
+    assert scores["brier"]["mean"] == pytest.approx(sum(sigmoid(-m) ** 2 for m in (2, -1, 0, 3)) / 4)
+    assert scores["nll"]["mean"] == pytest.approx(sum(-math.log(sigmoid(m)) for m in (2, -1, 0, 3)) / 4)
+    low, high = scores["ece"]["ci95"]
+    assert 0 <= low <= high <= 1
+
+
+def test_calibration_error_by_hand():
+    confidence = torch.tensor([0.52, 0.54, 0.91, 1.0], dtype=torch.float64)
+    wins = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    expected = (abs(1 - 0.52 - 0.54) + (1 - 0.91) + 0.0) / 4
+    assert calibration_error(confidence, wins) == pytest.approx(expected)
+
+
+def test_bootstrap_of_a_mean_is_near_its_t_interval():
+    values = torch.linspace(0, 1, 101, dtype=torch.float64)
+    found = bootstrap(lambda rows: float(values[rows].mean()), 101, 2000)
+    half = 1.98 * float(values.std()) / math.sqrt(101)
+    assert found["mean"] == pytest.approx(0.5) and found["n"] == 101
+    assert found["ci95"] == pytest.approx([0.5 - half, 0.5 + half], abs=0.01)
+
+
+def test_pairs_at_once_divide_the_batch():
+    assert pairs_at_once(16, 100, 4096) == 16
+    assert pairs_at_once(16, 200, 4096) == 8
+    assert pairs_at_once(6, 200, 2000) == 3
+    assert pairs_at_once(7, 200, 2000) == 1
+    assert pairs_at_once(16, 5000, 4096) == 1
