@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,12 @@ class Objective:
 
     def calibrate(self, policy: Policy, trajectories: list[Trajectory]) -> None:
         """Called once, before the first step of a stage that begins with new heads, with some logged episodes."""
+
+    def ready(self, policy: Policy, logged: Iterable[list[Trajectory]], fresh: bool) -> None:
+        """Called once, when a stage is about to begin or to go on. logged: all that it may draw, in parts.
+
+        fresh: the policy is as the stage begins.
+        """
 
     def begin(self, step: int) -> None:
         """Called before each step, counted from 1."""

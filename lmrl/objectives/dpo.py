@@ -6,17 +6,20 @@ its action tokens, in however many turns; environment tokens do not count.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as List
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from lmrl.errors import DataError
+from lmrl.errors import DataError, RunError
 from lmrl.objectives.base import Loss, Objective
 from lmrl.objectives.groups import EPISODE, episode_sums, grouped_batch, groups_of
 from lmrl.policy.passes import Outputs
 from lmrl.policy.policy import Policy
+from lmrl.policy.reference_cache import ReferenceCache, model_key
 from lmrl.recipe import DPOObjective
 from lmrl.trajectories.batch import Batch, Microbatch
 from lmrl.trajectories.trajectory import Trajectory
@@ -110,9 +113,32 @@ class DPO(Objective):
 
     def __init__(self, options: DPOObjective):
         self.options, self.minibatches = options, options.minibatches
-        self.uses_reference = not options.reference_free
+        self.uses_reference = not (options.reference_free or options.cache_reference)
+        self.cache: ReferenceCache | None = None
+        self.cache_key: str | None = None
         self.label = "DPO" if options.loss == "sigmoid" else options.loss
         self.sft_coef = options.sft_coef if options.sft_coef is not None else float(options.loss == "orpo")
+
+    def ready(self, policy: Policy, logged: Iterable[list[Trajectory]], fresh: bool) -> None:
+        """Compute what the cache of the reference lacks, while the policy still is the reference."""
+        if not self.options.cache_reference:
+            return
+        self.cache_key = model_key(policy) if fresh else self.cache_key
+        self.cache = ReferenceCache(self.cache_key)
+        for part in logged:
+            lacking = self.cache.missing(part)
+            if lacking and not fresh:
+                raise RunError(
+                    f"{self.cache.path}: {len(lacking)} episodes of this run are missing in the reference's cache, and the "
+                    "policy has moved on: start the run again, or set objective.cache_reference=false"
+                )
+            self.cache.add(policy, lacking)
+
+    def state(self) -> dict[str, Any]:
+        return {} if self.cache_key is None else {"reference": self.cache_key}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.cache_key = state.get("reference")
 
     def prepare(self, policy: Policy, trajectories: list[Trajectory]) -> Batch:
         for trajectory in trajectories:
@@ -126,6 +152,11 @@ class DPO(Objective):
             reference = policy.score(batch, reference=True)["logprobs"]
             for sequence, logprobs in zip(batch.sequences, reference, strict=True):
                 sequence.fields["reference_logprobs"] = logprobs
+        elif self.cache is not None:
+            episodes = [one for pair in pairs for one in pair]
+            a_token = torch.tensor([self.cache[one] / one.num_actions for one in episodes])
+            for sequence in batch.sequences:
+                sequence.fields["reference_logprobs"] = a_token[sequence.fields[EPISODE]]
         groups = len(groups_of(trajectories))
         batch.stats = {"pairs": len(pairs), "ties": (groups - len(pairs)) / groups}
         return batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from lmrl.trajectories.store import LoggedFile, read_episodes, write_episodes
 from lmrl.trajectories.trajectory import Trajectory
 
 REPLAY_FILE, REWARDS_FILE = "replay.parquet", "rewards.json"
+PART = 64
 CACHED = 4096
 """Logged episodes whose tokens are kept in memory."""
 
@@ -180,6 +181,12 @@ class Logged(Source):
         return [
             piece(one, int(rng.integers(max(end, 0) + 1)), self.turns) for one, end in zip(episodes, last, strict=True)
         ]
+
+    def parts(self) -> Iterator[list[Trajectory]]:
+        """All episodes that can be drawn, some at a time, then the held-out ones."""
+        for first in range(0, len(self.kept), PART):
+            yield [self._episode(row) for unit in self.kept[first : first + PART] for row in self.units[unit]]
+        yield self.heldout(None)
 
     def probe(self, count: int) -> list[Trajectory]:
         """The first `count` episodes (fewer where there are fewer) of an order that is always the same."""

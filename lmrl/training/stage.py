@@ -129,6 +129,10 @@ class Stage:
         self.display.begin(self.name, progress.label, recipe.training.steps, progress.step)
         gate = recipe.evaluation.gate
         try:
+            if getattr(recipe.objective, "cache_reference", False):
+                self.display.say("computing what the cache lacks of the reference's log-probabilities")
+            logged = self.source.logged.parts() if self.source.logged else ()
+            self.objective.ready(self.policy, logged, fresh=not resumed)
             if not resumed:
                 self._evaluate_start()
             for step in range(progress.step + 1, recipe.training.steps + 1):

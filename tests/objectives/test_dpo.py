@@ -202,3 +202,56 @@ def test_every_loss_learns_the_preference(tiny_policy, loss):
 def test_pairs_without_rewards_are_refused(tiny_policy):
     with pytest.raises(DataError, match="has no reward"):
         DPO(options()).prepare(tiny_policy, [episode([1], [2], None)])
+
+
+# ------------------------------------------------------------------------------------------------- the cached reference
+def train(tmp_path, name, *changes, resume=False):
+    import json
+
+    import lmrl
+
+    rows = [{"prompt": f"say {n}", "chosen": "yes " * (n % 3 + 1), "rejected": "no " * (n % 2 + 1)} for n in range(10)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+    recipe = {
+        "model": {"config": config},
+        "task": {"prompts": {"holdout": 0.2}},
+        "source": {"name": "dataset", "path": str(tmp_path / "pairs.jsonl"), "batch_size": 4},
+        "objective": {"name": "dpo"},
+        "optimizer": {"lr": 1e-2},
+        "training": {"steps": 4, "threads": 1, "checkpoint_every": 2},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    result = lmrl.train(tmp_path / "recipe.yaml", changes, output=tmp_path / name, resume=resume)
+    lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    return result, [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def test_a_cached_reference_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("LMRL_CACHE", str(tmp_path / "cache"))
+    result, kept = train(tmp_path, "kept")
+    again, cached = train(tmp_path, "cached", "objective.cache_reference=true")
+    assert cached == pytest.approx(kept, abs=1e-6)
+    assert result.scores["DPO"]["heldout/accuracy"]["n"] == 2
+    scores = [run.scores["DPO"]["heldout/margin"]["mean"] for run in (result, again)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5) and scores[0] != 0
+    [file] = (tmp_path / "cache" / "reference").iterdir()
+    before = file.read_text()
+    assert len(before.split()) // 4 == 20  # both sides of ten pairs
+    file.write_text(before[:-10])  # torn
+    train(tmp_path, "later", "objective.cache_reference=true", "optimizer.lr=2e-2")
+    assert len(file.read_text().splitlines()) == len(before.splitlines()) + 1
+
+
+def test_a_lost_cache_is_said(tmp_path, monkeypatch):
+    import shutil
+
+    from lmrl.errors import RunError
+
+    monkeypatch.setenv("LMRL_CACHE", str(tmp_path / "cache"))
+    train(tmp_path, "run", "objective.cache_reference=true")
+    shutil.rmtree(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "run" / "stages" / "main" / "final")
+    with pytest.raises(RunError, match="16 episodes of this run are missing in the reference's cache"):
+        train(tmp_path, "run", "objective.cache_reference=true", resume=True)

@@ -1,0 +1,76 @@
+"""A frozen reference's log-probabilities of logged episodes, kept on disk from run to run.
+
+One file for each model, of one JSON line an episode: appending is safe, and a line that was torn by a kill is computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from lmrl.policy.policy import Policy
+from lmrl.trajectories.batch import to_batch
+from lmrl.trajectories.trajectory import Trajectory
+
+
+def cache_folder() -> Path:
+    """`LMRL_CACHE`, or `~/.cache/lmrl`."""
+    return Path(os.environ.get("LMRL_CACHE") or Path.home() / ".cache" / "lmrl")
+
+
+def model_key(policy: Policy) -> str:
+    """A hash of all weights as they are, and of the arithmetic."""
+    digest = hashlib.blake2b(str((policy.causal_lm.dtype, policy.autocast_dtype)).encode(), digest_size=16)
+    for name, tensor in policy.model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def episode_key(trajectory: Trajectory) -> str:
+    """A hash of an episode's tokens, and of which of them are actions."""
+    digest = hashlib.blake2b(digest_size=16)
+    for segment in trajectory.segments:
+        digest.update(json.dumps([segment.tokens, segment.actions]).encode())
+    return digest.hexdigest()
+
+
+class ReferenceCache:
+    """Sums of log-probabilities over the action tokens of episodes, by the model with this key."""
+
+    def __init__(self, key: str):
+        self.key = key
+        self.path = cache_folder() / "reference" / f"{key}.jsonl"
+        self.sums: dict[str, float] = {}
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            try:
+                entry = json.loads(line)
+                self.sums[entry["episode"]] = float(entry["logprob"])
+            except (ValueError, KeyError, TypeError):
+                continue
+
+    def missing(self, trajectories: Iterable[Trajectory]) -> list[Trajectory]:
+        return [one for one in trajectories if episode_key(one) not in self.sums]
+
+    def add(self, policy: Policy, trajectories: list[Trajectory]) -> None:
+        """Compute episodes that are not there yet, by the policy as it is."""
+        if not trajectories:
+            return
+        logprobs = iter(policy.score(to_batch(trajectories))["logprobs"])
+        found = {}
+        for one in trajectories:
+            segments = sum(1 for segment in one.segments if segment.actions)
+            found[episode_key(one)] = sum(float(next(logprobs).double().sum()) for _ in range(segments))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"episode": key, "logprob": value}) for key, value in found.items()]
+        with open(self.path, "a") as file:  # begins on a new line, whatever a kill has left
+            file.write("".join(f"\n{line}" for line in lines))
+        self.sums |= found
+
+    def __getitem__(self, trajectory: Trajectory) -> float:
+        return self.sums[episode_key(trajectory)]
