@@ -61,7 +61,7 @@ def local_call(spec: Reward, key: str) -> tuple[Callable[..., Any], str]:
         raise PluginError(f"{key}: '{spec.what}' takes no option '{sorted(unknown)[0]}' (it takes {', '.join(names)})")
     is_async = inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(type(found).__call__)
     call = partial(_call, found, None if takes_all else names, options, spec.timeout if is_async else None)
-    call.limits_itself = is_async
+    call.limits_itself = is_async or spec.kind == "url"
     return call, origin_of(spec)
 
 

@@ -99,6 +99,9 @@ def _score(function: RewardFunction, columns: dict[str, list[Any]]) -> Scores:
         return Scores([None], [_cause(function, error)], [{}]) if rows == 1 else _row_by_row(function, columns, error)
     result = Scores()
     for value in values:
+        if isinstance(value, Failure):
+            result.add(None, _cause(function, value))
+            continue
         extra = {}
         if isinstance(value, dict):
             extra = {name: one for name, one in value.items() if name != "score" and one is not None}
@@ -147,15 +150,20 @@ def _cause(function: RewardFunction, error: BaseException) -> str:
     return f"{function.origin} {how}"
 
 
-Value = float | None | dict[str, float | None]
+Value = float | None | Failure | dict[str, float | None]
 
 
 def checked_values(origin: str, result: Any, rows: int) -> list[Value]:
-    """A function's result as numbers, finite or not, None, or objects of them. RewardError: wrong length or type."""
+    """A function's result as numbers (finite or not), None, failures, or objects of numbers.
+
+    RewardError: wrong length or type.
+    """
     return [_value(origin, row, value) for row, value in enumerate(_checked_list(origin, result, rows))]
 
 
 def _value(origin: str, row: int, value: Any) -> Value:
+    if isinstance(value, Failure):
+        return value
     if isinstance(value, dict) and "score" in value:
         return {name: _number(origin, row, one) for name, one in value.items()}
     return _number(origin, row, value)
