@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from lmrl.cli import collect, cp, eval, export, ls, replay, show, train
+from lmrl.cli import collect, cp, eval, export, ls, replay, reward, show, train
 from lmrl.errors import LmrlError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 for verb in (ls, cp, show, train, collect, eval, export, replay):
     app.command(name=verb.__name__.rpartition(".")[2])(verb.command)
+app.add_typer(reward.app, name="reward")
 
 
 def main() -> None:

@@ -107,7 +107,6 @@ def _policy_gradient(recipe: Any, rolls_out: bool) -> Iterator[str]:
         yield f"objective '{name}' explores by sampling: set rollouts.temperature above 0"
 
 
-
 def _reward_model(source: Any) -> Iterator[str]:
     learns = "objective 'reward_model' learns from pairs of a chosen and a rejected completion"
     if not isinstance(source, DatasetSource) or source.path is None:

@@ -58,7 +58,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         token = self.server.token
-        if token and not hmac.compare_digest(self.headers.get("Authorization", "").encode(), f"Bearer {token}".encode()):
+        if token and not hmac.compare_digest(
+            self.headers.get("Authorization", "").encode(), f"Bearer {token}".encode()
+        ):
             return self._answer(401, {"error": "a bearer token is needed"})
         try:
             size = int(self.headers.get("Content-Length", ""))
@@ -100,5 +102,7 @@ def _columns(payload: Any) -> dict[str, list[Any]]:
     columns = columns | {name: payload.get(name) for name in ("prompts", "completions")}
     sizes = {name: len(column) if isinstance(column, list) else None for name, column in columns.items()}
     if None in sizes.values() or len(set(sizes.values())) != 1 or not sizes["prompts"]:
-        raise ValueError(f"prompts, completions and columns have to be lists of the same length, and not empty: {sizes}")
+        raise ValueError(
+            f"prompts, completions and columns have to be lists of the same length, and not empty: {sizes}"
+        )
     return columns

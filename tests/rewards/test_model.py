@@ -9,8 +9,8 @@ import transformers
 from lmrl.errors import ModelError, PluginError, RecipeError, RewardError
 from lmrl.policy.load import open_classifier
 from lmrl.recipe import Reward
-from lmrl.rewards.model import RewardModel
 from lmrl.rewards.load import load_rewards
+from lmrl.rewards.model import RewardModel
 from lmrl.rewards.rewards import judge, score
 from lmrl.trajectories.trajectory import Segment, Trajectory
 

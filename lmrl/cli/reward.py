@@ -1,0 +1,151 @@
+"""`lmrl reward`: check, score and serve rewards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lmrl.cli.common import Debug
+
+Named = Annotated[
+    str, typer.Argument(help="file.py:function, a dotted path, http://ADDRESS, or the folder of a classifier")
+]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", "-o", help="NAME=VALUE for the reward, as under `options` in a recipe")
+]
+Data = Annotated[
+    str | None, typer.Option("--data", "-d", help="Samples: JSONL or Parquet with prompt, completion and other columns")
+]
+
+app = typer.Typer(help="Check, score and serve rewards.", no_args_is_help=True)
+
+
+@app.command()
+def check(
+    reward: Named,
+    data: Data = None,
+    option: Options = None,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds that a call may take")] = 30.0,
+    to_json: Annotated[Path | None, typer.Option("--json", help="Write the findings there as well")] = None,
+    debug: Debug = False,
+) -> None:
+    """Try a reward before training: protocol, purity, odd completions, speed, distribution. Exit code 1: a check failed."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from lmrl.rewards.check import check_reward
+    from lmrl.rewards.rescore import columns_of, read_samples
+
+    columns = columns_of(read_samples(data)) if data else None
+    console, findings = Console(highlight=False), []
+    for finding in check_reward(_spec(reward, option), columns, timeout):
+        findings.append(finding)
+        mark, style = {True: ("ok", "green"), False: ("FAILED", "bold red"), None: ("note", "yellow")}[finding.passed]
+        console.print(Text.assemble((f"{mark:7}", style), f"{finding.name}: {finding.detail}"), soft_wrap=True)
+    failed = [finding for finding in findings if finding.passed is False]
+    if to_json:
+        to_json.write_text(json.dumps([vars(finding) for finding in findings], indent=2) + "\n")
+    console.print(f"{len(failed)} of {len(findings)} checks failed" if failed else "fit for training")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def score(
+    reward: Named,
+    data: Data = None,
+    run: Annotated[Path | None, typer.Option("--run", "-r", help="Score the saved samples of a run")] = None,
+    option: Options = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Write samples with their scores there, as JSONL")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option("--timeout", help="Seconds that a call may take")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Processes (0: this one)")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Score a file of samples, or the saved samples of a run, and compare with the rewards they had."""
+    from lmrl.errors import DataError, RunError
+    from lmrl.evaluation.statistics import summarize
+    from lmrl.rewards.load import load_reward
+    from lmrl.rewards.rescore import correlations, read_samples, rescore
+    from lmrl.run import SAMPLES_FILE
+
+    if (data is None) == (run is None):
+        raise DataError("name either --data FILE or --run FOLDER")
+    if run is not None and not (run / SAMPLES_FILE).is_file():
+        raise RunError(f"{run} holds no {SAMPLES_FILE}")
+    spec = _spec(reward, option).model_copy(update={"timeout": timeout, "workers": workers})
+    samples = read_samples(data or str(run / SAMPLES_FILE))
+    found = rescore(load_reward(spec, "reward"), samples)
+    known = [value for value in found.values if value is not None]
+    if output:
+        with open(output, "w", encoding="utf-8") as file:
+            for sample, value, cause in zip(samples, found.values, found.causes, strict=True):
+                file.write(
+                    json.dumps({**sample, "score": value, "cause": cause}, ensure_ascii=False, default=str) + "\n"
+                )
+    failed = len(samples) - len(known)
+    if known:
+        summary = summarize(known)
+        low, high = summary["ci95"]
+        print(f"{spec.label}: mean {summary['mean']:.4f} [{low:.4f}, {high:.4f}] over {len(known)} samples")
+    if failed:
+        print(f"{failed} samples have no score; first: {next(cause for cause in found.causes if cause)}")
+    if related := correlations(found.values, [sample.get("reward") for sample in samples]):
+        print(
+            f"correlation with the saved reward: Pearson {related['pearson']:.3f}, Spearman {related['spearman']:.3f}"
+        )
+    if not known:
+        raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    reward: Named,
+    option: Options = None,
+    host: Annotated[str, typer.Option("--host", help="Anything but this machine needs a token")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 8765,
+    token_env: Annotated[
+        str | None, typer.Option("--token-env", help="Environment variable with the token that requests have to bear")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option("--timeout", help="Seconds that a call may take")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Processes (0: this one)")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Serve a reward over HTTP, for `url:` in a recipe."""
+    import os
+
+    from lmrl.errors import RunError
+    from lmrl.rewards.load import load_reward
+    from lmrl.rewards.serve import RewardServer
+
+    token = os.environ.get(token_env) if token_env else None
+    if token_env and not token:
+        raise RunError(f"--token-env: the environment variable {token_env} is not set")
+    spec = _spec(reward, option).model_copy(update={"timeout": timeout, "workers": workers})
+    server = RewardServer(load_reward(spec, "reward"), host, port, token)
+    print(f"{spec.what} at http://{host}:{server.server_address[1]} (Ctrl-C ends it)")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        server.server_close()
+
+
+def _spec(reward: str, options: list[str] | None):
+    """What the command line names, as a section of a recipe."""
+    import yaml
+
+    from lmrl.errors import RecipeError
+    from lmrl.recipe import Reward
+
+    given = {}
+    for option in options or []:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise RecipeError(f"--option {option}: expected NAME=VALUE")
+        given[name] = yaml.safe_load(value)
+    kind = "url" if reward.startswith(("http://", "https://")) else "model" if Path(reward).is_dir() else "function"
+    return Reward(**{kind: reward, "options": given})

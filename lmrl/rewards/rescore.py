@@ -1,0 +1,85 @@
+"""Scoring saved samples with a reward, and comparing with the reward that they had."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lmrl.errors import DataError
+from lmrl.rewards.rewards import RewardFunction, Scores, score
+from lmrl.trajectories.files import Malformed, Row, open_rows
+from lmrl.trajectories.rows import parse
+
+BATCH = 64
+OF_RUNS = ("stage", "step", "kind", "reward", "components", "metrics", "failure")
+"""Fields of a run's samples.jsonl that are no columns for rewards."""
+
+
+def read_samples(path: str, split: str = "train") -> list[Row]:
+    """Rows with `prompt`, `completion`, maybe `reward`, and further columns: of a run's samples or any logged data.
+
+    Raises DataError with file, line and what was expected; episodes of several turns have no single completion.
+    """
+    rows, samples = open_rows(path, split), []
+    for number in range(len(rows)):
+        row = rows[number]
+        if row.get("prompt") is not None and row.get("completion") is not None:
+            samples.append(row)
+            continue
+        try:
+            episodes = parse(row, number)
+        except Malformed as error:
+            raise DataError(f"{rows.where(number)}: {error}") from error
+        for episode in episodes:
+            if len(episode.turns) != 1:
+                raise DataError(
+                    f"{rows.where(number)}: has {len(episode.turns)} turns; expected a prompt and a completion"
+                )
+            prompt = episode.turns[0].observation
+            samples.append({"prompt": prompt, "completion": episode.turns[0].action, "reward": episode.reward})
+    return samples
+
+
+def columns_of(samples: Sequence[Row]) -> dict[str, list[Any]]:
+    """Samples as a reward takes them: lists by column, completions as messages where the prompt is a dialogue."""
+    names = dict.fromkeys(name for sample in samples for name in sample)
+    others = [name for name in names if name not in (*OF_RUNS, "prompt", "completion")]
+    columns = {name: [sample.get(name) for sample in samples] for name in others}
+    completions = [
+        [{"role": "assistant", "content": sample["completion"]}]
+        if isinstance(sample["prompt"], list) and isinstance(sample["completion"], str)
+        else sample["completion"]
+        for sample in samples
+    ]
+    return columns | {"prompts": [sample["prompt"] for sample in samples], "completions": completions}
+
+
+def rescore(function: RewardFunction, samples: Sequence[Row]) -> Scores:
+    """Score samples, some at a time."""
+    result = Scores()
+    for first in range(0, len(samples), BATCH):
+        result.extend(score(function, columns_of(samples[first : first + BATCH])))
+    return result
+
+
+def correlations(values: Sequence[float | None], saved: Sequence[float | None]) -> dict[str, float] | None:
+    """Pearson's and Spearman's, over samples that have both; None where there is too little to compare."""
+    pairs = np.array(
+        [(a, b) for a, b in zip(values, saved, strict=True) if a is not None and b is not None], dtype=float
+    )
+    if len(pairs) < 3 or (pairs.std(0) == 0).any():
+        return None
+    ranks = np.stack([_ranks(column) for column in pairs.T])
+    return {
+        "pearson": float(np.corrcoef(pairs.T)[0, 1]),
+        "spearman": float(np.corrcoef(ranks)[0, 1]),
+        "n": len(pairs),
+    }
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 0; equal values share the mean of theirs."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[places]
