@@ -9,6 +9,8 @@ from functools import cache
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from lmrl.reward_models._text import text_of
+
 
 @cache
 def _analyzer() -> SentimentIntensityAnalyzer:
@@ -17,7 +19,7 @@ def _analyzer() -> SentimentIntensityAnalyzer:
 
 def sentiment(completions: list, **_) -> list[float]:
     """VADER's compound score of the completion alone, from -1 (negative) to 1 (positive)."""
-    return [_analyzer().polarity_scores(_text(completion))["compound"] for completion in completions]
+    return [_analyzer().polarity_scores(text_of(completion))["compound"] for completion in completions]
 
 
 def variety(completions: list, **_) -> list[float]:
@@ -25,10 +27,5 @@ def variety(completions: list, **_) -> list[float]:
 
     Meant to be watched with `weight: 0`.
     """
-    words = [_text(completion).lower().split() for completion in completions]
+    words = [text_of(completion).lower().split() for completion in completions]
     return [len(set(found)) / len(found) if found else 0.0 for found in words]
-
-
-def _text(completion) -> str:
-    """A completion is text, or a list of messages where the prompt is a dialogue."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]

@@ -1,0 +1,71 @@
+"""Rewards for answers that can be looked up: 1 if right, 0 if wrong, None where the row has no answer to compare with."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import cache
+
+from lmrl.reward_models._text import text_of
+
+NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+FINAL = re.compile(r"####\s*(.+)|\\boxed\{([^{}]*)\}", re.MULTILINE)
+
+
+def exact(completions: list, answer: list, ignore_case: bool = True, **_) -> list[float | None]:
+    """Whether a completion is the row's `answer`, up to white space, Unicode form, a final stop and (if so set) case."""
+
+    def normal(text: object) -> str:
+        text = " ".join(unicodedata.normalize("NFKC", str(text)).split()).rstrip(".")
+        return text.casefold() if ignore_case else text
+
+    return [
+        None if wanted is None else float(normal(text_of(completion)) == normal(wanted))
+        for completion, wanted in zip(completions, answer, strict=True)
+    ]
+
+
+def numeric(completions: list, answer: list, tolerance: float = 1e-6, **_) -> list[float | None]:
+    """Whether a completion's number equals the row's `answer`, up to a relative `tolerance`.
+
+    The number is the one after `####` or in `\\boxed{}`, as in GSM8K and MATH, and else the last one there is. The answer
+    may be a number, or text that ends with it in the same way. A completion without a number is wrong.
+    """
+    rewards: list[float | None] = []
+    for completion, wanted in zip(completions, answer, strict=True):
+        right, found = number_in(str(wanted)), number_in(text_of(completion))
+        if right is None:
+            rewards.append(None)
+        else:
+            rewards.append(float(found is not None and abs(found - right) <= tolerance * max(1.0, abs(right))))
+    return rewards
+
+
+def number_in(text: str) -> float | None:
+    """The number that a text ends on."""
+    marked = [one or other for one, other in FINAL.findall(text)]
+    found = NUMBER.findall(marked[-1] if marked else text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def math(completions: list, answer: list, **_) -> list[float | None]:
+    """Whether a completion's mathematical answer equals the row's `answer`, by math-verify (pip install 'lmrl[rewards]').
+
+    Its time limits use signals, which only a main thread has, so they are off: give the reward a `timeout` in the recipe.
+    """
+    parse, verify = _math_verify()
+    rewards: list[float | None] = []
+    for completion, wanted in zip(completions, answer, strict=True):
+        right = parse(str(wanted), parsing_timeout=None)
+        found = parse(text_of(completion), parsing_timeout=None)
+        rewards.append(float(verify(right, found, timeout_seconds=None)) if right else None)
+    return rewards
+
+
+@cache
+def _math_verify():
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise ImportError("the reward answers.math needs math-verify: pip install 'lmrl[rewards]'") from error
+    return parse, verify

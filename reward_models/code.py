@@ -1,0 +1,110 @@
+"""Rewards for code, by running it.
+
+Code runs in a process of its own with limits on time, memory, processes and files, an empty environment, a temporary folder, and,
+where the system allows a process to have a network namespace of its own (Linux with user namespaces), no network. This
+stops accidents, not attackers: the process runs as the same user, can read what that user can read, and without the
+namespace has the network. Run rewards for code that nobody has seen in a container.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+
+from lmrl.reward_models._text import text_of
+
+FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+
+
+def passes(
+    completions: list, tests: list, seconds: float = 5.0, memory_mb: int = 512, **_
+) -> list[float | None]:
+    """The share of the row's `tests` that a completion passes; None for a row without tests.
+
+    tests: statements such as `assert add(1, 2) == 3`, a list or one to a line; each runs after the code in a process of its
+    own. The code is what stands in the last fence (```), or else the whole completion. `seconds` and `memory_mb` are for
+    each test.
+    """
+    rewards: list[float | None] = []
+    for completion, given in zip(completions, tests, strict=True):
+        cases = [line for line in given.splitlines() if line.strip()] if isinstance(given, str) else given
+        if not cases:
+            rewards.append(None)
+            continue
+        code = code_in(text_of(completion))
+        rewards.append(sum(run(f"{code}\n{case}\n", seconds, memory_mb) for case in cases) / len(cases))
+    return rewards
+
+
+def code_in(text: str) -> str:
+    """The code of a completion."""
+    found = FENCE.findall(text)
+    return found[-1] if found else text
+
+
+def run(code: str, seconds: float, memory_mb: int) -> bool:
+    """Whether Python code runs to its end without an error, within the limits."""
+
+    def limit() -> None:
+        size = memory_mb << 20
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    # That the code has come to its end, and has not just left with exit code 0, a secret word tells.
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*_isolated(), sys.executable, "-I", "-c", _RUNNER]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={},
+            preexec_fn=limit,
+            start_new_session=True,
+        )
+        try:
+            process.communicate(code.encode("utf-8", "replace"), timeout=seconds)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            _kill_group(process)
+        return process.returncode == FINISHED
+
+
+FINISHED = 42
+_RUNNER = f"""
+import os, sys
+code = sys.stdin.buffer.read().decode()
+leave = os._exit
+exec(compile(code, "completion", "exec"), {{"__name__": "__main__"}})
+leave({FINISHED})
+"""
+
+
+def _kill_group(process: subprocess.Popen) -> None:
+    import os
+    import signal
+
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+@cache
+def _isolated() -> tuple[str, ...]:
+    """The command that takes the network away, where the system lets it."""
+    if shutil.which("unshare") is None:
+        return ()
+    command = ("unshare", "--user", "--map-root-user", "--net")
+    tried = subprocess.run([*command, "true"], capture_output=True)
+    return command if tried.returncode == 0 else ()
