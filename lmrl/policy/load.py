@@ -92,9 +92,8 @@ def load_classifier(
 ) -> Classifier:
     """A model with one output for a whole text, to be trained as a reward model; arguments as for `load_policy`.
 
-    max_tokens: of a longer text the end is kept.
-
     The head is new unless the model is such a classifier already. A LoRA adapter of an earlier stage is merged.
+    max_tokens: of a longer text the end is kept.
     """
     if start is None and options.path is None:
         model, tokenizer = _from_scratch(options, texts, CLASSIFIER, num_labels=1)
@@ -287,6 +286,8 @@ def _open_adapter(
 
 def _labels_of_adapter(folder: Path) -> int | None:
     """Outputs of the classification head that an adapter brings along; None where it brings none."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"'{folder}' holds no adapter_model.safetensors (pickled weights are not read)")
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         heads = [name for name in file.keys() if name.endswith(("score.weight", "classifier.weight"))]
         return file.get_slice(heads[0]).get_shape()[0] if heads else None

@@ -284,6 +284,7 @@ class RewardModelStage:
 
     def keep(self, step: int, written: Path) -> None:
         """Give a checkpoint that the trainer has finished writing its place among the stage's checkpoints."""
+        (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
         target = checkpoint_path(self.run, self.name, step)
         if target.exists():
             shutil.rmtree(written)

@@ -78,9 +78,17 @@ def test_debug_shows_the_traceback():
 
 @pytest.mark.parametrize("name", shipped_names("recipes"))
 def test_every_shipped_recipe_is_tried(name, tmp_path, tiny_folder):
-    """A recipe of a hub model is tried with a tiny local one; nothing is left behind."""
-    on_prompts = isinstance(load_recipe(name).task, PromptTask)
-    overrides = [f"model.path={tiny_folder}", "task.prompts.max_tokens=200"] if on_prompts else []
+    """A recipe of a hub model is tried with a tiny local one, and of a hub dataset with a few rows; nothing is left behind."""
+    recipe, overrides = load_recipe(name), []
+    if recipe.model.path is not None:
+        overrides.append(f"model.path={tiny_folder}")
+    if isinstance(recipe.task, PromptTask):
+        overrides.append("task.prompts.max_tokens=200")
+    if recipe.objective.name == "reward_model":
+        pairs = [json.dumps({"prompt": f"{n}: ", "chosen": "yes", "rejected": "no"}) + "\n" for n in range(8)]
+        data = tmp_path.parent / f"{tmp_path.name}.jsonl"
+        data.write_text("".join(pairs))
+        overrides.append(f"source.path={data}")
     done = lmrl("train", name, *overrides, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "dry run passed" in done.stdout

@@ -229,6 +229,20 @@ def test_three_stages_in_one_recipe(tmp_path, tiny_folder):
     assert result.checkpoint.name == "final"
 
 
+def test_a_policy_does_not_start_from_a_reward_model(tmp_path, tiny_folder):
+    """With a learning rate that changes nothing, PPO ends with the adapter of the warm-up two stages before."""
+    changes = [
+        "optimizer.lr=1e-30",
+        "training.steps=1",
+        "stages.warmup.optimizer.lr=1e-2",
+        "stages.rm.optimizer.lr=1e-2",
+    ]
+    train(load_recipe(stages_recipe(tmp_path, tiny_folder), changes), output=tmp_path / "run")
+    stages = tmp_path / "run" / "stages"
+    warmup, main = ((stages / name / "final" / "adapter_model.safetensors").read_bytes() for name in ("warmup", "main"))
+    assert warmup == main
+
+
 def test_running_statistics_survive_a_stop(tmp_path, tiny_folder, monkeypatch):
     recipe = load_recipe(stages_recipe(tmp_path, tiny_folder), ["training.steps=4"])
     train(recipe, output=tmp_path / "whole")
