@@ -92,6 +92,12 @@ class Run:
         self._files[name].write(json.dumps(line, ensure_ascii=False) + "\n")
         self._files[name].flush()
 
+    def recorded(self, stage: str, kind: str) -> list[dict[str, Any]]:
+        """Lines of a kind that a stage has in metrics.jsonl."""
+        path = self.folder / METRICS_FILE
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return [line for line in map(json.loads, lines) if (line["stage"], line["kind"]) == (stage, kind)]
+
     def sync(self) -> None:
         """Put what was recorded on disk; called before a checkpoint that counts on it."""
         for file in self._files.values():

@@ -21,9 +21,7 @@ from lmrl.reward_models._text import text_of
 FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 
 
-def passes(
-    completions: list, tests: list, seconds: float = 5.0, memory_mb: int = 512, **_
-) -> list[float | None]:
+def passes(completions: list, tests: list, seconds: float = 5.0, memory_mb: int = 512, **_) -> list[float | None]:
     """The share of the row's `tests` that a completion passes; None for a row without tests.
 
     tests: statements such as `assert add(1, 2) == 3`, a list or one to a line; each runs after the code in a process of its

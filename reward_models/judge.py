@@ -9,6 +9,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 from lmrl.reward_models._text import text_of
+
 from lmrl.rewards.http import Client
 from lmrl.rewards.workers import Failure
 
@@ -89,7 +90,10 @@ class Judge:
         def judge(row: int):
             texts = [text_of(first[row]), text_of(second[row])]
             try:
-                wins = [self._prefers_a(_prompt(prompts[row]), *texts), not self._prefers_a(_prompt(prompts[row]), *texts[::-1])]
+                wins = [
+                    self._prefers_a(_prompt(prompts[row]), *texts),
+                    not self._prefers_a(_prompt(prompts[row]), *texts[::-1]),
+                ]
             except Failure as failure:
                 return failure
             return sum(wins) / 2

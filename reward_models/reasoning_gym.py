@@ -57,7 +57,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--ask", default="", help="text after each question")
-    parser.add_argument("-c", "--config", action="append", default=[], metavar="NAME=JSON", help="a setting of the task")
+    parser.add_argument(
+        "-c", "--config", action="append", default=[], metavar="NAME=JSON", help="a setting of the task"
+    )
     args = parser.parse_args()
     settings = {name: json.loads(value) for name, _, value in (one.partition("=") for one in args.config)}
     write_prompts(args.task, args.size, args.seed, args.output, args.ask, **settings)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from functools import cache
 
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
 from lmrl.reward_models._text import text_of
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 
 @cache

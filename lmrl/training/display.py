@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -73,6 +74,15 @@ class Display:
 
     def table(self, title: str, rows: dict[str, dict[str, dict[str, Any]]]) -> None:
         self.console.print(score_table(title, rows))
+
+    def panel(self, title: str, heads: list[str], rows: dict[str, list[float]]) -> None:
+        """A table of numbers, one column for each head."""
+        table = Table(title=title, title_justify="left")
+        for head in ["", *heads]:
+            table.add_column(head, justify="right" if head else "left")
+        for name, values in rows.items():
+            table.add_row(name, *("" if math.isnan(value) else f"{value:.3g}" for value in values))
+        self.console.print(table)
 
 
 def score_table(title: str, rows: dict[str, dict[str, dict[str, Any]]]) -> Table:

@@ -29,6 +29,7 @@ from lmrl.training.checkpoint import Progress
 from lmrl.training.diagnostics import Diagnostics, probe_states, start_values
 from lmrl.training.display import Display, interval
 from lmrl.training.gate import GateState, breached, drop, has_given_up, is_due
+from lmrl.training.hacking import Panel, repetition
 from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.sources import build_source
 from lmrl.training.updater import Updater
@@ -103,6 +104,7 @@ class Stage:
             )
         self.progress = Progress(label=label_of(recipe, self.objective), columns=columns)
         self.diagnostics: Diagnostics | None = None
+        self.panel = Panel([reward.label for reward in self.task.rewards if reward.weight == 0])
         self._keep_start(start)
 
     @property
@@ -159,6 +161,8 @@ class Stage:
         finally:
             self.display.end()
         self._checkpoint(self.run.final(self.name))
+        if len(self.panel.steps) > 1:
+            self.display.panel(f"Stage {self.name}, fresh episodes by step", *self.panel.table())
 
     def _step(self, step: int) -> None:
         started = time.monotonic()
@@ -176,6 +180,8 @@ class Stage:
         judged = [one for one in drawn.played if one.reward is not None]
         if judged and (self.source.logged or len(drawn.learn) < len(judged)):  # it learned from others, or from some
             metrics |= {f"online/{name}": value for name, value in measure(judged).items()}
+        if judged:
+            metrics["repetition"] = repetition([one.completion for one in judged])
         metrics |= {"failed": drawn.failed, "skipped": self.updater.skipped}
         times = {
             "source_s": round(sampled - started, 3),
@@ -186,6 +192,10 @@ class Stage:
         self.run.record({"stage": self.name, "step": step, "kind": "train", **metrics, "time": times})
         self.track({f"{self.name}/{name}": value for name, value in (metrics | times).items()}, step)
         self.display.step(step, metrics)
+        if judged:
+            for warning in self.panel.add(step, drift(metrics)):
+                self.run.record({"stage": self.name, "step": step, "kind": "warning", "text": warning})
+                self.display.say(f"warning at step {step}: {warning}")
         evaluation = self.recipe.evaluation
         if step % evaluation.show_every == 0:
             self.display.samples(drawn.played, evaluation.show_samples)
@@ -338,6 +348,9 @@ class Stage:
             self.updater.lr_factor = self.progress.gate.get("lr_factor", 1.0)
             self.display.say(f"resumed stage {self.name} at step {self.progress.step}")
         self.run.cut(self.name, self.progress.step if found else -1)
+        for line in self.run.recorded(self.name, "train"):
+            self.panel.add(line["step"], drift(line))
+        self.panel.warned |= {line["text"].partition(" ")[0] for line in self.run.recorded(self.name, "warning")}
         return bool(found)
 
     def _save(self) -> None:
@@ -385,6 +398,14 @@ def measure(trajectories: list[Trajectory]) -> dict[str, float]:
         "cut": sum(bool(trajectory.cut_turns) for trajectory in trajectories) / len(trajectories),
         **means,
     }
+
+
+def drift(metrics: dict[str, Any]) -> dict[str, float]:
+    """Of a step's metrics those that tell whether a reward is pleased or earned: of what the policy has just played."""
+    names = ("reward", "reward_std", "length", "repetition", "kl", "entropy")
+    own = {name: metrics.get(f"online/{name}", metrics.get(name)) for name in names}
+    own |= {name.removeprefix("online/"): value for name, value in metrics.items() if "reward/" in name}
+    return {name: value for name, value in own.items() if value is not None}
 
 
 def mean_of(updates: list[dict[str, float]]) -> dict[str, float]:

@@ -1,0 +1,95 @@
+"""Watching for a reward that is pleased and not earned: what drifts while it rises.
+
+Gao et al., "Scaling laws for reward model overoptimization" (arXiv 2210.10760): the trained reward goes on rising while what
+it stands for falls. A reward of weight 0 is not trained on, and so can tell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from statistics import mean, variance
+
+WINDOW = 10
+"""Steps that are averaged before they are compared."""
+SURE = 2.0
+"""Standard errors by which two windows have to differ."""
+COLUMNS = 6
+TRAINED = "reward"
+
+
+def repetition(texts: Sequence[str], n: int = 3) -> float:
+    """Mean share of a text's n-grams of words that have been there before, in [0, 1]; short texts have none."""
+    shares = []
+    for text in texts:
+        words = text.split()
+        grams = Counter(tuple(words[at : at + n]) for at in range(len(words) - n + 1))
+        total = sum(grams.values())
+        shares.append((total - len(grams)) / total if total else 0.0)
+    return mean(shares)
+
+
+class Panel:
+    """What every step's fresh episodes were like, and the warnings that follow. watched: rewards that are not trained on."""
+
+    def __init__(self, watched: Sequence[str]):
+        self.watched = [f"reward/{name}" for name in watched]
+        self.steps: list[int] = []
+        self.series: dict[str, list[float]] = {}
+        self.warned: set[str] = set()
+
+    def add(self, step: int, measures: dict[str, float]) -> list[str]:
+        """Note a step; returns warnings that are new."""
+        for name, value in measures.items():
+            self.series.setdefault(name, [math.nan] * len(self.steps)).append(value)
+        self.steps.append(step)
+        for series in self.series.values():
+            series += [math.nan] * (len(self.steps) - len(series))
+        return [text for name in self.watched if name not in self.warned and (text := self._warning(name))]
+
+    def _warning(self, name: str) -> str | None:
+        """Compare the newest window with the one in which the watched reward was highest."""
+        rows = [
+            row
+            for row in zip(self.series.get(name, ()), self.series.get(TRAINED, ()), strict=True)
+            if not any(map(math.isnan, row))
+        ]
+        if len(rows) < 2 * WINDOW:
+            return None
+        windows = [rows[first : first + WINDOW] for first in range(0, len(rows) - 2 * WINDOW + 1)]
+        best = max(windows, key=lambda window: mean(row[0] for row in window))
+        last = rows[-WINDOW:]
+        fell = difference([row[0] for row in best], [row[0] for row in last])
+        rose = difference([row[1] for row in best], [row[1] for row in last])
+        if not (fell < -SURE and rose > SURE):
+            return None
+        self.warned.add(name)
+        held = [mean(row[0] for row in window) for window in (best, last)]
+        trained = [mean(row[1] for row in window) for window in (best, last)]
+        return (
+            f"{name} is watched and falls, {held[0]:.3g} -> {held[1]:.3g}, while the trained reward rises, {trained[0]:.3g} -> "
+            f"{trained[1]:.3g}: it may be pleased without being earned; look at samples.jsonl"
+        )
+
+    def table(self) -> tuple[list[str], dict[str, list[float]]]:
+        """The run in at most COLUMNS parts: names of the parts, and means by measure."""
+        parts = min(COLUMNS, len(self.steps))
+        bounds = [len(self.steps) * part // parts for part in range(parts + 1)]
+        spans = list(zip(bounds, bounds[1:], strict=False))
+        heads = [
+            str(self.steps[low]) if high - low == 1 else f"{self.steps[low]}-{self.steps[high - 1]}"
+            for low, high in spans
+        ]
+        rows = {}
+        for name, series in self.series.items():
+            known = [[value for value in series[low:high] if not math.isnan(value)] for low, high in spans]
+            rows[name] = [mean(values) if values else math.nan for values in known]
+        return heads, rows
+
+
+def difference(one: Sequence[float], other: Sequence[float]) -> float:
+    """How much higher the mean of `other` is, in standard errors of the difference (Welch)."""
+    error = math.sqrt(variance(one) / len(one) + variance(other) / len(other))
+    gap = mean(other) - mean(one)
+    return gap / error if error > 0 else math.copysign(math.inf, gap) if gap else 0.0

@@ -1,0 +1,91 @@
+"""A judge behind an endpoint of this machine that answers like OpenAI's."""
+
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from lmrl.reward_models.judge import Judge
+
+from lmrl.errors import LmrlError
+from lmrl.recipe import Reward
+from lmrl.rewards.load import load_rewards
+from lmrl.rewards.rewards import score
+from lmrl.rewards.workers import Failure
+
+
+@contextmanager
+def endpoint(reply):
+    """reply: from the text of a request to the judge's text. Yields the address and the requests."""
+    seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append((self.path, self.headers.get("Authorization"), request))
+            content = reply(request["messages"][0]["content"])
+            body = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_scores_are_parsed_and_scaled(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+
+    def reply(text):
+        return "Score: 10" if "good {x}" in text else "well, 1" if "bad" in text else "99" if "odd" in text else "fine!"
+
+    with endpoint(reply) as (url, seen):
+        options = {"model": "m", "url": url, "token_env": "JUDGE_KEY", "concurrency": 2}
+        judge = load_rewards([Reward(function="lmrl.reward_models.judge.Judge", options=options)])[0]
+        found = score(judge, {"prompts": ["p"] * 4, "completions": ["good {x}", "bad", "odd", "silent"]})
+    assert found.values == [1.0, 0.0, None, None]
+    assert "got no score from 1 to 10 in the reply '99'" in found.causes[2]
+    path, token, request = seen[0]
+    assert (path, token) == ("/v1/chat/completions", "Bearer secret")
+    assert request["model"] == "m" and request["temperature"] == 0.0
+
+
+def test_a_rubric_of_ones_own_sees_columns():
+    with endpoint(lambda text: "7") as (url, seen):
+        judge = Judge("m", url, rubric="{prompt}|{completion}|{answer}", low=0, high=7)
+        assert judge(["q"], ["a"], answer=["b"]) == [1.0]
+    assert seen[0][2]["messages"][0]["content"] == "q|a|b"
+
+
+def test_pairs_are_judged_in_both_orders():
+    def fair(text):
+        a, b = (text.partition(f"[Answer {letter}]\n")[2].partition("\n\n")[0].strip() for letter in "AB")
+        return f"Better: {'A' if a == 'good' else 'B'}"
+
+    with endpoint(fair) as (url, seen):
+        assert Judge("m", url).compare(["p", "p"], ["good", "bad"], ["bad", "good"]) == [1.0, 0.0]
+        assert len(seen) == 4
+    with endpoint(lambda text: "A") as (url, _):  # whoever comes first
+        assert Judge("m", url).compare(["p"], ["good"], ["bad"]) == [0.5]
+    with endpoint(lambda text: "both") as (url, _):
+        [found] = Judge("m", url).compare(["p"], ["good"], ["bad"])
+        assert isinstance(found, Failure)
+
+
+def test_a_judge_without_its_key_is_said(monkeypatch):
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    options = {"model": "m", "token_env": "JUDGE_KEY"}
+    with pytest.raises(LmrlError, match="JUDGE_KEY is not set"):
+        load_rewards([Reward(function="lmrl.reward_models.judge.Judge", options=options)])
