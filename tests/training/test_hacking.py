@@ -23,7 +23,9 @@ def play(trained, watched):
     panel, warnings = Panel(["kind"]), []
     for step in range(1, 61):
         noise = 0.1 * (-1) ** step
-        warnings += panel.add(step, {"reward": trained(step) + noise, "reward/kind": watched(step) - noise, "length": 3})
+        warnings += panel.add(
+            step, {"reward": trained(step) + noise, "reward/kind": watched(step) - noise, "length": 3}
+        )
     return panel, warnings
 
 
