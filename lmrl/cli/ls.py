@@ -49,12 +49,17 @@ def listing(kind: str) -> dict[str, str]:
 
 
 def _rewards() -> dict[str, str]:
+    """Functions that take completions, and classes that can be called, with the first lines of their docstrings."""
     found = {}
-    for path in sorted(shipped("reward_models").glob("*.py")):
+    for path in sorted(shipped("reward_models").glob("[!_]*.py")):
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith(
-                "_"
-            ):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                is_reward = any(argument.arg == "completions" for argument in node.args.args)
+            else:
+                is_reward = isinstance(node, ast.ClassDef) and any(
+                    getattr(part, "name", "") == "__call__" for part in node.body
+                )
+            if is_reward:
                 text = (ast.get_docstring(node) or "").split("\n")[0]
                 found[f"lmrl.reward_models.{path.stem}.{node.name}"] = text
     return found

@@ -40,8 +40,8 @@ BAD_ROWS = "bad_rows.jsonl"
 CALIBRATION_EPISODES = 1000
 """Logged episodes from whose returns new heads take their units."""
 PROBE_EPISODES = 32
-SAMPLES_KEPT = 8
-"""Samples a step that go to samples.jsonl with their text."""
+SAMPLES_KEPT, FAILED_KEPT = 8, 64
+"""Samples a step that go to samples.jsonl with their text; and of those that could not be judged, with the cause."""
 
 
 class Stage:
@@ -335,8 +335,9 @@ class Stage:
             self.progress.best = {"step": step, "metric": metric, "value": value}
 
     def _record_samples(self, step: int, trajectories: list[Trajectory]) -> None:
-        chosen = [one for one in trajectories if one.failure] + [one for one in trajectories if not one.failure]
-        self.run.record_samples([sample_line(self.name, step, "train", one) for one in chosen[:SAMPLES_KEPT]])
+        failed = [one for one in trajectories if one.failure][:FAILED_KEPT]
+        fine = [one for one in trajectories if not one.failure][: max(SAMPLES_KEPT - len(failed), 0)]
+        self.run.record_samples([sample_line(self.name, step, "train", one) for one in failed + fine])
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
     def _resume(self) -> bool:
@@ -349,7 +350,8 @@ class Stage:
             self.display.say(f"resumed stage {self.name} at step {self.progress.step}")
         self.run.cut(self.name, self.progress.step if found else -1)
         for line in self.run.recorded(self.name, "train"):
-            self.panel.add(line["step"], drift(line))
+            if "repetition" in line:  # a step that played
+                self.panel.add(line["step"], drift(line))
         self.panel.warned |= {line["text"].partition(" ")[0] for line in self.run.recorded(self.name, "warning")}
         return bool(found)
 
