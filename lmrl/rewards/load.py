@@ -30,6 +30,8 @@ def load_reward(spec: Reward, key: str) -> RewardFunction:
             f"{key}.model: '{unknown[0]}' is the reward model of a run that is not at hand here: name its folder"
         )
     workers = spec.workers
+    if spec.kind == "model" and spec.timeout is not None:
+        workers = max(workers, 1)  # without a copy of its weights in this process
     if workers == 0:
         call, origin = local_call(spec, key)
         if spec.timeout is not None and not _limits_itself(call):
