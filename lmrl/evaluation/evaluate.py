@@ -12,7 +12,7 @@ from lmrl.errors import RecipeError, did_you_mean
 from lmrl.evaluation.statistics import summarize
 from lmrl.evaluation.suites import Suite
 from lmrl.policy.policy import Policy
-from lmrl.rollouts.engine import Sampling
+from lmrl.rollouts.engine import Engine, Sampling
 from lmrl.rollouts.hf import HFEngine
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import build_task
@@ -29,11 +29,12 @@ RESERVED = ("reward", "return", "length", "kl", "normalized")
 class Evaluator:
     """A suite made ready for one policy, to be scored any number of times."""
 
-    def __init__(self, policy: Policy, suite: Suite):
+    def __init__(self, policy: Policy, suite: Suite, engine: Engine | None = None):
+        """engine: of the policy, where it has one already."""
         self.policy, self.suite, self.name = policy, suite, ""
         self.task = build_task(suite.task, policy.tokenizer)
         self.sampling = Sampling.of(suite.rollouts)
-        engine = HFEngine(policy, suite.rollouts.slots)
+        engine = engine or HFEngine(policy, suite.rollouts.slots)
         self.sampler = Sampler(self.task, engine, policy.decode)
 
     def starts(self) -> list[int | None]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
+from lmrl.policy.policy import Policy
 from lmrl.recipe import Rollouts
+
+Keys = Sequence[tuple[int | str, ...]]
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,43 @@ class Completion:
     end: Literal["eos", "stop", "length"]
 
 
-class Engine(Protocol):
-    def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, keys: Sequence[tuple[int | str, ...]]
-    ) -> list[Completion]:
-        """Complete each prompt; `keys` name the random stream of each, so that a repeated call draws the same."""
-        ...
+class Engine:
+    """Base of all engines: subclasses implement `sample`, and `sync` and `close` where they hold weights of their own.
+
+    policy: whose weights are sampled from. check: called between pieces of work; may raise to abandon a rollout.
+    """
+
+    def __init__(self, policy: Policy, check: Callable[[], None] = lambda: None):
+        self.policy, self.check = policy, check
+        self.stale = True
+        """Whether the policy's weights have changed since the last sync: set it after every update."""
+        self.syncs = 0
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
+        """Complete each prompt with the policy as it is; `keys` name the random stream of each, so that a repeated call
+        draws the same."""
+        self.refresh()
+        return self.sample(prompts, sampling, keys)
+
+    def refresh(self) -> None:
+        """Take over the policy's weights where they have changed."""
+        if self.stale:
+            self.sync()
+            self.stale = False
+            self.syncs += 1
+
+    def sync(self) -> None:
+        """Take over the policy's weights."""
+
+    def sample(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Give back what the engine holds: memory, processes."""
+
+
+def build_engine(options: Rollouts, policy: Policy, check: Callable[[], None] = lambda: None) -> Engine:
+    """The engine that a recipe's `rollouts` section names."""
+    from lmrl.rollouts.hf import HFEngine
+
+    return HFEngine(policy, options.slots, check)

@@ -13,21 +13,20 @@ import torch
 from lmrl.errors import ModelError
 from lmrl.policy.passes import Guidance
 from lmrl.policy.policy import Policy
-from lmrl.rollouts.engine import Completion, Sampling
+from lmrl.rollouts.engine import Completion, Engine, Keys, Sampling
 from lmrl.seeding import stream
 
 
-class HFEngine:
+class HFEngine(Engine):
     """Samples from the policy in place: weights are always the current ones."""
 
-    def __init__(self, policy: Policy, slots: int = 256, checkpoint: Callable[[], None] = lambda: None):
-        """slots: rows decoded at a time. checkpoint: called between tokens; may raise to abandon the rollout."""
-        self.policy, self.slots, self.checkpoint = policy, slots, checkpoint
+    def __init__(self, policy: Policy, slots: int = 256, check: Callable[[], None] = lambda: None):
+        """slots: rows decoded at a time. check: called between tokens; may raise to abandon the rollout."""
+        super().__init__(policy, check)
+        self.slots = slots
 
     @torch.no_grad()
-    def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, keys: Sequence[tuple[int | str, ...]]
-    ) -> list[Completion]:
+    def sample(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
         longest, limit = max(map(len, prompts)) + sampling.max_new_tokens, self.policy.max_length
         if limit is not None and longest > limit:
             raise ModelError(
@@ -70,7 +69,7 @@ class HFEngine:
         active = list(range(len(prompts)))
 
         for column in range(sampling.max_new_tokens):
-            self.checkpoint()
+            self.check()
             logits_BV = policy.next_token_logits(
                 cache, guidance, input_ids=inputs, attention_mask=mask_BT, position_ids=positions
             )

@@ -20,7 +20,7 @@ from lmrl.objectives import Objective, load_objective
 from lmrl.policy.load import load_policy
 from lmrl.recipe import PromptTask, QObjective, Recipe
 from lmrl.recipe_files import locate_rewards
-from lmrl.rollouts.hf import HFEngine
+from lmrl.rollouts.engine import build_engine
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import build_task, task_texts
 from lmrl.seeding import seed_everything, stream
@@ -76,8 +76,8 @@ class Stage:
         section = task_of(recipe, run.folder)
         self.task = build_task(section, self.policy.tokenizer)
         self.task.learning = True
-        engine = HFEngine(self.policy, recipe.rollouts.slots, interrupt.check)
-        self.sampler = Sampler(self.task, engine, self.policy.decode)
+        self.engine = build_engine(recipe.rollouts, self.policy, interrupt.check)
+        self.sampler = Sampler(self.task, self.engine, self.policy.decode)
         self.source = build_source(
             recipe, self.task, self.sampler, name, run.folder / BAD_ROWS, self.objective.compares
         )
@@ -94,7 +94,7 @@ class Stage:
         if recipe.evaluation.suite is not None:
             suite = load_suite(recipe.evaluation.suite, task=section.model_dump(mode="json"))
             suite.episodes = recipe.evaluation.episodes or suite.episodes
-            self.evaluator = Evaluator(self.policy, suite)
+            self.evaluator = Evaluator(self.policy, suite, self.engine)
         columns = self.evaluator.suite.metrics if self.evaluator else []
         metric = recipe.evaluation.metric
         if recipe.evaluation.gate is not None and metric not in (None, columns[0]):
@@ -160,6 +160,7 @@ class Stage:
             raise
         finally:
             self.display.end()
+            self.engine.close()
         self._checkpoint(self.run.final(self.name))
         if len(self.panel.steps) > 1:
             self.display.panel(f"Stage {self.name}, fresh episodes by step", *self.panel.table())
@@ -212,6 +213,7 @@ class Stage:
         for _ in range(self.objective.epochs):
             for minibatch in batch.minibatches(rng, self.objective.minibatches):
                 updates.append(self.updater.step(self.policy, self.objective, minibatch))
+                self.engine.stale = True
                 self._stop_on_nonfinite(step, minibatch, updates[-1])
             if self.objective.finished(updates[-1]):
                 break
@@ -284,6 +286,7 @@ class Stage:
             best = self.progress.best["step"]
             kept = checkpoint.checkpoint_path(self.run, self.name, best)
             checkpoint.load_policy_state(kept, self.recipe, self.policy, self.updater)
+            self.engine.stale = True
             self.updater.lr_factor = state.lr_factor
             line |= {"back_to": best, "lr_factor": state.lr_factor}
             self.display.say(
