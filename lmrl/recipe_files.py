@@ -46,6 +46,10 @@ class Document:
 
 
 # --------------------------------------------------------------------------------------------------------------- finding
+LAUNCHES = "accelerate"
+"""Beside the shipped recipes: configuration files of accelerate."""
+
+
 def shipped(kind: str) -> Path:
     """Folder of shipped content: `recipes`, `reward_models` or `eval`."""
     return Path(str(files(f"lmrl.{kind}")))
@@ -54,7 +58,19 @@ def shipped(kind: str) -> Path:
 def shipped_names(kind: str) -> list[str]:
     """Names of the shipped recipes (`random_walks/ppo`) or suites (`random_walks`)."""
     folder = shipped(kind)
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    names = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    return [name for name in names if not name.startswith(f"{LAUNCHES}/")]
+
+
+def find_launch(name: str) -> Path:
+    """A configuration file of accelerate by path, or by name among those beside the shipped recipes."""
+    if Path(name).is_file():
+        return Path(name)
+    folder = shipped("recipes") / LAUNCHES
+    names = [path.stem for path in folder.glob("*.yaml")]
+    if name in names:
+        return folder / f"{name}.yaml"
+    raise RecipeError(f"--accelerate: there is no file '{name}'{did_you_mean(name, names)}")
 
 
 def find_yaml(name: str | Path, kind: str) -> Path:

@@ -36,16 +36,19 @@ FREE_TO_CHANGE = (("training", "checkpoint_every"), ("training", "keep_checkpoin
 
 
 class Run:
-    """An open run folder. Only one process may hold it."""
+    """An open run folder. Only one run may hold it; of several processes of a run, the main one writes."""
 
-    def __init__(self, folder: Path, recipe: Recipe):
-        self.folder, self.recipe = folder, recipe
+    def __init__(self, folder: Path, recipe: Recipe, writes: bool = True):
+        """writes: False for a process that leaves writing to the main one."""
+        self.folder, self.recipe, self.writes = folder, recipe, writes
+        self._files: dict[str, Any] = {}
+        if not self.writes:
+            return
         self._lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until the process ends
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise RunError(f"{folder}: another process is writing to this run") from error
-        self._files: dict[str, Any] = {}
 
     # -------------------------------------------------------------------------------------------------------- opening
     @classmethod
@@ -87,6 +90,8 @@ class Run:
             self._append(SAMPLES_FILE, line)
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         if name not in self._files:
             self._files[name] = open(self.folder / name, "a", encoding="utf-8")  # noqa: SIM115
         self._files[name].write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -105,6 +110,8 @@ class Run:
 
     def cut(self, stage: str, step: int) -> None:
         """Drop recorded lines of later steps and stages, and a torn last line: they will be written again."""
+        if not self.writes:
+            return
         order = [*self.recipe.stages, MAIN_STAGE]
         for file in self._files.values():  # the files are about to be replaced
             file.close()
@@ -137,7 +144,7 @@ class Run:
 
     def write_folder(self, target: Path, write: Callable[[Path], None]) -> None:
         """Fill a folder that appears by one rename; an existing one is left as it is."""
-        if target.exists():
+        if not self.writes or target.exists():
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = target.parent / f".writing-{target.name}"
@@ -146,6 +153,15 @@ class Run:
         scratch.mkdir()
         write(scratch)
         self.publish(scratch, target)
+
+    def write_file(self, target: Path, write: Callable[[Path], None]) -> None:
+        """Fill a file that appears by one rename."""
+        if not self.writes:
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = target.with_name(f".writing-{target.name}")
+        write(scratch)
+        scratch.rename(target)
 
     def publish(self, scratch: Path, target: Path) -> None:
         """Make a folder that is written appear under its name, on disk and by one rename."""
@@ -157,6 +173,8 @@ class Run:
 
     def prune(self, stage: str, keep: int, best: int | None) -> None:
         """Delete all but the newest checkpoints and the best."""
+        if not self.writes:
+            return
         for path in self.checkpoints(stage)[:-keep]:
             if best is None or path.name != step_name(best):
                 doomed = path.with_name(f".writing-{path.name}")  # what is half deleted is no checkpoint either

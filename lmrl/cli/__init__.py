@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 import sys
+import traceback
 
 import typer
 
 from lmrl.cli import collect, cp, eval, export, ls, replay, reward, show, train
 from lmrl.errors import LmrlError
+from lmrl.launch import leave_error
 
 app = typer.Typer(
     name="lmrl",
@@ -32,10 +34,14 @@ def main() -> None:
     except LmrlError as error:
         if debug:
             raise
-        print(f"lmrl: {' '.join(str(error).split())}", file=sys.stderr)
+        text = f"lmrl: {' '.join(str(error).split())}"
+        if not leave_error(text, error.exit_code, own=True):
+            print(text, file=sys.stderr)
         sys.exit(error.exit_code)
     except BaseException as error:
         number = getattr(error, "number", None)  # training.interrupt.Interrupted, without importing torch to name it
         if type(error).__name__ == "Interrupted" and number in (signal.SIGINT, signal.SIGTERM):
             sys.exit(128 + number)
+        if isinstance(error, Exception) and leave_error(traceback.format_exc(), 1, own=False):
+            sys.exit(1)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 from lmrl.cli.common import Debug, Overrides
 from lmrl.errors import RecipeError
 from lmrl.recipe import MAIN_STAGE, LoggedEpisodes, Recipe
-from lmrl.recipe_files import load_recipe, stages_of
+from lmrl.recipe_files import find_launch, load_recipe, stages_of
 from lmrl.run import RECIPE_FILE, latest_run
 
 
@@ -32,11 +33,24 @@ def command(
         ),
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", help="With --over: runs at a time")] = 1,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="Train in so many processes on this machine")
+    ] = None,
+    accelerate: Annotated[
+        str | None,
+        typer.Option(
+            "--accelerate", help="How they share the work: a configuration file of accelerate, or zero2, zero3, fsdp2"
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Train a recipe."""
     if name is not None and "=" in name:
         name, overrides = None, [name, *(overrides or [])]
+    if processes or accelerate:
+        if over:
+            raise RecipeError("--over makes several runs, and --processes is for one: leave one of them out")
+        _launch(processes, accelerate)
     if over:
         if skip_bad_rows:
             raise RecipeError("--skip-bad-rows does not go with --over: set source.skip_bad_rows=true")
@@ -68,6 +82,26 @@ def command(
         training.resume_run(folder, recipe)
     else:
         training.train(recipe, output=output or training.default_output(name), resume=resume)
+
+
+def _launch(processes: int | None, accelerate: str | None) -> None:
+    """Start this very command in several processes, each of which comes past here without these two options."""
+    from lmrl.launch import launch
+
+    config = find_launch(accelerate) if accelerate else None
+    arguments = without_options(sys.argv[1:], ("--processes", "--accelerate"))
+    raise typer.Exit(launch(arguments, processes, config))
+
+
+def without_options(arguments: list[str], names: tuple[str, ...]) -> list[str]:
+    """A command line without these options and their values."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip or argument.partition("=")[0] in names:
+            skip = not skip and "=" not in argument
+            continue
+        kept.append(argument)
+    return kept
 
 
 def _skip_bad_rows(recipe: Recipe | None) -> None:

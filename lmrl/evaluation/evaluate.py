@@ -8,6 +8,7 @@ from functools import cached_property
 from statistics import mean
 from typing import Any
 
+from lmrl import world
 from lmrl.errors import RecipeError, did_you_mean
 from lmrl.evaluation.statistics import summarize
 from lmrl.evaluation.suites import Suite
@@ -46,17 +47,20 @@ class Evaluator:
     def __call__(self, beta: float | None = None) -> tuple[Scores, list[Trajectory]]:
         """Play the suite. Episodes draw the same random numbers every time, so two scores are paired.
 
-        beta: weight of Q instead of the suite's or the policy's own.
+        beta: weight of Q instead of the suite's or the policy's own. Several processes share the episodes, and have the same
+        result.
         """
         name = ("suite", self.suite.seed)
         before = self.policy.temperature
         sampling = self.sampling if beta is None else replace(self.sampling, beta=beta)
-        trajectories = self.task.keep_judged(self.sampler.play(self.starts(), self.suite.samples, sampling, name))
+        played = self.sampler.play(self.starts(), self.suite.samples, sampling, name, shared=True)
+        trajectories = self.task.keep_judged(played)
         extra = {}
         if self.policy.has_reference:
             self.policy.temperature = self.sampling.temperature or 1.0
-            extra["kl"] = divergences(self.policy, trajectories)
+            extra["kl"] = world.gather(divergences(self.policy, trajectories))
         self.policy.temperature = before
+        trajectories = world.gather(trajectories)
         return self.report(trajectories, extra), trajectories
 
     def optimum(self) -> Scores | None:

@@ -17,10 +17,9 @@ from lmrl.trajectories.trajectory import Trajectory
 
 @dataclass
 class Loss:
-    """A microbatch's share: the updater divides the summed gradient by the summed count of the whole minibatch."""
+    """A microbatch's share: the updater divides it by the `count` of the whole minibatch, over all processes."""
 
     sum: torch.Tensor
-    count: float
     stats: dict[str, torch.Tensor] = field(default_factory=dict)
     """Sums over the microbatch, reported divided by the count."""
 
@@ -66,6 +65,10 @@ class Objective:
 
     def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
         raise NotImplementedError
+
+    def count(self, batch: Microbatch) -> float:
+        """How much a microbatch weighs in the mean over its minibatch: its action tokens."""
+        return len(batch.targets_N)
 
     def heldout(self, policy: Policy, trajectories: list[Trajectory]) -> dict[str, list[float]]:
         """What can be said of logged episodes that are held out, without gradient: by metric, a number for each."""

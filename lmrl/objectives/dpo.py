@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lmrl import world
 from lmrl.errors import DataError, RunError
 from lmrl.objectives.base import Loss, Objective
-from lmrl.objectives.groups import EPISODE, episode_sums, grouped_batch, groups_of
+from lmrl.objectives.groups import EPISODE, episode_sums, flat, grouped_batch, groups_of
 from lmrl.policy.passes import Outputs
 from lmrl.policy.policy import Policy
 from lmrl.policy.reference_cache import ReferenceCache, model_key
@@ -148,7 +149,7 @@ class DPO(Objective):
                 )
         pairs = best_and_worst(trajectories)
         batch = grouped_batch(pairs, policy, self.options.share_prompts, whole=True)
-        if self.uses_reference and batch.sequences:
+        if self.uses_reference:
             reference = policy.score(batch, reference=True)["logprobs"]
             for sequence, logprobs in zip(batch.sequences, reference, strict=True):
                 sequence.fields["reference_logprobs"] = logprobs
@@ -157,8 +158,8 @@ class DPO(Objective):
             a_token = torch.tensor([self.cache[one] / one.num_actions for one in episodes])
             for sequence in batch.sequences:
                 sequence.fields["reference_logprobs"] = a_token[sequence.fields[EPISODE]]
-        groups = len(groups_of(trajectories))
-        batch.stats = {"pairs": len(pairs), "ties": (groups - len(pairs)) / groups}
+        count, groups = world.totals([len(pairs), len(groups_of(trajectories))])
+        batch.stats = {"pairs": count, "ties": (groups - count) / groups}
         return batch
 
     def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
@@ -168,7 +169,11 @@ class DPO(Objective):
             losses_P = losses_P - self.sft_coef * pairs.logprobs_P2[:, 0] / pairs.lengths_P2[:, 0]
         with torch.no_grad():
             stats = {name: value.sum() for name, value in self.measures(pairs).items()}
-        return Loss(losses_P.sum(), len(losses_P), stats)
+        return Loss(losses_P.sum(), stats)
+
+    def count(self, batch: Microbatch) -> float:
+        """Pairs."""
+        return len(batch.fields[EPISODE].unique()) / 2
 
     def measures(self, pairs: Pairs) -> dict[str, torch.Tensor]:
         """What is reported of each pair, (P,): implicit rewards, their margin, and whether it has the right sign."""
@@ -185,9 +190,9 @@ class DPO(Objective):
 
     def heldout(self, policy: Policy, trajectories: list[Trajectory]) -> dict[str, list[float]]:
         batch = self.prepare(policy, trajectories)
+        logprobs_N = flat(policy.score(batch)["logprobs"])
         if not batch.sequences:
             return {}
-        logprobs_N = torch.cat(policy.score(batch)["logprobs"])
         names = batch.sequences[0].fields
         fields = {name: torch.cat([sequence.fields[name] for sequence in batch.sequences]) for name in names}
         found = self.measures(pairs_of(logprobs_N, fields))

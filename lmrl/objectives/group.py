@@ -11,8 +11,9 @@ from collections.abc import Sequence as List
 
 import torch
 
+from lmrl import world
 from lmrl.objectives.base import Loss, Objective
-from lmrl.objectives.groups import EPISODE, episode_sums, grouped_batch, groups_of
+from lmrl.objectives.groups import EPISODE, episode_sums, flat, grouped_batch, groups_of
 from lmrl.objectives.ppo import k3, policy_loss, whiten
 from lmrl.policy.passes import Outputs
 from lmrl.policy.policy import Policy
@@ -80,33 +81,33 @@ class GroupPolicyGradient(Objective):
             self._set(batch, "reference_logprobs", reference)
         if self.epochs * self.minibatches > 1 or self.kl_in_reward:
             self._set(batch, "old_logprobs", policy.score(batch)["logprobs"])
-        episodes_N = torch.cat([sequence.fields[EPISODE] for sequence in batch.sequences])
+        episodes_N = flat([sequence.fields[EPISODE] for sequence in batch.sequences], torch.long)
         if self.kl_in_reward:
             ratio_N = self._flat(batch, "old_logprobs") - self._flat(batch, "reference_logprobs")
             kl_E = episode_sums(ratio_N, episodes_N)
             if options.name == "rloo":
                 rewards_E = rewards - options.kl_coef * kl_E
         sizes = [len(group) for group in groups]
-        advantages_E = torch.cat([BASELINES[options.name](part) for part in rewards_E.split(sizes)])
+        advantages_E = flat([BASELINES[options.name](part) for part in rewards_E.split(sizes)])
         advantages_N = advantages_E[episodes_N]
         if options.name == "reinforce_pp":
             if self.kl_in_reward:
                 spent = [sums_to_go(own) for own in ratio_N.split([episode.num_actions for episode in episodes])]
-                advantages_N = advantages_N - options.kl_coef * torch.cat(spent)
+                advantages_N = advantages_N - options.kl_coef * flat(spent)
             advantages_N = whiten(advantages_N)
         parts = [len(sequence.targets) for sequence in batch.sequences]
         self._set(batch, "advantages", advantages_N.split(parts))
         self._set(batch, "share", (1 / lengths_E)[episodes_N].split(parts))
         sampled = [_sampled(episode) for episode in episodes]
-        if None not in sampled:  # actions stand in the order of the episodes, packed or not
+        if not world.largest(
+            sum(one is None for one in sampled)
+        ):  # actions stand in the order of the episodes, packed or not
             self._set(batch, "sampled_logprobs", torch.tensor([one for own in sampled for one in own]).split(parts))
         spreads = [float(part.max() - part.min()) for part in rewards.split(sizes)]
-        batch.stats = {
-            "groups": len(groups),
-            "zero_spread": sum(spread == 0 for spread in spreads) / len(groups),
-        }
+        (count,) = world.totals([len(groups)])
+        batch.stats = {"groups": count, "zero_spread": world.mean([float(spread == 0) for spread in spreads])}
         if kl_E is not None:
-            batch.stats["kl"] = float(kl_E.mean())
+            batch.stats["kl"] = world.mean(kl_E)
         return batch
 
     @staticmethod
@@ -116,7 +117,7 @@ class GroupPolicyGradient(Objective):
 
     @staticmethod
     def _flat(batch: Batch, name: str) -> torch.Tensor:
-        return torch.cat([sequence.fields[name] for sequence in batch.sequences])
+        return flat([sequence.fields[name] for sequence in batch.sequences])
 
     def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
         options, fields, logprobs_N = self.options, batch.fields, outputs.logprobs
@@ -127,13 +128,13 @@ class GroupPolicyGradient(Objective):
             divergence_N = k3(logprobs_N, fields["reference_logprobs"])
             losses_N = losses_N + options.kl_coef * divergence_N
         losses_N = losses_N - options.entropy_coef * outputs.entropy
-        # Of each token: its weight in the loss, its weight in what is reported, and what both are divided by.
+        # Of each token: its weight in the loss, and its weight in what is reported; see `count`.
         share_N, one_N = fields["share"], torch.ones_like(losses_N)
-        loss_N, stat_N, count = {
-            "grpo": (share_N, share_N, float(share_N.sum())),
-            "dr_grpo": (one_N / getattr(options, "constant_length", 1), share_N, float(share_N.sum())),
-            "rloo": (one_N, share_N, float(share_N.sum())),
-            "reinforce_pp": (one_N, one_N, len(losses_N)),
+        loss_N, stat_N = {
+            "grpo": (share_N, share_N),
+            "dr_grpo": (one_N / getattr(options, "constant_length", 1), share_N),
+            "rloo": (one_N, share_N),
+            "reinforce_pp": (one_N, one_N),
         }[options.name]
         with torch.no_grad():
             stats = {
@@ -147,7 +148,11 @@ class GroupPolicyGradient(Objective):
             if "sampled_logprobs" in fields:
                 stats["sampler_kl"] = fields["sampled_logprobs"] - old_N
             sums = {name: (stat_N * value).sum() for name, value in stats.items()}
-        return Loss((loss_N * losses_N).sum(), count, sums)
+        return Loss((loss_N * losses_N).sum(), sums)
+
+    def count(self, batch: Microbatch) -> float:
+        """Episodes, as far as they are in it; with reinforce_pp action tokens."""
+        return super().count(batch) if self.options.name == "reinforce_pp" else float(batch.fields["share"].sum())
 
 
 def _sampled(episode: Trajectory) -> list[float] | None:

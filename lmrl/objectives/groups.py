@@ -23,6 +23,11 @@ def groups_of(trajectories: List[Trajectory]) -> list[list[int]]:
     return list(groups.values())
 
 
+def flat(parts: List[torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """These one after the other; an empty tensor where there are none, as in a process without episodes."""
+    return torch.cat(list(parts)) if len(parts) else torch.zeros(0, dtype=dtype)
+
+
 def grouped_batch(groups: List[List[Trajectory]], policy: Policy, share: bool, whole: bool) -> Batch:
     """A batch in which every action token knows the number of its episode, counted through the groups.
 

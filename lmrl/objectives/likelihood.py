@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lmrl.objectives.base import Loss, Objective
-from lmrl.objectives.groups import EPISODE, episode_sums, grouped_batch
+from lmrl.objectives.groups import EPISODE, episode_sums, flat, grouped_batch
 from lmrl.policy.passes import Outputs
 from lmrl.policy.policy import Policy
 from lmrl.recipe import LikelihoodObjective
@@ -26,12 +26,12 @@ class Likelihood(Objective):
         nll = -outputs.logprobs.sum()
         entropy = outputs.entropy.sum()
         total = nll - self.options.entropy_coef * entropy
-        return Loss(total, len(outputs.logprobs), {"nll": nll.detach(), "entropy": entropy.detach()})
+        return Loss(total, {"nll": nll.detach(), "entropy": entropy.detach()})
 
     def heldout(self, policy: Policy, trajectories: list[Trajectory]) -> dict[str, list[float]]:
         groups = [[trajectory] for trajectory in trajectories]
         batch = grouped_batch(groups, policy, share=False, whole=False)
-        logprobs_N = torch.cat(policy.score(batch)["logprobs"])
-        episodes_N = torch.cat([sequence.fields[EPISODE] for sequence in batch.sequences])
+        logprobs_N = flat(policy.score(batch)["logprobs"])
+        episodes_N = flat([sequence.fields[EPISODE] for sequence in batch.sequences], torch.long)
         lengths_E = episode_sums(torch.ones_like(logprobs_N), episodes_N)
         return {"nll": (-episode_sums(logprobs_N, episodes_N) / lengths_E).tolist()}

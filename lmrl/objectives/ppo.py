@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lmrl import world
 from lmrl.objectives.base import Loss, Objective
 from lmrl.policy.heads import BINS, HeadsSpec, category_loss
 from lmrl.policy.passes import Outputs, Want
@@ -42,8 +43,9 @@ def advantages(
 
 
 def whiten(values: torch.Tensor) -> torch.Tensor:
-    """Zero mean, unit variance."""
-    return (values - values.mean()) / (values.std(correction=0) + 1e-8)
+    """Zero mean, unit variance, over what all processes hold."""
+    mean, variance = world.moments(values)
+    return (values - mean) / (math.sqrt(variance) + 1e-8)
 
 
 def policy_loss(
@@ -116,7 +118,8 @@ class PPO(Objective):
         else:
             reference = old["logprobs"]
 
-        kls, start = [], 0
+        kls: list[float] = []
+        start = 0
         for trajectory, span in zip(trajectories, spans, strict=True):
             end = start + len(span)
             kls.append(self._fill(trajectory, span, old, reference, slice(start, end)))
@@ -124,11 +127,11 @@ class PPO(Objective):
         sequences = [sequence for span in spans for sequence in span if len(sequence.targets)]
         stats = self._whiten_and_measure(sequences, trajectories)
         if policy.has_reference:
-            stats["kl"] = sum(kls) / len(kls)
+            stats["kl"] = world.mean(kls)
         stats["kl_coef"] = self.kl_coef
         if self.options.kl_target is not None and not self.warming_up:
-            options = self.options
-            self.kl_coef = adapt_kl_coef(self.kl_coef, stats["kl"], options.kl_target, len(kls), options.kl_horizon)
+            options, episodes = self.options, round(world.totals([len(kls)])[0])
+            self.kl_coef = adapt_kl_coef(self.kl_coef, stats["kl"], options.kl_target, episodes, options.kl_horizon)
         return Batch(sequences, stats)
 
     def _fill(
@@ -169,22 +172,23 @@ class PPO(Objective):
 
     def _whiten_and_measure(self, sequences: list[Sequence], trajectories: list[Trajectory]) -> dict[str, float]:
         def flat(name: str) -> torch.Tensor:
-            return torch.cat([sequence.fields[name] for sequence in sequences])
+            return torch.cat([torch.zeros(0), *(sequence.fields[name] for sequence in sequences)])
 
         gae, returns, values = flat("advantages"), flat("returns"), flat("old_values")
-        residual = (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+        residual = world.moments(returns - values)[1] / max(world.moments(returns)[1], 1e-8)
         if self.options.whiten_advantages:
             sizes = [len(sequence.targets) for sequence in sequences]
             for sequence, part in zip(sequences, whiten(gae).split(sizes), strict=True):
                 sequence.fields["advantages"] = part
-        stats = {"value_mean": float(values.mean()), "explained_variance": 1 - float(residual)}
+        stats = {"value_mean": world.mean(values), "explained_variance": 1 - residual}
         sampled = [
             logprob for trajectory in trajectories for segment in trajectory.segments for logprob in segment.logprobs
         ]
         sampled = torch.tensor([math.nan if logprob is None else logprob for logprob in sampled if logprob is not None])
-        if len(sampled) == len(gae):
+        if world.largest(abs(len(sampled) - len(gae))) == 0:
             gap = sampled - flat("old_logprobs")  # E over samples of log(sampler / learner) is their KL
-            stats["sampler_kl"], stats["sampler_gap"] = float(gap.mean()), float(gap.abs().max())
+            stats["sampler_kl"] = world.mean(gap)
+            stats["sampler_gap"] = max(world.gather([float(gap.abs().max()) if len(gap) else 0.0]))
         return stats
 
     def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
@@ -195,7 +199,7 @@ class PPO(Objective):
             critic = category_loss(outputs.value_logits, fields["returns"], *options.value_range).sum()
         stats = {"value_loss": critic.detach()}
         if self.warming_up:
-            return Loss(options.value_coef * critic, len(outputs.values), stats)
+            return Loss(options.value_coef * critic, stats)
         high = options.clip if options.clip_high is None else options.clip_high
         old = fields["old_logprobs"]
         surrogate, clipped = policy_loss(outputs.logprobs, old, fields["advantages"], options.clip, high)
@@ -209,7 +213,7 @@ class PPO(Objective):
             stats["clip_fraction"] = clipped.float().sum()
             stats["entropy"] = outputs.entropy.sum()
             stats["approx_kl"] = k3(old, outputs.logprobs).sum()  # KL(old || new): samples came from the old policy
-        return Loss(total, len(outputs.logprobs), stats)
+        return Loss(total, stats)
 
     def finished(self, stats: dict[str, float]) -> bool:
         return self.options.target_kl is not None and stats.get("approx_kl", 0.0) > self.options.target_kl

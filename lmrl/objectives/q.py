@@ -103,4 +103,8 @@ class QLearning(Objective):
             losses_N = losses_N - options.bc_coef * weights_N * outputs.logprobs
             stats |= {"nll": -outputs.logprobs, "entropy": outputs.entropy}
         sums = {name: (value.detach() * real_N).sum() for name, value in stats.items()}
-        return Loss((losses_N * real_N).sum(), int(real_N.sum()), sums)
+        return Loss((losses_N * real_N).sum(), sums)
+
+    def count(self, batch: Microbatch) -> float:
+        """Action tokens, without pseudo-actions."""
+        return float(batch.fields["real"].sum())

@@ -69,4 +69,8 @@ class QSFT(Objective):
         losses_N = -(weights_N * outputs.logprobs + (1 - weights_N) / others * outputs.other_logprobs)
         stats = {"weight": weights_N, "logprob": outputs.logprobs, "best_q": outputs.best_ratio}
         sums = {name: (value.detach() * real_N).sum() for name, value in stats.items()}
-        return Loss((losses_N * real_N).sum(), int(real_N.sum()), sums)
+        return Loss((losses_N * real_N).sum(), sums)
+
+    def count(self, batch: Microbatch) -> float:
+        """Action tokens, without pseudo-actions."""
+        return float(batch.fields["real"].sum())

@@ -49,6 +49,11 @@ class Outputs:
     best_ratio: torch.Tensor | None = None
     """Highest Q of a supported token, by the target of the second model."""
 
+    def nothing(self) -> torch.Tensor:
+        """0, as a function of all that carries a gradient."""
+        held = [value for value in vars(self).values() if isinstance(value, torch.Tensor) and value.requires_grad]
+        return sum((value.sum() * 0.0 for value in held), torch.zeros(()))
+
 
 @dataclass
 class States:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lmrl import world
 from lmrl.errors import ModelError
 from lmrl.policy.heads import CHUNK, HeadsSpec, Values, guide, probability_ratio
 from lmrl.policy.logprobs import token_logprobs
@@ -47,6 +48,8 @@ class Policy(nn.Module):
         """Whether the heads have yet to learn anything."""
         self.temperature = 1.0
         self.microbatch_tokens = 4096
+        self.lockstep = False
+        """Whether all processes have to take part in every pass, because each holds a part of the weights."""
         self.autocast_dtype: torch.dtype | None = None
         self.splits_head = _head_is_linear(self.causal_lm)
 
@@ -130,8 +133,21 @@ class Policy(nn.Module):
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     # -------------------------------------------------------------------------------------------------------- forward
-    def forward(self, batch: Microbatch, want: Want = Want()) -> Outputs:
-        return self._run(self.causal_lm, batch, want)
+    def forward(self, batch: Microbatch, want: Want = Want(), reference: bool = False) -> Outputs:
+        """reference: by the reference instead of the policy."""
+        if not reference:
+            return self._run(self.causal_lm, batch, want)
+        with self._reference_model() as lm:
+            return self._run(lm, batch, want)
+
+    def passes(self, micros: list[Microbatch]) -> list[Microbatch]:
+        """These microbatches and, in lockstep, idle ones behind them until all processes have as many."""
+        if not self.lockstep:
+            return micros
+        lacking = world.largest(len(micros)) - len(micros)
+        tokens, first = torch.zeros(2, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+        idle = Batch([Sequence(tokens, first, first, {"returns": torch.zeros(1)})])
+        return micros + [idle.collate([0], self.pad_id) for _ in range(lacking)]
 
     def _run(self, lm: nn.Module, batch: Microbatch, want: Want) -> Outputs:
         outputs = Outputs()
@@ -319,9 +335,14 @@ class Policy(nn.Module):
         fields: dict[str, list[torch.Tensor]] = {}
         was_training = self.training
         self.eval()
-        for micro in batch.microbatches(self.microbatch_tokens, self.pad_id):
+        micros = batch.microbatches(self.microbatch_tokens, self.pad_id)
+        if not micros:
+            fields = {"logprobs": [], "entropy": [], "values": []}
+        for number, micro in enumerate(self.passes(micros)):
             micro = micro.to(self.device)
-            outputs = self._run_reference(micro, want) if reference else self(micro, want)
+            outputs = self(micro, want, reference)
+            if number >= len(micros):
+                continue
             for name in ("logprobs", "entropy", "values"):
                 flat = getattr(outputs, name)
                 if flat is None:
@@ -333,10 +354,6 @@ class Policy(nn.Module):
         return fields
 
     # ------------------------------------------------------------------------------------------------------ reference
-    def _run_reference(self, batch: Microbatch, want: Want) -> Outputs:
-        with self._reference_model() as lm:
-            return self._run(lm, batch, want)
-
     @contextmanager
     def _reference_model(self) -> Iterator[nn.Module]:
         if self._reference is None:

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from lmrl import world
 from lmrl.errors import EpisodeError, RewardError, TemporaryError
 from lmrl.rewards.scale import Scale
 from lmrl.rewards.workers import Failure
@@ -74,6 +75,8 @@ def score(function: RewardFunction, columns: dict[str, list[Any]]) -> Scores:
     """
     rows = len(columns["prompts"])
     parts = min(function.parallel, rows)
+    if parts == 0:  # another process has the episodes
+        return Scores()
     if parts == 1:
         return _score(function, columns)
     bounds = [rows * part // parts for part in range(parts + 1)]
@@ -240,13 +243,17 @@ def _arguments(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
 
 
 def drop_failed(trajectories: Sequence[Trajectory], max_failed: float, what: str) -> list[Trajectory]:
-    """The judged trajectories. Raises when more than `max_failed` of them, or all, could not be judged."""
-    failed = [(row, trajectory) for row, trajectory in enumerate(trajectories) if trajectory.reward is None]
-    if len(failed) > max_failed * len(trajectories) or len(failed) == len(trajectories):
-        row, first = failed[0]
+    """The judged trajectories. Raises when more than `max_failed` of those of all processes, or all, could not be judged."""
+    failed = [
+        f"row {row} ({one.prompt!r:.40} -> {one.completion!r:.40}): {one.failure}"
+        for row, one in enumerate(trajectories)
+        if one.reward is None
+    ]
+    count, lost = map(round, world.totals([len(trajectories), len(failed)]))
+    if lost > max_failed * count or lost == count:
+        first = world.gather(failed[:1])[0]
         error = RewardError if what == "reward" else EpisodeError
         raise error(
-            f"{what} failed on {len(failed)} of {len(trajectories)} samples, more than task.max_failed={max_failed} "
-            f"allows; first, row {row} ({first.prompt!r:.40} -> {first.completion!r:.40}): {first.failure}"
+            f"{what} failed on {lost} of {count} samples, more than task.max_failed={max_failed} allows; first, {first}"
         )
     return [trajectory for trajectory in trajectories if trajectory.reward is not None]

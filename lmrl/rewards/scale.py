@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from lmrl import world
+
 
 class Scale:
     """(score - mean) / std with fixed numbers or running ones, then clipping.
@@ -34,7 +36,7 @@ class Scale:
             return list(scores)
         mean, std = 0.0, 1.0
         if self.is_running:
-            self._follow([score for score in scores if score is not None])
+            self._follow(world.gather([score for score in scores if score is not None]))
             mean, std = self.mean, math.sqrt(self.squares / self.count) if self.squares > 0 else 1.0
         elif self.normalize is not None:
             mean, std = self.normalize

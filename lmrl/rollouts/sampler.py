@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lmrl import world
 from lmrl.rollouts.engine import Completion, Engine, Sampling
 from lmrl.rollouts.task import Task
 from lmrl.seeding import key, stream
@@ -40,10 +41,19 @@ class Sampler:
         self.environments: list[Any] = []  # kept between plays: building one may be slow, resetting one is not
 
     def play(
-        self, starts: Sequence[int | None], samples: int, sampling: Sampling, name: tuple[int | str, ...]
+        self,
+        starts: Sequence[int | None],
+        samples: int,
+        sampling: Sampling,
+        name: tuple[int | str, ...],
+        shared: bool = False,
     ) -> list[Trajectory]:
-        """Play `samples` episodes from every start state and judge them. `name` names the random stream."""
-        episodes = self._begin(starts, samples, name)
+        """Play `samples` episodes from every start state and judge them. `name` names the random stream.
+
+        shared: play and return this process's share of the start states alone; numbers and streams are those of one process.
+        """
+        low, high = world.bounds(len(starts)) if shared else (0, len(starts))
+        episodes = self._begin(starts[low:high], samples, name, low)
         while active := [episode for episode in episodes if not episode.over]:
             contexts = [episode.recorder.observe(episode.observation) for episode in active]
             keys = [(*episode.name, episode.turn) for episode in active]
@@ -66,16 +76,20 @@ class Sampler:
         return self._finish(episodes)
 
     # ----------------------------------------------------------------------------------------------------- one episode
-    def _begin(self, starts: Sequence[int | None], samples: int, name: tuple[int | str, ...]) -> list[_Episode]:
-        episodes = []
-        for group, start in enumerate(starts):
+    def _begin(
+        self, starts: Sequence[int | None], samples: int, name: tuple[int | str, ...], first: int = 0
+    ) -> list[_Episode]:
+        """first: number of the first group."""
+        episodes: list[_Episode] = []
+        for group, start in enumerate(starts, start=first):
             for sample in range(samples):
                 number = group * samples + sample
                 trajectory = Trajectory([], "", "", group=group, episode=number)
-                if number == len(self.environments):
+                if len(episodes) == len(self.environments):
                     self.environments.append(self.task.make())
                 recorder = Recorder(trajectory, self.task.renderer, self.task.history)
-                episode = _Episode(self.environments[number], (*name, number), trajectory, recorder)
+                environment = self.environments[len(episodes)]
+                episode = _Episode(environment, (*name, number), trajectory, recorder)
                 options = None if start is None else {"start": start}
                 # Episodes of a group begin alike: a start state that is drawn is drawn from the group's own seed.
                 seed = key(*name, "start", group) % 2**31
@@ -112,10 +126,10 @@ class Sampler:
 
     def _finish(self, episodes: list[_Episode]) -> list[Trajectory]:
         trajectories = [episode.trajectory for episode in episodes]
-        for episode in episodes:
+        for place, episode in enumerate(episodes):
             episode.trajectory.completion = transcript(episode.trajectory.turns)
             if episode.trajectory.failure:  # an environment that failed is not trusted again
-                self.environments[episode.trajectory.episode] = self.task.make()
+                self.environments[place] = self.task.make()
         self.task.judge(trajectories)
         return trajectories
 

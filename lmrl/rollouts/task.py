@@ -67,7 +67,7 @@ class Task:
             judge(self.rewards, trajectories, self.learning)
 
     def keep_judged(self, trajectories: list[Trajectory]) -> list[Trajectory]:
-        """The judged trajectories; stops the run where too many are not."""
+        """The judged trajectories; stops the run where too many are not (of those that all processes hold)."""
         return drop_failed(trajectories, self.max_failed, self.judged_by)
 
 

@@ -52,14 +52,15 @@ def save(
     updater: Updater,
     source: Source,
     progress: Progress,
+    optimizer: dict[str, torch.Tensor],
 ) -> None:
-    """Write a checkpoint folder; it appears whole or not at all."""
+    """Write a checkpoint folder; it appears whole or not at all. optimizer: its state, as `updater.tensors` gives it."""
 
     def write(folder: Path) -> None:
         policy.save(folder)
         save_task(folder, recipe)
         (folder / STATE).mkdir()
-        tensors = {name: tensor.contiguous() for name, tensor in updater.tensors().items()}
+        tensors = {name: tensor.contiguous() for name, tensor in optimizer.items()}
         save_file(tensors, folder / STATE / "optimizer.safetensors")
         source.save(folder / STATE)
         state = {"stage": stage, **asdict(progress), "objective": objective.state(), "updater": updater.state()}
@@ -78,11 +79,9 @@ def save_task(folder: Path, recipe: Recipe) -> None:
     (folder / TASK_FILE).write_text(json.dumps(saved, indent=2) + "\n")
 
 
-def load(
-    folder: Path, recipe: Recipe, policy: Policy, objective: Objective, updater: Updater, source: Source
-) -> Progress:
-    """Put a stage back to where a checkpoint left it."""
-    load_policy_state(folder, recipe, policy, updater)
+def load(folder: Path, objective: Objective, updater: Updater, source: Source) -> Progress:
+    """Put a stage, whose policy has the checkpoint's weights already, back to where the checkpoint left it."""
+    updater.load_tensors(load_file(folder / STATE / "optimizer.safetensors"))
     source.load(folder / STATE)
     state = json.loads((folder / STATE / "trainer.json").read_text())
     objective.load_state(state["objective"])
@@ -90,8 +89,8 @@ def load(
     return Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
 
 
-def load_policy_state(folder: Path, recipe: Recipe, policy: Policy, updater: Updater) -> None:
-    """Put weights and optimizer back to where a checkpoint left them."""
+def roll_back(folder: Path, recipe: Recipe, policy: Policy, updater: Updater) -> None:
+    """Put the weights and optimizer of a stage under way back to where a checkpoint left them."""
     load_weights(policy, folder, recipe.model.trust_remote_code)
     updater.load_tensors(load_file(folder / STATE / "optimizer.safetensors"))
 

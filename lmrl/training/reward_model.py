@@ -31,7 +31,8 @@ from lmrl.seeding import key, seed_everything, stream
 from lmrl.training.checkpoint import STATE, checkpoint_path
 from lmrl.training.display import Display
 from lmrl.training.interrupt import Interrupt, Interrupted
-from lmrl.training.stage import BAD_ROWS, SAMPLES_KEPT, peak_memory_mb
+from lmrl.training.measures import SAMPLES_KEPT, peak_memory_mb
+from lmrl.training.stage import BAD_ROWS
 from lmrl.training.updater import schedule
 from lmrl.trajectories.files import Malformed, open_rows, quiet_datasets
 from lmrl.trajectories.rows import preference, prompt_key

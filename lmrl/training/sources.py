@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lmrl import world
 from lmrl.errors import DataError, ModelError
 from lmrl.evaluation.evaluate import RESERVED, Scores, summarize_trajectories
 from lmrl.evaluation.statistics import summarize
@@ -32,7 +33,10 @@ CACHED = 4096
 
 @dataclass
 class Drawn:
-    """A step's trajectories: those to learn from, and those that the current policy has just played (judged or not)."""
+    """A step's trajectories: those to learn from, and those that the current policy has just played (judged or not).
+
+    With several processes, this one's share of them.
+    """
 
     learn: list[Trajectory]
     played: list[Trajectory] = field(default_factory=list)
@@ -71,26 +75,27 @@ class FreshRollouts(Source):
     def next(self, step: int) -> Drawn:
         count, task = self.options.prompts, self.sampler.task
         starts = starts_for(task.training, (step - 1) * count, count, *self.name, "prompts")
-        played = self.sampler.play(starts, self.options.samples, self.sampling, (*self.name, "rollout", step))
+        played = self.sampler.play(
+            starts, self.options.samples, self.sampling, (*self.name, "rollout", step), shared=True
+        )
         judged = task.keep_judged(played)
         failed = len(played) - len(judged)
         for again in range(1, self.resample + 1):
-            alike = alike_groups(judged)
+            alike = world.gather(alike_groups(judged))
             if not alike:
                 break
             name = (*self.name, "again", again)
             starts = starts_for(task.training, (step - 1) * count, len(alike), *name)
-            more = self.sampler.play(starts, self.options.samples, self.sampling, (*name, step))
+            more = self.sampler.play(starts, self.options.samples, self.sampling, (*name, step), shared=True)
             for trajectory in more:
                 trajectory.group += again * count
             kept = task.keep_judged(more)
             failed += len(more) - len(kept)
             spread = [one for one in kept if one.group not in alike_groups(kept)]
-            replaced = alike[: len({one.group for one in spread})]
+            replaced = alike[: len(set(world.gather([one.group for one in spread])))]
             judged = [one for one in judged if one.group not in replaced] + spread
             played = played + more
-        learn = [judged[index] for index in best_of([one.reward for one in judged], self.best)]
-        return Drawn(learn, played, failed)
+        return Drawn(best_among_all(judged, self.best), played, failed)
 
     def save(self, folder: Path) -> None:
         if running := self._running():
@@ -143,15 +148,19 @@ class Logged(Source):
         return Drawn(self.take((step - 1) * self.batch_size, self.batch_size))
 
     def take(self, first: int, count: int) -> list[Trajectory]:
-        """`count` episodes (or groups) from position `first` of the endless sequence of shuffled passes."""
+        """This process's share of `count` episodes (or groups) from position `first` of the endless sequence of shuffled
+        passes."""
         units = starts_for(self.kept, first, count, *self.name, "rows")
+        low, high = world.bounds(count)
         if self.grouped:
             return [
                 replace(self._episode(row), group=number)
-                for number, unit in enumerate(units)
+                for number, unit in enumerate(units[low:high], start=low)
                 for row in self.units[unit]
             ]
-        return self.pieces([self._episode(row) for row in units], "piece", first)
+        if self.turns is None:
+            return [self._episode(row) for row in units[low:high]]
+        return self.pieces([self._episode(row) for row in units], "piece", first)[low:high]
 
     def _comparable(self, groups: Sequence[int]) -> list[list[int]]:
         """Rows of each group that has different returns; the others are counted in a note."""
@@ -189,7 +198,7 @@ class Logged(Source):
         yield self.heldout(None)
 
     def probe(self, count: int) -> list[Trajectory]:
-        """The first `count` episodes (fewer where there are fewer) of an order that is always the same."""
+        """The first `count` episodes (fewer where there are fewer) of an order that is always the same, not shared out."""
         order = stream(*self.name, "probe").permutation(self.kept)
         return [self._episode(row) for unit in order[:count].tolist() for row in self.units[unit]]
 
@@ -212,14 +221,14 @@ class Mixture(Source):
 
     def next(self, step: int) -> Drawn:
         options, drawn = self.options, self.fresh.next(step)
-        self.replay = (self.replay + drawn.learn)[-options.replay :]
+        self.replay = (self.replay + world.gather(drawn.learn))[-options.replay :]  # all of it, in every process
         if step <= options.warmup_steps:
             return Drawn([], drawn.played, drawn.failed)
         count = self.online(step)
         rows = stream(*self.fresh.name, "replay", step).integers(len(self.replay), size=count)
         first = sum(options.batch_size - self.online(earlier) for earlier in range(options.warmup_steps + 1, step))
         replayed = self.logged.pieces([self.replay[row] for row in rows], "replayed", step)
-        learn = replayed + self.logged.take(first, options.batch_size - count)
+        learn = [*world.share(replayed), *self.logged.take(first, options.batch_size - count)]
         return Drawn(learn, drawn.played, drawn.failed)
 
     def save(self, folder: Path) -> None:
@@ -249,6 +258,16 @@ def best_of(returns: list[float | None], share: float) -> list[int]:
         raise DataError(f"source.best={share} ranks episodes by their returns, but episode {row + 1} has no reward")
     count = max(round(share * len(returns)), 1)
     return sorted(sorted(positions, key=lambda position: -returns[position])[:count])
+
+
+def best_among_all(trajectories: list[Trajectory], share: float) -> list[Trajectory]:
+    """This process's part of that share of all processes' episodes with the highest returns."""
+    if share == 1:
+        return trajectories
+    returns = world.gather([[one.reward for one in trajectories]])
+    first = sum(map(len, returns[: world.rank()]))
+    best = best_of([value for part in returns for value in part], share)
+    return [trajectories[place - first] for place in best if first <= place < first + len(trajectories)]
 
 
 def build_source(

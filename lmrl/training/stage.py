@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,12 +10,14 @@ from typing import Any
 import torch
 
 from lmrl import run as runs
+from lmrl import world
 from lmrl.errors import NonFiniteError, RecipeError, did_you_mean
 from lmrl.evaluation.evaluate import Evaluator, Scores
 from lmrl.evaluation.statistics import summarize
 from lmrl.evaluation.suites import load_suite
 from lmrl.objectives import Objective, load_objective
-from lmrl.policy.load import load_policy
+from lmrl.objectives.groups import groups_of
+from lmrl.policy.load import load_policy, load_weights
 from lmrl.recipe import PromptTask, QObjective, Recipe
 from lmrl.recipe_files import locate_rewards
 from lmrl.rollouts.engine import build_engine
@@ -29,9 +29,20 @@ from lmrl.training.checkpoint import Progress
 from lmrl.training.diagnostics import Diagnostics, probe_states, start_values
 from lmrl.training.display import Display, interval
 from lmrl.training.gate import GateState, breached, drop, has_given_up, is_due
-from lmrl.training.hacking import Panel, repetition
+from lmrl.training.hacking import Panel
 from lmrl.training.interrupt import Interrupt, Interrupted
-from lmrl.training.sources import build_source
+from lmrl.training.measures import (
+    SAMPLES_KEPT,
+    drift,
+    mean_of,
+    measure,
+    peak_memory_mb,
+    repetition_of_all,
+    sample_line,
+    samples_to_keep,
+)
+from lmrl.training.sources import Drawn, build_source
+from lmrl.training.strategy import Strategy
 from lmrl.training.updater import Updater
 from lmrl.trajectories.store import read_episodes, write_episodes
 from lmrl.trajectories.trajectory import Trajectory
@@ -40,8 +51,6 @@ BAD_ROWS = "bad_rows.jsonl"
 CALIBRATION_EPISODES = 1000
 """Logged episodes from whose returns new heads take their units."""
 PROBE_EPISODES = 32
-SAMPLES_KEPT, FAILED_KEPT = 8, 64
-"""Samples a step that go to samples.jsonl with their text; and of those that could not be judged, with the cause."""
 
 
 class Stage:
@@ -57,6 +66,7 @@ class Stage:
         display: Display,
         interrupt: Interrupt,
         track: Any = None,
+        strategy: Strategy | None = None,
     ):
         self.run, self.name, self.recipe, self.display, self.interrupt = run, name, recipe, display, interrupt
         self.track = track or (lambda metrics, step: None)
@@ -89,7 +99,14 @@ class Stage:
                     "source.name=mixture (or dataset), or start from a stage that has such values"
                 )
             self.objective.calibrate(self.policy, logged)
-        self.updater = Updater(self.policy, recipe.optimizer, recipe.training.steps)
+        self._keep_start(start)
+        kept = world.agreed(run.checkpoints(name))
+        self.checkpoint = kept[-1] if kept else None
+        """Where the stage goes on, if it does."""
+        if self.checkpoint is not None:
+            load_weights(self.policy, self.checkpoint, recipe.model.trust_remote_code)
+        self.strategy = strategy or Strategy()
+        self.updater = Updater(self.policy, recipe.optimizer, recipe.training.steps, self.strategy)
         self.evaluator = None
         if recipe.evaluation.suite is not None:
             suite = load_suite(recipe.evaluation.suite, task=section.model_dump(mode="json"))
@@ -105,7 +122,6 @@ class Stage:
         self.progress = Progress(label=label_of(recipe, self.objective), columns=columns)
         self.diagnostics: Diagnostics | None = None
         self.panel = Panel([reward.label for reward in self.task.rewards if reward.weight == 0])
-        self._keep_start(start)
 
     @property
     def notes(self) -> list[str]:
@@ -115,7 +131,7 @@ class Stage:
     def _start(self, start: Path | None) -> Path | None:
         """Where the policy comes from: the stage before, or this stage's own saved start on resume."""
         own = self.run.stage_folder(self.name) / "start"
-        return own if start is None and own.exists() else start
+        return own if start is None and world.agreed(own.exists()) else start
 
     def _keep_start(self, start: Path | None) -> None:
         # A model from scratch exists nowhere else, and a frozen reference must not change with what `model.path` names.
@@ -151,8 +167,8 @@ class Stage:
                 is_best = progress.best is not None and progress.best["step"] == step
                 if (every and step % every == 0) or is_best:
                     self._save()
-                if self.interrupt.number is not None:
-                    raise Interrupted(self.interrupt.number)
+                if stop := world.largest(self.interrupt.number or 0):
+                    raise Interrupted(stop)
         except Interrupted:
             if progress.step > 0:
                 self._save()
@@ -162,6 +178,7 @@ class Stage:
             self.display.end()
             self.engine.close()
         self._checkpoint(self.run.final(self.name))
+        self.strategy.close()
         if len(self.panel.steps) > 1:
             self.display.panel(f"Stage {self.name}, fresh episodes by step", *self.panel.table())
 
@@ -170,30 +187,35 @@ class Stage:
         seed_everything(self.seed, self.name, step)
         self.objective.begin(step)
         self.updater.begin(step)
-        self.interrupt.safe = True
+        self.interrupt.safe = world.size() == 1  # several processes stop together, between two steps
         self.interrupt.check()
-        drawn = self.source.next(step)
+        with self.strategy.whole():
+            drawn = self.source.next(step)
         self.interrupt.safe = False
         sampled = time.monotonic()
-        self._record_samples(step, drawn.played)
-        metrics = self._learn(step, drawn.learn) if drawn.learn else {"updates": 0}
-        finished = time.monotonic()
+        kept = samples_to_keep(drawn.played)
+        self.run.record_samples([sample_line(self.name, step, "train", one) for one in kept])
         judged = [one for one in drawn.played if one.reward is not None]
-        if judged and (self.source.logged or len(drawn.learn) < len(judged)):  # it learned from others, or from some
+        played, played_well, learned, failed = map(
+            round, world.totals([len(drawn.played), len(judged), len(drawn.learn), drawn.failed])
+        )
+        metrics = self._learn(step, drawn) if learned else {"updates": 0}
+        finished = time.monotonic()
+        if played_well and (self.source.logged or learned < played_well):  # it learned from others, or from some
             metrics |= {f"online/{name}": value for name, value in measure(judged).items()}
-        if judged:
-            metrics["repetition"] = repetition([one.completion for one in judged])
-        metrics |= {"failed": drawn.failed, "skipped": self.updater.skipped}
+        if played_well:
+            metrics["repetition"] = repetition_of_all(judged)
+        metrics |= {"failed": failed, "skipped": self.updater.skipped}
         times = {
             "source_s": round(sampled - started, 3),
             "update_s": round(finished - sampled, 3),
-            "samples_per_s": round(len(drawn.played or drawn.learn) / (finished - started), 3),
-            "peak_memory_mb": peak_memory_mb(),
+            "samples_per_s": round((played or learned) / (finished - started), 3),
+            "peak_memory_mb": world.largest(peak_memory_mb()),
         }
         self.run.record({"stage": self.name, "step": step, "kind": "train", **metrics, "time": times})
         self.track({f"{self.name}/{name}": value for name, value in (metrics | times).items()}, step)
         self.display.step(step, metrics)
-        if judged:
+        if played_well:
             for warning in self.panel.add(step, drift(metrics)):
                 self.run.record({"stage": self.name, "step": step, "kind": "warning", "text": warning})
                 self.display.say(f"warning at step {step}: {warning}")
@@ -204,9 +226,10 @@ class Stage:
         if self.objective.heads is not None and every and (step % every == 0 or step == self.recipe.training.steps):
             self._diagnose(step, drawn.played)
 
-    def _learn(self, step: int, trajectories: list[Trajectory]) -> dict[str, float]:
+    def _learn(self, step: int, drawn: Drawn) -> dict[str, float]:
+        trajectories = drawn.learn
         batch = self.objective.prepare(self.policy, trajectories)
-        if not batch.sequences:  # nothing to compare
+        if not world.largest(len(batch.sequences)):  # nothing to compare
             return measure(trajectories) | batch.stats | {"updates": 0}
         updates: list[dict[str, float]] = []
         rng = stream(self.seed, self.name, step, "minibatches")
@@ -225,16 +248,15 @@ class Stage:
             kept = self.run.stage_folder(self.name) / "probe.parquet"
             if self.source.logged:
                 probe = self.source.logged.probe(PROBE_EPISODES)
-            elif kept.exists():
+            elif world.agreed(kept.exists()):
                 probe = read_episodes(kept, self.policy.tokenizer)
             else:
                 probe = [one for one in played if one.reward is not None][:PROBE_EPISODES]
-                scratch = kept.with_name(f".writing-{kept.name}")
-                scratch.parent.mkdir(parents=True, exist_ok=True)
-                write_episodes(scratch, probe, self.policy.tokenizer)
-                scratch.rename(kept)
+                probe = world.gather(probe)[:PROBE_EPISODES]
+                self.run.write_file(kept, lambda path: write_episodes(path, probe, self.policy.tokenizer))
             self.diagnostics = Diagnostics(probe, probe_states(len(self.policy.vocabulary)), *self._discounts())
-        found = self.diagnostics(self.policy)
+        with self.strategy.whole():
+            found = self.diagnostics(self.policy)
         self.run.record({"stage": self.name, "step": step, "kind": "diagnostics", **found})
         self.track({f"{self.name}/diagnostics/{name}": value for name, value in found.items()}, step)
 
@@ -252,9 +274,11 @@ class Stage:
                 f"update skipped ({in_a_row} in a row, the run stops at {limit})"
             )
             return
-        kept = checkpoint.save_nonfinite(
-            self.run, self.name, step, self.policy, self.objective, minibatch, stats, self.seed
-        )
+        minibatch.sequences = world.gather(minibatch.sequences)
+        with self.strategy.whole():
+            kept = checkpoint.save_nonfinite(
+                self.run, self.name, step, self.policy, self.objective, minibatch, stats, self.seed
+            )
         raise NonFiniteError(
             f"stage {self.name}, step {step}: {in_a_row} updates in a row had a non-finite loss or gradient; batch, seed "
             f"and recipe are in {kept}; reproduce with: lmrl replay {kept}"
@@ -285,7 +309,7 @@ class Stage:
             state.lr_factor *= gate.lr_factor
             best = self.progress.best["step"]
             kept = checkpoint.checkpoint_path(self.run, self.name, best)
-            checkpoint.load_policy_state(kept, self.recipe, self.policy, self.updater)
+            checkpoint.roll_back(kept, self.recipe, self.policy, self.updater)
             self.engine.stale = True
             self.updater.lr_factor = state.lr_factor
             line |= {"back_to": best, "lr_factor": state.lr_factor}
@@ -306,11 +330,12 @@ class Stage:
 
     def _evaluate(self, step: int, name: str) -> list[Trajectory]:
         """Score the policy as it is, on the suite and on held-out logged episodes; returns the suite's episodes."""
-        scores, trajectories = self.evaluator() if self.evaluator is not None else ({}, [])
-        found = start_values(self.policy, trajectories, *self._discounts()) if trajectories else {}
+        with self.strategy.whole():
+            scores, trajectories = self.evaluator() if self.evaluator is not None else ({}, [])
+            found = start_values(self.policy, trajectories, *self._discounts()) if trajectories else {}
         heldout = self.source.logged.heldout(self.recipe.evaluation.episodes) if self.source.logged else []
         if heldout:
-            measured = self.objective.heldout(self.policy, heldout)
+            measured = self._measure_heldout(heldout)
             scores = scores | {f"heldout/{key}": summarize(values) for key, values in measured.items()}
             self.progress.columns = list(
                 dict.fromkeys([*self.progress.columns, *(f"heldout/{key}" for key in measured)])
@@ -326,6 +351,16 @@ class Stage:
             self._consider(step, scores)
         return trajectories
 
+    def _measure_heldout(self, heldout: list[Trajectory]) -> dict[str, list[float]]:
+        """The objective's measures of held-out episodes, whose groups the processes share."""
+        groups = [[heldout[row] for row in rows] for rows in groups_of(heldout)]
+        own = self.objective.heldout(self.policy, [one for group in world.share(groups) for one in group])
+        parts = world.gather([own])
+        return {
+            name: [value for part in parts for value in part.get(name, ())]
+            for name in dict.fromkeys(name for part in parts for name in part)
+        }
+
     def _consider(self, step: int, scores: Scores) -> None:
         """Note the best evaluation so far; without a suite only where the recipe names the metric."""
         metric = self.recipe.evaluation.metric or (self.evaluator.suite.metrics[0] if self.evaluator else None)
@@ -337,18 +372,12 @@ class Stage:
         if best is None or value > best["value"]:
             self.progress.best = {"step": step, "metric": metric, "value": value}
 
-    def _record_samples(self, step: int, trajectories: list[Trajectory]) -> None:
-        failed = [one for one in trajectories if one.failure][:FAILED_KEPT]
-        fine = [one for one in trajectories if not one.failure][: max(SAMPLES_KEPT - len(failed), 0)]
-        self.run.record_samples([sample_line(self.name, step, "train", one) for one in failed + fine])
-
     # ----------------------------------------------------------------------------------------------------- checkpoints
     def _resume(self) -> bool:
         """Go back to the newest checkpoint; False: there is none."""
-        found = self.run.checkpoints(self.name)
+        found = self.checkpoint
         if found:
-            parts = (self.policy, self.objective, self.updater, self.source)
-            self.progress = checkpoint.load(found[-1], self.recipe, *parts)
+            self.progress = checkpoint.load(found, self.objective, self.updater, self.source)
             self.updater.lr_factor = self.progress.gate.get("lr_factor", 1.0)
             self.display.say(f"resumed stage {self.name} at step {self.progress.step}")
         self.run.cut(self.name, self.progress.step if found else -1)
@@ -365,7 +394,10 @@ class Stage:
 
     def _checkpoint(self, target: Path) -> None:
         parts = (self.policy, self.objective, self.updater, self.source)
-        checkpoint.save(self.run, self.name, target, self.recipe, *parts, self.progress)
+        tensors = self.updater.tensors()
+        with self.strategy.whole():
+            checkpoint.save(self.run, self.name, target, self.recipe, *parts, self.progress, tensors)
+            world.wait()
 
 
 def task_of(recipe: Recipe, run: Path) -> Any:
@@ -384,56 +416,3 @@ def label_of(recipe: Recipe, objective: Objective) -> str:
     if recipe.source.name == "rollouts":
         return "expert iteration"
     return "filtered BC" if recipe.source.best < 1 else "BC"
-
-
-def measure(trajectories: list[Trajectory]) -> dict[str, float]:
-    """What a step's episodes were like: means of reward, components, metrics and length, and the spread of the reward."""
-    columns: dict[str, list[float]] = {}
-    for trajectory in trajectories:
-        for name, value in {**trajectory.components, **trajectory.metrics}.items():
-            if value is not None:
-                columns.setdefault(f"reward/{name}" if name in trajectory.components else name, []).append(value)
-    means = {name: sum(values) / len(values) for name, values in columns.items()}
-    rewards = [trajectory.reward for trajectory in trajectories if trajectory.reward is not None]
-    if rewards:
-        spread = torch.tensor(rewards, dtype=torch.float64)
-        means = {"reward": float(spread.mean()), "reward_std": float(spread.std(correction=0)), **means}
-    return {
-        "length": sum(trajectory.num_actions for trajectory in trajectories) / len(trajectories),
-        "cut": sum(bool(trajectory.cut_turns) for trajectory in trajectories) / len(trajectories),
-        **means,
-    }
-
-
-def drift(metrics: dict[str, Any]) -> dict[str, float]:
-    """Of a step's metrics those that tell whether a reward is pleased or earned: of what the policy has just played."""
-    names = ("reward", "reward_std", "length", "repetition", "kl", "entropy")
-    own = {name: metrics.get(f"online/{name}", metrics.get(name)) for name in names}
-    own |= {name.removeprefix("online/"): value for name, value in metrics.items() if "reward/" in name}
-    return {name: value for name, value in own.items() if value is not None}
-
-
-def mean_of(updates: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
-
-
-def sample_line(stage: str, step: int, kind: str, trajectory: Trajectory) -> dict[str, Any]:
-    line = {
-        "stage": stage,
-        "step": step,
-        "kind": kind,
-        "prompt": trajectory.messages or trajectory.prompt,
-        "completion": trajectory.completion,
-        "reward": trajectory.reward,
-        "components": trajectory.components,
-        "metrics": trajectory.metrics,
-    }
-    return line | ({"failure": trajectory.failure} if trajectory.failure else {})
-
-
-def peak_memory_mb() -> int:
-    """Largest resident size of this process so far, or of the accelerator's memory where there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() // 2**20
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20

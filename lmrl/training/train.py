@@ -6,20 +6,24 @@ import importlib.util
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from lmrl import world
 from lmrl.allocator import keep_freed_memory
-from lmrl.errors import RecipeError, RunError
+from lmrl.errors import LmrlError, RecipeError, RunError
 from lmrl.recipe import MAIN_STAGE, Recipe, RewardModelObjective
 from lmrl.recipe_files import load_recipe, stages_of
-from lmrl.run import RESULTS_FILE, Run, write_atomically
+from lmrl.run import RESULTS_FILE, Run, read_recipe, write_atomically
 from lmrl.training.checkpoint import STATE
 from lmrl.training.display import Display
 from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.stage import Stage
+from lmrl.training.strategy import build_strategy, check_launch
 
 
 @dataclass
@@ -53,17 +57,21 @@ def train(
         recipe = load_recipe(recipe, overrides)
     elif overrides:
         raise RunError("overrides go with a recipe's name or file; a Recipe object is changed by its attributes")
-    folder = Path(output) if output is not None else default_output(name)
-    if resume and (folder / "recipe.yaml").exists():
+    accelerator = join(recipe)
+    folder = world.agreed(Path(output) if output is not None else default_output(name)).resolve()
+    if resume and world.agreed((folder / "recipe.yaml").exists()):
         return resume_run(folder, recipe, display)
     if resume:
         display.say(f"there is no run in {folder} to resume: starting over")
-    return _execute(Run.create(folder.resolve(), recipe), display)
+    return _execute(_open(lambda: Run.create(folder, recipe), folder), accelerator, display)
 
 
 def resume_run(folder: Path, recipe: Recipe | None = None, display: Display | None = None) -> Result:
     """Go on with a run; recipe: None takes the run's own."""
-    return _execute(Run.resume(folder.resolve(), recipe), display or Display(), resumed=True)
+    folder = folder.resolve()
+    accelerator = join(recipe or read_recipe(folder))
+    run = _open(lambda: Run.resume(folder, recipe), folder)
+    return _execute(run, accelerator, display or Display(), resumed=True)
 
 
 def dry_run(recipe: Recipe, display: Display | None = None) -> None:
@@ -84,7 +92,10 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> None:
     if "value_warmup_steps" in data["objective"]:
         data["objective"]["value_warmup_steps"] = 0  # try the policy's update as well
     with tempfile.TemporaryDirectory(prefix="lmrl-dry-run-") as scratch:
-        _execute(Run.create(Path(scratch), Recipe.model_validate(data)), display or Display())
+        tiny = Recipe.model_validate(data)
+        accelerator = join(tiny)
+        folder = world.agreed(Path(scratch))
+        _execute(_open(lambda: Run.create(folder, tiny), folder), accelerator, display or Display())
 
 
 def default_output(name: str) -> Path:
@@ -99,18 +110,39 @@ def default_output(name: str) -> Path:
     return folder
 
 
-def _execute(run: Run, display: Display, resumed: bool = False) -> Result:
+def join(recipe: Recipe) -> Any:
+    """Meet the other processes of this launch, if there are any; returns accelerate's Accelerator."""
     from accelerate import Accelerator
 
     keep_freed_memory()
-    recipe = run.recipe
     for tracker in recipe.tracking.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise RecipeError(f"tracking.trackers: '{tracker}' is not installed: pip install {tracker}")
-    accelerator = Accelerator(log_with=recipe.tracking.trackers or None, project_dir=str(run.folder / "trackers"))
-    if accelerator.num_processes > 1:
-        raise RunError(f"lmrl trains in one process for now, but was launched as {accelerator.num_processes}")
+    accelerator = Accelerator(log_with=recipe.tracking.trackers or None)
+    check_launch(accelerator, recipe)
+    return accelerator
+
+
+def _open(make: Callable[[], Run], folder: Path) -> Run:
+    """The run, as the main process makes it; the others follow it, or fail as it does."""
+    run = error = None
+    if world.is_main():
+        try:
+            run = make()
+        except LmrlError as problem:
+            error = problem
+    error, recipe = world.agreed((error, run and run.recipe))
+    if error is not None:
+        raise error
+    return run or Run(folder, recipe, writes=False)
+
+
+def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False) -> Result:
+    recipe = run.recipe
+    if not run.writes:
+        display = Display(Console(quiet=True))
     if recipe.tracking.trackers:
+        accelerator.project_configuration.set_directories(str(run.folder / "trackers"))
         accelerator.init_trackers(recipe.tracking.project, init_kwargs={"wandb": {"name": run.folder.name}})
     display.say(f"run folder: {run.folder}")
     if resumed and not any(run.final(name).exists() or run.checkpoints(name) for name in stages_of(recipe)):
@@ -120,20 +152,23 @@ def _execute(run: Run, display: Display, resumed: bool = False) -> Result:
     with Interrupt() as interrupt:
         try:
             for name, stage_recipe in stages_of(recipe).items():
-                if run.final(name).exists():
+                if world.agreed(run.final(name).exists()):
                     display.say(f"stage {name} is finished: not run again")
                 else:
                     track = _tracker(accelerator, offset) if recipe.tracking.trackers else None
                     start = previous
                     if stage_recipe.start != "previous":
                         start = None if stage_recipe.start == "model" else run.final(stage_recipe.start)
-                    stage = _stage_class(stage_recipe)(
-                        run, name, stage_recipe, start, accelerator.device, display, interrupt, track
-                    )
+                    parts = (run, name, stage_recipe, start, accelerator.device, display, interrupt, track)
+                    if isinstance(stage_recipe.objective, RewardModelObjective):
+                        stage = _reward_model_stage(*parts)
+                    else:
+                        stage = Stage(*parts, build_strategy(accelerator))
                     for note in stage.notes:
                         display.say(f"note: {note}")
                     stage.train()
                     del stage
+                    world.wait()
                 if not isinstance(stage_recipe.objective, RewardModelObjective):
                     previous = run.final(name)
                 offset += stage_recipe.training.steps
@@ -148,12 +183,15 @@ def _execute(run: Run, display: Display, resumed: bool = False) -> Result:
     return Result(run.folder, scores)
 
 
-def _stage_class(recipe: Recipe) -> Any:
-    if not isinstance(recipe.objective, RewardModelObjective):
-        return Stage
+def _reward_model_stage(*parts: Any) -> Any:
+    if world.size() > 1:
+        raise RunError(
+            f"a reward_model stage trains in one process, but this is a launch of {world.size()}: train it alone, and go on "
+            "with the run by --resume, or name its checkpoint as a reward"
+        )
     from lmrl.training.reward_model import RewardModelStage  # trl takes seconds to import
 
-    return RewardModelStage
+    return RewardModelStage(*parts)
 
 
 def _tracker(accelerator: Any, offset: int) -> Any:
@@ -177,5 +215,6 @@ def closing_table(run: Run) -> tuple[dict[str, dict[str, dict[str, Any]]], list[
         columns |= dict.fromkeys(state["columns"])
     if optimum:
         rows["optimum"] = optimum
-    write_atomically(run.folder / RESULTS_FILE, json.dumps(rows, indent=2) + "\n")
+    if run.writes:
+        write_atomically(run.folder / RESULTS_FILE, json.dumps(rows, indent=2) + "\n")
     return rows, list(columns)

@@ -1,6 +1,7 @@
 """The updater: from a minibatch to one optimizer step.
 
-It alone owns microbatches, normalisation, backward, clipping, the learning rate, and skipping non-finite steps.
+It alone owns microbatches, normalisation, backward, clipping, the learning rate, and skipping non-finite steps. How
+weights and gradients lie over several processes is the strategy's business.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from typing import Any
 
 import torch
 
+from lmrl import world
 from lmrl.objectives.base import Objective
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Optimizer
+from lmrl.training.strategy import Strategy
 from lmrl.trajectories.batch import Batch
 
 
 class Updater:
-    def __init__(self, policy: Policy, options: Optimizer, steps: int):
-        """steps: length of the stage, for the schedule."""
+    def __init__(self, policy: Policy, options: Optimizer, steps: int, strategy: Strategy | None = None):
+        """steps: length of the stage, for the schedule. strategy: None for one process."""
         self.options, self.steps = options, steps
         self.parameters = policy.trainable()
         heads = [parameter for name, parameter in self.parameters.items() if is_head(name)]
@@ -27,9 +30,9 @@ class Updater:
         groups = [{"params": trunk, "lr": options.lr, "base_lr": options.lr}]
         if heads:
             groups.append({"params": heads, "lr": head_lr, "base_lr": head_lr})
-        self.optimizer = torch.optim.AdamW(
-            groups, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
-        )
+        optimizer = torch.optim.AdamW(groups, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay)
+        self.strategy = strategy or Strategy()
+        self.strategy.prepare(policy, optimizer, options.max_grad_norm)
         self.lr_factor = 1.0
         """On top of the schedule (a rollback of the gate lowers it)."""
         self.skipped = 0
@@ -37,72 +40,69 @@ class Updater:
 
     def begin(self, step: int) -> None:
         """Set the learning rate of a step, counted from 1."""
-        for group in self.optimizer.param_groups:
+        for group in self.strategy.optimizer.param_groups:
             group["lr"] = group["base_lr"] * self.lr_factor * schedule(self.options, step, self.steps)
 
     def step(self, policy: Policy, objective: Objective, minibatch: Batch) -> dict[str, float]:
-        """One update. Returns statistics averaged over the minibatch; a non-finite one changes no weight."""
+        """One update. Returns statistics averaged over the minibatch of all processes; a non-finite one changes no weight."""
         policy.begin_update(objective.dropout)
-        self.optimizer.zero_grad(set_to_none=True)
         stats = self.backward(policy, objective, minibatch)
-        norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))
-        stats["grad_norm"] = norm
-        if not (math.isfinite(norm) and math.isfinite(stats["loss"])):
+        stats["grad_norm"] = self.strategy.step(finite=math.isfinite(stats["loss"]))
+        if not (math.isfinite(stats["grad_norm"]) and math.isfinite(stats["loss"])):
             self.skipped += 1
             self.skipped_in_a_row += 1
-            self.optimizer.zero_grad(set_to_none=True)
             return stats
-        if self.options.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(
-                self.parameters.values(), self.options.max_grad_norm, torch.tensor(norm)
-            )
-        self.optimizer.step()
         if objective.polyak is not None:
             policy.values.follow(objective.polyak)
         self.skipped_in_a_row = 0
         return stats
 
     def backward(self, policy: Policy, objective: Objective, minibatch: Batch) -> dict[str, float]:
-        """Gradient of the loss averaged over the whole minibatch, however it is cut into microbatches."""
-        total, count, sums = 0.0, 0, {}
-        for micro in minibatch.microbatches(policy.microbatch_tokens, policy.pad_id):
+        """Gradient of the loss averaged over the whole minibatch of all processes, however it is cut into microbatches."""
+        self.strategy.zero_grad()
+        micros = minibatch.microbatches(policy.microbatch_tokens, policy.pad_id)
+        (count,) = world.totals([sum(objective.count(micro) for micro in micros)])
+        count = count or 1.0
+        sums: dict[str, Any] = {"loss": 0.0}
+        passes = policy.passes(micros)
+        for number, micro in enumerate(passes):
+            last = number + 1 == len(passes)
             micro = micro.to(policy.device)
-            loss = objective.loss(policy(micro, objective.want), micro)
-            loss.sum.backward()
-            total, count = total + loss.sum.detach(), count + loss.count
-            for name, value in loss.stats.items():
+            outputs = policy(micro, objective.want)
+            if number >= len(micros):  # takes part in what the processes do together, and adds nothing
+                self.strategy.backward(outputs.nothing(), last)
+                continue
+            loss = objective.loss(outputs, micro)
+            self.strategy.backward(loss.sum / count, last)
+            for name, value in {"loss": loss.sum.detach(), **loss.stats}.items():
                 sums[name] = sums.get(name, 0.0) + value
-        for parameter in self.parameters.values():
-            if parameter.grad is not None:
-                parameter.grad.div_(count)
-        return {"loss": float(total) / count} | {name: float(value) / count for name, value in sums.items()}
+        return averages(sums, count)
 
     # ---------------------------------------------------------------------------------------------------------- state
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The optimizer's state as named tensors."""
-        return {
-            f"{name}.{key}": value
-            for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
-        }
+        """The optimizer's state as named tensors, whole however it is spread; of the main process alone."""
+        return self.strategy.optimizer_tensors(self.parameters)
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.optimizer.state.clear()
-        for name, parameter in self.parameters.items():
-            state = {
-                full.rpartition(".")[2]: value for full, value in tensors.items() if full.rpartition(".")[0] == name
-            }
-            if state:
-                self.optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device).clone()
-                    for key, value in state.items()
-                }
+        self.strategy.load_optimizer_tensors(self.parameters, tensors)
 
     def state(self) -> dict[str, Any]:
         return {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+
+
+def averages(sums: dict[str, Any], count: float) -> dict[str, float]:
+    """Sums of this process's microbatches, added up over the processes, by `count`."""
+    parts: dict[str, float] = {name: float(value) for name, value in sums.items()}
+    if world.size() > 1:  # a process without microbatches knows no names
+        total: dict[str, float] = {}
+        for own in world.gather([parts]):
+            for name, value in own.items():
+                total[name] = total.get(name, 0.0) + value
+        parts = total
+    return {name: value / count for name, value in parts.items()}
 
 
 def is_head(name: str) -> bool:

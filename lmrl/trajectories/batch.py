@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from lmrl import world
 from lmrl.trajectories.trajectory import Segment, Trajectory
 
 
@@ -66,10 +67,13 @@ class Batch:
         return sum(len(sequence.targets) for sequence in self.sequences)
 
     def minibatches(self, rng: np.random.Generator, count: int) -> Iterator[Batch]:
-        """Split at random into `count` parts with nearly equally many chains (fewer where there are fewer)."""
+        """Split at random into `count` parts with nearly equally many chains (fewer where there are fewer).
+
+        Each of several processes splits its own, into as many parts as the others.
+        """
         chains = self._chains()
         order = rng.permutation(len(chains))
-        for part in np.array_split(order, min(count, len(order))):
+        for part in np.array_split(order, min(count, world.largest(len(order)))):
             yield Batch([self.sequences[index] for chain in part for index in chains[chain]])
 
     def _chains(self) -> list[list[int]]:

@@ -102,7 +102,7 @@ def ours(policy, dialogues, **changes):
     policy.train(False)
     [micro] = batch.microbatches(10_000, policy.pad_id)
     loss = objective.loss(policy(micro, objective.want), micro)
-    return loss.sum / loss.count
+    return loss.sum / objective.count(micro)
 
 
 def trl_loss(policy, dialogues, loss, beta, label_smoothing, tmp_path):

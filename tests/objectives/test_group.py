@@ -50,7 +50,7 @@ def loss_of(policy, method, episodes):
     [micro] = batch.microbatches(10_000, policy.pad_id)
     policy.train(False)
     outputs = policy(micro, method.want)
-    return method.loss(outputs, micro), outputs, batch
+    return method.loss(outputs, micro), method.count(micro), outputs, batch
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -58,8 +58,8 @@ def loss_of(policy, method, episodes):
 def test_gradients_by_hand(tiny_policy, episodes, name, share):
     """On the first update the gradient is that of -w A log pi, with the method's own weights and advantages."""
     method = objective(name, share_prompts=share, **({"constant_length": 10} if name == "dr_grpo" else {}))
-    loss, _, batch = loss_of(tiny_policy, method, episodes)
-    (loss.sum / loss.count).backward()
+    loss, count, _, batch = loss_of(tiny_policy, method, episodes)
+    (loss.sum / count).backward()
     found = [p.grad.clone() for p in tiny_policy.model.parameters()]
 
     lengths = [2, 1, 3, 1, 2]
@@ -99,13 +99,13 @@ def test_divergence_is_a_term_of_the_loss_or_of_the_reward(tiny_policy, episodes
     reference = torch.cat(tiny_policy.score(batch, reference=True)["logprobs"])
     plain = [float(part.sum()) for part in (own - reference).split([2, 1, 3, 1, 2])]
 
-    in_loss, _, _ = loss_of(tiny_policy, objective("grpo", kl_coef=0.3), episodes)
-    without, _, _ = loss_of(tiny_policy, objective("grpo"), episodes)
+    in_loss, count, _, _ = loss_of(tiny_policy, objective("grpo", kl_coef=0.3), episodes)
+    without, _, _, _ = loss_of(tiny_policy, objective("grpo"), episodes)
     ratio = reference - own
     k3 = (ratio.exp() - 1 - ratio).split([2, 1, 3, 1, 2])
     expected = 0.3 * sum(float(part.mean()) for part in k3)
     assert float((in_loss.sum - without.sum).detach()) == pytest.approx(expected, abs=1e-5)
-    assert float(in_loss.stats["kl"]) / in_loss.count == pytest.approx(sum(plain) / 5, abs=1e-5)
+    assert float(in_loss.stats["kl"]) / count == pytest.approx(sum(plain) / 5, abs=1e-5)
 
     rloo = objective("rloo", kl_coef=0.3).prepare(tiny_policy, episodes)
     rewards = [one.reward - 0.3 * kl for one, kl in zip(episodes, plain, strict=True)]
@@ -121,8 +121,8 @@ def test_several_updates_compare_with_the_policy_that_sampled(tiny_policy, episo
 
 
 def test_mismatch_with_the_sampler_is_reported(tiny_policy, episodes):
-    loss, outputs, _ = loss_of(tiny_policy, objective("reinforce_pp"), episodes)
-    assert float(loss.stats["sampler_kl"] / loss.count) == pytest.approx(float((-1 - outputs.logprobs.detach()).mean()))
+    loss, count, outputs, _ = loss_of(tiny_policy, objective("reinforce_pp"), episodes)
+    assert float(loss.stats["sampler_kl"] / count) == pytest.approx(float((-1 - outputs.logprobs.detach()).mean()))
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "reinforce_pp"])

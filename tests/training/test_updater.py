@@ -69,7 +69,7 @@ class Poison(Objective):
     def loss(self, outputs, micro) -> Loss:
         self.calls += 1
         factor = math.nan if self.every or self.calls in self.bad else 1.0
-        return Loss(-outputs.logprobs.sum() * factor, len(outputs.logprobs))
+        return Loss(-outputs.logprobs.sum() * factor)
 
 
 def test_a_non_finite_step_changes_nothing(tiny_policy):

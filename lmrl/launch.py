@@ -1,0 +1,168 @@
+"""One run in several processes on this machine: start them, watch them, and end with one error where one fails.
+
+What accelerate is asked for (DeepSpeed, FSDP) comes from a configuration file of accelerate, turned into the environment that
+`accelerate launch` would set. Several machines are launched by `accelerate launch` or `torchrun` themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lmrl.errors import RecipeError
+
+ERRORS = "LMRL_ERRORS"
+"""Environment variable: the folder in which a process leaves its error, for the launcher to show."""
+POLL_SECONDS, LAST_WORDS_SECONDS, GRACE_SECONDS = 0.1, 5.0, 10.0
+"""Between two looks at the processes; for the others to say what went wrong, once one has failed; and to end when asked."""
+
+
+def launch(arguments: Sequence[str], processes: int | None, config: Path | None) -> int:
+    """Run `lmrl ARGUMENTS` in several processes; returns the exit code. Prints one line where they failed.
+
+    config: a configuration file of accelerate. processes: None for as many as it says.
+    """
+    environment, count = accelerate_environment(processes, config)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    threads = max((os.cpu_count() or 1) // count, 1)
+    with tempfile.TemporaryDirectory(prefix="lmrl-launch-") as errors:
+        shared = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+            ERRORS: errors,
+        }
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-m", "lmrl", *arguments],
+                env=environment | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                start_new_session=True,  # Ctrl-C reaches them through the launcher, once
+            )
+            for rank in range(count)
+        ]
+        return _watch(running, Path(errors))
+
+
+def accelerate_environment(processes: int | None, config: Path | None) -> tuple[dict[str, str], int]:
+    """The environment of the processes, as `accelerate launch` would set it, and their number."""
+    import torch
+
+    environment, on_cpu = dict(os.environ), not torch.cuda.is_available()
+    if config is not None:
+        environment, processes, use_cpu = _configured(processes, config)
+        on_cpu = on_cpu or use_cpu
+    if on_cpu:
+        environment["ACCELERATE_USE_CPU"] = "true"
+    return environment, processes or 1
+
+
+def _configured(processes: int | None, config: Path) -> tuple[dict[str, str], int, bool]:
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    given = ["--config_file", str(config), "--main_process_port", "0"]
+    given += ["--num_processes", str(processes)] if processes else []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            args = launch_command_parser().parse_args([*given, "lmrl"])
+            args, defaults, from_config = _validate_launch_command(args)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise RecipeError(f"--accelerate: {config}: {' '.join(str(error).split())}") from error
+        if (args.num_machines or 1) > 1:
+            raise RecipeError(
+                f"--accelerate: {config}: --processes starts them on this machine; start several machines by accelerate launch"
+            )
+        if not args.use_deepspeed:
+            return prepare_multi_gpu_env(args), args.num_processes, bool(args.use_cpu)
+        fields = [*defaults.deepspeed_config, *(["mixed_precision"] if from_config else [])]
+        args.deepspeed_fields_from_accelerate_config = ",".join(fields)
+        return prepare_deepspeed_cmd_env(args)[1], args.num_processes, bool(args.use_cpu)
+
+
+def _watch(running: list[subprocess.Popen], errors: Path) -> int:
+    """Wait for the processes; end them all where one fails, or where the launcher is told to."""
+    from lmrl.training.interrupt import Interrupt  # imports torch, which `lmrl --help` does without
+
+    told: int | None = None
+    with Interrupt() as interrupt:
+        while any(process.poll() is None for process in running):
+            time.sleep(POLL_SECONDS)
+            if interrupt.number is not None and told is None:  # each saves a checkpoint first, however long that takes
+                told = interrupt.number
+                for process in running:
+                    process.send_signal(signal.SIGTERM)
+            if any(process.poll() not in (None, 0) for process in running) and told is None:
+                failed = _last_words(running)
+                _end(running)
+                return _report(failed, running, errors)
+    codes = [process.returncode for process in running]
+    if told is not None:
+        return 128 + told
+    return _report([rank for rank, code in enumerate(codes) if code], running, errors) if any(codes) else 0
+
+
+def _last_words(running: list[subprocess.Popen]) -> list[int]:
+    """Give the others time to fail by themselves; returns who did, before they were told to end."""
+    until = time.monotonic() + LAST_WORDS_SECONDS
+    while time.monotonic() < until and any(process.poll() is None for process in running):
+        time.sleep(POLL_SECONDS)
+    return [rank for rank, process in enumerate(running) if process.poll() not in (None, 0)]
+
+
+def _end(running: list[subprocess.Popen]) -> None:
+    until = time.monotonic() + GRACE_SECONDS
+    for process in running:
+        process.terminate()
+    for process in running:
+        try:
+            process.wait(max(until - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _report(failed: list[int], running: list[subprocess.Popen], errors: Path) -> int:
+    """Print the failure that explains the others, and return its exit code."""
+    found = [_failure(rank, running, errors) for rank in failed]
+    cause = min(found, key=lambda one: (one["order"], one["time"]))
+    print(cause["text"], file=sys.stderr)
+    return cause["code"]
+
+
+def _failure(rank: int, running: list[subprocess.Popen], errors: Path) -> dict[str, Any]:
+    """What became of a process. What died without a word explains more than an error, and lmrl's own errors more than
+    those of a library, which may only say that another process has gone."""
+    code = running[rank].returncode
+    left = errors / f"{rank}.json"
+    if left.exists():
+        return json.loads(left.read_text())
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    text = f"lmrl: process {rank} of {len(running)} {how}, so the run has stopped; go on from its last checkpoint by --resume"
+    return {"order": 0, "time": 0.0, "code": 1, "text": text}
+
+
+def leave_error(text: str, code: int, own: bool) -> bool:
+    """Leave an error for the launcher; False: there is none, so it has to be shown here. own: it is one of lmrl's."""
+    folder = os.environ.get(ERRORS)
+    if folder is None:
+        return False
+    entry = {"order": 1 if own else 2, "time": time.time(), "code": code, "text": text}
+    scratch = Path(folder) / f".{os.environ['RANK']}"
+    scratch.write_text(json.dumps(entry))
+    scratch.rename(Path(folder) / f"{os.environ['RANK']}.json")
+    return True

@@ -1,0 +1,88 @@
+"""What a step's episodes were like, as numbers and as lines for the run folder; over all processes of a run."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lmrl import world
+from lmrl.training.hacking import repetition
+from lmrl.trajectories.trajectory import Trajectory
+
+SAMPLES_KEPT, FAILED_KEPT = 8, 64
+"""Samples a step that go to samples.jsonl with their text; and of those that could not be judged, with the cause."""
+
+
+def measure(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Means of reward, components, metrics and length over the processes' episodes, and the spread of the reward."""
+    rows = world.gather([numbers_of(trajectory) for trajectory in trajectories])
+    columns: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            columns.setdefault(name, []).append(value)
+    found = {name: sum(columns[name]) / len(columns[name]) for name in ("length", "cut") if name in columns}
+    if "reward" in columns:
+        spread = torch.tensor(columns["reward"], dtype=torch.float64)
+        found |= {"reward": float(spread.mean()), "reward_std": float(spread.std(correction=0))}
+    return found | {name: sum(column) / len(column) for name, column in columns.items() if name not in found}
+
+
+def numbers_of(trajectory: Trajectory) -> dict[str, float]:
+    """What is known of one episode."""
+    found = {"length": trajectory.num_actions, "cut": float(bool(trajectory.cut_turns))}
+    if trajectory.reward is not None:
+        found["reward"] = trajectory.reward
+    for name, value in {**trajectory.components, **trajectory.metrics}.items():
+        if value is not None:
+            found[f"reward/{name}" if name in trajectory.components else name] = value
+    return found
+
+
+def repetition_of_all(trajectories: Sequence[Trajectory]) -> float:
+    """Mean share of repeated n-grams in the processes' completions."""
+    return world.mean([repetition([one.completion]) for one in trajectories])
+
+
+def drift(metrics: dict[str, Any]) -> dict[str, float]:
+    """Of a step's metrics those that tell whether a reward is pleased or earned: of what the policy has just played."""
+    names = ("reward", "reward_std", "length", "repetition", "kl", "entropy")
+    own = {name: metrics.get(f"online/{name}", metrics.get(name)) for name in names}
+    own |= {name.removeprefix("online/"): value for name, value in metrics.items() if "reward/" in name}
+    return {name: value for name, value in own.items() if value is not None}
+
+
+def mean_of(updates: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+
+
+def samples_to_keep(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """Of the processes' episodes: those that could not be judged, then some others, up to a limit each."""
+    failed = world.gather([one for one in trajectories if one.failure][:FAILED_KEPT])[:FAILED_KEPT]
+    fine = world.gather([one for one in trajectories if not one.failure][:SAMPLES_KEPT])
+    return failed + fine[: max(SAMPLES_KEPT - len(failed), 0)]
+
+
+def sample_line(stage: str, step: int, kind: str, trajectory: Trajectory) -> dict[str, Any]:
+    line = {
+        "stage": stage,
+        "step": step,
+        "kind": kind,
+        "prompt": trajectory.messages or trajectory.prompt,
+        "completion": trajectory.completion,
+        "reward": trajectory.reward,
+        "components": trajectory.components,
+        "metrics": trajectory.metrics,
+    }
+    return line | ({"failure": trajectory.failure} if trajectory.failure else {})
+
+
+def peak_memory_mb() -> int:
+    """Largest resident size of this process so far, or of the accelerator's memory where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() // 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20

@@ -1,0 +1,156 @@
+"""How weights, gradients and the optimizer's state lie over the processes of a run.
+
+`Strategy` is the plain case: every process holds all of them, and gradients are added up once an update. Because that happens
+after the last microbatch, the processes may have different numbers of them. Strategies that share out the weights
+(sharded.py) gather them for every pass, so there the processes go through the same number of passes, `lockstep`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lmrl import world
+from lmrl.errors import RecipeError, RunError
+from lmrl.policy.policy import Policy
+from lmrl.recipe import Recipe
+
+BUCKET = 2**24
+"""Numbers of gradients that travel together."""
+
+
+class Strategy:
+    """Every process holds all weights; also the only process of a run."""
+
+    name = "ddp"
+    lockstep = False
+    optimizer: torch.optim.Optimizer
+
+    def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:
+        """Take a policy and its optimizer over. Called once, before the first pass."""
+        self.policy, self.optimizer, self.max_grad_norm = policy, optimizer, max_grad_norm
+        self.parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        policy.lockstep = self.lockstep
+        if world.size() > 1:  # built from the same seeds or files; made sure of
+            heads = policy.values.state_dict().values() if policy.values is not None else ()
+            for tensor in [*self.parameters, *heads]:
+                dist.broadcast(tensor.data, src=0)
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Add the gradient of a microbatch's part of the loss. last: of the minibatch."""
+        if loss.requires_grad:
+            loss.backward()
+
+    def step(self, finite: bool) -> float:
+        """Update the weights, unless the gradient is not `finite`; returns its norm over all weights."""
+        self._reduce()
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not (finite and bool(norm.isfinite())):
+            self.zero_grad()
+            return float(norm)
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+        self.optimizer.step()
+        return float(norm)
+
+    def _reduce(self) -> None:
+        """Add up the gradients of all processes, in buckets."""
+        if world.size() == 1:
+            return
+        held: list[torch.nn.Parameter] = []
+        room = BUCKET
+        for parameter in self.parameters:
+            if held and room < parameter.numel():
+                add_up(held)
+                held, room = [], BUCKET
+            held.append(parameter)
+            room -= parameter.numel()
+        add_up(held)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """All weights, in every process, for as long as this lasts: to sample with, or to save."""
+        yield
+
+    # ---------------------------------------------------------------------------------------------------------- state
+    def optimizer_tensors(self, parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+        """The optimizer's state by parameter and entry; None of it need be there in processes other than the main one."""
+        return {
+            f"{name}.{key}": value
+            for name, parameter in parameters.items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+
+    def load_optimizer_tensors(
+        self, parameters: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor]
+    ) -> None:
+        self.optimizer.state.clear()
+        for name, parameter in parameters.items():
+            state = entries_of(name, tensors)
+            if state:
+                self.optimizer.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(parameter.device).clone()
+                    for key, value in state.items()
+                }
+
+    def close(self) -> None:
+        """Let go of what is bound to this stage's policy."""
+
+
+def entries_of(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A parameter's entries among the optimizer's named tensors."""
+    return {full.rpartition(".")[2]: value for full, value in tensors.items() if full.rpartition(".")[0] == name}
+
+
+def add_up(parameters: list[torch.nn.Parameter]) -> None:
+    """Sum these parameters' gradients over the processes; one that nobody has stays None, as with one process."""
+    known = world.totals([float(parameter.grad is not None) for parameter in parameters])
+    held = [parameter for parameter, count in zip(parameters, known, strict=True) if count > 0]
+    if not held:
+        return
+    parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in held]
+    flat = torch.cat([part.reshape(-1) for part in parts])
+    dist.all_reduce(flat)
+    for parameter, part in zip(held, flat.split([part.numel() for part in parts]), strict=True):
+        parameter.grad = part.view_as(parameter).clone()
+
+
+# ------------------------------------------------------------------------------------------------------------- the launch
+def check_launch(accelerator: Any, recipe: Recipe) -> None:
+    """Refuse what accelerate was asked for and did not give, or would give beside the recipe."""
+    asked = {
+        name
+        for name, variable in {"fsdp": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}.items()
+        if os.environ.get(variable, "false").lower() == "true"
+    }
+    kind = accelerator.distributed_type.value.lower()
+    for name in asked:
+        if name != kind:
+            raise RunError(
+                f"this launch asks accelerate for {name}, and got {kind}: accelerate shards nothing "
+                + ("on a CPU with fsdp; use deepspeed, or no sharding" if name == "fsdp" else "in this launch")
+            )
+    if accelerator.mixed_precision not in ("no", recipe.training.precision.replace("bfloat16", "bf16")):
+        raise RecipeError(
+            f"accelerate was launched with mixed_precision={accelerator.mixed_precision}, but the recipe has "
+            f"training.precision={recipe.training.precision}: the recipe decides, so set it there, and `no` for accelerate"
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise RecipeError(
+            "accelerate was launched with gradient_accumulation_steps="
+            f"{accelerator.gradient_accumulation_steps}: microbatches are training.microbatch_tokens' business, set it to 1"
+        )
+
+
+def build_strategy(accelerator: Any) -> Strategy:
+    """The strategy that this launch asked accelerate for."""
+    return Strategy()
