@@ -61,16 +61,16 @@ def accelerate_environment(processes: int | None, config: Path | None) -> tuple[
     """The environment of the processes, as `accelerate launch` would set it, and their number."""
     import torch
 
-    environment, on_cpu = dict(os.environ), not torch.cuda.is_available()
+    environment = dict(os.environ)
     if config is not None:
-        environment, processes, use_cpu = _configured(processes, config)
-        on_cpu = on_cpu or use_cpu
-    if on_cpu:
+        environment, processes = _configured(processes, config)
+    # On a CPU accelerate wants to be told so, and with DeepSpeed it wants not to: it would take plain processes instead.
+    if not torch.cuda.is_available() and environment.get("ACCELERATE_USE_DEEPSPEED") != "true":
         environment["ACCELERATE_USE_CPU"] = "true"
     return environment, processes or 1
 
 
-def _configured(processes: int | None, config: Path) -> tuple[dict[str, str], int, bool]:
+def _configured(processes: int | None, config: Path) -> tuple[dict[str, str], int]:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
@@ -88,10 +88,10 @@ def _configured(processes: int | None, config: Path) -> tuple[dict[str, str], in
                 f"--accelerate: {config}: --processes starts them on this machine; start several machines by accelerate launch"
             )
         if not args.use_deepspeed:
-            return prepare_multi_gpu_env(args), args.num_processes, bool(args.use_cpu)
+            return prepare_multi_gpu_env(args), args.num_processes
         fields = [*defaults.deepspeed_config, *(["mixed_precision"] if from_config else [])]
         args.deepspeed_fields_from_accelerate_config = ",".join(fields)
-        return prepare_deepspeed_cmd_env(args)[1], args.num_processes, bool(args.use_cpu)
+        return prepare_deepspeed_cmd_env(args)[1], args.num_processes
 
 
 def _watch(running: list[subprocess.Popen], errors: Path) -> int:

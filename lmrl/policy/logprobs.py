@@ -60,7 +60,8 @@ class _TokenLogprobs(torch.autograd.Function):
                 top = new_top
             lse = top + total.log()
             entropy = lse - weighted / total
-        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
+        # Not the parameter itself: where weights are shared out over processes, that is empty by then.
+        ctx.save_for_backward(hidden, weight.detach(), None if bias is None else bias.detach(), targets, lse, entropy)
         ctx.temperature, ctx.slice_size = temperature, slice_size
         return picked - lse, entropy
 

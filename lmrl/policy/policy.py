@@ -145,9 +145,12 @@ class Policy(nn.Module):
         if not self.lockstep:
             return micros
         lacking = world.largest(len(micros)) - len(micros)
+        return micros + [self.idle() for _ in range(lacking)]
+
+    def idle(self) -> Microbatch:
+        """A microbatch to go through the motions with."""
         tokens, first = torch.zeros(2, dtype=torch.long), torch.zeros(1, dtype=torch.long)
-        idle = Batch([Sequence(tokens, first, first, {"returns": torch.zeros(1)})])
-        return micros + [idle.collate([0], self.pad_id) for _ in range(lacking)]
+        return Batch([Sequence(tokens, first, first, {"returns": torch.zeros(1)})]).collate([0], self.pad_id)
 
     def _run(self, lm: nn.Module, batch: Microbatch, want: Want) -> Outputs:
         outputs = Outputs()
@@ -376,16 +379,19 @@ class Policy(nn.Module):
         return super().to(*args, **kwargs)
 
     # --------------------------------------------------------------------------------------------------------- saving
-    def save(self, folder: Path) -> None:
-        """Write an ordinary transformers or peft folder, with the heads beside it."""
+    def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """Write an ordinary transformers or peft folder, with the heads beside it. weights: as `state_dict` names them,
+        where this process's own are but a part."""
         folder.mkdir(parents=True, exist_ok=True)
+        own = {} if weights is None else {"state_dict": below("model.", weights)}
         if self.is_lora:
-            self.model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+            self.model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False, **own)
         else:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, **own)
         self.tokenizer.save_pretrained(folder)
         if self.values is not None:
-            state = {name: tensor.detach().clone().contiguous() for name, tensor in self.values.state_dict().items()}
+            heads = self.values.state_dict() if weights is None else below("values.", weights)
+            state = {name: tensor.detach().clone().contiguous() for name, tensor in heads.items()}
             save_file(state, folder / HEADS_FILE)
             (folder / HEADS_CONFIG).write_text(json.dumps(asdict(self.values.spec)) + "\n")
 
@@ -396,6 +402,11 @@ class Policy(nn.Module):
             return
         self.values.load_state_dict(load_file(folder / HEADS_FILE))
         self.heads_are_new = False
+
+
+def below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def saved_heads(folder: Path) -> HeadsSpec | None:

@@ -53,11 +53,13 @@ def save(
     source: Source,
     progress: Progress,
     optimizer: dict[str, torch.Tensor],
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint folder; it appears whole or not at all. optimizer: its state, as `updater.tensors` gives it."""
+    """Write a checkpoint folder; it appears whole or not at all. optimizer: its state, as `updater.tensors` gives it.
+    weights: see `Policy.save`."""
 
     def write(folder: Path) -> None:
-        policy.save(folder)
+        policy.save(folder, weights)
         save_task(folder, recipe)
         (folder / STATE).mkdir()
         tensors = {name: tensor.contiguous() for name, tensor in optimizer.items()}
@@ -109,12 +111,13 @@ def save_nonfinite(
     minibatch: Any,
     stats: dict[str, float],
     seed: int,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Keep a minibatch whose loss or gradient is not finite, with all that is needed to see it again."""
     target = run.folder / "nonfinite" / f"{stage}-{step_name(step)}"
 
     def write(folder: Path) -> None:
-        policy.save(folder)
+        policy.save(folder, weights)
         tensors: dict[str, torch.Tensor] = {}
         for index, sequence in enumerate(minibatch.sequences):
             own = {"tokens": sequence.tokens, "states": sequence.states, "targets": sequence.targets, **sequence.fields}

@@ -275,9 +275,10 @@ class Stage:
             )
             return
         minibatch.sequences = world.gather(minibatch.sequences)
+        weights = self.strategy.weights()
         with self.strategy.whole():
             kept = checkpoint.save_nonfinite(
-                self.run, self.name, step, self.policy, self.objective, minibatch, stats, self.seed
+                self.run, self.name, step, self.policy, self.objective, minibatch, stats, self.seed, weights
             )
         raise NonFiniteError(
             f"stage {self.name}, step {step}: {in_a_row} updates in a row had a non-finite loss or gradient; batch, seed "
@@ -394,9 +395,9 @@ class Stage:
 
     def _checkpoint(self, target: Path) -> None:
         parts = (self.policy, self.objective, self.updater, self.source)
-        tensors = self.updater.tensors()
+        tensors, weights = self.updater.tensors(), self.strategy.weights()
         with self.strategy.whole():
-            checkpoint.save(self.run, self.name, target, self.recipe, *parts, self.progress, tensors)
+            checkpoint.save(self.run, self.name, target, self.recipe, *parts, self.progress, tensors, weights)
             world.wait()
 
 

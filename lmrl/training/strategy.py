@@ -81,6 +81,10 @@ class Strategy:
         """All weights, in every process, for as long as this lasts: to sample with, or to save."""
         yield
 
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        """All weights as the policy's `state_dict` names them, where the policy cannot be asked for them inside of `whole`."""
+        return None
+
     # ---------------------------------------------------------------------------------------------------------- state
     def optimizer_tensors(self, parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
         """The optimizer's state by parameter and entry; None of it need be there in processes other than the main one."""
@@ -127,17 +131,20 @@ def add_up(parameters: list[torch.nn.Parameter]) -> None:
 # ------------------------------------------------------------------------------------------------------------- the launch
 def check_launch(accelerator: Any, recipe: Recipe) -> None:
     """Refuse what accelerate was asked for and did not give, or would give beside the recipe."""
-    asked = {
-        name
-        for name, variable in {"fsdp": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}.items()
-        if os.environ.get(variable, "false").lower() == "true"
-    }
-    kind = accelerator.distributed_type.value.lower()
-    for name in asked:
-        if name != kind:
+    kind = accelerator.distributed_type.value
+    if asked("DEEPSPEED") and kind != "DEEPSPEED":
+        raise RunError(
+            f"this launch asks accelerate for DeepSpeed and got {kind}: launch it in processes, by `accelerate launch` or "
+            "`lmrl train --processes N --accelerate FILE`"
+        )
+    if asked("FSDP"):
+        if world.size() == 1:
+            raise RunError("this launch asks accelerate for FSDP in one process: launch more, or leave FSDP out")
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise RunError("this launch asks accelerate for FSDP version 1: set fsdp_version: 2 in its configuration")
+        if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
             raise RunError(
-                f"this launch asks accelerate for {name}, and got {kind}: accelerate shards nothing "
-                + ("on a CPU with fsdp; use deepspeed, or no sharding" if name == "fsdp" else "in this launch")
+                "fsdp_offload_params: lmrl does not offload weights; leave it out, or use DeepSpeed's ZeRO-3"
             )
     if accelerator.mixed_precision not in ("no", recipe.training.precision.replace("bfloat16", "bf16")):
         raise RecipeError(
@@ -153,4 +160,15 @@ def check_launch(accelerator: Any, recipe: Recipe) -> None:
 
 def build_strategy(accelerator: Any) -> Strategy:
     """The strategy that this launch asked accelerate for."""
+    from lmrl.training.sharded import DeepSpeedStrategy, FSDPStrategy
+
+    if asked("DEEPSPEED"):
+        return DeepSpeedStrategy(accelerator)
+    if asked("FSDP"):
+        return FSDPStrategy(accelerator.device, os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false")
     return Strategy()
+
+
+def asked(what: str) -> bool:
+    """Whether accelerate was launched to use it."""
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"

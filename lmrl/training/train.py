@@ -120,6 +120,10 @@ def join(recipe: Recipe) -> Any:
             raise RecipeError(f"tracking.trackers: '{tracker}' is not installed: pip install {tracker}")
     accelerator = Accelerator(log_with=recipe.tracking.trackers or None)
     check_launch(accelerator, recipe)
+    if accelerator.distributed_type == "DEEPSPEED":
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # models are loaded whole and shared out afterwards, as with every other strategy
     return accelerator
 
 

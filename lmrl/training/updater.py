@@ -33,6 +33,7 @@ class Updater:
         optimizer = torch.optim.AdamW(groups, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay)
         self.strategy = strategy or Strategy()
         self.strategy.prepare(policy, optimizer, options.max_grad_norm)
+        self.parameters = policy.trainable()  # sharding may have put others in their place
         self.lr_factor = 1.0
         """On top of the schedule (a rollback of the gate lowers it)."""
         self.skipped = 0

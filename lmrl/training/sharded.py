@@ -1,0 +1,259 @@
+"""Strategies that share out weights, gradients or the optimizer's state: DeepSpeed's ZeRO, and FSDP2.
+
+Rajbhandari et al., "ZeRO" (arXiv 1910.02054); Zhao et al., "PyTorch FSDP" (arXiv 2304.11277). Checkpoints do not know them: state
+is gathered when it is saved, parameter by parameter, and shared out again when it is loaded, so that a run may go on
+with another strategy or another number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lmrl import world
+from lmrl.errors import RecipeError
+from lmrl.policy.policy import Policy
+from lmrl.training.strategy import Strategy, entries_of
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class DeepSpeedStrategy(Strategy):
+    """ZeRO-1 to 3, as the launch's DeepSpeed configuration says."""
+
+    name, lockstep = "deepspeed", True
+
+    def __init__(self, accelerator: Any):
+        self.accelerator = accelerator
+        self.shards_weights = accelerator.state.deepspeed_plugin.zero_stage == 3
+
+    def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:
+        super().prepare(policy, optimizer, max_grad_norm)
+        settle(policy)
+        if any(one.dtype != torch.float32 for one in policy.parameters()):
+            raise RecipeError(
+                "deepspeed wants all weights in one precision, but the recipe's frozen ones are bfloat16: set "
+                "model.dtype=float32 (with training.precision=bfloat16 for the arithmetic)"
+            )
+        self.accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": 1,
+            "train_batch_size": world.size(),
+            "gradient_accumulation_steps": 1,  # the boundary is set by hand: microbatches differ from update to update
+            "gradient_clipping": max_grad_norm or 0.0,
+        }
+        self.accelerator.prepare(policy, optimizer)
+        self.engine = self.accelerator.deepspeed_engine_wrapped.engine
+        self.optimizer = self.engine.optimizer
+        if self.shards_weights:
+            self._keep_whole(used_outside_of_modules(policy))
+
+    def _keep_whole(self, parameters: list[nn.Parameter]) -> None:
+        """Let every process hold these, as DeepSpeed does with small ones; their gradients and state stay shared out."""
+        held = self.optimizer.persistent_parameters
+        known = {id(parameter) for parameter in held}
+        for parameter in parameters:
+            if id(parameter) not in known:
+                parameter.ds_persist = True
+                held.append(parameter)
+        held[0].all_gather(held)
+
+    def zero_grad(self) -> None:
+        """DeepSpeed forgets gradients with every step."""
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(is_boundary=last)
+        self.engine.backward(loss * world.size())  # which averages over the processes what has to be added up
+
+    def step(self, finite: bool) -> float:
+        if not finite:  # the gradient of a loss that is not finite is not, so DeepSpeed leaves the step out by itself
+            self.engine.step()
+            return math.nan
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        return math.nan if getattr(self.optimizer, "overflow", False) else norm
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        if not self.shards_weights:
+            yield
+            return
+        import deepspeed
+        from trl.models.utils import add_hooks, remove_hooks
+
+        kept = self.optimizer.persistent_parameters
+        try:
+            with deepspeed.zero.GatheredParameters(list(self.policy.parameters())):
+                remove_hooks(self.engine)  # they would give the weights back after every layer
+                self.policy.lockstep = False
+                try:
+                    yield
+                finally:
+                    self.policy.lockstep = True
+                    add_hooks(self.engine)
+                    world.wait()
+        finally:
+            kept[0].all_gather(kept)
+
+    # ---------------------------------------------------------------------------------------------------------- state
+    def optimizer_tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        steps = [state["step"] for state in self.optimizer.optimizer.state.values() if "step" in state]
+        if not steps:
+            return {}
+        self._link_state()
+        tensors = {}
+        for name, parameter in parameters.items():
+            tensors[f"{name}.step"] = torch.as_tensor(float(steps[0]))
+            for key in MOMENTS:
+                tensors[f"{name}.{key}"] = safe_get_full_optimizer_state(parameter, key).cpu().clone()
+        return tensors
+
+    def load_optimizer_tensors(self, parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        if not tensors:
+            return
+        self._make_state()
+        steps = [value for name, value in tensors.items() if name.endswith(".step")]
+        for state in self.optimizer.optimizer.state.values():
+            state["step"] = torch.as_tensor(float(max(steps)))
+        for name, parameter in parameters.items():
+            for key, value in entries_of(name, tensors).items():
+                if key in MOMENTS:
+                    safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+
+    def _make_state(self) -> None:
+        """A step that changes nothing, after which there is a state to write to."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        self.policy.train()
+        self.backward(self.policy(self.policy.idle().to(self.policy.device)).nothing(), last=True)
+        self.engine.step()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self._link_state()
+
+    def _link_state(self) -> None:
+        """ZeRO-1 and 2 link parameters to their state before the first step, when there is none yet; so once more."""
+        if self.shards_weights:
+            return
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        zero = self.optimizer
+        for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+            lazy_init_hp_params_optimizer_state(group, flat, zero.optimizer.state)
+
+    def close(self) -> None:
+        self.engine.destroy()
+        self.accelerator.free_memory()
+
+
+class FSDPStrategy(Strategy):
+    """Every layer's weights, gradients and optimizer state lie in pieces over the processes (PyTorch's `fully_shard`)."""
+
+    name, lockstep = "fsdp", True
+
+    def __init__(self, device: torch.device, reshard: bool = True):
+        """reshard: give a layer's weights back after its forward pass, and gather them again for the backward pass."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        self.mesh, self.reshard = init_device_mesh(device.type, (world.size(),)), reshard
+
+    def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        super().prepare(policy, optimizer, max_grad_norm)
+        settle(policy)
+        names = {id(parameter): name for name, parameter in policy.named_parameters()}
+        self.layers = decoder_layers(policy)
+        for layer in self.layers:
+            fully_shard(layer, mesh=self.mesh, reshard_after_forward=self.reshard)
+        # The vocabulary, the heads and what else stands outside of layers is one more piece.
+        fully_shard(policy, mesh=self.mesh, reshard_after_forward=False)
+        sharded = dict(policy.named_parameters())
+        for group in optimizer.param_groups:
+            group["params"] = [sharded[names[id(parameter)]] for parameter in group["params"]]
+        self.parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        with torch.no_grad():
+            policy(policy.idle().to(policy.device))  # FSDP sets itself up in the first pass from the top
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        (loss * world.size()).backward()  # FSDP averages over the processes what has to be added up
+
+    def _reduce(self) -> None:
+        """Done in the backward pass."""
+
+    def step(self, finite: bool) -> float:
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not (finite and bool(norm.isfinite())):
+            self.zero_grad()
+            return float(norm)
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+        self.optimizer.step()
+        return float(norm)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        modules = [self.policy, *self.layers]
+        for module in modules:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        self.policy.lockstep = False
+        try:
+            yield
+        finally:
+            self.policy.lockstep = True
+            for module in modules:
+                module.set_reshard_after_forward(self.reshard and module is not self.policy, recurse=False)
+                module.reshard()
+            world.wait()
+
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        return {
+            name: value.full_tensor().cpu() if isinstance(value, DTensor) else value.cpu()
+            for name, value in self.policy.state_dict().items()
+        }
+
+    # ---------------------------------------------------------------------------------------------------------- state
+    def optimizer_tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        return {
+            name: value.full_tensor().cpu() if isinstance(value, DTensor) else value
+            for name, value in super().optimizer_tensors(parameters).items()
+        }
+
+    def load_optimizer_tensors(self, parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
+        self.optimizer.state.clear()
+        for name, parameter in parameters.items():
+            for key, value in entries_of(name, tensors).items():
+                if key != "step":
+                    value = distribute_tensor(value.to(parameter.device), self.mesh, parameter.placements)
+                self.optimizer.state[parameter][key] = value.clone()
+
+
+def settle(policy: Policy) -> None:
+    """Find out what is found out by trial, while the weights are whole."""
+    _ = policy.packs
+
+
+def used_outside_of_modules(policy: Policy) -> list[nn.Parameter]:
+    """Parameters that the policy multiplies with itself, where ZeRO-3 has no hook to gather them for the backward pass: of
+    the projection to the vocabulary, and of the heads."""
+    heads = [] if policy.values is None else [policy.values]
+    return [one for module in [policy.causal_lm.get_output_embeddings(), *heads] for one in module.parameters()]
+
+
+def decoder_layers(policy: Policy) -> list[nn.Module]:
+    """The layers of the policy's trunks that transformers says are not to be split."""
+    kinds = set(getattr(policy.causal_lm, "_no_split_modules", None) or ())
+    return [module for module in policy.modules() if type(module).__name__ in kinds]
