@@ -87,6 +87,12 @@ def wait() -> None:
         dist.barrier(group=_group())
 
 
+def leave() -> None:
+    """Part from the other processes, at the end."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def moments(values: torch.Tensor) -> tuple[float, float]:
     """Mean and variance (without Bessel's correction) of the numbers that all processes hold; 0 and 0 where there are none."""
     if size() == 1 and len(values):

@@ -18,8 +18,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lmrl import world
 from lmrl.errors import RecipeError
+from lmrl.policy.passes import Outputs, Want
 from lmrl.policy.policy import Policy
 from lmrl.training.strategy import Strategy, entries_of
+from lmrl.trajectories.batch import Microbatch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -65,6 +67,11 @@ class DeepSpeedStrategy(Strategy):
 
     def zero_grad(self) -> None:
         """DeepSpeed forgets gradients with every step."""
+
+    def forward(self, micro: Microbatch, want: Want) -> Outputs:
+        return self.engine(
+            micro, want
+        )  # ZeRO-3 counts microbatches where they enter, and would keep the last one's gradient
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
@@ -135,7 +142,7 @@ class DeepSpeedStrategy(Strategy):
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
         self.policy.train()
-        self.backward(self.policy(self.policy.idle().to(self.policy.device)).nothing(), last=True)
+        self.backward(self.forward(self.policy.idle().to(self.policy.device), Want()).nothing(), last=True)
         self.engine.step()
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate

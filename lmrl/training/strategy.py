@@ -17,8 +17,10 @@ import torch.distributed as dist
 
 from lmrl import world
 from lmrl.errors import RecipeError, RunError
+from lmrl.policy.passes import Outputs, Want
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Recipe
+from lmrl.trajectories.batch import Microbatch
 
 BUCKET = 2**24
 """Numbers of gradients that travel together."""
@@ -43,6 +45,10 @@ class Strategy:
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+    def forward(self, micro: Microbatch, want: Want) -> Outputs:
+        """A pass of the policy whose gradient is wanted."""
+        return self.policy(micro, want)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add the gradient of a microbatch's part of the loss. last: of the minibatch."""

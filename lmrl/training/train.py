@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import json
 import tempfile
@@ -120,6 +121,7 @@ def join(recipe: Recipe) -> Any:
             raise RecipeError(f"tracking.trackers: '{tracker}' is not installed: pip install {tracker}")
     accelerator = Accelerator(log_with=recipe.tracking.trackers or None)
     check_launch(accelerator, recipe)
+    atexit.register(world.leave)
     if accelerator.distributed_type == "DEEPSPEED":
         from transformers.integrations import unset_hf_deepspeed_config
 
@@ -179,7 +181,8 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
         except Interrupted:
             display.say(f"interrupted; go on with: lmrl train {run.folder} --resume")
             raise
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     scores, columns = closing_table(run)
     shown = {label: {name: row[name] for name in columns if name in row} for label, row in scores.items()}
     if any(shown.values()):

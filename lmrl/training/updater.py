@@ -69,7 +69,7 @@ class Updater:
         for number, micro in enumerate(passes):
             last = number + 1 == len(passes)
             micro = micro.to(policy.device)
-            outputs = policy(micro, objective.want)
+            outputs = self.strategy.forward(micro, objective.want)
             if number >= len(micros):  # takes part in what the processes do together, and adds nothing
                 self.strategy.backward(outputs.nothing(), last)
                 continue

@@ -1,0 +1,133 @@
+"""Two processes: the same gradient as one, resume under every strategy, and one error where one of them fails."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from lmrl.launch import accelerate_environment
+from lmrl.recipe_files import find_launch
+
+HERE = Path(__file__).parent
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+
+
+def run_two(script: list[str], strategy: str | None) -> None:
+    environment, _ = accelerate_environment(2, find_launch(strategy) if strategy else None)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    common |= {"OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, *script],
+            env=environment | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=400)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], "\n".join(text[-3000:] for text in outputs)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [None, "fsdp2", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)],
+)
+def test_two_processes_do_what_one_does(tmp_path, strategy):
+    run_two([str(HERE / "worker.py"), str(tmp_path)], strategy)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["processes"] == 2
+    for name in ("many", "few"):
+        one = found[name]
+        assert one["moved"] > 1e-3  # the step is to be seen ...
+        assert one["gap"] < 1e-6  # ... and is the same
+        for key in ("loss", "norm"):
+            assert one[key][1] == pytest.approx(one[key][0], rel=1e-5)
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    files = [file.relative_to(whole) for file in whole.glob("stages/main/final/**/*.safetensors")]
+    assert len(files) == 3  # weights, heads, optimizer
+    for file in files:
+        one, other = load_file(whole / file), load_file(torn / file)
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            assert tensor.equal(other[name]), (file, name)
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    sys.path.insert(0, str(HERE))
+    from worker import STEPS
+
+    return [sys.executable, "-m", "lmrl", "train", "random_walks/ppo", *STEPS, "--output", str(folder), *more]
+
+
+def test_the_number_of_processes_may_change(tmp_path):
+    """A checkpoint of two processes goes on with one: what it plays is the same, and so is what it learns up to rounding."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for folder, steps in (("two", "2"), ("mixed", "1")):
+        done = subprocess.run(
+            command(tmp_path / folder, "--processes", "2", f"training.steps={steps}"),
+            env=environment, capture_output=True, text=True, timeout=400,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    import shutil
+
+    shutil.rmtree(tmp_path / "mixed" / "stages" / "main" / "final")
+    recipe = (tmp_path / "mixed" / "recipe.yaml").read_text().replace("steps: 1\n  seed", "steps: 2\n  seed")
+    (tmp_path / "mixed" / "recipe.yaml").write_text(recipe)
+    done = subprocess.run(
+        [sys.executable, "-m", "lmrl", "train", str(tmp_path / "mixed"), "--resume"],
+        env=environment, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, other = (
+        load_file(tmp_path / folder / "stages" / "main" / "final" / "model.safetensors") for folder in ("two", "mixed")
+    )
+    assert max(float((tensor - other[name]).abs().max()) for name, tensor in one.items()) < 1e-5
+
+
+def test_a_killed_process_ends_the_run_with_one_error(tmp_path):
+    started = subprocess.Popen(
+        command(tmp_path / "run", "--processes", "2", "training.steps=100000"),
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    until = time.monotonic() + 200
+    while not (metrics.exists() and '"stage": "main", "step": 2' in metrics.read_text()):
+        assert started.poll() is None and time.monotonic() < until, started.communicate()
+        time.sleep(0.2)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(started.pid)], capture_output=True, text=True)
+    pids = [int(pid) for pid in children.stdout.split()]
+    ranks = {
+        int(dict(entry.partition("=")[::2] for entry in environ.split("\0"))["RANK"]): pid
+        for pid in pids
+        if "RANK=" in (environ := Path(f"/proc/{pid}/environ").read_text())
+    }
+    os.kill(ranks[1], signal.SIGKILL)
+    _, errors = started.communicate(timeout=100)
+    assert started.returncode == 1
+    assert errors.strip() == (
+        "lmrl: process 1 of 2 was ended by SIGKILL, so the run has stopped; go on from its last checkpoint by --resume"
+    )
+    assert not Path(f"/proc/{ranks[0]}").exists()
+
+
+def test_a_mistake_is_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "lmrl", "train", "random_walks/ppo", "objective.clipp=1", "--processes", "2"],
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "did you mean 'clip'?" in done.stderr

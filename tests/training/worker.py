@@ -1,0 +1,118 @@
+"""What each of several processes does in test_processes.py: gradients of one batch, then a run that is resumed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+import lmrl
+from lmrl import world
+from lmrl.objectives.likelihood import Likelihood
+from lmrl.policy.heads import HeadsSpec
+from lmrl.policy.load import load_policy
+from lmrl.recipe import LikelihoodObjective, Model, Optimizer
+from lmrl.recipe_files import load_recipe
+from lmrl.training.strategy import Strategy, build_strategy
+from lmrl.training.train import join, resume_run
+from lmrl.training.updater import Updater
+from lmrl.trajectories.batch import Batch, to_batch
+from lmrl.trajectories.trajectory import Segment, Trajectory
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import TINY_LLAMA, TINY_WALKS  # noqa: E402
+
+STEPS = [
+    *(change for change in TINY_WALKS if not change.startswith("source.")),
+    "stages.warmup.source.episodes=60",
+    "stages.warmup.source.batch_size=8",
+    "stages.warmup.training.steps=1",
+    "rollouts.prompts=5",
+    "rollouts.samples=2",
+    "objective.kl_coef=0.05",
+    "training.steps=2",
+    "training.checkpoint_every=1",
+    "training.keep_checkpoints=5",
+]
+
+
+def batch_of(count: int) -> Batch:
+    """Sequences of uneven lengths."""
+    trajectories = []
+    for index in range(count):
+        segment = Segment()
+        segment.observe([3, 4, 5][: 1 + index % 3])
+        segment.act([6 + index % 9, *range(7, 7 + 3 * (index % 5))], None, 0)
+        trajectories.append(Trajectory([segment], "", ""))
+    return to_batch(trajectories)
+
+
+def fresh_policy():
+    torch.manual_seed(0)
+    return load_policy(
+        Model(config=dict(TINY_LLAMA)), texts=lambda: ["abcdefghijklmnopqrstuvwxyz .,!?"], heads=HeadsSpec()
+    )
+
+
+def gradients(strategy: Strategy, mine: Batch) -> dict:
+    """Loss, norm, and every weight after one step of a batch of which this process holds `mine`."""
+    policy = fresh_policy()
+    policy.microbatch_tokens = 24
+    # An epsilon far above the gradient makes the step proportional to it, so that weights show the gradient itself.
+    options = Optimizer(lr=1.0, eps=10.0, max_grad_norm=None)
+    updater = Updater(policy, options, 10, strategy)
+    objective = Likelihood(LikelihoodObjective(name="likelihood"))
+    objective.dropout = False
+    stats = updater.step(policy, objective, mine)
+    weights = strategy.weights()
+    with strategy.whole():
+        weights = weights or {name: value.detach().clone() for name, value in policy.state_dict().items()}
+        weights = {name: value.cpu() for name, value in weights.items()}
+    strategy.close()
+    return {"loss": stats["loss"], "norm": stats["grad_norm"], "weights": weights}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    recipe = load_recipe("random_walks/ppo", STEPS)
+    accelerator = join(recipe)
+    found = {"processes": world.size()}
+    for name, count in (("many", 11), ("few", 1)):  # with one sequence, all but one process have none
+        whole = batch_of(count)
+        own = Batch(list(world.share(whole.sequences)))
+        alone = gradients_alone(whole) if world.is_main() else None
+        together = gradients(build_strategy(accelerator), own)
+        if world.is_main():
+            gap = max(float((alone["weights"][key] - value).abs().max()) for key, value in together["weights"].items())
+            moved = max(
+                float((alone["weights"][key] - value).abs().max()) for key, value in fresh_policy().state_dict().items()
+            )
+            found[name] = {"gap": gap, "moved": moved} | {key: [alone[key], together[key]] for key in ("loss", "norm")}
+        world.wait()
+
+    lmrl.train(recipe, output=folder / "whole")
+    if world.is_main():
+        shutil.copytree(folder / "whole", folder / "torn")
+        for gone in ("main/final", "main/checkpoints/step-000002"):
+            shutil.rmtree(folder / "torn" / "stages" / gone)
+    world.wait()
+    resume_run(folder / "torn")
+    if world.is_main():
+        (folder / "found.json").write_text(json.dumps(found))
+    world.wait()
+
+
+def gradients_alone(batch: Batch) -> dict:
+    """The same by one process, beside the others."""
+    size, world.size = world.size, lambda: 1
+    try:
+        return gradients(Strategy(), batch)
+    finally:
+        world.size = size
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
