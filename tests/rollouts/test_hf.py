@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from lmrl.rollouts.draw import draw
 from lmrl.rollouts.engine import Sampling
-from lmrl.rollouts.hf import HFEngine, draw
+from lmrl.rollouts.hf import HFEngine
 
 PROMPTS = [[5, 6, 7, 8, 9], [5], [10, 11], [5, 6, 7], [12, 13, 14, 15]]
 
