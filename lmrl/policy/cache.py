@@ -28,8 +28,10 @@ class RowsLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self) -> None:
+    def __init__(self, full: bool = True) -> None:
+        """full: whether attention reaches all positions."""
         super().__init__()
+        self.full = full
         self.rows = self.start = self.end = 0
         self.room = 0
         """Rows to allocate for, where more are expected."""
@@ -80,6 +82,13 @@ class RowsLayer(CacheLayerMixin):
         self.values[self.rows : count, :, first : self.end] = other.values[rows_K, :, other.start : other.end]
         self.rows, self.start = count, min(self.start, first)
 
+    def insert(self, other: RowsLayer, first_R: torch.Tensor) -> None:
+        """Copy the single row of another layer into every row, from these columns on (counted from the first in use)."""
+        columns_RT = self.start + first_R[:, None] + torch.arange(other.width, device=first_R.device)
+        rows_R1 = torch.arange(self.rows, device=first_R.device)[:, None]
+        self.keys[rows_R1, :, columns_RT] = other.keys[0, :, other.start : other.end].transpose(0, 1)
+        self.values[rows_R1, :, columns_RT] = other.values[0, :, other.start : other.end].transpose(0, 1)
+
     def move(self, sources_K: torch.Tensor, places_K: torch.Tensor) -> None:
         """Copy rows into the places of others."""
         if len(sources_K):
@@ -120,6 +129,11 @@ class Cache:
         """Whether rows can join and leave; else all rows that a cache holds begin and end together."""
         return all(isinstance(layer, RowsLayer) for cache in self.caches for layer in cache.layers)
 
+    @property
+    def takes_gaps(self) -> bool:
+        """Whether masked columns may lie inside of a row: not where a window is measured in columns."""
+        return self.takes_rows and all(layer.full for layer in self._layers())
+
     def expect(self, rows: int) -> None:
         """Allocate for so many rows from now on."""
         for layer in self._layers():
@@ -129,6 +143,11 @@ class Cache:
         """Append copies of these rows of another cache. Raises where not `takes_rows`."""
         for mine, theirs in zip(self._layers(), other._layers(), strict=True):
             mine.join(theirs, rows_K)
+
+    def insert(self, other: Cache, first_R: torch.Tensor) -> None:
+        """Copy the single row of another cache into every row, from these columns on."""
+        for mine, theirs in zip(self._layers(), other._layers(), strict=True):
+            mine.insert(theirs, first_R)
 
     def move(self, sources_K: torch.Tensor, places_K: torch.Tensor) -> None:
         """Copy rows into the places of others."""
@@ -149,4 +168,4 @@ def new_cache(config: Any) -> TransformersCache:
     own = DynamicCache(config=config)
     if not own.layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in own.layers):
         return own
-    return TransformersCache(layers=[RowsLayer() for _ in own.layers])
+    return TransformersCache(layers=[RowsLayer(type(layer) is DynamicLayer) for layer in own.layers])

@@ -2,7 +2,7 @@
 
 Continuous batching (Yu et al., "Orca", OSDI 2022): rows are decoded together, one token each at a time; one that has ended
 leaves at once, and waiting prompts take the free places, several at a time. A prompt that several rows begin with, as the
-samples of a group do, is computed once.
+samples of a group do, is computed once, and so is a long beginning that all prompts share.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from lmrl.seeding import stream
 
 REFILL = 8
 """Places are refilled when one in so many is free: one pass for several prompts costs less than a pass for each."""
+WORTHWHILE = 16
+"""Tokens that all prompts have to begin with for these to be computed apart."""
 
 
 class HFEngine(Engine):
@@ -111,6 +113,7 @@ class _Rollout:
         self.guidance = guidance_of(self.policy, sampling)
         self.cache = self.policy.new_cache(self.guidance)
         self.rows = self._new_rows([])
+        self._compute_beginning()
 
     def due(self) -> bool:
         """Whether to take in waiting prompts now: enough places are free, or nobody is under way."""
@@ -125,7 +128,7 @@ class _Rollout:
         free = self._places() - len(self.rows)
         while self.waiting and len(chosen) < free:
             prompt = tuple(self.prompts[self.waiting[-1]])
-            width = len(next(iter(found), prompt))
+            width = len(next(iter(found), prompt)) - self.shared
             if prompt not in found and (len(found) + 1) * width > max(self.policy.microbatch_tokens, width):
                 break
             chosen.append((self.waiting.pop(), found.setdefault(prompt, len(found))))
@@ -174,13 +177,16 @@ class _Rollout:
 
     def _prefill(self, prompts: list[tuple[int, ...]]) -> tuple[Cache, torch.Tensor]:
         """A cache of distinct prompts (longest first), and the logits (U, V) after each."""
-        width, device = len(prompts[0]), self.policy.device
+        shared, width, device = self.shared, len(prompts[0]) - self.shared, self.policy.device
         tokens_UT = torch.full((len(prompts), width), self.policy.pad_id)
         for row, prompt in enumerate(prompts):
-            tokens_UT[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask_UT = _left_padded(torch.tensor([len(prompt) for prompt in prompts]), width)
-        positions_UT = (mask_UT.cumsum(1) - 1).clamp(min=0)
+            tokens_UT[row, width - len(prompt) + shared :] = torch.tensor(prompt[shared:])
+        length_U = torch.tensor([len(prompt) for prompt in prompts])
+        mask_UT = torch.cat([torch.ones(len(prompts), shared).long(), _left_padded(length_U - shared, width)], 1)
+        positions_UT = (mask_UT.cumsum(1) - 1).clamp(min=0)[:, shared:]
         cache = self.policy.new_cache(self.guidance)
+        if shared:
+            cache.join(self.beginning, torch.zeros(len(prompts), dtype=torch.long, device=device))
         logits_UV = self.policy.next_token_logits(
             cache,
             self.guidance,
@@ -188,7 +194,26 @@ class _Rollout:
             attention_mask=mask_UT.to(device),
             position_ids=positions_UT.to(device),
         )
+        if shared:  # from before the padding to behind it
+            cache.insert(self.beginning, (shared + width - length_U).to(device))
         return cache, logits_UV
+
+    def _compute_beginning(self) -> None:
+        """Compute the tokens that all prompts begin with, `shared` in number, where they are worth a pass of their own."""
+        self.shared = shared_beginning(self.prompts)
+        if self.shared < WORTHWHILE or not self.cache.takes_gaps:
+            self.shared, self.beginning = 0, None
+            return
+        self.beginning = self.policy.new_cache(self.guidance)
+        tokens_1T = torch.tensor([self.prompts[0][: self.shared]], device=self.policy.device)
+        positions_1T = torch.arange(self.shared, device=self.policy.device)[None]
+        self.policy.next_token_logits(
+            self.beginning,
+            self.guidance,
+            input_ids=tokens_1T,
+            attention_mask=torch.ones_like(tokens_1T),
+            position_ids=positions_1T,
+        )
 
     def _take(self, rows: _Rows, logits_RV: torch.Tensor) -> np.ndarray:
         """Draw a token for each row, and close those that have ended; returns which rows go on."""
@@ -245,6 +270,16 @@ class _Rollout:
 def _left_padded(length_B: torch.Tensor, width: int) -> torch.Tensor:
     """The mask (B, width) of rows of these lengths that all end at the last column."""
     return (torch.arange(width, device=length_B.device) >= width - length_B[:, None]).long()
+
+
+def shared_beginning(prompts: Sequence[list[int]]) -> int:
+    """How many tokens distinct prompts begin with alike, at least one short of each; 0 where all are equal."""
+    first, last = min(prompts), max(prompts)  # all others lie between them, and share what these two do
+    if first == last:
+        return 0
+    pairs = zip(first[:-1], last[:-1], strict=False)
+    alike = next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(first), len(last)) - 1)
+    return min(alike, min(map(len, prompts)) - 1)
 
 
 def guidance_of(policy: Policy, sampling: Sampling) -> Guidance | None:
