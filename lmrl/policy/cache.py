@@ -48,7 +48,11 @@ class RowsLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append columns to all rows; returns the keys and values in use, as views."""
-        new = key_states.shape[-2]
+        new, device = key_states.shape[-2], key_states.device.type
+        if torch.is_autocast_enabled(device):  # attention would cast all of them again for every token
+            key_states, value_states = (
+                part.to(torch.get_autocast_dtype(device)) for part in (key_states, value_states)
+            )
         if self.keys is None:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states

@@ -121,6 +121,21 @@ def test_decoding_equals_that_with_the_cache_of_transformers(changes):
         mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
 
 
+def test_under_autocast_nothing_is_held_in_float32():
+    """Float32 weights under bfloat16 arithmetic: the same logits to the bit as with keys that are cast every time."""
+    torch.manual_seed(0)
+    policy = load_policy(Model(config=dict(TINY_LLAMA)), texts=lambda: ["abcdefghijklmnop"]).eval()
+    policy.autocast_dtype = torch.bfloat16
+    plain, own = Cache(policy.causal_lm.config, two=False), policy.new_cache()
+    plain.policy = DynamicCache(config=policy.causal_lm.config)
+    for tokens in ([[3, 4, 5]], [[6]], [[7]]):
+        inputs = {"input_ids": torch.tensor(tokens)}
+        with torch.no_grad():
+            assert torch.equal(policy.next_token_logits(own, **inputs), policy.next_token_logits(plain, **inputs))
+    assert plain.policy.layers[0].keys.dtype == torch.float32
+    assert own.policy.layers[0].keys.dtype == own.policy.layers[0].values.dtype == torch.bfloat16
+
+
 def test_layers_with_a_state_keep_the_cache_of_transformers():
     from transformers import Lfm2Config
 
