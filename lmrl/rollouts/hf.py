@@ -141,7 +141,7 @@ class _Rollout:
         if not self.cache.takes_rows:
             self.cache = cache
             return
-        self.cache.expect(min(self._places(), len(self.rows) + len(self.waiting)))
+        self._expect()
         self.cache.join(cache, source_R[going].to(self.policy.device))
         self._fit()
 
@@ -170,6 +170,11 @@ class _Rollout:
         if self.cache.takes_rows:
             self.cache.move(*(torch.from_numpy(part).to(device) for part in (sources, holes)))
             self._fit()
+            self._expect()
+
+    def _expect(self) -> None:
+        """Let the cache allocate for the rows under way and those that can still join them."""
+        self.cache.expect(min(self._places(), len(self.rows) + len(self.waiting)))
 
     def _fit(self) -> None:
         """Let the cache hold the rows under way alone, in the columns that the longest needs before its latest token."""
