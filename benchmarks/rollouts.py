@@ -14,9 +14,11 @@ are alike on average and not one by one; the table gives their mean. What else d
   compute them. lmrl's random numbers are a stream for each request, whose result does not depend on the others.
 - transformers completes static batches of `--slots` requests in the order given, as trl does: a batch lasts as long as its
   longest completion. All others refill places.
-- `--samples N` asks each question N times. lmrl's hf engine and vLLM (prefix caching) then compute the prompt once.
+- `--samples N` asks each question N times. lmrl's hf engine and vLLM (prefix caching) then compute the prompt once, and in
+  any case what all prompts begin with, as the system prompt of a chat template (SmolLM2: 25 of about 53 tokens).
 - Peak memory is the resident set of the process and its children; vLLM reserves `VLLM_CPU_KVCACHE_SPACE` GiB, here 2.
-- CPU seconds are of all threads; on a shared machine they tell more than wall-clock time. Not known for vLLM's children.
+- CPU seconds are of all threads; on a shared machine they tell more than wall-clock time. Those of lmrl's vllm engine, which may
+  work in a process of its own, are not known.
 """
 
 from __future__ import annotations
@@ -123,25 +125,26 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
 
 def print_table(results: dict[str, list[dict]], rounds: int) -> None:
     """Medians over rounds; ratios are those of runs in the same round."""
-    print(f"\n{'':14}{'useful tokens/s':>16}{'per CPU s':>11}{'tokens each':>13}{'peak MB':>9}   to transformers")
+    print(f"\n{'':14}{'tokens/s':>10}{'per CPU s':>11}{'tokens each':>13}{'peak MB':>9}   tokens/s to those of transformers")
     for peer, runs in results.items():
-        for one in runs:
-            one["per_second"], one["per_cpu_second"] = (
-                one["tokens"] / one["seconds"],
-                one["tokens"] / one["cpu_seconds"],
-            )
-        fields = ("per_second", "per_cpu_second", "mean_tokens", "peak_mb")
-        speed, cpu, mean, memory = (statistics.median(one[field] for one in runs) for field in fields)
-        line = f"{NAMES[peer]:14}{speed:16.1f}{cpu:11.1f}{mean:13.1f}{memory:9.0f}"
+        speed, cpu = (rates(runs, key) for key in ("seconds", "cpu_seconds"))
+        mean, memory = (statistics.median(one[key] for one in runs) for key in ("mean_tokens", "peak_mb"))
+        per_cpu = f"{statistics.median(cpu):11.1f}" if cpu else f"{'-':>11}"
+        line = f"{NAMES[peer]:14}{statistics.median(speed):10.1f}{per_cpu}{mean:13.1f}{memory:9.0f}"
         if base := results.get("transformers"):
-            wall, cpus = (
-                [one[field] / other[field] for one, other in zip(runs, base, strict=True) if field in other]
-                for field in ("per_second", "per_cpu_second")
-            )
-            if wall:
-                line += f"   {statistics.median(wall):.2f} ({statistics.median(cpus):.2f} by CPU time)"
+            line += f"   {ratio(speed, rates(base, 'seconds')):.2f}"
+            line += f" ({ratio(cpu, rates(base, 'cpu_seconds')):.2f} by CPU time)" if cpu else ""
         print(line)
     print(f"(median of {rounds} rounds)")
+
+
+def rates(runs: list[dict], key: str) -> list[float]:
+    """Useful tokens per second of each run; none where the time is not known."""
+    return [one["tokens"] / one[key] for one in runs if one[key] is not None]
+
+
+def ratio(mine: list[float], base: list[float]) -> float:
+    return statistics.median(one / other for one, other in zip(mine, base, strict=True))
 
 
 def requests(args: argparse.Namespace) -> list[list[int]]:
@@ -180,7 +183,7 @@ def run(args: argparse.Namespace) -> None:
     found = {
         "tokens": sum(lengths),
         "seconds": round(wall, 2),
-        "cpu_seconds": round(cpu, 2),
+        "cpu_seconds": None if args.peer == "lmrl-vllm" else round(cpu, 2),  # may work in a process of its own
         "mean_tokens": round(statistics.mean(lengths), 1),
         "at_limit": sum(length == args.max_new_tokens for length in lengths),
         "mean_prompt": round(statistics.mean(map(len, prompts)), 1),
