@@ -15,7 +15,7 @@ are alike on average and not one by one; the table gives their mean. What else d
 - transformers completes static batches of `--slots` requests in the order given, as trl does: a batch lasts as long as its
   longest completion. All others refill places.
 - `--samples N` asks each question N times. lmrl's hf engine and vLLM (prefix caching) then compute the prompt once, and in
-  any case what all prompts begin with, as the system prompt of a chat template (SmolLM2: 25 of about 53 tokens).
+  any case what all prompts begin with, as the system prompt of a chat template (SmolLM2: 24 of about 56 tokens).
 - Peak memory is the resident set of the process and its children; vLLM reserves `VLLM_CPU_KVCACHE_SPACE` GiB, here 2.
 - CPU seconds are of all threads; on a shared machine they tell more than wall-clock time. Those of lmrl's vllm engine, which may
   work in a process of its own, are not known.
@@ -40,7 +40,7 @@ NAMES = {"hf": "lmrl hf", "transformers": "transformers", "vllm": "vLLM", "lmrl-
 SUBJECTS = (
     "the sea", "a lighthouse", "bread", "winter", "the moon", "a railway", "honey bees", "mountains", "glass", "a violin",
     "rain", "an old library", "volcanoes", "chess", "a garden", "whales", "clocks", "the desert", "paper", "bicycles",
-    "coffee", "a harbour", "owls", "a bridge", "salt", "maps",
+    "coffee", "a harbour", "owls", "a bridge", "salt", "maps", "wool", "a market", "thunder", "horses", "a mill", "ice",
 )  # fmt: skip
 PASSAGES = (
     "The village stands where two rivers meet. For most of the year they are calm, but in spring the snow of the hills melts "
@@ -48,6 +48,10 @@ PASSAGES = (
     "grass.",
     "In the workshop a dozen people repair what others have thrown away: radios, chairs, a coffee machine, now and then a "
     "wooden toy. Nobody pays for the work, but whoever brings something is asked to help with something else.",
+    "The expedition left the coast in April with eleven people, thirty dogs and food for ninety days. In the second week a storm "
+    "held them in their tents for six days; in the fourth they lost a sledge with most of the fuel. From then on they cooked "
+    "once a day, melted snow in the sun on black cloth, and walked at night, when the surface was hard. They came back in July, "
+    "thinner, with two full notebooks and all of the dogs.",
 )
 KINDS = (
     "Answer in one word: what colour comes to mind when you think of {}?",
@@ -125,7 +129,9 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
 
 def print_table(results: dict[str, list[dict]], rounds: int) -> None:
     """Medians over rounds; ratios are those of runs in the same round."""
-    print(f"\n{'':14}{'tokens/s':>10}{'per CPU s':>11}{'tokens each':>13}{'peak MB':>9}   tokens/s to those of transformers")
+    print(
+        f"\n{'':14}{'tokens/s':>10}{'per CPU s':>11}{'tokens each':>13}{'peak MB':>9}   tokens/s to those of transformers"
+    )
     for peer, runs in results.items():
         speed, cpu = (rates(runs, key) for key in ("seconds", "cpu_seconds"))
         mean, memory = (statistics.median(one[key] for one in runs) for key in ("mean_tokens", "peak_mb"))
