@@ -157,9 +157,8 @@ def open_player(
     if torch.cuda.is_available():
         model.to("cuda")
     task = build_task(plan.task, model.tokenizer)
-    return Player(
-        Sampler(task, HFEngine(model, plan.rollouts.slots, check), model.decode), plan.rollouts, None, path, check
-    )
+    engine = HFEngine(model, plan.rollouts.slots, plan.rollouts.cache_tokens, check)
+    return Player(Sampler(task, engine, model.decode), plan.rollouts, None, path, check)
 
 
 def _saved(policy: str, checkpoint: str) -> tuple[str, str, dict[str, Any]]:

@@ -35,7 +35,7 @@ class Evaluator:
         self.policy, self.suite, self.name = policy, suite, ""
         self.task = build_task(suite.task, policy.tokenizer)
         self.sampling = Sampling.of(suite.rollouts)
-        engine = engine or HFEngine(policy, suite.rollouts.slots)
+        engine = engine or HFEngine(policy, suite.rollouts.slots, suite.rollouts.cache_tokens)
         self.sampler = Sampler(self.task, engine, policy.decode)
 
     def starts(self) -> list[int | None]:

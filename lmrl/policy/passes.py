@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 
 @dataclass(frozen=True)
@@ -73,18 +71,3 @@ class Guidance:
 
     beta: float
     support: float = 0.0
-
-
-class Cache:
-    """Keys and values of rows under way, for each trunk that decoding runs."""
-
-    def __init__(self, config: Any, two: bool):
-        self.policy = DynamicCache(config=config)
-        self.values = DynamicCache(config=config) if two else None
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these rows alone. Raises AttributeError where a layer's state is no keys and values."""
-        for cache in (self.policy, self.values):
-            if cache is not None:
-                for layer in cache.layers:
-                    layer.batch_select_indices(rows)

@@ -17,9 +17,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lmrl import world
 from lmrl.errors import ModelError
+from lmrl.policy.attention import decoding_attention
+from lmrl.policy.cache import Cache
 from lmrl.policy.heads import CHUNK, HeadsSpec, Values, guide, probability_ratio
 from lmrl.policy.logprobs import token_logprobs
-from lmrl.policy.passes import Cache, Guidance, Outputs, States, Want
+from lmrl.policy.passes import Guidance, Outputs, States, Want
 from lmrl.recipe import DPOObjective, LikelihoodObjective, QObjective, QSFTObjective, Recipe
 from lmrl.trajectories.batch import Batch, Microbatch, Sequence
 from lmrl.trajectories.shared import pack, positions, visible
@@ -277,6 +279,19 @@ class Policy(nn.Module):
                 supported = guide(pi_logits, torch.zeros_like(pi_logits), 0.0, want.probability).isfinite()
                 best.append(ratio.masked_fill(~supported, 0).amax(-1))
             outputs.best_ratio = torch.cat(best)
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Inside, passes are for sampling: without dropout or gradient, by the attention that is fastest for one token."""
+        trunks = [self.causal_lm, *([self.values.target_trunk] if self.values and self.values.trunk else [])]
+        was_training = self.training
+        self.eval()
+        try:
+            # One autocast region around all passes: at its end the weights that it cast are forgotten.
+            with torch.no_grad(), decoding_attention(*trunks), self._autocast():
+                yield
+        finally:
+            self.train(was_training)
 
     def new_cache(self, guidance: Guidance | None = None) -> Cache:
         two = guidance is not None and self.values.trunk is not None

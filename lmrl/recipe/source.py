@@ -103,7 +103,10 @@ class Rollouts(Section):
     stop: list[str] = []
     """Strings that end a turn."""
     slots: int = Field(256, ge=1)
-    """Sequences decoded at a time."""
+    """Sequences decoded at a time; one that has ended gives its place to the next."""
+    cache_tokens: int | None = Field(None, ge=1)
+    """Tokens whose keys and values are held at a time, padding and what `max_new_tokens` may bring included (null: no
+    limit). Where these take too much memory, fewer sequences than `slots` are decoded at a time."""
     beta: float | None = Field(None, ge=0)
     """Of a policy with Q heads: weight of Q beside the log-probabilities (null: as its objective said; 0: none)."""
     support: float | None = Field(None, ge=0, lt=1)

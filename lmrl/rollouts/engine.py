@@ -88,4 +88,4 @@ def build_engine(options: Rollouts, policy: Policy, check: Callable[[], None] = 
     """The engine that a recipe's `rollouts` section names."""
     from lmrl.rollouts.hf import HFEngine
 
-    return HFEngine(policy, options.slots, check)
+    return HFEngine(policy, options.slots, options.cache_tokens, check)

@@ -1,0 +1,259 @@
+"""Rollouts side by side: lmrl's engines, transformers' `generate`, and vLLM where it is installed.
+
+    python benchmarks/rollouts.py --model FOLDER [--rounds 3] [--peers hf,transformers]
+
+All complete the same requests in a process of their own, in turn: questions that ask for a word, a sentence or a paragraph,
+some about a passage, rendered with the model's chat template (a model without one gets the bare question), sampled at
+temperature 1 from the whole vocabulary until the model ends its turn, at most `--max-new-tokens`, in bfloat16, with
+`--slots` sequences at a time and the same number of threads. Loading and a short warm-up are not timed.
+
+*Useful* tokens are those up to and including the end of the turn. Each peer draws with its own random numbers, so lengths
+are alike on average and not one by one; the table gives their mean. What else differs:
+
+- lmrl and vLLM return the log-probability of each token; `generate` returns tokens alone, so that a trainer has yet to
+  compute them. lmrl's random numbers are a stream for each request, whose result does not depend on the others.
+- transformers completes static batches of `--slots` requests in the order given, as trl does: a batch lasts as long as its
+  longest completion. All others refill places.
+- `--samples N` asks each question N times. lmrl's hf engine and vLLM (prefix caching) then compute the prompt once, and in
+  any case what all prompts begin with, as the system prompt of a chat template (SmolLM2: 24 of about 56 tokens).
+- Peak memory is the resident set of the process and its children; vLLM reserves `VLLM_CPU_KVCACHE_SPACE` GiB, here 2.
+- CPU seconds are of all threads; on a shared machine they tell more than wall-clock time. Those of lmrl's vllm engine, which may
+  work in a process of its own, are not known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+PEERS = ("hf", "transformers", "vllm", "lmrl-vllm")
+NAMES = {"hf": "lmrl hf", "transformers": "transformers", "vllm": "vLLM", "lmrl-vllm": "lmrl vllm"}
+SUBJECTS = (
+    "the sea", "a lighthouse", "bread", "winter", "the moon", "a railway", "honey bees", "mountains", "glass", "a violin",
+    "rain", "an old library", "volcanoes", "chess", "a garden", "whales", "clocks", "the desert", "paper", "bicycles",
+    "coffee", "a harbour", "owls", "a bridge", "salt", "maps", "wool", "a market", "thunder", "horses", "a mill", "ice",
+)  # fmt: skip
+PASSAGES = (
+    "The village stands where two rivers meet. For most of the year they are calm, but in spring the snow of the hills melts "
+    "and the lower fields are flooded for a week or two. People long ago built their houses on the ridge and left the fields to "
+    "grass.",
+    "In the workshop a dozen people repair what others have thrown away: radios, chairs, a coffee machine, now and then a "
+    "wooden toy. Nobody pays for the work, but whoever brings something is asked to help with something else.",
+    "The expedition left the coast in April with eleven people, thirty dogs and food for ninety days. In the second week a storm "
+    "held them in their tents for six days; in the fourth they lost a sledge with most of the fuel. From then on they cooked "
+    "once a day, melted snow in the sun on black cloth, and walked at night, when the surface was hard. They came back in July, "
+    "thinner, with two full notebooks and all of the dogs.",
+)
+KINDS = (
+    "Answer in one word: what colour comes to mind when you think of {}?",
+    "Yes or no: is {} older than writing?",
+    "Write one short sentence about {}.",
+    "Name three things that go with {}.",
+    "Write a paragraph about {}.",
+    "{passage}\nIn one sentence, what has this to do with {}?",
+    "Tell me a story about {}.",
+    "{passage}\nContinue this text with a paragraph about {}.",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a causal LM, for instance SmolLM2-135M-Instruct")
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=1, help="requests for each question")
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--peers", default=",".join(PEERS), help=f"of {', '.join(PEERS)}; what is not installed is left out"
+    )
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peer:
+        run(args)
+        return
+
+    peers = args.peers.split(",")
+    if unknown := set(peers) - set(PEERS):
+        parser.error(f"--peers: no such peer: {', '.join(sorted(unknown))} (there are {', '.join(PEERS)})")
+    peers = [peer for peer in peers if available(peer)]
+    results: dict[str, list[dict]] = {peer: [] for peer in peers}
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.json"
+        for _ in range(args.rounds):
+            for peer in peers:
+                done = subprocess.run(
+                    [sys.executable, __file__, *sys.argv[1:], "--peer", peer, "--output", str(report)],
+                    capture_output=True, text=True, env=os.environ | environment(args),
+                )  # fmt: skip
+                if done.returncode:
+                    sys.exit(f"{peer} failed\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+                results[peer].append(json.loads(report.read_text()))
+                print(NAMES[peer], json.dumps(results[peer][-1]), flush=True)
+    print_table(results, args.rounds)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def available(peer: str) -> bool:
+    from typing import get_args
+
+    from lmrl.recipe import Rollouts
+
+    if "vllm" in peer and find_spec("vllm") is None:
+        return False
+    return peer != "lmrl-vllm" or "vllm" in get_args(Rollouts.model_fields["engine"].annotation)
+
+
+def environment(args: argparse.Namespace) -> dict[str, str]:
+    return {
+        "OMP_NUM_THREADS": str(args.threads),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2"),
+        "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def print_table(results: dict[str, list[dict]], rounds: int) -> None:
+    """Medians over rounds; ratios are those of runs in the same round."""
+    print(
+        f"\n{'':14}{'tokens/s':>10}{'per CPU s':>11}{'tokens each':>13}{'peak MB':>9}   tokens/s to those of transformers"
+    )
+    for peer, runs in results.items():
+        speed, cpu = (rates(runs, key) for key in ("seconds", "cpu_seconds"))
+        mean, memory = (statistics.median(one[key] for one in runs) for key in ("mean_tokens", "peak_mb"))
+        per_cpu = f"{statistics.median(cpu):11.1f}" if cpu else f"{'-':>11}"
+        line = f"{NAMES[peer]:14}{statistics.median(speed):10.1f}{per_cpu}{mean:13.1f}{memory:9.0f}"
+        if base := results.get("transformers"):
+            line += f"   {ratio(speed, rates(base, 'seconds')):.2f}"
+            line += f" ({ratio(cpu, rates(base, 'cpu_seconds')):.2f} by CPU time)" if cpu else ""
+        print(line)
+    print(f"(median of {rounds} rounds)")
+
+
+def rates(runs: list[dict], key: str) -> list[float]:
+    """Useful tokens per second of each run; none where the time is not known."""
+    return [one["tokens"] / one[key] for one in runs if one[key] is not None]
+
+
+def ratio(mine: list[float], base: list[float]) -> float:
+    return statistics.median(one / other for one, other in zip(mine, base, strict=True))
+
+
+def requests(args: argparse.Namespace) -> list[list[int]]:
+    """The prompts' tokens, the same for all peers."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    prompts = []
+    for number in range(-(-args.requests // args.samples)):
+        kind = KINDS[number % len(KINDS)]
+        subject = SUBJECTS[(number // len(KINDS) + 5 * number) % len(SUBJECTS)]
+        text = kind.format(subject, passage=PASSAGES[number // len(KINDS) % len(PASSAGES)])
+        if tokenizer.chat_template:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+        prompts += [tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids] * args.samples
+    return prompts[: args.requests]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Time one peer, in this process."""
+    import torch
+
+    torch.set_num_threads(args.threads)
+    prompts = requests(args)
+    build = {"transformers": build_transformers, "vllm": build_vllm}.get(args.peer, build_lmrl)
+    complete, close = build(args)
+    complete(prompts[:4], 4)
+    wall, cpu = time.monotonic(), time.process_time()
+    completions = complete(prompts, args.max_new_tokens)
+    wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+    close()
+    peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    lengths = [len(tokens) for tokens in completions]
+    found = {
+        "tokens": sum(lengths),
+        "seconds": round(wall, 2),
+        "cpu_seconds": None if args.peer == "lmrl-vllm" else round(cpu, 2),  # may work in a process of its own
+        "mean_tokens": round(statistics.mean(lengths), 1),
+        "at_limit": sum(length == args.max_new_tokens for length in lengths),
+        "mean_prompt": round(statistics.mean(map(len, prompts)), 1),
+        "peak_mb": peak // 1024,
+    }
+    args.output.write_text(json.dumps(found))
+
+
+def build_lmrl(args: argparse.Namespace):
+    from lmrl.policy.load import open_policy
+    from lmrl.recipe import Rollouts
+    from lmrl.rollouts.engine import Sampling, build_engine
+
+    policy = open_policy(args.model, "bfloat16")
+    engine = build_engine(Rollouts(engine="hf" if args.peer == "hf" else "vllm", slots=args.slots), policy)
+
+    def complete(prompts: list[list[int]], limit: int) -> list[list[int]]:
+        keys = [("benchmark", number) for number in range(len(prompts))]
+        return [one.tokens for one in engine.generate(prompts, Sampling(max_new_tokens=limit), keys)]
+
+    return complete, engine.close
+
+
+def build_transformers(args: argparse.Namespace):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    torch.manual_seed(0)
+
+    def complete(prompts: list[list[int]], limit: int) -> list[list[int]]:
+        completions = []
+        for first in range(0, len(prompts), args.slots):
+            batch = tokenizer.pad({"input_ids": prompts[first : first + args.slots]}, return_tensors="pt")
+            with torch.no_grad():
+                found = model.generate(
+                    **batch, max_new_tokens=limit, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                    pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends),
+                )  # fmt: skip
+            for tokens in found[:, batch["input_ids"].shape[1] :].tolist():
+                end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+                completions.append(tokens[: end + 1])
+        return completions
+
+    return complete, lambda: None
+
+
+def build_vllm(args: argparse.Namespace):
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(args.model, dtype="bfloat16", enforce_eager=True, max_model_len=1024, max_num_seqs=args.slots, seed=0)
+
+    def complete(prompts: list[list[int]], limit: int) -> list[list[int]]:
+        sampling = SamplingParams(temperature=1.0, max_tokens=limit, logprobs=0, detokenize=False)
+        found = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+        return [list(one.outputs[0].token_ids) for one in found]
+
+    return complete, lambda: None
+
+
+if __name__ == "__main__":
+    main()
