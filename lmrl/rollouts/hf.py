@@ -85,7 +85,7 @@ class HFEngine(Engine):
                 completion.logprobs.append(logprobs[row])
                 if chosen[row] in eos:
                     completion.end = "eos"
-                elif sampling.stop and self._stopped(completion.tokens, sampling.stop):
+                elif sampling.stop and self.stopped(completion.tokens, sampling.stop):
                     completion.end = "stop"
                 else:
                     going.append(row)
@@ -105,12 +105,6 @@ class HFEngine(Engine):
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(active), 1)], dim=1)
             positions = positions[:, -1:] + 1
         return completions
-
-    def _stopped(self, tokens: list[int], stop: tuple[str, ...]) -> bool:
-        # A stop string of n bytes spans at most n tokens, and began no earlier than one token before.
-        longest = max(len(text.encode()) for text in stop)
-        tail = self.policy.tokenizer.decode(tokens[-(longest + 1) :])
-        return any(text in tail for text in stop)
 
 
 def guidance_of(policy: Policy, sampling: Sampling) -> Guidance | None:
