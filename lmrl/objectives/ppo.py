@@ -7,12 +7,12 @@ using generalized advantage estimation" (arXiv 1506.02438); the divergence penal
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 from lmrl.objectives.base import Loss, Objective
+from lmrl.objectives.correction import OLD, WEIGHTS, mismatch, sampled_logprobs
 from lmrl.policy.heads import BINS, HeadsSpec, category_loss
 from lmrl.policy.passes import Outputs, Want
 from lmrl.policy.policy import Policy
@@ -122,7 +122,12 @@ class PPO(Objective):
             kls.append(self._fill(trajectory, span, old, reference, slice(start, end)))
             start = end
         sequences = [sequence for span in spans for sequence in span if len(sequence.targets)]
-        stats = self._whiten_and_measure(sequences, trajectories)
+        stats = self._whiten_and_measure(sequences)
+        sampled = [sampled_logprobs(trajectory) for trajectory in trajectories]
+        stats |= mismatch(torch.cat([sequence.fields[OLD] for sequence in sequences]), torch.cat(sampled))
+        if self.correction is not None:
+            episodes_N = torch.cat([torch.full(own.shape, number) for number, own in enumerate(sampled)])
+            stats |= self.correction.weigh(sequences, torch.cat(sampled), episodes_N)
         if policy.has_reference:
             stats["kl"] = sum(kls) / len(kls)
         stats["kl_coef"] = self.kl_coef
@@ -149,7 +154,7 @@ class PPO(Objective):
         discounts_A = discounts(turns, self.options.gamma, self.options.gamma_token)
         gae = advantages(rewards, values, last_value, discounts_A, self.options.lam)
         fields = {
-            "old_logprobs": logprobs,
+            OLD: logprobs,
             "old_values": values,
             "reference_logprobs": reference_logprobs,
             "advantages": gae,
@@ -167,7 +172,7 @@ class PPO(Objective):
             rewards[(turns == cut).nonzero()[-1]] -= self.options.missing_eos_penalty
         return rewards, turns
 
-    def _whiten_and_measure(self, sequences: list[Sequence], trajectories: list[Trajectory]) -> dict[str, float]:
+    def _whiten_and_measure(self, sequences: list[Sequence]) -> dict[str, float]:
         def flat(name: str) -> torch.Tensor:
             return torch.cat([sequence.fields[name] for sequence in sequences])
 
@@ -178,13 +183,6 @@ class PPO(Objective):
             for sequence, part in zip(sequences, whiten(gae).split(sizes), strict=True):
                 sequence.fields["advantages"] = part
         stats = {"value_mean": float(values.mean()), "explained_variance": 1 - float(residual)}
-        sampled = [
-            logprob for trajectory in trajectories for segment in trajectory.segments for logprob in segment.logprobs
-        ]
-        sampled = torch.tensor([math.nan if logprob is None else logprob for logprob in sampled if logprob is not None])
-        if len(sampled) == len(gae):
-            gap = sampled - flat("old_logprobs")  # E over samples of log(sampler / learner) is their KL
-            stats["sampler_kl"], stats["sampler_gap"] = float(gap.mean()), float(gap.abs().max())
         return stats
 
     def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
@@ -197,8 +195,10 @@ class PPO(Objective):
         if self.warming_up:
             return Loss(options.value_coef * critic, len(outputs.values), stats)
         high = options.clip if options.clip_high is None else options.clip_high
-        old = fields["old_logprobs"]
+        old = fields[OLD]
         surrogate, clipped = policy_loss(outputs.logprobs, old, fields["advantages"], options.clip, high)
+        if WEIGHTS in fields:
+            surrogate = surrogate * fields[WEIGHTS]
         total = surrogate.sum() + options.value_coef * critic - options.entropy_coef * outputs.entropy.sum()
         if options.kl_in == "loss" and self.kl_coef > 0:
             penalty = k3(outputs.logprobs, fields["reference_logprobs"]).sum()

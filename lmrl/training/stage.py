@@ -17,6 +17,7 @@ from lmrl.evaluation.evaluate import Evaluator, Scores
 from lmrl.evaluation.statistics import summarize
 from lmrl.evaluation.suites import load_suite
 from lmrl.objectives import Objective, load_objective
+from lmrl.objectives.correction import Correction
 from lmrl.policy.load import load_policy
 from lmrl.recipe import PromptTask, QObjective, Recipe
 from lmrl.recipe_files import locate_rewards
@@ -32,6 +33,7 @@ from lmrl.training.gate import GateState, breached, drop, has_given_up, is_due
 from lmrl.training.hacking import Panel, repetition
 from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.sources import build_source
+from lmrl.training.trust import Trust
 from lmrl.training.updater import Updater
 from lmrl.trajectories.store import read_episodes, write_episodes
 from lmrl.trajectories.trajectory import Trajectory
@@ -63,6 +65,7 @@ class Stage:
         self.seed = recipe.training.seed
         seed_everything(self.seed, name, "build")
         self.objective = load_objective(recipe.objective)
+        self.objective.correction = Correction.of(recipe.rollouts)
         self.policy = load_policy(
             recipe.model,
             self._start(start),
@@ -77,6 +80,7 @@ class Stage:
         self.task = build_task(section, self.policy.tokenizer)
         self.task.learning = True
         self.engine = build_engine(recipe.rollouts, self.policy, interrupt.check)
+        self.trust = Trust(self.policy, self.engine, recipe.rollouts)
         self.sampler = Sampler(self.task, self.engine, self.policy.decode)
         self.source = build_source(
             recipe, self.task, self.sampler, name, run.folder / BAD_ROWS, self.objective.compares
@@ -109,8 +113,13 @@ class Stage:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know about the data."""
-        return [*self.task.notes, *(self.source.logged.notes if self.source.logged else ())]
+        """What a person should know about the data, and what is played."""
+        plays = self.source.logged is not self.source
+        return [
+            *self.task.notes,
+            *(self.source.logged.notes if self.source.logged else ()),
+            *(self.trust.notes if plays else ()),
+        ]
 
     def _start(self, start: Path | None) -> Path | None:
         """Where the policy comes from: the stage before, or this stage's own saved start on resume."""
@@ -176,6 +185,9 @@ class Stage:
         self.interrupt.safe = False
         sampled = time.monotonic()
         self._record_samples(step, drawn.played)
+        if compared := self.trust(drawn.played):
+            self.run.record({"stage": self.name, "step": step, "kind": "check", **compared})
+            self.trust.judge(compared, f"stage {self.name}, step {step}")
         metrics = self._learn(step, drawn.learn) if drawn.learn else {"updates": 0}
         finished = time.monotonic()
         judged = [one for one in drawn.played if one.reward is not None]
@@ -205,6 +217,7 @@ class Stage:
             self._diagnose(step, drawn.played)
 
     def _learn(self, step: int, trajectories: list[Trajectory]) -> dict[str, float]:
+        self.engine.rest()
         batch = self.objective.prepare(self.policy, trajectories)
         if not batch.sequences:  # nothing to compare
             return measure(trajectories) | batch.stats | {"updates": 0}
