@@ -41,7 +41,7 @@ class VLLMEngine(Engine):
         if importlib.util.find_spec("vllm") is None:
             raise ModelError(
                 "rollouts.engine: vllm is not installed: pip install 'lmrl[vllm]' on a machine with a GPU, or see 'vLLM on a "
-                "CPU' in the README"
+                "CPU' in the README; rollouts.engine=hf does without"
             )
         refuse_guidance(policy, Sampling.of(rollouts))
         self.options, self.slots = rollouts.vllm, rollouts.slots
