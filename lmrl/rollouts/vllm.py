@@ -40,8 +40,8 @@ class VLLMEngine(Engine):
         super().__init__(policy, check)
         if importlib.util.find_spec("vllm") is None:
             raise ModelError(
-                "rollouts.engine: vllm is not installed: pip install 'lmrl[vllm]' on a machine with a GPU, or see 'vLLM on a "
-                "CPU' in the README; rollouts.engine=hf does without"
+                "rollouts.engine: vllm is not installed: pip install -e '.[vllm]' in the clone of lmrl (without a GPU: see "
+                "docs/rollouts.md), or set rollouts.engine=hf"
             )
         refuse_guidance(policy, Sampling.of(rollouts))
         self.options, self.slots = rollouts.vllm, rollouts.slots
@@ -114,6 +114,7 @@ class VLLMEngine(Engine):
             return
         from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
 
+        self.llm.llm_engine.engine_core.shutdown()
         self.llm, self.stale, self.asleep = None, True, False
         destroy_model_parallel()
         destroy_distributed_environment()

@@ -263,7 +263,7 @@ def test_what_vllm_cannot_do_is_one_line(config, settings, message):
 # ------------------------------------------------------------------------------------------------ without vLLM, too
 def test_vllm_not_installed(tiny_policy, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"pip install 'lmrl\[vllm\]'"):
+    with pytest.raises(ModelError, match=r"pip install -e '\.\[vllm\]'"):
         build_engine(Rollouts(engine="vllm"), tiny_policy)
 
 
@@ -274,3 +274,29 @@ def test_guided_by_q(monkeypatch):
     with pytest.raises(ModelError, match="lmrl export"):
         build_engine(Rollouts(engine="vllm"), guided)
     assert isinstance(build_engine(Rollouts(engine="vllm", beta=0.0, support=0.0), guided), VLLMEngine)
+
+
+def test_asleep_during_updates(tiny_policy, monkeypatch):
+    """Weights that were dropped come again before anything is sampled, also where no update has followed."""
+    calls = []
+
+    class LLM:
+        def sleep(self, level):
+            calls.append(f"sleep {level}")
+
+        def wake_up(self):
+            calls.append("wake")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(VLLMEngine, "sync", lambda self: calls.append("sync"))
+    for sleep, expected in ((True, ["sync", "sleep 2", "wake", "sync"]), (False, ["sync"])):
+        calls.clear()
+        engine = VLLMEngine(tiny_policy, Rollouts(engine="vllm", vllm=VLLM(sleep=sleep)))
+        engine.rest()
+        engine.refresh()
+        engine.llm = LLM()
+        engine.rest()
+        engine.rest()
+        engine.refresh()
+        engine.refresh()
+        assert calls == expected
