@@ -41,7 +41,7 @@ class VLLMEngine(Engine):
         if importlib.util.find_spec("vllm") is None:
             raise ModelError(
                 "rollouts.engine: vllm is not installed: pip install -e '.[vllm]' in the clone of lmrl (without a GPU: see "
-                "docs/rollouts.md), or set rollouts.engine=hf"
+                "README.md), or set rollouts.engine=hf"
             )
         refuse_guidance(policy, Sampling.of(rollouts))
         self.options, self.slots = rollouts.vllm, rollouts.slots
