@@ -12,6 +12,7 @@ import importlib.util
 import os
 import random
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -57,7 +58,8 @@ class VLLMEngine(Engine):
 
     def sync(self) -> None:
         if self.llm is None:
-            with undisturbed(self.policy.device):
+            with undisturbed(self.policy.device), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of vLLM's own modules about torch's
                 self.llm = self._start()
             check_heads(self.llm.model_config)
         weights: Any = merged_weights(self.policy)
