@@ -232,9 +232,8 @@ def test_a_run_on_vllm(tmp_path):
     assert [line["kind"] for line in main] == ["eval", "check", "train", "check", "train", "eval"]
     assert all(0 < line["gap_mean"] < 0.05 for line in main if line["kind"] == "check")
     assert all(line["correction_capped"] == 0 for line in main if line["kind"] == "train")
-    report = lmrl.evaluate(
-        tmp_path / "run", overrides=["rollouts.engine=vllm", "rollouts.vllm.memory=0.05", "episodes=2"]
-    )
+    suite = ["rollouts.engine=vllm", "rollouts.vllm.memory=0.05", "episodes=2", "samples=1"]
+    report = lmrl.evaluate(tmp_path / "run", overrides=suite)
     assert report.metrics["optimality"]["n"] == 2
 
 
