@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from lmrl.errors import ModelError
+from lmrl.estimates import VLLM_CACHE_GIB
 from lmrl.policy.merged import merged_weights
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Rollouts
@@ -29,8 +30,6 @@ from lmrl.rollouts.hf import guidance_of
 from lmrl.seeding import key
 
 GIB = 2**30
-CPU_CACHE = 1.0
-"""GiB for keys and values on a CPU where the recipe does not say."""
 
 
 class VLLMEngine(Engine):
@@ -80,7 +79,7 @@ class VLLMEngine(Engine):
         options, on_cpu = self.options, current_platform.is_cpu()
         if options.sleep and on_cpu:
             raise ModelError("rollouts.vllm.sleep gives GPU memory back, and vLLM runs on a CPU here: leave it out")
-        memory = CPU_CACHE if options.memory is None and on_cpu else options.memory
+        memory = VLLM_CACHE_GIB if options.memory is None and on_cpu else options.memory
         own = self.policy.causal_lm
         config = copy.deepcopy(own.config)
         config.architectures = [type(own).__name__]
