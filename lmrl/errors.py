@@ -53,6 +53,12 @@ class NonFiniteError(LmrlError):
     exit_code = 1
 
 
+class SamplerError(LmrlError):
+    """An engine samples from other probabilities than the learner computes."""
+
+    exit_code = 1
+
+
 def did_you_mean(word: str, valid: Iterable[str]) -> str:
     """`": did you mean 'clip'?"` for the nearest valid name, or the list of all where none is near."""
     valid = sorted(valid)

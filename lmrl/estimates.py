@@ -26,6 +26,8 @@ PROCESS_MB = 450
 """Python with torch and transformers imported, before any model."""
 SLICE = 8192
 """Vocabulary entries that lmrl.policy.logprobs projects at a time."""
+VLLM_CACHE_GIB = 1.0
+"""vLLM's keys and values where the recipe does not say, as in lmrl.rollouts.vllm on a CPU."""
 BINS = 51
 """Categories of a value, as in lmrl.policy.heads."""
 
@@ -73,6 +75,10 @@ def memory_lines(recipe: Recipe) -> list[str]:
     items["heads and their targets"] = heads * ADAM_BYTES + targets * 4
     if reference and lora is None:
         items["reference"] = base_bytes
+    if recipe.rollouts.engine == "vllm":
+        vllm = recipe.rollouts.vllm
+        copied = total * (4 if vllm.dtype == "float32" else 2)
+        items["vLLM's copy and cache"] = copied + (vllm.memory or VLLM_CACHE_GIB) * 2**30
     tokens = min(recipe.training.microbatch_tokens, recipe.arithmetic()["episodes"] * _tokens_an_episode(recipe))
     activation = 2 if "bfloat16" in (recipe.model.dtype, recipe.training.precision) else 4
     # Attention input, q, k, v, output, two norms and three feed-forward maps are kept for the backward pass.

@@ -72,6 +72,8 @@ def command(
             except Interrupted:
                 print(f"interrupted; {totals.line(player.tokenizer is not None)} are kept in {output}")
                 raise
+            finally:
+                player.close()
     print(f"{totals.line(player.tokenizer is not None)} -> {output}")
 
 
@@ -115,6 +117,11 @@ class Player:
         self.sampler, self.rollouts, self.players, self.name, self.check = sampler, rollouts, players, name, check
         self.tokenizer = None if players else fingerprint(sampler.task.renderer.tokenizer)
 
+    def close(self) -> None:
+        """Give back what the engine of a policy holds."""
+        if self.sampler.engine is not None:
+            self.sampler.engine.close()
+
     def play(self, episodes: int, seed: int) -> Any:
         """The judged episodes, part by part."""
         from lmrl.rollouts.collect import collect
@@ -151,13 +158,13 @@ def open_player(
     import torch
 
     from lmrl.policy.load import open_policy
-    from lmrl.rollouts.hf import HFEngine
+    from lmrl.rollouts.engine import build_engine
 
     model = open_policy(path, dtype, trust_remote_code)
     if torch.cuda.is_available():
         model.to("cuda")
     task = build_task(plan.task, model.tokenizer)
-    engine = HFEngine(model, plan.rollouts.slots, plan.rollouts.cache_tokens, check)
+    engine = build_engine(plan.rollouts, model, check)
     return Player(Sampler(task, engine, model.decode), plan.rollouts, None, path, check)
 
 

@@ -67,8 +67,11 @@ def evaluate(
     if betas and evaluator.policy.guidance is None:
         raise RecipeError(f"--beta weighs Q values, but '{policy}' has no Q heads: train one, for instance maze/ilql")
     rows = {}
-    for beta in betas or (None,):
-        rows["policy" if beta is None else f"beta {beta:g}"], trajectories = evaluator(beta)
+    try:
+        for beta in betas or (None,):
+            rows["policy" if beta is None else f"beta {beta:g}"], trajectories = evaluator(beta)
+    finally:
+        evaluator.engine.close()
     return Report(evaluator.name, str(policy), rows, evaluator.suite.metrics, trajectories)
 
 

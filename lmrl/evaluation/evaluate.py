@@ -13,8 +13,7 @@ from lmrl.errors import RecipeError, did_you_mean
 from lmrl.evaluation.statistics import summarize
 from lmrl.evaluation.suites import Suite
 from lmrl.policy.policy import Policy
-from lmrl.rollouts.engine import Engine, Sampling
-from lmrl.rollouts.hf import HFEngine
+from lmrl.rollouts.engine import Engine, Sampling, build_engine
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import build_task
 from lmrl.trajectories.batch import to_batch
@@ -35,8 +34,8 @@ class Evaluator:
         self.policy, self.suite, self.name = policy, suite, ""
         self.task = build_task(suite.task, policy.tokenizer)
         self.sampling = Sampling.of(suite.rollouts)
-        engine = engine or HFEngine(policy, suite.rollouts.slots, suite.rollouts.cache_tokens)
-        self.sampler = Sampler(self.task, engine, policy.decode)
+        self.engine = engine or build_engine(suite.rollouts, policy)
+        self.sampler = Sampler(self.task, self.engine, policy.decode)
 
     def starts(self) -> list[int | None]:
         starts = self.task.heldout

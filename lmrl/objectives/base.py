@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lmrl.objectives.correction import Correction
 from lmrl.policy.heads import HeadsSpec
 from lmrl.policy.passes import Outputs, Want
 from lmrl.policy.policy import Policy
@@ -41,6 +42,9 @@ class Objective:
     """Whether the policy needs a reference."""
     compares = False
     """Whether it learns from episodes of the same prompt beside each other, so that a step takes whole groups of them."""
+
+    correction: Correction | None = None
+    """How policy gradients weigh what an engine with probabilities of its own has played; the stage sets it."""
 
     def calibrate(self, policy: Policy, trajectories: list[Trajectory]) -> None:
         """Called once, before the first step of a stage that begins with new heads, with some logged episodes."""

@@ -13,6 +13,7 @@ import torch
 
 from lmrl import world
 from lmrl.objectives.base import Loss, Objective
+from lmrl.objectives.correction import OLD, WEIGHTS, sampled_logprobs
 from lmrl.objectives.groups import EPISODE, episode_sums, flat, grouped_batch, groups_of
 from lmrl.objectives.ppo import k3, policy_loss, whiten
 from lmrl.policy.passes import Outputs
@@ -79,11 +80,11 @@ class GroupPolicyGradient(Objective):
         if self.uses_reference:
             reference = policy.score(batch, reference=True)["logprobs"]
             self._set(batch, "reference_logprobs", reference)
-        if self.epochs * self.minibatches > 1 or self.kl_in_reward:
-            self._set(batch, "old_logprobs", policy.score(batch)["logprobs"])
+        if self.epochs * self.minibatches > 1 or self.kl_in_reward or self.correction is not None:
+            self._set(batch, OLD, policy.score(batch)["logprobs"])
         episodes_N = flat([sequence.fields[EPISODE] for sequence in batch.sequences], torch.long)
         if self.kl_in_reward:
-            ratio_N = self._flat(batch, "old_logprobs") - self._flat(batch, "reference_logprobs")
+            ratio_N = self._flat(batch, OLD) - self._flat(batch, "reference_logprobs")
             kl_E = episode_sums(ratio_N, episodes_N)
             if options.name == "rloo":
                 rewards_E = rewards - options.kl_coef * kl_E
@@ -98,16 +99,16 @@ class GroupPolicyGradient(Objective):
         parts = [len(sequence.targets) for sequence in batch.sequences]
         self._set(batch, "advantages", advantages_N.split(parts))
         self._set(batch, "share", (1 / lengths_E)[episodes_N].split(parts))
-        sampled = [_sampled(episode) for episode in episodes]
-        if not world.largest(
-            sum(one is None for one in sampled)
-        ):  # actions stand in the order of the episodes, packed or not
-            self._set(batch, "sampled_logprobs", torch.tensor([one for own in sampled for one in own]).split(parts))
+        sampled_N = flat([sampled_logprobs(episode) for episode in episodes])
+        if not world.largest(int(sampled_N.isnan().any())):  # actions stand in the order of the episodes, packed or not
+            self._set(batch, "sampled_logprobs", sampled_N.split(parts))
         spreads = [float(part.max() - part.min()) for part in rewards.split(sizes)]
         (count,) = world.totals([len(groups)])
         batch.stats = {"groups": count, "zero_spread": world.mean([float(spread == 0) for spread in spreads])}
         if kl_E is not None:
             batch.stats["kl"] = world.mean(kl_E)
+        if self.correction is not None:
+            batch.stats |= self.correction.weigh(batch.sequences, sampled_N, episodes_N)
         return batch
 
     @staticmethod
@@ -122,8 +123,10 @@ class GroupPolicyGradient(Objective):
     def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
         options, fields, logprobs_N = self.options, batch.fields, outputs.logprobs
         high = options.clip if options.clip_high is None else options.clip_high
-        old_N = fields.get("old_logprobs", logprobs_N.detach())  # one update a step: the policy is still the old one
+        old_N = fields.get(OLD, logprobs_N.detach())  # one update a step: the policy is still the old one
         losses_N, clipped_N = policy_loss(logprobs_N, old_N, fields["advantages"], options.clip, high)
+        if WEIGHTS in fields:
+            losses_N = losses_N * fields[WEIGHTS]
         if options.kl_coef > 0 and not self.kl_in_reward:
             divergence_N = k3(logprobs_N, fields["reference_logprobs"])
             losses_N = losses_N + options.kl_coef * divergence_N
@@ -153,9 +156,3 @@ class GroupPolicyGradient(Objective):
     def count(self, batch: Microbatch) -> float:
         """Episodes, as far as they are in it; with reinforce_pp action tokens."""
         return super().count(batch) if self.options.name == "reinforce_pp" else float(batch.fields["share"].sum())
-
-
-def _sampled(episode: Trajectory) -> list[float] | None:
-    """Log-probabilities that the sampler reported for the action tokens; None where some are unknown."""
-    found = [segment.logprobs[position] for segment in episode.segments for position in segment.actions]
-    return None if None in found else found

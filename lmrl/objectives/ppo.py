@@ -14,6 +14,8 @@ import torch
 
 from lmrl import world
 from lmrl.objectives.base import Loss, Objective
+from lmrl.objectives.correction import OLD, WEIGHTS, mismatch, sampled_logprobs
+from lmrl.objectives.groups import flat
 from lmrl.policy.heads import BINS, HeadsSpec, category_loss
 from lmrl.policy.passes import Outputs, Want
 from lmrl.policy.policy import Policy
@@ -125,7 +127,12 @@ class PPO(Objective):
             kls.append(self._fill(trajectory, span, old, reference, slice(start, end)))
             start = end
         sequences = [sequence for span in spans for sequence in span if len(sequence.targets)]
-        stats = self._whiten_and_measure(sequences, trajectories)
+        stats = self._whiten_and_measure(sequences)
+        sampled = [sampled_logprobs(trajectory) for trajectory in trajectories]
+        stats |= mismatch(flat([sequence.fields[OLD] for sequence in sequences]), flat(sampled))
+        if self.correction is not None:
+            episodes_N = flat([torch.full(own.shape, number) for number, own in enumerate(sampled)], torch.long)
+            stats |= self.correction.weigh(sequences, flat(sampled), episodes_N)
         if policy.has_reference:
             stats["kl"] = world.mean(kls)
         stats["kl_coef"] = self.kl_coef
@@ -152,15 +159,15 @@ class PPO(Objective):
         discounts_A = discounts(turns, self.options.gamma, self.options.gamma_token)
         gae = advantages(rewards, values, last_value, discounts_A, self.options.lam)
         fields = {
-            "old_logprobs": logprobs,
+            OLD: logprobs,
             "old_values": values,
             "reference_logprobs": reference_logprobs,
             "advantages": gae,
             "returns": gae + values,
         }
         sizes = [len(sequence.targets) for sequence in span]
-        for name, flat in fields.items():
-            for sequence, part in zip(span, flat.split(sizes), strict=True):
+        for name, values_A in fields.items():
+            for sequence, part in zip(span, values_A.split(sizes), strict=True):
                 sequence.fields[name] = part
         return float(log_ratio.sum())
 
@@ -170,25 +177,15 @@ class PPO(Objective):
             rewards[(turns == cut).nonzero()[-1]] -= self.options.missing_eos_penalty
         return rewards, turns
 
-    def _whiten_and_measure(self, sequences: list[Sequence], trajectories: list[Trajectory]) -> dict[str, float]:
-        def flat(name: str) -> torch.Tensor:
-            return torch.cat([torch.zeros(0), *(sequence.fields[name] for sequence in sequences)])
-
-        gae, returns, values = flat("advantages"), flat("returns"), flat("old_values")
+    def _whiten_and_measure(self, sequences: list[Sequence]) -> dict[str, float]:
+        names = ("advantages", "returns", "old_values")
+        gae, returns, values = (flat([sequence.fields[name] for sequence in sequences]) for name in names)
         residual = world.moments(returns - values)[1] / max(world.moments(returns)[1], 1e-8)
         if self.options.whiten_advantages:
             sizes = [len(sequence.targets) for sequence in sequences]
             for sequence, part in zip(sequences, whiten(gae).split(sizes), strict=True):
                 sequence.fields["advantages"] = part
         stats = {"value_mean": world.mean(values), "explained_variance": 1 - residual}
-        sampled = [
-            logprob for trajectory in trajectories for segment in trajectory.segments for logprob in segment.logprobs
-        ]
-        sampled = torch.tensor([math.nan if logprob is None else logprob for logprob in sampled if logprob is not None])
-        if world.largest(abs(len(sampled) - len(gae))) == 0:
-            gap = sampled - flat("old_logprobs")  # E over samples of log(sampler / learner) is their KL
-            stats["sampler_kl"] = world.mean(gap)
-            stats["sampler_gap"] = max(world.gather([float(gap.abs().max()) if len(gap) else 0.0]))
         return stats
 
     def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
@@ -201,8 +198,10 @@ class PPO(Objective):
         if self.warming_up:
             return Loss(options.value_coef * critic, stats)
         high = options.clip if options.clip_high is None else options.clip_high
-        old = fields["old_logprobs"]
+        old = fields[OLD]
         surrogate, clipped = policy_loss(outputs.logprobs, old, fields["advantages"], options.clip, high)
+        if WEIGHTS in fields:
+            surrogate = surrogate * fields[WEIGHTS]
         total = surrogate.sum() + options.value_coef * critic - options.entropy_coef * outputs.entropy.sum()
         if options.kl_in == "loss" and self.kl_coef > 0:
             penalty = k3(outputs.logprobs, fields["reference_logprobs"]).sum()

@@ -16,7 +16,8 @@ from lmrl.recipe.objective import (
     RewardModelObjective,
 )
 from lmrl.recipe.recipe import CHOICES, MAIN_STAGE, REWARD_MODEL, Recipe, TaskSection, is_plugin
-from lmrl.recipe.source import SOURCES, DatasetSource, LoggedEpisodes, MixtureSource, Rollouts, RolloutsSource
+from lmrl.recipe.rollouts import VLLM, Rollouts
+from lmrl.recipe.source import SOURCES, DatasetSource, LoggedEpisodes, MixtureSource, RolloutsSource
 from lmrl.recipe.steps import Evaluation, Gate, Optimizer, Tracking, Training
 from lmrl.recipe.task import (
     ENVIRONMENTS,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lmrl.recipe.objective import (
+    OBJECTIVES,
     DPOObjective,
     GroupObjective,
     LikelihoodObjective,
@@ -30,6 +31,12 @@ def mistakes(recipe: Any) -> Iterator[str]:
     rolls_out = isinstance(source, RolloutsSource)
     if isinstance(objective, PPOObjective | GroupObjective):
         yield from _policy_gradient(recipe, rolls_out)
+    elif source.name != "dataset" and recipe.rollouts.correction not in ("auto", "none"):
+        if objective.name in OBJECTIVES:
+            yield (
+                f"`rollouts.correction` weighs policy gradients (ppo, grpo, dr_grpo, rloo, reinforce_pp), and '{objective.name}' "
+                "is none: leave it at auto"
+            )
     if isinstance(objective, DPOObjective):
         yield from _pairs(recipe, rolls_out)
     if rolls_out and source.resample and recipe.rollouts.samples == 1:

@@ -17,7 +17,8 @@ from lmrl.recipe.base import Section
 from lmrl.recipe.combinations import mistakes
 from lmrl.recipe.model import Model
 from lmrl.recipe.objective import OBJECTIVES, CustomObjective
-from lmrl.recipe.source import SOURCES, Rollouts, RolloutsSource
+from lmrl.recipe.rollouts import Rollouts
+from lmrl.recipe.source import SOURCES, RolloutsSource
 from lmrl.recipe.steps import Evaluation, Optimizer, Tracking, Training
 from lmrl.recipe.task import ENVIRONMENTS, CustomTask, PromptTask
 

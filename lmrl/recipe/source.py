@@ -1,4 +1,4 @@
-"""The `source` and `rollouts` sections: where trajectories come from."""
+"""The `source` section: where trajectories come from."""
 
 from __future__ import annotations
 
@@ -84,31 +84,3 @@ class MixtureSource(LoggedEpisodes):
 
 
 SOURCES = {"rollouts": RolloutsSource, "dataset": DatasetSource, "mixture": MixtureSource}
-
-
-class Rollouts(Section):
-    """How episodes are sampled."""
-
-    engine: Literal["hf"] = "hf"
-    prompts: int = Field(32, ge=1)
-    """Prompts (or start states) a step."""
-    samples: int = Field(1, ge=1)
-    """Episodes for each prompt."""
-    max_new_tokens: int = Field(64, ge=1)
-    """Tokens a turn at most."""
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    """0: no limit."""
-    stop: list[str] = []
-    """Strings that end a turn."""
-    slots: int = Field(256, ge=1)
-    """Sequences decoded at a time; one that has ended gives its place to the next."""
-    cache_tokens: int | None = Field(None, ge=1)
-    """Tokens whose keys and values are held at a time, padding and what `max_new_tokens` may bring included (null: no
-    limit). Where these take too much memory, fewer sequences than `slots` are decoded at a time."""
-    beta: float | None = Field(None, ge=0)
-    """Of a policy with Q heads: weight of Q beside the log-probabilities (null: as its objective said; 0: none)."""
-    support: float | None = Field(None, ge=0, lt=1)
-    """Of a policy with Q heads: tokens less likely than this under the policy without Q are never drawn (null: as its
-    objective said)."""

@@ -80,12 +80,26 @@ class Engine:
     def sample(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
         raise NotImplementedError
 
+    def rest(self) -> None:
+        """Called when nothing will be sampled for a while: give back what can be had again quickly."""
+
     def close(self) -> None:
         """Give back what the engine holds: memory, processes."""
+
+    def stopped(self, tokens: Sequence[int], stop: tuple[str, ...]) -> bool:
+        """Whether the last of these sampled tokens has completed a stop string."""
+        # A stop string of n bytes spans at most n tokens, and began no earlier than one token before.
+        longest = max(len(text.encode()) for text in stop)
+        tail = self.policy.tokenizer.decode(list(tokens[-(longest + 1) :]))
+        return any(text in tail for text in stop)
 
 
 def build_engine(options: Rollouts, policy: Policy, check: Callable[[], None] = lambda: None) -> Engine:
     """The engine that a recipe's `rollouts` section names."""
+    if options.engine == "vllm":
+        from lmrl.rollouts.vllm import VLLMEngine
+
+        return VLLMEngine(policy, options, check)
     from lmrl.rollouts.hf import HFEngine
 
     return HFEngine(policy, options.slots, options.cache_tokens, check)

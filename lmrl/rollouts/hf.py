@@ -231,7 +231,10 @@ class _Rollout:
         rows.count_R += 1
         rows.length_R += 1
         eos_R = np.isin(tokens_R, self.eos)
-        stop_R = np.array([self._stopped(rows, row) for row in every], dtype=bool) & ~eos_R
+        stop_R = np.zeros_like(eos_R)
+        if self.sampling.stop:
+            own = [rows.tokens_RT[row, : rows.count_R[row]] for row in every]
+            stop_R = np.array([self.engine.stopped(tokens, self.sampling.stop) for tokens in own]) & ~eos_R
         full_R = rows.count_R == self.sampling.max_new_tokens
         for row in np.flatnonzero(eos_R | stop_R | full_R):
             count = rows.count_R[row]
@@ -241,15 +244,6 @@ class _Rollout:
                 "eos" if eos_R[row] else "stop" if stop_R[row] else "length",
             )
         return np.flatnonzero(~(eos_R | stop_R | full_R))
-
-    def _stopped(self, rows: _Rows, row: int) -> bool:
-        if not self.sampling.stop:
-            return False
-        # A stop string of n bytes spans at most n tokens, and began no earlier than one token before.
-        longest = max(len(text.encode()) for text in self.sampling.stop)
-        count = rows.count_R[row]
-        tail = self.policy.tokenizer.decode(rows.tokens_RT[row, max(0, count - longest - 1) : count].tolist())
-        return any(text in tail for text in self.sampling.stop)
 
     def _places(self) -> int:
         """Rows that may be under way while the next waiting prompt is: the longest decides, as all are padded to it."""

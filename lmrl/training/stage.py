@@ -16,6 +16,7 @@ from lmrl.evaluation.evaluate import Evaluator, Scores
 from lmrl.evaluation.statistics import summarize
 from lmrl.evaluation.suites import load_suite
 from lmrl.objectives import Objective, load_objective
+from lmrl.objectives.correction import Correction
 from lmrl.objectives.groups import groups_of
 from lmrl.policy.load import load_policy, load_weights
 from lmrl.recipe import PromptTask, QObjective, Recipe
@@ -43,6 +44,7 @@ from lmrl.training.measures import (
 )
 from lmrl.training.sources import Drawn, build_source
 from lmrl.training.strategy import Strategy
+from lmrl.training.trust import Trust
 from lmrl.training.updater import Updater
 from lmrl.trajectories.store import read_episodes, write_episodes
 from lmrl.trajectories.trajectory import Trajectory
@@ -73,6 +75,7 @@ class Stage:
         self.seed = recipe.training.seed
         seed_everything(self.seed, name, "build")
         self.objective = load_objective(recipe.objective)
+        self.objective.correction = Correction.of(recipe.rollouts)
         self.policy = load_policy(
             recipe.model,
             self._start(start),
@@ -87,6 +90,7 @@ class Stage:
         self.task = build_task(section, self.policy.tokenizer)
         self.task.learning = True
         self.engine = build_engine(recipe.rollouts, self.policy, interrupt.check)
+        self.trust = Trust(self.policy, self.engine, recipe.rollouts)
         self.sampler = Sampler(self.task, self.engine, self.policy.decode)
         self.source = build_source(
             recipe, self.task, self.sampler, name, run.folder / BAD_ROWS, self.objective.compares
@@ -125,8 +129,13 @@ class Stage:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know about the data."""
-        return [*self.task.notes, *(self.source.logged.notes if self.source.logged else ())]
+        """What a person should know about the data, and what is played."""
+        plays = self.source.logged is not self.source
+        return [
+            *self.task.notes,
+            *(self.source.logged.notes if self.source.logged else ()),
+            *(self.trust.notes if plays else ()),
+        ]
 
     def _start(self, start: Path | None) -> Path | None:
         """Where the policy comes from: the stage before, or this stage's own saved start on resume."""
@@ -195,6 +204,9 @@ class Stage:
         sampled = time.monotonic()
         kept = samples_to_keep(drawn.played)
         self.run.record_samples([sample_line(self.name, step, "train", one) for one in kept])
+        if compared := self.trust(drawn.played):
+            self.run.record({"stage": self.name, "step": step, "kind": "check", **compared})
+            self.trust.judge(compared, f"stage {self.name}, step {step}")
         judged = [one for one in drawn.played if one.reward is not None]
         played, played_well, learned, failed = map(
             round, world.totals([len(drawn.played), len(judged), len(drawn.learn), drawn.failed])
@@ -227,6 +239,7 @@ class Stage:
             self._diagnose(step, drawn.played)
 
     def _learn(self, step: int, drawn: Drawn) -> dict[str, float]:
+        self.engine.rest()
         trajectories = drawn.learn
         batch = self.objective.prepare(self.policy, trajectories)
         if not world.largest(len(batch.sequences)):  # nothing to compare

@@ -23,6 +23,10 @@ REFUSED = [
     (MODEL + WALKS + "rollouts: {top_p: 0.9}\nobjective: {name: ppo}", "set rollouts.top_p=1 and rollouts.top_k=0"),
     (MODEL + WALKS + "rollouts: {top_k: 9}\nobjective: {name: ppo}", "set rollouts.top_p=1 and rollouts.top_k=0"),
     (MODEL + WALKS + "rollouts: {temperature: 0}\nobjective: {name: ppo}", "set rollouts.temperature above 0"),
+    (
+        MODEL + WALKS + "source: {name: rollouts, best: 0.5}\nrollouts: {correction: token_mask}\nobjective: {name: likelihood}",
+        "'likelihood' is none: leave it at auto",
+    ),
     (MODEL + WALKS + "objective: {name: likelihood}", r"set source.best=0.3 to keep the best \(expert iteration\)"),
     (MODEL + WALKS + MIXTURE + "objective: {name: likelihood}", "'likelihood' would imitate both: set source.name=dataset"),
     (MODEL + WALKS + ROLLOUTS + "objective: {name: q_sft}", "which fresh episodes change: set source.name=dataset"),

@@ -1,0 +1,78 @@
+"""Importance weights against the difference between the sampler that played and the learner.
+
+An engine with arithmetic of its own samples from mu where the learner computes pi_old with the same weights. Then the
+expectation over samples of (pi_old / mu) f is the learner's expectation of f; the ratio is bounded to bound its variance.
+
+- truncation, w = min(pi_old / mu, cap): Yao et al., "Your efficient RL framework secretly brings you off-policy RL
+  training" (2025); Ionides, "Truncated importance sampling" (2008).
+- masking, w = pi_old / mu where it is at most the cap, else 0: Liu et al., "When speed kills stability: demystifying RL
+  collapse from the training-inference mismatch" (2025).
+
+The ratio is a token's, or the product over all action tokens of an episode, which each of them then bears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+
+import torch
+
+from lmrl import world
+from lmrl.objectives.groups import flat
+from lmrl.recipe.rollouts import CorrectionMode, Rollouts
+from lmrl.trajectories.batch import Sequence
+from lmrl.trajectories.trajectory import Trajectory
+
+OLD, WEIGHTS = "old_logprobs", "correction"
+"""Fields of a sequence: the learner's log-probabilities of what was played, before any update; and the weights."""
+
+
+def importance_weights(
+    old_N: torch.Tensor, sampled_N: torch.Tensor, episodes_N: torch.Tensor, mode: CorrectionMode, cap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight of each action token, and whether the cap decided it, both (N,).
+
+    old_N, sampled_N: log-probabilities under learner and sampler (NaN: unknown, counted as equal). episodes_N: number of
+    the episode a token belongs to. The same as trl 1.16's `vllm_importance_sampling_mode` for episodes of one turn.
+    """
+    difference_N = torch.nan_to_num(old_N - sampled_N, nan=0.0)
+    if mode.startswith("sequence"):
+        numbers_E, places_N = episodes_N.unique(return_inverse=True)
+        difference_N = difference_N.new_zeros(len(numbers_E)).index_add(0, places_N, difference_N)[places_N]
+    ratio_N = difference_N.exp()
+    beyond_N = ratio_N > cap
+    return (ratio_N.clamp(max=cap) if mode.endswith("truncate") else ratio_N.masked_fill(beyond_N, 0.0)), beyond_N
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What a recipe says about it."""
+
+    mode: CorrectionMode
+    cap: float
+
+    @classmethod
+    def of(cls, rollouts: Rollouts) -> Correction | None:
+        return None if rollouts.corrects is None else cls(rollouts.corrects, rollouts.correction_cap)
+
+    def weigh(self, sequences: List[Sequence], sampled_N: torch.Tensor, episodes_N: torch.Tensor) -> dict[str, float]:
+        """Give sequences with the field OLD their WEIGHTS; returns the mean weight and the share that the cap decided."""
+        old_N = flat([sequence.fields[OLD] for sequence in sequences])
+        weights_N, beyond_N = importance_weights(old_N, sampled_N, episodes_N, self.mode, self.cap)
+        for sequence, part in zip(sequences, weights_N.split([len(one.targets) for one in sequences]), strict=True):
+            sequence.fields[WEIGHTS] = part
+        return {"correction_mean": world.mean(weights_N), "correction_capped": world.mean(beyond_N.float())}
+
+
+def sampled_logprobs(trajectory: Trajectory) -> torch.Tensor:
+    """Log-probabilities that the sampler reported for the action tokens, in order, (A,); NaN where they are unknown."""
+    found = [segment.logprobs[position] for segment in trajectory.segments for position in segment.actions]
+    return torch.tensor([float("nan") if one is None else one for one in found])
+
+
+def mismatch(old_N: torch.Tensor, sampled_N: torch.Tensor) -> dict[str, float]:
+    """KL(sampler || learner) a token, estimated from what was sampled, and the largest difference; {} where unknown."""
+    gap_N = (sampled_N - old_N)[~sampled_N.isnan()]
+    gaps = world.gather([float(gap_N.abs().max())] if len(gap_N) else [])
+    return {"sampler_kl": world.mean(gap_N), "sampler_gap": max(gaps)} if gaps else {}

@@ -1,0 +1,78 @@
+"""The `rollouts` section: how episodes are sampled, and by what."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from lmrl.recipe.base import Section
+
+CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+
+class VLLM(Section):
+    """Settings of engine `vllm` (see docs/rollouts.md)."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of vLLM's own copy of the weights, whatever the learner's are."""
+    max_model_len: int | None = Field(None, ge=1)
+    """Tokens of context and completion at most (null: what the model has positions for)."""
+    memory: float | None = Field(None, gt=0)
+    """GiB for the cache of keys and values (null: on a CPU 1, on a GPU what `gpu_memory_utilization` leaves)."""
+    gpu_memory_utilization: float = Field(0.3, gt=0, le=1)
+    """Share of the GPU's memory that vLLM takes in all; the learner needs the rest."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs that the model is split over."""
+    enforce_eager: bool | None = None
+    """Run without compilation and CUDA graphs: a quicker start, slower sampling (null: on a CPU yes, on a GPU no)."""
+    sleep: bool = False
+    """Give the GPU memory of weights and cache back during updates. Only on a GPU."""
+
+
+class Rollouts(Section):
+    """How episodes are sampled."""
+
+    engine: Literal["hf", "vllm"] = "hf"
+    """hf: the policy's own transformers model; vllm: a copy of its weights in vLLM, in the same process."""
+    prompts: int = Field(32, ge=1)
+    """Prompts (or start states) a step."""
+    samples: int = Field(1, ge=1)
+    """Episodes for each prompt."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Tokens a turn at most."""
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    """0: no limit."""
+    stop: list[str] = []
+    """Strings that end a turn."""
+    slots: int = Field(256, ge=1)
+    """Sequences decoded at a time; one that has ended gives its place to the next."""
+    cache_tokens: int | None = Field(None, ge=1)
+    """Tokens whose keys and values engine `hf` holds at a time, padding and what `max_new_tokens` may bring included (null: no
+    limit). Where these take too much memory, fewer sequences than `slots` are decoded at a time."""
+    beta: float | None = Field(None, ge=0)
+    """Of a policy with Q heads: weight of Q beside the log-probabilities (null: as its objective said; 0: none)."""
+    support: float | None = Field(None, ge=0, lt=1)
+    """Of a policy with Q heads: tokens less likely than this under the policy without Q are never drawn (null: as its
+    objective said)."""
+    check_every: int = Field(50, ge=0)
+    """Weight syncs between comparisons of sampled and learner's log-probabilities, beside the one after the first sync
+    (0: that one only)."""
+    tolerance: float = Field(0.1, gt=0)
+    """Mean absolute difference of those, in nats a token, at which the run stops."""
+    correction: Literal["auto", "none"] | CorrectionMode = "auto"
+    """Importance weights against the difference of sampler and learner, in policy gradients: a token's or an episode's
+    ratio, held below a cap or left out above it (see lmrl/objectives/correction.py). auto: `token_truncate`, but none
+    with engine `hf`, which samples from the learner itself."""
+    correction_cap: float = Field(3.0, gt=0)
+    """Largest such ratio."""
+    vllm: VLLM = VLLM()
+
+    @property
+    def corrects(self) -> CorrectionMode | None:
+        """The correction that is meant; None: none."""
+        if self.correction == "auto":
+            return None if self.engine == "hf" else "token_truncate"
+        return None if self.correction == "none" else self.correction

@@ -1,0 +1,114 @@
+"""Trust in samplers: what an engine says it sampled with is compared with the learner, before anything is learned.
+
+An engine with weights of its own may go on with old ones, lack a part of them, or compute too coarsely, and nothing about
+the text would tell.
+"""
+
+from __future__ import annotations
+
+from itertools import chain, zip_longest
+from typing import Any
+
+import torch
+
+from lmrl import world
+from lmrl.errors import SamplerError
+from lmrl.objectives.groups import flat
+from lmrl.policy.policy import Policy
+from lmrl.recipe import Rollouts
+from lmrl.rollouts.engine import Engine, Sampling
+from lmrl.rollouts.hf import guidance_of
+from lmrl.trajectories.batch import Batch, to_sequence
+from lmrl.trajectories.trajectory import Segment, Trajectory
+
+EPISODES, TOKENS = 16, 2048
+"""Fresh episodes that are compared at most, and their tokens in all (but at least one context with what was said in it)."""
+
+
+class Trust:
+    """Compares after the first weight sync of a process, and then after every `rollouts.check_every`."""
+
+    def __init__(self, policy: Policy, engine: Engine, rollouts: Rollouts):
+        self.policy, self.engine, self.rollouts = policy, engine, rollouts
+        self.obstacle = obstacle(policy, Sampling.of(rollouts))
+        self.compared_at: int | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        if self.obstacle is None:
+            return []
+        return [f"{self.obstacle}, so the log-probabilities of engine and learner are not compared"]
+
+    def __call__(self, played: list[Trajectory]) -> dict[str, Any] | None:
+        """Where it is due: the mean and the largest absolute difference in nats, KL(sampler || learner) a token, and how
+        many tokens were compared."""
+        every, before = self.rollouts.check_every, self.compared_at
+        due = before is None or (every > 0 and self.engine.syncs - before >= every)
+        if not due or self.obstacle is not None:
+            return None
+        own_N = differences(self.policy, some_of(played), self.rollouts.temperature)
+        gap_N = torch.tensor(world.gather(own_N.tolist()))
+        if not len(gap_N):
+            return None
+        self.compared_at = self.engine.syncs
+        return {
+            "gap_mean": float(gap_N.abs().mean()),
+            "gap_max": float(gap_N.abs().max()),
+            "sampler_kl": float(gap_N.mean()),
+            "tokens": len(gap_N),
+            "sync": self.engine.syncs,
+        }
+
+    def judge(self, compared: dict[str, Any], where: str) -> None:
+        """Raise SamplerError where the two are too far apart."""
+        options = self.rollouts
+        if compared["gap_mean"] <= options.tolerance:
+            return
+        raise SamplerError(
+            f"{where}: engine '{options.engine}' sampled with other log-probabilities than the learner computes for the same "
+            f"tokens: {compared['gap_mean']:.3f} nats apart on average, at most {compared['gap_max']:.2f}, over "
+            f"{compared['tokens']} tokens (rollouts.tolerance={options.tolerance:g}). Either it computes too coarsely "
+            "(rollouts.vllm.dtype=float32 tells), or its weights are not the learner's (rollouts.engine=hf samples from the "
+            "learner itself)"
+        )
+
+
+def obstacle(policy: Policy, sampling: Sampling) -> str | None:
+    """Why what is sampled is from another distribution than the learner's, whatever the engine; None where it is not."""
+    if sampling.temperature == 0:
+        return "rollouts.temperature=0 takes the likeliest token"
+    if sampling.top_p < 1 or sampling.top_k > 0:
+        return "rollouts.top_p or rollouts.top_k cuts the distribution that is sampled from"
+    if guidance_of(policy, sampling) is not None:
+        return "Q guides what is sampled"
+    return None
+
+
+def some_of(played: list[Trajectory]) -> list[Segment]:
+    """Segments of up to EPISODES episodes, spread over all, their first ones first, up to TOKENS tokens."""
+    episodes = played[:: -(-len(played) // EPISODES)] if played else []
+    known = [
+        [one for one in episode.segments if one.actions and None not in (one.logprobs[at] for at in one.actions)]
+        for episode in episodes
+    ]
+    chosen: list[Segment] = []
+    left = TOKENS
+    for segment in chain.from_iterable(zip_longest(*known)):
+        if segment is None:
+            continue
+        left -= len(segment.tokens)
+        if chosen and left < 0:
+            break
+        chosen.append(segment)
+    return chosen
+
+
+def differences(policy: Policy, segments: list[Segment], temperature: float) -> torch.Tensor:
+    """Sampler's less learner's log-probability of each action token, (N,), the learner's at this temperature."""
+    before, policy.temperature = policy.temperature, temperature
+    try:
+        learner = policy.score(Batch([to_sequence(segment) for segment in segments]))["logprobs"]
+    finally:
+        policy.temperature = before
+    sampled = [segment.logprobs[position] for segment in segments for position in segment.actions]
+    return torch.tensor(sampled) - flat(learner)
