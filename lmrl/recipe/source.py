@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from lmrl.recipe.base import Section
+from lmrl.recipe.server import Server
 
 Players = str | dict[str, float]
 """A scripted player, or several with the share of the episodes that each plays."""
@@ -89,7 +90,9 @@ SOURCES = {"rollouts": RolloutsSource, "dataset": DatasetSource, "mixture": Mixt
 class Rollouts(Section):
     """How episodes are sampled."""
 
-    engine: Literal["hf"] = "hf"
+    engine: Literal["hf", "vllm-server"] = "hf"
+    server: Server = Server()
+    """Of engine `vllm-server`: the servers."""
     prompts: int = Field(32, ge=1)
     """Prompts (or start states) a step."""
     samples: int = Field(1, ge=1)
@@ -109,3 +112,9 @@ class Rollouts(Section):
     support: float | None = Field(None, ge=0, lt=1)
     """Of a policy with Q heads: tokens less likely than this under the policy without Q are never drawn (null: as its
     objective said)."""
+
+    @model_validator(mode="after")
+    def _servers_are_used(self) -> Rollouts:
+        if self.engine != "vllm-server" and self.server != Server():
+            raise ValueError(f"`server` is for engine `vllm-server`, but `engine` is {self.engine}: leave it out")
+        return self

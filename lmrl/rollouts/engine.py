@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from lmrl.policy.policy import Policy
@@ -84,8 +85,14 @@ class Engine:
         """Give back what the engine holds: memory, processes."""
 
 
-def build_engine(options: Rollouts, policy: Policy, check: Callable[[], None] = lambda: None) -> Engine:
-    """The engine that a recipe's `rollouts` section names."""
+def build_engine(
+    options: Rollouts, policy: Policy, check: Callable[[], None] = lambda: None, folder: Path | None = None
+) -> Engine:
+    """The engine that a recipe's `rollouts` section names. folder: the run's, for logs (None: a temporary one)."""
+    if options.engine == "vllm-server":
+        from lmrl.rollouts.vllm_server import VLLMServerEngine
+
+        return VLLMServerEngine(policy, options.server, folder, check)
     from lmrl.rollouts.hf import HFEngine
 
     return HFEngine(policy, options.slots, check)

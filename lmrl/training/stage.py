@@ -76,7 +76,7 @@ class Stage:
         section = task_of(recipe, run.folder)
         self.task = build_task(section, self.policy.tokenizer)
         self.task.learning = True
-        self.engine = build_engine(recipe.rollouts, self.policy, interrupt.check)
+        self.engine = build_engine(recipe.rollouts, self.policy, interrupt.check, run.folder)
         self.sampler = Sampler(self.task, self.engine, self.policy.decode)
         self.source = build_source(
             recipe, self.task, self.sampler, name, run.folder / BAD_ROWS, self.objective.compares
