@@ -1,0 +1,459 @@
+"""Engine vllm-server: against a small server that misbehaves on purpose, and against vLLM where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lmrl.errors import EngineError, ModelError, RecipeError
+from lmrl.policy.merged import merged_weights
+from lmrl.recipe import Rollouts
+from lmrl.recipe.server import Server
+from lmrl.recipe_files import load_recipe
+from lmrl.rollouts.engine import Sampling, build_engine
+from lmrl.rollouts.server_process import LAUNCHER_VARIABLES, gpus_of, serve_environment
+from lmrl.rollouts.server_queue import TRIES
+from lmrl.rollouts.server_weights import ControlPlane, Member, weight_source, write_safetensors
+from lmrl.rollouts.vllm_server import VLLMServerEngine
+
+EOS = 1
+
+
+class FakeServer:
+    """Speaks as vLLM with lmrl's extension does. A completion repeats the prompt's first token; its log-probabilities say
+    which seed it had. `on_generate` may misbehave: it is called with the number of the request, and may return a status.
+    """
+
+    def __init__(self, port: int = 0):
+        self.version, self.stamp, self.loaded, self.paths = None, "default", [], []
+        self.requests: list[dict] = []
+        self.on_generate = lambda number: None
+        self.extension, self.logprobs, self.delay = True, "processed_logprobs", 0.0
+        self.now = self.most = 0
+        self.lock = threading.Lock()
+        self.connections: set = set()
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                fake.connections.add(self.connection)
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                status, answer = fake.answer(self.path, body)
+                if status is None:  # hang up without a word
+                    self.close_connection = True
+                    return
+                data = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None: ...
+
+        class Quiet(ThreadingHTTPServer):
+            daemon_threads, request_queue_size = True, 64
+
+            def handle_error(self, *_: object) -> None: ...  # clients hang up, which is part of the tests
+
+        self.http = Quiet(("127.0.0.1", port), Handler)
+        self.port = self.http.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+    def answer(self, path: str, body: dict) -> tuple[int | None, dict]:
+        self.paths.append(path)
+        if path == "/collective_rpc":
+            if not self.extension:
+                return 500, {"error": {"message": "Worker failed with error ''W' object has no attribute 'lmrl'"}}
+            return 200, {"results": [getattr(self, body["method"])(*body["args"])]}
+        if path == "/update_weight_version":
+            self.stamp = body["new_version"]
+            return 200, {"success": True}
+        if path.startswith("/reset_prefix_cache"):
+            return 200, {"success": True}
+        if path == "/inference/v1/generate":
+            return self.generate(body)
+        return 404, {"detail": "Not Found"}
+
+    def lmrl_describe(self) -> dict:
+        return {
+            **{"version": self.version, "group": None, "device": "cpu", "gpu": None, "transfer": None},
+            **{"logprobs": self.logprobs, "max_model_len": 64, "model_type": "llama", "vocabulary": 34},
+        }
+
+    def lmrl_load(self, path: str, version: str) -> dict:
+        try:
+            self.loaded.append(load_file(path))
+        except Exception as error:
+            return {"error": str(error)}
+        self.version = version
+        return {}
+
+    def generate(self, body: dict) -> tuple[int | None, dict]:
+        with self.lock:
+            self.requests.append(body)
+            number = len(self.requests)
+            self.now += 1
+            self.most = max(self.most, self.now)
+        try:
+            time.sleep(self.delay)
+            wrong = self.on_generate(number)
+            if wrong is not None:
+                return (None if wrong == "hang up" else wrong), {"error": {"message": "out of luck"}}
+            options, first = body["sampling_params"], body["token_ids"][0]
+            tokens = [first] * min(options["max_tokens"], 3)
+            content = [{"token_id": first, "logprob": -float(options["seed"] % 1000)}] * len(tokens)
+            choice = {
+                **{"token_ids": tokens, "finish_reason": "length", "logprobs": {"content": content}},
+                "weight_versions": [{"version": self.stamp, "start": 0, "end": len(tokens)}],
+            }
+            return 200, {"choices": [choice]}
+        finally:
+            with self.lock:
+                self.now -= 1
+
+
+@pytest.fixture
+def fakes():
+    servers: list[FakeServer] = []
+
+    def start(count: int = 1, **options: int) -> list[FakeServer]:
+        servers.extend(FakeServer(**options) for _ in range(count))
+        return servers[-count:]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def engine_of(tiny_policy):
+    """Builds engines on tiny_policy, whose vocabulary has the fake server's number of tokens."""
+    engines: list[VLLMServerEngine] = []
+
+    def build(servers: list[FakeServer], check=lambda: None, shared=None, **options) -> VLLMServerEngine:
+        options = {"timeout": 5, "start_timeout": 5} | options
+        urls = [server.url for server in servers]
+        engines.append(VLLMServerEngine(tiny_policy, Server(urls=urls, **options), None, check, shared))
+        return engines[-1]
+
+    yield build
+    for engine in engines:
+        engine.close()
+
+
+def generate(engine, count: int = 20, **sampling) -> list:
+    prompts = [[2 + index % 30, 5] for index in range(count)]
+    return engine.generate(prompts, Sampling(**({"max_new_tokens": 4} | sampling)), [("k", row) for row in range(count)])
+
+
+def complete(completions, count: int = 20) -> bool:
+    """Whether every prompt has its own completion."""
+    return [one.tokens[0] for one in completions] == [2 + index % 30 for index in range(count)]
+
+
+def wait_for(condition, seconds: float = 5) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
+
+
+# ------------------------------------------------------------------------------------------------------------ all is well
+def test_prompts_are_shared_out_and_every_one_is_asked_once(fakes, engine_of, tiny_policy):
+    servers = fakes(2)
+    for server in servers:
+        server.delay = 0.01
+    engine = engine_of(servers, in_flight=3)
+    assert complete(generate(engine, 40), 40)
+    assert sum(len(server.requests) for server in servers) == 40
+    assert all(server.requests and server.most <= 3 for server in servers)
+    sent = servers[0].loaded[0]
+    expected = {name: tensor for name, tensor in merged_weights(tiny_policy)}
+    assert sent.keys() == expected.keys() and all(torch.equal(sent[name], expected[name]) for name in sent)
+
+
+def test_a_request_says_how_to_sample_and_the_key_decides_the_draw(fakes, engine_of):
+    (server,) = fakes()
+    engine = engine_of([server])
+    first = generate(engine, 3, temperature=0.5, top_p=0.9, top_k=7, stop=("x",))
+    options = server.requests[0]["sampling_params"]
+    assert (options["temperature"], options["top_p"], options["top_k"], options["stop"]) == (0.5, 0.9, 7, ["x"])
+    assert options["stop_token_ids"] == [EOS] and options["max_tokens"] == 4
+    assert first == generate(engine, 3, temperature=0.5)
+    assert len({one.logprobs[0] for one in first}) == 3  # each key has a seed of its own
+    assert [one.logprobs for one in generate(engine, 1, temperature=0)] == [[0.0] * 3]
+
+
+def test_weights_are_sent_when_they_are_stale_and_only_then(fakes, engine_of):
+    (server,) = fakes()
+    engine = engine_of([server])
+    generate(engine)
+    generate(engine)
+    assert len(server.loaded) == 1
+    engine.stale = True
+    generate(engine)
+    assert len(server.loaded) == 2 and engine.syncs == 2
+    assert server.paths.count("/reset_prefix_cache?reset_running_requests=true") == 2
+    files = engine.files.folder
+    assert len(list(files.iterdir())) == 1  # the newest, for a server that comes back
+    engine.close()
+    assert not files.exists()
+
+
+def test_other_ranks_sample_from_the_same_servers_and_leave_the_weights_alone(fakes, engine_of):
+    servers = fakes(2)
+    owner = engine_of(servers)
+    other = engine_of([], shared=json.loads(json.dumps(owner.shared)))
+    found = []
+    thread = threading.Thread(target=lambda: found.append(generate(other)))
+    thread.start()
+    time.sleep(0.3)
+    assert not found and not any(server.requests for server in servers)  # waits until the owner has sent its weights
+    assert complete(generate(owner))
+    thread.join(5)
+    assert complete(found[0]) and all(len(server.loaded) == 1 for server in servers)
+
+
+# --------------------------------------------------------------------------------------------------------- misbehaviour
+def test_requests_that_fail_are_sent_again_and_nothing_is_counted_twice(fakes, engine_of):
+    servers = fakes(2)
+    servers[0].on_generate = lambda number: [500, "hang up", None][number % 3]
+    assert complete(generate(engine_of(servers, in_flight=4)))
+
+
+def test_a_request_that_hangs_is_sent_again(fakes, engine_of):
+    (server,) = fakes()
+    server.on_generate = lambda number: time.sleep(1.5) if number == 3 else None
+    assert complete(generate(engine_of([server], timeout=0.5)))
+
+
+def test_a_request_that_always_fails_stops_the_run_with_what_the_server_said(fakes, engine_of):
+    (server,) = fakes()
+    server.on_generate = lambda number: 500
+    with pytest.raises(EngineError, match=f"failed {TRIES} times, at last: .* answered 500: out of luck"):
+        generate(engine_of([server]), 1)
+
+
+def test_a_request_that_is_refused_stops_the_run_at_once(fakes, engine_of):
+    (server,) = fakes()
+    server.on_generate = lambda number: 400
+    with pytest.raises(ModelError, match="refused a request with 400: out of luck"):
+        generate(engine_of([server]), 1)
+    assert len(server.requests) == 1
+
+
+def test_a_server_that_dies_leaves_its_requests_to_the_others(fakes, engine_of):
+    servers = fakes(2)
+    servers[1].delay = 0.02
+    servers[0].on_generate = lambda number: threading.Thread(target=servers[0].close).start() or "hang up"
+    assert complete(generate(engine_of(servers, in_flight=4)))
+    assert len(servers[1].requests) >= 20 - 4
+
+
+def test_a_server_that_is_started_again_gets_the_weights_before_any_request(fakes, engine_of):
+    (server,) = fakes()
+    engine = engine_of([server])
+    successors = []
+
+    def die(number: int):
+        if number == 5:
+            threading.Thread(target=restart).start()
+        return "hang up" if number >= 5 else None
+
+    def restart() -> None:
+        server.close()
+        successors.extend(fakes(port=server.port))
+
+    server.on_generate = die
+    assert complete(generate(engine, 12), 12)
+    (successor,) = successors
+    assert len(successor.loaded) == 1 and successor.version == server.version
+    before = [path for path in successor.paths[: successor.paths.index("/inference/v1/generate")]]
+    assert before.count("/collective_rpc") >= 2 and "/update_weight_version" in before
+    assert len(successor.requests) == 12 - 4
+
+
+def test_completions_of_other_weights_are_thrown_away(fakes, engine_of):
+    (server,) = fakes()
+    engine = engine_of([server])
+    generate(engine, 1)
+    server.version, server.stamp = None, "default"  # started again, and nobody has noticed
+    assert complete(generate(engine, 6), 6)
+    assert len(server.loaded) == 2 and server.stamp == engine.keepers[0].target.version
+
+
+def test_a_server_that_stays_away_stops_the_run_with_one_line(fakes, engine_of):
+    (server,) = fakes()
+    engine = engine_of([server], start_timeout=0.5)
+    generate(engine, 1)
+    server.close()
+    with pytest.raises(EngineError, match=r"127.0.0.1:\d+ cannot be reached: .*waited 0.5 s \(start_timeout\)") as raised:
+        generate(engine, 1)
+    assert raised.value.exit_code == 1
+
+
+def test_a_rollout_can_be_abandoned(fakes, engine_of):
+    (server,) = fakes()
+    begun = threading.Event()
+    server.on_generate = lambda number: begun.set() or time.sleep(2)
+
+    def check() -> None:
+        if begun.is_set():
+            raise KeyboardInterrupt
+
+    engine, started = engine_of([server], check), time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        generate(engine)
+    assert time.monotonic() - started < 1.5  # it does not wait for what is under way
+
+
+# ---------------------------------------------------------------------------------------------------- what is not possible
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("extension", False, "without lmrl's extension; start it with: VLLM_SERVER_DEV_MODE=1 vllm serve MODEL "),
+        ("logprobs", "raw_logprobs", "log-probabilities before temperature .*--logprobs-mode=processed_logprobs"),
+        ("lmrl_load", lambda path, version: {"error": "no such file"}, "does not see the file"),
+    ],
+)
+def test_a_server_that_cannot_be_used_is_refused_with_the_fix(fakes, engine_of, attribute, value, message):
+    (server,) = fakes()
+    setattr(server, attribute, value)
+    with pytest.raises((ModelError, EngineError), match=message):
+        generate(engine_of([server]))
+
+
+def test_a_server_without_its_development_endpoints_is_refused(fakes, engine_of, monkeypatch):
+    (server,) = fakes()
+    monkeypatch.setattr(server, "answer", lambda path, body: (404, {"detail": "Not Found"}))
+    with pytest.raises(ModelError, match="/collective_rpc answered 404 .*VLLM_SERVER_DEV_MODE=1"):
+        generate(engine_of([server]))
+
+
+def test_a_server_of_another_model_is_refused(fakes, engine_of, monkeypatch):
+    (server,) = fakes()
+    described = server.lmrl_describe() | {"vocabulary": 99}
+    monkeypatch.setattr(server, "lmrl_describe", lambda: described | {"version": server.version})
+    with pytest.raises(ModelError, match="serves a llama with 99 tokens, but the policy is a llama with 34"):
+        generate(engine_of([server]))
+
+
+def test_a_context_that_does_not_fit_is_refused(fakes, engine_of):
+    engine = engine_of(fakes())
+    with pytest.raises(ModelError, match="need 102 positions, but the servers have 64"):
+        generate(engine, 1, max_new_tokens=100)
+
+
+def test_broadcasting_needs_gpus(fakes, engine_of):
+    with pytest.raises(ModelError, match="transfer=nccl: the policy is on 'cpu'; set it to files"):
+        generate(engine_of(fakes(), transfer="nccl"))
+
+
+def test_a_policy_guided_by_q_is_refused():
+    from lmrl.policy.heads import HeadsSpec
+    from lmrl.policy.load import load_policy
+    from lmrl.recipe import Model
+    from tests.conftest import TINY_LLAMA
+
+    policy = load_policy(Model(config=dict(TINY_LLAMA)), texts=lambda: ["abc"], heads=HeadsSpec(q="tied", beta=1.0))
+    with pytest.raises(ModelError, match="Q heads guide this policy: set rollouts.engine=hf"):
+        build_engine(Rollouts(engine="vllm-server"), policy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["rollouts.server.count=2"], "`server` is for engine `vllm-server`"),
+        (["rollouts.engine=vllm-server", "rollouts.server={urls: [here]}"], "'here' is no address"),
+        (["rollouts.engine=vllm-server", "rollouts.server={urls: ['http://a:1'], count: 2}"], "`count` is for servers"),
+        (["rollouts.engine=vllm-server", "rollouts.server.port=1"], "port"),
+    ],
+)
+def test_settings_that_make_no_sense(changes, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("random_walks/ppo", changes)
+
+
+# ------------------------------------------------------------------------------------------------------------- the pieces
+def test_a_file_is_written_piece_by_piece(tmp_path):
+    tensors = {
+        "a": torch.randn(3, 5),
+        "b.weight": torch.randn(7).bfloat16(),
+        "c": torch.tensor(2.0),
+        "d": torch.randn(4, 6).half().t(),
+    }
+    write_safetensors(tmp_path / "x.safetensors", iter(tensors.items()), room=1000)
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+    with pytest.raises(ValueError, match="header needs"):
+        write_safetensors(tmp_path / "y.safetensors", iter(tensors.items()), room=8)
+
+
+def test_servers_get_gpus_of_their_own_where_there_are_enough():
+    assert [gpus_of(index, 2, 2, list("01234"), 1) for index in range(2)] == [("1", "2"), ("3", "4")]
+    assert [gpus_of(index, 2, 1, ["0"], 1) for index in range(2)] == [("0",), ("0",)]
+    assert gpus_of(0, 1, 1, [], 1) == ()
+
+
+def test_a_server_is_no_rank_of_the_run():
+    environment = serve_environment(dict.fromkeys([*LAUNCHER_VARIABLES, "PATH"], "1"), ("2", "3"))
+    assert "PATH" in environment and not set(LAUNCHER_VARIABLES) & environment.keys()
+    assert (environment["VLLM_SERVER_DEV_MODE"], environment["CUDA_VISIBLE_DEVICES"]) == ("1", "2,3")
+
+
+class Listener:
+    """Stands for a client, and keeps what it is asked to post."""
+
+    def __init__(self) -> None:
+        self.posted: list[tuple[str, dict]] = []
+
+    def post(self, path: str, body: dict) -> dict:
+        self.posted.append((path, body))
+        return {}
+
+
+has_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+@has_vllm
+def test_what_a_broadcast_tells_the_servers_is_what_vllm_takes(tiny_policy):
+    from vllm.distributed.weight_transfer.base import VLLMWeightSyncClient
+    from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine, NCCLWeightTransferUpdateInfo
+
+    members = [Member(Listener(), 2), Member(Listener(), 1)]
+    plane = ControlPlane(members)
+    assert isinstance(plane, VLLMWeightSyncClient)
+    plane.init_weight_transfer_engine(
+        {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 4, "packed": True}
+    )
+    infos = [NCCLWeightTransferInitInfo(**member.client.posted[0][1]["init_info"]) for member in members]
+    assert [(info.rank_offset, info.world_size) for info in infos] == [(1, 4), (3, 4)]
+
+    source = weight_source(lambda: merged_weights(tiny_policy))
+    checked = list(NCCLTrainerWeightTransferEngine._checked_iter(source, source.metadata()))
+    assert len(checked) == len(list(merged_weights(tiny_policy)))
+    plane.start_weight_update()
+    plane.update_weights(
+        {
+            "names": [one.name for one in source.metadata()],
+            "dtype_names": [str(one.dtype).split(".")[-1] for one in source.metadata()],
+            "shapes": [list(one.shape) for one in source.metadata()],
+        }
+    )
+    plane.finish_weight_update()
+    paths = [path for path, _ in members[1].client.posted]
+    assert paths == ["/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update"]
+    NCCLWeightTransferUpdateInfo(**members[1].client.posted[2][1]["update_info"])
