@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from lmrl.errors import EngineError, LmrlError, ModelError
 from lmrl.rollouts.server_client import Client, Description, Lost, Refused
 from lmrl.rollouts.server_process import ServerProcess
 
+logger = logging.getLogger(__name__)
 IMPATIENT, PATROL = 0.2, 5.0
 """Seconds between looks at a server that is out of service, and at one that is in service."""
 
@@ -147,6 +149,9 @@ class Keeper(threading.Thread):
                 self._give_up(EngineError(f"a server was lost, and no restart is left: {self.client.url} {words}"))
             elif not self._closed:
                 self.restarts_left -= 1
+                logger.warning(
+                    "server %s is started again (%d restarts left): %s", self.client.url, self.restarts_left, self.cause
+                )
                 self._answered, self._since = False, time.monotonic()
                 self.process.kill()
                 self.process.start()

@@ -103,8 +103,10 @@ def serve_command(
     ]
     if max_model_len is not None:
         command.append(f"--max-model-len={max_model_len}")
-    # On a CPU compiling takes minutes and gains little.
-    return command + (['--weight-transfer-config={"backend": "nccl"}'] if gpus else ["--enforce-eager"])
+    if gpus:
+        # `memory` alone says what is taken: by itself vLLM wants nine tenths of the GPU to be free.
+        return [*command, "--gpu-memory-utilization=0.01", '--weight-transfer-config={"backend": "nccl"}']
+    return [*command, "--enforce-eager"]  # compiling takes minutes on a CPU
 
 
 def serve_environment(own: dict[str, str], gpus: tuple[str, ...]) -> dict[str, str]:

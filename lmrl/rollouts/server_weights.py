@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import shutil
 import socket
@@ -20,6 +21,7 @@ from lmrl.rollouts.server_client import Client, Lost
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """As the safetensors format calls them."""
+PREFIX, LOCK = "lmrl-weights-", "lock"
 ENTRY_BYTES = 160
 """Room for one tensor's entry in the header, beside its name."""
 
@@ -29,24 +31,40 @@ Weights = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 class WeightFiles:
     """Files with the policy's weights, in shared memory where there is any; only the newest one is kept.
 
-    It is kept until the next one comes, so that a server that is started again can take it over.
+    It is kept until the next one comes, so that a server that is started again can take it over. parent: where the folder
+    of files is made (None: in shared memory). Folders there that a killed run has left are removed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parent: Path | None = None) -> None:
         memory = Path("/dev/shm")
-        self.folder = Path(tempfile.mkdtemp(prefix="lmrl-weights-", dir=memory if memory.is_dir() else None))
+        parent = parent or (memory if memory.is_dir() else Path(tempfile.gettempdir()))
+        for left in parent.glob(f"{PREFIX}*"):
+            _remove_if_left(left)
+        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        self._lock = open(self.folder / ".lock", "w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        (self.folder / ".lock").rename(self.folder / LOCK)  # under this name it has always been locked
 
     def write(self, weights: Weights, names: Sequence[str], version: str) -> Path:
         """names: of all tensors, or of more, from which the size of the header is estimated."""
         path = self.folder / f"{version}.safetensors"
         write_safetensors(path, weights(), sum(len(name) + ENTRY_BYTES for name in names))
-        for older in self.folder.iterdir():
+        for older in self.folder.glob("*.safetensors"):
             if older != path:
                 older.unlink()
         return path
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Remove a folder of weights whose run has ended: its lock went with the run."""
+    with contextlib.suppress(OSError):  # in use, another user's, or removed meanwhile
+        with open(folder / LOCK) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
 
 
 def write_safetensors(path: Path, tensors: Iterator[tuple[str, torch.Tensor]], room: int) -> None:
