@@ -142,6 +142,7 @@ class Keeper(threading.Thread):
             if late:
                 self._give_up(EngineError(f"{self.cause}; waited {self.start_timeout:g} s (start_timeout)"))
         elif self.process.ended or self._answered or late:
+            self.process.ends_within(1)
             words = self.process.last_words()
             if self.description is None:
                 self._give_up(ModelError(f"a server did not start: {self.client.url} {words}"))

@@ -58,6 +58,12 @@ class ServerProcess:
     def ended(self) -> bool:
         return self.process is not None and self.process.poll() is not None
 
+    def ends_within(self, seconds: float) -> bool:
+        """Whether it has ended or does so now: a connection breaks a moment before the exit code is there."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+        return self.ended
+
     def kill(self) -> None:
         """End the server and its workers at once; these outlive a server that was killed."""
         if self.process is None:
@@ -77,7 +83,7 @@ class ServerProcess:
     def last_words(self) -> str:
         """How it ended: exit code, the last error in its log (or its last line), and where the log is."""
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines()[-200:] if line.strip()]
-        errors = [line for line in lines if "Error" in line and not line.endswith("(most recent call last):")]
+        errors = [line for line in lines if "Error" in line and "WARNING" not in line]
         said = (errors or lines or [""])[-1][-300:]
         code = self.process.poll() if self.process else None
         ended = "is still running" if code is None else f"ended with {code}"

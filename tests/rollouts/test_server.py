@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -27,106 +26,10 @@ from lmrl.rollouts.server_process import LAUNCHER_VARIABLES, gpus_of, serve_envi
 from lmrl.rollouts.server_queue import TRIES
 from lmrl.rollouts.server_weights import ControlPlane, Member, WeightFiles, weight_source, write_safetensors
 from lmrl.rollouts.vllm_server import VLLMServerEngine
+from tests.rollouts import fake_server
+from tests.rollouts.fake_server import FakeServer
 
 EOS = 1
-
-
-class FakeServer:
-    """Speaks as vLLM with lmrl's extension does. A completion repeats the prompt's first token; its log-probabilities say
-    which seed it had. `on_generate` may misbehave: it is called with the number of the request, and may return a status.
-    """
-
-    def __init__(self, port: int = 0):
-        self.version, self.stamp, self.loaded, self.paths = None, "default", [], []
-        self.requests: list[dict] = []
-        self.on_generate = lambda number: None
-        self.extension, self.logprobs, self.delay = True, "processed_logprobs", 0.0
-        self.now = self.most = 0
-        self.lock = threading.Lock()
-        self.connections: set = set()
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                fake.connections.add(self.connection)
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                status, answer = fake.answer(self.path, body)
-                if status is None:  # hang up without a word
-                    self.close_connection = True
-                    return
-                data = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: object) -> None: ...
-
-        class Quiet(ThreadingHTTPServer):
-            daemon_threads, request_queue_size = True, 64
-
-            def handle_error(self, *_: object) -> None: ...  # clients hang up, which is part of the tests
-
-        self.http = Quiet(("127.0.0.1", port), Handler)
-        self.port = self.http.server_port
-        self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
-
-    def answer(self, path: str, body: dict) -> tuple[int | None, dict]:
-        self.paths.append(path)
-        if path == "/collective_rpc":
-            if not self.extension:
-                return 500, {"error": {"message": "Worker failed with error ''W' object has no attribute 'lmrl'"}}
-            return 200, {"results": [getattr(self, body["method"])(*body["args"])]}
-        if path == "/update_weight_version":
-            self.stamp = body["new_version"]
-            return 200, {"success": True}
-        if path.startswith("/reset_prefix_cache"):
-            return 200, {"success": True}
-        if path == "/inference/v1/generate":
-            return self.generate(body)
-        return 404, {"detail": "Not Found"}
-
-    def lmrl_describe(self) -> dict:
-        return {
-            **{"version": self.version, "group": None, "device": "cpu", "gpu": None, "transfer": None},
-            **{"logprobs": self.logprobs, "max_model_len": 64, "model_type": "llama", "vocabulary": 34},
-        }
-
-    def lmrl_load(self, path: str, version: str) -> dict:
-        try:
-            self.loaded.append(load_file(path))
-        except Exception as error:
-            return {"error": str(error)}
-        self.version = version
-        return {}
-
-    def generate(self, body: dict) -> tuple[int | None, dict]:
-        with self.lock:
-            self.requests.append(body)
-            number = len(self.requests)
-            self.now += 1
-            self.most = max(self.most, self.now)
-        try:
-            time.sleep(self.delay)
-            wrong = self.on_generate(number)
-            if wrong is not None:
-                return (None if wrong == "hang up" else wrong), {"error": {"message": "out of luck"}}
-            options, first = body["sampling_params"], body["token_ids"][0]
-            tokens = [first] * min(options["max_tokens"], 3)
-            content = [{"token_id": first, "logprob": -float(options["seed"] % 1000)}] * len(tokens)
-            choice = {
-                **{"token_ids": tokens, "finish_reason": "length", "logprobs": {"content": content}},
-                "weight_versions": [{"version": self.stamp, "start": 0, "end": len(tokens)}],
-            }
-            return 200, {"choices": [choice]}
-        finally:
-            with self.lock:
-                self.now -= 1
 
 
 @pytest.fixture
@@ -168,6 +71,12 @@ def generate(engine, count: int = 20, **sampling) -> list:
 def complete(completions, count: int = 20) -> bool:
     """Whether every prompt has its own completion."""
     return [one.tokens[0] for one in completions] == [2 + index % 30 for index in range(count)]
+
+
+def living(group: int) -> list[str]:
+    """Processes of a process group that are not only waiting to be reaped."""
+    lines = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True).stdout.splitlines()
+    return [line for line in lines if line.split()[0] == str(group) and not line.split()[1].startswith("Z")]
 
 
 def wait_for(condition, seconds: float = 5) -> None:
@@ -328,6 +237,71 @@ def test_a_rollout_can_be_abandoned(fakes, engine_of):
     assert time.monotonic() - started < 1.5  # it does not wait for what is under way
 
 
+# ------------------------------------------------------------------------------------------------ servers as processes
+@pytest.fixture
+def started(tiny_policy, tmp_path, monkeypatch):
+    """Builds engines that start the fake server, or a command of the test's, in place of vLLM."""
+    engines: list[VLLMServerEngine] = []
+
+    def build(*command: str, **options) -> VLLMServerEngine:
+        options = {"timeout": 5, "start_timeout": 10} | options
+        engine = VLLMServerEngine(tiny_policy, Server(**options), tmp_path)
+        for keeper in engine.keepers:
+            own = [sys.executable, fake_server.__file__, str(keeper.process.port)]
+            keeper.process.command = list(command) or own
+        engines.append(engine)
+        return engine
+
+    yield build
+    for engine in engines:
+        engine.close()
+        assert not any(living(keeper.process.process.pid) for keeper in engine.keepers)
+
+
+def kill_once(engine, requests: int):
+    """Kill the first server while its `requests`-th request is under way."""
+    complete, seen = engine.keepers[0].client.complete, []
+
+    def killing(*args):
+        seen.append(None)
+        if len(seen) == requests:
+            os.kill(engine.keepers[0].process.process.pid, signal.SIGKILL)
+        return complete(*args)
+
+    engine.keepers[0].client.complete = killing
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_server_that_is_killed_is_started_again_and_nothing_is_lost(started, count):
+    engine = started(count=count, in_flight=4)
+    generate(engine, 4)
+    first = [keeper.process.process.pid for keeper in engine.keepers]
+    kill_once(engine, 5)
+    assert complete(generate(engine, 40), 40)
+    wait_for(lambda: all(keeper.usable for keeper in engine.keepers), 10)
+    assert [keeper.restarts_left for keeper in engine.keepers] == [2, 3][:count]
+    assert engine.keepers[0].process.process.pid != first[0] and not living(first[0])
+    assert engine.syncs == 1
+
+
+def test_the_loss_of_the_last_server_is_one_line_with_the_last_words_of_its_log(started):
+    engine = started(restarts=0)
+    generate(engine, 4)
+    kill_once(engine, 1)
+    with pytest.raises(
+        EngineError, match=r"no restart is left: .* ended with -9; its log .*server-0.log says: serving"
+    ):
+        generate(engine, 4)
+    assert EngineError.exit_code == 1
+
+
+def test_a_server_that_does_not_start_is_one_line_with_the_error_of_its_log(started):
+    engine = started(sys.executable, "-c", "print('loading'); raise ValueError('too little memory')")
+    with pytest.raises(ModelError, match=r"did not start: .* ended with 1; .* says: ValueError: too little memory$"):
+        generate(engine, 4)
+    assert engine.keepers[0].restarts_left == 3  # what never ran is not tried again
+
+
 # ---------------------------------------------------------------------------------------------------- what is not possible
 @pytest.mark.parametrize(
     ("attribute", "value", "message"),
@@ -411,10 +385,12 @@ def test_a_file_is_written_piece_by_piece(tmp_path):
 
 
 def test_files_of_a_killed_run_are_removed_by_the_next_and_those_of_a_living_one_are_not(tmp_path):
-    start = "import sys, pathlib, lmrl.rollouts.server_weights as w; f = w.WeightFiles(pathlib.Path(sys.argv[1])); print(f.folder)"
-    command = [sys.executable, "-c", start + "; sys.stdout.flush(); import os; os.kill(os.getpid(), 9)", str(tmp_path)]
-    left = Path(subprocess.run(command, capture_output=True, text=True).stdout.strip())
-    assert left.is_dir() and left.parent == tmp_path
+    child = os.fork()
+    if child == 0:
+        WeightFiles(tmp_path)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    (left,) = tmp_path.iterdir()
     files = WeightFiles(tmp_path)
     others = WeightFiles(tmp_path)
     assert not left.exists() and files.folder.exists()
@@ -494,12 +470,6 @@ def agrees(policy, prompts, completions, temperature: float) -> float:
         own_T = (logits_TV / temperature).log_softmax(-1).gather(1, torch.tensor(one.tokens)[:, None])[:, 0]
         worst = max(worst, (own_T - torch.tensor(one.logprobs)).abs().max().item())
     return worst
-
-
-def living(group: int) -> list[str]:
-    """Processes of a process group that are not only waiting to be reaped."""
-    lines = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True).stdout.splitlines()
-    return [line for line in lines if line.split()[0] == str(group) and not line.split()[1].startswith("Z")]
 
 
 @has_vllm
