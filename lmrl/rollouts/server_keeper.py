@@ -50,7 +50,8 @@ class Keeper(threading.Thread):
         self.usable, self.wants_file = False, False
         self.gone: LmrlError | None = None
         self.cause = "it has not answered yet"
-        self._answered = False  # since it was last started
+        self.answers = False
+        """Whether it has answered since it was last started or lost."""
         self._since = time.monotonic()
         self._look, self._closed = threading.Event(), False
 
@@ -91,6 +92,7 @@ class Keeper(threading.Thread):
             except Lost as lost:
                 self.lose(str(lost))
                 self._bring_back()
+                self.answers = False
             except LmrlError as error:
                 self._give_up(error)
             except Exception as error:  # a mistake in here must not leave the others waiting
@@ -103,11 +105,11 @@ class Keeper(threading.Thread):
         if self.process is not None and self.process.ended:
             raise Lost(f"{self.client.url} {self.process.last_words()}")
         target = self.target
-        if target is None and self._answered:
+        if target is None and self.answers:
             return
         description = self.client.describe()
         with self.news:
-            self.description, self._answered = description, True
+            self.description, self.answers = description, True
             self.news.notify_all()
         if target is None:
             return
@@ -141,7 +143,7 @@ class Keeper(threading.Thread):
         if self.process is None:
             if late:
                 self._give_up(EngineError(f"{self.cause}; waited {self.start_timeout:g} s (start_timeout)"))
-        elif self.process.ended or self._answered or late:
+        elif self.process.ended or self.answers or late:
             self.process.ends_within(1)
             words = self.process.last_words()
             if self.description is None:
@@ -153,7 +155,7 @@ class Keeper(threading.Thread):
                 logger.warning(
                     "server %s is started again (%d restarts left): %s", self.client.url, self.restarts_left, self.cause
                 )
-                self._answered, self._since = False, time.monotonic()
+                self._since = time.monotonic()
                 self.process.kill()
                 self.process.start()
 

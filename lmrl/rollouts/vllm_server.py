@@ -104,9 +104,16 @@ class VLLMServerEngine(Engine):
             path = self._write(version)
         for keeper in self.keepers:
             keeper.aim(Target(version, path))
-        self._wait(lambda: all(keeper.usable for keeper in self._left()))
-        for keeper in self._left():
-            self._check_match(keeper)
+        self._wait(self._ready)
+        for keeper in self.keepers:
+            if keeper.usable:
+                self._check_match(keeper)
+
+    def _ready(self) -> bool:
+        """Whether sampling may begin: without waiting for servers that are just being started, but for given ones."""
+        waits = self.owner and self.options.urls
+        left = self._left()
+        return any(one.usable for one in left) and all(one.usable or not (waits or one.answers) for one in left)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The policy's weights as the servers get them."""
