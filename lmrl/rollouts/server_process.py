@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ LAUNCHER_VARIABLES = (
 )
 """Set by torchrun for the ranks of the run, of which a server is none."""
 
+ERROR_LINE = re.compile(r"\w(Error|Exception): \S")
 GRACE = 10.0
 """Seconds that a server gets to end by itself."""
 
@@ -83,8 +85,9 @@ class ServerProcess:
     def last_words(self) -> str:
         """How it ended: exit code, the last error in its log (or its last line), and where the log is."""
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines()[-200:] if line.strip()]
-        errors = [line for line in lines if "Error" in line and "WARNING" not in line]
-        said = (errors or lines or [""])[-1][-300:]
+        # vLLM's processes report each other's end, "see root cause above", after the cause itself.
+        errors = [line for line in lines if ERROR_LINE.search(line) and "root cause" not in line]
+        said = (errors or lines or [""])[-1][:400]
         code = self.process.poll() if self.process else None
         ended = "is still running" if code is None else f"ended with {code}"
         return f"{ended}; its log {self.log} says: {said}"
