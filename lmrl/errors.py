@@ -47,6 +47,12 @@ class RunError(LmrlError):
     """A run folder cannot be used as asked: it exists already, belongs to another recipe, or holds no checkpoint."""
 
 
+class EngineError(LmrlError):
+    """What samples for a run was lost, and did not come back."""
+
+    exit_code = 1
+
+
 class NonFiniteError(LmrlError):
     """Too many optimizer steps in a row had a non-finite loss or gradient."""
 

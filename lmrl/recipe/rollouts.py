@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from lmrl.recipe.base import Section
+from lmrl.recipe.server import Server
 
 CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
@@ -33,8 +34,9 @@ class VLLM(Section):
 class Rollouts(Section):
     """How episodes are sampled."""
 
-    engine: Literal["hf", "vllm"] = "hf"
-    """hf: the policy's own transformers model; vllm: a copy of its weights in vLLM, in the same process."""
+    engine: Literal["hf", "vllm", "vllm-server"] = "hf"
+    """hf: the policy's own transformers model; vllm: a copy of its weights in vLLM, in the same process; vllm-server: copies
+    in one or several vLLM servers."""
     prompts: int = Field(32, ge=1)
     """Prompts (or start states) a step."""
     samples: int = Field(1, ge=1)
@@ -69,6 +71,7 @@ class Rollouts(Section):
     correction_cap: float = Field(3.0, gt=0)
     """Largest such ratio."""
     vllm: VLLM = VLLM()
+    server: Server = Server()
 
     @property
     def corrects(self) -> CorrectionMode | None:

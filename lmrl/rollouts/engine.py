@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from lmrl import world
+from lmrl.errors import RunError
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Rollouts
 
@@ -65,10 +68,10 @@ class Engine:
         """Complete each prompt with the policy as it is; `keys` name the random stream of each, so that a repeated call
         draws the same."""
         self.refresh()
-        return self.sample(prompts, sampling, keys)
+        return self.sample(prompts, sampling, keys) if prompts else []
 
     def refresh(self) -> None:
-        """Take over the policy's weights where they have changed."""
+        """Take over the policy's weights where they have changed. Of several processes, all have to call it."""
         if self.stale:
             self.sync()
             self.stale = False
@@ -94,12 +97,27 @@ class Engine:
         return any(text in tail for text in stop)
 
 
-def build_engine(options: Rollouts, policy: Policy, check: Callable[[], None] = lambda: None) -> Engine:
-    """The engine that a recipe's `rollouts` section names."""
+def build_engine(
+    options: Rollouts, policy: Policy, check: Callable[[], None] = lambda: None, folder: Path | None = None
+) -> Engine:
+    """The engine that a recipe's `rollouts` section names. folder: the run's, for logs (None: a temporary one)."""
+    if options.engine == "vllm" and world.size() > 1:
+        raise RunError(
+            f"rollouts.engine=vllm lives in one process, but this is a launch of {world.size()}: set "
+            "rollouts.engine=vllm-server, whose servers all of them share"
+        )
     if options.engine == "vllm":
         from lmrl.rollouts.vllm import VLLMEngine
 
         return VLLMEngine(policy, options, check)
+    if options.engine == "vllm-server":
+        from lmrl.rollouts.vllm_server import VLLMServerEngine
+
+        if world.is_main():
+            engine = VLLMServerEngine(policy, options.server, folder, check)
+            world.agreed(engine.shared)
+            return engine
+        return VLLMServerEngine(policy, options.server, folder, check, shared=world.agreed(None))
     from lmrl.rollouts.hf import HFEngine
 
     return HFEngine(policy, options.slots, options.cache_tokens, check)

@@ -89,7 +89,7 @@ class Stage:
         section = task_of(recipe, run.folder)
         self.task = build_task(section, self.policy.tokenizer)
         self.task.learning = True
-        self.engine = build_engine(recipe.rollouts, self.policy, interrupt.check)
+        self.engine = build_engine(recipe.rollouts, self.policy, interrupt.check, run.folder)
         self.trust = Trust(self.policy, self.engine, recipe.rollouts)
         self.sampler = Sampler(self.task, self.engine, self.policy.decode)
         self.source = build_source(
@@ -199,6 +199,8 @@ class Stage:
         self.interrupt.safe = world.size() == 1  # several processes stop together, between two steps
         self.interrupt.check()
         with self.strategy.whole():
+            if self.recipe.source.name != "dataset":
+                self.engine.refresh()
             drawn = self.source.next(step)
         self.interrupt.safe = False
         sampled = time.monotonic()
@@ -345,6 +347,8 @@ class Stage:
     def _evaluate(self, step: int, name: str) -> list[Trajectory]:
         """Score the policy as it is, on the suite and on held-out logged episodes; returns the suite's episodes."""
         with self.strategy.whole():
+            if self.evaluator is not None:
+                self.engine.refresh()
             scores, trajectories = self.evaluator() if self.evaluator is not None else ({}, [])
             found = start_values(self.policy, trajectories, *self._discounts()) if trajectories else {}
         heldout = self.source.logged.heldout(self.recipe.evaluation.episodes) if self.source.logged else []

@@ -1,0 +1,167 @@
+"""Keeping servers in service: started, holding the weights they should, and started again when they are lost."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmrl.errors import EngineError, LmrlError, ModelError
+from lmrl.rollouts.server_client import Client, Description, Lost, Refused
+from lmrl.rollouts.server_process import ServerProcess
+
+logger = logging.getLogger(__name__)
+IMPATIENT, PATROL = 0.2, 5.0
+"""Seconds between looks at a server that is out of service, and at one that is in service."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The weights that a server has to hold. path: a file with them; None where they came, or are to come, otherwise."""
+
+    version: str
+    path: Path | None = None
+
+
+class Keeper(threading.Thread):
+    """Looks after one server.
+
+    A server is in service (`usable`) while it holds the target's weights. Whoever loses a request to it calls `lose`;
+    the keeper then brings it back, or at last gives it up: `gone` says why. `news` is notified of every change.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        news: threading.Condition,
+        start_timeout: float,
+        owner: bool = True,
+        process: ServerProcess | None = None,
+        restarts: int = 0,
+    ):
+        """owner: whether this process gives the server its weights, or waits until another one has."""
+        super().__init__(daemon=True, name=f"keeper of {client.url}")
+        self.client, self.news, self.start_timeout, self.owner = client, news, start_timeout, owner
+        self.process, self.restarts_left = process, restarts
+        self.target: Target | None = None
+        self.description: Description | None = None
+        self.usable, self.wants_file = False, False
+        self.gone: LmrlError | None = None
+        self.cause = "it has not answered yet"
+        self.answers = False
+        """Whether it has answered since it was last started or lost."""
+        self._since = time.monotonic()
+        self._look, self._closed = threading.Event(), False
+
+    # ---------------------------------------------------------------------------------------- called by other threads
+    def aim(self, target: Target | None) -> None:
+        """Out of service until it holds these weights (None: until told which)."""
+        with self.news:
+            self.target, self.usable, self.wants_file = target, False, False
+            self._since = time.monotonic()
+        self._look.set()
+
+    def lose(self, cause: str) -> None:
+        """Out of service: a request to it was lost."""
+        with self.news:
+            if self.usable:
+                self._since = time.monotonic()
+            self.usable, self.cause = False, cause
+            self.news.notify_all()
+        self._look.set()
+
+    def close(self) -> None:
+        """Leave the server alone, and end it if the run has started it."""
+        self._closed = True
+        self._look.set()
+        self.client.hang_up()
+        if self.is_alive():
+            self.join(timeout=5)
+        if self.process is not None:
+            self.process.stop()
+
+    # ------------------------------------------------------------------------------------------------ the thread itself
+    def run(self) -> None:
+        if self.process is not None:
+            self.process.start()
+        while not self._closed and self.gone is None:
+            try:
+                self._step()
+            except Lost as lost:
+                self.lose(str(lost))
+                self._bring_back()
+                self.answers = False
+            except LmrlError as error:
+                self._give_up(error)
+            except Exception as error:  # a mistake in here must not leave the others waiting
+                self._give_up(EngineError(f"keeping {self.client.url} failed: {type(error).__name__}: {error}"))
+            self._look.wait(PATROL if self.usable else IMPATIENT)
+            self._look.clear()
+
+    def _step(self) -> None:
+        """See what weights the server holds, and give it those of the target."""
+        if self.process is not None and self.process.ended:
+            raise Lost(f"{self.client.url} {self.process.last_words()}")
+        target = self.target
+        if target is None and self.answers:
+            return
+        description = self.client.describe()
+        with self.news:
+            self.description, self.answers = description, True
+            self.news.notify_all()
+        if target is None:
+            return
+        if description.version != target.version:
+            if not self.owner:
+                raise Lost(f"{self.client.url} holds weights '{description.version}', not yet '{target.version}'")
+            if target.path is None:
+                with self.news:
+                    self.usable, self.wants_file = False, True
+                    self.news.notify_all()
+                return
+            self._load(target)
+        with self.news:
+            self.usable = self.target is target
+            self.news.notify_all()
+
+    def _load(self, target: Target) -> None:
+        try:
+            self.client.load(target.path, target.version)
+        except Refused as refused:
+            if self.target is not target:
+                return  # the file has been replaced meanwhile
+            raise EngineError(
+                f"{refused} (a server on another machine, or in a container, does not see the file: set "
+                "rollouts.server.transfer=nccl)"
+            ) from refused
+
+    def _bring_back(self) -> None:
+        """After the server was found lost: start it again if it is ours, or wait."""
+        late = time.monotonic() - self._since > self.start_timeout
+        if self.process is None:
+            if late:
+                self._give_up(EngineError(f"{self.cause}; waited {self.start_timeout:g} s (start_timeout)"))
+        elif self.process.ended or self.answers or late:
+            self.process.ends_within(1)
+            words = self.process.last_words()
+            if self.description is None:
+                self._give_up(ModelError(f"a server did not start: {self.client.url} {words}"))
+            elif self.restarts_left == 0:
+                self._give_up(EngineError(f"a server was lost, and no restart is left: {self.client.url} {words}"))
+            elif not self._closed:
+                self.restarts_left -= 1
+                logger.warning(
+                    "server %s is started again (%d restarts left): %s", self.client.url, self.restarts_left, self.cause
+                )
+                self._since = time.monotonic()
+                self.process.kill()
+                self.process.start()
+
+    def _give_up(self, error: LmrlError) -> None:
+        if self.process is not None:
+            self.process.kill()
+        with self.news:
+            self.usable, self.gone = False, error
+            self.news.notify_all()

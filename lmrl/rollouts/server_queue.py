@@ -1,0 +1,96 @@
+"""Handing out requests to several servers: a bounded number in flight, and none lost with a server."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lmrl.errors import EngineError, LmrlError
+from lmrl.rollouts.server_client import Failed, Lost
+from lmrl.rollouts.server_keeper import Keeper
+
+TRIES = 4
+"""How often a request may fail at servers that are there. Requests lost with a server do not count."""
+
+
+def hand_out(
+    count: int,
+    keepers: Sequence[Keeper],
+    in_flight: int,
+    ask: Callable[[Keeper, int], Any],
+    news: threading.Condition,
+    watch: Callable[[], None],
+) -> list[Any]:
+    """The answers to requests 0 to `count` - 1, in order.
+
+    ask: sends a request to a keeper's server, and raises Lost where it has to be sent again, to this server or another.
+    in_flight: requests at a time for each server. watch: called several times a second; raises to abandon everything.
+    Each server gets requests only while it is in service. Every request is answered exactly once.
+    """
+    waiting = deque(range(count))
+    found: dict[int, Any] = {}
+    failures = [0] * count
+    errors: list[LmrlError] = []
+    over = False
+
+    def work(keeper: Keeper) -> None:
+        while True:
+            with news:
+                news.wait_for(lambda: over or (waiting and keeper.usable))
+                if over:
+                    return
+                index = waiting.popleft()
+            try:
+                answer = ask(keeper, index)
+            except Lost as lost:
+                with news:
+                    waiting.appendleft(index)
+                    failures[index] += isinstance(lost, Failed)
+                    if failures[index] == TRIES:
+                        errors.append(EngineError(f"a request failed {TRIES} times, at last: {lost}"))
+                if not over:
+                    keeper.lose(str(lost))
+            except LmrlError as error:
+                with news:
+                    errors.append(error)
+                    news.notify_all()
+                return
+            except Exception as error:  # a mistake in here must not leave the caller waiting
+                with news:
+                    errors.append(EngineError(f"a request could not be sent: {type(error).__name__}: {error}"))
+                    news.notify_all()
+                return
+            else:
+                with news:
+                    found[index] = answer
+                    if len(found) == count:
+                        news.notify_all()
+
+    threads = [
+        threading.Thread(target=work, args=(keeper,), daemon=True)
+        for keeper in keepers
+        for _ in range(min(in_flight, count))
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        while True:
+            with news:
+                news.wait_for(lambda: errors or len(found) == count, timeout=0.1)
+                if errors:
+                    raise errors[0]
+                if len(found) == count:
+                    return [found[index] for index in range(count)]
+            watch()
+    finally:
+        with news:
+            over = True
+            news.notify_all()
+        if len(found) < count:
+            for keeper in keepers:
+                keeper.client.hang_up()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join(timeout=5)

@@ -1,0 +1,225 @@
+"""The `vllm-server` engine: sampling from vLLM servers, given by address or started by the run.
+
+All ranks of a run share the servers. One rank owns them: it starts them and gives them the weights; the others are handed
+`engine.shared` and only sample.
+"""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmrl.errors import ModelError
+from lmrl.policy.merged import merged_weights
+from lmrl.policy.policy import Policy
+from lmrl.recipe.server import Server
+from lmrl.rollouts.engine import Completion, Engine, Keys, Sampling
+from lmrl.rollouts.server_client import Client
+from lmrl.rollouts.server_keeper import Keeper, Target
+from lmrl.rollouts.server_process import ServerProcess, gpus_of
+from lmrl.rollouts.server_queue import hand_out
+from lmrl.rollouts.server_weights import Broadcast, Member, WeightFiles
+from lmrl.seeding import key
+
+
+class VLLMServerEngine(Engine):
+    """Samples from servers, and keeps them in service: see lmrl/rollouts/server_keeper.py.
+
+    folder: where `servers/server-N.log` goes (None: a temporary folder). shared: what the owner's `shared` says, on every
+    other rank. Servers start with the first `refresh` of the owner. Raises ModelError for a policy guided by Q heads.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        options: Server,
+        folder: Path | None = None,
+        check: Callable[[], None] = lambda: None,
+        shared: dict[str, Any] | None = None,
+    ):
+        super().__init__(policy, check)
+        if policy.guidance is not None:
+            raise ModelError(
+                "engine 'vllm-server' samples from the language model alone, but Q heads guide this policy: set "
+                "rollouts.engine=hf"
+            )
+        self.options, self.owner = options, shared is None
+        self.run_id = uuid.uuid4().hex[:12] if shared is None else shared["run"]
+        self.scratch = Path(tempfile.mkdtemp(prefix="lmrl-server-"))
+        self.files: WeightFiles | None = None
+        self.broadcast = Broadcast(self.weights)
+        self.news = threading.Condition()
+        processes: list[ServerProcess | None] = []
+        if self.owner and not options.urls:
+            processes = [self._process(index, (folder or self.scratch) / "servers") for index in range(options.count)]
+        urls = shared["urls"] if shared else options.urls or [process.url for process in processes]
+        self.keepers = [
+            Keeper(
+                Client(url, options.timeout), self.news, options.start_timeout, self.owner, process, options.restarts
+            )
+            for url, process in zip(urls, processes or [None] * len(urls), strict=True)
+        ]
+        self.closed = False
+        atexit.register(self.close)
+
+    def _process(self, index: int, logs: Path) -> ServerProcess:
+        options, model = self.options, self.scratch / "model"
+        if not model.exists():
+            save_skeleton(self.policy, model)
+        gpus: tuple[str, ...] = ()
+        if torch.cuda.is_available():
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            gpus = gpus_of(index, options.count, options.tensor_parallel_size, visible.split(","), ranks)
+        length = options.max_model_len or self.policy.max_length
+        return ServerProcess(options, model, length, gpus, logs / f"server-{index}.log")
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What the engines of other ranks need: plain data, to be broadcast."""
+        return {"run": self.run_id, "urls": [keeper.client.url for keeper in self.keepers]}
+
+    # --------------------------------------------------------------------------------------------------------- weights
+    def sync(self) -> None:
+        """Have all servers take over the policy's weights. On other ranks than the owner's: take no other weights."""
+        version = f"{self.run_id}-{self.syncs + 1}"
+        for keeper in self.keepers:
+            keeper.aim(None)
+            if keeper.ident is None:
+                keeper.start()
+        path = None
+        if self.owner and self._broadcasts():
+            self.broadcast.send([member_of(keeper) for keeper in self.keepers if not keeper.gone], version)
+        elif self.owner:
+            path = self._write(version)
+        for keeper in self.keepers:
+            keeper.aim(Target(version, path))
+        self._wait(self._ready)
+        for keeper in self.keepers:
+            if keeper.usable:
+                self._check_match(keeper)
+
+    def _ready(self) -> bool:
+        """Whether sampling may begin: without waiting for servers that are just being started, but for given ones."""
+        waits = self.owner and self.options.urls
+        left = self._left()
+        return any(one.usable for one in left) and all(one.usable or not (waits or one.answers) for one in left)
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The policy's weights as the servers get them."""
+        dtype = torch.float32 if self.options.urls else getattr(torch, self.options.dtype)
+        for name, tensor in merged_weights(self.policy):
+            yield name, tensor.to(dtype)
+
+    def _write(self, version: str) -> Path:
+        self.files = self.files or WeightFiles()
+        names = [name for name, _ in self.policy.causal_lm.named_parameters()]
+        return self.files.write(self.weights, names, version)
+
+    def _broadcasts(self) -> bool:
+        """Whether weights go from GPU to GPU. Raises ModelError where they should and cannot."""
+        if self.options.transfer == "files" or (self.options.transfer == "auto" and self.policy.device.type != "cuda"):
+            return False
+        self._wait(lambda: all(keeper.description for keeper in self._left()))
+        descriptions = [keeper.description for keeper in self._left()]
+        own = torch.cuda.get_device_properties(self.policy.device).uuid if self.policy.device.type == "cuda" else None
+        lacks = ""
+        if own is None:
+            lacks = f"the policy is on '{self.policy.device}'"
+        elif any(description.transfer != "nccl" for description in descriptions):
+            lacks = """a server was started without --weight-transfer-config='{"backend": "nccl"}'"""
+        elif any(str(own) in description.gpus for description in descriptions):
+            lacks = "a server shares its GPU with the policy"
+        if lacks and self.options.transfer == "nccl":
+            raise ModelError(f"rollouts.server.transfer=nccl: {lacks}; set it to files, or to auto")
+        return not lacks
+
+    def _check_match(self, keeper: Keeper) -> None:
+        ours, theirs = self.policy.causal_lm.config.get_text_config(), keeper.description
+        if (ours.model_type, ours.vocab_size) != (theirs.model_type, theirs.vocabulary):
+            raise ModelError(
+                f"{keeper.client.url} serves a {theirs.model_type} with {theirs.vocabulary} tokens, but the policy is a "
+                f"{ours.model_type} with {ours.vocab_size}: serve the model of model.path"
+            )
+
+    # -------------------------------------------------------------------------------------------------------- sampling
+    def sample(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
+        self._check_lengths(max(map(len, prompts)), sampling)
+        version, eos = f"{self.run_id}-{self.syncs}", self.policy.eos_ids
+
+        def ask(keeper: Keeper, index: int) -> Completion:
+            seed = key(*keys[index]) % 2**63
+            return keeper.client.complete(prompts[index], sampling, seed, eos, version)
+
+        return hand_out(len(prompts), self.keepers, self.options.in_flight, ask, self.news, self._watch)
+
+    def _check_lengths(self, longest: int, sampling: Sampling) -> None:
+        limits = [keeper.description.max_model_len for keeper in self._left() if keeper.description]
+        limit = min([*limits, *([self.policy.max_length] if self.policy.max_length else [])])
+        if longest + sampling.max_new_tokens > limit:
+            raise ModelError(
+                f"a context of {longest} tokens and max_new_tokens={sampling.max_new_tokens} need "
+                f"{longest + sampling.max_new_tokens} positions, but the servers have {limit}: lower "
+                "rollouts.max_new_tokens, shorten the context (task.prompts.max_tokens, task.history), or raise the servers' "
+                "max_model_len"
+            )
+
+    def _left(self) -> list[Keeper]:
+        return [keeper for keeper in self.keepers if keeper.gone is None]
+
+    def _watch(self) -> None:
+        """Called while waiting for servers: raises where waiting is of no use, and writes the file that one waits for."""
+        self.check()
+        gone = [keeper.gone for keeper in self.keepers if keeper.gone]
+        for error in gone:
+            if isinstance(error, ModelError) or len(gone) == len(self.keepers):
+                raise error
+        if any(keeper.wants_file for keeper in self.keepers):  # started again after a broadcast
+            target = self.keepers[0].target
+            path = self._write(target.version)
+            for keeper in self.keepers:
+                if keeper.wants_file:
+                    keeper.aim(Target(target.version, path))
+
+    def _wait(self, done: Callable[[], bool]) -> None:
+        while True:
+            self._watch()
+            with self.news:
+                if self.news.wait_for(done, timeout=0.1):
+                    return
+
+    def close(self) -> None:
+        """End the servers that the run has started, and leave no files."""
+        if self.closed:
+            return
+        self.closed = True
+        atexit.unregister(self.close)
+        self.broadcast.close()
+        for keeper in self.keepers:
+            keeper.close()
+        if self.files is not None:
+            self.files.close()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def member_of(keeper: Keeper) -> Member:
+    return Member(keeper.client, keeper.description.workers, keeper.description.group)
+
+
+def save_skeleton(policy: Policy, folder: Path) -> None:
+    """A model folder without weights: config and tokenizer, of which a server is started."""
+    lm = policy.causal_lm
+    config = copy.deepcopy(lm.config)
+    config.architectures = [type(lm).__name__]
+    config.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
