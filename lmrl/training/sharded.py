@@ -134,6 +134,8 @@ class DeepSpeedStrategy(Strategy):
         for name, parameter in parameters.items():
             for key, value in entries_of(name, tensors).items():
                 if key in MOMENTS:
+                    if self.shards_weights:  # ZeRO-3 cuts it into equal pieces, and does not fill up the last one
+                        value = nn.functional.pad(value.flatten(), (0, -value.numel() % world.size()))
                     safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
 
     def _make_state(self) -> None:

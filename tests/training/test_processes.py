@@ -130,4 +130,4 @@ def test_a_mistake_is_one_line(tmp_path):
         [sys.executable, "-m", "lmrl", "train", "random_walks/ppo", "objective.clipp=1", "--processes", "2"],
         capture_output=True, text=True, timeout=200,
     )  # fmt: skip
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "did you mean 'clip'?" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "did you mean 'objective.clip'?" in done.stderr
