@@ -123,7 +123,7 @@ class DeepSpeedStrategy(Strategy):
         return tensors
 
     def load_optimizer_tensors(self, parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         if not tensors:
             return
@@ -134,9 +134,10 @@ class DeepSpeedStrategy(Strategy):
         for name, parameter in parameters.items():
             for key, value in entries_of(name, tensors).items():
                 if key in MOMENTS:
-                    if self.shards_weights:  # ZeRO-3 cuts it into equal pieces, and does not fill up the last one
-                        value = nn.functional.pad(value.flatten(), (0, -value.numel() % world.size()))
-                    safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+                    if self.shards_weights:
+                        safe_set_local_optimizer_state(parameter, own_piece(value).to(parameter.device), key)
+                    else:
+                        safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
 
     def _make_state(self) -> None:
         """A step that changes nothing, after which there is a state to write to."""
@@ -193,6 +194,7 @@ class FSDPStrategy(Strategy):
         self.parameters = [one for group in optimizer.param_groups for one in group["params"]]
         with torch.no_grad():
             policy(policy.idle().to(policy.device))  # FSDP sets itself up in the first pass from the top
+        policy.reshard()  # else what stands outside of layers would be known by its gathered tensors
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         (loss * world.size()).backward()  # FSDP averages over the processes what has to be added up
@@ -253,6 +255,12 @@ class FSDPStrategy(Strategy):
 def settle(policy: Policy) -> None:
     """Find out what is found out by trial, while the weights are whole."""
     _ = policy.packs
+
+
+def own_piece(value: torch.Tensor) -> torch.Tensor:
+    """This process's piece of a parameter as ZeRO-3 cuts it: equal pieces, the last filled up with zeros."""
+    flat = nn.functional.pad(value.flatten(), (0, -value.numel() % world.size()))
+    return flat.chunk(world.size())[world.rank()].clone()
 
 
 def used_outside_of_modules(policy: Policy) -> list[nn.Parameter]:
