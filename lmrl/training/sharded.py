@@ -37,7 +37,7 @@ class DeepSpeedStrategy(Strategy):
 
     def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:
         super().prepare(policy, optimizer, max_grad_norm)
-        settle(policy)
+        settle(policy, self.shards_weights)
         if any(one.dtype != torch.float32 for one in policy.parameters()):
             raise RecipeError(
                 "deepspeed wants all weights in one precision, but the recipe's frozen ones are bfloat16: set "
@@ -181,7 +181,7 @@ class FSDPStrategy(Strategy):
         from torch.distributed.fsdp import fully_shard
 
         super().prepare(policy, optimizer, max_grad_norm)
-        settle(policy)
+        settle(policy, True)
         names = {id(parameter): name for name, parameter in policy.named_parameters()}
         self.layers = decoder_layers(policy)
         for layer in self.layers:
@@ -252,8 +252,13 @@ class FSDPStrategy(Strategy):
                 self.optimizer.state[parameter][key] = value.clone()
 
 
-def settle(policy: Policy) -> None:
-    """Find out what is found out by trial, while the weights are whole."""
+def settle(policy: Policy, shares_weights: bool) -> None:
+    """Find out what is found out by trial, while the weights are whole; and refuse what needs them whole."""
+    if shares_weights and policy.guidance is not None:
+        raise RecipeError(
+            "objectives with Q values move whole target weights, which this launch shares out over its processes: launch it "
+            "with --accelerate zero2, or without"
+        )
     _ = policy.packs
 
 

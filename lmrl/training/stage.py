@@ -110,6 +110,11 @@ class Stage:
         if self.checkpoint is not None:
             load_weights(self.policy, self.checkpoint, recipe.model.trust_remote_code)
         self.strategy = strategy or Strategy()
+        if recipe.evaluation.gate is not None and self.strategy.lockstep:
+            raise RecipeError(
+                f"evaluation.gate takes the policy back in the middle of a stage, which does not go with {self.strategy.name}: "
+                "launch without --accelerate, or leave the gate out"
+            )
         self.updater = Updater(self.policy, recipe.optimizer, recipe.training.steps, self.strategy)
         self.evaluator = None
         if recipe.evaluation.suite is not None:
