@@ -133,6 +133,11 @@ class DPO(Objective):
                     f"{self.cache.path}: {len(lacking)} episodes of this run are missing in the reference's cache, and the "
                     "policy has moved on: start the run again, or set objective.cache_reference=false"
                 )
+            if lacking and world.size() > 1:
+                raise RunError(
+                    f"{self.cache.path}: {len(lacking)} episodes are missing in the reference's cache, which one process fills: "
+                    "begin the run in one and go on by --resume --processes N, or set objective.cache_reference=false"
+                )
             self.cache.add(policy, lacking)
 
     def state(self) -> dict[str, Any]:
