@@ -202,17 +202,9 @@ class FSDPStrategy(Strategy):
     def _reduce(self) -> None:
         """Done in the backward pass."""
 
-    def step(self, finite: bool) -> float:
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if not (finite and bool(norm.isfinite())):
-            self.zero_grad()
-            return float(norm)
-        if self.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
-        self.optimizer.step()
-        return float(norm)
+    def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        norm = super()._norm(gradients)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     @contextmanager
     def whole(self) -> Iterator[None]:

@@ -59,7 +59,7 @@ class Strategy:
         """Update the weights, unless the gradient is not `finite`; returns its norm over all weights."""
         self._reduce()
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = self._norm(gradients)
         if not (finite and bool(norm.isfinite())):
             self.zero_grad()
             return float(norm)
@@ -67,6 +67,9 @@ class Strategy:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
         self.optimizer.step()
         return float(norm)
+
+    def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        return torch.nn.utils.get_total_norm(gradients)
 
     def _reduce(self) -> None:
         """Add up the gradients of all processes, in buckets."""
