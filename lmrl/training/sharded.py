@@ -69,9 +69,8 @@ class DeepSpeedStrategy(Strategy):
         """DeepSpeed forgets gradients with every step."""
 
     def forward(self, micro: Microbatch, want: Want) -> Outputs:
-        return self.engine(
-            micro, want
-        )  # ZeRO-3 counts microbatches where they enter, and would keep the last one's gradient
+        # Not the policy itself: ZeRO-3 counts microbatches here, and would keep the last one's gradient alone.
+        return self.engine(micro, want)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
