@@ -59,6 +59,12 @@ class NonFiniteError(LmrlError):
     exit_code = 1
 
 
+class MemoryShortError(LmrlError):
+    """Memory ran out where no smaller piece of work is left to try."""
+
+    exit_code = 1
+
+
 class SamplerError(LmrlError):
     """An engine samples from other probabilities than the learner computes."""
 

@@ -6,28 +6,32 @@ import json
 import math
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lmrl.recipe import (
+    DatasetSource,
+    DPOObjective,
     ILQLObjective,
     MixtureSource,
     Model,
     PPOObjective,
+    PromptTask,
     QObjective,
     QSFTObjective,
     Recipe,
     RewardModelObjective,
 )
 
-ADAM_BYTES = 4 + 4 + 8
-"""A trainable parameter: float32 weight, gradient and two moments."""
 PROCESS_MB = 450
 """Python with torch and transformers imported, before any model."""
 SLICE = 8192
 """Vocabulary entries that lmrl.policy.logprobs projects at a time."""
 VLLM_CACHE_GIB = 1.0
 """vLLM's keys and values where the recipe does not say, as in lmrl.rollouts.vllm on a CPU."""
+SPARE = 64
+"""Columns of keys and values ahead of need, as in lmrl.policy.cache."""
 BINS = 51
 """Categories of a value, as in lmrl.policy.heads."""
 
@@ -57,41 +61,95 @@ def arithmetic_line(recipe: Recipe) -> str:
 
 
 def memory_lines(recipe: Recipe) -> list[str]:
-    """An estimate of peak memory, item by item, or why there is none."""
+    """The model's size and an estimate of peak memory, item by item, or why there is none."""
+    shape, items = model_shape(recipe.model), memory(recipe)
+    if shape is None or items is None:
+        return [f"memory: unknown, because the sizes of '{recipe.model.path or 'model.config'}' are not known here yet"]
+    parts = ", ".join(f"{name} {size:,.0f}" for name, size in items.items())
+    learned, copy, heads, _ = _trained(recipe, shape)
+    count = f"{shape['parameters'] / 1e6:,.2f}M parameters, {(learned + copy + heads) / 1e6:,.2f}M trainable"
+    return [f"model: {count}", f"memory: about {sum(items.values()):,.0f} MB ({parts})"]
+
+
+def memory(recipe: Recipe, accelerator: bool = False) -> dict[str, float] | None:
+    """An estimate of peak memory in MB, item by item; None where the model's sizes are not known on this machine.
+
+    It is that of one process that shares nothing out. accelerator: of the accelerator's memory, without Python's.
+    """
     shape = model_shape(recipe.model)
     if shape is None:
-        return [f"memory: unknown, because the sizes of '{recipe.model.path or 'model.config'}' are not known here yet"]
-    lora, reference = recipe.model.lora, getattr(recipe.objective, "kl_coef", 0) > 0
-    total = shape["parameters"]
-    trainable = total if lora is None else lora.r * shape["lora_per_rank"]
+        return None
+    lora, total = recipe.model.lora, shape["parameters"]
+    learned, copy, heads, targets = _trained(recipe, shape)
     base_bytes = total * (2 if recipe.model.dtype == "bfloat16" else 4)
-    heads, targets = head_parameters(recipe.objective, shape["hidden"], shape["vocabulary"])
-    copy = total if getattr(recipe.objective, "trunk", "") == "separate" else 0
-    learned = trainable
-    if isinstance(recipe.objective, QSFTObjective):  # trains a copy, and leaves the policy as it is
-        copy, learned = total, 0
-    items = {"weights": base_bytes + (trainable * 4 if lora else 0), "gradients and Adam": learned * (ADAM_BYTES - 4)}
-    items["second model and its target"] = copy * (ADAM_BYTES + 4)
-    items["heads and their targets"] = heads * ADAM_BYTES + targets * 4
-    if reference and lora is None:
+    items = {"weights": base_bytes + (lora.r * shape["lora_per_rank"] * 4 if lora else 0)}
+    moments = _moments_bytes(recipe, shape)
+    items["gradients and Adam"] = learned * 4 + moments(learned)
+    items["second model and its target"] = copy * 12 + moments(copy)  # weight, gradient, target
+    items["heads and their targets"] = heads * 8 + targets * 4 + moments(heads, 0)
+    if getattr(recipe.objective, "kl_coef", 0) > 0 and lora is None:
         items["reference"] = base_bytes
     if recipe.rollouts.engine == "vllm":
         vllm = recipe.rollouts.vllm
         copied = total * (4 if vllm.dtype == "float32" else 2)
         items["vLLM's copy and cache"] = copied + (vllm.memory or VLLM_CACHE_GIB) * 2**30
+    update, sampling = _update_bytes(recipe, shape), _sampling_bytes(recipe, shape)
+    # Not at the same time, and what the one has freed the other takes.
+    items |= update if sum(update.values()) >= sum(sampling.values()) else sampling
+    megabytes = {name: size / 2**20 for name, size in items.items() if size}
+    return megabytes if accelerator else megabytes | {"python": PROCESS_MB}
+
+
+def _trained(recipe: Recipe, shape: dict[str, int]) -> tuple[int, int, int, int]:
+    """Parameters that are trained in the policy, in a second model and in heads, and those of the heads' targets."""
+    lora, total = recipe.model.lora, shape["parameters"]
+    heads, targets = head_parameters(recipe.objective, shape["hidden"], shape["vocabulary"])
+    learned = total if lora is None else lora.r * shape["lora_per_rank"]
+    if isinstance(recipe.objective, QSFTObjective):  # trains a copy, and leaves the policy as it is
+        return 0, total, heads, targets
+    return learned, total if getattr(recipe.objective, "trunk", "") == "separate" else 0, heads, targets
+
+
+def _moments_bytes(recipe: Recipe, shape: dict[str, int]) -> Callable[..., int]:
+    """Bytes of the optimizer's two moments for so many parameters, of which the embeddings never are in 8 bits."""
+    embeddings = 0 if recipe.model.lora else shape["vocabulary"] * shape["hidden"]
+
+    def moments(parameters: int, embedded: int = embeddings) -> int:
+        if recipe.optimizer.name == "adamw":
+            return 8 * parameters
+        return 2 * parameters + 6 * min(embedded, parameters)
+
+    return moments
+
+
+def _update_bytes(recipe: Recipe, shape: dict[str, int]) -> dict[str, int]:
+    """What a pass of an update keeps for its backward pass."""
     tokens = min(recipe.training.microbatch_tokens, recipe.arithmetic()["episodes"] * _tokens_an_episode(recipe))
-    activation = 2 if "bfloat16" in (recipe.model.dtype, recipe.training.precision) else 4
+    width = 2 if "bfloat16" in (recipe.model.dtype, recipe.training.precision) else 4
     # Attention input, q, k, v, output, two norms and three feed-forward maps are kept for the backward pass.
-    per_token = shape["layers"] * (10 * shape["hidden"] + 4 * shape["intermediate"]) * activation
+    per_token = shape["layers"] * (10 * shape["hidden"] + 4 * shape["intermediate"]) * width
     # With checkpointing only the layers' inputs are kept, and one layer is computed again at a time.
-    kept = shape["layers"] * shape["hidden"] * activation + per_token // shape["layers"]
-    items["activations"] = tokens * (kept if recipe.training.gradient_checkpointing else per_token)
+    kept = shape["layers"] * shape["hidden"] * width + per_token // shape["layers"]
+    items = {"activations": tokens * (kept if recipe.training.gradient_checkpointing else per_token)}
     if not isinstance(recipe.objective, RewardModelObjective):
         items["vocabulary slices"] = 3 * tokens * min(SLICE, shape["vocabulary"]) * 4
-    megabytes = {name: size / 2**20 for name, size in items.items() if size} | {"python": PROCESS_MB}
-    parts = ", ".join(f"{name} {size:,.0f}" for name, size in megabytes.items())
-    count = f"{total / 1e6:,.2f}M parameters, {(learned + copy + heads) / 1e6:,.2f}M trainable"
-    return [f"model: {count}", f"memory: about {sum(megabytes.values()):,.0f} MB ({parts})"]
+    return items
+
+
+def _sampling_bytes(recipe: Recipe, shape: dict[str, int]) -> dict[str, int]:
+    """What engine `hf` holds while it samples."""
+    options = recipe.rollouts
+    if isinstance(recipe.source, DatasetSource) or options.engine != "hf":
+        return {}
+    rows = min(options.slots, options.prompts * options.samples)
+    tokens = rows * (_tokens_an_episode(recipe) + SPARE)
+    if options.cache_tokens is not None:
+        tokens = min(tokens, options.cache_tokens)
+    width = 2 if "bfloat16" in (recipe.model.dtype, recipe.training.precision) else 4
+    return {
+        "keys and values": tokens * 2 * shape["layers"] * shape["keys"] * width,
+        "logits of sampling": 3 * rows * shape["vocabulary"] * 4,
+    }
 
 
 def head_parameters(objective: Any, hidden: int, vocabulary: int) -> tuple[int, int]:
@@ -111,10 +169,14 @@ def head_parameters(objective: Any, hidden: int, vocabulary: int) -> tuple[int, 
 
 
 def _tokens_an_episode(recipe: Recipe) -> int:
-    """Tokens of an episode at most; a prompt is guessed where its file has to be read to know."""
+    """Tokens of an episode at most; guessed where only playing tells."""
     if isinstance(recipe.objective, RewardModelObjective):
         return 2 * recipe.objective.max_length  # of a pair
-    return recipe.rollouts.max_new_tokens + 16
+    logged = getattr(recipe.source, "max_tokens", None)
+    if isinstance(recipe.source, DatasetSource) and logged is not None:
+        return logged * (2 if isinstance(recipe.objective, DPOObjective) else 1)
+    prompt = recipe.task.prompts.max_tokens if isinstance(recipe.task, PromptTask) else 16
+    return recipe.rollouts.max_new_tokens + prompt
 
 
 def model_shape(model: Model) -> dict[str, int] | None:
@@ -147,6 +209,7 @@ def _shape_of_config(config: dict[str, Any], parameters: int | None) -> dict[str
     return {
         "hidden": hidden,
         "layers": layers,
+        "keys": kv,
         "intermediate": intermediate,
         "vocabulary": vocabulary,
         "parameters": parameters or layers * (attention + mlp) + embeddings,

@@ -31,8 +31,15 @@ from lmrl.recipe_files import read_yaml, to_yaml, validate
 RECIPE_FILE, VERSIONS_FILE, RESULTS_FILE = "recipe.yaml", "versions.json", "results.json"
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "gymnasium", "numpy", "tokenizers")
-FREE_TO_CHANGE = (("training", "checkpoint_every"), ("training", "keep_checkpoints"), ("tracking",))
-"""Recipe keys that a resumed run may change, because they do not touch what is computed."""
+FREE_TO_CHANGE = (
+    ("training", "checkpoint_every"),
+    ("training", "keep_checkpoints"),
+    ("training", "microbatch_tokens"),
+    ("training", "gradient_checkpointing"),
+    ("training", "try_worst_case"),
+    ("tracking",),
+)
+"""Recipe keys that a resumed run may change, because they do not touch what is computed, or only its rounding."""
 
 
 class Run:

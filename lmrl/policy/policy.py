@@ -21,6 +21,7 @@ from lmrl.policy.attention import decoding_attention
 from lmrl.policy.cache import Cache
 from lmrl.policy.heads import CHUNK, HeadsSpec, Values, guide, probability_ratio
 from lmrl.policy.logprobs import token_logprobs
+from lmrl.policy.memory import Passes, fit
 from lmrl.policy.passes import Guidance, Outputs, States, Want
 from lmrl.recipe import DPOObjective, LikelihoodObjective, QObjective, QSFTObjective, Recipe
 from lmrl.trajectories.batch import Batch, Microbatch, Sequence
@@ -50,6 +51,7 @@ class Policy(nn.Module):
         """Whether the heads have yet to learn anything."""
         self.temperature = 1.0
         self.microbatch_tokens = 4096
+        """Tokens of a pass at most; becomes less where memory runs out (see memory.py)."""
         self.lockstep = False
         """Whether all processes have to take part in every pass, because each holds a part of the weights."""
         self.autocast_dtype: torch.dtype | None = None
@@ -350,25 +352,29 @@ class Policy(nn.Module):
     @torch.no_grad()
     def score(self, batch: Batch, want: Want = Want(), reference: bool = False) -> dict[str, list[torch.Tensor]]:
         """Evaluate a batch without gradient: for each wanted field, one 1-D tensor a sequence, in the batch's order."""
-        fields: dict[str, list[torch.Tensor]] = {}
         was_training = self.training
         self.eval()
-        micros = batch.microbatches(self.microbatch_tokens, self.pad_id)
-        if not micros:
+        try:
+            return fit(self, batch, lambda passes: self._score(passes, len(batch.sequences), want, reference))
+        finally:
+            self.train(was_training)
+
+    def _score(self, passes: Passes, count: int, want: Want, reference: bool) -> dict[str, list[torch.Tensor]]:
+        fields: dict[str, list[torch.Tensor]] = {}
+        if not count:
             fields = {"logprobs": [], "entropy": [], "values": []}
-        for number, micro in enumerate(self.passes(micros)):
+        for micro, idle, _ in passes:
             micro = micro.to(self.device)
             outputs = self(micro, want, reference)
-            if number >= len(micros):
+            if idle:
                 continue
             for name in ("logprobs", "entropy", "values"):
                 flat = getattr(outputs, name)
                 if flat is None:
                     continue
-                slots = fields.setdefault(name, [None] * len(batch.sequences))
+                slots = fields.setdefault(name, [None] * count)
                 for index, part in zip(micro.indices, flat.float().cpu().split(micro.lengths), strict=True):
                     slots[index] = part
-        self.train(was_training)
         return fields
 
     # ------------------------------------------------------------------------------------------------------ reference

@@ -24,6 +24,8 @@ def mistakes(recipe: Any) -> Iterator[str]:
     objective, source, task, model = recipe.objective, recipe.source, recipe.task, recipe.model
     if isinstance(objective, RewardModelObjective):
         yield from _reward_model(source)
+        if recipe.optimizer.name != "adamw":
+            yield f"`optimizer.name={recipe.optimizer.name}`: a reward model is trained by adamw, set that for its stage"
         return
     if task is None:
         yield "missing key 'task': what the policy plays, an environment or prompts"

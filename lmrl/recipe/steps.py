@@ -12,6 +12,9 @@ from lmrl.recipe.base import Section
 class Optimizer(Section):
     """AdamW with a schedule."""
 
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit: moments in 8 bits (Dettmers et al., arXiv 2110.02861), by bitsandbytes; for one process, or for several that
+    share out nothing."""
     lr: float = Field(1e-4, gt=0)
     head_lr: float | None = Field(None, gt=0)
     """Learning rate of value heads where it differs from `lr`."""
@@ -30,7 +33,10 @@ class Training(Section):
     steps: int = Field(100, ge=1)
     seed: int = Field(0, ge=0)
     microbatch_tokens: int = Field(4096, ge=1)
-    """Tokens, padding included, that go through the model at once."""
+    """Tokens, padding included, that go through the model at once. Where memory runs out, the run goes on with half of them."""
+    try_worst_case: bool | None = None
+    """Before the first step, try an update's passes on the longest sequences that the recipe allows, so that what does not fit
+    fails at once (null: on an accelerator). Reward models do not know this."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast. Trainable weights stay float32."""
     gradient_checkpointing: bool = False

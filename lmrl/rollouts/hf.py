@@ -15,6 +15,7 @@ import torch
 
 from lmrl.errors import ModelError
 from lmrl.policy.cache import SPARE, Cache
+from lmrl.policy.memory import or_advice
 from lmrl.policy.passes import Guidance
 from lmrl.policy.policy import Policy
 from lmrl.rollouts.draw import draw
@@ -25,6 +26,7 @@ REFILL = 8
 """Places are refilled when one in so many is free: one pass for several prompts costs less than a pass for each."""
 WORTHWHILE = 16
 """Tokens that all prompts have to begin with for these to be computed apart."""
+ADVICE = "sampling does not fit into memory: set rollouts.cache_tokens (keys and values held at a time), or lower rollouts.slots"
 
 
 class HFEngine(Engine):
@@ -46,7 +48,7 @@ class HFEngine(Engine):
         if not prompts:
             return []
         self._check_lengths(max(map(len, prompts)), sampling.max_new_tokens)
-        with self.policy.decoding():
+        with self.policy.decoding(), or_advice(ADVICE):
             rollout = _Rollout(self, prompts, sampling, keys)
             while rollout.waiting or len(rollout.rows):
                 self.check()

@@ -52,6 +52,8 @@ class Task:
     learning: bool = False
     """Whether what is played is learned from, so that running statistics of rewards follow it."""
     judged_by: str = "environment"
+    longest_prompt: int | None = None
+    """Tokens of the longest prompt (None: known only when it is played)."""
     notes: list[str] = field(default_factory=list)
 
     def heldout_prompts(self) -> set[str]:
@@ -127,7 +129,8 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
         check_prompt(row[prompts.column], prompts, number)
     chat = prompts.chat or any(isinstance(row[prompts.column], list) for row in rows)
     renderer = Renderer(tokenizer, chat, prompts.system)
-    short = [row for row in rows if len(renderer.first(row[prompts.column])) <= prompts.max_tokens]
+    lengths = [len(renderer.first(row[prompts.column])) for row in rows]
+    short = [row for row, length in zip(rows, lengths, strict=True) if length <= prompts.max_tokens]
     notes = [
         f"{len(rows) - len(short)} of {len(rows)} prompts are longer than task.prompts.max_tokens={prompts.max_tokens}"
     ]
@@ -142,6 +145,7 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
         max_failed=section.max_failed,
         rewards=load_rewards(section.rewards),
         judged_by="reward",
+        longest_prompt=max(length for length in lengths if length <= prompts.max_tokens),
         notes=notes if len(short) < len(rows) else [],
     )
 

@@ -46,6 +46,7 @@ from lmrl.training.sources import Drawn, build_source
 from lmrl.training.strategy import Strategy
 from lmrl.training.trust import Trust
 from lmrl.training.updater import Updater
+from lmrl.training.worst_case import worst_case
 from lmrl.trajectories.store import read_episodes, write_episodes
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -116,6 +117,8 @@ class Stage:
                 "launch without --accelerate, or leave the gate out"
             )
         self.updater = Updater(self.policy, recipe.optimizer, recipe.training.steps, self.strategy)
+        self.microbatch_tokens = self.policy.microbatch_tokens
+        """As last told of."""
         self.evaluator = None
         if recipe.evaluation.suite is not None:
             suite = load_suite(recipe.evaluation.suite, task=section.model_dump(mode="json"))
@@ -165,6 +168,7 @@ class Stage:
                 self.display.say("computing what the cache lacks of the reference's log-probabilities")
             logged = self.source.logged.parts() if self.source.logged else ()
             self.objective.ready(self.policy, logged, fresh=not resumed)
+            self._try_worst_case()
             if not resumed:
                 self._evaluate_start()
             for step in range(progress.step + 1, recipe.training.steps + 1):
@@ -219,6 +223,7 @@ class Stage:
             round, world.totals([len(drawn.played), len(judged), len(drawn.learn), drawn.failed])
         )
         metrics = self._learn(step, drawn) if learned else {"updates": 0}
+        self._tell_of_memory(step)
         finished = time.monotonic()
         if played_well and (self.source.logged or learned < played_well):  # it learned from others, or from some
             metrics |= {f"online/{name}": value for name, value in measure(judged).items()}
@@ -261,6 +266,38 @@ class Stage:
             if self.objective.finished(updates[-1]):
                 break
         return measure(trajectories) | batch.stats | mean_of(updates) | {"updates": len(updates)}
+
+    def _try_worst_case(self) -> None:
+        """Before the first step, the passes of the largest update there can be."""
+        wanted = self.recipe.training.try_worst_case
+        if not (self.policy.device.type != "cpu" if wanted is None else wanted):
+            return
+        if self.recipe.source.name != "dataset":  # what the engine holds is held beside
+            with self.strategy.whole():
+                self.engine.refresh()
+        self.engine.rest()
+        self.objective.begin(self.recipe.training.steps)  # after all warm-up
+        batch = worst_case(self.recipe, self.policy, self.task, self.objective.compares)
+        self.updater.rehearse(self.policy, self.objective, batch)
+        self._tell_of_memory(self.progress.step)
+        longest = max(len(sequence.tokens) for sequence in batch.sequences)
+        self.display.say(
+            f"the longest sequences, {longest} tokens, fit into memory in microbatches of {self.policy.microbatch_tokens}"
+        )
+
+    def _tell_of_memory(self, step: int) -> None:
+        """Say and record it where memory has run out and microbatches became smaller."""
+        now, before = self.policy.microbatch_tokens, self.microbatch_tokens
+        if now == before:
+            return
+        self.microbatch_tokens = now
+        self.run.record(
+            {"stage": self.name, "step": step, "kind": "memory", "microbatch_tokens": now, "before": before}
+        )
+        self.display.say(
+            f"step {step}: memory ran out; from here on microbatches of {now} tokens in place of {before}, which changes no "
+            "gradient but takes longer"
+        )
 
     def _diagnose(self, step: int, played: list[Trajectory]) -> None:
         """Look at the probe batch: logged episodes, or the first fresh ones, kept beside the stage."""
@@ -402,6 +439,7 @@ class Stage:
         if found:
             self.progress = checkpoint.load(found, self.objective, self.updater, self.source)
             self.updater.lr_factor = self.progress.gate.get("lr_factor", 1.0)
+            self.microbatch_tokens = self.policy.microbatch_tokens
             self.display.say(f"resumed stage {self.name} at step {self.progress.step}")
         self.run.cut(self.name, self.progress.step if found else -1)
         for line in self.run.recorded(self.name, "train"):

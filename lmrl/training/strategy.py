@@ -20,6 +20,7 @@ from lmrl.errors import RecipeError, RunError
 from lmrl.policy.passes import Outputs, Want
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Recipe
+from lmrl.training.optimizers import entry_from_tensor, entry_to_tensor
 from lmrl.trajectories.batch import Microbatch
 
 BUCKET = 2**24
@@ -98,7 +99,7 @@ class Strategy:
     def optimizer_tensors(self, parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
         """The optimizer's state by parameter and entry; None of it need be there in processes other than the main one."""
         return {
-            f"{name}.{key}": value
+            f"{name}.{key}": entry_to_tensor(key, value)
             for name, parameter in parameters.items()
             for key, value in self.optimizer.state.get(parameter, {}).items()
         }
@@ -111,8 +112,7 @@ class Strategy:
             state = entries_of(name, tensors)
             if state:
                 self.optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device).clone()
-                    for key, value in state.items()
+                    key: entry_from_tensor(key, value, parameter.device) for key, value in state.items()
                 }
 
     def close(self) -> None:

@@ -12,17 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from lmrl import world
 from lmrl.allocator import keep_freed_memory
 from lmrl.errors import LmrlError, RecipeError, RunError
+from lmrl.estimates import memory
 from lmrl.recipe import MAIN_STAGE, Recipe, RewardModelObjective
 from lmrl.recipe_files import load_recipe, stages_of
 from lmrl.run import RESULTS_FILE, Run, read_recipe, write_atomically
 from lmrl.training.checkpoint import STATE
 from lmrl.training.display import Display
 from lmrl.training.interrupt import Interrupt, Interrupted
+from lmrl.training.measures import peak_memory_mb
 from lmrl.training.stage import Stage
 from lmrl.training.strategy import build_strategy, check_launch
 
@@ -154,7 +157,7 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
     if resumed and not any(run.final(name).exists() or run.checkpoints(name) for name in stages_of(recipe)):
         display.say("there is no checkpoint yet: starting over")
     previous: Path | None = None
-    offset = 0
+    offset, predicted = 0, 0.0
     with Interrupt() as interrupt:
         try:
             for name, stage_recipe in stages_of(recipe).items():
@@ -166,15 +169,21 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
                     if stage_recipe.start != "previous":
                         start = None if stage_recipe.start == "model" else run.final(stage_recipe.start)
                     parts = (run, name, stage_recipe, start, accelerator.device, display, interrupt, track)
+                    shared = False
                     if isinstance(stage_recipe.objective, RewardModelObjective):
                         stage = _reward_model_stage(*parts)
                     else:
-                        stage = Stage(*parts, build_strategy(accelerator))
+                        strategy = build_strategy(accelerator)
+                        shared = strategy.lockstep
+                        stage = Stage(*parts, strategy)
                     for note in stage.notes:
                         display.say(f"note: {note}")
                     stage.train()
                     del stage
                     world.wait()
+                    predicted = max(predicted, predicted_memory_mb(stage_recipe))
+                    if not shared:
+                        compare_memory(run, name, stage_recipe, predicted, display)
                 if not isinstance(stage_recipe.objective, RewardModelObjective):
                     previous = run.final(name)
                 offset += stage_recipe.training.steps
@@ -199,6 +208,24 @@ def _reward_model_stage(*parts: Any) -> Any:
     from lmrl.training.reward_model import RewardModelStage  # trl takes seconds to import
 
     return RewardModelStage(*parts)
+
+
+def compare_memory(run: Run, stage: str, recipe: Recipe, predicted: float, display: Display) -> None:
+    """Put a process's peak memory so far beside what was predicted for the largest of its stages."""
+    measured = world.largest(peak_memory_mb())
+    if not predicted:
+        return
+    ratio = round(measured / predicted, 3)
+    line = {"stage": stage, "step": recipe.training.steps, "kind": "memory"}
+    run.record(line | {"predicted_mb": round(predicted), "measured_mb": measured, "ratio": ratio})
+    display.say(
+        f"memory up to stage {stage}: {predicted:,.0f} MB predicted, {measured:,} MB measured, {ratio:.2f} times that"
+    )
+
+
+def predicted_memory_mb(recipe: Recipe) -> float:
+    """As `lmrl show` has it; 0 where that is unknown."""
+    return sum((memory(recipe, accelerator=torch.cuda.is_available()) or {}).values())
 
 
 def _tracker(accelerator: Any, offset: int) -> Any:

@@ -13,16 +13,24 @@ import torch
 
 from lmrl import world
 from lmrl.objectives.base import Objective
+from lmrl.policy.memory import Passes, fit, or_advice
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Optimizer
+from lmrl.training.optimizers import build_optimizer, state_bytes
 from lmrl.training.strategy import Strategy
 from lmrl.trajectories.batch import Batch
+
+STEP_ADVICE = (
+    "the optimizer's step does not fit into memory: set optimizer.name=adamw_8bit, train adapters (model.lora), or share the "
+    "optimizer's state out over processes (docs/memory.md)"
+)
 
 
 class Updater:
     def __init__(self, policy: Policy, options: Optimizer, steps: int, strategy: Strategy | None = None):
         """steps: length of the stage, for the schedule. strategy: None for one process."""
-        self.options, self.steps = options, steps
+        self.policy, self.options, self.steps = policy, options, steps
+        self.recipe_tokens = policy.microbatch_tokens
         self.parameters = policy.trainable()
         heads = [parameter for name, parameter in self.parameters.items() if is_head(name)]
         trunk = [parameter for name, parameter in self.parameters.items() if not is_head(name)]
@@ -30,8 +38,8 @@ class Updater:
         groups = [{"params": trunk, "lr": options.lr, "base_lr": options.lr}]
         if heads:
             groups.append({"params": heads, "lr": head_lr, "base_lr": head_lr})
-        optimizer = torch.optim.AdamW(groups, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay)
         self.strategy = strategy or Strategy()
+        optimizer = build_optimizer(options, groups, policy, self.strategy)
         self.strategy.prepare(policy, optimizer, options.max_grad_norm)
         self.parameters = policy.trainable()  # sharding may have put others in their place
         self.lr_factor = 1.0
@@ -48,7 +56,8 @@ class Updater:
         """One update. Returns statistics averaged over the minibatch of all processes; a non-finite one changes no weight."""
         policy.begin_update(objective.dropout)
         stats = self.backward(policy, objective, minibatch)
-        stats["grad_norm"] = self.strategy.step(finite=math.isfinite(stats["loss"]))
+        with or_advice(STEP_ADVICE):
+            stats["grad_norm"] = self.strategy.step(finite=math.isfinite(stats["loss"]))
         if not (math.isfinite(stats["grad_norm"]) and math.isfinite(stats["loss"])):
             self.skipped += 1
             self.skipped_in_a_row += 1
@@ -59,27 +68,61 @@ class Updater:
         return stats
 
     def backward(self, policy: Policy, objective: Objective, minibatch: Batch) -> dict[str, float]:
-        """Gradient of the loss averaged over the whole minibatch of all processes, however it is cut into microbatches."""
-        self.strategy.zero_grad()
+        """Gradient of the loss averaged over the whole minibatch of all processes, however it is cut into microbatches.
+
+        Where memory runs out, the minibatch begins again with smaller ones. Raises MemoryShortError where that cannot help.
+        """
         micros = minibatch.microbatches(policy.microbatch_tokens, policy.pad_id)
         (count,) = world.totals([sum(objective.count(micro) for micro in micros)])
         count = count or 1.0
+        sums = fit(policy, minibatch, lambda passes: self._passes(policy, objective, passes, count))
+        # All processes go on with the same size, so that one checkpoint holds it for all.
+        policy.microbatch_tokens = -world.largest(-policy.microbatch_tokens)
+        return averages(sums, count)
+
+    def _passes(self, policy: Policy, objective: Objective, passes: Passes, count: float) -> dict[str, Any]:
+        """Leave the gradient of all passes, and nothing of an attempt before; returns sums of loss and statistics."""
+        self.strategy.zero_grad()
         sums: dict[str, Any] = {"loss": 0.0}
-        passes = policy.passes(micros)
-        for number, micro in enumerate(passes):
-            last = number + 1 == len(passes)
+        for micro, idle, last in passes:
             micro = micro.to(policy.device)
             outputs = self.strategy.forward(micro, objective.want)
-            if number >= len(micros):  # takes part in what the processes do together, and adds nothing
+            if idle:  # takes part in what the processes do together, and adds nothing
                 self.strategy.backward(outputs.nothing(), last)
                 continue
             loss = objective.loss(outputs, micro)
             self.strategy.backward(loss.sum / count, last)
             for name, value in {"loss": loss.sum.detach(), **loss.stats}.items():
                 sums[name] = sums.get(name, 0.0) + value
-        return averages(sums, count)
+        return sums
+
+    def rehearse(self, policy: Policy, objective: Objective, batch: Batch) -> None:
+        """The passes of an update of this batch, to see whether they fit into memory. Nothing changes by it but, where they do
+        not, `policy.microbatch_tokens`."""
+        was_training, device = policy.training, policy.device
+        held = None
+        if device.type != "cpu" and not self.strategy.lockstep and not self.strategy.optimizer.state:
+            held = torch.empty(state_bytes(self.options, self.parameters.values()), dtype=torch.uint8, device=device)
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            policy.begin_update(objective.dropout)
+            fit(policy, batch, lambda passes: self._rehearse(policy, objective, passes))
+        policy.microbatch_tokens = -world.largest(-policy.microbatch_tokens)
+        del held
+        self.strategy.zero_grad()
+        policy.train(was_training)
+
+    def _rehearse(self, policy: Policy, objective: Objective, passes: Passes) -> None:
+        self.strategy.zero_grad()
+        for micro, _, _ in passes:
+            outputs = self.strategy.forward(micro.to(policy.device), objective.want)
+            self.strategy.backward(outputs.nothing(), last=False)
 
     # ---------------------------------------------------------------------------------------------------------- state
+    @property
+    def ran_short(self) -> bool:
+        """Whether memory has run out, so that microbatches are smaller than the recipe's."""
+        return self.policy.microbatch_tokens < self.recipe_tokens
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The optimizer's state as named tensors, whole however it is spread; of the main process alone."""
         return self.strategy.optimizer_tensors(self.parameters)
@@ -88,10 +131,17 @@ class Updater:
         self.strategy.load_optimizer_tensors(self.parameters, tensors)
 
     def state(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        return {
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "microbatch_tokens": self.policy.microbatch_tokens if self.ran_short else None,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        found = state.get("microbatch_tokens")
+        if found is not None:
+            self.policy.microbatch_tokens = min(self.policy.microbatch_tokens, found)
 
 
 def averages(sums: dict[str, Any], count: float) -> dict[str, float]:

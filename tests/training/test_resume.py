@@ -61,10 +61,12 @@ def launch(tmp_path: Path, stop: tuple[str, int, int], *arguments: str) -> subpr
 
 
 def metrics(folder: Path) -> list[dict]:
-    """All but times, and the comparison of engine and learner, which every process makes anew."""
+    """All but times, what was measured of memory, and the comparison of engine and learner, which every process makes anew."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
-        {name: value for name, value in line.items() if name != "time"} for line in lines if line["kind"] != "check"
+        {name: value for name, value in line.items() if name != "time"}
+        for line in lines
+        if line["kind"] != "check" and "measured_mb" not in line
     ]
 
 

@@ -1,0 +1,109 @@
+"""Running out of memory in passes over microbatches, and going on with smaller ones.
+
+Where memory is short shows only when it runs out, so that is where the size of microbatches is corrected. What is computed does
+not change with it: gradients are sums over microbatches, however a minibatch is cut. A CPU's memory usually does not run out so
+politely: Linux promises more than it has, and kills the process (see docs/memory.md).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from lmrl.errors import MemoryShortError
+from lmrl.trajectories.batch import Batch, Microbatch
+
+if TYPE_CHECKING:
+    from lmrl.policy.policy import Policy
+
+T = TypeVar("T")
+SIGNS = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
+"""What allocators say that have no exception of their own."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on an accelerator or on a CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
+
+
+class Passes:
+    """A batch cut into microbatches, to be gone through in order; knows which one is under way."""
+
+    def __init__(self, policy: Policy, batch: Batch):
+        self.micros = batch.microbatches(policy.microbatch_tokens, policy.pad_id)
+        self.all = policy.passes(self.micros)
+        self.now: Microbatch | None = None
+
+    def __iter__(self) -> Iterator[tuple[Microbatch, bool, bool]]:
+        """Each microbatch, whether it is an idle one (see `Policy.passes`), and whether it is the last."""
+        for number, micro in enumerate(self.all):
+            self.now = micro
+            yield micro, number >= len(self.micros), number + 1 == len(self.all)
+
+
+def fit(policy: Policy, batch: Batch, work: Callable[[Passes], T]) -> T:
+    """The result of `work` on a batch's microbatches. Where memory runs out, it begins once more, with smaller ones.
+
+    work: goes through all passes it is given; whatever it leaves behind when it fails, it has to clear when it begins.
+    `policy.microbatch_tokens` keeps the size that was found. Raises MemoryShortError where no smaller size helps.
+    """
+    while True:
+        passes = Passes(policy, batch)
+        try:
+            return work(passes)
+        except (RuntimeError, MemoryError) as error:
+            if passes.now is None or not is_out_of_memory(error):
+                raise
+            policy.microbatch_tokens = smaller(policy, batch, passes.now, error)
+        del passes
+        release()  # outside of `except`, whose error holds on to every tensor of the failed pass
+
+
+def smaller(policy: Policy, batch: Batch, micro: Microbatch, error: Exception) -> int:
+    """Tokens that microbatches may have after this one did not fit; raises where it cannot be cut."""
+    rows, width = micro.tokens_BT.shape
+    if policy.lockstep:
+        raise MemoryShortError(
+            f"a pass over {rows} sequences of {width} tokens does not fit into memory, and where processes share out the "
+            f"weights none of them can begin again alone: lower training.microbatch_tokens={policy.microbatch_tokens}, or set "
+            f"training.gradient_checkpointing=true ({reason(error)})"
+        ) from error
+    chains = {batch.sequences[index].chain for index in micro.indices}
+    if rows == 1 or (len(chains) == 1 and None not in chains):
+        what = "one sequence" if rows == 1 else f"{rows} sequences that belong together,"
+        lower = "" if rows == 1 else "lower training.microbatch_tokens, "
+        raise MemoryShortError(
+            f"a pass over {what} of {width} tokens does not fit into memory, and training.microbatch_tokens cuts no finer: "
+            f"{lower}set training.gradient_checkpointing=true or training.precision=bfloat16, or shorten the longest sequences "
+            f"(task.prompts.max_tokens, rollouts.max_new_tokens, source.max_tokens, task.history) ({reason(error)})"
+        ) from error
+    return min(policy.microbatch_tokens, rows * width) // 2
+
+
+def reason(error: BaseException) -> str:
+    """What the allocator said first."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
+def release() -> None:
+    """Give back what a failed pass held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def or_advice(advice: str) -> Iterator[None]:
+    """Turn running out of memory inside into one line: `advice`, then what the allocator said."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryShortError(f"{advice} ({reason(error)})") from error

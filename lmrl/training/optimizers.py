@@ -1,0 +1,62 @@
+"""The optimizers that a recipe can name, and their state as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lmrl.errors import RecipeError
+from lmrl.recipe import Optimizer
+
+if TYPE_CHECKING:
+    from lmrl.policy.policy import Policy
+    from lmrl.training.strategy import Strategy
+
+
+def build_optimizer(
+    options: Optimizer, groups: list[dict[str, Any]], policy: Policy, strategy: Strategy
+) -> torch.optim.Optimizer:
+    """AdamW over these groups of a policy's parameters. Raises RecipeError where it cannot be had here."""
+    settings = {"betas": options.betas, "eps": options.eps, "weight_decay": options.weight_decay}
+    if options.name == "adamw":
+        return torch.optim.AdamW(groups, **settings)
+    if strategy.lockstep:
+        raise RecipeError(
+            f"optimizer.name=adamw_8bit: its 8-bit state cannot be shared out by {strategy.name}, which saves more: set "
+            "optimizer.name=adamw"
+        )
+    try:
+        from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
+    except ImportError as error:
+        raise RecipeError("optimizer.name=adamw_8bit needs bitsandbytes: pip install bitsandbytes") from error
+    optimizer = AdamW8bit(groups, **settings)
+    # A manager of its own in place of the process's, which knows parameters by ids that live longer than they do.
+    optimizer.mng = GlobalOptimManager.__new__(GlobalOptimManager)
+    optimizer.mng.initialize()
+    embeddings = [module.weight for module in policy.modules() if isinstance(module, nn.Embedding)]
+    optimizer.mng.override_config(embeddings, "optim_bits", 32)  # as its authors advise: their gradients vary much
+    return optimizer
+
+
+def state_bytes(options: Optimizer, parameters: Iterable[torch.Tensor]) -> int:
+    """Bytes that the optimizer will hold for these parameters, embeddings in 8 bits too."""
+    each = 8 if options.name == "adamw" else 2
+    return each * sum(parameter.numel() for parameter in parameters)
+
+
+# ------------------------------------------------------------------------------------------------------------------ state
+def entry_to_tensor(key: str, value: Any) -> torch.Tensor:
+    """An entry of a parameter's state as a tensor that shares no memory with another's (safetensors insists)."""
+    if not isinstance(value, torch.Tensor):
+        return torch.tensor(value)  # bitsandbytes counts steps in a plain int
+    return value.clone() if key.startswith("qmap") else value
+
+
+def entry_from_tensor(key: str, value: torch.Tensor, device: torch.device) -> Any:
+    """The entry again, on the parameter's device; the count of steps stays on the CPU."""
+    if key == "step":
+        return value.clone() if value.is_floating_point() else int(value)
+    return value.to(device, copy=True)

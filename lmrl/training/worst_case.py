@@ -1,0 +1,53 @@
+"""The largest update that a recipe allows, to be tried before the first step: what does not fit should fail at once."""
+
+from __future__ import annotations
+
+import torch
+
+from lmrl import world
+from lmrl.policy.policy import Policy
+from lmrl.recipe import PromptTask, Recipe
+from lmrl.rollouts.task import Task
+from lmrl.trajectories.batch import Batch, Sequence
+
+
+def worst_case(recipe: Recipe, policy: Policy, task: Task, pairs: bool) -> Batch:
+    """Two full microbatches (or as many sequences as a minibatch has) of the longest sequences, all of whose tokens are
+    actions. pairs: the objective keeps sequences together by twos.
+
+    Two, because only in the second the gradient of the first is held beside the activations.
+    """
+    longest = longest_sequence(recipe, policy, task)
+    rows = 2 * max(policy.microbatch_tokens // longest, 2 if pairs else 1)
+    rows = min(rows, sequences_of_a_minibatch(recipe, pairs))
+    # One is shorter, so that there is padding, and attention gets its mask.
+    lengths = [longest] * (rows - 1) + [max(longest - (rows > 1), 2)]
+    return Batch([full_sequence(length, row // 2 if pairs else None) for row, length in enumerate(lengths)])
+
+
+def full_sequence(length: int, chain: int | None = None) -> Sequence:
+    """A sequence of so many tokens, each but the first an action."""
+    states, targets = torch.arange(length - 1), torch.zeros(length - 1, dtype=torch.long)
+    # Of all fields, `returns` alone is asked for by passes: see Want.floors.
+    return Sequence(
+        torch.zeros(length, dtype=torch.long), states, targets, {"returns": torch.zeros(length - 1)}, chain=chain
+    )
+
+
+def longest_sequence(recipe: Recipe, policy: Policy, task: Task) -> int:
+    """Tokens of the longest sequence that can be met; where nothing limits them, as many as a microbatch has."""
+    limits: list[int | None] = []
+    if recipe.source.name != "dataset":
+        prompt = task.longest_prompt
+        limits.append(None if prompt is None else prompt + recipe.rollouts.max_new_tokens)
+    if recipe.source.name != "rollouts":
+        limits.append(recipe.source.max_tokens)
+    longest = policy.microbatch_tokens if None in limits else max(limits)
+    return max(min(longest, policy.max_length or longest), 2)
+
+
+def sequences_of_a_minibatch(recipe: Recipe, pairs: bool) -> int:
+    """How many sequences one process's part of a minibatch has at most."""
+    episodes = -(-recipe.arithmetic()["episodes_per_minibatch"] // world.size()) * (2 if pairs else 1)
+    apart = not isinstance(recipe.task, PromptTask) and recipe.task.history != "all"
+    return episodes * (recipe.task.max_turns if apart else 1)
