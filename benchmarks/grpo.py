@@ -124,11 +124,10 @@ def run_trl(args: argparse.Namespace) -> None:
 
     import torch
     from datasets import load_dataset
+    from lmrl.reward_models.sentiment import sentiment
     from peft import LoraConfig
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
-
-    from lmrl.reward_models.sentiment import sentiment
 
     torch.set_num_threads(args.threads)
     steps, rollouts, lengths = [], [], []
