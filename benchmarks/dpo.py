@@ -12,14 +12,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+from _peers import (
+    add_peer_arguments,
+    assignments,
+    in_turn,
+    leave,
+    print_ratios,
+    print_table,
+    seconds,
+    this_script,
+    train_lines,
+    write_json,
+)
+
+PEERS = ("lmrl", "trl")
 
 
 def main() -> None:
@@ -34,37 +43,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--no-checkpointing", action="store_true")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--peer", choices=("lmrl", "trl"), help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    add_peer_arguments(parser, PEERS)
     args = parser.parse_args()
     if args.peer:
         (run_lmrl if args.peer == "lmrl" else run_trl)(args)
         return
 
-    results: dict[str, list[dict]] = {"lmrl": [], "trl": []}
     with tempfile.TemporaryDirectory() as scratch:
         pairs = same_pairs(args, Path(scratch) / "pairs.jsonl")
-        for number in range(args.rounds):
-            for peer in results:
-                report = Path(scratch) / f"{peer}-{number}"
-                command = [sys.executable, __file__, *sys.argv[1:], "--peer", peer, "--output", str(report)]
-                done = subprocess.run(
-                    [*command, "--pairs", str(pairs)], capture_output=True, text=True,
-                    env=os.environ | {"OMP_NUM_THREADS": str(args.threads)},
-                )  # fmt: skip
-                if done.returncode:
-                    sys.exit(f"{peer} failed\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
-                results[peer].append(json.loads(report.with_suffix(".json").read_text()))
-                print(peer, json.dumps(results[peer][-1]), flush=True)
-    print(f"\n{'':6} {'pairs/s':>9} {'peak MB':>8}   (median of {args.rounds} rounds)")
-    for peer, runs in results.items():
-        speed, memory = (statistics.median(run[key] for run in runs) for key in ("pairs_per_second", "peak_mb"))
-        print(f"{peer:6} {speed:9.3f} {memory:8.0f}")
-    for name, key in (("speed", "pairs_per_second"), ("memory", "peak_mb")):
-        ratios = [a[key] / b[key] for a, b in zip(results["lmrl"], results["trl"], strict=True)]
-        print(f"{name}: lmrl / trl = {statistics.median(ratios):.2f} (rounds {min(ratios):.2f} to {max(ratios):.2f})")
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+        def run(peer: str, number: int) -> dict:
+            return this_script(peer, Path(scratch) / f"{peer}-{number}", args.threads, "--pairs", str(pairs))
+
+        results = in_turn(PEERS, args.rounds, run)
+    print_table(results, {"pairs/s": ("pairs_per_second", ".3f"), "peak MB": ("peak_mb", ".0f")})
+    ratios = print_ratios(results, {"speed": "pairs_per_second", "memory": "peak_mb"})
+    write_json(args.json, {"results": results, "ratios": ratios})
 
 
 def same_pairs(args: argparse.Namespace, path: Path) -> Path:
@@ -105,10 +99,9 @@ def run_lmrl(args: argparse.Namespace) -> None:
         "evaluation.every": 0,
     }
     run = args.output
-    lmrl.train("dialogues/dpo", [f"{key}={value}" for key, value in overrides.items()], output=run)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    times = [line["time"] for line in lines if line["kind"] == "train"]
-    report(args, [time["source_s"] + time["update_s"] for time in times], times[-1]["peak_memory_mb"])
+    lmrl.train("dialogues/dpo", assignments(overrides), output=run)
+    lines = train_lines(run)
+    report(args, list(map(seconds, lines)), lines[-1]["time"]["peak_memory_mb"])
 
 
 def run_trl(args: argparse.Namespace) -> None:
@@ -145,14 +138,14 @@ def run_trl(args: argparse.Namespace) -> None:
     report(args, marks, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
-def report(args: argparse.Namespace, seconds: list[float], peak_mb: float) -> None:
-    counted = seconds[2:]
+def report(args: argparse.Namespace, steps: list[float], peak_mb: float) -> None:
+    counted = steps[2:]
     found = {
         "pairs_per_second": args.batch * len(counted) / sum(counted),
         "step_seconds": [round(second, 2) for second in counted],
         "peak_mb": peak_mb,
     }
-    args.output.with_suffix(".json").write_text(json.dumps(found))
+    leave(args.output, found)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,11 @@ heads, whose last layers have an entry for every token.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
+
+from _peers import assignments, in_turn, lmrl_train, median
 
 SETTINGS = {
     "likelihood": ["objective={name: likelihood}"],
@@ -37,21 +35,19 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     args = parser.parse_args()
 
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in args.settings}
     with tempfile.TemporaryDirectory() as scratch:
-        for number in range(args.rounds):
-            for name in args.settings:
-                results[name].append(run(args, name, Path(scratch) / f"{name}-{number}"))
-                print(name, "seconds of updates {:.1f}, peak MB {:.0f}".format(*results[name][-1]), flush=True)
+        results = in_turn(
+            args.settings, args.rounds, lambda name, number: run(args, name, Path(scratch) / f"{name}-{number}")
+        )
     base = results[args.settings[0]]
     print(f"\n{'':12} {'time':>6} {'peak MB':>8}   (time as a multiple of {args.settings[0]}'s, median of the rounds)")
     for name, runs in results.items():
-        ratio = statistics.median(own[0] / other[0] for own, other in zip(runs, base, strict=True))
-        print(f"{name:12} {ratio:6.2f} {statistics.median(own[1] for own in runs):8.0f}")
+        ratio = statistics.median(own["seconds"] / other["seconds"] for own, other in zip(runs, base, strict=True))
+        print(f"{name:12} {ratio:6.2f} {median(runs, 'peak_mb'):8.0f}")
 
 
-def run(args: argparse.Namespace, name: str, output: Path) -> tuple[float, float]:
-    """Seconds of counted updates, and peak memory in MB."""
+def run(args: argparse.Namespace, name: str, output: Path) -> dict:
+    """Seconds of counted updates, and peak memory."""
     overrides = {
         "model.path": args.model,
         "source.path": args.pairs,
@@ -63,18 +59,9 @@ def run(args: argparse.Namespace, name: str, output: Path) -> tuple[float, float
         "training.microbatch_tokens": args.microbatch_tokens,
         "evaluation.diagnostics_every": 0,
     }
-    changes = [*SETTINGS[name], *(f"{key}={value}" for key, value in overrides.items())]
-    done = subprocess.run(
-        [sys.executable, "-m", "lmrl", "train", "dialogues/ilql", "--output", str(output), *changes],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(args.threads)},
-    )
-    if done.returncode:
-        sys.exit(f"{name}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    times = [line["time"] for line in lines if line["kind"] == "train"]
-    return sum(time["update_s"] for time in times[1:]), times[-1]["peak_memory_mb"]
+    lines = lmrl_train("dialogues/ilql", [*SETTINGS[name], *assignments(overrides)], output, args.threads)
+    spent = sum(line["time"]["update_s"] for line in lines[1:])
+    return {"seconds": round(spent, 3), "peak_mb": lines[-1]["time"]["peak_memory_mb"]}
 
 
 if __name__ == "__main__":

@@ -1,24 +1,37 @@
 """PPO side by side with trl 1.12.0, the last release that has it: samples per second and peak memory.
 
-    python benchmarks/ppo.py --model FOLDER --trl-python OTHER_ENV/bin/python [--prompts FILE] [--rounds 3]
+    python benchmarks/ppo.py --model FOLDER --trl-python OTHER_ENV/bin/python [--engine vllm] [--rounds 3]
 
 Both run the same job in a process of their own, in turn (lmrl, trl, lmrl, trl, ...): the same model, prompts, prompt and
 completion lengths, batch, microbatch, LoRA rank and targets, epochs, reward and threads. trl runs with bfloat16 weights, its fastest
 setting on a CPU, unless --trl-dtype says otherwise; `ppo_trl.py` lists what its environment needs. lmrl's policy keeps
 a frozen bfloat16 base with float32 adapters and a value head on the same trunk; trl trains a second whole network as
-its value function, and measures the divergence from the reference, as does lmrl here.
+its value function, and measures the divergence from the reference, as does lmrl here. `--engine vllm` lets vLLM sample
+on lmrl's side; its memory counts, and the syncs of weights are part of the rollout.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
+
+from _peers import (
+    ONLINE,
+    add_engine_arguments,
+    assignments,
+    cut_prompts,
+    engine_overrides,
+    execute,
+    in_turn,
+    lmrl_train,
+    online_report,
+    print_ratios,
+    print_table,
+    seconds,
+    write_json,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -39,39 +52,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trl-dtype", default="bfloat16", choices=("bfloat16", "float32", "autocast"))
     parser.add_argument("--json", type=Path)
+    add_engine_arguments(parser)
     args = parser.parse_args()
 
-    results: dict[str, list[dict]] = {"lmrl": [], "trl": []}
+    peers = {f"lmrl {args.engine}": run_lmrl, "trl": run_trl}
     with tempfile.TemporaryDirectory() as scratch:
-        prompts = same_prompts(args, Path(scratch) / "prompts.jsonl")
-        for number in range(args.rounds):
-            for peer, run in (("lmrl", run_lmrl), ("trl", run_trl)):
-                results[peer].append(run(args, prompts, Path(scratch) / f"{peer}-{number}"))
-                print(peer, json.dumps(results[peer][-1]), flush=True)
-    rows = {peer: summarize(runs) for peer, runs in results.items()}
-    print(f"\n{'':6} {'samples/s':>10} {'step s':>8} {'peak MB':>8}   (median of {args.rounds} rounds)")
-    for peer, row in rows.items():
-        print(f"{peer:6} {row['samples_per_second']:10.2f} {row['step_seconds']:8.2f} {row['peak_mb']:8.0f}")
-    speed = [
-        a["samples_per_second"] / b["samples_per_second"] for a, b in zip(results["lmrl"], results["trl"], strict=True)
-    ]
-    memory = [a["peak_mb"] / b["peak_mb"] for a, b in zip(results["lmrl"], results["trl"], strict=True)]
-    for name, ratios in (("speed", speed), ("memory", memory)):
-        print(f"{name}: lmrl / trl = {statistics.median(ratios):.2f} (rounds {min(ratios):.2f} to {max(ratios):.2f})")
-    if args.json:
-        args.json.write_text(json.dumps({"results": results, "speed": speed, "memory": memory}, indent=2) + "\n")
-
-
-def same_prompts(args: argparse.Namespace, path: Path) -> Path:
-    """Prompts of at most `--prompt-tokens` tokens, cut once for both."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    with open(args.prompts) as lines, open(path, "w") as out:
-        for line in lines:
-            ids = tokenizer(json.loads(line)["prompt"]).input_ids[: args.prompt_tokens]
-            out.write(json.dumps({"prompt": tokenizer.decode(ids)}) + "\n")
-    return path
+        prompts = cut_prompts(args.model, args.prompts, args.prompt_tokens, Path(scratch) / "prompts.jsonl")
+        results = in_turn(
+            peers, args.rounds, lambda peer, number: peers[peer](args, prompts, Path(scratch) / f"{peer}-{number}")
+        )
+    print_table(results, ONLINE)
+    ratios = print_ratios(results, {"speed": "samples_per_second", "memory": "peak_mb"})
+    write_json(args.json, {"results": results, "ratios": ratios})
 
 
 def run_lmrl(args: argparse.Namespace, prompts: Path, output: Path) -> dict:
@@ -88,18 +80,12 @@ def run_lmrl(args: argparse.Namespace, prompts: Path, output: Path) -> dict:
         "training.threads": args.threads,
         "training.microbatch_tokens": args.microbatch * (args.prompt_tokens + args.new_tokens),
         "evaluation.suite": "null",
+        **engine_overrides(args),
     }
-    command = [sys.executable, "-m", "lmrl", "train", "sentiment/ppo", "--output", str(output)]
-    execute([*command, *(f"{key}={value}" for key, value in overrides.items())], args)
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    times = [line["time"] for line in lines if line["kind"] == "train"]
-    steps = [time["source_s"] + time["update_s"] for time in times[1:]]
-    return {
-        "step_seconds": [round(step, 2) for step in steps],
-        "rollout_seconds": [round(time["source_s"], 2) for time in times[1:]],
-        "samples_per_second": args.batch / statistics.median(steps),
-        "peak_mb": times[-1]["peak_memory_mb"],
-    }
+    lines = lmrl_train("sentiment/ppo", assignments(overrides), output, args.threads)
+    counted = lines[1:]
+    rollouts = [line["time"]["source_s"] for line in counted]
+    return online_report(args.batch, list(map(seconds, counted)), rollouts, lines[-1]["time"]["peak_memory_mb"])
 
 
 def run_trl(args: argparse.Namespace, prompts: Path, output: Path) -> dict:
@@ -107,30 +93,9 @@ def run_trl(args: argparse.Namespace, prompts: Path, output: Path) -> dict:
     names = ("prompt_tokens", "new_tokens", "batch", "microbatch", "epochs", "lora_r", "threads", "steps")
     command = [args.trl_python, str(HERE / "ppo_trl.py"), "--model", args.model, "--prompts", str(prompts)]
     command += [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
-    execute([*command, "--dtype", args.trl_dtype, "--json", str(output / "report.json")], args)
+    execute([*command, "--dtype", args.trl_dtype, "--json", str(output / "report.json")], args.threads)
     report = json.loads((output / "report.json").read_text())
-    return {
-        "step_seconds": report["step_seconds"],
-        "rollout_seconds": report["rollout_seconds"],
-        "samples_per_second": args.batch / statistics.median(report["step_seconds"]),
-        "peak_mb": report["peak_rss_mb"],
-    }
-
-
-def execute(command: list[str], args: argparse.Namespace) -> None:
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-    )
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
-
-
-def summarize(runs: list[dict]) -> dict[str, float]:
-    return {
-        "samples_per_second": statistics.median(run["samples_per_second"] for run in runs),
-        "step_seconds": statistics.median(second for run in runs for second in run["step_seconds"]),
-        "peak_mb": statistics.median(run["peak_mb"] for run in runs),
-    }
+    return online_report(args.batch, report["step_seconds"], report["rollout_seconds"], report["peak_rss_mb"])
 
 
 if __name__ == "__main__":

@@ -24,16 +24,15 @@ are alike on average and not one by one; the table gives their mean. What else d
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
+
+from _peers import Results, add_peer_arguments, in_turn, leave, median, this_script, write_json
 
 PEERS = ("hf", "transformers", "vllm", "lmrl-vllm")
 NAMES = {"hf": "lmrl hf", "transformers": "transformers", "vllm": "vLLM", "lmrl-vllm": "lmrl vllm"}
@@ -78,8 +77,7 @@ def main() -> None:
         "--peers", default=",".join(PEERS), help=f"of {', '.join(PEERS)}; what is not installed is left out"
     )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    add_peer_arguments(parser, PEERS)
     args = parser.parse_args()
     if args.peer:
         run(args)
@@ -89,22 +87,15 @@ def main() -> None:
     if unknown := set(peers) - set(PEERS):
         parser.error(f"--peers: no such peer: {', '.join(sorted(unknown))} (there are {', '.join(PEERS)})")
     peers = [peer for peer in peers if available(peer)]
-    results: dict[str, list[dict]] = {peer: [] for peer in peers}
     with tempfile.TemporaryDirectory() as scratch:
-        report = Path(scratch) / "report.json"
-        for _ in range(args.rounds):
-            for peer in peers:
-                done = subprocess.run(
-                    [sys.executable, __file__, *sys.argv[1:], "--peer", peer, "--output", str(report)],
-                    capture_output=True, text=True, env=os.environ | environment(args),
-                )  # fmt: skip
-                if done.returncode:
-                    sys.exit(f"{peer} failed\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
-                results[peer].append(json.loads(report.read_text()))
-                print(NAMES[peer], json.dumps(results[peer][-1]), flush=True)
+
+        def run_peer(peer: str, number: int) -> dict:
+            output = Path(scratch) / f"{peer}-{number}"
+            return this_script(peer, output, args.threads, environment=environment())
+
+        results = in_turn(peers, args.rounds, run_peer)
     print_table(results, args.rounds)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    write_json(args.json, results)
 
 
 def available(peer: str) -> bool:
@@ -117,9 +108,8 @@ def available(peer: str) -> bool:
     return peer != "lmrl-vllm" or "vllm" in get_args(Rollouts.model_fields["engine"].annotation)
 
 
-def environment(args: argparse.Namespace) -> dict[str, str]:
+def environment() -> dict[str, str]:
     return {
-        "OMP_NUM_THREADS": str(args.threads),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2"),
         "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
@@ -127,14 +117,14 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
     }
 
 
-def print_table(results: dict[str, list[dict]], rounds: int) -> None:
+def print_table(results: Results, rounds: int) -> None:
     """Medians over rounds; ratios are those of runs in the same round."""
     print(
         f"\n{'':14}{'tokens/s':>10}{'per CPU s':>11}{'tokens each':>13}{'peak MB':>9}   tokens/s to those of transformers"
     )
     for peer, runs in results.items():
         speed, cpu = (rates(runs, key) for key in ("seconds", "cpu_seconds"))
-        mean, memory = (statistics.median(one[key] for one in runs) for key in ("mean_tokens", "peak_mb"))
+        mean, memory = (median(runs, key) for key in ("mean_tokens", "peak_mb"))
         per_cpu = f"{statistics.median(cpu):11.1f}" if cpu else f"{'-':>11}"
         line = f"{NAMES[peer]:14}{statistics.median(speed):10.1f}{per_cpu}{mean:13.1f}{memory:9.0f}"
         if base := results.get("transformers"):
@@ -195,7 +185,7 @@ def run(args: argparse.Namespace) -> None:
         "mean_prompt": round(statistics.mean(map(len, prompts)), 1),
         "peak_mb": peak // 1024,
     }
-    args.output.write_text(json.dumps(found))
+    leave(args.output, found)
 
 
 def build_lmrl(args: argparse.Namespace):
