@@ -85,6 +85,7 @@ class Ahead(Source):
     def _stop_if_unwanted(self) -> None:
         if self._unwanted.is_set():
             raise BrokenOff
+        self.check()
 
     def wait(self) -> list[Trajectory]:
         while self._pending is not None and not self._pending.drawn.done():

@@ -12,9 +12,11 @@ import yaml
 
 from lmrl import world
 from lmrl.errors import EngineError, RecipeError, RunError
+from lmrl.policy.load import load_policy
 from lmrl.recipe_files import load_recipe
 from lmrl.rollouts.hf import HFEngine
-from lmrl.training import resume_run, train
+from lmrl.rollouts.task import task_texts
+from lmrl.training import dry_run, resume_run, train
 from lmrl.training.ahead import STATE_FILE, Ahead
 from lmrl.training.interrupt import Interrupted
 from lmrl.training.sources import Drawn
@@ -22,6 +24,7 @@ from lmrl.training.stage import Stage
 from lmrl.training.trust import differences, some_of
 from lmrl.training.updater import Updater
 from lmrl.trajectories.trajectory import Trajectory
+from tests.rollouts.fake_server import FakeServer
 from tests.training.test_resume import assert_same_run, launch, metrics
 
 
@@ -29,7 +32,7 @@ def recipe_of(tmp_path, overrides=(), **changes):
     """Four steps of PPO; some samples are not judged, and the reward follows running statistics."""
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(12)))
     (tmp_path / "mine.py").write_text(
-        "def vowels(completions, **_): return [None if t[:1] < 'B' else sum(c < 'P' for c in t) for t in completions]"
+        "def digits(completions, **_): return [None if t[:1] in (*'say01',) else sum(c.isdigit() for c in t) for t in completions]"
     )
     config = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     config |= {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -37,7 +40,7 @@ def recipe_of(tmp_path, overrides=(), **changes):
         "model": {"config": config},
         "task": {
             "prompts": {"path": "prompts.jsonl"},
-            "rewards": [{"function": "mine.py:vowels", "normalize": "running"}],
+            "rewards": [{"function": "mine.py:digits", "normalize": "running"}],
             "max_failed": 0.9,
         },
         "rollouts": {"prompts": 6, "samples": 2, "max_new_tokens": 6, "ahead": 1},
@@ -111,25 +114,30 @@ def test_a_step_learns_from_what_the_weights_before_its_own_have_played(tmp_path
     assert [line["step"] for line in checks] == [1, 2, 3] and all(line["gap_max"] < 1e-4 for line in checks)
 
 
-def test_beside_the_training_is_the_same_as_before_it(tmp_path, apart, monkeypatch):
+@pytest.fixture
+def updated(monkeypatch):
+    """Set where the step under way has made an update."""
+    event, begin, update = threading.Event(), Updater.begin, Updater.step
+
+    def step(self, *args):
+        stats = update(self, *args)
+        event.set()
+        return stats
+
+    monkeypatch.setattr(Updater, "begin", lambda self, step: (event.clear(), begin(self, step)))
+    monkeypatch.setattr(Updater, "step", step)
+    return event
+
+
+def test_beside_the_training_is_the_same_as_before_it(tmp_path, apart, updated, monkeypatch):
     """Steps 3 and 4 are sampled only once the step before has made an update; weights and metrics are those of `hf`."""
-    updated, overlapped = threading.Event(), []
+    overlapped = []
 
     def before(engine, step):
         if step > 2:
             assert engine.held and threading.current_thread() is not threading.main_thread()
             overlapped.append(updated.wait(60))
 
-    update = Updater.step
-
-    def step(self, *args):
-        stats = update(self, *args)
-        updated.set()
-        return stats
-
-    begin = Updater.begin
-    monkeypatch.setattr(Updater, "begin", lambda self, step: (updated.clear(), begin(self, step)))
-    monkeypatch.setattr(Updater, "step", step)
     apart(before)
     train(recipe_of(tmp_path), output=tmp_path / "beside")
     assert overlapped == [True, True]
@@ -137,6 +145,30 @@ def test_beside_the_training_is_the_same_as_before_it(tmp_path, apart, monkeypat
     train(recipe_of(tmp_path), output=tmp_path / "before")
     assert metrics(tmp_path / "beside") == metrics(tmp_path / "before")
     assert weights(tmp_path / "beside") == weights(tmp_path / "before")
+
+
+def test_servers_sample_beside_the_training_with_weights_one_step_old(tmp_path, updated):
+    server, stamps, overlapped = FakeServer(), [], []
+    rollouts = {"prompts": 6, "samples": 2, "max_new_tokens": 6, "ahead": 1, "tolerance": 1e9}
+    recipe = recipe_of(tmp_path, rollouts=rollouts | {"engine": "vllm-server", "server": {"urls": [server.url]}})
+    policy = load_policy(recipe.model, texts=lambda: task_texts(recipe))
+    said = server.lmrl_describe
+    server.lmrl_describe = lambda: said() | {"vocabulary": policy.causal_lm.config.vocab_size}
+
+    def answer(number):
+        stamps.append(server.stamp)
+        if number > 24:  # of steps 3 and 4
+            overlapped.append(updated.wait(60))
+
+    server.on_generate = answer
+    try:
+        train(recipe, output=tmp_path / "run")
+    finally:
+        server.close()
+    versions = list(dict.fromkeys(stamps))
+    assert [stamps.count(version) for version in versions] == [24, 12, 12] and overlapped == [True] * 24
+    assert len(server.loaded) == 4  # once a step
+    assert [line["staleness"] for line in trained(tmp_path / "run")] == [0, 1, 1, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------- resume
@@ -147,7 +179,7 @@ def test_beside_the_training_is_the_same_as_before_it(tmp_path, apart, monkeypat
         {
             "objective": {"name": "grpo", "epochs": 2},
             "source": {"name": "rollouts", "resample": 2},
-            "rollouts": {"prompts": 4, "samples": 2, "max_new_tokens": 1, "ahead": 1},
+            "rollouts": {"prompts": 4, "samples": 2, "max_new_tokens": 2, "ahead": 1},
         },
     ],
     ids=["ppo", "resampled groups"],
@@ -310,3 +342,12 @@ def test_refused(tmp_path, tiny_policy, monkeypatch):
     monkeypatch.setattr(world, "size", lambda: 2)
     with pytest.raises(RunError, match="is for one process, but this is a launch of 2"):
         Ahead(Fresh(HFEngine(tiny_policy), None), 9)
+
+
+def test_a_dry_run_tries_it(tmp_path, monkeypatch):
+    drawn, next_one = [], Ahead.next
+    monkeypatch.setattr(
+        Ahead, "next", lambda self, step: drawn.append((step, len(self.wait()))) or next_one(self, step)
+    )
+    dry_run(recipe_of(tmp_path))
+    assert drawn == [(1, 0), (2, 4)]
