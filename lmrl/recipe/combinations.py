@@ -114,6 +114,11 @@ def _policy_gradient(recipe: Any, rolls_out: bool) -> Iterator[str]:
         )
     if recipe.rollouts.temperature == 0:
         yield f"objective '{name}' explores by sampling: set rollouts.temperature above 0"
+    if recipe.rollouts.ahead and recipe.rollouts.correction == "none":
+        yield (
+            f"`rollouts.ahead` has objective '{name}' learn from what older weights have played, which importance weights have "
+            "to correct: leave rollouts.correction at auto, or set rollouts.ahead=0"
+        )
 
 
 def _reward_model(source: Any) -> Iterator[str]:

@@ -54,6 +54,9 @@ class Rollouts(Section):
     cache_tokens: int | None = Field(None, ge=1)
     """Tokens whose keys and values engine `hf` holds at a time, padding and what `max_new_tokens` may bring included (null: no
     limit). Where these take too much memory, fewer sequences than `slots` are decoded at a time."""
+    ahead: Literal[0, 1] = 0
+    """1: the episodes of a step are played while the step before is learned from, with weights one step old (engine
+    `vllm-server` does both at once; the others play first). Of stages that play; for one process."""
     beta: float | None = Field(None, ge=0)
     """Of a policy with Q heads: weight of Q beside the log-probabilities (null: as its objective said; 0: none)."""
     support: float | None = Field(None, ge=0, lt=1)
@@ -67,7 +70,7 @@ class Rollouts(Section):
     correction: Literal["auto", "none"] | CorrectionMode = "auto"
     """Importance weights against the difference of sampler and learner, in policy gradients: a token's or an episode's
     ratio, held below a cap or left out above it (see lmrl/objectives/correction.py). auto: `token_truncate`, but none
-    with engine `hf`, which samples from the learner itself."""
+    with engine `hf` and `ahead: 0`, which samples from the learner itself."""
     correction_cap: float = Field(3.0, gt=0)
     """Largest such ratio."""
     vllm: VLLM = VLLM()
@@ -77,5 +80,5 @@ class Rollouts(Section):
     def corrects(self) -> CorrectionMode | None:
         """The correction that is meant; None: none."""
         if self.correction == "auto":
-            return None if self.engine == "hf" else "token_truncate"
+            return None if self.engine == "hf" and not self.ahead else "token_truncate"
         return None if self.correction == "none" else self.correction

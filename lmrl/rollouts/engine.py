@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -58,24 +59,44 @@ class Engine:
     policy: whose weights are sampled from. check: called between pieces of work; may raise to abandon a rollout.
     """
 
+    apart = False
+    """Whether it samples in other processes, with weights of its own, and so can while the policy is trained."""
+
     def __init__(self, policy: Policy, check: Callable[[], None] = lambda: None):
         self.policy, self.check = policy, check
         self.stale = True
         """Whether the policy's weights have changed since the last sync: set it after every update."""
         self.syncs = 0
+        """Weight syncs so far: the version of the weights that are sampled from, which trajectories carry."""
+        self.held = False
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
         """Complete each prompt with the policy as it is; `keys` name the random stream of each, so that a repeated call
         draws the same."""
-        self.refresh()
+        if not self.held:
+            self.refresh()
         return self.sample(prompts, sampling, keys) if prompts else []
 
     def refresh(self) -> None:
         """Take over the policy's weights where they have changed. Of several processes, all have to call it."""
+        assert not self.held, "what is being sampled would come from two versions of the weights"
         if self.stale:
             self.sync()
             self.stale = False
             self.syncs += 1
+
+    @contextmanager
+    def holding(self, check: Callable[[], None]) -> Iterator[None]:
+        """Sample with the weights that it has, whatever becomes of the policy's; `check` is called in place of its own."""
+        before, self.check, self.held = self.check, check, True
+        try:
+            yield
+        finally:
+            self.check, self.held = before, False
+
+    def staleness(self, version: int | None) -> int:
+        """Versions by which the policy is ahead of what was sampled with this one (None, of unknown origin: 0)."""
+        return 0 if version is None else self.syncs + self.stale - version
 
     def sync(self) -> None:
         """Take over the policy's weights."""

@@ -61,6 +61,8 @@ class Sampler:
             for episode, completion in zip(active, completions, strict=True):
                 text = self._text(completion, sampling)
                 self._act(episode, completion.tokens, completion.logprobs, text, completion.end)
+        for episode in episodes:
+            episode.trajectory.version = self.engine.syncs
         return self._finish(episodes)
 
     def play_scripted(self, player: str, starts: Sequence[int | None], name: tuple[int | str, ...]) -> list[Trajectory]:

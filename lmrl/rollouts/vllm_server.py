@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from lmrl.errors import ModelError
+from lmrl.errors import EngineError, ModelError
 from lmrl.policy.merged import merged_weights
 from lmrl.policy.policy import Policy
 from lmrl.recipe.server import Server
@@ -38,6 +38,8 @@ class VLLMServerEngine(Engine):
     folder: where `servers/server-N.log` goes (None: a temporary folder). shared: what the owner's `shared` says, on every
     other rank. Servers start with the first `refresh` of the owner. Raises ModelError for a policy guided by Q heads.
     """
+
+    apart = True
 
     def __init__(
         self,
@@ -184,7 +186,13 @@ class VLLMServerEngine(Engine):
         for error in gone:
             if isinstance(error, ModelError) or len(gone) == len(self.keepers):
                 raise error
-        if any(keeper.wants_file for keeper in self.keepers):  # started again after a broadcast
+        if self.held:  # the weights that are sampled from are nowhere else: the policy's have changed since
+            if all(keeper.wants_file for keeper in self._left()):
+                raise EngineError(
+                    "all servers were started again while the policy was trained, and the weights that they sampled with are "
+                    "gone: resume the run with --resume"
+                )
+        elif any(keeper.wants_file for keeper in self.keepers):  # started again after a broadcast
             target = self.keepers[0].target
             path = self._write(target.version)
             for keeper in self.keepers:

@@ -19,7 +19,7 @@ class Interrupt:
     """Catches the first signal; a second one takes its usual course at once.
 
     `check()` raises Interrupted only where `safe` is set: while a rollout runs, when nothing has changed since the last
-    finished step.
+    finished step. In a thread beside the training it always does: what is played there can be played again.
     """
 
     def __init__(self) -> None:
@@ -43,5 +43,6 @@ class Interrupt:
             signal.signal(caught, handler)
 
     def check(self) -> None:
-        if self.safe and self.number is not None:
+        beside = threading.current_thread() is not threading.main_thread()
+        if self.number is not None and (self.safe or beside):
             raise Interrupted(self.number)

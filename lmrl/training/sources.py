@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmrl import world
 from lmrl.errors import DataError, ModelError
@@ -24,6 +24,9 @@ from lmrl.seeding import stream
 from lmrl.trajectories.chain import piece
 from lmrl.trajectories.store import LoggedFile, read_episodes, write_episodes
 from lmrl.trajectories.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from lmrl.training.ahead import Ahead
 
 REPLAY_FILE, REWARDS_FILE = "replay.parquet", "rewards.json"
 PART = 64
@@ -54,6 +57,14 @@ class Source:
         """The trajectories of a step, counted from 1."""
         raise NotImplementedError
 
+    def wait(self) -> list[Trajectory]:
+        """Until nothing is being played beside the training, so that the engine is free; the episodes that the next step
+        will learn from, where they have been played."""
+        return []
+
+    def stop(self, forget: bool = False) -> None:
+        """Break off what is being played beside the training. forget: what has been played for the next step, too."""
+
     def save(self, folder: Path) -> None:
         """Write what a resumed run needs beside a checkpoint."""
 
@@ -73,6 +84,14 @@ class FreshRollouts(Source):
         self.sampling = Sampling.of(options)
 
     def next(self, step: int) -> Drawn:
+        before = self._statistics()
+        try:
+            return self._play(step)
+        except BaseException:  # it is going to be played again
+            self._restore(before)
+            raise
+
+    def _play(self, step: int) -> Drawn:
         count, task = self.options.prompts, self.sampler.task
         starts = starts_for(task.training, (step - 1) * count, count, *self.name, "prompts")
         played = self.sampler.play(
@@ -98,15 +117,19 @@ class FreshRollouts(Source):
         return Drawn(best_among_all(judged, self.best), played, failed)
 
     def save(self, folder: Path) -> None:
-        if running := self._running():
-            states = {label: scale.state() for label, scale in running.items()}
+        if states := self._statistics():
             (folder / REWARDS_FILE).write_text(json.dumps(states) + "\n")
 
     def load(self, folder: Path) -> None:
-        if running := self._running():
-            states = json.loads((folder / REWARDS_FILE).read_text())
-            for label, scale in running.items():
-                scale.load_state(states[label])
+        if self._running():
+            self._restore(json.loads((folder / REWARDS_FILE).read_text()))
+
+    def _statistics(self) -> dict[str, dict[str, Any]]:
+        return {label: scale.state() for label, scale in self._running().items()}
+
+    def _restore(self, states: dict[str, dict[str, Any]]) -> None:
+        for label, scale in self._running().items():
+            scale.load_state(states[label])
 
     def _running(self) -> dict[str, Scale]:
         """Rewards that are normalised by what was sampled so far."""
@@ -206,7 +229,9 @@ class Logged(Source):
 class Mixture(Source):
     """Fresh episodes go into a replay buffer; a batch takes a share from it, and the rest from the log."""
 
-    def __init__(self, fresh: FreshRollouts, logged: Logged, options: MixtureSource, steps: int, tokenizer: Any):
+    def __init__(
+        self, fresh: FreshRollouts | Ahead, logged: Logged, options: MixtureSource, steps: int, tokenizer: Any
+    ):
         self.fresh, self.logged, self.options, self.steps = fresh, logged, options, steps
         self.tokenizer = tokenizer
         self.replay: list[Trajectory] = []
@@ -230,6 +255,12 @@ class Mixture(Source):
         replayed = self.logged.pieces([self.replay[row] for row in rows], "replayed", step)
         learn = [*world.share(replayed), *self.logged.take(first, options.batch_size - count)]
         return Drawn(learn, drawn.played, drawn.failed)
+
+    def wait(self) -> list[Trajectory]:
+        return self.fresh.wait()
+
+    def stop(self, forget: bool = False) -> None:
+        self.fresh.stop(forget)
 
     def save(self, folder: Path) -> None:
         self.fresh.save(folder)
@@ -279,12 +310,20 @@ def build_source(
     """
     seed = recipe.training.seed
     if isinstance(recipe.source, RolloutsSource):
-        return FreshRollouts(sampler, recipe.rollouts, seed, stage, recipe.source.best, recipe.source.resample)
+        fresh = FreshRollouts(sampler, recipe.rollouts, seed, stage, recipe.source.best, recipe.source.resample)
+        return _ahead(fresh, recipe)
     logged = build_logged(recipe.source, task, seed, stage, bad_rows, compares)
     if not isinstance(recipe.source, MixtureSource):
         return logged
-    fresh = FreshRollouts(sampler, recipe.rollouts, seed, stage)
+    fresh = _ahead(FreshRollouts(sampler, recipe.rollouts, seed, stage), recipe)
     return Mixture(fresh, logged, recipe.source, recipe.training.steps, task.renderer.tokenizer)
+
+
+def _ahead(fresh: FreshRollouts, recipe: Recipe) -> FreshRollouts | Ahead:
+    """Fresh episodes, played a step ahead where the recipe says so."""
+    from lmrl.training.ahead import Ahead  # builds on this file
+
+    return Ahead(fresh, recipe.training.steps) if recipe.rollouts.ahead else fresh
 
 
 def build_logged(

@@ -188,12 +188,14 @@ class Stage:
                 if stop := world.largest(self.interrupt.number or 0):
                     raise Interrupted(stop)
         except Interrupted:
+            self.source.stop()
             if progress.step > 0:
                 self._save()
                 self.display.say(f"saved a checkpoint at step {progress.step} of stage {self.name}")
             raise
         finally:
             self.display.end()
+            self.source.stop()
             self.engine.close()
         self._checkpoint(self.run.final(self.name))
         self.strategy.close()
@@ -209,13 +211,17 @@ class Stage:
         self.interrupt.check()
         with self.strategy.whole():
             if self.recipe.source.name != "dataset":
+                self.source.wait()
                 self.engine.refresh()
             drawn = self.source.next(step)
         self.interrupt.safe = False
+        staleness = [self.engine.staleness(one.version) for one in drawn.played]
+        assert max(staleness, default=0) <= self.recipe.rollouts.ahead, staleness
         sampled = time.monotonic()
         kept = samples_to_keep(drawn.played)
         self.run.record_samples([sample_line(self.name, step, "train", one) for one in kept])
-        if compared := self.trust(drawn.played):
+        ahead = self.source.wait() if self.trust.due else []  # of the learner's weights, which drawn ones may not be
+        if compared := self.trust([*drawn.played, *ahead]):
             self.run.record({"stage": self.name, "step": step, "kind": "check", **compared})
             self.trust.judge(compared, f"stage {self.name}, step {step}")
         judged = [one for one in drawn.played if one.reward is not None]
@@ -230,6 +236,8 @@ class Stage:
         if played_well:
             metrics["repetition"] = repetition_of_all(judged)
         metrics |= {"failed": failed, "skipped": self.updater.skipped}
+        if self.recipe.rollouts.ahead and staleness:
+            metrics["staleness"] = sum(staleness) / len(staleness)
         times = {
             "source_s": round(sampled - started, 3),
             "update_s": round(finished - sampled, 3),
@@ -369,6 +377,7 @@ class Stage:
             kept = checkpoint.checkpoint_path(self.run, self.name, best)
             checkpoint.roll_back(kept, self.recipe, self.policy, self.updater)
             self.engine.stale = True
+            self.source.stop(forget=True)
             self.updater.lr_factor = state.lr_factor
             line |= {"back_to": best, "lr_factor": state.lr_factor}
             self.display.say(
@@ -388,6 +397,7 @@ class Stage:
 
     def _evaluate(self, step: int, name: str) -> list[Trajectory]:
         """Score the policy as it is, on the suite and on held-out logged episodes; returns the suite's episodes."""
+        self.source.wait()
         with self.strategy.whole():
             if self.evaluator is not None:
                 self.engine.refresh()

@@ -82,7 +82,7 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> None:
     """Try everything a run would do on a tiny scale: every stage, one step, a few episodes, in a temporary folder."""
     data = recipe.model_dump(mode="json")
     for section in [data, *data["stages"].values()]:
-        section.setdefault("training", {})["steps"] = 1
+        section.setdefault("training", {})["steps"] = 1 + recipe.rollouts.ahead
         if (section.get("source") or {}).get("name") in ("dataset", "mixture"):
             section["source"] |= {"episodes": 8, "batch_size": 2}
         if (section.get("source") or {}).get("warmup_steps"):

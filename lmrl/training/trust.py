@@ -39,14 +39,19 @@ class Trust:
             return []
         return [f"{self.obstacle}, so the log-probabilities of engine and learner are not compared"]
 
+    @property
+    def due(self) -> bool:
+        every, before = self.rollouts.check_every, self.compared_at
+        return self.obstacle is None and (before is None or (every > 0 and self.engine.syncs - before >= every))
+
     def __call__(self, played: list[Trajectory]) -> dict[str, Any] | None:
         """Where it is due: the mean and the largest absolute difference in nats, KL(sampler || learner) a token, and how
-        many tokens were compared."""
-        every, before = self.rollouts.check_every, self.compared_at
-        due = before is None or (every > 0 and self.engine.syncs - before >= every)
-        if not due or self.obstacle is not None:
+        many tokens were compared. Episodes that older weights than the learner's have played say nothing, and are left out.
+        """
+        if not self.due:
             return None
-        own_N = differences(self.policy, some_of(played), self.rollouts.temperature)
+        current = [one for one in played if self.engine.staleness(one.version) == 0]
+        own_N = differences(self.policy, some_of(current), self.rollouts.temperature)
         gap_N = torch.tensor(world.gather(own_N.tolist()))
         if not len(gap_N):
             return None

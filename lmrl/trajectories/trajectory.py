@@ -85,6 +85,8 @@ class Trajectory:
     """Of a truncated episode: what would have come next."""
     player: str | None = None
     """Who played: a policy or a scripted player, where it is known."""
+    version: int | None = field(default=None, compare=False)
+    """Of the weights it was played with: the number of the engine's weight sync (None: not played by this process)."""
 
     @property
     def num_actions(self) -> int:

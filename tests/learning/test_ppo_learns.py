@@ -36,9 +36,9 @@ def test_ppo_learns_the_shortest_paths(tmp_path):
     assert min(finals) > 0.75, finals
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_ppo_follows_the_sign_of_a_reward(tmp_path, sign):
-    """A bandit: the same prompts, a reward for one letter or against it."""
+@pytest.mark.parametrize(("sign", "ahead"), [(1, 0), (-1, 0), (1, 1)])
+def test_ppo_follows_the_sign_of_a_reward(tmp_path, sign, ahead):
+    """A bandit: the same prompts, a reward for one letter or against it; also from what older weights have played."""
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     (tmp_path / "mine.py").write_text("def letters(completions, **_): return [t.count('a') / 4 for t in completions]")
     (tmp_path / "bandit.yaml").write_text(
@@ -50,7 +50,7 @@ def test_ppo_follows_the_sign_of_a_reward(tmp_path, sign):
         "optimizer: {lr: 5e-3}\n"
         "training: {steps: 30, checkpoint_every: 0, threads: 1}\n"
     )
-    recipe = lmrl.load_recipe(tmp_path / "bandit.yaml", [f"task.rewards.0.weight={sign}"])
+    recipe = lmrl.load_recipe(tmp_path / "bandit.yaml", [f"task.rewards.0.weight={sign}", f"rollouts.ahead={ahead}"])
     result = lmrl.train(recipe, output=tmp_path / "run")
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     rewards = [line["reward/letters"] for line in lines if line["kind"] == "train"]

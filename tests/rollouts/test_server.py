@@ -21,6 +21,7 @@ from lmrl.recipe import Rollouts
 from lmrl.recipe.server import Server
 from lmrl.recipe_files import load_recipe
 from lmrl.rollouts.engine import Sampling, build_engine
+from lmrl.rollouts.server_keeper import Target
 from lmrl.rollouts.server_process import LAUNCHER_VARIABLES, gpus_of, serve_environment
 from lmrl.rollouts.server_queue import TRIES
 from lmrl.rollouts.server_weights import ControlPlane, Member, WeightFiles, weight_source, write_safetensors
@@ -207,6 +208,26 @@ def test_completions_of_other_weights_are_thrown_away(fakes, engine_of):
     server.version, server.stamp = None, "default"  # started again, and nobody has noticed
     assert complete(generate(engine, 6), 6)
     assert len(server.loaded) == 2 and server.stamp == engine.keepers[0].target.version
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_weights_that_were_broadcast_and_are_gone_are_not_replaced_by_later_ones(fakes, engine_of, others):
+    """While the policy is trained beside the sampling; the other servers go on."""
+    servers = fakes(1 + others)
+    engine = engine_of(servers)
+    generate(engine, 1)
+    for keeper in engine.keepers:
+        keeper.aim(Target(keeper.target.version))  # as after a broadcast: there is no file
+    servers[0].version = None  # started again
+    with engine.holding(lambda: None):
+        if others:
+            assert complete(generate(engine))
+        else:
+            with pytest.raises(EngineError, match="the weights that they sampled with are gone"):
+                generate(engine)
+    assert len(servers[0].loaded) == 1
+    engine.stale = True
+    assert complete(generate(engine)) and len(servers[0].loaded) == 2
 
 
 def test_a_server_that_stays_away_stops_the_run_with_one_line(fakes, engine_of):
