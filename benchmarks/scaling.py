@@ -125,8 +125,8 @@ def measure(args: argparse.Namespace, setting: Setting, output: Path) -> dict[st
     tokens = [episodes * line["length"] for line in lines]
     costs = [1e6 * seconds(line) / own for line, own in zip(lines, tokens, strict=True)]
     return {
-        "us_per_token": statistics.median(costs),
-        "step_seconds": statistics.median(map(seconds, lines)),
+        "us_per_token": round(statistics.median(costs), 2),
+        "step_seconds": round(statistics.median(map(seconds, lines)), 4),
         "tokens": statistics.mean(tokens),
         "peak_mb": max(line["time"]["peak_memory_mb"] for line in lines),
     }

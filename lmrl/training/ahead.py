@@ -38,8 +38,8 @@ class Pending:
     drawn: futures.Future[Drawn]
 
     @property
-    def played(self) -> Drawn | None:
-        """None: not yet, or it went wrong."""
+    def result(self) -> Drawn | None:
+        """None: there is none yet, or it went wrong."""
         return self.drawn.result() if self.drawn.done() and self.drawn.exception() is None else None
 
 
@@ -62,11 +62,10 @@ class Ahead(Source):
     def next(self, step: int) -> Drawn:
         self.wait()
         if self._pending is None:
-            drawn = self.fresh.next(step)
-        else:
-            assert self._pending.step == step, (self._pending.step, step)
-            drawn = self._pending.drawn.result()
-        # If playing ahead is interrupted, what is pending is still this step's, as the last finished step left it.
+            self._pending = Pending(step, done(self.fresh.next(step)))
+        assert self._pending.step == step, (self._pending.step, step)
+        drawn = self._pending.drawn.result()
+        # If playing ahead is interrupted, what is pending is still this step's, and a resumed run begins with it.
         self._pending = self._begin(step + 1) if step < self.steps else None
         return drawn
 
@@ -74,9 +73,7 @@ class Ahead(Source):
         self.engine.refresh()
         if self.engine.apart:
             return Pending(step, in_thread(lambda: self._beside(step)))
-        drawn: futures.Future[Drawn] = futures.Future()
-        drawn.set_result(self.fresh.next(step))
-        return Pending(step, drawn)
+        return Pending(step, done(self.fresh.next(step)))
 
     def _beside(self, step: int) -> Drawn:
         with self.engine.holding(self._stop_if_unwanted):
@@ -91,8 +88,8 @@ class Ahead(Source):
         while self._pending is not None and not self._pending.drawn.done():
             futures.wait([self._pending.drawn], POLL)
             self.check()
-        played = self._pending and self._pending.played
-        return played.played if played else []
+        drawn = self._pending and self._pending.result
+        return drawn.played if drawn else []
 
     def stop(self, forget: bool = False) -> None:
         if self._pending is None:
@@ -100,7 +97,7 @@ class Ahead(Source):
         self._unwanted.set()
         futures.wait([self._pending.drawn])
         self._unwanted.clear()
-        if forget or self._pending.played is None:
+        if forget or self._pending.result is None:
             self._pending = None
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
@@ -109,7 +106,7 @@ class Ahead(Source):
         self.wait()
         self.fresh.save(folder)
         pending = self._pending
-        if pending is None or (drawn := pending.played) is None:
+        if pending is None or (drawn := pending.result) is None:
             return
         places = {id(trajectory): place for place, trajectory in enumerate(drawn.played)}
         state = {
@@ -129,9 +126,14 @@ class Ahead(Source):
         played = read_episodes(folder / EPISODES_FILE, self.tokenizer)
         for trajectory in played:
             trajectory.version = self.engine.syncs + self.engine.stale - state["staleness"]
-        drawn: futures.Future[Drawn] = futures.Future()
-        drawn.set_result(Drawn([played[place] for place in state["learn"]], played, state["failed"]))
-        self._pending = Pending(state["step"], drawn)
+        drawn = Drawn([played[place] for place in state["learn"]], played, state["failed"])
+        self._pending = Pending(state["step"], done(drawn))
+
+
+def done(drawn: Drawn) -> futures.Future[Drawn]:
+    future: futures.Future[Drawn] = futures.Future()
+    future.set_result(drawn)
+    return future
 
 
 def in_thread(work: Callable[[], Drawn]) -> futures.Future[Drawn]:

@@ -24,6 +24,7 @@ from lmrl.training.stage import Stage
 from lmrl.training.trust import differences, some_of
 from lmrl.training.updater import Updater
 from lmrl.trajectories.trajectory import Trajectory
+from tests.conftest import TINY_WALKS
 from tests.rollouts.fake_server import FakeServer
 from tests.training.test_resume import assert_same_run, launch, metrics
 
@@ -32,7 +33,8 @@ def recipe_of(tmp_path, overrides=(), **changes):
     """Four steps of PPO; some samples are not judged, and the reward follows running statistics."""
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(12)))
     (tmp_path / "mine.py").write_text(
-        "def digits(completions, **_): return [None if t[:1] in (*'say01',) else sum(c.isdigit() for c in t) for t in completions]"
+        "def digits(completions, **_): return [None if t[:1] in (*'say01',) else sum(c.isdigit() for c in t) for t in completions]\n"
+        "def length(completions, **_): return [len(t) for t in completions]\n"
     )
     config = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     config |= {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -150,7 +152,9 @@ def test_beside_the_training_is_the_same_as_before_it(tmp_path, apart, updated, 
 def test_servers_sample_beside_the_training_with_weights_one_step_old(tmp_path, updated):
     server, stamps, overlapped = FakeServer(), [], []
     rollouts = {"prompts": 6, "samples": 2, "max_new_tokens": 6, "ahead": 1, "tolerance": 1e9}
-    recipe = recipe_of(tmp_path, rollouts=rollouts | {"engine": "vllm-server", "server": {"urls": [server.url]}})
+    rollouts |= {"engine": "vllm-server", "server": {"urls": [server.url]}}
+    task = {"prompts": {"path": "prompts.jsonl"}, "rewards": [{"function": "mine.py:length"}]}
+    recipe = recipe_of(tmp_path, rollouts=rollouts, task=task)
     policy = load_policy(recipe.model, texts=lambda: task_texts(recipe))
     said = server.lmrl_describe
     server.lmrl_describe = lambda: said() | {"vocabulary": policy.causal_lm.config.vocab_size}
@@ -222,6 +226,15 @@ def test_killed_while_playing_several_turns(tmp_path):
     assert done.returncode == -kill and "resumed stage main at step 2" in done.stdout, done.stdout
     resume_run(torn)
     assert_same_run(whole, torn)
+
+
+def test_what_other_weights_have_played_is_dropped_where_a_gate_puts_weights_back(tmp_path, monkeypatch):
+    changes = ["source={name: rollouts}", "objective={name: ppo}", "rollouts.prompts=3", "rollouts.ahead=1"]
+    changes += ["evaluation.gate={drop: 5, every: 2, max_rollbacks: 9}", "evaluation.episodes=2", "training.steps=4"]
+    small = [change for change in TINY_WALKS if not change.startswith("source.")]
+    monkeypatch.setattr("lmrl.training.stage.breached", lambda gate, lost: True)
+    train(load_recipe("random_walks/bc", [*small, *changes]), output=tmp_path / "run")
+    assert [line["staleness"] for line in trained(tmp_path / "run")] == [0, 1, 0, 1]
 
 
 # ------------------------------------------------------------------------------------- what goes wrong beside the training
@@ -318,6 +331,26 @@ def test_what_was_played_before_the_weights_were_put_back_is_forgotten(tiny_poli
     assert ahead.wait() == []
     (again,) = ahead.next(2).played
     assert ahead.fresh.steps == [1, 2, 2, 3]
+
+
+def test_what_a_step_has_played_itself_is_kept_where_playing_ahead_is_interrupted(tiny_policy):
+    """A resumed run must not judge it a second time."""
+    ahead = Ahead(Fresh(HFEngine(tiny_policy), tiny_policy.tokenizer), 9)
+    play = ahead.fresh.next
+
+    def interrupted(step):
+        if step == 5:
+            raise Interrupted(signal.SIGINT)
+        return play(step)
+
+    ahead.fresh.next = interrupted
+    with pytest.raises(Interrupted):
+        ahead.next(4)
+    ahead.stop()
+    assert [one.prompt for one in ahead.wait()] == ["4"]
+    ahead.fresh.next = play
+    ahead.next(4)
+    assert ahead.fresh.steps == [4, 5]
 
 
 def test_weights_are_not_taken_over_while_sampling(tiny_policy):
