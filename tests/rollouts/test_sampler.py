@@ -36,6 +36,8 @@ class Countdown(TextEnvironment):
 class ScriptedEngine:
     """Always says `ab` and eos; remembers the contexts it was given."""
 
+    syncs = 1
+
     def __init__(self, tokenizer):
         self.tokens = tokenizer("ab", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         self.contexts = []
@@ -61,6 +63,7 @@ def play(tokenizer, starts, history="all", max_turns=10, samples=1, max_failed=0
 
 def test_turns_share_one_context(tokenizer):
     (short, long), engine, _ = play(tokenizer, [0, 1])
+    assert short.version == long.version == engine.syncs
     assert short.completion == "ab" and long.completion == "ab\no0\nab"
     (segment,) = long.segments
     assert tokenizer.decode(segment.tokens) == "s1ab<eos>o0ab<eos>"

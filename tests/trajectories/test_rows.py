@@ -38,6 +38,8 @@ class Count(TextEnvironment):
 class Odd:
     """An engine whose tokens no tokenizer would make of their text; the second turn runs into the token limit."""
 
+    syncs = 1
+
     def __init__(self, tokenizer):
         self.tokenizer, self.calls = tokenizer, 0
 
