@@ -22,13 +22,14 @@ HERE = Path(__file__).parent
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
-def run_two(script: list[str], strategy: str | None) -> None:
+def run_two(script: list[str], strategy: str | None, scratch: Path) -> None:
     environment, _ = accelerate_environment(2, find_launch(strategy) if strategy else None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    common |= {"OMP_NUM_THREADS": "1"}
+    # DeepSpeed builds an extension for CPUs; a build that was killed would leave a lock in the user's cache, for ever.
+    common |= {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(scratch / "extensions")}
     running = [
         subprocess.Popen(
             [sys.executable, *script],
@@ -48,7 +49,7 @@ def run_two(script: list[str], strategy: str | None) -> None:
     [None, "fsdp2", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)],
 )
 def test_two_processes_do_what_one_does(tmp_path, strategy):
-    run_two([str(HERE / "worker.py"), str(tmp_path)], strategy)
+    run_two([str(HERE / "worker.py"), str(tmp_path)], strategy, tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["processes"] == 2
     for name in ("many", "few"):
