@@ -84,11 +84,16 @@ def test_every_shipped_recipe_is_tried(name, tmp_path, tiny_folder):
         overrides.append(f"model.path={tiny_folder}")
     if isinstance(recipe.task, PromptTask):
         overrides.append("task.prompts.max_tokens=200")
+    pairs = [json.dumps({"prompt": f"{n}: ", "chosen": "yes", "rejected": "no"}) + "\n" for n in range(8)]
+    data = tmp_path.parent / f"{tmp_path.name}.jsonl"
+    data.write_text("".join(pairs))
     if getattr(recipe.source, "path", None) is not None:
-        pairs = [json.dumps({"prompt": f"{n}: ", "chosen": "yes", "rejected": "no"}) + "\n" for n in range(8)]
-        data = tmp_path.parent / f"{tmp_path.name}.jsonl"
-        data.write_text("".join(pairs))
         overrides.append(f"source.path={data}")
+    elif isinstance(recipe.task, PromptTask) and not Path(recipe.task.prompts.path).is_file():
+        overrides.append(f"task.prompts.path={data}")
+    for stage, changes in recipe.stages.items():
+        if changes.get("source", {}).get("path"):
+            overrides.append(f"stages.{stage}.source.path={data}")
     done = lmrl("train", name, *overrides, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "dry run passed" in done.stdout
