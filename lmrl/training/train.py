@@ -122,7 +122,8 @@ def join(recipe: Recipe) -> Any:
     for tracker in recipe.tracking.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise RecipeError(f"tracking.trackers: '{tracker}' is not installed: pip install {tracker}")
-    accelerator = Accelerator(log_with=recipe.tracking.trackers or None)
+    trackers = recipe.tracking.trackers or None
+    accelerator = Accelerator(log_with=trackers, project_dir=".")  # the run folder, which is not known yet, replaces it
     check_launch(accelerator, recipe)
     atexit.register(world.leave)
     if accelerator.distributed_type == "DEEPSPEED":
@@ -151,7 +152,8 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
     if not run.writes:
         display = Display(Console(quiet=True))
     if recipe.tracking.trackers:
-        accelerator.project_configuration.set_directories(str(run.folder / "trackers"))
+        folders = accelerator.project_configuration
+        folders.project_dir = folders.logging_dir = str(run.folder / "trackers")
         accelerator.init_trackers(recipe.tracking.project, init_kwargs={"wandb": {"name": run.folder.name}})
     display.say(f"run folder: {run.folder}")
     if resumed and not any(run.final(name).exists() or run.checkpoints(name) for name in stages_of(recipe)):

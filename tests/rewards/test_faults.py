@@ -202,7 +202,7 @@ def test_a_reward_that_always_hangs_costs_a_few_timeouts(load):
     found = run(load("hangs_always", timeout=0.5), ["a"] * 64)
     assert found.values == [None] * 64
     assert "too many failures to try every row" in found.causes[-1]
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 20  # trying every row would take 32
 
 
 def test_a_reward_that_always_raises(load):

@@ -95,7 +95,7 @@ def test_killed_again_and_again(tmp_path):
         (("_fsync", 3, kill), "there is no checkpoint yet: starting over"),  # in the warm-up's first checkpoint
         (("record", 5, kill), "starting over"),  # between two checkpoints of the warm-up
         (("_fsync", 12, kill), "resumed stage warmup at step 2"),  # around the end of the warm-up
-        (("record", 4, term), "warmup"),  # in the second stage, asked politely
+        (("record", 6, term), "warmup"),  # in the second stage, asked politely
         (("record", 2, kill), "resumed stage main"),
     ]
     for stop, said in stops:
