@@ -6,8 +6,8 @@ Both run the same job in a process of their own, in turn: the same model, prompt
 targets, sequences a microbatch, one update a step, the same reward function (VADER), learning rate, loss (mean over each
 completion's tokens, rewards standardised in the group, no divergence), threads, and gradient checkpointing on neither side
 (`--gradient-checkpointing`: on both). trl samples by transformers' `generate`, all completions of a step at once, with
-bfloat16 weights, its fastest setting on a CPU, unless --trl-dtype says otherwise; lmrl keeps a frozen bfloat16 base with
-float32 adapters. A rollout's time includes the reward's.
+bfloat16 weights, which on a CPU were its fastest setting in PPO; --trl-dtype tries the others. lmrl keeps a frozen
+bfloat16 base with float32 adapters. A rollout's time includes the reward's.
 
 What differs: each side draws prompts in an order of its own (a step's are all of the file where it has no more) and with
 random numbers of its own, so lengths are alike on average, and the table has their mean. lmrl's updates compute what a

@@ -138,9 +138,16 @@ def wrap_library(meter: Meter, engine: str) -> None:
     Strategy.step = meter.part("update of the weights", Strategy.step)
     Policy.next_token_logits = meter.part("sampling passes", Policy.next_token_logits)
     if engine == "vllm":
-        from vllm.v1.engine.llm_engine import LLMEngine
+        from lmrl.rollouts.vllm import VLLMEngine
 
-        LLMEngine.step = meter.part("sampling passes", LLMEngine.step)
+        start = VLLMEngine._start
+
+        def start_metered(self: VLLMEngine) -> Any:
+            llm = start(self)
+            llm.llm_engine.step = meter.part("sampling passes", llm.llm_engine.step)
+            return llm
+
+        VLLMEngine._start = start_metered
     load = lmrl.rollouts.task.load_rewards
 
     def load_metered(*args: Any, **kwargs: Any) -> Any:
