@@ -26,6 +26,11 @@ from lmrl.recipe import (
 
 PROCESS_MB = 450
 """Python with torch and transformers imported, before any model."""
+VLLM_PROCESS_MB = 300
+"""What vLLM imports, beside its copy and cache."""
+CPU_BFLOAT16 = 4
+"""How many times the tensors of its passes a CPU comes to hold where it computes in bfloat16: oneDNN keeps prepared kernels for
+every new shape, and freed blocks of many sizes fit badly. Found by runs (see docs/memory.md); float32 shows nothing of it."""
 SLICE = 8192
 """Vocabulary entries that lmrl.policy.logprobs projects at a time."""
 VLLM_CACHE_GIB = 1.0
@@ -74,7 +79,7 @@ def memory_lines(recipe: Recipe) -> list[str]:
 def memory(recipe: Recipe, accelerator: bool = False) -> dict[str, float] | None:
     """An estimate of peak memory in MB, item by item; None where the model's sizes are not known on this machine.
 
-    It is that of one process that shares nothing out. accelerator: of the accelerator's memory, without Python's.
+    It is that of one process that shares nothing out. accelerator: of its memory alone; else that of a process on a CPU.
     """
     shape = model_shape(recipe.model)
     if shape is None:
@@ -95,9 +100,13 @@ def memory(recipe: Recipe, accelerator: bool = False) -> dict[str, float] | None
         items["vLLM's copy and cache"] = copied + (vllm.memory or VLLM_CACHE_GIB) * 2**30
     update, sampling = _update_bytes(recipe, shape), _sampling_bytes(recipe, shape)
     # Not at the same time, and what the one has freed the other takes.
-    items |= update if sum(update.values()) >= sum(sampling.values()) else sampling
-    megabytes = {name: size / 2**20 for name, size in items.items() if size}
-    return megabytes if accelerator else megabytes | {"python": PROCESS_MB}
+    passes = update if sum(update.values()) >= sum(sampling.values()) else sampling
+    megabytes = {name: size / 2**20 for name, size in (items | passes).items() if size}
+    if accelerator:
+        return megabytes
+    if "bfloat16" in (recipe.model.dtype, recipe.training.precision):
+        megabytes["a CPU's bfloat16 kernels"] = (CPU_BFLOAT16 - 1) * sum(passes.values()) / 2**20
+    return megabytes | {"python": PROCESS_MB + (VLLM_PROCESS_MB if recipe.rollouts.engine == "vllm" else 0)}
 
 
 def _trained(recipe: Recipe, shape: dict[str, int]) -> tuple[int, int, int, int]:

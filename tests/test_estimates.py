@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lmrl import estimates
-from lmrl.estimates import arithmetic_line, head_parameters, memory_lines
+from lmrl.estimates import arithmetic_line, head_parameters, memory, memory_lines
 from lmrl.objectives import load_objective
-from lmrl.policy import heads
+from lmrl.policy import cache, heads
 from lmrl.policy.load import load_policy
 from lmrl.recipe import ILQLObjective, LikelihoodObjective, MCObjective, Model, PPOObjective, QSFTObjective
 from lmrl.recipe_files import load_recipe
@@ -77,6 +77,42 @@ def test_memory_of_values():
     model, named = items("objective={name: q_sft}")
     assert named["second model and its target"] == pytest.approx(total * 20 / 2**20, abs=1)
     assert "gradients and Adam" not in named and f"{total / 1e6:.2f}M trainable" in model
+
+
+def test_memory_of_the_optimizer():
+    learned = 2 * (4 * 256 * 256 + 3 * 256 * 512) + 2 * 50_000 * 256
+    _, plain = items()
+    _, eight = items("optimizer.name=adamw_8bit")
+    name = "gradients and Adam"
+    assert plain[name] == pytest.approx(12 * learned / 2**20, abs=1)
+    # one of the two matrices over the vocabulary is an embedding, whose moments stay as they are
+    assert eight[name] == pytest.approx((6 * learned + 6 * 50_000 * 256) / 2**20, abs=1)
+
+
+def test_memory_of_sampling():
+    """Keys and values of the hf engine, where they take more than an update."""
+    play = ["source={name: rollouts, best: 0.5}", "training.microbatch_tokens=64", "rollouts.prompts=32"]
+    _, named = items(*play, "rollouts.max_new_tokens=1000")
+    assert "activations" not in named
+    assert named["keys and values"] == pytest.approx(32 * (1000 + 16 + 64) * 2 * 2 * 256 * 4 / 2**20, abs=1)
+    _, fewer = items(*play, "rollouts.max_new_tokens=1000", "rollouts.cache_tokens=20000")
+    assert fewer["keys and values"] == pytest.approx(20000 * 2 * 2 * 256 * 4 / 2**20, abs=1)
+    _, few = items(*play, "rollouts.max_new_tokens=1000", "rollouts.slots=4")
+    assert few["keys and values"] == pytest.approx(named["keys and values"] / 8, abs=1)
+    _, other = items(*play, "rollouts.max_new_tokens=1000", "rollouts.engine=vllm-server")
+    assert "keys and values" not in other and "activations" in other
+
+
+def test_memory_of_an_accelerator():
+    recipe = load_recipe("random_walks/bc")
+    host, device = memory(recipe), memory(recipe, accelerator=True)
+    assert host.keys() - device.keys() == {"python"} and all(device[name] == host[name] for name in device)
+    recipe = load_recipe("random_walks/bc", ["training.precision=bfloat16"])
+    host, device = memory(recipe), memory(recipe, accelerator=True)
+    passes = device["activations"] + device["vocabulary slices"]
+    assert host["a CPU's bfloat16 kernels"] == pytest.approx((estimates.CPU_BFLOAT16 - 1) * passes)
+    assert "a CPU's bfloat16 kernels" not in device
+    assert estimates.SPARE == cache.SPARE
 
 
 def test_arithmetic_of_a_mixture():

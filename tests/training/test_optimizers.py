@@ -91,7 +91,8 @@ def test_entries_of_the_state():
 
 
 def test_it_is_not_there(tiny_policy, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for name in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(RecipeError, match="optimizer.name=adamw_8bit needs bitsandbytes: pip install bitsandbytes"):
         Updater(tiny_policy, EIGHT, 10)
 

@@ -237,6 +237,18 @@ def test_a_run_goes_on_and_resumes(tmp_path, monkeypatch, capsys):
     assert state["updater"]["microbatch_tokens"] == line["microbatch_tokens"]
 
 
+def test_prediction_beside_measurement(tmp_path, capsys):
+    changes = [*SHORT, "stages.warmup.training.steps=1"]
+    train(load_recipe("random_walks/bc", changes), output=tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if "measured_mb" in line]
+    assert [(line["stage"], line["step"]) for line in found] == [("warmup", 1), ("main", 4)]
+    for line in found:
+        assert line["kind"] == "memory" and line["predicted_mb"] > 400
+        assert line["ratio"] == pytest.approx(line["measured_mb"] / line["predicted_mb"], rel=0.01)
+    assert "MB predicted" in capsys.readouterr().out
+
+
 def test_the_size_may_be_changed_for_a_resume(tmp_path):
     train(load_recipe("random_walks/bc", SHORT), output=tmp_path / "run")
     shutil.rmtree(tmp_path / "run/stages/main/final")
