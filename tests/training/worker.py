@@ -36,6 +36,7 @@ STEPS = [
     "training.steps=2",
     "training.checkpoint_every=1",
     "training.keep_checkpoints=5",
+    "training.try_worst_case=true",
 ]
 
 
