@@ -29,8 +29,8 @@ PROCESS_MB = 450
 VLLM_PROCESS_MB = 300
 """What vLLM imports, beside its copy and cache."""
 CPU_BFLOAT16 = 4
-"""How many times the tensors of its passes a CPU comes to hold where it computes in bfloat16: oneDNN keeps prepared kernels for
-every new shape, and freed blocks of many sizes fit badly. Found by runs (see docs/memory.md); float32 shows nothing of it."""
+"""How many times the tensors of its passes a CPU comes to hold where it computes in bfloat16. oneDNN keeps prepared kernels for
+every new shape; what else there is was not found. Fitted to long runs (see docs/memory.md); float32 shows nothing of it."""
 SLICE = 8192
 """Vocabulary entries that lmrl.policy.logprobs projects at a time."""
 VLLM_CACHE_GIB = 1.0
