@@ -56,6 +56,16 @@ class Policy(nn.Module):
         """Whether all processes have to take part in every pass, because each holds a part of the weights."""
         self.autocast_dtype: torch.dtype | None = None
         self.splits_head = _head_is_linear(self.causal_lm)
+        self._checkpointed: list[nn.Module] = []
+        super().train()  # all parts in one mode, which `train` relies on
+
+    def train(self, mode: bool = True) -> Policy:
+        """As for any module, but free where nothing changes: a step changes modes several times, over thousands of modules."""
+        if mode != self.training:
+            super().train(mode)
+        for layer in self._checkpointed:
+            layer.training = mode
+        return self
 
     def configure(self, recipe: Recipe) -> None:
         """Take over what a recipe says about passes through the model."""
@@ -71,13 +81,14 @@ class Policy(nn.Module):
                     kind = type(trunk).__name__
                     raise ModelError(f"training.gradient_checkpointing: {kind} does not support it; leave it out")
                 trunk.gradient_checkpointing_enable()
+                layers = (module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer))
+                self._checkpointed += [layer for layer in layers if layer.gradient_checkpointing]
 
     def begin_update(self, dropout: bool) -> None:
         """Make ready for passes with gradient, with the model's dropout or without."""
         self.train(dropout)
-        for module in self.modules():  # layers checkpoint themselves in training mode only, and take no cache then
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training |= module.gradient_checkpointing
+        for layer in self._checkpointed:  # they checkpoint themselves in training mode only, and take no cache then
+            layer.training = True
 
     def _build_values(self, heads: HeadsSpec) -> Values:
         width, tokens = self.vocabulary.shape[1], self.vocabulary.shape[0]
