@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lmrl import world
 from lmrl.errors import ModelError
-from lmrl.policy.attention import decoding_attention
+from lmrl.policy.attention import ATTENTION, take_attention
 from lmrl.policy.cache import Cache
 from lmrl.policy.heads import CHUNK, HeadsSpec, Values, guide, probability_ratio
 from lmrl.policy.logprobs import token_logprobs
@@ -55,6 +55,8 @@ class Policy(nn.Module):
         self.lockstep = False
         """Whether all processes have to take part in every pass, because each holds a part of the weights."""
         self.autocast_dtype: torch.dtype | None = None
+        for part in (self, *(self._reference if isinstance(self._reference, list) else [])):
+            take_attention(part)
         self.splits_head = _head_is_linear(self.causal_lm)
         self._checkpointed: list[nn.Module] = []
         super().train()  # all parts in one mode, which `train` relies on
@@ -192,7 +194,7 @@ class Policy(nn.Module):
         inputs = {"input_ids": batch.tokens_BT, "use_cache": False}
         if batch.branches_BT is not None:
             mask_B1TT = visible(batch.branches_BT)[:, None]
-            if self.causal_lm.config._attn_implementation != "sdpa":  # eager attention adds its mask to the scores
+            if self.causal_lm.config._attn_implementation not in ("sdpa", ATTENTION):  # eager attention adds its mask to the scores
                 dtype = self.causal_lm.dtype
                 mask_B1TT = torch.zeros_like(mask_B1TT, dtype=dtype).masked_fill(~mask_B1TT, torch.finfo(dtype).min)
             return inputs | {"attention_mask": mask_B1TT, "position_ids": positions(batch.branches_BT)}
@@ -295,13 +297,12 @@ class Policy(nn.Module):
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """Inside, passes are for sampling: without dropout or gradient, by the attention that is fastest for one token."""
-        trunks = [self.causal_lm, *([self.values.target_trunk] if self.values and self.values.trunk else [])]
+        """Inside, passes are for sampling: without dropout or gradient."""
         was_training = self.training
         self.eval()
         try:
             # One autocast region around all passes: at its end the weights that it cast are forgotten.
-            with torch.no_grad(), decoding_attention(*trunks), self._autocast():
+            with torch.no_grad(), self._autocast():
                 yield
         finally:
             self.train(was_training)

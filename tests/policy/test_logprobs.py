@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lmrl.policy import logprobs as logprobs_module
 from lmrl.policy.logprobs import token_logprobs
 
 
@@ -36,15 +37,43 @@ def test_equals_plain_computation(slice_size, with_bias, temperature):
         torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
 
 
-def test_logprob_gradient_alone():
-    """The shortcut for a loss without an entropy term."""
+@pytest.mark.parametrize("slice_size", [1, 4, 100])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_logprob_gradient_alone(slice_size, frozen):
+    """The shortcuts for a loss without an entropy term, and for a vocabulary matrix that is not trained."""
+    torch.manual_seed(0)
+    hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 4, dtype=torch.float64, requires_grad=not frozen)
+    bias = torch.randn(11, dtype=torch.float64)
+    targets = torch.tensor([0, 10, 3, 3, 7])
+    loss = torch.randn(5, dtype=torch.float64)
+    inputs = [hidden] if frozen else [hidden, weight]
+    expected = torch.autograd.grad(plain(hidden, weight, bias, targets, 0.7)[0] @ loss, inputs)
+    actual = torch.autograd.grad(token_logprobs(hidden, weight, bias, targets, 0.7, slice_size)[0] @ loss, inputs)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+def test_entropy_gradient_with_a_frozen_matrix():
     torch.manual_seed(0)
     hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 4, dtype=torch.float64)
     targets = torch.tensor([0, 10, 3, 3, 7])
-    (expected,) = torch.autograd.grad(plain(hidden, weight, None, targets, 1.0)[0].sum(), hidden)
-    (actual,) = torch.autograd.grad(token_logprobs(hidden, weight, None, targets, 1.0, 4)[0].sum(), hidden)
+    (expected,) = torch.autograd.grad(sum(plain(hidden, weight, None, targets, 1.0)).sum(), hidden)
+    (actual,) = torch.autograd.grad(sum(token_logprobs(hidden, weight, None, targets, 1.0, 4)).sum(), hidden)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_bfloat16_gradient_of_a_frozen_matrix_is_near_the_exact_one():
+    torch.manual_seed(0)
+    hidden = torch.randn(64, 32).bfloat16().requires_grad_()
+    weight = (0.1 * torch.randn(5000, 32)).bfloat16()  # small logits, which bfloat16 holds well
+    targets = torch.randint(5000, (64,))
+    token_logprobs(hidden, weight, None, targets)[0].sum().backward()
+    exact = hidden.detach().double().requires_grad_()
+    plain(exact, weight.double(), None, targets, 1.0)[0].sum().backward()
+    error = (hidden.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert error < 4e-3  # a rounding to bfloat16 is 2e-3
 
 
 def test_extreme_logits_stay_finite():
@@ -56,22 +85,14 @@ def test_extreme_logits_stay_finite():
     assert torch.isfinite(hidden.grad).all()
 
 
-def test_positions_times_vocabulary_never_exists():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_positions_times_vocabulary_never_exists(frozen, monkeypatch):
     """Peak extra memory of forward and backward is a few slices, not the whole logits."""
-    largest = 0
-    original = torch.Tensor.exp
-
-    def watched(tensor):
-        nonlocal largest
-        largest = max(largest, tensor.numel())
-        return original(tensor)
-
+    sizes = []
+    original = logprobs_module._logits
+    monkeypatch.setattr(logprobs_module, "_logits", lambda *args: sizes.append(original(*args).numel()) or original(*args))
     hidden = torch.randn(32, 8, requires_grad=True)
-    weight = torch.randn(4096, 8, requires_grad=True)
-    torch.Tensor.exp = watched
-    try:
-        logprobs, _ = token_logprobs(hidden, weight, None, torch.zeros(32, dtype=torch.long), 1.0, 256)
-        logprobs.sum().backward()
-    finally:
-        torch.Tensor.exp = original
-    assert 0 < largest <= 32 * 256
+    weight = torch.randn(4096, 8, requires_grad=not frozen)
+    logprobs, _ = token_logprobs(hidden, weight, None, torch.zeros(32, dtype=torch.long), 1.0, 256)
+    logprobs.sum().backward()
+    assert sizes == [32 * 256] * (4096 // 256 * (1 if frozen else 2))  # computed once where the matrix is frozen
