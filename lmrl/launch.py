@@ -23,6 +23,8 @@ from lmrl.errors import RecipeError
 
 ERRORS = "LMRL_ERRORS"
 """Environment variable: the folder in which a process leaves its error, for the launcher to show."""
+ENDED_AS_TOLD = {128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM}
+"""Exit codes of processes that were told to end."""
 POLL_SECONDS, LAST_WORDS_SECONDS, GRACE_SECONDS = 0.1, 5.0, 10.0
 """Between two looks at the processes; for the others to say what went wrong, once one has failed; and to end when asked."""
 
@@ -99,29 +101,35 @@ def _watch(running: list[subprocess.Popen], errors: Path) -> int:
     from lmrl.training.interrupt import Interrupt  # imports torch, which `lmrl --help` does without
 
     told: int | None = None
+    fine = {0}
     with Interrupt() as interrupt:
         while any(process.poll() is None for process in running):
             time.sleep(POLL_SECONDS)
             if interrupt.number is not None and told is None:  # each saves a checkpoint first, however long that takes
                 told = interrupt.number
+                fine |= ENDED_AS_TOLD
                 for process in running:
                     process.send_signal(signal.SIGTERM)
-            if any(process.poll() not in (None, 0) for process in running) and told is None:
-                failed = _last_words(running)
+            if _failed(running, fine):
+                _wait_for_last_words(running)
+                failed = _failed(running, fine)
                 _end(running)
                 return _report(failed, running, errors)
-    codes = [process.returncode for process in running]
-    if told is not None:
-        return 128 + told
-    return _report([rank for rank, code in enumerate(codes) if code], running, errors) if any(codes) else 0
+    if failed := _failed(running, fine):
+        return _report(failed, running, errors)
+    return 0 if told is None else 128 + told
 
 
-def _last_words(running: list[subprocess.Popen]) -> list[int]:
-    """Give the others time to fail by themselves; returns who did, before they were told to end."""
+def _failed(running: list[subprocess.Popen], fine: set[int]) -> list[int]:
+    """Ranks of the processes that have ended otherwise than is fine."""
+    return [rank for rank, process in enumerate(running) if process.poll() not in (None, *fine)]
+
+
+def _wait_for_last_words(running: list[subprocess.Popen]) -> None:
+    """Give the others time to fail by themselves."""
     until = time.monotonic() + LAST_WORDS_SECONDS
     while time.monotonic() < until and any(process.poll() is None for process in running):
         time.sleep(POLL_SECONDS)
-    return [rank for rank, process in enumerate(running) if process.poll() not in (None, 0)]
 
 
 def _end(running: list[subprocess.Popen]) -> None:

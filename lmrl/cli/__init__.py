@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import sys
 import traceback
@@ -35,6 +36,7 @@ def main() -> None:
         if debug:
             raise
         text = f"lmrl: {' '.join(str(error).split())}"
+        _abandon()
         if not leave_error(text, error.exit_code, own=True):
             print(text, file=sys.stderr)
         sys.exit(error.exit_code)
@@ -42,6 +44,13 @@ def main() -> None:
         number = getattr(error, "number", None)  # training.interrupt.Interrupted, without importing torch to name it
         if type(error).__name__ == "Interrupted" and number in (signal.SIGINT, signal.SIGTERM):
             sys.exit(128 + number)
+        _abandon()
         if isinstance(error, Exception) and leave_error(traceback.format_exc(), 1, own=False):
             sys.exit(1)
         raise
+
+
+def _abandon() -> None:
+    """Leave other processes of the run without a farewell: after an error that could wait for what they never send."""
+    if "lmrl.world" in sys.modules:
+        atexit.unregister(sys.modules["lmrl.world"].leave)

@@ -30,18 +30,18 @@ EPSILON = 1e-4
 def standardised(rewards_G: torch.Tensor) -> torch.Tensor:
     """GRPO: (r - mean) / (std + epsilon) in a group, with the sample's standard deviation, (G,)."""
     deviation = rewards_G.std() if len(rewards_G) > 1 else rewards_G.new_zeros(())
-    return (rewards_G - rewards_G.mean()) / (deviation + EPSILON)
+    return centred(rewards_G) / (deviation + EPSILON)
 
 
 def centred(rewards_G: torch.Tensor) -> torch.Tensor:
-    """Dr. GRPO: r - mean, (G,)."""
-    return rewards_G - rewards_G.mean()
+    """Dr. GRPO: r - mean, (G,); of equal rewards exactly 0, in spite of the mean's rounding."""
+    return rewards_G - rewards_G.mean() if rewards_G.min() < rewards_G.max() else torch.zeros_like(rewards_G)
 
 
 def leave_one_out(rewards_G: torch.Tensor) -> torch.Tensor:
     """RLOO: r less the mean of the other episodes of the group, (G,). A lone episode has no baseline."""
     count = len(rewards_G)
-    return rewards_G if count == 1 else (rewards_G - rewards_G.mean()) * count / (count - 1)
+    return rewards_G if count == 1 else centred(rewards_G) * count / (count - 1)
 
 
 def as_they_are(rewards_G: torch.Tensor) -> torch.Tensor:
@@ -109,6 +109,9 @@ class GroupPolicyGradient(Objective):
             batch.stats["kl"] = world.mean(kl_E)
         if self.correction is not None:
             batch.stats |= self.correction.weigh(batch.sequences, sampled_N, episodes_N)
+        if options.entropy_coef == 0 and (options.kl_coef == 0 or self.kl_in_reward):
+            for sequence in batch.sequences:
+                sequence.weightless = not sequence.fields["advantages"].any()
         return batch
 
     @staticmethod

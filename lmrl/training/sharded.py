@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lmrl import world
-from lmrl.errors import RecipeError
+from lmrl.errors import NonFiniteError, RecipeError
 from lmrl.policy.passes import Outputs, Want
 from lmrl.policy.policy import Policy
 from lmrl.training.strategy import Strategy, entries_of
@@ -38,6 +38,9 @@ class DeepSpeedStrategy(Strategy):
     def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:
         super().prepare(policy, optimizer, max_grad_norm)
         settle(policy, self.shards_weights)
+        groups = enumerate(optimizer.param_groups)
+        self.group_of = {id(parameter): number for number, group in groups for parameter in group["params"]}
+        self.all_have_moved = False
         if any(one.dtype != torch.float32 for one in policy.parameters()):
             raise RecipeError(
                 "deepspeed wants all weights in one precision, but the recipe's frozen ones are bfloat16: set "
@@ -63,7 +66,11 @@ class DeepSpeedStrategy(Strategy):
             if id(parameter) not in known:
                 parameter.ds_persist = True
                 held.append(parameter)
-        held[0].all_gather(held)
+        self._gather_kept()
+
+    def _gather_kept(self) -> None:
+        kept = self.optimizer.persistent_parameters
+        kept[0].all_gather(kept)
 
     def zero_grad(self) -> None:
         """DeepSpeed forgets gradients with every step."""
@@ -77,12 +84,39 @@ class DeepSpeedStrategy(Strategy):
         self.engine.backward(loss * world.size())  # which averages over the processes what has to be added up
 
     def step(self, finite: bool) -> float:
-        if not finite:  # the gradient of a loss that is not finite is not, so DeepSpeed leaves the step out by itself
-            self.engine.step()
-            return math.nan
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm() or 0.0)
-        return math.nan if getattr(self.optimizer, "overflow", False) else norm
+        if self.optimizer.overflow:  # DeepSpeed has left the step out, and what every process holds shared out
+            if self.shards_weights:
+                self._gather_kept()
+            return math.nan
+        self._undo_idle_steps()
+        if not finite:
+            raise NonFiniteError(
+                "a loss is not finite while its gradient is, by which DeepSpeed goes: it has updated the weights; go on from the "
+                "last checkpoint by --resume, with a lower learning rate"
+            )
+        return norm
+
+    def _pieces(self) -> list[tuple[int, dict[str, torch.Tensor]]]:
+        """The number of its group, and the state, of each flat piece that DeepSpeed's own optimizer updates."""
+        zero = self.optimizer
+        pieces = list(enumerate(zero.single_partition_of_fp32_groups if not self.shards_weights else ()))
+        if self.shards_weights:
+            pieces = [(zero.sub_group_to_group_id[i], one) for i, one in enumerate(zero.fp32_partitioned_groups_flat)]
+        return [(group, zero.optimizer.state[one]) for group, one in pieces if "step" in zero.optimizer.state[one]]
+
+    def _undo_idle_steps(self) -> None:
+        """Weights that no gradient has reached so far, as all but the heads while values warm up, are left out elsewhere;
+        DeepSpeed gives them zeros, and counts a step by which Adam's first real one would be shorter."""
+        if self.all_have_moved:
+            return
+        states = [state for _, state in self._pieces()]
+        moved = world.totals([float(state["exp_avg"].any()) for state in states])
+        for state, count in zip(states, moved, strict=True):
+            if not count:
+                state["step"].zero_()
+        self.all_have_moved = all(moved)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -92,31 +126,26 @@ class DeepSpeedStrategy(Strategy):
         import deepspeed
         from trl.models.utils import add_hooks, remove_hooks
 
-        kept = self.optimizer.persistent_parameters
-        try:
-            with deepspeed.zero.GatheredParameters(list(self.policy.parameters())):
-                remove_hooks(self.engine)  # they would give the weights back after every layer
-                self.policy.lockstep = False
-                try:
-                    yield
-                finally:
-                    self.policy.lockstep = True
-                    add_hooks(self.engine)
-                    world.wait()
-        finally:
-            kept[0].all_gather(kept)
+        with deepspeed.zero.GatheredParameters(list(self.policy.parameters())):
+            remove_hooks(self.engine)  # they would give the weights back after every layer
+            self.policy.lockstep = False
+            yield
+            self.policy.lockstep = True
+            add_hooks(self.engine)
+            world.wait()
+        self._gather_kept()
 
     # ---------------------------------------------------------------------------------------------------------- state
     def optimizer_tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        steps = [state["step"] for state in self.optimizer.optimizer.state.values() if "step" in state]
+        steps = {group: float(state["step"]) for group, state in self._pieces()}
         if not steps:
             return {}
         self._link_state()
         tensors = {}
         for name, parameter in parameters.items():
-            tensors[f"{name}.step"] = torch.as_tensor(float(steps[0]))
+            tensors[f"{name}.step"] = torch.as_tensor(steps[self.group_of[id(parameter)]])
             for key in MOMENTS:
                 tensors[f"{name}.{key}"] = safe_get_full_optimizer_state(parameter, key).cpu().clone()
         return tensors
@@ -127,9 +156,12 @@ class DeepSpeedStrategy(Strategy):
         if not tensors:
             return
         self._make_state()
-        steps = [value for name, value in tensors.items() if name.endswith(".step")]
-        for state in self.optimizer.optimizer.state.values():
-            state["step"] = torch.as_tensor(float(max(steps)))
+        steps: dict[int, float] = {}
+        for name, parameter in parameters.items():
+            group, own = self.group_of[id(parameter)], float(tensors.get(f"{name}.step", 0.0))
+            steps[group] = max(steps.get(group, 0.0), own)
+        for group, state in self._pieces():
+            state["step"] = torch.as_tensor(steps[group])
         for name, parameter in parameters.items():
             for key, value in entries_of(name, tensors).items():
                 if key in MOMENTS:
@@ -195,6 +227,12 @@ class FSDPStrategy(Strategy):
             policy(policy.idle().to(policy.device))  # FSDP sets itself up in the first pass from the top
         policy.reshard()  # else what stands outside of layers would be known by its gathered tensors
 
+    def forward(self, micro: Microbatch, want: Want) -> Outputs:
+        # peft freezes and thaws adapters around passes of the reference, and may have thawed gathered weights alone.
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        return super().forward(micro, want)
+
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         (loss * world.size()).backward()  # FSDP averages over the processes what has to be added up
 
@@ -212,14 +250,12 @@ class FSDPStrategy(Strategy):
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
         self.policy.lockstep = False
-        try:
-            yield
-        finally:
-            self.policy.lockstep = True
-            for module in modules:
-                module.set_reshard_after_forward(self.reshard and module is not self.policy, recurse=False)
-                module.reshard()
-            world.wait()
+        yield
+        self.policy.lockstep = True
+        for module in modules:
+            module.set_reshard_after_forward(self.reshard and module is not self.policy, recurse=False)
+            module.reshard()
+        world.wait()
 
     def weights(self) -> dict[str, torch.Tensor] | None:
         return {

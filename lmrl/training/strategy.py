@@ -88,7 +88,11 @@ class Strategy:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """All weights, in every process, for as long as this lasts: to sample with, or to save."""
+        """All weights, in every process, for as long as this lasts: to sample with, or to save.
+
+        After an error inside nothing is put back, because that takes all processes, and the others may have none: the run is
+        over, and the one that fails has to end for the others to notice.
+        """
         yield
 
     def weights(self) -> dict[str, torch.Tensor] | None:
@@ -155,7 +159,9 @@ def check_launch(accelerator: Any, recipe: Recipe) -> None:
             raise RunError(
                 "fsdp_offload_params: lmrl does not offload weights; leave it out, or use DeepSpeed's ZeRO-3"
             )
-    if accelerator.mixed_precision not in ("no", recipe.training.precision.replace("bfloat16", "bf16")):
+    # DeepSpeed would take it as the precision of the weights.
+    own = "no" if asked("DEEPSPEED") else recipe.training.precision.replace("bfloat16", "bf16")
+    if accelerator.mixed_precision not in ("no", own):
         raise RecipeError(
             f"accelerate was launched with mixed_precision={accelerator.mixed_precision}, but the recipe has "
             f"training.precision={recipe.training.precision}: the recipe decides, so set it there, and `no` for accelerate"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import importlib.util
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -126,6 +127,9 @@ def join(recipe: Recipe) -> Any:
     accelerator = Accelerator(log_with=trackers, project_dir=".")  # the run folder, which is not known yet, replaces it
     check_launch(accelerator, recipe)
     atexit.register(world.leave)
+    # Else transformers would read weights in the first process of a machine alone, and leave zeros to be filled by a wrapper
+    # of accelerate's that lmrl does not use.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if accelerator.distributed_type == "DEEPSPEED":
         from transformers.integrations import unset_hf_deepspeed_config
 

@@ -71,14 +71,16 @@ class Updater:
         """Gradient of the loss averaged over the whole minibatch of all processes, however it is cut into microbatches.
 
         Where memory runs out, the minibatch begins again with smaller ones. Raises MemoryShortError where that cannot help.
+        Weightless sequences count in the loss, and are left out of the other statistics.
         """
-        micros = minibatch.microbatches(policy.microbatch_tokens, policy.pad_id)
-        (count,) = world.totals([sum(objective.count(micro) for micro in micros)])
-        count = count or 1.0
-        sums = fit(policy, minibatch, lambda passes: self._passes(policy, objective, passes, count))
+        weighty = minibatch.weighty()
+        counts = world.totals([weight(policy, objective, part) for part in (minibatch, weighty)])
+        count, passed = (one or 1.0 for one in counts)
+        sums = fit(policy, weighty, lambda passes: self._passes(policy, objective, passes, count))
         # All processes go on with the same size, so that one checkpoint holds it for all.
         policy.microbatch_tokens = -world.largest(-policy.microbatch_tokens)
-        return averages(sums, count)
+        stats = averages(sums, passed)
+        return stats | {"loss": stats["loss"] * passed / count}
 
     def _passes(self, policy: Policy, objective: Objective, passes: Passes, count: float) -> dict[str, Any]:
         """Leave the gradient of all passes, and nothing of an attempt before; returns sums of loss and statistics."""
@@ -142,6 +144,11 @@ class Updater:
         found = state.get("microbatch_tokens")
         if found is not None:
             self.policy.microbatch_tokens = min(self.policy.microbatch_tokens, found)
+
+
+def weight(policy: Policy, objective: Objective, batch: Batch) -> float:
+    """What a batch of this process counts in the mean over a minibatch."""
+    return sum(objective.count(micro) for micro in batch.microbatches(policy.microbatch_tokens, policy.pad_id))
 
 
 def averages(sums: dict[str, Any], count: float) -> dict[str, float]:

@@ -28,6 +28,8 @@ class Sequence:
     """Sequences of one chain (see chain.py) stay together, in order."""
     branches: torch.Tensor | None = None
     """Of a packed sequence (see shared.py): 0 for the shared beginning, n for its nth continuation, (T,)."""
+    weightless: bool = False
+    """Whether no gradient comes of it, so that an update counts it and spares its pass."""
 
 
 @dataclass
@@ -65,6 +67,10 @@ class Batch:
     @property
     def num_actions(self) -> int:
         return sum(len(sequence.targets) for sequence in self.sequences)
+
+    def weighty(self) -> Batch:
+        """Without the sequences that no gradient comes of; one of them stays where there is no other."""
+        return Batch([sequence for sequence in self.sequences if not sequence.weightless] or self.sequences[:1])
 
     def minibatches(self, rng: np.random.Generator, count: int) -> Iterator[Batch]:
         """Split at random into `count` parts with nearly equally many chains (fewer where there are fewer).

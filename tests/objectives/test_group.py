@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lmrl.objectives.group import GroupPolicyGradient, centred, leave_one_out, standardised, sums_to_go
-from lmrl.recipe import OBJECTIVES
+from lmrl.recipe import OBJECTIVES, Optimizer
 from lmrl.training.updater import Updater
 from lmrl.trajectories.trajectory import CONTEXT, Segment, Trajectory
 
@@ -42,7 +42,52 @@ def test_baselines_by_hand():
     assert leave_one_out(rewards).tolist() == pytest.approx([0.75, -0.75, 0.0])  # 1 - (0 + .5) / 2
     assert leave_one_out(torch.tensor([2.0])).tolist() == [2.0]
     assert standardised(torch.tensor([2.0])).tolist() == [0.0]
+    equal = torch.full((7,), 0.3)
+    assert float(equal[0] - equal.mean()) != 0  # what rounding would leave, and epsilon would blow up
+    assert standardised(equal).tolist() == centred(equal).tolist() == leave_one_out(equal).tolist() == [0.0] * 7
     assert sums_to_go(torch.tensor([1.0, 2.0, 4.0])).tolist() == [7.0, 6.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "spared"),
+    [
+        ("grpo", {}, 2),
+        ("dr_grpo", {"constant_length": 10}, 2),
+        ("rloo", {}, 2),
+        ("reinforce_pp", {}, 0),
+        ("grpo", {"kl_coef": 0.1}, 0),
+        ("grpo", {"entropy_coef": 0.1}, 0),
+    ],
+)
+@pytest.mark.parametrize("share", [True, False])
+def test_groups_without_a_spread_are_counted_but_not_computed(tiny_policy, episodes, name, changes, spared, share):
+    tiny_policy._reference = [copy.deepcopy(tiny_policy.causal_lm)]
+    method = objective(name, share_prompts=share, **changes)
+    batch = method.prepare(tiny_policy, episodes)
+    updater = Updater(tiny_policy, Optimizer(), 10)
+    found = []
+    for marked in (True, False):
+        if not marked:
+            for sequence in batch.sequences:
+                sequence.weightless = False
+        sizes = []
+        hook = tiny_policy.register_forward_hook(lambda _, args, out, sizes=sizes: sizes.append(len(out.logprobs)))
+        stats = updater.backward(tiny_policy, method, batch)
+        hook.remove()
+        found.append((sum(sizes), stats["loss"], {n: p.grad.clone() for n, p in tiny_policy.trainable().items()}))
+    (passed, loss, gradients), (all_passed, expected_loss, expected) = found
+    assert all_passed - passed == (3 if spared else 0)  # the second group has three action tokens
+    assert loss == pytest.approx(expected_loss, abs=1e-7)
+    for parameter, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[parameter], rtol=1e-6, atol=1e-8)
+
+
+def test_where_no_group_has_a_spread_the_gradient_is_zero(tiny_policy, episodes):
+    method = objective("grpo")
+    batch = method.prepare(tiny_policy, episodes[3:])
+    stats = Updater(tiny_policy, Optimizer(), 10).backward(tiny_policy, method, batch)
+    assert stats["loss"] == 0 and stats["entropy"] > 0
+    assert all(float(p.grad.abs().max()) == 0 for p in tiny_policy.model.parameters())
 
 
 def loss_of(policy, method, episodes):

@@ -58,6 +58,8 @@ def test_two_processes_do_what_one_does(tmp_path, strategy):
         assert one["gap"] < 1e-6  # ... and is the same
         for key in ("loss", "norm"):
             assert one[key][1] == pytest.approx(one[key][0], rel=1e-5)
+    adapted = found["adapted"]  # after values alone, a skipped update, and a whole one; the model came from a folder
+    assert adapted["moved"] > 1e-3 and adapted["gap"] < 1e-6 and adapted["reference"] < 1e-5, adapted
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     files = [file.relative_to(whole) for file in whole.glob("stages/main/final/**/*.safetensors")]
     assert len(files) == 3  # weights, heads, optimizer

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import lmrl
 from lmrl import world
+from lmrl.objectives.base import Loss, Objective
 from lmrl.objectives.likelihood import Likelihood
 from lmrl.policy.heads import HeadsSpec
 from lmrl.policy.load import load_policy
-from lmrl.recipe import LikelihoodObjective, Model, Optimizer
+from lmrl.policy.passes import Outputs, Want
+from lmrl.recipe import LikelihoodObjective, Lora, Model, Optimizer
 from lmrl.recipe_files import load_recipe
 from lmrl.training.strategy import Strategy, build_strategy
 from lmrl.training.train import join, resume_run
 from lmrl.training.updater import Updater
-from lmrl.trajectories.batch import Batch, to_batch
+from lmrl.trajectories.batch import Batch, Microbatch, to_batch
 from lmrl.trajectories.trajectory import Segment, Trajectory
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -76,6 +80,40 @@ def gradients(strategy: Strategy, mine: Batch) -> dict:
     return {"loss": stats["loss"], "norm": stats["grad_norm"], "weights": weights}
 
 
+class InTurn(Objective):
+    """Values alone, then a loss that is not finite, then all of it."""
+
+    turn = 0
+
+    @property
+    def want(self) -> Want:
+        return Want(logprobs=self.turn > 0, values=True, detach_values=self.turn == 0)
+
+    def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
+        values = ((outputs.values - 1) ** 2).sum()
+        return Loss(values) if self.turn == 0 else Loss((values - outputs.logprobs.sum()) * (1, math.nan, 1)[self.turn])
+
+
+def adapted(strategy: Strategy, mine: Batch, model: Path) -> dict:
+    """Every weight after three updates of adapters on a model of a folder, with passes of the reference in between."""
+    torch.manual_seed(0)
+    options = Model(path=str(model), lora=Lora(r=2))
+    policy = load_policy(options, heads=HeadsSpec(), reference=True)
+    policy.microbatch_tokens = 24
+    updater = Updater(policy, Optimizer(lr=1.0, eps=10.0, max_grad_norm=None), 10, strategy)
+    objective, norms = InTurn(), []
+    for objective.turn in range(3):
+        reference = policy.score(mine, reference=True)["logprobs"]
+        norms.append(updater.step(policy, objective, mine)["grad_norm"])
+    assert math.isnan(norms[1]) and updater.skipped == 1, norms
+    weights = strategy.weights()
+    with strategy.whole():
+        weights = weights or {name: value.detach().clone() for name, value in policy.state_dict().items()}
+    reference = torch.cat(world.gather(reference)) if world.size() > 1 else torch.cat(reference)
+    strategy.close()
+    return {"weights": {name: value.cpu() for name, value in weights.items()}, "reference": reference}
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     recipe = load_recipe("random_walks/ppo", STEPS)
@@ -84,7 +122,7 @@ def main(folder: Path) -> None:
     for name, count in (("many", 11), ("few", 1)):  # with one sequence, all but one process have none
         whole = batch_of(count)
         own = Batch(list(world.share(whole.sequences)))
-        alone = gradients_alone(whole) if world.is_main() else None
+        alone = by_one(lambda whole=whole: gradients(Strategy(), whole)) if world.is_main() else None
         together = gradients(build_strategy(accelerator), own)
         if world.is_main():
             gap = max(float((alone["weights"][key] - value).abs().max()) for key, value in together["weights"].items())
@@ -93,6 +131,20 @@ def main(folder: Path) -> None:
             )
             found[name] = {"gap": gap, "moved": moved} | {key: [alone[key], together[key]] for key in ("loss", "norm")}
         world.wait()
+
+    whole = batch_of(11)
+    if world.is_main():
+        fresh_policy().save(folder / "model")
+    world.wait()
+    alone = by_one(lambda: adapted(Strategy(), whole, folder / "model")) if world.is_main() else None
+    together = adapted(build_strategy(accelerator), Batch(list(world.share(whole.sequences))), folder / "model")
+    if world.is_main():
+        assert alone["weights"].keys() == together["weights"].keys()
+        gaps = {name: float((value - together["weights"][name]).abs().max()) for name, value in alone["weights"].items()}
+        size = max(float(value.abs().max()) for name, value in alone["weights"].items() if "lora_B" in name)
+        apart = float((alone["reference"] - together["reference"]).abs().max())
+        found["adapted"] = {"gap": max(gaps.values()), "moved": size, "reference": apart}
+    world.wait()
 
     lmrl.train(recipe, output=folder / "whole")
     if world.is_main():
@@ -106,11 +158,11 @@ def main(folder: Path) -> None:
     world.wait()
 
 
-def gradients_alone(batch: Batch) -> dict:
-    """The same by one process, beside the others."""
+def by_one(work: Callable[[], dict]) -> dict:
+    """What this process does as if it were the only one."""
     size, world.size = world.size, lambda: 1
     try:
-        return gradients(Strategy(), batch)
+        return work()
     finally:
         world.size = size
 
