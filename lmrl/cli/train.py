@@ -39,7 +39,8 @@ def command(
     accelerate: Annotated[
         str | None,
         typer.Option(
-            "--accelerate", help="How they share the work: a configuration file of accelerate, or zero2, zero3, fsdp2"
+            "--accelerate",
+            help="How they share the work: a configuration file of accelerate, or ddp, fsdp2, zero2, zero3",
         ),
     ] = None,
     debug: Debug = False,

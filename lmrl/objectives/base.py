@@ -49,6 +49,9 @@ class Objective:
     def calibrate(self, policy: Policy, trajectories: list[Trajectory]) -> None:
         """Called once, before the first step of a stage that begins with new heads, with some logged episodes."""
 
+    def start(self, policy: Policy) -> None:
+        """Called once, when a stage begins, before its weights are shared out over processes."""
+
     def ready(self, policy: Policy, logged: Iterable[list[Trajectory]], fresh: bool) -> None:
         """Called once, when a stage is about to begin or to go on. logged: all that it may draw, in parts.
 

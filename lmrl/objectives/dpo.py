@@ -120,11 +120,14 @@ class DPO(Objective):
         self.label = "DPO" if options.loss == "sigmoid" else options.loss
         self.sft_coef = options.sft_coef if options.sft_coef is not None else float(options.loss == "orpo")
 
+    def start(self, policy: Policy) -> None:
+        if self.options.cache_reference:
+            self.cache_key = model_key(policy)
+
     def ready(self, policy: Policy, logged: Iterable[list[Trajectory]], fresh: bool) -> None:
         """Compute what the cache of the reference lacks, while the policy still is the reference."""
         if not self.options.cache_reference:
             return
-        self.cache_key = model_key(policy) if fresh else self.cache_key
         self.cache = ReferenceCache(self.cache_key)
         for part in logged:
             lacking = self.cache.missing(part)

@@ -70,7 +70,9 @@ class _TokenLogprobs(torch.autograd.Function):
             if mean_wanted:
                 mean.div_(total[:, None])
         # Not the parameter itself: where weights are shared out over processes, that is empty by then.
-        ctx.save_for_backward(hidden, weight.detach(), None if bias is None else bias.detach(), targets, lse, entropy, mean)
+        ctx.save_for_backward(
+            hidden, weight.detach(), None if bias is None else bias.detach(), targets, lse, entropy, mean
+        )
         ctx.temperature, ctx.slice_size = temperature, slice_size
         return picked - lse, entropy
 

@@ -13,10 +13,13 @@ class Lora(Section):
     """Low-rank adapters through peft."""
 
     r: int = Field(16, ge=1)
+    """Rank."""
     alpha: float = Field(32, gt=0)
+    """Adapters are scaled by alpha / r."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """While imitating; objectives that compare log-probabilities switch all dropout off."""
     target_modules: str | list[str] = "all-linear"
+    """Names of the layers that get one, as peft takes them."""
 
 
 class Model(Section):
@@ -24,11 +27,17 @@ class Model(Section):
 
     path: str | None = None
     revision: str | None = None
+    """Branch, tag or commit on the hub."""
     config: dict[str, Any] | None = None
+    """What transformers' configuration of a model from scratch says: `model_type` and its sizes."""
     tokenizer: Literal["char", "word"] = "char"
+    """Of a model from scratch: a token for each character, or each word, of the task's texts."""
     lora: Lora | None = None
+    """Train adapters and leave the model as it is (null: train all weights)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of frozen weights; trained ones are float32."""
     trust_remote_code: bool = False
+    """Run code that comes with the model."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Model:

@@ -44,9 +44,11 @@ class Rollouts(Section):
     max_new_tokens: int = Field(64, ge=1)
     """Tokens a turn at most."""
     temperature: float = Field(1.0, ge=0)
+    """Divides the logits; what is learned is the distribution at this temperature. 0: the likeliest token."""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Draw from the likeliest tokens that have this probability together. Refused by policy gradients, as is `top_k`."""
     top_k: int = Field(0, ge=0)
-    """0: no limit."""
+    """Draw from so many of the likeliest tokens (0: no limit)."""
     stop: list[str] = []
     """Strings that end a turn."""
     slots: int = Field(256, ge=1)

@@ -16,22 +16,30 @@ class Optimizer(Section):
     """adamw_8bit: moments in 8 bits (Dettmers et al., arXiv 2110.02861), by bitsandbytes; for one process, or for several that
     share out nothing."""
     lr: float = Field(1e-4, gt=0)
+    """Learning rate."""
     head_lr: float | None = Field(None, gt=0)
     """Learning rate of value heads where it differs from `lr`."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """How slowly AdamW forgets gradients, and their squares."""
     eps: float = Field(1e-8, gt=0)
+    """Added to the root of the mean square that AdamW divides by."""
     weight_decay: float = Field(0.0, ge=0)
+    """Share of each weight, times `lr`, that every update takes away."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What the learning rate does after warm-up, down to 0 over the stage."""
     warmup_steps: int = Field(0, ge=0)
+    """First steps, over which the learning rate rises from 0."""
     max_grad_norm: float | None = Field(1.0, gt=0)
+    """Longer gradients are shortened to this norm (null: never)."""
 
 
 class Training(Section):
     """How long, how reproducibly, in what pieces."""
 
     steps: int = Field(100, ge=1)
+    """Steps of the loop: each draws trajectories and learns from them."""
     seed: int = Field(0, ge=0)
+    """Names all random streams."""
     microbatch_tokens: int = Field(4096, ge=1)
     """Tokens, padding included, that go through the model at once. Where memory runs out, the run goes on with half of them."""
     try_worst_case: bool | None = None
@@ -55,6 +63,7 @@ class Evaluation(Section):
     """The suite that a run is scored on."""
 
     suite: str | None = None
+    """A suite's name or file (null: no evaluation)."""
     every: int = Field(0, ge=0)
     """Steps between evaluations (0: at the start and the end of a stage)."""
     episodes: int | None = Field(None, ge=1)
@@ -93,4 +102,6 @@ class Tracking(Section):
     """Experiment trackers, through accelerate."""
 
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Those to write to, beside the run folder."""
     project: str = "lmrl"
+    """The project's name there."""

@@ -13,7 +13,7 @@ STAGE_PREFIX = "stages/"
 
 
 class Prompts(Section):
-    """Where prompts come from: a JSONL or Parquet file, or a dataset on the hub."""
+    """Where prompts come from: a JSONL, Parquet or CSV file, or a dataset on the hub."""
 
     path: str | None = None
     """Null: the prompts of the logged episodes, `source.path`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,6 +135,11 @@ def build_engine(
     if options.engine == "vllm-server":
         from lmrl.rollouts.vllm_server import VLLMServerEngine
 
+        if not options.server.urls and world.size() > int(os.environ.get("LOCAL_WORLD_SIZE", world.size())):
+            raise RunError(
+                "rollouts.engine=vllm-server: servers that a run starts are reached from their own machine alone, and this "
+                "launch has several: start them by hand, and name them in rollouts.server.urls (docs/rollouts_server.md)"
+            )
         if world.is_main():
             engine = VLLMServerEngine(policy, options.server, folder, check)
             world.agreed(engine.shared)

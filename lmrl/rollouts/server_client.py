@@ -17,6 +17,7 @@ from lmrl.rollouts.engine import Completion, Sampling
 
 CONNECT_TIMEOUT, PROBE_TIMEOUT = 10.0, 60.0
 """Seconds to reach a server, and for it to say how it is."""
+COMPLETIONS = "/inference/v1/generate"
 MODEL_NAME = "policy"
 SERVE_OPTIONS = (
     "--enable-scale-out",
@@ -33,6 +34,10 @@ class Lost(Exception):
 
 class Failed(Lost):
     """A server is there, but did not give what it was asked for, or not in time."""
+
+
+class Slow(Failed):
+    """A server did not answer in time."""
 
 
 class Refused(Failed):
@@ -60,7 +65,7 @@ class Client:
     def __init__(self, url: str, timeout: float = 600):
         """timeout: seconds for a completion, and for loading weights."""
         self.url, self.timeout = url, timeout
-        self._live: set[http.client.HTTPConnection] = set()
+        self._live: dict[http.client.HTTPConnection, str] = {}
         self._lock = threading.Lock()
 
     # ----------------------------------------------------------------------------------------------------- completions
@@ -72,12 +77,12 @@ class Client:
         Raises Lost where the server does not give it, ModelError where it refuses the request.
         """
         request = request_of(prompt, sampling, seed, eos)
-        return completion_of(self.post("/inference/v1/generate", request), sampling, eos, version)
+        return completion_of(self.post(COMPLETIONS, request), sampling, eos, version)
 
-    def hang_up(self) -> None:
+    def hang_up(self, completions_only: bool = True) -> None:
         """Break off the requests under way; the server stops working on them."""
         with self._lock:
-            live = list(self._live)
+            live = [one for one, path in self._live.items() if path == COMPLETIONS or not completions_only]
         for connection in live:
             with contextlib.suppress(OSError, AttributeError):
                 connection.sock.shutdown(socket.SHUT_RDWR)
@@ -112,20 +117,20 @@ class Client:
 
     def load(self, path: Path, version: str) -> None:
         """Have the server take over the weights of a file."""
-        self.call("lmrl_load", str(path), version)
-        self.settle(version)
+        self.call("lmrl_load", str(path))
+        self.name(version)
 
-    def name(self, version: str, group: str) -> None:
-        """Tell the server what the weights are called that were broadcast to it."""
-        self.call("lmrl_name", version, group)
-        self.settle(version)
+    def name(self, version: str, group: str | None = None) -> None:
+        """After new weights: completions are to carry their name, and what was computed with the old ones is dropped.
 
-    def settle(self, version: str) -> None:
-        """After new weights: completions are to carry their name, and what was computed with the old ones is dropped."""
+        Only then the server says that it has them, because whoever hears of it may send requests. group: in which they were
+        broadcast to it.
+        """
         self.post("/update_weight_version", {"new_version": version})
         answer = self.post("/reset_prefix_cache?reset_running_requests=true", {})
         if not answer.get("success"):
             raise Failed(f"{self.url} did not drop its prefix cache after new weights came")
+        self.call("lmrl_name", version, *([group] if group else []))
 
     def call(self, method: str, *args: str, timeout: float | None = None) -> list[dict[str, Any]]:
         """Call a method of the worker extension; the answers of all workers."""
@@ -145,18 +150,18 @@ class Client:
             connection.connect()
             connection.sock.settimeout(timeout or self.timeout)
             with self._lock:
-                self._live.add(connection)
+                self._live[connection] = path
             headers = {"Content-Type": "application/json", "Connection": "close"}
             connection.request("POST", parts.path + path, json.dumps(body), headers)
             response = connection.getresponse()
             data = response.read()
         except TimeoutError as error:
-            raise Failed(f"{self.url} did not answer within {timeout or self.timeout:g} s") from error
+            raise Slow(f"{self.url} did not answer within {timeout or self.timeout:g} s") from error
         except (OSError, http.client.HTTPException) as error:
             raise Lost(f"{self.url} cannot be reached: {error or type(error).__name__}") from error
         finally:
             with self._lock:
-                self._live.discard(connection)
+                self._live.pop(connection, None)
             connection.close()
         return self._parsed(path, response.status, data)
 
@@ -208,10 +213,13 @@ def completion_of(answer: dict[str, Any], sampling: Sampling, eos: set[int], ver
         spans = {span["version"] for span in choice.get("weight_versions") or ()}
     except (KeyError, IndexError, TypeError) as error:
         raise EngineError(f"a server answered otherwise than vLLM does: {str(answer)[:200]}") from error
-    if version is not None and spans - {version}:
-        raise Failed(f"a completion came from the weights {', '.join(sorted(spans))} instead of {version}")
     if reason not in ("stop", "length") or not tokens or len(tokens) != len(logprobs):
         raise Failed(f"a completion was broken off (finish reason {reason})")
+    if version is not None and spans != {version}:
+        came = (
+            f"came from the weights {', '.join(sorted(spans))}" if spans else "does not say which weights it came from"
+        )
+        raise Failed(f"a completion {came} (expected: {version})")
     if sampling.temperature == 0:
         logprobs = [0.0] * len(tokens)  # a greedy choice is certain
     end = "eos" if tokens[-1] in eos else "stop" if reason == "stop" else "length"

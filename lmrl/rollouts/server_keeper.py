@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmrl.errors import EngineError, LmrlError, ModelError
-from lmrl.rollouts.server_client import Client, Description, Lost, Refused
+from lmrl.rollouts.server_client import Client, Description, Lost, Refused, Slow
 from lmrl.rollouts.server_process import ServerProcess
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,9 @@ class Keeper(threading.Thread):
         self.cause = "it has not answered yet"
         self.answers = False
         """Whether it has answered since it was last started or lost."""
+        self.described = False
+        """Whether it has answered since it was last told what to hold."""
+        self._answered = 0.0
         self._since = time.monotonic()
         self._look, self._closed = threading.Event(), False
 
@@ -59,7 +62,7 @@ class Keeper(threading.Thread):
     def aim(self, target: Target | None) -> None:
         """Out of service until it holds these weights (None: until told which)."""
         with self.news:
-            self.target, self.usable, self.wants_file = target, False, False
+            self.target, self.usable, self.wants_file, self.described = target, False, False, False
             self._since = time.monotonic()
         self._look.set()
 
@@ -70,13 +73,14 @@ class Keeper(threading.Thread):
                 self._since = time.monotonic()
             self.usable, self.cause = False, cause
             self.news.notify_all()
-        self._look.set()
+        if threading.current_thread() is not self:  # which looks again after a pause
+            self._look.set()
 
     def close(self) -> None:
         """Leave the server alone, and end it if the run has started it."""
         self._closed = True
         self._look.set()
-        self.client.hang_up()
+        self.client.hang_up(completions_only=False)
         if self.is_alive():
             self.join(timeout=5)
         if self.process is not None:
@@ -84,6 +88,14 @@ class Keeper(threading.Thread):
 
     # ------------------------------------------------------------------------------------------------ the thread itself
     def run(self) -> None:
+        try:
+            self._keep()
+        except LmrlError as error:
+            self._give_up(error)
+        except Exception as error:  # a full disk, a mistake in here: it must not leave the others waiting
+            self._give_up(EngineError(f"keeping {self.client.url} failed: {type(error).__name__}: {error}"))
+
+    def _keep(self) -> None:
         if self.process is not None:
             self.process.start()
         while not self._closed and self.gone is None:
@@ -91,12 +103,10 @@ class Keeper(threading.Thread):
                 self._step()
             except Lost as lost:
                 self.lose(str(lost))
-                self._bring_back()
-                self.answers = False
-            except LmrlError as error:
-                self._give_up(error)
-            except Exception as error:  # a mistake in here must not leave the others waiting
-                self._give_up(EngineError(f"keeping {self.client.url} failed: {type(error).__name__}: {error}"))
+                busy = isinstance(lost, Slow) and time.monotonic() - self._answered < self.client.timeout
+                if not (self.answers and busy):  # between two steps of its engine, which may be long ones
+                    self._bring_back()
+                    self.answers = False
             self._look.wait(PATROL if self.usable else IMPATIENT)
             self._look.clear()
 
@@ -105,11 +115,12 @@ class Keeper(threading.Thread):
         if self.process is not None and self.process.ended:
             raise Lost(f"{self.client.url} {self.process.last_words()}")
         target = self.target
-        if target is None and self.answers:
+        if target is None and self.described:
             return
         description = self.client.describe()
+        self._answered = time.monotonic()
         with self.news:
-            self.description, self.answers = description, True
+            self.description, self.answers, self.described = description, True, self.target is target
             self.news.notify_all()
         if target is None:
             return
@@ -118,7 +129,7 @@ class Keeper(threading.Thread):
                 raise Lost(f"{self.client.url} holds weights '{description.version}', not yet '{target.version}'")
             if target.path is None:
                 with self.news:
-                    self.usable, self.wants_file = False, True
+                    self.usable, self.wants_file = False, self.target is target
                     self.news.notify_all()
                 return
             self._load(target)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from lmrl.errors import EngineError
 from lmrl.rollouts.server_client import Client, Lost
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -32,12 +33,13 @@ class WeightFiles:
     """Files with the policy's weights, in shared memory where there is any; only the newest one is kept.
 
     It is kept until the next one comes, so that a server that is started again can take it over. parent: where the folder
-    of files is made (None: in shared memory). Folders there that a killed run has left are removed.
+    of files is made (None: in shared memory, if as much as `need` bytes are free there, else in the temporary folder). Folders
+    there that a killed run has left are removed.
     """
 
-    def __init__(self, parent: Path | None = None) -> None:
-        memory = Path("/dev/shm")
-        parent = parent or (memory if memory.is_dir() else Path(tempfile.gettempdir()))
+    def __init__(self, parent: Path | None = None, need: int = 0) -> None:
+        memory, disk = Path("/dev/shm"), Path(tempfile.gettempdir())
+        parent = parent or (memory if memory.is_dir() and shutil.disk_usage(memory).free > need else disk)
         for left in parent.glob(f"{PREFIX}*"):
             _remove_if_left(left)
         self.folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
@@ -48,11 +50,21 @@ class WeightFiles:
     def write(self, weights: Weights, names: Sequence[str], version: str) -> Path:
         """names: of all tensors, or of more, from which the size of the header is estimated."""
         path = self.folder / f"{version}.safetensors"
-        write_safetensors(path, weights(), sum(len(name) + ENTRY_BYTES for name in names))
-        for older in self.folder.glob("*.safetensors"):
-            if older != path:
-                older.unlink()
-        return path
+        if path.exists():  # a server may be reading it
+            return path
+        for older in self.folder.glob(
+            "*.safetensors"
+        ):  # first, so that there is room; who reads one goes on reading it
+            older.unlink()
+        part = path.with_suffix(".part")
+        try:
+            write_safetensors(part, weights(), sum(len(name) + ENTRY_BYTES for name in names))
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise EngineError(
+                f"the weights for the servers cannot be written to {self.folder} ({error.strerror}): make room there"
+            ) from error
+        return part.rename(path)
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -165,7 +177,8 @@ class Broadcast:
     def _join(self, members: Sequence[Member]) -> Any:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
-        address = address_towards(members[0].client.url)
+        found = [address_towards(member.client.url) for member in members]
+        address = next((one for one in found if not one.startswith("127.")), found[0])  # which all of them reach
         with socket.socket() as probe:
             probe.bind((address, 0))
             port = probe.getsockname()[1]

@@ -27,6 +27,7 @@ from lmrl.policy.policy import Policy
 from lmrl.recipe import Rollouts
 from lmrl.rollouts.engine import Completion, Engine, Keys, Sampling
 from lmrl.rollouts.hf import guidance_of
+from lmrl.rollouts.vllm_worker import pack_head
 from lmrl.seeding import key
 
 GIB = 2**30
@@ -198,20 +199,6 @@ def refuse_guidance(policy: Policy, sampling: Sampling) -> None:
             "rollouts.engine: vllm cannot sample with Q heads: set rollouts.engine=hf, or export the policy first "
             "(lmrl export RUN FOLDER --beta B) and name that folder"
         )
-
-
-def pack_head(model: torch.nn.Module) -> None:
-    """On a CPU, pack the vocabulary projection again after its weights have changed.
-
-    vLLM's kernel multiplies by a packed copy of the matrix. A reload makes a new copy for the layers it loads, but a head
-    that is tied to the embeddings is not loaded as such, and would go on with the old one.
-    """
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-
-    for module in model.modules():
-        if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
-            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
 
 def check_heads(model_config: Any) -> None:

@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
+from lmrl import world
 from lmrl.errors import EngineError, ModelError
 from lmrl.policy.merged import merged_weights
 from lmrl.policy.policy import Policy
 from lmrl.recipe.server import Server
 from lmrl.rollouts.engine import Completion, Engine, Keys, Sampling
-from lmrl.rollouts.server_client import Client
+from lmrl.rollouts.server_client import Client, Lost
 from lmrl.rollouts.server_keeper import Keeper, Target
 from lmrl.rollouts.server_process import ServerProcess, gpus_of
 from lmrl.rollouts.server_queue import hand_out
@@ -65,10 +66,11 @@ class VLLMServerEngine(Engine):
         if self.owner and not options.urls:
             processes = [self._process(index, (folder or self.scratch) / "servers") for index in range(options.count)]
         urls = shared["urls"] if shared else options.urls or [process.url for process in processes]
+        patience = options.start_timeout
+        if not self.owner and not options.urls:  # as long as the owner may start servers again
+            patience = patience * (1 + options.restarts) + options.timeout
         self.keepers = [
-            Keeper(
-                Client(url, options.timeout), self.news, options.start_timeout, self.owner, process, options.restarts
-            )
+            Keeper(Client(url, options.timeout), self.news, patience, self.owner, process, options.restarts)
             for url, process in zip(urls, processes or [None] * len(urls), strict=True)
         ]
         self.closed = False
@@ -100,9 +102,14 @@ class VLLMServerEngine(Engine):
             if keeper.ident is None:
                 keeper.start()
         path = None
-        if self.owner and self._broadcasts():
-            self.broadcast.send([member_of(keeper) for keeper in self.keepers if not keeper.gone], version)
-        elif self.owner:
+        broadcasts = self.owner and self._broadcasts()
+        if broadcasts:
+            try:
+                self.broadcast.send([member_of(keeper) for keeper in self._left()], version)
+            except Lost as lost:
+                raise EngineError(f"weights could not be broadcast, go on with --resume: {lost}") from lost
+        if self.owner and (not broadcasts or world.size() > 1):
+            # Beside a broadcast for a server that is started again while this process waits for the others.
             path = self._write(version)
         for keeper in self.keepers:
             keeper.aim(Target(version, path))
@@ -124,7 +131,8 @@ class VLLMServerEngine(Engine):
             yield name, tensor.to(dtype)
 
     def _write(self, version: str) -> Path:
-        self.files = self.files or WeightFiles()
+        numbers = sum(parameter.numel() for parameter in self.policy.causal_lm.parameters())
+        self.files = self.files or WeightFiles(need=numbers * (4 if self.options.urls else 2))
         names = [name for name, _ in self.policy.causal_lm.named_parameters()]
         return self.files.write(self.weights, names, version)
 
@@ -132,7 +140,7 @@ class VLLMServerEngine(Engine):
         """Whether weights go from GPU to GPU. Raises ModelError where they should and cannot."""
         if self.options.transfer == "files" or (self.options.transfer == "auto" and self.policy.device.type != "cuda"):
             return False
-        self._wait(lambda: all(keeper.description for keeper in self._left()))
+        self._wait(lambda: all(keeper.answers and keeper.described for keeper in self._left()))
         descriptions = [keeper.description for keeper in self._left()]
         own = torch.cuda.get_device_properties(self.policy.device).uuid if self.policy.device.type == "cuda" else None
         lacks = ""

@@ -53,30 +53,29 @@ class PolicyWorker:
         }
 
     @_told
-    def lmrl_load(self, path: str, version: str) -> None:
+    def lmrl_load(self, path: str) -> None:
         """Take over the weights of a safetensors file, named as in the model's ordinary checkpoint."""
-        self.lmrl_version = None  # neither the old weights nor the new ones until all are there
+        self.lmrl_version = None  # neither the old weights nor the new ones until they are named
         with safe_open(path, framework="pt") as file:
             self.reload_weights(weights_iterator=((name, file.get_tensor(name)) for name in file.keys()))
         if torch.device(self.device).type == "cpu":
-            repack_head(self.model_runner.get_model())
-        self.lmrl_version = version
+            pack_head(self.model_runner.get_model())
 
     @_told
-    def lmrl_name(self, version: str, group: str) -> None:
-        """Name the weights that came by vLLM's own transfer, and the group they came in."""
+    def lmrl_name(self, version: str, group: str | None = None) -> None:
+        """Name the weights that have come, and the group they came in where that was by vLLM's own transfer."""
         self.lmrl_version, self.lmrl_group = version, group
 
 
-def repack_head(model: torch.nn.Module) -> None:
-    """Pack the vocabulary projection again for the CPU's matrix product.
+def pack_head(model: torch.nn.Module) -> None:
+    """On a CPU, pack the vocabulary projection again after its weights have changed.
 
-    On a CPU, vLLM computes logits with a packed copy of the projection; of tied embeddings reloading refreshes the
-    weight but not that copy, and the server would go on sampling with the old head.
+    vLLM's kernel multiplies by a packed copy of the matrix. A reload makes a new copy for the layers it loads, but a head
+    that is tied to the embeddings is not loaded as such, and would go on with the old one.
     """
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     for module in model.modules():
-        if isinstance(module, ParallelLMHead):
+        if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)

@@ -24,6 +24,8 @@ from lmrl.training.sources import Source
 from lmrl.training.updater import Updater
 
 STATE = "state"
+CHAIN, BRANCHES = "chain", "branches"
+"""Of the sequences of a kept minibatch, beside its fields."""
 
 
 @dataclass
@@ -121,7 +123,11 @@ def save_nonfinite(
         tensors: dict[str, torch.Tensor] = {}
         for index, sequence in enumerate(minibatch.sequences):
             own = {"tokens": sequence.tokens, "states": sequence.states, "targets": sequence.targets, **sequence.fields}
-            tensors |= {f"{index:05d}.{name}": tensor.clone().contiguous() for name, tensor in own.items()}
+            chain = None if sequence.chain is None else torch.tensor(sequence.chain)
+            own |= {CHAIN: chain, BRANCHES: sequence.branches}
+            tensors |= {
+                f"{index:05d}.{name}": tensor.clone().contiguous() for name, tensor in own.items() if tensor is not None
+            }
         save_file(tensors, folder / "batch.safetensors")
         info = {
             "stage": stage,

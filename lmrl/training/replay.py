@@ -14,6 +14,7 @@ from lmrl.policy.load import load_policy
 from lmrl.recipe_files import stages_of
 from lmrl.run import read_recipe
 from lmrl.seeding import seed_everything
+from lmrl.training.checkpoint import BRANCHES, CHAIN
 from lmrl.training.updater import Updater
 from lmrl.trajectories.batch import Batch, Sequence
 
@@ -55,9 +56,9 @@ def load_batch(path: Path) -> Batch:
     for full, tensor in load_file(path).items():
         index, _, name = full.partition(".")
         groups.setdefault(index, {})[name] = tensor
-    return Batch(
-        [
-            Sequence(group.pop("tokens"), group.pop("states"), group.pop("targets"), group)
-            for _, group in sorted(groups.items())
-        ]
-    )
+    sequences = []
+    for _, group in sorted(groups.items()):
+        chain, branches = group.pop(CHAIN, None), group.pop(BRANCHES, None)
+        tokens, states, targets = (group.pop(name) for name in ("tokens", "states", "targets"))
+        sequences.append(Sequence(tokens, states, targets, group, None if chain is None else int(chain), branches))
+    return Batch(sequences)

@@ -17,7 +17,7 @@ from lmrl.evaluation.statistics import summarize
 from lmrl.evaluation.suites import load_suite
 from lmrl.objectives import Objective, load_objective
 from lmrl.objectives.correction import Correction
-from lmrl.objectives.groups import groups_of
+from lmrl.objectives.groups import gathered, groups_of
 from lmrl.policy.load import load_policy, load_weights
 from lmrl.recipe import PromptTask, QObjective, Recipe
 from lmrl.recipe_files import locate_rewards
@@ -108,7 +108,9 @@ class Stage:
         kept = world.agreed(run.checkpoints(name))
         self.checkpoint = kept[-1] if kept else None
         """Where the stage goes on, if it does."""
-        if self.checkpoint is not None:
+        if self.checkpoint is None:
+            self.objective.start(self.policy)
+        else:
             load_weights(self.policy, self.checkpoint, recipe.model.trust_remote_code)
         self.strategy = strategy or Strategy()
         if recipe.evaluation.gate is not None and self.strategy.lockstep:
@@ -339,7 +341,7 @@ class Stage:
                 f"update skipped ({in_a_row} in a row, the run stops at {limit})"
             )
             return
-        minibatch.sequences = world.gather(minibatch.sequences)
+        minibatch.sequences = gathered(minibatch.sequences)
         weights = self.strategy.weights()
         with self.strategy.whole():
             kept = checkpoint.save_nonfinite(

@@ -230,7 +230,7 @@ def compare_memory(run: Run, stage: str, recipe: Recipe, predicted: float, displ
 
 
 def predicted_memory_mb(recipe: Recipe) -> float:
-    """As `lmrl show` has it; 0 where that is unknown."""
+    """Of this process, or of its accelerator where it has one; 0 where that is unknown."""
     return sum((memory(recipe, accelerator=torch.cuda.is_available()) or {}).values())
 
 

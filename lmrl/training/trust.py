@@ -69,11 +69,12 @@ class Trust:
         options = self.rollouts
         if compared["gap_mean"] <= options.tolerance:
             return
+        key = {"vllm": "rollouts.vllm.dtype", "vllm-server": "rollouts.server.dtype"}.get(options.engine)
         raise SamplerError(
             f"{where}: engine '{options.engine}' sampled with other log-probabilities than the learner computes for the same "
             f"tokens: {compared['gap_mean']:.3f} nats apart on average, at most {compared['gap_max']:.2f}, over "
-            f"{compared['tokens']} tokens (rollouts.tolerance={options.tolerance:g}). Either it computes too coarsely "
-            "(rollouts.vllm.dtype=float32 tells), or its weights are not the learner's (rollouts.engine=hf samples from the "
+            f"{compared['tokens']} tokens (rollouts.tolerance={options.tolerance:g}). Either it computes too coarsely"
+            f"{f' ({key}=float32 tells)' if key else ''}, or its weights are not the learner's (rollouts.engine=hf samples from the "
             "learner itself)"
         )
 

@@ -90,7 +90,9 @@ def test_positions_times_vocabulary_never_exists(frozen, monkeypatch):
     """Peak extra memory of forward and backward is a few slices, not the whole logits."""
     sizes = []
     original = logprobs_module._logits
-    monkeypatch.setattr(logprobs_module, "_logits", lambda *args: sizes.append(original(*args).numel()) or original(*args))
+    monkeypatch.setattr(
+        logprobs_module, "_logits", lambda *args: sizes.append(original(*args).numel()) or original(*args)
+    )
     hidden = torch.randn(32, 8, requires_grad=True)
     weight = torch.randn(4096, 8, requires_grad=not frozen)
     logprobs, _ = token_logprobs(hidden, weight, None, torch.zeros(32, dtype=torch.long), 1.0, 256)

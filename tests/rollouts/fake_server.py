@@ -19,6 +19,8 @@ class FakeServer:
         self.requests: list[dict] = []
         self.on_generate = lambda number: None
         self.extension, self.logprobs, self.delay = True, "processed_logprobs", 0.0
+        self.resets = iter(())
+        """Whether the next resets of the prefix cache succeed; the others do."""
         self.now = self.most = 0
         self.lock = threading.Lock()
         self.connections: set = set()
@@ -64,7 +66,7 @@ class FakeServer:
             self.stamp = body["new_version"]
             return 200, {"success": True}
         if path.startswith("/reset_prefix_cache"):
-            return 200, {"success": True}
+            return 200, {"success": next(self.resets, True)}
         if path == "/inference/v1/generate":
             return self.generate(body)
         return 404, {"detail": "Not Found"}
@@ -75,13 +77,17 @@ class FakeServer:
             **{"logprobs": self.logprobs, "max_model_len": 64, "model_type": "llama", "vocabulary": 34},
         }
 
-    def lmrl_load(self, path: str, version: str) -> dict:
+    def lmrl_load(self, path: str) -> dict:
         from safetensors.torch import load_file  # takes a while, which the process that is started does not need
 
         try:
             self.loaded.append(load_file(path))
         except Exception as error:
             return {"error": str(error)}
+        self.version = None
+        return {}
+
+    def lmrl_name(self, version: str) -> dict:
         self.version = version
         return {}
 
@@ -111,6 +117,6 @@ class FakeServer:
 
 if __name__ == "__main__":
     server = FakeServer(int(sys.argv[1]))
-    server.lmrl_load = lambda path, version: setattr(server, "version", version) or {}
+    server.lmrl_load = lambda path: {}
     print("serving", flush=True)
     threading.Event().wait()

@@ -8,19 +8,24 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from lmrl.errors import EngineError, ModelError, RecipeError
+from lmrl import world
+from lmrl.errors import EngineError, ModelError, RecipeError, RunError
 from lmrl.policy.merged import merged_weights
 from lmrl.recipe import Rollouts
 from lmrl.recipe.server import Server
 from lmrl.recipe_files import load_recipe
+from lmrl.rollouts import server_client, server_weights
 from lmrl.rollouts.engine import Sampling, build_engine
+from lmrl.rollouts.server_client import Lost
 from lmrl.rollouts.server_keeper import Target
 from lmrl.rollouts.server_process import LAUNCHER_VARIABLES, gpus_of, serve_environment
 from lmrl.rollouts.server_queue import TRIES
@@ -230,6 +235,93 @@ def test_weights_that_were_broadcast_and_are_gone_are_not_replaced_by_later_ones
     assert complete(generate(engine)) and len(servers[0].loaded) == 2
 
 
+def test_a_server_says_that_it_has_weights_only_when_nothing_of_the_old_ones_is_left(fakes, engine_of):
+    (server,) = fakes()
+    server.resets = iter([False])  # its prefix cache still holds what the old weights computed
+    engine = engine_of([server])
+    named = []
+    server.lmrl_name = lambda version: named.append(list(server.paths)) or setattr(server, "version", version) or {}
+    assert complete(generate(engine))
+    assert len(named) == 1 and len(server.loaded) == 2  # loaded once more, and named when the reset succeeded
+    assert sum(path.startswith("/reset_prefix_cache") for path in named[0]) == 2
+
+
+def test_completions_that_do_not_say_where_they_come_from_are_not_taken(fakes, engine_of, monkeypatch):
+    (server,) = fakes()
+    own = server.generate
+
+    def silent(body: dict):
+        status, answer = own(body)
+        del answer["choices"][0]["weight_versions"]
+        return status, answer
+
+    monkeypatch.setattr(server, "generate", silent)
+    with pytest.raises(EngineError, match="does not say which weights it came from"):
+        generate(engine_of([server]), 1)
+
+
+def test_a_server_that_is_out_of_service_is_looked_at_five_times_a_second(fakes, engine_of, monkeypatch):
+    (server,) = fakes()
+    engine = engine_of([server], start_timeout=60)
+    generate(engine, 1)
+    looks = []
+    monkeypatch.setattr(engine.keepers[0].client, "describe", lambda: looks.append(None) or lost())
+
+    def lost():
+        raise Lost("nobody there")
+
+    engine.keepers[0].lose("a test")
+    time.sleep(1)
+    assert 3 <= len(looks) <= 8
+
+
+class Process:
+    """A process that is there, in place of a server that was started."""
+
+    ended, kills = False, 0
+
+    def start(self) -> None: ...
+
+    def kill(self) -> None:
+        self.kills += 1
+
+    stop = kill
+
+    def ends_within(self, seconds: float) -> bool:
+        return False
+
+    def last_words(self) -> str:
+        return "is still running"
+
+
+def test_a_server_that_is_busy_for_longer_than_a_probe_is_left_alone(fakes, engine_of, monkeypatch):
+    monkeypatch.setattr(server_client, "PROBE_TIMEOUT", 0.2)
+    (server,) = fakes()
+    engine = engine_of([server])
+    generate(engine, 1)
+    engine.keepers[0].process = process = Process()
+    free = server.lmrl_describe
+    server.lmrl_describe = lambda: time.sleep(0.5) or free()
+    engine.keepers[0].lose("a test")
+    time.sleep(1.2)
+    assert not engine.keepers[0].usable and process.kills == 0
+    server.lmrl_describe = free
+    assert complete(generate(engine))
+
+
+def test_a_keeper_that_fails_stops_the_run(fakes, engine_of):
+    (server,) = fakes()
+    engine = engine_of([server])
+
+    def start() -> None:
+        raise OSError(28, "No space left on device")
+
+    engine.keepers[0].process = Process()
+    engine.keepers[0].process.start = start
+    with pytest.raises(EngineError, match=r"keeping http://.* failed: OSError: .*No space left on device"):
+        generate(engine)
+
+
 def test_a_server_that_stays_away_stops_the_run_with_one_line(fakes, engine_of):
     (server,) = fakes()
     engine = engine_of([server], start_timeout=0.5)
@@ -328,7 +420,7 @@ def test_a_server_that_does_not_start_is_one_line_with_the_error_of_its_log(star
     [
         ("extension", False, "without lmrl's extension; start it with: VLLM_SERVER_DEV_MODE=1 vllm serve MODEL "),
         ("logprobs", "raw_logprobs", "log-probabilities before temperature .*--logprobs-mode=processed_logprobs"),
-        ("lmrl_load", lambda path, version: {"error": "no such file"}, "does not see the file"),
+        ("lmrl_load", lambda path: {"error": "no such file"}, "does not see the file"),
     ],
 )
 def test_a_server_that_cannot_be_used_is_refused_with_the_fix(fakes, engine_of, attribute, value, message):
@@ -401,6 +493,35 @@ def test_a_file_is_written_piece_by_piece(tmp_path):
     assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
     with pytest.raises(ValueError, match="header needs"):
         write_safetensors(tmp_path / "y.safetensors", iter(tensors.items()), room=8)
+
+
+def test_weights_that_find_no_room_are_one_line(tmp_path, monkeypatch):
+    files = WeightFiles(tmp_path)
+    first = files.write(lambda: iter([("a", torch.ones(3))]), ["a"], "one")
+
+    def full(path, tensors, room):
+        path.write_bytes(b"a part of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(server_weights, "write_safetensors", full)
+    assert files.write(lambda: iter([]), ["a"], "one") == first  # is there already, and may be read just now
+    with pytest.raises(EngineError, match=r"cannot be written to .* \(No space left on device\): make room there"):
+        files.write(lambda: iter([]), ["a"], "two")
+    assert [path.name for path in files.folder.iterdir()] == ["lock"]
+    files.close()
+
+
+def test_shared_memory_that_is_too_small_is_not_used():
+    files = WeightFiles(need=2**60)
+    assert files.folder.parent == Path(tempfile.gettempdir())
+    files.close()
+
+
+def test_started_servers_and_several_machines_are_refused(tiny_policy, monkeypatch):
+    monkeypatch.setattr(world, "size", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(RunError, match=r"start them by hand, and name them in rollouts.server.urls"):
+        build_engine(Rollouts(engine="vllm-server"), tiny_policy)
 
 
 def test_files_of_a_killed_run_are_removed_by_the_next_and_those_of_a_living_one_are_not(tmp_path):

@@ -140,7 +140,9 @@ def main(folder: Path) -> None:
     together = adapted(build_strategy(accelerator), Batch(list(world.share(whole.sequences))), folder / "model")
     if world.is_main():
         assert alone["weights"].keys() == together["weights"].keys()
-        gaps = {name: float((value - together["weights"][name]).abs().max()) for name, value in alone["weights"].items()}
+        gaps = {
+            name: float((value - together["weights"][name]).abs().max()) for name, value in alone["weights"].items()
+        }
         size = max(float(value.abs().max()) for name, value in alone["weights"].items() if "lora_B" in name)
         apart = float((alone["reference"] - together["reference"]).abs().max())
         found["adapted"] = {"gap": max(gaps.values()), "moved": size, "reference": apart}
