@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -25,5 +26,16 @@ def merged_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
             continue
         tensor = parameter.detach()
         if wrapped and last == "weight" and ADAPTER in adapted[owner].scaling:
-            tensor = tensor.float() + adapted[owner].get_delta_weight(ADAPTER).float()
+            tensor = merged(adapted[owner], tensor)
         yield (f"{owner}.{last}" if wrapped else name), tensor
+
+
+def merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
+    """A layer's weight with its adapter, in float32."""
+    from peft.tuners.lora import Linear
+
+    if type(layer) is Linear and not layer.fan_in_fan_out and ADAPTER not in layer.lora_variant:
+        # In one product: engines are given all weights after every update.
+        down, up = (part[ADAPTER].weight.float() for part in (layer.lora_A, layer.lora_B))
+        return torch.addmm(weight.float(), up, down, alpha=layer.scaling[ADAPTER])
+    return weight.float() + layer.get_delta_weight(ADAPTER).float()

@@ -8,6 +8,7 @@ with another strategy or another number of processes.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,8 @@ class DeepSpeedStrategy(Strategy):
     name, lockstep = "deepspeed", True
 
     def __init__(self, accelerator: Any):
+        # DeepSpeed calls functions of torch, several a pass, that warn each time of their new names.
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
         self.accelerator = accelerator
         self.shards_weights = accelerator.state.deepspeed_plugin.zero_stage == 3
 
