@@ -194,10 +194,8 @@ class Policy(nn.Module):
         inputs = {"input_ids": batch.tokens_BT, "use_cache": False}
         if batch.branches_BT is not None:
             mask_B1TT = visible(batch.branches_BT)[:, None]
-            if self.causal_lm.config._attn_implementation not in (
-                "sdpa",
-                ATTENTION,
-            ):  # eager attention adds its mask to the scores
+            # Eager attention adds its mask to the scores.
+            if self.causal_lm.config._attn_implementation not in ("sdpa", ATTENTION):
                 dtype = self.causal_lm.dtype
                 mask_B1TT = torch.zeros_like(mask_B1TT, dtype=dtype).masked_fill(~mask_B1TT, torch.finfo(dtype).min)
             return inputs | {"attention_mask": mask_B1TT, "position_ids": positions(batch.branches_BT)}

@@ -216,10 +216,10 @@ def completion_of(answer: dict[str, Any], sampling: Sampling, eos: set[int], ver
     if reason not in ("stop", "length") or not tokens or len(tokens) != len(logprobs):
         raise Failed(f"a completion was broken off (finish reason {reason})")
     if version is not None and spans != {version}:
-        came = (
+        said = (
             f"came from the weights {', '.join(sorted(spans))}" if spans else "does not say which weights it came from"
         )
-        raise Failed(f"a completion {came} (expected: {version})")
+        raise Failed(f"a completion {said} (expected: {version})")
     if sampling.temperature == 0:
         logprobs = [0.0] * len(tokens)  # a greedy choice is certain
     end = "eos" if tokens[-1] in eos else "stop" if reason == "stop" else "length"

@@ -52,10 +52,8 @@ class WeightFiles:
         path = self.folder / f"{version}.safetensors"
         if path.exists():  # a server may be reading it
             return path
-        for older in self.folder.glob(
-            "*.safetensors"
-        ):  # first, so that there is room; who reads one goes on reading it
-            older.unlink()
+        for older in self.folder.glob("*.safetensors"):
+            older.unlink()  # first, so that there is room; who reads it goes on reading it
         part = path.with_suffix(".part")
         try:
             write_safetensors(part, weights(), sum(len(name) + ENTRY_BYTES for name in names))

@@ -22,14 +22,21 @@ HERE = Path(__file__).parent
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
-def run_two(script: list[str], strategy: str | None, scratch: Path) -> None:
+@pytest.fixture
+def extensions(tmp_path_factory) -> Path:
+    """Where DeepSpeed builds its extension for CPUs, once for all tests of this session. (A build that was killed would leave a lock
+    in the user's own cache, for ever.)"""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "extensions"
+
+
+def run_two(script: list[str], strategy: str | None, extensions: Path) -> None:
     environment, _ = accelerate_environment(2, find_launch(strategy) if strategy else None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    # DeepSpeed builds an extension for CPUs; a build that was killed would leave a lock in the user's cache, for ever.
-    common |= {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(scratch / "extensions")}
+    common |= {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(extensions)}
     running = [
         subprocess.Popen(
             [sys.executable, *script],
@@ -48,8 +55,8 @@ def run_two(script: list[str], strategy: str | None, scratch: Path) -> None:
     "strategy",
     [None, "fsdp2", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)],
 )
-def test_two_processes_do_what_one_does(tmp_path, strategy):
-    run_two([str(HERE / "worker.py"), str(tmp_path)], strategy, tmp_path)
+def test_two_processes_do_what_one_does(tmp_path, extensions, strategy):
+    run_two([str(HERE / "worker.py"), str(tmp_path)], strategy, extensions)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["processes"] == 2
     for name in ("many", "few"):
@@ -126,6 +133,33 @@ def test_a_killed_process_ends_the_run_with_one_error(tmp_path):
         "lmrl: process 1 of 2 was ended by SIGKILL, so the run has stopped; go on from its last checkpoint by --resume"
     )
     assert not Path(f"/proc/{ranks[0]}").exists()
+
+
+def test_an_error_of_one_process_while_all_hold_the_weights_ends_the_run(tmp_path, tiny_folder):
+    """In the rollouts of a sharded model: the others wait for this process, which must not wait for them."""
+    (tmp_path / "mine.py").write_text(
+        "import os\ndef odd(completions, **columns):\n    return [0.0] * (len(completions) - (os.environ['RANK'] == '1'))\n"
+    )
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "ab"}\n' * 8)
+    changes = [
+        f"model.path={tiny_folder}",
+        "model.dtype=float32",
+        f"task.prompts.path={prompts}",
+        "task.prompts.holdout=0",
+        f"task.rewards=[{{function: '{tmp_path}/mine.py:odd'}}]",
+        "rollouts.prompts=4",
+        "rollouts.max_new_tokens=4",
+        "evaluation.suite=null",
+    ]
+    run = [sys.executable, "-m", "lmrl", "train", "sentiment/ppo", *changes, "--output", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*run, "--processes", "2", "--accelerate", "fsdp2"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("lmrl:")]
+    assert "odd" in line and "Traceback" not in done.stderr
 
 
 def test_a_mistake_is_one_line(tmp_path):
