@@ -21,7 +21,7 @@ from lmrl.policy.passes import Outputs, Want
 from lmrl.policy.policy import Policy
 from lmrl.recipe import PPOObjective
 from lmrl.trajectories.batch import Batch, Microbatch, Sequence
-from lmrl.trajectories.chain import discounts, rewards_and_turns, to_sequences
+from lmrl.trajectories.chain import discounts, returns_to_go, rewards_and_turns, to_sequences
 from lmrl.trajectories.trajectory import Trajectory
 
 
@@ -35,13 +35,9 @@ def advantages(
     of the state after the last action (0 where the episode terminated); discounts_A: discount from each action to the
     next. Shape (A,). A_t = delta_t + discount_t lam A_{t+1}, delta_t = r_t + discount_t V_{t+1} - V_t.
     """
-    result = torch.zeros_like(rewards_A)
-    following, carried = last_value, 0.0
-    for index in range(len(rewards_A) - 1, -1, -1):
-        delta = rewards_A[index] + discounts_A[index] * following - values_A[index]
-        carried = delta + discounts_A[index] * lam * carried
-        result[index], following = carried, values_A[index]
-    return result
+    following_A = torch.cat([values_A[1:], values_A.new_tensor([last_value])])
+    deltas_A = rewards_A + discounts_A * following_A - values_A
+    return returns_to_go(deltas_A, discounts_A * lam)
 
 
 def whiten(values: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from lmrl.recipe import Recipe
 from lmrl.run import Run, step_name
 from lmrl.training.sources import Source
 from lmrl.training.updater import Updater
+from lmrl.trajectories.batch import Batch, Sequence
 
 STATE = "state"
 CHAIN, BRANCHES = "chain", "branches"
@@ -110,7 +111,7 @@ def save_nonfinite(
     step: int,
     policy: Policy,
     objective: Objective,
-    minibatch: Any,
+    minibatch: Batch,
     stats: dict[str, float],
     seed: int,
     weights: dict[str, torch.Tensor] | None = None,
@@ -120,15 +121,7 @@ def save_nonfinite(
 
     def write(folder: Path) -> None:
         policy.save(folder, weights)
-        tensors: dict[str, torch.Tensor] = {}
-        for index, sequence in enumerate(minibatch.sequences):
-            own = {"tokens": sequence.tokens, "states": sequence.states, "targets": sequence.targets, **sequence.fields}
-            chain = None if sequence.chain is None else torch.tensor(sequence.chain)
-            own |= {CHAIN: chain, BRANCHES: sequence.branches}
-            tensors |= {
-                f"{index:05d}.{name}": tensor.clone().contiguous() for name, tensor in own.items() if tensor is not None
-            }
-        save_file(tensors, folder / "batch.safetensors")
+        save_file(batch_tensors(minibatch), folder / "batch.safetensors")
         info = {
             "stage": stage,
             "step": step,
@@ -142,3 +135,30 @@ def save_nonfinite(
 
     run.write_folder(target, write)
     return target
+
+
+def batch_tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """A batch as named tensors; `batch_of` takes them back."""
+    tensors: dict[str, torch.Tensor] = {}
+    for index, sequence in enumerate(batch.sequences):
+        own = {"tokens": sequence.tokens, "states": sequence.states, "targets": sequence.targets, **sequence.fields}
+        if sequence.chain is not None:
+            own[CHAIN] = torch.tensor(sequence.chain)
+        if sequence.branches is not None:
+            own[BRANCHES] = sequence.branches
+        tensors |= {f"{index:05d}.{name}": tensor.clone().contiguous() for name, tensor in own.items()}
+    return tensors
+
+
+def batch_of(tensors: dict[str, torch.Tensor]) -> Batch:
+    """A batch from what `batch_tensors` made of it."""
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for full, tensor in tensors.items():
+        index, _, name = full.partition(".")
+        groups.setdefault(index, {})[name] = tensor
+    sequences = []
+    for _, group in sorted(groups.items()):
+        chain, branches = group.pop(CHAIN, None), group.pop(BRANCHES, None)
+        tokens, states, targets = (group.pop(name) for name in ("tokens", "states", "targets"))
+        sequences.append(Sequence(tokens, states, targets, group, None if chain is None else int(chain), branches))
+    return Batch(sequences)

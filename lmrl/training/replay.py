@@ -14,9 +14,8 @@ from lmrl.policy.load import load_policy
 from lmrl.recipe_files import stages_of
 from lmrl.run import read_recipe
 from lmrl.seeding import seed_everything
-from lmrl.training.checkpoint import BRANCHES, CHAIN
+from lmrl.training.checkpoint import batch_of
 from lmrl.training.updater import Updater
-from lmrl.trajectories.batch import Batch, Sequence
 
 
 def replay(folder: Path) -> list[str]:
@@ -30,7 +29,7 @@ def replay(folder: Path) -> list[str]:
     policy.configure(recipe)
     objective.load_state(info["objective"])
     objective.begin(info["step"])
-    batch = load_batch(folder / "batch.safetensors")
+    batch = batch_of(load_file(folder / "batch.safetensors"))
     seed_everything(info["seed"], info["stage"], info["step"])
     updater = Updater(policy, recipe.optimizer, recipe.training.steps)
     policy.begin_update(objective.dropout)
@@ -48,17 +47,3 @@ def replay(folder: Path) -> list[str]:
         elif parameter.grad is not None and not torch.isfinite(parameter.grad).all():
             lines.append(f"gradient of {name} is not finite")
     return lines if len(lines) > 1 else [*lines, "everything is finite this time"]
-
-
-def load_batch(path: Path) -> Batch:
-    """A minibatch as `checkpoint.save_nonfinite` wrote it."""
-    groups: dict[str, dict[str, torch.Tensor]] = {}
-    for full, tensor in load_file(path).items():
-        index, _, name = full.partition(".")
-        groups.setdefault(index, {})[name] = tensor
-    sequences = []
-    for _, group in sorted(groups.items()):
-        chain, branches = group.pop(CHAIN, None), group.pop(BRANCHES, None)
-        tokens, states, targets = (group.pop(name) for name in ("tokens", "states", "targets"))
-        sequences.append(Sequence(tokens, states, targets, group, None if chain is None else int(chain), branches))
-    return Batch(sequences)

@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lmrl.errors import DataError
 from lmrl.objectives.dpo import DPO, Pairs, best_and_worst, log1mexp, preference_loss
-from lmrl.recipe import DPOObjective
+from lmrl.recipe import DPOObjective, Optimizer
 from lmrl.recipe.objective import PREFERENCE_LOSSES
+from lmrl.training.checkpoint import batch_of, batch_tensors
 from lmrl.training.updater import Updater
 from lmrl.trajectories.trajectory import CONTEXT, Segment, Trajectory
 
@@ -50,6 +52,25 @@ def test_sigmoid_by_hand():
 def test_log1mexp_is_exact():
     values = torch.tensor([-1e-4, -0.5, -3.0, -40.0], dtype=torch.float64)
     torch.testing.assert_close(log1mexp(values), torch.log1p(-values.exp()), rtol=1e-9, atol=1e-18)
+
+
+def test_a_kept_minibatch_keeps_packs_and_pairs(tiny_policy, tmp_path):
+    """As `lmrl replay` reads it: the same loss and gradient."""
+    method = DPO(options(loss="simpo"))  # without a reference
+    episodes = [episode([3, 4, 5], action, reward, group) for action, reward, group in (([6, 7], 1, 0), ([8], 0, 0))]
+    episodes += [
+        episode([9], [3, 3, 3, 3], 1, 1),
+        episode([9, 9], [4], 0, 1),
+    ]  # one pair that is packed, and one that is not
+    batch = method.prepare(tiny_policy, episodes)
+    assert [one.branches is not None for one in batch.sequences] == [True, False, False]
+    save_file(batch_tensors(batch), tmp_path / "batch.safetensors")
+    found = []
+    for one in (batch, batch_of(load_file(tmp_path / "batch.safetensors"))):
+        stats = Updater(tiny_policy, Optimizer(), 10).backward(tiny_policy.train(), method, one)
+        found.append([stats["loss"], *(p.grad.clone() for p in tiny_policy.model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_best_and_worst_of_a_group():

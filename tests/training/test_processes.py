@@ -135,6 +135,37 @@ def test_a_killed_process_ends_the_run_with_one_error(tmp_path):
     assert not Path(f"/proc/{ranks[0]}").exists()
 
 
+def test_an_error_after_sigterm_is_shown(tmp_path):
+    """A process that was told to end, and failed as it saved its checkpoint."""
+    (tmp_path / "process.py").write_text(
+        "import json, pathlib, signal, sys, time\n"
+        "def end(*_):\n"
+        "    if sys.argv[1] == '1': sys.exit(143)\n"
+        "    left = {'order': 1, 'time': 0.0, 'code': 1, 'text': 'lmrl: no room for the checkpoint'}\n"
+        "    pathlib.Path('errors/0.json').write_text(json.dumps(left))\n"
+        "    sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "pathlib.Path('ready' + sys.argv[1]).touch()\n"
+        "time.sleep(100)\n"
+    )
+    (tmp_path / "launcher.py").write_text(
+        "import pathlib, subprocess, sys\n"
+        "from lmrl.launch import _watch\n"
+        "running = [subprocess.Popen([sys.executable, 'process.py', rank]) for rank in '01']\n"
+        "sys.exit(_watch(running, pathlib.Path('errors')))\n"
+    )
+    (tmp_path / "errors").mkdir()
+    launcher = subprocess.Popen([sys.executable, "launcher.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 100
+    while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)):
+        assert launcher.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+    time.sleep(3)  # until it watches
+    launcher.terminate()
+    _, errors = launcher.communicate(timeout=60)
+    assert (launcher.returncode, errors) == (1, "lmrl: no room for the checkpoint\n")
+
+
 def test_an_error_of_one_process_while_all_hold_the_weights_ends_the_run(tmp_path, tiny_folder):
     """In the rollouts of a sharded model: the others wait for this process, which must not wait for them."""
     (tmp_path / "mine.py").write_text(
