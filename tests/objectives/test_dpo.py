@@ -60,7 +60,7 @@ def test_a_kept_minibatch_keeps_packs_and_pairs(tiny_policy, tmp_path):
     episodes = [episode([3, 4, 5], action, reward, group) for action, reward, group in (([6, 7], 1, 0), ([8], 0, 0))]
     episodes += [
         episode([9], [3, 3, 3, 3], 1, 1),
-        episode([9, 9], [4], 0, 1),
+        episode([5, 5], [4], 0, 1),
     ]  # one pair that is packed, and one that is not
     batch = method.prepare(tiny_policy, episodes)
     assert [one.branches is not None for one in batch.sequences] == [True, False, False]
