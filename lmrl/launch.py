@@ -17,9 +17,12 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmrl.errors import RecipeError
+
+if TYPE_CHECKING:
+    from lmrl.training.interrupt import Interrupt
 
 ERRORS = "LMRL_ERRORS"
 """Environment variable: the folder in which a process leaves its error, for the launcher to show."""
@@ -34,6 +37,8 @@ def launch(arguments: Sequence[str], processes: int | None, config: Path | None)
 
     config: a configuration file of accelerate. processes: None for as many as it says.
     """
+    from lmrl.training.interrupt import Interrupt  # imports torch, which `lmrl --help` does without
+
     environment, count = accelerate_environment(processes, config)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -48,15 +53,16 @@ def launch(arguments: Sequence[str], processes: int | None, config: Path | None)
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
             ERRORS: errors,
         }
-        running = [
-            subprocess.Popen(
-                [sys.executable, "-m", "lmrl", *arguments],
-                env=environment | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                start_new_session=True,  # Ctrl-C reaches them through the launcher, once
-            )
-            for rank in range(count)
-        ]
-        return _watch(running, Path(errors))
+        with Interrupt() as interrupt:
+            running = [
+                subprocess.Popen(
+                    [sys.executable, "-m", "lmrl", *arguments],
+                    env=environment | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    start_new_session=True,  # Ctrl-C reaches them through the launcher, once
+                )
+                for rank in range(count)
+            ]
+            return _watch(running, Path(errors), interrupt)
 
 
 def accelerate_environment(processes: int | None, config: Path | None) -> tuple[dict[str, str], int]:
@@ -96,25 +102,22 @@ def _configured(processes: int | None, config: Path) -> tuple[dict[str, str], in
         return prepare_deepspeed_cmd_env(args)[1], args.num_processes
 
 
-def _watch(running: list[subprocess.Popen], errors: Path) -> int:
+def _watch(running: list[subprocess.Popen], errors: Path, interrupt: Interrupt) -> int:
     """Wait for the processes; end them all where one fails, or where the launcher is told to."""
-    from lmrl.training.interrupt import Interrupt  # imports torch, which `lmrl --help` does without
-
     told: int | None = None
     fine = {0}
-    with Interrupt() as interrupt:
-        while any(process.poll() is None for process in running):
-            time.sleep(POLL_SECONDS)
-            if interrupt.number is not None and told is None:  # each saves a checkpoint first, however long that takes
-                told = interrupt.number
-                fine |= ENDED_AS_TOLD
-                for process in running:
-                    process.send_signal(signal.SIGTERM)
-            if _failed(running, fine):
-                _wait_for_last_words(running)
-                failed = _failed(running, fine)
-                _end(running)
-                return _report(failed, running, errors)
+    while any(process.poll() is None for process in running):
+        time.sleep(POLL_SECONDS)
+        if interrupt.number is not None and told is None:  # each saves a checkpoint first, however long that takes
+            told = interrupt.number
+            fine |= ENDED_AS_TOLD
+            for process in running:
+                process.send_signal(signal.SIGTERM)
+        if _failed(running, fine):
+            _wait_for_last_words(running)
+            failed = _failed(running, fine)
+            _end(running)
+            return _report(failed, running, errors)
     if failed := _failed(running, fine):
         return _report(failed, running, errors)
     return 0 if told is None else 128 + told
