@@ -106,19 +106,17 @@ def _watch(running: list[subprocess.Popen], errors: Path, interrupt: Interrupt) 
     """Wait for the processes; end them all where one fails, or where the launcher is told to."""
     told: int | None = None
     fine = {0}
-    while any(process.poll() is None for process in running):
+    while any(process.poll() is None for process in running) and not _failed(running, fine):
         time.sleep(POLL_SECONDS)
         if interrupt.number is not None and told is None:  # each saves a checkpoint first, however long that takes
             told = interrupt.number
             fine |= ENDED_AS_TOLD
             for process in running:
                 process.send_signal(signal.SIGTERM)
-        if _failed(running, fine):
-            _wait_for_last_words(running)
-            failed = _failed(running, fine)
-            _end(running)
-            return _report(failed, running, errors)
-    if failed := _failed(running, fine):
+    _wait_for_last_words(running)
+    failed = _failed(running, fine)
+    _end(running)
+    if failed:
         return _report(failed, running, errors)
     return 0 if told is None else 128 + told
 
@@ -129,7 +127,7 @@ def _failed(running: list[subprocess.Popen], fine: set[int]) -> list[int]:
 
 
 def _wait_for_last_words(running: list[subprocess.Popen]) -> None:
-    """Give the others time to fail by themselves."""
+    """Where one has failed, give the others time to fail by themselves."""
     until = time.monotonic() + LAST_WORDS_SECONDS
     while time.monotonic() < until and any(process.poll() is None for process in running):
         time.sleep(POLL_SECONDS)

@@ -53,7 +53,7 @@ class Keeper(threading.Thread):
         self.answers = False
         """Whether it has answered since it was last started or lost."""
         self.described = False
-        """Whether it has answered since it was last told what to hold."""
+        """Whether it has answered since it was last told what to hold, started or lost."""
         self._answered = 0.0
         self._since = time.monotonic()
         self._look, self._closed = threading.Event(), False
@@ -106,7 +106,7 @@ class Keeper(threading.Thread):
                 busy = isinstance(lost, Slow) and time.monotonic() - self._answered < self.client.timeout
                 if not (self.answers and busy):  # between two steps of its engine, which may be long ones
                     self._bring_back()
-                    self.answers = False
+                    self.answers = self.described = False
             self._look.wait(PATROL if self.usable else IMPATIENT)
             self._look.clear()
 

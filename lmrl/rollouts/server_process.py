@@ -97,7 +97,12 @@ def serve_command(
     options: Server, model: Path, port: int, max_model_len: int | None, gpus: tuple[str, ...]
 ) -> list[str]:
     command = [
-        *(sys.executable, "-P", "-m", "lmrl.rollouts.vllm_launch"),  # -P: the folder of the run is no place to import from
+        *(
+            sys.executable,
+            "-P",
+            "-m",
+            "lmrl.rollouts.vllm_launch",
+        ),  # -P: the folder of the run is no place to import from
         f"--model={model}",
         f"--served-model-name={MODEL_NAME}",
         "--host=127.0.0.1",

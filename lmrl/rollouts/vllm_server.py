@@ -124,15 +124,20 @@ class VLLMServerEngine(Engine):
         left = self._left()
         return any(one.usable for one in left) and all(one.usable or not (waits or one.answers) for one in left)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which weights travel: that of started servers; given ones may have any."""
+        return torch.float32 if self.options.urls else getattr(torch, self.options.dtype)
+
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The policy's weights as the servers get them."""
-        dtype = torch.float32 if self.options.urls else getattr(torch, self.options.dtype)
         for name, tensor in merged_weights(self.policy):
-            yield name, tensor.to(dtype)
+            yield name, tensor.to(self.dtype)
 
     def _write(self, version: str) -> Path:
-        numbers = sum(parameter.numel() for parameter in self.policy.causal_lm.parameters())
-        self.files = self.files or WeightFiles(need=numbers * (4 if self.options.urls else 2))
+        if self.files is None:
+            numbers = sum(parameter.numel() for parameter in self.policy.causal_lm.parameters())
+            self.files = WeightFiles(need=numbers * self.dtype.itemsize)
         names = [name for name, _ in self.policy.causal_lm.named_parameters()]
         return self.files.write(self.weights, names, version)
 
@@ -140,7 +145,7 @@ class VLLMServerEngine(Engine):
         """Whether weights go from GPU to GPU. Raises ModelError where they should and cannot."""
         if self.options.transfer == "files" or (self.options.transfer == "auto" and self.policy.device.type != "cuda"):
             return False
-        self._wait(lambda: all(keeper.answers and keeper.described for keeper in self._left()))
+        self._wait(lambda: all(keeper.described for keeper in self._left()))
         descriptions = [keeper.description for keeper in self._left()]
         own = torch.cuda.get_device_properties(self.policy.device).uuid if self.policy.device.type == "cuda" else None
         lacks = ""

@@ -104,9 +104,10 @@ class DeepSpeedStrategy(Strategy):
     def _pieces(self) -> list[tuple[int, dict[str, torch.Tensor]]]:
         """The number of its group, and the state, of each flat piece that DeepSpeed's own optimizer updates."""
         zero = self.optimizer
-        pieces = list(enumerate(zero.single_partition_of_fp32_groups if not self.shards_weights else ()))
         if self.shards_weights:
             pieces = [(zero.sub_group_to_group_id[i], one) for i, one in enumerate(zero.fp32_partitioned_groups_flat)]
+        else:
+            pieces = list(enumerate(zero.single_partition_of_fp32_groups))
         return [(group, zero.optimizer.state[one]) for group, one in pieces if "step" in zero.optimizer.state[one]]
 
     def _undo_idle_steps(self) -> None:

@@ -73,9 +73,10 @@ class Updater:
         Where memory runs out, the minibatch begins again with smaller ones. Raises MemoryShortError where that cannot help.
         Weightless sequences count in the loss, and are left out of the other statistics.
         """
-        weighty = minibatch.weighty()
-        counts = world.totals([weight(policy, objective, part) for part in (minibatch, weighty)])
-        count, passed = (one or 1.0 for one in counts)
+        weighty, spared = minibatch.by_weight()
+        passed, left = world.totals([weight(policy, objective, part) for part in (weighty, spared)])
+        passed = passed or 1.0
+        count = passed + left
         sums = fit(policy, weighty, lambda passes: self._passes(policy, objective, passes, count))
         # All processes go on with the same size, so that one checkpoint holds it for all.
         policy.microbatch_tokens = -world.largest(-policy.microbatch_tokens)

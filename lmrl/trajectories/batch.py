@@ -68,9 +68,12 @@ class Batch:
     def num_actions(self) -> int:
         return sum(len(sequence.targets) for sequence in self.sequences)
 
-    def weighty(self) -> Batch:
-        """Without the sequences that no gradient comes of; one of them stays where there is no other."""
-        return Batch([sequence for sequence in self.sequences if not sequence.weightless] or self.sequences[:1])
+    def by_weight(self) -> tuple[Batch, Batch]:
+        """The sequences that a gradient comes of, and those that none comes of; where there are only these, the first one stands
+        among the others."""
+        weightless = [sequence for sequence in self.sequences if sequence.weightless]
+        weighty = [sequence for sequence in self.sequences if not sequence.weightless]
+        return (Batch(weighty), Batch(weightless)) if weighty else (Batch(weightless[:1]), Batch(weightless[1:]))
 
     def minibatches(self, rng: np.random.Generator, count: int) -> Iterator[Batch]:
         """Split at random into `count` parts with nearly equally many chains (fewer where there are fewer).

@@ -3,7 +3,6 @@
 Skipped where vLLM is not installed, but for what must work without it.
 """
 
-import importlib.util
 import json
 import os
 
@@ -20,9 +19,8 @@ from lmrl.rollouts.hf import HFEngine
 from lmrl.rollouts.vllm import VLLMEngine
 from lmrl.training.trust import Trust, differences
 from lmrl.trajectories.trajectory import Segment, Trajectory
-from tests.conftest import TINY_LLAMA, TINY_WALKS
+from tests.conftest import TINY_LLAMA, TINY_WALKS, needs_vllm
 
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?"
 CONFIG = TINY_LLAMA | {"head_dim": 32}
 """vLLM on a CPU has no smaller heads."""
