@@ -94,9 +94,8 @@ def leave() -> None:
 
 
 def moments(values: torch.Tensor) -> tuple[float, float]:
-    """Mean and variance (without Bessel's correction) of the numbers that all processes hold; 0 and 0 where there are none."""
-    if size() == 1 and len(values):
-        return float(values.mean()), float(values.var(correction=0))
+    """Mean and variance (without Bessel's correction) of the numbers that all processes hold, computed in double; 0 and 0 where
+    there are none."""
     count, total = totals([len(values), float(values.double().sum())])
     mean = total / max(count, 1)
     (squares,) = totals([float((values.double() - mean).pow(2).sum())])

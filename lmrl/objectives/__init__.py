@@ -16,10 +16,10 @@ SHIPPED = {
     "mc": "lmrl.objectives.mc:MCReturns",
     "q_sft": "lmrl.objectives.q_sft:QSFT",
     "dpo": "lmrl.objectives.dpo:DPO",
-    "grpo": "lmrl.objectives.group:GroupPolicyGradient",
-    "dr_grpo": "lmrl.objectives.group:GroupPolicyGradient",
-    "rloo": "lmrl.objectives.group:GroupPolicyGradient",
-    "reinforce_pp": "lmrl.objectives.group:GroupPolicyGradient",
+    "grpo": "lmrl.objectives.grpo:GRPO",
+    "dr_grpo": "lmrl.objectives.dr_grpo:DrGRPO",
+    "rloo": "lmrl.objectives.rloo:RLOO",
+    "reinforce_pp": "lmrl.objectives.reinforce_pp:ReinforcePP",
 }
 
 __all__ = ["SHIPPED", "Loss", "Objective", "load_objective"]

@@ -81,9 +81,14 @@ class Objective:
         """What can be said of logged episodes that are held out, without gradient: by metric, a number for each."""
         return {}
 
-    def finished(self, stats: dict[str, float]) -> bool:
-        """Whether to end this step's updates early, given the last minibatch's statistics."""
+    def rejects(self, stats: dict[str, float]) -> bool:
+        """True if a minibatch with these statistics must not be stepped on, and the step's updates end before it."""
         return False
+
+    def divergence(self, policy: Policy, minibatch: Batch) -> float | None:
+        """KL(old || policy) a token on a minibatch, as `loss` reports it as `approx_kl`, without a gradient; None where `rejects`
+        does not ask for it. For strategies that cannot take a gradient back."""
+        return None
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON."""

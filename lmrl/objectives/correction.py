@@ -13,15 +13,13 @@ The ratio is a token's, or the product over all action tokens of an episode, whi
 
 from __future__ import annotations
 
-from collections.abc import Sequence as List
 from dataclasses import dataclass
 
 import torch
 
 from lmrl import world
-from lmrl.objectives.groups import flat
 from lmrl.recipe.rollouts import CorrectionMode, Rollouts
-from lmrl.trajectories.batch import Sequence
+from lmrl.trajectories.batch import Batch
 from lmrl.trajectories.trajectory import Trajectory
 
 OLD, WEIGHTS = "old_logprobs", "correction"
@@ -56,12 +54,10 @@ class Correction:
     def of(cls, rollouts: Rollouts) -> Correction | None:
         return None if rollouts.corrects is None else cls(rollouts.corrects, rollouts.correction_cap)
 
-    def weigh(self, sequences: List[Sequence], sampled_N: torch.Tensor, episodes_N: torch.Tensor) -> dict[str, float]:
-        """Give sequences with the field OLD their WEIGHTS; returns the mean weight and the share that the cap decided."""
-        old_N = flat([sequence.fields[OLD] for sequence in sequences])
-        weights_N, beyond_N = importance_weights(old_N, sampled_N, episodes_N, self.mode, self.cap)
-        for sequence, part in zip(sequences, weights_N.split([len(one.targets) for one in sequences]), strict=True):
-            sequence.fields[WEIGHTS] = part
+    def weigh(self, batch: Batch, sampled_N: torch.Tensor, episodes_N: torch.Tensor) -> dict[str, float]:
+        """Set WEIGHTS in a batch that has OLD; returns the mean weight and the share that the cap decided."""
+        weights_N, beyond_N = importance_weights(batch.get(OLD), sampled_N, episodes_N, self.mode, self.cap)
+        batch.set(WEIGHTS, weights_N)
         return {"correction_mean": world.mean(weights_N), "correction_capped": world.mean(beyond_N.float())}
 
 

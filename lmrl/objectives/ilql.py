@@ -53,7 +53,7 @@ class ILQL(QLearning):
         q_N = self.q_loss(outputs, targets_N)
         weights_N = (self.options.awbc_beta * advantages_N.detach()).exp().clamp(max=MAX_WEIGHT)
         loss = self.total(outputs, batch, q_N + v_N, weights_N)
-        real_N = fields["real"]
-        for name, value in {"q_loss": q_N, "v_loss": v_N, "v": values_N}.items():
+        real_N, (mean, std) = fields["real"], self.returns_unit
+        for name, value in {"q_loss": q_N, "v_loss": v_N, "v": mean + std * values_N}.items():
             loss.stats[name] = (value.detach() * real_N).sum()
         return loss

@@ -8,21 +8,32 @@ using generalized advantage estimation" (arXiv 1506.02438); the divergence penal
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from lmrl import world
-from lmrl.objectives.base import Loss, Objective
-from lmrl.objectives.correction import OLD, WEIGHTS, mismatch, sampled_logprobs
+from lmrl.objectives.base import Loss
+from lmrl.objectives.correction import OLD, mismatch, sampled_logprobs
 from lmrl.objectives.groups import flat
+from lmrl.objectives.policy_gradient import ROUNDING, PolicyGradient, k3, whiten
 from lmrl.policy.heads import BINS, HeadsSpec, category_loss
 from lmrl.policy.passes import Outputs, Want
 from lmrl.policy.policy import Policy
 from lmrl.recipe import PPOObjective
-from lmrl.trajectories.batch import Batch, Microbatch, Sequence
+from lmrl.trajectories.batch import Batch, Microbatch
 from lmrl.trajectories.chain import discounts, returns_to_go, rewards_and_turns, to_sequences
 from lmrl.trajectories.trajectory import Trajectory
+
+UNIT_RATE = 0.1
+"""Weight of a step's returns in the running mean and deviation of returns."""
+UNIT_FLOOR = 0.05
+"""Least deviation, relative to the largest so far."""
+ADVANTAGE_FLOOR = 0.05
+"""Least deviation that advantages are divided by, relative to that of returns."""
+PLATEAU_STEPS, PLATEAU_GAIN = 2, 0.02
+"""The critic's warm-up ends where its explained variance has gained less than this in so many steps."""
 
 
 # ------------------------------------------------------------------------------------------------------------ mathematics
@@ -40,21 +51,6 @@ def advantages(
     return returns_to_go(deltas_A, discounts_A * lam)
 
 
-def whiten(values: torch.Tensor) -> torch.Tensor:
-    """Zero mean, unit variance, over what all processes hold."""
-    mean, variance = world.moments(values)
-    return (values - mean) / (math.sqrt(variance) + 1e-8)
-
-
-def policy_loss(
-    logprobs_N: torch.Tensor, old_N: torch.Tensor, advantages_N: torch.Tensor, low: float, high: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clipped surrogate, to be minimised, per action; and whether clipping decided it."""
-    ratio = (logprobs_N - old_N).exp()
-    free, clipped = -advantages_N * ratio, -advantages_N * ratio.clamp(1 - low, 1 + high)
-    return torch.maximum(free, clipped), clipped > free
-
-
 def value_loss(
     values_N: torch.Tensor, old_N: torch.Tensor, returns_N: torch.Tensor, clip: float | None
 ) -> torch.Tensor:
@@ -66,122 +62,162 @@ def value_loss(
     return 0.5 * error
 
 
-def k3(logprobs_N: torch.Tensor, reference_N: torch.Tensor) -> torch.Tensor:
-    """Low-variance, non-negative estimate of KL(policy || reference) per action: r - 1 - log r, r = reference / policy.
-
-    Schulman, "Approximating KL divergence" (2020).
-    """
-    log_ratio = reference_N - logprobs_N
-    return log_ratio.exp() - 1 - log_ratio
-
-
 def adapt_kl_coef(coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
     """Proportional controller of Ziegler et al., section 2.2: the error is clipped to 20 %."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coef * (1 + error * min(episodes / horizon, 1.0))
 
 
+def spread(returns_N: torch.Tensor) -> tuple[float, float] | None:
+    """Mean and deviation to begin learning values with, over all processes; None where all returns are 0, which has no unit."""
+    mean, variance = world.moments(returns_N)
+    deviation = math.sqrt(variance)
+    if deviation <= ROUNDING * abs(mean):  # all equal
+        deviation = abs(mean)
+    return (mean, deviation) if deviation > 0 else None
+
+
+def followed(mean: float, std: float, peak: float, new_mean: float, new_variance: float) -> tuple[float, float]:
+    """Mean and deviation of the mixture of what was known and of a step's returns, the latter with weight UNIT_RATE; the
+    deviation is held above UNIT_FLOOR times its largest so far, since a policy near its optimum has returns that hardly vary."""
+    gap = new_mean - mean
+    variance = (1 - UNIT_RATE) * (std**2 + UNIT_RATE * gap**2) + UNIT_RATE * new_variance
+    return mean + UNIT_RATE * gap, max(math.sqrt(variance), UNIT_FLOOR * peak)
+
+
+@dataclass
+class Warmup:
+    """The critic's first steps, in which it learns alone: until its error on fresh returns stops falling, or `cap` steps."""
+
+    explained: list[float] = field(default_factory=list)
+    """Explained variance of fresh returns at each step so far, before its updates."""
+    plateaued: bool = False
+    step: int = 1
+    cap: int = 0
+
+    @property
+    def over(self) -> bool:
+        return self.plateaued or self.step > self.cap
+
+    def begin(self, step: int, cap: int) -> None:
+        self.step, self.cap = step, cap
+
+    def add(self, explained: float) -> None:
+        """Note what the values explain of a step's returns."""
+        if self.over:
+            return
+        self.explained.append(explained)
+        if len(self.explained) > PLATEAU_STEPS:
+            self.plateaued = explained - self.explained[-1 - PLATEAU_STEPS] < PLATEAU_GAIN
+
+
 # -------------------------------------------------------------------------------------------------------------- objective
-class PPO(Objective):
+class PPO(PolicyGradient):
     label = "PPO"
 
     def __init__(self, options: PPOObjective):
-        self.options = options
+        super().__init__(options)
         self.heads = HeadsSpec(bins=BINS if options.value_loss == "hl_gauss" else 0)
-        self.epochs, self.minibatches = options.epochs, options.minibatches
-        self.uses_reference = options.kl_coef > 0
         self.kl_coef = options.kl_coef
-        self.warming_up = False
+        self.warmup = Warmup()
+
+    @property
+    def warming_up(self) -> bool:
+        return not self.warmup.over
 
     def calibrate(self, policy: Policy, trajectories: list[Trajectory]) -> None:
-        if self.options.value_range is not None:
+        if self.options.value_loss == "hl_gauss":
             low, high = self.options.value_range
             policy.values.calibrate(start=0.0, mean=min(max(0.0, low), high), scale=1.0, low=low, high=high)
 
     def begin(self, step: int) -> None:
-        self.warming_up = step <= self.options.value_warmup_steps
+        self.warmup.begin(step, self.options.value_warmup_steps)
 
     @property
     def want(self) -> Want:
+        options = self.options
         return Want(
-            logprobs=not self.warming_up, values=True, detach_values=self.warming_up or self.options.detach_value
+            logprobs=not self.warming_up,
+            values=True,
+            detach_values=self.warming_up or options.detach_value,
+            value_pull=None if self.warming_up or options.detach_value else options.value_pull,
         )
 
     def prepare(self, policy: Policy, trajectories: list[Trajectory]) -> Batch:
+        options, units = self.options, policy.values
         spans = [to_sequences(trajectory) for trajectory in trajectories]
-        scored = Batch([sequence for span in spans for sequence in span])
-        old = policy.score(scored, Want(values=True))
-        if policy.has_reference:
-            reference = policy.score(scored, reference=True)["logprobs"]
-        else:
-            reference = old["logprobs"]
-
-        kls: list[float] = []
-        start = 0
-        for trajectory, span in zip(trajectories, spans, strict=True):
-            end = start + len(span)
-            kls.append(self._fill(trajectory, span, old, reference, slice(start, end)))
-            start = end
-        sequences = [sequence for span in spans for sequence in span if len(sequence.targets)]
-        stats = self._whiten_and_measure(sequences)
+        batch = Batch([sequence for span in spans for sequence in span])
+        earned = [rewards_and_turns(one, options.missing_eos_penalty) for one in trajectories]
+        weights = [discounts(turns_A, options.gamma, options.gamma_token) for _, turns_A in earned]
+        if options.value_normalization == "returns" and not units.is_normalised:
+            first = [returns_to_go(rewards_A, own) for (rewards_A, _), own in zip(earned, weights, strict=True)]
+            if (known := spread(flat(first))) is not None:
+                units.renormalise(*known, preserve=not policy.heads_are_new)
+        scored = policy.score(batch, Want(values=True))
+        old_N = flat(scored["logprobs"])
+        reference_N = flat(policy.score(batch, reference=True)["logprobs"]) if policy.has_reference else old_N
+        sizes = [sum(len(sequence.targets) for sequence in span) for span in spans]
+        columns = zip(
+            *(one.split(sizes) for one in (old_N, reference_N, units.to_returns(flat(scored["values"])))), strict=True
+        )
+        found: list[tuple[torch.Tensor, ...]] = []
+        for trajectory, span, (rewards_A, _), discounts_A, (old_A, reference_A, values_A) in zip(
+            trajectories, spans, earned, weights, columns, strict=True
+        ):
+            last_value = 0.0
+            if not trajectory.terminated:  # drop the pseudo-action
+                last_value = float(values_A[-1])
+                old_A, reference_A, values_A = old_A[:-1], reference_A[:-1], values_A[:-1]
+                span[-1].states, span[-1].targets = span[-1].states[:-1], span[-1].targets[:-1]
+            if options.kl_in == "reward":
+                rewards_A = rewards_A - self.kl_coef * (old_A - reference_A).double()
+            gae_A = advantages(rewards_A, values_A, last_value, discounts_A, options.lam)
+            found.append((old_A, reference_A, values_A, gae_A))
+        old_N, reference_N, values_N, gae_N = (
+            (flat(column) for column in zip(*found, strict=True)) if found else [flat([])] * 4
+        )
+        batch = Batch([sequence for sequence in batch.sequences if len(sequence.targets)])
+        batch.stats = self._measure(policy, values_N, gae_N + values_N)
+        batch.set(OLD, old_N)
+        batch.set("reference_logprobs", reference_N)
+        batch.set("old_values", units.to_values(values_N).to(policy.precision))
+        batch.set("returns", units.to_values(gae_N + values_N).to(policy.precision))
+        if options.value_loss == "hl_gauss":  # which mean the same whatever the units have become
+            batch.set("categories", (batch.get("returns") - units.shift.cpu()) / units.gain.cpu())
+        if options.whiten_advantages:
+            gae_N = whiten(gae_N, ADVANTAGE_FLOOR * float(units.std) if units.is_normalised else 0.0)
+        elif units.is_normalised:
+            gae_N = gae_N / float(units.std)
+        batch.set("advantages", gae_N.to(policy.precision))
         sampled = [sampled_logprobs(trajectory) for trajectory in trajectories]
-        stats |= mismatch(flat([sequence.fields[OLD] for sequence in sequences]), flat(sampled))
+        batch.stats |= mismatch(old_N, flat(sampled))
         if self.correction is not None:
             episodes_N = flat([torch.full(own.shape, number) for number, own in enumerate(sampled)], torch.long)
-            stats |= self.correction.weigh(sequences, flat(sampled), episodes_N)
+            batch.stats |= self.correction.weigh(batch, flat(sampled), episodes_N)
+        batch.stats |= self._adapt(policy, [float((own[0] - own[1]).sum()) for own in found])
+        return batch
+
+    def _measure(self, policy: Policy, values_N: torch.Tensor, returns_N: torch.Tensor) -> dict[str, float]:
+        """How well the values foresaw the returns; the units and the end of the warm-up follow."""
+        units, (mean, variance) = policy.values, world.moments(returns_N)
+        error = world.moments(returns_N - values_N)[1]
+        # Returns that are equal but for rounding have no variance to explain.
+        explained = 1 - error / variance if variance > (ROUNDING * mean) ** 2 else 0.0
+        self.warmup.add(explained)
+        if units.is_normalised and self.options.value_loss != "hl_gauss":  # categories keep the units they began with
+            units.renormalise(*followed(float(units.mean), float(units.std), float(units.peak), mean, variance))
+        return {"value_mean": world.mean(values_N), "return_std": math.sqrt(variance), "explained_variance": explained}
+
+    def _adapt(self, policy: Policy, kls: list[float]) -> dict[str, float]:
+        """The divergence from the reference, and its weight, which follows it."""
+        options, stats = self.options, {"kl_coef": self.kl_coef}
         if policy.has_reference:
             stats["kl"] = world.mean(kls)
-        stats["kl_coef"] = self.kl_coef
-        if self.options.kl_target is not None and not self.warming_up:
-            options, episodes = self.options, round(world.totals([len(kls)])[0])
-            self.kl_coef = adapt_kl_coef(self.kl_coef, stats["kl"], options.kl_target, episodes, options.kl_horizon)
-        return Batch(sequences, stats)
-
-    def _fill(
-        self, trajectory: Trajectory, span: list[Sequence], old: dict, reference: list[torch.Tensor], where: slice
-    ) -> float:
-        """Write old log-probabilities, values, advantages and returns into one episode's sequences; return its KL."""
-        values, logprobs = torch.cat(old["values"][where]), torch.cat(old["logprobs"][where])
-        reference_logprobs = torch.cat(reference[where])
-        last_value = 0.0
-        if not trajectory.terminated:  # drop the pseudo-action
-            last_value, values = float(values[-1]), values[:-1]
-            logprobs, reference_logprobs = logprobs[:-1], reference_logprobs[:-1]
-            span[-1].states, span[-1].targets = span[-1].states[:-1], span[-1].targets[:-1]
-        rewards, turns = self._rewards_and_turns(trajectory)
-        log_ratio = logprobs - reference_logprobs
-        if self.options.kl_in == "reward":
-            rewards = rewards - self.kl_coef * log_ratio
-        discounts_A = discounts(turns, self.options.gamma, self.options.gamma_token)
-        gae = advantages(rewards, values, last_value, discounts_A, self.options.lam)
-        fields = {
-            OLD: logprobs,
-            "old_values": values,
-            "reference_logprobs": reference_logprobs,
-            "advantages": gae,
-            "returns": gae + values,
-        }
-        sizes = [len(sequence.targets) for sequence in span]
-        for name, values_A in fields.items():
-            for sequence, part in zip(span, values_A.split(sizes), strict=True):
-                sequence.fields[name] = part
-        return float(log_ratio.sum())
-
-    def _rewards_and_turns(self, trajectory: Trajectory) -> tuple[torch.Tensor, torch.Tensor]:
-        rewards, turns = rewards_and_turns(trajectory)
-        for cut in trajectory.cut_turns:
-            rewards[(turns == cut).nonzero()[-1]] -= self.options.missing_eos_penalty
-        return rewards, turns
-
-    def _whiten_and_measure(self, sequences: list[Sequence]) -> dict[str, float]:
-        names = ("advantages", "returns", "old_values")
-        gae, returns, values = (flat([sequence.fields[name] for sequence in sequences]) for name in names)
-        residual = world.moments(returns - values)[1] / max(world.moments(returns)[1], 1e-8)
-        if self.options.whiten_advantages:
-            sizes = [len(sequence.targets) for sequence in sequences]
-            for sequence, part in zip(sequences, whiten(gae).split(sizes), strict=True):
-                sequence.fields["advantages"] = part
-        stats = {"value_mean": world.mean(values), "explained_variance": 1 - residual}
+        if options.kl_target is not None and not self.warming_up:
+            (episodes,) = world.totals([len(kls)])
+            self.kl_coef = adapt_kl_coef(
+                self.kl_coef, stats["kl"], options.kl_target, round(episodes), options.kl_horizon
+            )
         return stats
 
     def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
@@ -189,32 +225,28 @@ class PPO(Objective):
         if outputs.value_logits is None:
             critic = value_loss(outputs.values, fields["old_values"], fields["returns"], options.value_clip).sum()
         else:
-            critic = category_loss(outputs.value_logits, fields["returns"], *options.value_range).sum()
+            critic = category_loss(outputs.value_logits, fields["categories"], *options.value_range).sum()
         stats = {"value_loss": critic.detach()}
         if self.warming_up:
             return Loss(options.value_coef * critic, stats)
-        high = options.clip if options.clip_high is None else options.clip_high
-        old = fields[OLD]
-        surrogate, clipped = policy_loss(outputs.logprobs, old, fields["advantages"], options.clip, high)
-        if WEIGHTS in fields:
-            surrogate = surrogate * fields[WEIGHTS]
-        total = surrogate.sum() + options.value_coef * critic - options.entropy_coef * outputs.entropy.sum()
+        surrogate_N, clipped_N = self.surrogate(outputs.logprobs, fields[OLD], fields)
+        total = surrogate_N.sum() + options.value_coef * critic - options.entropy_coef * outputs.entropy.sum()
         if options.kl_in == "loss" and self.kl_coef > 0:
             penalty = k3(outputs.logprobs, fields["reference_logprobs"]).sum()
             total = total + self.kl_coef * penalty
             stats["kl_loss"] = penalty.detach()
         with torch.no_grad():
-            stats["policy_loss"] = surrogate.sum()
-            stats["clip_fraction"] = clipped.float().sum()
+            stats["policy_loss"] = surrogate_N.sum()
+            stats["clip_fraction"] = clipped_N.float().sum()
             stats["entropy"] = outputs.entropy.sum()
-            stats["approx_kl"] = k3(old, outputs.logprobs).sum()  # KL(old || new): samples came from the old policy
+            stats["approx_kl"] = k3(
+                fields[OLD], outputs.logprobs
+            ).sum()  # KL(old || new): samples came from the old policy
         return Loss(total, stats)
 
-    def finished(self, stats: dict[str, float]) -> bool:
-        return self.options.target_kl is not None and stats.get("approx_kl", 0.0) > self.options.target_kl
-
     def state(self) -> dict[str, Any]:
-        return {"kl_coef": self.kl_coef}
+        return {"kl_coef": self.kl_coef, "warmup": asdict(self.warmup)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.kl_coef = state["kl_coef"]
+        self.warmup = Warmup(**state["warmup"]) if "warmup" in state else self.warmup

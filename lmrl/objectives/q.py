@@ -6,6 +6,7 @@ import torch
 
 from lmrl.errors import DataError
 from lmrl.objectives.base import Loss, Objective
+from lmrl.objectives.policy_gradient import ROUNDING
 from lmrl.policy.heads import BINS, HeadsSpec, category_loss
 from lmrl.policy.passes import Outputs, Want
 from lmrl.policy.policy import Policy
@@ -15,12 +16,36 @@ from lmrl.trajectories.chain import discounts, returns_to_go, rewards_and_turns,
 from lmrl.trajectories.trajectory import Trajectory
 
 
+def units(returns_N: torch.Tensor, rewards_N: torch.Tensor) -> tuple[float, float, float]:
+    """Mean of returns-to-go, the unit of values, and the root mean square of the rewards that are not 0.
+
+    The unit is the spread of returns, or the size of a reward where that is less: where every turn earns something, returns of
+    long episodes spread far wider than what one action can change.
+    """
+    earned_N = rewards_N[rewards_N != 0]
+    size = float(earned_N.square().mean().sqrt()) if len(earned_N) else 1.0
+    mean, spread = float(returns_N.mean()), float(returns_N.std(correction=0))
+    return mean, min(spread, size) if spread > ROUNDING * abs(mean) else size, size
+
+
+def in_units(batch: Batch, mean: float, std: float) -> dict[str, torch.Tensor]:
+    """Rewards and returns of a batch of chains in the values' units, (N,): with G = mean + std x value, the target
+    r + discount G' of a return becomes [r + (discount - 1) mean] / std + discount x value'."""
+    rewards_N, discounts_N = batch.get("rewards"), batch.get("discounts")
+    return {
+        "rewards": (rewards_N + (discounts_N - 1) * mean) / std,
+        "returns": (batch.get("returns") - mean) / std,
+        "discounts": discounts_N,
+        "real": batch.get("real"),
+    }
+
+
 class QLearning(Objective):
     """Base of objectives with Q heads: subclasses say what Q is regressed on."""
 
     def __init__(self, options: QObjective, twins: int, value: bool):
         self.options, self.minibatches = options, options.minibatches
-        self.range, self.unit = (0.0, 1.0), 1.0
+        self.range, self.unit, self.returns_unit = (0.0, 1.0), 1.0, (0.0, 1.0)
         self.heads = HeadsSpec(
             value=value,
             q=options.q_head,
@@ -32,15 +57,32 @@ class QLearning(Objective):
         )
 
     def calibrate(self, policy: Policy, trajectories: list[Trajectory]) -> None:
-        returns = torch.cat([self.returns(trajectory) for trajectory in trajectories])
-        rewards = torch.cat([rewards_and_turns(trajectory)[0] for trajectory in trajectories])
-        low, high, mean = (float(number) for number in (returns.min(), returns.max(), returns.mean()))
-        earned = rewards[rewards != 0]
-        unit = float(earned.pow(2).mean().sqrt()) if len(earned) else 1.0
-        start = low if self.options.start_value == "lowest" else self.options.start_value
-        mean = mean if self.options.start_value == "lowest" else start
-        margin = 0.1 * (high - low) + 1e-3  # bootstrapped values may pass what was realised
-        policy.values.calibrate(start, mean, unit, min(low, start) - margin, max(high, start) + margin)
+        """Take units from logged returns, and say what values are before learning; see `units` and `start_value`."""
+        options, values = self.options, policy.values
+        returns_N = torch.cat([self.returns(trajectory) for trajectory in trajectories])
+        rewards_N = torch.cat([rewards_and_turns(trajectory)[0] for trajectory in trajectories])
+        mean, std, size = units(returns_N, rewards_N)
+        if options.value_normalization == "returns":
+            values.renormalise(mean, std, preserve=False)
+            size = 1.0
+        low, high, middle = (
+            float(number)
+            for number in values.to_values(
+                torch.tensor(
+                    [float(returns_N.min()), float(returns_N.max()), float(returns_N.mean())], dtype=torch.float64
+                )
+            )
+        )
+        start = {"lowest": low, "mean": middle}.get(options.start_value, options.start_value)
+        # Bootstrapped values may pass what was realised, and a Gaussian's mass at an end needs bins on both sides.
+        margin = 0.1 * (high - low) or size
+        values.calibrate(
+            start,
+            middle if isinstance(options.start_value, str) else start,
+            size,
+            min(low, start) - margin,
+            max(high, start) + margin,
+        )
 
     def returns(self, trajectory: Trajectory) -> torch.Tensor:
         """Discounted return-to-go of every action token, (A,)."""
@@ -60,8 +102,10 @@ class QLearning(Objective):
         )
 
     def prepare(self, policy: Policy, trajectories: list[Trajectory]) -> Batch:
-        self.range = float(policy.values.low), float(policy.values.high)
-        self.unit = float(policy.values.scale) ** 2
+        values = policy.values
+        self.range = float(values.low), float(values.high)
+        self.unit = float(values.scale) ** 2
+        self.returns_unit = float(values.mean), float(values.std)
         sequences = []
         for number, trajectory in enumerate(trajectories):
             if trajectory.reward is None:
@@ -74,7 +118,10 @@ class QLearning(Objective):
                 trajectory, self.options.gamma, self.options.gamma_token, policy.microbatch_tokens, first
             )
             sequences += [sequence for chain in chains for sequence in chain]
-        return Batch(sequences)
+        batch = Batch(sequences)
+        for name, own_N in in_units(batch, *self.returns_unit).items():
+            batch.set(name, own_N.to(policy.precision))
+        return batch
 
     def q_loss(self, outputs: Outputs, targets_N: torch.Tensor) -> torch.Tensor:
         """Sum over the heads of the error of Q against its targets, (N,), in units of a squared reward.
@@ -93,7 +140,8 @@ class QLearning(Objective):
     ) -> Loss:
         """Add the push-down and the (weighted) likelihood to an objective's own losses, over real actions."""
         options, real_N = self.options, batch.fields["real"]
-        stats = {"q": outputs.q.mean(0), "q_spread": outputs.q.amax(0) - outputs.q.amin(0)}
+        mean, std = self.returns_unit
+        stats = {"q": mean + std * outputs.q.mean(0), "q_spread": std * (outputs.q.amax(0) - outputs.q.amin(0))}
         if outputs.push is not None:
             losses_N = losses_N + options.cql_coef * outputs.push.sum(0) / self.unit
             stats["push_down"] = outputs.push.mean(0)

@@ -55,7 +55,10 @@ class QSFT(Objective):
                     "(or none at all): set the range to the lowest and highest return-to-go of the data"
                 )
             sequences += own
-        return Batch(sequences)
+        batch = Batch(sequences)
+        for name in ("rewards", "discounts", "returns", "real"):
+            batch.set(name, batch.get(name).to(policy.precision))
+        return batch
 
     def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
         fields, real_N = batch.fields, batch.fields["real"]

@@ -1,6 +1,6 @@
 """From a policy with Q heads to an ordinary checkpoint that decodes as value guidance does, at full speed.
 
-Where Q is linear in the hidden state, logits + beta Q = (W_lm + beta scale W_q) h + constant, and the constant drops out of the
+Where Q is linear in the hidden state, logits + beta Q = (W_lm + beta gain scale W_q) h + constant, and the constant drops out of the
 softmax: one matrix does both. The twins enter by their mean, since the lower of two is not linear.
 """
 
@@ -35,7 +35,7 @@ def fold(policy: Policy, beta: float) -> torch.Tensor:
         raise ModelError("this model caps or scales its logits, so that Q cannot be folded into its vocabulary matrix")
     matrix_VD = policy.vocabulary.detach().float()
     parts = [matrix_VD @ head.mix if values.spec.q == "tied" else head.weight for head in values.target_q]
-    q_VD = torch.stack([part.detach() for part in parts]).mean(0) * values.scale
+    q_VD = torch.stack([part.detach() for part in parts]).mean(0) * values.scale * values.gain
     q_VD = q_VD - q_VD.mean(0)  # a constant for every state, which would only cost precision
     return matrix_VD + beta * q_VD
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,6 +21,21 @@ BINS = 51
 """Categories of a value (Farebrother et al., section 4)."""
 CHUNK = 2**22
 """Numbers that a slice of Q values over the vocabulary may hold."""
+
+
+BUFFERS = {
+    "offset": 0.0,
+    "scale": 1.0,
+    "v_offset": 0.0,
+    "low": -1.0,
+    "high": 1.0,
+    "mean": 0.0,
+    "std": 1.0,
+    "gain": 1.0,
+    "shift": 0.0,
+    "peak": 0.0,
+}
+"""Numbers of `Values` and what they are where nothing was learned from returns; `peak`: the largest `std` so far."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +108,15 @@ class Head(nn.Module):
             nn.init.normal_(self.mix if kind == "tied" else self.weight, std=1e-3 / math.sqrt(width))
 
     def features(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        hidden_ND = hidden_ND.float()
+        hidden_ND = hidden_ND.to(self.precision)
         if self.hidden is not None:
             return self.hidden(hidden_ND).relu()
         return hidden_ND if self.mix is None else hidden_ND @ self.mix.T
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Float32, or float64 where the policy has been cast to it."""
+        return (self.mix if self.weight is None else self.weight).dtype
 
     def matrix(self, vocabulary_VD: torch.Tensor | None = None) -> torch.Tensor:
         return vocabulary_VD.detach() if self.weight is None else self.weight
@@ -105,8 +125,12 @@ class Head(nn.Module):
 class Values(nn.Module):
     """All heads of a policy, their targets, and a trunk of their own where the spec says so.
 
-    A Q value is `offset + scale x output` (or the mean of its categories between `low` and `high`); `calibrate` sets
-    these numbers from data, so that learning rates need not know the unit of the reward.
+    Values are learned in normalised units: a return is `mean + std x value`. So no learning rate, no clipping range and no `beta`
+    depends on how large rewards are. A value is `gain x (offset + scale x output) + shift` (or with categories their mean between
+    `low` and `high`). Where the unit follows fresh returns, `renormalise` moves gain and shift so that every value keeps its
+    meaning: PopArt (van Hasselt et al., arXiv 1602.07714) with the correction kept beside the weights instead of inside of
+    them, so that it is the same however the weights are sharded, and targets share it. An optimizer that takes no notice of
+    a gradient's size then has to step by 1 / gain, see `Updater`.
     """
 
     def __init__(self, spec: HeadsSpec, width: int, tokens: int, lm: nn.Module):
@@ -123,11 +147,20 @@ class Values(nn.Module):
         separate = spec.trunk == "separate"
         self.trunk = copy.deepcopy(own).float().requires_grad_(True) if separate else None
         self.target_trunk = copy.deepcopy(self.trunk).requires_grad_(False) if separate else None
-        for name, value in {"offset": 0.0, "scale": 1.0, "v_offset": 0.0, "low": -1.0, "high": 1.0}.items():
+        for name, value in BUFFERS.items():
             self.register_buffer(name, torch.tensor(value))
 
+    def _load_from_state_dict(self, state: dict[str, torch.Tensor], prefix: str, *rest: Any) -> None:
+        for (
+            name,
+            value,
+        ) in BUFFERS.items():  # heads saved before there were normalised units learned in those of the return
+            state.setdefault(prefix + name, torch.tensor(value))
+        super()._load_from_state_dict(state, prefix, *rest)
+
     def calibrate(self, start: float, mean: float, scale: float, low: float, high: float) -> None:
-        """Say what Q (`start`) and V (`mean`) are before learning, their unit, and the range of categories."""
+        """Say what Q (`start`) and V (`mean`) are before learning, how far one unit of a head's output moves them, and the
+        range of categories; all in normalised units."""
         with torch.no_grad():
             for name, value in (("offset", start), ("v_offset", mean), ("scale", scale), ("low", low), ("high", high)):
                 getattr(self, name).fill_(value)
@@ -137,6 +170,30 @@ class Values(nn.Module):
                 for head in (self.v, self.target_v):
                     if head is not None:
                         head.bias.copy_(self._logits_for(mean))
+
+    # -------------------------------------------------------------------------------------------------------------- units
+    @property
+    def is_normalised(self) -> bool:
+        """True if the units have been taken from returns."""
+        return bool(self.peak > 0)
+
+    @torch.no_grad()
+    def renormalise(self, mean: float, std: float, preserve: bool = True) -> None:
+        """Take new units, a return being mean + std x value; preserve: keep what every value means (PopArt)."""
+        if preserve:
+            self.shift.copy_((self.std * self.shift + self.mean - mean) / std)
+            self.gain.mul_(self.std / std)
+        self.mean.fill_(mean)
+        self.std.fill_(std)
+        self.peak.fill_(max(float(self.peak), std))
+
+    def to_returns(self, values_N: torch.Tensor) -> torch.Tensor:
+        """Normalised values in the unit of the reward, (N,), double."""
+        return float(self.mean) + float(self.std) * values_N.double()
+
+    def to_values(self, returns_N: torch.Tensor) -> torch.Tensor:
+        """Returns in normalised units, (N,), double."""
+        return (returns_N.double() - float(self.mean)) / float(self.std)
 
     def _logits_for(self, value: float) -> torch.Tensor:
         probs = hl_gauss(self.low.new_tensor([value]), float(self.low), float(self.high), self.spec.bins)[0]
@@ -159,7 +216,7 @@ class Values(nn.Module):
         outputs = head.features(hidden_ND) @ head.weight.T + head.bias
         if self.spec.bins:
             return self._mean(outputs), outputs
-        return self.v_offset + self.scale * outputs[:, 0], None
+        return self.gain * (self.v_offset + self.scale * outputs[:, 0]) + self.shift, None
 
     def taken(self, head: Head, hidden_ND: torch.Tensor, actions_N: torch.Tensor, vocabulary_VD: torch.Tensor):
         """Q of the given actions (N,), and their categories' logits (N, bins) where there are any."""
@@ -168,17 +225,17 @@ class Values(nn.Module):
             rows = weight.view(self.tokens, self.spec.bins, -1)[actions_N]
             logits = torch.einsum("nkf,nf->nk", rows, features) + head.bias.view(self.tokens, -1)[actions_N]
             return self._mean(logits), logits
-        output = (weight[actions_N].float() * features).sum(-1)
+        output = (weight[actions_N].to(features.dtype) * features).sum(-1)
         output = output if head.bias is None else output + head.bias[actions_N]
-        return self.offset + self.scale * output, None
+        return self.gain * (self.offset + self.scale * output) + self.shift, None
 
     def all(self, head: Head, features_NF: torch.Tensor, vocabulary_VD: torch.Tensor) -> torch.Tensor:
         """Q of every token, (N, V), from `head.features(hidden)`."""
-        outputs = features_NF @ head.matrix(vocabulary_VD).float().T
+        outputs = features_NF @ head.matrix(vocabulary_VD).to(features_NF.dtype).T
         outputs = outputs if head.bias is None else outputs + head.bias
         if self.spec.bins:
             return self._mean(outputs.view(len(outputs), self.tokens, self.spec.bins))
-        return self.offset + self.scale * outputs
+        return self.gain * (self.offset + self.scale * outputs) + self.shift
 
     def push_down(
         self,
@@ -195,9 +252,10 @@ class Values(nn.Module):
         """
         features = head.features(hidden_ND)
         if floor_N is None and not self.spec.bins:
-            bias = None if head.bias is None else head.bias * self.scale
+            unit = self.gain * self.scale
+            bias = None if head.bias is None else head.bias * unit
             weight = head.matrix(vocabulary_VD)
-            return -token_logprobs(features * self.scale, weight, bias, actions_N, temperature)[0], None
+            return -token_logprobs(features * unit, weight, bias, actions_N, temperature)[0], None
         floors_N = torch.full_like(features[:, 0], -torch.inf) if floor_N is None else floor_N
 
         def rows(features_NF, actions_N, floors_N):
@@ -219,7 +277,7 @@ class Values(nn.Module):
 
     def _mean(self, logits: torch.Tensor) -> torch.Tensor:
         centres = bin_centres(float(self.low), float(self.high), self.spec.bins, logits)
-        return logits.softmax(-1) @ centres
+        return self.gain * (logits.softmax(-1) @ centres) + self.shift
 
 
 def probability_ratio(p_logits_BV: torch.Tensor, pi_logits_BV: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,8 @@ class Want:
     values: bool = False
     detach_values: bool = False
     """Stop the gradient of the values at the trunk."""
+    value_pull: float | None = None
+    """Bound the gradient of the values at a token's last hidden state to this many times the policy's (see pull.py)."""
     q: bool = False
     """Q of the actions by each head, and by the targets."""
     push: float | None = None

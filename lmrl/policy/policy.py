@@ -23,6 +23,7 @@ from lmrl.policy.heads import CHUNK, HeadsSpec, Values, guide, probability_ratio
 from lmrl.policy.logprobs import token_logprobs
 from lmrl.policy.memory import Passes, fit
 from lmrl.policy.passes import Guidance, Outputs, States, Want
+from lmrl.policy.pull import bounded
 from lmrl.recipe import DPOObjective, LikelihoodObjective, QObjective, QSFTObjective, Recipe
 from lmrl.trajectories.batch import Batch, Microbatch, Sequence
 from lmrl.trajectories.shared import pack, positions, visible
@@ -52,6 +53,8 @@ class Policy(nn.Module):
         self.temperature = 1.0
         self.microbatch_tokens = 4096
         """Tokens of a pass at most; becomes less where memory runs out (see memory.py)."""
+        self.value_pull = torch.zeros(3)
+        """Tally of the last update's gradients at the last hidden states (see pull.py)."""
         self.lockstep = False
         """Whether all processes have to take part in every pass, because each holds a part of the weights."""
         self.autocast_dtype: torch.dtype | None = None
@@ -120,6 +123,11 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.causal_lm.get_input_embeddings().weight.device
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What losses are computed in: float32, or float64 where the policy has been cast to it."""
+        return at_least_float32(self.vocabulary.dtype)
 
     @property
     def max_length(self) -> int | None:
@@ -230,13 +238,15 @@ class Policy(nn.Module):
     def _policy_outputs(
         self, lm: nn.Module, inputs: dict[str, Any], batch: Microbatch, want: Want, outputs: Outputs
     ) -> torch.Tensor:
-        """Fill in log-probabilities and entropy; return the hidden states of the action tokens, (N, D)."""
+        """Fill in log-probabilities and entropy; return the hidden states of the action tokens for the heads, (N, D)."""
         if self.splits_head:
             hidden_BTD = getattr(lm, lm.base_model_prefix)(**inputs).last_hidden_state
         else:
             result = lm(**inputs, output_hidden_states=True)
             hidden_BTD = result.hidden_states[-1]
-        hidden_ND = hidden_BTD[batch.rows_N, batch.cols_N]
+        hidden_ND = values_ND = hidden_BTD[batch.rows_N, batch.cols_N]
+        if want.logprobs and want.value_pull is not None and self.splits_head and hidden_ND.requires_grad:
+            hidden_ND, values_ND = bounded(hidden_ND, want.value_pull, self.value_pull)
         if want.logprobs and self.splits_head:
             head = lm.get_output_embeddings()
             bias = getattr(head, "bias", None)
@@ -244,11 +254,12 @@ class Policy(nn.Module):
                 hidden_ND, head.weight, bias, batch.targets_N, self.temperature
             )
         elif want.logprobs:
-            logits_NV = result.logits[batch.rows_N, batch.cols_N].float() / self.temperature
+            logits_NV = result.logits[batch.rows_N, batch.cols_N]
+            logits_NV = logits_NV.to(at_least_float32(logits_NV.dtype)) / self.temperature
             logprobs_NV = logits_NV.log_softmax(-1)
             outputs.logprobs = logprobs_NV.gather(1, batch.targets_N[:, None])[:, 0]
             outputs.entropy = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
-        return hidden_ND
+        return values_ND
 
     def _head_outputs(
         self, hidden_ND: torch.Tensor, target_ND: torch.Tensor, batch: Microbatch, want: Want, outputs: Outputs
@@ -386,7 +397,9 @@ class Policy(nn.Module):
                 if flat is None:
                     continue
                 slots = fields.setdefault(name, [None] * count)
-                for index, part in zip(micro.indices, flat.float().cpu().split(micro.lengths), strict=True):
+                for index, part in zip(
+                    micro.indices, flat.to("cpu", at_least_float32(flat.dtype)).split(micro.lengths), strict=True
+                ):
                     slots[index] = part
         return fields
 
@@ -436,6 +449,10 @@ class Policy(nn.Module):
             return
         self.values.load_state_dict(load_file(folder / HEADS_FILE))
         self.heads_are_new = False
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

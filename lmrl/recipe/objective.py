@@ -17,52 +17,85 @@ class LikelihoodObjective(Section):
     """Weight of an entropy bonus (0: plain likelihood)."""
 
 
-class PPOObjective(Section):
+class PolicyGradientObjective(Section):
+    """What policy gradients share, and how far an update may go."""
+
+    epochs: int = Field(1, ge=1)
+    """Passes over a step's episodes."""
+    minibatches: int = Field(1, ge=1)
+    """Parts of a step's episodes; each pass makes an update from every part."""
+    clip: float = Field(0.2, gt=0)
+    """Clipping range of the ratio of new to old probability: [1 - clip, 1 + clip] (upper bound: `clip_high`, if set)."""
+    clip_high: float | None = Field(None, gt=0)
+    """Upper clipping bound where it differs from `clip` (DAPO, arXiv 2503.14476, has 0.28)."""
+    dual_clip: float | None = Field(3.0, gt=1)
+    """Largest ratio that counts where the advantage is negative (Ye et al., arXiv 1912.09729; null: no bound)."""
+    target_kl: float | None = Field(0.05, gt=0)
+    """A minibatch on which the policy has moved further than this from the one that played, in nats a token, is not stepped
+    on, and the step's updates end there (null: no limit)."""
+    entropy_coef: float = Field(0.0, ge=0)
+    """Weight of an entropy bonus."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the divergence from the reference (0: none, and no reference is kept)."""
+    missing_eos_penalty: float = Field(0.0, ge=0)
+    """Taken from the reward of a turn that was cut off by the token limit."""
+
+
+class PPOObjective(PolicyGradientObjective):
     """Proximal policy optimisation over action tokens (Schulman et al., arXiv 1707.06347)."""
 
     name: Literal["ppo"]
     epochs: int = Field(2, ge=1)
-    minibatches: int = Field(1, ge=1)
-    clip: float = Field(0.2, gt=0)
-    clip_high: float | None = Field(None, gt=0)
-    """Upper clipping bound where it differs from `clip`."""
+    """Passes over a step's episodes."""
+    minibatches: int = Field(4, ge=1)
+    """Parts of a step's episodes; each pass makes an update from every part."""
     value_coef: float = Field(0.5, ge=0)
-    value_clip: float | None = Field(0.2, gt=0)
-    """Clipping of the value around its old estimate (null: none)."""
+    """Weight of the values' loss."""
+    value_normalization: Literal["returns", "none"] = "returns"
+    """returns: values are learned in units of the running mean and deviation of returns, so that the size of rewards does not
+    matter; advantages that are not whitened are in these units too. none: in the unit of the reward."""
+    value_clip: float | None = Field(None, gt=0)
+    """Clipping of the value around its old estimate, in the values' units (null: none)."""
+    value_pull: float | None = Field(1.0, ge=0)
+    """Bound on the gradient that values send into a trunk they share with the policy, relative to the policy's own, token by
+    token (null: none)."""
+    detach_value: bool = False
+    """Stop the value loss at the trunk, so that it trains the head alone."""
+    value_warmup_steps: int = Field(10, ge=0)
+    """First steps, at most, that train the values alone; fewer where their error on fresh returns stops falling."""
+    value_loss: Literal["squared", "hl_gauss"] = "squared"
+    """hl_gauss: values as categories over `value_range` (Farebrother et al., arXiv 2403.03950)."""
+    value_range: tuple[float, float] = (-5.0, 5.0)
+    """Lowest and highest value that `hl_gauss` can express, in the values' units."""
     gamma: float = Field(1.0, gt=0, le=1)
     """Discount a turn."""
     gamma_token: float = Field(1.0, gt=0, le=1)
     """Discount a token inside a turn."""
     lam: float = Field(0.95, ge=0, le=1)
+    """Lambda of generalised advantage estimation: 0 trusts the values, 1 the returns."""
     whiten_advantages: bool = True
-    entropy_coef: float = Field(0.0, ge=0)
-    value_loss: Literal["squared", "hl_gauss"] = "squared"
-    """hl_gauss: values as categories over `value_range` (Farebrother et al., arXiv 2403.03950)."""
-    value_range: tuple[float, float] | None = None
-    """Lowest and highest value that `hl_gauss` can express."""
-    kl_coef: float = Field(0.0, ge=0)
-    """Weight of the divergence from the reference (0: none, and no reference is kept)."""
+    """Give a step's advantages zero mean and unit variance."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Where the divergence enters: per-token in the reward (k1), or as a loss term (k3)."""
     kl_target: float | None = Field(None, gt=0)
     """Nats an episode that `kl_coef` is adapted towards (null: fixed)."""
     kl_horizon: int = Field(1000, ge=1)
     """Episodes over which `kl_coef` adapts."""
-    target_kl: float | None = Field(None, gt=0)
-    """Update epochs end early once the policy has moved this far (nats a token)."""
-    missing_eos_penalty: float = Field(0.0, ge=0)
-    """Taken from the reward of a turn that was cut off by the token limit."""
-    value_warmup_steps: int = Field(0, ge=0)
-    """First steps that train the value head alone."""
-    detach_value: bool = False
-    """Stop the value loss at the trunk, so that it trains the head alone."""
 
     @model_validator(mode="after")
-    def _adaptive_needs_start(self) -> PPOObjective:
+    def _sensible(self) -> PPOObjective:
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError("`kl_target` adapts `kl_coef`, which has to start above 0")
-        if (self.value_loss == "hl_gauss") != (self.value_range is not None):
-            raise ValueError("`value_loss: hl_gauss` and `value_range: [LOW, HIGH]` (returns to expect) go together")
+        if not self.value_range[0] < self.value_range[1]:
+            raise ValueError("`value_range` is [LOW, HIGH] with LOW < HIGH")
+        if (
+            self.value_loss == "hl_gauss"
+            and self.value_normalization == "none"
+            and "value_range" not in self.model_fields_set
+        ):
+            raise ValueError(
+                "`value_loss: hl_gauss` with `value_normalization: none` needs `value_range: [LOW, HIGH]`, the returns to expect"
+            )
         return self
 
 
@@ -94,9 +127,12 @@ class QObjective(Discounts, Guidance):
     trunk: Literal["shared", "detached", "separate"] = "shared"
     """Where the heads stand: on the policy's last hidden states, on those without a gradient into the policy, or on a
     copy of the model of their own."""
-    start_value: float | Literal["lowest"] = "lowest"
+    value_normalization: Literal["returns", "none"] = "returns"
+    """returns: values are learned, and `beta` and `start_value` are given, in units of the log's returns: their mean, and their
+    deviation or the size of a reward, whichever is less. none: in the unit of the reward."""
+    start_value: float | Literal["lowest", "mean"] = "lowest"
     """What Q is before anything is learned, and stays for tokens never seen: `lowest` is the lowest return in the data,
-    so that what is unknown looks bad."""
+    so that what is unknown looks bad; `mean` is their mean, from where values have less far to go."""
     value_loss: Literal["squared", "hl_gauss"] = "squared"
     """hl_gauss: values as categories over the returns in the data (Farebrother et al., arXiv 2403.03950)."""
     cql_coef: float = Field(0.1, ge=0)
@@ -208,18 +244,18 @@ class DPOObjective(Section):
         return self
 
 
-class GroupObjective(Section):
-    """What policy gradients share whose baseline is the episodes of the same prompt (or the batch), and no critic."""
+class GroupObjective(PolicyGradientObjective):
+    """What policy gradients share whose baseline is the episodes of the same prompt (or the batch), and no critic.
 
-    epochs: int = Field(1, ge=1)
-    minibatches: int = Field(1, ge=1)
-    clip: float = Field(0.2, gt=0)
-    clip_high: float | None = Field(None, gt=0)
-    """Upper clipping bound where it differs from `clip` (DAPO, arXiv 2503.14476, has 0.28)."""
-    kl_coef: float = Field(0.0, ge=0)
-    """Weight of the divergence from the reference (0: none, and no reference is kept): with rloo and reinforce_pp in the
-    reward, with grpo and dr_grpo a term of the loss (k3)."""
-    entropy_coef: float = Field(0.0, ge=0)
+    `kl_coef` weighs the divergence in the reward with rloo and reinforce_pp, and a term of the loss (k3) with grpo and dr_grpo.
+    """
+
+    scale_rewards: Literal["group", "batch", "none"] = "none"
+    """What advantages are divided by: the group's standard deviation, the batch's, or nothing, which leaves the step's size to the
+    size of rewards. Where rewards fall at turns it is one number for all turns."""
+    mask_cut: bool = False
+    """Leave episodes with a turn that was cut off by the token limit out of the loss (overlong filtering, DAPO, arXiv
+    2503.14476); they still count in the baseline."""
     share_prompts: bool = True
     """Compute the prompt of a group once in the updates, where the model allows it."""
 
@@ -228,6 +264,8 @@ class GRPOObjective(GroupObjective):
     """Rewards standardised in the group, the mean over each episode's tokens (Shao et al., arXiv 2402.03300)."""
 
     name: Literal["grpo"]
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What advantages are divided by (see above)."""
 
 
 class DrGRPOObjective(GroupObjective):
@@ -242,6 +280,8 @@ class RLOOObjective(GroupObjective):
     """Rewards less the mean of the others in the group, the sum over tokens (Ahmadian et al., arXiv 2402.14740)."""
 
     name: Literal["rloo"]
+    scale_rewards: Literal["group", "batch", "none"] = "batch"
+    """What advantages are divided by (see above)."""
 
 
 class ReinforcePPObjective(GroupObjective):

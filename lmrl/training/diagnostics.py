@@ -116,15 +116,22 @@ def guided_diagnostics(policy: Policy, states: States, targets_N: torch.Tensor) 
     mass_NV = guided_NV.exp()
     kl_N = (mass_NV * (guided_NV - pi_NV).nan_to_num(neginf=0.0)).sum(-1)
     result = {
-        "q_data": float(states.q_NV.gather(1, targets_N[:, None]).mean()),
+        "q_data": float(in_returns(policy, states.q_NV.gather(1, targets_N[:, None]).mean())),
         "kl_behaviour": float(kl_N.mean()),
         "outside_mass": float((mass_NV * outside_NV).sum(-1).mean()),
         "guided_entropy": float(-(mass_NV * guided_NV.nan_to_num(neginf=0.0)).sum(-1).mean()),
     }
     some = outside_NV.any(-1)
     if some.any():
-        result["q_outside"] = float(states.q_NV.masked_fill(~outside_NV, -torch.inf).amax(-1)[some].mean())
+        result["q_outside"] = float(
+            in_returns(policy, states.q_NV.masked_fill(~outside_NV, -torch.inf).amax(-1)[some].mean())
+        )
     return result
+
+
+def in_returns(policy: Policy, q: torch.Tensor) -> torch.Tensor:
+    """Q in the unit of the reward; the probabilities of Q-SFT have none."""
+    return q if policy.values.spec.q == "probability" else policy.values.to_returns(q)
 
 
 @torch.no_grad()
@@ -138,5 +145,5 @@ def start_values(policy: Policy, trajectories: list[Trajectory], gamma: float, g
     for trajectory in judged:
         rewards_A, turns_A = rewards_and_turns(trajectory)
         realised.append(float(returns_to_go(rewards_A, discounts(turns_A, gamma, gamma_token))[0]))
-    values = torch.cat(policy.score(batch, Want(logprobs=False, values=True))["values"])
+    values = policy.values.to_returns(torch.cat(policy.score(batch, Want(logprobs=False, values=True))["values"]))
     return {"value_start": float(values.mean()), "realised_start": sum(realised) / len(realised)}

@@ -56,7 +56,8 @@ def drift(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def mean_of(updates: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+    names = updates[0] if updates else ()
+    return {name: sum(update[name] for update in updates) / len(updates) for name in names}
 
 
 def samples_to_keep(trajectories: Sequence[Trajectory]) -> list[Trajectory]:

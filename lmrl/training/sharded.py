@@ -31,6 +31,7 @@ class DeepSpeedStrategy(Strategy):
     """ZeRO-1 to 3, as the launch's DeepSpeed configuration says."""
 
     name, lockstep = "deepspeed", True
+    can_discard = False  # DeepSpeed forgets gradients in its own step alone
 
     def __init__(self, accelerator: Any):
         # DeepSpeed calls functions of torch, several a pass, that warn each time of their new names.

@@ -268,14 +268,19 @@ class Stage:
             return measure(trajectories) | batch.stats | {"updates": 0}
         updates: list[dict[str, float]] = []
         rng = stream(self.seed, self.name, step, "minibatches")
+        rejected: dict[str, float] = {}
         for _ in range(self.objective.epochs):
             for minibatch in batch.minibatches(rng, self.objective.minibatches):
-                updates.append(self.updater.step(self.policy, self.objective, minibatch))
+                stats = self.updater.step(self.policy, self.objective, minibatch)
+                if "rejected" in stats:
+                    rejected = {"rejected_kl": stats["approx_kl"]}
+                    break
+                updates.append(stats)
                 self.engine.stale = True
                 self._stop_on_nonfinite(step, minibatch, updates[-1])
-            if self.objective.finished(updates[-1]):
+            if rejected:
                 break
-        return measure(trajectories) | batch.stats | mean_of(updates) | {"updates": len(updates)}
+        return measure(trajectories) | batch.stats | mean_of(updates) | rejected | {"updates": len(updates)}
 
     def _try_worst_case(self) -> None:
         """Before the first step, the passes of the largest update there can be."""

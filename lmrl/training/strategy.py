@@ -32,6 +32,8 @@ class Strategy:
 
     name = "ddp"
     lockstep = False
+    can_discard = True
+    """True if a gradient can be forgotten after the backward pass."""
     optimizer: torch.optim.Optimizer
 
     def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:

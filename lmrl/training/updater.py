@@ -42,6 +42,8 @@ class Updater:
         optimizer = build_optimizer(options, groups, policy, self.strategy)
         self.strategy.prepare(policy, optimizer, options.max_grad_norm)
         self.parameters = policy.trainable()  # sharding may have put others in their place
+        self.schedule = 1.0
+        """Factor of the step on the learning rate."""
         self.lr_factor = 1.0
         """On top of the schedule (a rollback of the gate lowers it)."""
         self.skipped = 0
@@ -49,13 +51,29 @@ class Updater:
 
     def begin(self, step: int) -> None:
         """Set the learning rate of a step, counted from 1."""
-        for group in self.strategy.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * self.lr_factor * schedule(self.options, step, self.steps)
+        self.schedule = schedule(self.options, step, self.steps)
+        self._set_rates(self.policy)
+
+    def _set_rates(self, policy: Policy) -> None:
+        """Adam's steps do not depend on how large a gradient is, so heads whose outputs are multiplied step by that much less."""
+        trunk, *heads = self.strategy.optimizer.param_groups
+        trunk["lr"] = trunk["base_lr"] * self.lr_factor * self.schedule
+        for group in heads:
+            group["lr"] = group["base_lr"] * self.lr_factor * self.schedule / float(policy.values.gain)
 
     def step(self, policy: Policy, objective: Objective, minibatch: Batch) -> dict[str, float]:
-        """One update. Returns statistics averaged over the minibatch of all processes; a non-finite one changes no weight."""
+        """One update. Returns statistics averaged over the minibatch of all processes; a non-finite one changes no weight, and
+        neither does one that the objective rejects, whose `rejected` is 1."""
+        if not self.strategy.can_discard:
+            moved = objective.divergence(policy, minibatch)
+            if moved is not None and objective.rejects({"approx_kl": moved}):
+                return {"approx_kl": moved, "rejected": 1.0}
         policy.begin_update(objective.dropout)
         stats = self.backward(policy, objective, minibatch)
+        if self.strategy.can_discard and objective.rejects(stats):
+            self.strategy.zero_grad()
+            return stats | {"rejected": 1.0}
+        self._set_rates(policy)
         with or_advice(STEP_ADVICE):
             stats["grad_norm"] = self.strategy.step(finite=math.isfinite(stats["loss"]))
         if not (math.isfinite(stats["grad_norm"]) and math.isfinite(stats["loss"])):
@@ -81,11 +99,15 @@ class Updater:
         # All processes go on with the same size, so that one checkpoint holds it for all.
         policy.microbatch_tokens = -world.largest(-policy.microbatch_tokens)
         stats = averages(sums, passed)
+        values, own, bound = world.totals(policy.value_pull.tolist())
+        if own > 0:
+            stats |= {"value_pull": values / own, "value_pull_bound": bound / passed}
         return stats | {"loss": stats["loss"] * passed / count}
 
     def _passes(self, policy: Policy, objective: Objective, passes: Passes, count: float) -> dict[str, Any]:
         """Leave the gradient of all passes, and nothing of an attempt before; returns sums of loss and statistics."""
         self.strategy.zero_grad()
+        policy.value_pull.zero_()
         sums: dict[str, Any] = {"loss": 0.0}
         for micro, idle, last in passes:
             micro = micro.to(policy.device)

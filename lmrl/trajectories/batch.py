@@ -66,7 +66,22 @@ class Batch:
 
     @property
     def num_actions(self) -> int:
-        return sum(len(sequence.targets) for sequence in self.sequences)
+        return sum(self.lengths)
+
+    def set(self, name: str, values_N: torch.Tensor) -> None:
+        """Give every sequence its part of a quantity of the action tokens, (N,) in the batch's order."""
+        for sequence, part in zip(self.sequences, values_N.split(self.lengths), strict=True):
+            sequence.fields[name] = part
+
+    def get(self, name: str) -> torch.Tensor:
+        """A quantity of the action tokens, (N,) in the batch's order."""
+        parts = [sequence.fields[name] for sequence in self.sequences]
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Action tokens of each sequence."""
+        return [len(sequence.targets) for sequence in self.sequences]
 
     def by_weight(self) -> tuple[Batch, Batch]:
         """The sequences that a gradient comes of, and those that none comes of; where there are only these, the first one stands

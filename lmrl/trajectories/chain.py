@@ -25,8 +25,11 @@ def to_sequences(trajectory: Trajectory) -> list[Sequence]:
     return [*map(to_sequence, held), to_sequence(last, bootstrap=True)]
 
 
-def rewards_and_turns(trajectory: Trajectory) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each action token earned, and the turn it belongs to, both (A,)."""
+def rewards_and_turns(trajectory: Trajectory, cut_penalty: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each action token earned, in double, and the turn it belongs to, both (A,).
+
+    cut_penalty: taken from what the last token of each turn earned that ran into the token limit.
+    """
     pairs = [
         (reward, turn)
         for segment in trajectory.segments
@@ -34,13 +37,16 @@ def rewards_and_turns(trajectory: Trajectory) -> tuple[torch.Tensor, torch.Tenso
         if turn != CONTEXT
     ]
     rewards, turns = zip(*pairs, strict=True)
-    return torch.tensor(rewards, dtype=torch.float32), torch.tensor(turns)
+    rewards_A, turns_A = torch.tensor(rewards, dtype=torch.float64), torch.tensor(turns)
+    for cut in trajectory.cut_turns if cut_penalty else ():
+        rewards_A[(turns_A == cut).nonzero()[-1]] -= cut_penalty
+    return rewards_A, turns_A
 
 
 def discounts(turns_A: torch.Tensor, gamma: float, gamma_token: float) -> torch.Tensor:
     """Discount from each action token to the next, (A,): `gamma_token` inside a turn, `gamma` at its end."""
     following = torch.cat([turns_A[1:], turns_A[-1:] + 1])
-    return torch.where(following == turns_A, gamma_token, gamma)
+    return torch.where(following == turns_A, torch.tensor(gamma_token, dtype=torch.float64), gamma)
 
 
 def returns_to_go(rewards_A: torch.Tensor, discounts_A: torch.Tensor) -> torch.Tensor:
@@ -102,7 +108,7 @@ def _cut(sequences: list[Sequence], max_tokens: int) -> list[list[Sequence]]:
 def _state_before(sequence: Sequence) -> Sequence:
     """The context of a sequence's first action, with a pseudo-action that asks for its value."""
     end = int(sequence.states[0]) + 1
-    fields = {name: torch.zeros(1) for name in sequence.fields}
+    fields = {name: values.new_zeros(1) for name, values in sequence.fields.items()}
     return Sequence(sequence.tokens[:end], sequence.states[:1], torch.zeros(1, dtype=torch.long), fields)
 
 

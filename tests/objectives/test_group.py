@@ -6,21 +6,37 @@ import math
 import pytest
 import torch
 
-from lmrl.objectives.group import GroupPolicyGradient, centred, leave_one_out, standardised, sums_to_go
+from lmrl.objectives import load_objective
+from lmrl.objectives.group import GroupPolicyGradient, Turns, group_scales, less_group_mean, sums_to_go
 from lmrl.recipe import OBJECTIVES, Optimizer
 from lmrl.training.updater import Updater
 from lmrl.trajectories.trajectory import CONTEXT, Segment, Trajectory
 
 
 def objective(name, **changes) -> GroupPolicyGradient:
-    return GroupPolicyGradient(OBJECTIVES[name](name=name, **changes))
+    return load_objective(OBJECTIVES[name](name=name, **changes))
 
 
 def episode(action, reward, group=0, context=(1, 2, 3)):
     tokens = [*context, *action]
     turns = [CONTEXT] * len(context) + [0] * len(action)
     logprobs = [None] * len(context) + [-1.0] * len(action)
-    return Trajectory([Segment(tokens, turns, logprobs, [0.0] * len(tokens))], "", "", reward=reward, group=group)
+    rewards = [0.0] * (len(tokens) - 1) + [reward]
+    return Trajectory([Segment(tokens, turns, logprobs, rewards)], "", "", reward=reward, group=group)
+
+
+def game(*rewards, group=0):
+    """An episode of a token a turn, with a reward at each."""
+    segment = Segment()
+    for turn, reward in enumerate(rewards):
+        segment.observe([1 + turn])
+        segment.act([4 + turn], [-1.0], turn)
+        segment.rewards[-1] = reward
+    return Trajectory([segment], "", "", reward=sum(rewards), group=group)
+
+
+def advantages_of(method, policy, episodes):
+    return method.prepare(policy, episodes).get("advantages").tolist()
 
 
 @pytest.fixture
@@ -35,17 +51,104 @@ def episodes():
 
 
 # ---------------------------------------------------------------------------------------------------------- baselines
+def turns(rewards, groups=None, index=None):
+    count = len(rewards)
+    zeros = torch.zeros(count, dtype=torch.long)
+    return Turns(
+        torch.tensor(rewards, dtype=torch.float64),
+        zeros if index is None else torch.tensor(index),
+        zeros if groups is None else torch.tensor(groups),
+    )
+
+
 def test_baselines_by_hand():
-    rewards = torch.tensor([1.0, 0.0, 0.5])
-    assert standardised(rewards).tolist() == pytest.approx([0.5 / 0.5001, -0.5 / 0.5001, 0.0])
-    assert centred(rewards).tolist() == [0.5, -0.5, 0.0]
-    assert leave_one_out(rewards).tolist() == pytest.approx([0.75, -0.75, 0.0])  # 1 - (0 + .5) / 2
-    assert leave_one_out(torch.tensor([2.0])).tolist() == [2.0]
-    assert standardised(torch.tensor([2.0])).tolist() == [0.0]
-    equal = torch.full((7,), 0.3)
-    assert float(equal[0] - equal.mean()) != 0  # what rounding would leave, and epsilon would blow up
-    assert standardised(equal).tolist() == centred(equal).tolist() == leave_one_out(equal).tolist() == [0.0] * 7
+    three = turns([1.0, 0.0, 0.5])
+    assert less_group_mean(three).tolist() == [0.5, -0.5, 0.0]
+    assert less_group_mean(three, leave_one_out=True).tolist() == pytest.approx([0.75, -0.75, 0.0])  # 1 - (0 + .5) / 2
+    assert group_scales(three).tolist() == pytest.approx([0.5] * 3)  # the sample's standard deviation
+    assert less_group_mean(turns([2.0])).tolist() == group_scales(turns([2.0])).tolist() == [0.0]
+    equal = turns([0.3] * 7)
+    assert less_group_mean(equal).tolist() == less_group_mean(equal, leave_one_out=True).tolist() == [0.0] * 7
     assert sums_to_go(torch.tensor([1.0, 2.0, 4.0])).tolist() == [7.0, 6.0, 4.0]
+
+
+def test_a_lone_survivor_is_compared_with_other_groups():
+    # Turn 1 is reached by one episode of group 0 and by two of group 1.
+    played = turns([4.0, 2.0, 5.0, 7.0, 7.0, 1.0, 3.0], groups=[0, 0, 0, 1, 1, 1, 1], index=[0, 0, 1, 0, 0, 1, 1])
+    # Counted from the groups' mean returns, 3 and 7, turn 1 is worth 2 against -6 and -4.
+    assert less_group_mean(played).tolist() == [1.0, -1.0, 7.0, 0.0, 0.0, -1.0, 1.0]
+    assert less_group_mean(turns([4.0, 2.0, 5.0], index=[0, 0, 1])).tolist() == [1.0, -1.0, 0.0]  # nobody else anywhere
+
+
+def test_scale_is_one_number_for_all_turns_of_a_group():
+    # Squares around the turns' means: 1 + 1 and 4 + 4, with two degrees of freedom.
+    assert group_scales(turns([4.0, 2.0, 5.0, 1.0], index=[0, 0, 1, 1])).tolist() == pytest.approx([5**0.5] * 4)
+
+
+def test_rewards_that_fall_at_turns_credit_what_follows(tiny_policy):
+    """An action gets no credit for what was earned before it."""
+    episodes = [game(-1.0, 0.0), game(-1.0, -1.0), game(0.0)]
+    # From turn 0: -1, -2, 0 with mean -1. From turn 1: 0 and -1 with mean -.5.
+    found = advantages_of(objective("dr_grpo"), tiny_policy, episodes)
+    assert found == pytest.approx([0.0, 0.5, -1.0, -0.5, 1.0])
+    rloo = advantages_of(objective("rloo", scale_rewards="none"), tiny_policy, episodes)
+    assert rloo == pytest.approx([0.0, 1.0, -1.5, -1.0, 1.5])
+    # Rewards at the end alone: one advantage an episode, as in the papers.
+    assert advantages_of(objective("dr_grpo"), tiny_policy, [game(0.0, 1.0), game(0.0, 0.0)]) == [0.5, 0.5, -0.5, -0.5]
+
+
+def test_a_scale_for_each_turn_would_be_biased():
+    """Stop or go on: to stop earns 1; to go on earns 1.1 with probability .9, else -1, so .89, and then a turn follows in which
+    nothing depends on the action but half of the episodes lose .01. Stopping is better by .105, and so says the gradient with
+    one scale. With a scale for each turn, the noise of the second turn weighs as much as the choice in the first."""
+    generator = torch.Generator().manual_seed(0)
+    count = 4000
+    go = torch.rand(count, generator=generator) < 0.5
+    lucky = torch.rand(count, generator=generator) < 0.9
+    loses = torch.rand(count, generator=generator) < 0.5
+    second = -0.01 * loses.double()[go]
+    first = torch.where(go, torch.where(lucky, 1.1, -1.0).double(), 1.0)
+    first[go] += second
+    index = torch.cat([torch.zeros(count), torch.ones(int(go.sum()))]).long()
+    played = Turns(torch.cat([first, second]), index, torch.zeros_like(index))
+    one_scale = less_group_mean(played) / group_scales(played)
+    assert one_scale[:count][go].mean() < one_scale[:count][~go].mean()
+    noise = one_scale[count:].abs().mean() / one_scale[:count].abs().mean()
+    apart = torch.cat([first - first.mean(), second - second.mean()])
+    apart = torch.cat([apart[:count] / first.std(), apart[count:] / second.std()])
+    assert noise < 0.05 < 0.5 < apart[count:].abs().mean() / apart[:count].abs().mean()
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "reinforce_pp"])
+def test_a_constant_for_a_group_changes_nothing(tiny_policy, name):
+    episodes = [game(-1.0, 0.0), game(-1.0, -1.0), game(0.0), game(-1.0, 0.5, group=1), game(0.25, group=1)]
+    before = advantages_of(objective(name), tiny_policy, episodes)
+    for one in episodes[:3]:
+        one.place_reward(64.0)
+        one.reward += 64.0
+    assert advantages_of(objective(name), tiny_policy, episodes) == pytest.approx(before, abs=1e-6)
+    assert any(before)
+
+
+def test_cut_episodes_can_be_masked(tiny_policy, episodes):
+    episodes[1].cut_turns = [0]
+    batch = objective("grpo", mask_cut=True).prepare(tiny_policy, episodes)
+    assert batch.get("advantages")[2] == 0 and batch.get("advantages")[0] == 1.0  # it still counts in the baseline
+    [micro] = batch.microbatches(10_000, tiny_policy.pad_id)
+    assert objective("grpo").count(micro) == pytest.approx(4)  # of five episodes
+    penalised = objective("dr_grpo", missing_eos_penalty=1.5).prepare(tiny_policy, episodes)
+    assert penalised.get("advantages")[:3].tolist() == [1.0, 1.0, -1.5]  # rewards 1, -1.5, .5 with mean 0
+
+
+def test_rloo_takes_a_turn_for_one_action(tiny_policy, episodes):
+    method = objective("rloo", minibatches=2, scale_rewards="none", dual_clip=None)
+    batch = method.prepare(tiny_policy, episodes[:3])
+    old = batch.get("old_logprobs")
+    batch.set("old_logprobs", old - torch.tensor([0.1, -0.05, 0.1, 0.02, 0.02, 0.02]))
+    [micro] = batch.microbatches(10_000, tiny_policy.pad_id)
+    loss = method.loss(tiny_policy(micro, method.want), micro)
+    # ratios e^.05, e^.1, e^.06 of the turns, with advantages .75, -.75, 0
+    assert float(loss.sum) == pytest.approx(-0.75 * math.exp(0.05) + 0.75 * math.exp(0.1), abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -110,14 +213,14 @@ def test_gradients_by_hand(tiny_policy, episodes, name, share):
 
     lengths = [2, 1, 3, 1, 2]
     if name == "reinforce_pp":
-        per_token = torch.tensor([1.0, 1.0, 0.0, 0.5, 0.5, 0.5, 2.0, 2.0, 2.0])
-        per_token = (per_token - per_token.mean()) / (per_token.std(correction=0) + 1e-8)
+        per_token = torch.tensor([0.5, 0.5, -0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])  # less the group's mean
+        per_token = (per_token - per_token.mean()) / per_token.std(correction=0)
         advantages, weights = per_token.split(lengths), [1 / 9] * 5
     else:
         advantages = {
-            "grpo": [0.5 / 0.5001, -0.5 / 0.5001, 0, 0, 0],
+            "grpo": [1, -1, 0, 0, 0],
             "dr_grpo": [0.5, -0.5, 0, 0, 0],
-            "rloo": [0.75, -0.75, 0, 0, 0],
+            "rloo": [1, -1, 0, 0, 0],  # .75 and -.75, over the root mean square of those that are not 0
         }[name]
         weights = {"grpo": [1 / length / 5 for length in lengths], "dr_grpo": [1 / 50] * 5, "rloo": [1 / 5] * 5}[name]
     tiny_policy.zero_grad()
@@ -153,7 +256,7 @@ def test_divergence_is_a_term_of_the_loss_or_of_the_reward(tiny_policy, episodes
     assert float((in_loss.sum - without.sum).detach()) == pytest.approx(expected, abs=1e-5)
     assert float(in_loss.stats["kl"]) / count == pytest.approx(sum(plain) / 5, abs=1e-5)
 
-    rloo = objective("rloo", kl_coef=0.3).prepare(tiny_policy, episodes)
+    rloo = objective("rloo", kl_coef=0.3, scale_rewards="none").prepare(tiny_policy, episodes)
     rewards = [one.reward - 0.3 * kl for one, kl in zip(episodes, plain, strict=True)]
     advantages = torch.cat([sequence.fields["advantages"] for sequence in rloo.sequences])
     assert float(advantages[0]) == pytest.approx(rewards[0] - (rewards[1] + rewards[2]) / 2, abs=1e-5)

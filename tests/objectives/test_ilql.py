@@ -6,6 +6,7 @@ import torch
 from lmrl.errors import DataError
 from lmrl.objectives import load_objective
 from lmrl.objectives.ilql import expectile_weights, next_values
+from lmrl.objectives.q import units
 from lmrl.policy.heads import category_loss, hl_gauss
 from lmrl.policy.load import load_policy
 from lmrl.recipe import ILQLObjective, MCObjective, Model, Optimizer, QSFTObjective
@@ -45,7 +46,7 @@ def test_the_loss_is_the_published_one(q_head, trunk):
     """Every term recomputed densely in float64 for one terminated and one truncated episode."""
     options = ILQLObjective(
         name="ilql", q_head=q_head, trunk=trunk, gamma=0.9, gamma_token=0.95, expectile=0.8, cql_coef=0.3,
-        cql_temperature=2.0, bc_coef=0.5, awbc_beta=0.7,
+        cql_temperature=2.0, bc_coef=0.5, awbc_beta=0.7, value_normalization="none",
     )  # fmt: skip
     objective, policy = build(options)
     loss, outputs, micro = compute(objective, policy, [episode(), episode(terminated=False)])
@@ -100,14 +101,19 @@ def test_categories_replace_squares():
 
 
 def test_returns_that_followed_are_what_mc_learns():
-    objective, policy = build(MCObjective(name="mc", gamma=0.5, gamma_token=0.8, cql_coef=0.0, bc_coef=0.0))
+    options = MCObjective(name="mc", gamma=0.5, gamma_token=0.8, cql_coef=0.0, bc_coef=0.0)
+    objective, policy = build(options)
     loss, outputs, _ = compute(objective, policy, [episode()])
-    expected = (outputs.q[0] - torch.tensor([1.2, 1.5, 5.0])) ** 2
-    assert torch.allclose(loss.sum, expected.sum() / policy.values.scale**2) and len(policy.values.q) == 1
+    returns = torch.tensor([1.2, 1.5, 5.0])
+    expected = (policy.values.to_returns(outputs.q[0]) - returns) ** 2 / policy.values.std**2
+    assert torch.allclose(loss.sum.double(), expected.sum()) and len(policy.values.q) == 1
+    objective, policy = build(options.model_copy(update={"value_normalization": "none"}))
+    loss, outputs, _ = compute(objective, policy, [episode()])
+    assert torch.allclose(loss.sum, ((outputs.q[0] - returns) ** 2).sum() / policy.values.scale**2)
 
 
 def test_cal_ql_reports_how_often_its_bound_binds():
-    objective, policy = build(ILQLObjective(name="ilql", calibrated=True, gamma=1.0))
+    objective, policy = build(ILQLObjective(name="ilql", calibrated=True, gamma=1.0, value_normalization="none"))
     loss, outputs, micro = compute(objective, policy, [episode()])
     dense = policy.values.all(
         policy.values.q[0], policy.values.q[0].features(policy.states(micro).features_ND), policy.vocabulary
@@ -158,7 +164,35 @@ def test_the_updater_moves_targets_after_each_step():
 
 
 def test_calibration_reads_the_data():
+    # Returns-to-go 1.2, 1.5, 5 with mean 2.567 and deviation 1.725; rewards -1 and 5 of root mean square 3.606.
     _, policy = build(ILQLObjective(name="ilql", gamma=0.5, gamma_token=0.8))
-    assert float(policy.values.offset) == pytest.approx(1.2)  # the lowest return-to-go of the data
+    values = policy.values
+    assert float(values.mean) == pytest.approx(7.7 / 3) and float(values.std) == pytest.approx(1.72498, abs=1e-4)
+    assert float(values.offset) == pytest.approx((1.2 - 7.7 / 3) / 1.72498, abs=1e-4)  # the lowest return-to-go
+    _, policy = build(ILQLObjective(name="ilql", gamma=0.5, gamma_token=0.8, start_value="mean"))
+    assert float(policy.values.offset) == pytest.approx(0, abs=1e-6)
+    _, policy = build(ILQLObjective(name="ilql", gamma=0.5, gamma_token=0.8, value_normalization="none"))
+    assert float(policy.values.offset) == pytest.approx(1.2) and float(policy.values.scale) == pytest.approx(13**0.5)
     _, policy = build(ILQLObjective(name="ilql", start_value=-3.0))
     assert float(policy.values.offset) == -3.0
+
+
+def test_units_by_hand():
+    # Rewards of -1 a turn: one reward is less than the spread of returns. A lone reward at the end: their spread.
+    returns = torch.tensor([-4.0, -3.0, -2.0, -1.0], dtype=torch.float64)
+    assert units(returns, -torch.ones(4, dtype=torch.float64)) == (-2.5, 1.0, 1.0)
+    lone = torch.tensor([10.0, 10.0, 11.0, 11.0], dtype=torch.float64)
+    assert units(lone, torch.tensor([0.0, 10.0, 0.0, 11.0], dtype=torch.float64))[:2] == (10.5, 0.5)
+    assert units(torch.zeros(2), torch.zeros(2)) == (0.0, 1.0, 1.0)
+    assert units(-torch.ones(2), -torch.ones(2)) == (-1.0, 1.0, 1.0)
+
+
+def test_targets_in_units_mean_the_same_return():
+    objective, policy = build(ILQLObjective(name="ilql", gamma=0.9, gamma_token=0.95))
+    trajectories = [episode(), episode(terminated=False)]
+    micro = objective.prepare(policy, trajectories).microbatches(10_000, policy.pad_id)[0]
+    rewards, steps = torch.tensor([0, -1, 5, 0, -1, 5, 0.0]), torch.tensor([0.95, 0.9, 0.0, 0.95, 0.9, 0.9, 0.0])
+    following = torch.linspace(-2, 2, 7)  # normalised values of the next states
+    target = policy.values.to_returns(micro.fields["rewards"] + micro.fields["discounts"] * following)
+    expected = rewards + steps * policy.values.to_returns(following)
+    assert torch.allclose(target[:6].float(), expected[:6].float(), atol=1e-5)

@@ -6,15 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from lmrl.objectives.ppo import PPO, adapt_kl_coef, advantages, k3, policy_loss, value_loss, whiten
+from lmrl.objectives.policy_gradient import k3, policy_loss, whiten
+from lmrl.objectives.ppo import PPO, Warmup, adapt_kl_coef, advantages, followed, spread, value_loss
 from lmrl.policy.passes import Outputs, Want
-from lmrl.recipe import PPOObjective
+from lmrl.policy.pull import bounded
+from lmrl.recipe import Optimizer, PPOObjective
+from lmrl.training.updater import Updater
 from lmrl.trajectories.batch import Batch, to_batch
+from lmrl.trajectories.chain import rewards_and_turns
 from lmrl.trajectories.trajectory import Segment, Trajectory
 
 
 def options(**changes) -> PPOObjective:
-    return PPOObjective(name="ppo", **changes)
+    return PPOObjective(name="ppo", **{"value_warmup_steps": 0, "value_normalization": "none", **changes})
 
 
 # -------------------------------------------------------------------------------------------------------- by hand
@@ -45,6 +49,15 @@ def test_policy_loss_by_hand():
     assert clipped.tolist() == [True, False, True, False]
 
 
+def test_dual_clip_bounds_the_loss_of_a_bad_action():
+    # A = -1 at ratios 2 and 9 with the bound at 3: losses 2 and 3, and no gradient beyond; A = 1 is clipped as ever
+    logprobs = torch.tensor([math.log(2), math.log(9), math.log(9)], requires_grad=True)
+    loss, clipped = policy_loss(logprobs, torch.zeros(3), torch.tensor([-1.0, -1.0, 1.0]), 0.2, 0.2, dual=3.0)
+    torch.testing.assert_close(loss, torch.tensor([2.0, 3.0, -1.2]))
+    loss.sum().backward()
+    assert clipped.tolist() == [False, True, True] and logprobs.grad.tolist() == pytest.approx([2.0, 0.0, 0.0])
+
+
 def test_value_loss_by_hand():
     # value 2, old 0, return 2: the free error is 0, held at .2 it is 1.8^2
     assert value_loss(torch.tensor([2.0]), torch.zeros(1), torch.tensor([2.0]), 0.2).item() == pytest.approx(1.62)
@@ -55,6 +68,9 @@ def test_k3_and_whiten():
     assert k3(torch.tensor([0.0]), torch.tensor([math.log(2)])).item() == pytest.approx(2 - 1 - math.log(2))
     assert k3(torch.tensor([-1.0]), torch.tensor([-1.0])).item() == 0
     assert whiten(torch.tensor([1.0, 3.0])).tolist() == pytest.approx([-1, 1])
+    assert whiten(torch.tensor([1.0, 3.0]), floor=4.0).tolist() == [-0.25, 0.25]
+    equal = torch.full((7,), 0.1 + 0.2, dtype=torch.float64) + torch.arange(7) * 1e-17
+    assert whiten(equal).tolist() == [0.0] * 7
 
 
 def test_adaptive_coefficient_is_clipped():
@@ -70,7 +86,8 @@ def reference_loss(new, old, values, old_values, advantage, returns, entropy, re
     for n, op, v, ov, a, r, h, rf in zip(new, old, values, old_values, advantage, returns, entropy, ref, strict=True):
         ratio = np.exp(n - op)
         high = o.clip if o.clip_high is None else o.clip_high
-        total -= min(ratio * a, np.clip(ratio, 1 - o.clip, 1 + high) * a)
+        gain = min(ratio * a, np.clip(ratio, 1 - o.clip, 1 + high) * a)
+        total -= max(gain, o.dual_clip * a) if a < 0 and o.dual_clip is not None else gain
         error = (v - r) ** 2
         if o.value_clip is not None:
             error = max(error, (np.clip(v, ov - o.value_clip, ov + o.value_clip) - r) ** 2)
@@ -83,7 +100,9 @@ def reference_loss(new, old, values, old_values, advantage, returns, entropy, re
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        {"value_clip": 0.2},
+        {"dual_clip": 1.5},
+        {"dual_clip": None},
         {"clip_high": 0.4, "value_clip": None},
         {"kl_coef": 0.3, "kl_in": "loss"},
         {"entropy_coef": 0.1, "clip": 0.05},
@@ -158,14 +177,16 @@ def test_prepare_follows_the_definition(tiny_policy, terminated):
         carried = r + g * f - v + g * 0.8 * carried
         expected.insert(0, carried)
     torch.testing.assert_close(sequence.fields["advantages"], torch.tensor(expected), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sequence.fields["returns"], torch.tensor(expected) + expected_values)
+    torch.testing.assert_close(
+        sequence.fields["returns"], torch.tensor(expected) + expected_values, rtol=1e-5, atol=1e-5
+    )
     assert sequence.states.tolist() == states
 
 
 def test_missing_eos_penalty_falls_on_the_cut_turn():
     trajectory = two_turns()
     trajectory.cut_turns = [0]
-    rewards, turns = PPO(options(missing_eos_penalty=0.5))._rewards_and_turns(trajectory)
+    rewards, turns = rewards_and_turns(trajectory, cut_penalty=0.5)
     assert rewards.tolist() == [0.0, 0.5, 0.0, 2.0]
     assert turns.tolist() == [0, 0, 1, 1]
 
@@ -197,7 +218,7 @@ def test_value_warmup_leaves_the_policy_alone(tiny_policy):
     assert tiny_policy.values.v.weight.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in tiny_policy.model.parameters())
     objective.begin(2)
-    assert objective.want == Want(logprobs=True, values=True, detach_values=False)
+    assert objective.want == Want(logprobs=True, values=True, detach_values=False, value_pull=1.0)
 
 
 def test_detach_value_stops_the_critic_at_the_trunk(tiny_policy):
@@ -210,10 +231,93 @@ def test_detach_value_stops_the_critic_at_the_trunk(tiny_policy):
     assert all(gradient is None for gradient in gradients)
 
 
-def test_target_kl_ends_the_epochs():
+def test_target_kl_rejects_a_minibatch():
     objective = PPO(options(target_kl=0.1))
-    assert objective.finished({"approx_kl": 0.2}) and not objective.finished({"approx_kl": 0.05})
-    assert not PPO(options()).finished({"approx_kl": 99.0})
+    assert objective.rejects({"approx_kl": 0.2}) and not objective.rejects({"approx_kl": 0.05})
+    assert not PPO(options(target_kl=None)).rejects({"approx_kl": 99.0})
+
+
+def test_a_rejected_minibatch_changes_no_weight(tiny_policy):
+    objective, updater = PPO(options(target_kl=1e-9)), Updater(tiny_policy, Optimizer(lr=1e-2), 10)
+    batch = objective.prepare(tiny_policy, [two_turns()])
+    assert "rejected" not in updater.step(tiny_policy, objective, batch)  # nothing has moved yet
+    before = {name: value.clone() for name, value in tiny_policy.state_dict().items()}
+    stats = updater.step(tiny_policy, objective, batch)
+    assert stats["rejected"] == 1 and stats["approx_kl"] > 1e-9
+    assert stats["approx_kl"] == pytest.approx(objective.divergence(tiny_policy, batch), rel=1e-3)
+    assert all(torch.equal(value, before[name]) for name, value in tiny_policy.state_dict().items())
+    assert all(parameter.grad is None for parameter in tiny_policy.parameters())
+
+
+# -------------------------------------------------------------------------------------------------------------- units
+def test_units_of_returns_by_hand():
+    assert spread(torch.tensor([1.0, 3.0])) == (2.0, 1.0)
+    assert spread(torch.tensor([-3.0, -3.0])) == (-3.0, 3.0)  # equal returns: their size
+    assert spread(torch.zeros(4)) is None
+    # weight .1: mean 0 + .1 * 2; variance .9 * (1 + .1 * 4) + .1 * 3
+    assert followed(0.0, 1.0, 1.0, 2.0, 3.0) == pytest.approx((0.2, math.sqrt(0.9 * 1.4 + 0.3)))
+    assert followed(0.0, 0.01, 1.0, 0.0, 0.0)[1] == 0.05  # not below a twentieth of the largest
+
+
+def test_new_units_keep_what_values_mean(tiny_policy):
+    values = tiny_policy.values
+    torch.nn.init.normal_(values.v.weight)
+    hidden = torch.randn(5, values.v.weight.shape[1])
+    values.renormalise(-3.0, 2.0, preserve=False)
+    before = values.to_returns(values.value(hidden)[0])
+    values.renormalise(10.0, 0.5)
+    torch.testing.assert_close(values.to_returns(values.value(hidden)[0]), before, rtol=1e-5, atol=1e-5)
+    assert float(values.gain) == 4.0 and float(values.peak) == 2.0
+
+
+def test_the_head_steps_by_its_share_of_the_gain(tiny_policy):
+    updater = Updater(tiny_policy, Optimizer(lr=1e-3, head_lr=1e-2), 10)
+    tiny_policy.values.gain.fill_(4.0)
+    updater.begin(1)
+    assert [group["lr"] for group in updater.strategy.optimizer.param_groups] == [1e-3, 2.5e-3]
+
+
+def test_warmup_ends_at_a_plateau_or_the_cap():
+    warmup, over = Warmup(), []
+    for step, explained in enumerate([0.0, 0.3, 0.5, 0.6, 0.605, 0.61], start=1):
+        warmup.begin(step, cap=20)
+        warmup.add(explained)
+        over.append(warmup.over)
+    assert over == [False] * 5 + [True]  # .61 is less than .02 above .6, two steps before
+    capped = Warmup()
+    capped.begin(3, cap=2)
+    assert capped.over
+
+
+# ----------------------------------------------------------------------------------------------------- a shared trunk
+def test_values_pull_no_harder_than_the_policy():
+    hidden = torch.zeros(3, 2, requires_grad=True)
+    tally = torch.zeros(3)
+    policy, values = bounded(hidden, 0.5, tally)
+    toward = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, 0.0]])
+    (policy * toward).sum().backward(retain_graph=True)
+    hidden.grad = None
+    tally.zero_()
+    pull = torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 5.0]])
+    ((policy * toward) + (values * pull)).sum().backward()
+    # lengths 5, 1, 0 of the policy's allow 2.5, .5, 0: the first is free, the others are shortened
+    assert hidden.grad.tolist() == [[3.0, 5.0], [0.0, 1.5], [0.0, 0.0]]
+    assert tally.tolist() == [8.0, 6.0, 2.0]
+
+
+def test_the_bound_does_not_depend_on_microbatches(tiny_policy):
+    torch.nn.init.normal_(tiny_policy.values.v.weight)
+    objective = PPO(options(value_pull=0.1, value_coef=50.0))
+    batch = objective.prepare(tiny_policy, [two_turns(), two_turns(False)])
+    found = []
+    for tokens in (1000, 1):
+        tiny_policy.microbatch_tokens = tokens
+        stats = Updater(tiny_policy, Optimizer(), 10).backward(tiny_policy, objective, batch)
+        found.append((stats, [parameter.grad.clone() for parameter in tiny_policy.parameters()]))
+    assert found[0][0]["value_pull_bound"] > 0
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_segments_of_one_episode_share_credit(tiny_policy):

@@ -1,0 +1,16 @@
+"""Dr. GRPO: GRPO without what favours some lengths and difficulties (Liu et al., arXiv 2503.20783)."""
+
+from __future__ import annotations
+
+import torch
+
+from lmrl.objectives.group import GroupPolicyGradient
+
+
+class DrGRPO(GroupPolicyGradient):
+    """A = R - mean of the group, not divided by the group's deviation; the sum over tokens by a constant."""
+
+    label = "Dr. GRPO"
+
+    def weights(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full_like(fields["share"], 1 / self.options.constant_length), fields["share"]

@@ -1,0 +1,94 @@
+"""What policy gradients share, with a critic or without: the surrogate and its bounds, and the mathematics of advantages."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from lmrl import world
+from lmrl.objectives.base import Objective
+from lmrl.objectives.correction import OLD, WEIGHTS
+from lmrl.objectives.groups import flat
+from lmrl.policy.policy import Policy
+from lmrl.recipe.objective import PolicyGradientObjective
+from lmrl.trajectories.batch import Batch
+
+ROUNDING = 1e-8
+"""Numbers, in double, that differ by less than this share of their size count as equal."""
+
+
+# ------------------------------------------------------------------------------------------------------------ mathematics
+def policy_loss(
+    logprobs_N: torch.Tensor,
+    old_N: torch.Tensor,
+    advantages_N: torch.Tensor,
+    low: float,
+    high: float,
+    dual: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clipped surrogate, to be minimised, per action; and whether clipping decided it.
+
+    dual: the loss of an action with a negative advantage is at most this many times the advantage, where the plain surrogate
+    grows with the ratio without a bound (Ye et al., arXiv 1912.09729, eq. 5).
+    """
+    ratio_N = (logprobs_N - old_N).exp()
+    free_N, clipped_N = -advantages_N * ratio_N, -advantages_N * ratio_N.clamp(1 - low, 1 + high)
+    loss_N, decided_N = torch.maximum(free_N, clipped_N), clipped_N > free_N
+    if dual is None:
+        return loss_N, decided_N
+    beyond_N = (advantages_N < 0) & (ratio_N > dual)
+    return torch.where(beyond_N, -dual * advantages_N, loss_N), decided_N | beyond_N
+
+
+def k3(logprobs_N: torch.Tensor, reference_N: torch.Tensor) -> torch.Tensor:
+    """Low-variance, non-negative estimate of KL(policy || reference) per action: r - 1 - log r, r = reference / policy.
+
+    Schulman, "Approximating KL divergence" (2020).
+    """
+    log_ratio_N = reference_N - logprobs_N
+    return log_ratio_N.exp() - 1 - log_ratio_N
+
+
+def whiten(values_N: torch.Tensor, floor: float = 0.0) -> torch.Tensor:
+    """Zero mean and unit variance over what all processes hold, in double; equal numbers become 0.
+
+    floor: divide by at least this, so that what is left of a spread that has all but gone is not blown up.
+    """
+    mean, variance = world.moments(values_N)
+    deviation = math.sqrt(variance)
+    if deviation <= ROUNDING * abs(mean) or deviation == 0:
+        return torch.zeros_like(values_N, dtype=torch.float64)
+    return (values_N.double() - mean) / max(deviation, floor)
+
+
+# -------------------------------------------------------------------------------------------------------------- objective
+class PolicyGradient(Objective):
+    """Base of PPO and of the objectives whose baseline is a group."""
+
+    options: PolicyGradientObjective
+
+    def __init__(self, options: PolicyGradientObjective):
+        self.options = options
+        self.epochs, self.minibatches = options.epochs, options.minibatches
+        self.uses_reference = options.kl_coef > 0
+
+    def surrogate(
+        self, logprobs_N: torch.Tensor, old_N: torch.Tensor, fields: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The bounded loss of each action, corrected for the sampler; and whether a bound decided it."""
+        options = self.options
+        high = options.clip if options.clip_high is None else options.clip_high
+        losses_N, clipped_N = policy_loss(
+            logprobs_N, old_N, fields["advantages"], options.clip, high, options.dual_clip
+        )
+        return (losses_N * fields[WEIGHTS] if WEIGHTS in fields else losses_N), clipped_N
+
+    def rejects(self, stats: dict[str, float]) -> bool:
+        target = self.options.target_kl
+        return target is not None and stats.get("approx_kl", 0.0) > target
+
+    def divergence(self, policy: Policy, minibatch: Batch) -> float | None:
+        if self.options.target_kl is None or self.epochs * self.minibatches == 1:
+            return None
+        return world.mean(k3(minibatch.get(OLD), flat(policy.score(minibatch)["logprobs"])))

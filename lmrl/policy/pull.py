@@ -1,0 +1,37 @@
+"""Bounding what the values' loss does to a trunk that the policy shares.
+
+Both losses send a gradient into the last hidden state of each token, and there they can be compared in the one backward pass
+that is made anyway. The values' is shortened to at most `limit` times the length of the policy's, token by token, so that it
+depends neither on how a batch is cut into microbatches nor on how weights are sharded. Where the policy is sure of a token its
+gradient vanishes, and so does what a wrong value can do there.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def bounded(hidden_ND: torch.Tensor, limit: float, tally_3: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden states twice: for the policy, and for the values.
+
+    tally_3: in the backward pass takes up the summed lengths of the values' and the policy's gradients, and the number of tokens
+    at which the bound decided.
+    """
+    return _Bounded.apply(hidden_ND, limit, tally_3)
+
+
+class _Bounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, limit, tally):
+        ctx.limit, ctx.tally = limit, tally
+        return hidden.view_as(hidden), hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, policy_ND, values_ND):
+        precise = torch.promote_types(policy_ND.dtype, torch.float32)
+        policy_N, values_N = (one.to(precise).norm(dim=-1) for one in (policy_ND, values_ND))
+        allowed_N = ctx.limit * policy_N
+        bound_N = values_N > allowed_N
+        ctx.tally += torch.stack([values_N.sum(), policy_N.sum(), bound_N.sum()]).to(ctx.tally)
+        factor_N = torch.where(bound_N, allowed_N / values_N.clamp(min=torch.finfo(values_N.dtype).tiny), 1.0)
+        return policy_ND + values_ND * factor_N[:, None].to(values_ND.dtype), None, None
