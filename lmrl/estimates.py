@@ -23,6 +23,7 @@ from lmrl.recipe import (
     Recipe,
     RewardModelObjective,
 )
+from lmrl.recipe.rates import UNKNOWN_SIZE, default_rates, with_rates
 
 PROCESS_MB = 450
 """Python with torch and transformers imported, before any model."""
@@ -63,6 +64,18 @@ def arithmetic_line(recipe: Recipe) -> str:
         f"{recipe.training.microbatch_tokens} tokens each -> {a['epochs']} epochs = {a['updates_per_step']} updates; "
         f"{a['steps']} steps = {a['updates']} updates"
     )
+
+
+def rate_line(recipe: Recipe) -> str:
+    """The learning rates, and where they come from."""
+    shape, stated = model_shape(recipe.model), recipe.optimizer
+    if shape is None and stated.lr is None:
+        return "learning rate: by the size of the model, which is not known here yet (lmrl/recipe/rates.py)"
+    sizes = (shape["parameters"], shape["hidden"]) if shape else (int(UNKNOWN_SIZE), 1024)
+    chosen, rates = with_rates(recipe, *sizes), default_rates(recipe, *sizes)
+    reason = "as stated" if stated.lr is not None else rates.reason
+    heads = f", heads {chosen.head_lr:g}" if head_parameters(recipe.objective, 1, 1)[0] else ""
+    return f"learning rate: {chosen.lr:g}{heads} ({reason})"
 
 
 def memory_lines(recipe: Recipe) -> list[str]:

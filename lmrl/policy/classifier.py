@@ -42,6 +42,12 @@ class Classifier:
     def _plain(self) -> nn.Module:
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Parameters of the model, without adapters, and the width of its hidden states."""
+        own = (one.numel() for name, one in self._plain.named_parameters() if ".lora_" not in name)
+        return sum(own), getattr(self.config, "hidden_size", 1024)
+
     def tokens(self, prompt: str | Messages, completion: str | Messages) -> list[int]:
         """Tokens of a prompt with its completion: text as it stands, messages through the chat template.
 

@@ -125,6 +125,12 @@ class Policy(nn.Module):
         return self.causal_lm.get_input_embeddings().weight.device
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Parameters of the language model, without adapters and heads, and the width of its hidden states."""
+        own = (one.numel() for name, one in self.causal_lm.named_parameters() if ".lora_" not in name)
+        return sum(own), getattr(self.causal_lm.config.get_text_config(), "hidden_size", self.vocabulary.shape[1])
+
+    @property
     def precision(self) -> torch.dtype:
         """What losses are computed in: float32, or float64 where the policy has been cast to it."""
         return at_least_float32(self.vocabulary.dtype)

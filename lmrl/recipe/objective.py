@@ -20,9 +20,9 @@ class LikelihoodObjective(Section):
 class PolicyGradientObjective(Section):
     """What policy gradients share, and how far an update may go."""
 
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(2, ge=1)
     """Passes over a step's episodes."""
-    minibatches: int = Field(1, ge=1)
+    minibatches: int = Field(4, ge=1)
     """Parts of a step's episodes; each pass makes an update from every part."""
     clip: float = Field(0.2, gt=0)
     """Clipping range of the ratio of new to old probability: [1 - clip, 1 + clip] (upper bound: `clip_high`, if set)."""
@@ -45,10 +45,6 @@ class PPOObjective(PolicyGradientObjective):
     """Proximal policy optimisation over action tokens (Schulman et al., arXiv 1707.06347)."""
 
     name: Literal["ppo"]
-    epochs: int = Field(2, ge=1)
-    """Passes over a step's episodes."""
-    minibatches: int = Field(4, ge=1)
-    """Parts of a step's episodes; each pass makes an update from every part."""
     value_coef: float = Field(0.5, ge=0)
     """Weight of the values' loss."""
     value_normalization: Literal["returns", "none"] = "returns"

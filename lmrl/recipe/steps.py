@@ -15,10 +15,10 @@ class Optimizer(Section):
     name: Literal["adamw", "adamw_8bit"] = "adamw"
     """adamw_8bit: moments in 8 bits (Dettmers et al., arXiv 2110.02861), by bitsandbytes; for one process, or for several that
     share out nothing."""
-    lr: float = Field(1e-4, gt=0)
-    """Learning rate."""
+    lr: float | None = Field(None, gt=0)
+    """Learning rate (null: by what is learned, what is trained and the model's size, see lmrl/recipe/rates.py; `lmrl show` tells)."""
     head_lr: float | None = Field(None, gt=0)
-    """Learning rate of value heads where it differs from `lr`."""
+    """Learning rate of value heads (null: of PPO's by the model's width; of Q heads `lr`, or 1e-3 where that is null too)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """How slowly AdamW forgets gradients, and their squares."""
     eps: float = Field(1e-8, gt=0)
@@ -53,6 +53,9 @@ class Training(Section):
     """Steps between checkpoints (0: only at the end of a stage)."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints to keep, beside the best."""
+    kl_band: float | None = Field(0.03, gt=0)
+    """Of policy gradients: nats a token by which a step may move the policy. Where it has moved further, the learning rate is
+    lowered at once, and raised again, up to the recipe's, where it moves less than half as far (null: the rate is left alone)."""
     max_nonfinite: int = Field(3, ge=1)
     """The run stops after so many updates in a row with a non-finite loss or gradient."""
     threads: int | None = Field(None, ge=1)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from lmrl.errors import RunError
 from lmrl.objectives import load_objective
 from lmrl.policy.load import load_policy
+from lmrl.recipe.rates import with_rates
 from lmrl.recipe_files import stages_of
 from lmrl.run import read_recipe
 from lmrl.seeding import seed_everything
@@ -31,7 +32,7 @@ def replay(folder: Path) -> list[str]:
     objective.begin(info["step"])
     batch = batch_of(load_file(folder / "batch.safetensors"))
     seed_everything(info["seed"], info["stage"], info["step"])
-    updater = Updater(policy, recipe.optimizer, recipe.training.steps)
+    updater = Updater(policy, with_rates(recipe, *policy.size), recipe.training.steps)
     policy.begin_update(objective.dropout)
     stats = updater.backward(policy, objective, batch)
     lines = [f"stage {info['stage']}, step {info['step']}, {len(batch.sequences)} sequences: loss {stats['loss']}"]

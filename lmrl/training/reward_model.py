@@ -26,6 +26,7 @@ from lmrl.evaluation.statistics import bootstrap, summarize
 from lmrl.policy.classifier import Classifier
 from lmrl.policy.load import load_classifier
 from lmrl.recipe import Optimizer, PromptTask, Recipe
+from lmrl.recipe.rates import with_rates
 from lmrl.rollouts.task import build_task, starts_for, task_texts
 from lmrl.seeding import key, seed_everything, stream
 from lmrl.training.checkpoint import STATE, checkpoint_path
@@ -244,7 +245,7 @@ class RewardModelStage:
         )
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # one process trains on one device, however many it sees
-        optimizer = build_optimizer(self.classifier, recipe.optimizer)
+        optimizer = build_optimizer(self.classifier, with_rates(recipe, *self.classifier.size))
         trainer = _Trainer(
             self.classifier.model,
             arguments,

@@ -18,8 +18,10 @@ from lmrl.evaluation.suites import load_suite
 from lmrl.objectives import Objective, load_objective
 from lmrl.objectives.correction import Correction
 from lmrl.objectives.groups import gathered, groups_of
+from lmrl.objectives.policy_gradient import PolicyGradient
 from lmrl.policy.load import load_policy, load_weights
 from lmrl.recipe import PromptTask, QObjective, Recipe
+from lmrl.recipe.rates import with_rates
 from lmrl.recipe_files import locate_rewards
 from lmrl.rollouts.engine import build_engine
 from lmrl.rollouts.sampler import Sampler
@@ -42,11 +44,13 @@ from lmrl.training.measures import (
     sample_line,
     samples_to_keep,
 )
+from lmrl.training.rate_control import controlled, policy_change
 from lmrl.training.sources import Drawn, build_source
 from lmrl.training.strategy import Strategy
 from lmrl.training.trust import Trust
 from lmrl.training.updater import Updater
 from lmrl.training.worst_case import worst_case
+from lmrl.trajectories.batch import Batch
 from lmrl.trajectories.store import read_episodes, write_episodes
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -118,7 +122,8 @@ class Stage:
                 f"evaluation.gate takes the policy back in the middle of a stage, which does not go with {self.strategy.name}: "
                 "launch without --accelerate, or leave the gate out"
             )
-        self.updater = Updater(self.policy, recipe.optimizer, recipe.training.steps, self.strategy)
+        optimizer = with_rates(recipe, *self.policy.size)
+        self.updater = Updater(self.policy, optimizer, recipe.training.steps, self.strategy)
         self.microbatch_tokens = self.policy.microbatch_tokens
         """As last told of."""
         self.evaluator = None
@@ -280,7 +285,19 @@ class Stage:
                 self._stop_on_nonfinite(step, minibatch, updates[-1])
             if rejected:
                 break
-        return measure(trajectories) | batch.stats | mean_of(updates) | rejected | {"updates": len(updates)}
+        rates = self._control_rate(batch) if updates else {}
+        return measure(trajectories) | batch.stats | mean_of(updates) | rejected | rates | {"updates": len(updates)}
+
+    def _control_rate(self, batch: Batch) -> dict[str, float]:
+        """Let the learning rate of the next step follow what this one did to the policy."""
+        band = self.recipe.training.kl_band
+        if band is None or not isinstance(self.objective, PolicyGradient):
+            return {}
+        moved = policy_change(self.policy, batch)
+        if moved is None:
+            return {}
+        self.updater.kl_factor = controlled(self.updater.kl_factor, moved, band)
+        return {"policy_change": moved, "kl_factor": self.updater.kl_factor}
 
     def _try_worst_case(self) -> None:
         """Before the first step, the passes of the largest update there can be."""

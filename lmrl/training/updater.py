@@ -28,7 +28,8 @@ STEP_ADVICE = (
 
 class Updater:
     def __init__(self, policy: Policy, options: Optimizer, steps: int, strategy: Strategy | None = None):
-        """steps: length of the stage, for the schedule. strategy: None for one process."""
+        """options: with a learning rate (see lmrl/recipe/rates.py). steps: length of the stage, for the schedule. strategy: None for
+        one process."""
         self.policy, self.options, self.steps = policy, options, steps
         self.recipe_tokens = policy.microbatch_tokens
         self.parameters = policy.trainable()
@@ -46,6 +47,8 @@ class Updater:
         """Factor of the step on the learning rate."""
         self.lr_factor = 1.0
         """On top of the schedule (a rollback of the gate lowers it)."""
+        self.kl_factor = 1.0
+        """On top of that, as the policy's change allows (see rate_control.py)."""
         self.skipped = 0
         self.skipped_in_a_row = 0
 
@@ -57,9 +60,10 @@ class Updater:
     def _set_rates(self, policy: Policy) -> None:
         """Adam's steps do not depend on how large a gradient is, so heads whose outputs are multiplied step by that much less."""
         trunk, *heads = self.strategy.optimizer.param_groups
-        trunk["lr"] = trunk["base_lr"] * self.lr_factor * self.schedule
+        factor = self.lr_factor * self.schedule
+        trunk["lr"] = trunk["base_lr"] * factor * self.kl_factor
         for group in heads:
-            group["lr"] = group["base_lr"] * self.lr_factor * self.schedule / float(policy.values.gain)
+            group["lr"] = group["base_lr"] * factor / float(policy.values.gain)
 
     def step(self, policy: Policy, objective: Objective, minibatch: Batch) -> dict[str, float]:
         """One update. Returns statistics averaged over the minibatch of all processes; a non-finite one changes no weight, and
@@ -159,11 +163,13 @@ class Updater:
         return {
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "kl_factor": self.kl_factor,
             "microbatch_tokens": self.policy.microbatch_tokens if self.ran_short else None,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self.kl_factor = state.get("kl_factor", 1.0)
         found = state.get("microbatch_tokens")
         if found is not None:
             self.policy.microbatch_tokens = min(self.policy.microbatch_tokens, found)

@@ -82,7 +82,11 @@ def episode(action, reward, group=0, sampled=-1.0):
 def test_weights_multiply_the_policy_loss_alone(tiny_policy, name):
     """The loss differs from the uncorrected one by (weight - 1) times each token's own term: value loss and the rest stay."""
     episodes = [episode([4, 5], 1.0), episode([6], 0.0, sampled=-4.0), episode([7, 8, 9], 0.5)]
-    more = {"value_coef": 0.7, "value_warmup_steps": 0, "value_normalization": "none"} if name == "ppo" else {"share_prompts": False}
+    more = (
+        {"value_coef": 0.7, "value_warmup_steps": 0, "value_normalization": "none"}
+        if name == "ppo"
+        else {"share_prompts": False}
+    )
     corrected, plain = (load_objective(OBJECTIVES[name](name=name, entropy_coef=0.1, **more)) for _ in range(2))
     corrected.correction = Correction("token_truncate", 1.2)
     losses = []

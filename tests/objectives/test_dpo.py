@@ -67,7 +67,7 @@ def test_a_kept_minibatch_keeps_packs_and_pairs(tiny_policy, tmp_path):
     save_file(batch_tensors(batch), tmp_path / "batch.safetensors")
     found = []
     for one in (batch, batch_of(load_file(tmp_path / "batch.safetensors"))):
-        stats = Updater(tiny_policy, Optimizer(), 10).backward(tiny_policy.train(), method, one)
+        stats = Updater(tiny_policy, Optimizer(lr=1e-4), 10).backward(tiny_policy.train(), method, one)
         found.append([stats["loss"], *(p.grad.clone() for p in tiny_policy.model.parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)

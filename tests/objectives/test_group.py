@@ -167,7 +167,7 @@ def test_groups_without_a_spread_are_counted_but_not_computed(tiny_policy, episo
     tiny_policy._reference = [copy.deepcopy(tiny_policy.causal_lm)]
     method = objective(name, share_prompts=share, **changes)
     batch = method.prepare(tiny_policy, episodes)
-    updater = Updater(tiny_policy, Optimizer(), 10)
+    updater = Updater(tiny_policy, Optimizer(lr=1e-4), 10)
     found = []
     for marked in (True, False):
         if not marked:
@@ -189,7 +189,7 @@ def test_groups_without_a_spread_are_counted_but_not_computed(tiny_policy, episo
 def test_where_no_group_has_a_spread_the_gradient_is_zero(tiny_policy, episodes):
     method = objective("grpo")
     batch = method.prepare(tiny_policy, episodes[3:])
-    stats = Updater(tiny_policy, Optimizer(), 10).backward(tiny_policy, method, batch)
+    stats = Updater(tiny_policy, Optimizer(lr=1e-4), 10).backward(tiny_policy, method, batch)
     assert stats["loss"] == 0 and stats["entropy"] > 0
     assert all(float(p.grad.abs().max()) == 0 for p in tiny_policy.model.parameters())
 

@@ -87,7 +87,7 @@ def test_entries_of_the_state():
     assert torch.equal(plain, torch.tensor(7.0))
     state = torch.arange(4, dtype=torch.uint8)
     assert torch.equal(entry_from_tensor("state1", entry_to_tensor("state1", state), torch.device("cpu")), state)
-    assert state_bytes(EIGHT, [torch.zeros(10)]) == 20 and state_bytes(Optimizer(), [torch.zeros(10)]) == 80
+    assert state_bytes(EIGHT, [torch.zeros(10)]) == 20 and state_bytes(Optimizer(lr=1e-4), [torch.zeros(10)]) == 80
 
 
 def test_it_is_not_there(tiny_policy, monkeypatch):

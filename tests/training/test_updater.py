@@ -30,7 +30,7 @@ def batch(count: int = 6):
 def gradient(policy, microbatch_tokens):
     policy.zero_grad()
     policy.microbatch_tokens = microbatch_tokens
-    updater = Updater(policy, Optimizer(), 10)
+    updater = Updater(policy, Optimizer(lr=1e-4), 10)
     stats = updater.backward(policy.train(), Likelihood(LikelihoodObjective(name="likelihood")), batch())
     return stats["loss"], {name: p.grad.clone() for name, p in updater.parameters.items() if p.grad is not None}
 
@@ -52,10 +52,10 @@ def test_loss_is_the_mean_over_action_tokens(tiny_policy):
 
 
 def test_schedules():
-    factors = [schedule(Optimizer(schedule="linear", warmup_steps=2), step, 6) for step in range(1, 7)]
+    factors = [schedule(Optimizer(lr=1e-4, schedule="linear", warmup_steps=2), step, 6) for step in range(1, 7)]
     assert factors == pytest.approx([0.5, 1, 1, 0.75, 0.5, 0.25])
-    assert schedule(Optimizer(schedule="cosine"), 3, 4) == pytest.approx(0.5)
-    assert schedule(Optimizer(), 3, 4) == 1
+    assert schedule(Optimizer(lr=1e-4, schedule="cosine"), 3, 4) == pytest.approx(0.5)
+    assert schedule(Optimizer(lr=1e-4), 3, 4) == 1
 
 
 class Poison(Objective):

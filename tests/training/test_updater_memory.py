@@ -83,7 +83,7 @@ def likelihood():
 
 def gradient(policy, tokens, batch):
     policy.microbatch_tokens = tokens
-    updater = Updater(policy, Optimizer(), 10)
+    updater = Updater(policy, Optimizer(lr=1e-4), 10)
     stats = updater.backward(policy.train(), likelihood(), batch)
     return stats, {name: p.grad.clone() for name, p in updater.parameters.items() if p.grad is not None}
 
@@ -106,7 +106,7 @@ def test_the_gradient_is_unchanged(tiny_policy, where, tokens, limit):
 
 
 def test_the_size_is_halved_and_stays(tiny_policy):
-    updater = Updater(tiny_policy, Optimizer(), 10)
+    updater = Updater(tiny_policy, Optimizer(lr=1e-4), 10)
     sequences = 8 * batch(3).sequences[2:]  # 8 of six tokens
     with limit_memory(tiny_policy, 13) as seen:
         updater.step(tiny_policy, likelihood(), Batch(sequences))
@@ -118,7 +118,7 @@ def test_the_size_is_halved_and_stays(tiny_policy):
 
 
 def test_one_sequence_does_not_fit(tiny_policy):
-    updater = Updater(tiny_policy, Optimizer(), 10)
+    updater = Updater(tiny_policy, Optimizer(lr=1e-4), 10)
     before = {name: p.clone() for name, p in updater.parameters.items()}
     message = (
         r"a pass over one sequence of 6 tokens does not fit .* training.microbatch_tokens cuts no finer: set "
@@ -134,7 +134,7 @@ def test_one_sequence_does_not_fit(tiny_policy):
 
 
 def test_a_chain_is_not_torn(tiny_policy):
-    updater = Updater(tiny_policy, Optimizer(), 10)
+    updater = Updater(tiny_policy, Optimizer(lr=1e-4), 10)
     whole = batch()
     for number, sequence in enumerate(whole.sequences):
         sequence.chain = number // 3
@@ -146,7 +146,7 @@ def test_a_chain_is_not_torn(tiny_policy):
 
 
 def test_the_step_of_the_optimizer(tiny_policy, monkeypatch):
-    updater = Updater(tiny_policy, Optimizer(), 10)
+    updater = Updater(tiny_policy, Optimizer(lr=1e-4), 10)
 
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -158,7 +158,7 @@ def test_the_step_of_the_optimizer(tiny_policy, monkeypatch):
 
 def test_nothing_of_a_failed_pass_is_kept(tiny_policy):
     """The tensors of an attempt are gone when the next one begins."""
-    updater, alive = Updater(tiny_policy, Optimizer(), 10), []
+    updater, alive = Updater(tiny_policy, Optimizer(lr=1e-4), 10), []
 
     class Big(torch.Tensor):
         pass
@@ -317,7 +317,7 @@ def test_worst_case_of_recipes(tiny_policy):
 
 
 def test_the_worst_case_leaves_no_gradient(tiny_policy):
-    updater = Updater(tiny_policy.eval(), Optimizer(), 10)
+    updater = Updater(tiny_policy.eval(), Optimizer(lr=1e-4), 10)
     state = torch.random.get_rng_state()
     before = {name: p.clone() for name, p in tiny_policy.state_dict().items()}
     objective = likelihood()
@@ -345,7 +345,7 @@ from lmrl.training.worst_case import full_sequence
 config = dict(TINY_LLAMA) | {{"hidden_size": 64, "intermediate_size": 2048, "max_position_embeddings": 256}}
 policy = load_policy(Model(config=config), texts=lambda: ["abcdefgh"])
 policy.microbatch_tokens = 32 * 256
-updater = Updater(policy, Optimizer(), 10)
+updater = Updater(policy, Optimizer(lr=1e-4), 10)
 batch = Batch([full_sequence(256) for _ in range(32)])
 updater.backward(policy, likelihood(), Batch(batch.sequences[:1]))
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
