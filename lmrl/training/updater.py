@@ -42,15 +42,16 @@ class Updater:
         optimizer = build_optimizer(options, groups, policy, self.strategy)
         self.strategy.prepare(policy, optimizer, options.max_grad_norm)
         self.parameters = policy.trainable()  # sharding may have put others in their place
-        self.lr_factor = 1.0
-        """On top of the schedule (a rollback of the gate lowers it)."""
+        self.factors: dict[str, float] = {}
+        """On the learning rate, on top of the schedule, by who set it: they multiply."""
         self.skipped = 0
         self.skipped_in_a_row = 0
 
     def begin(self, step: int) -> None:
         """Set the learning rate of a step, counted from 1."""
+        factor = math.prod(self.factors.values())
         for group in self.strategy.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * self.lr_factor * schedule(self.options, step, self.steps)
+            group["lr"] = group["base_lr"] * factor * schedule(self.options, step, self.steps)
 
     def step(self, policy: Policy, objective: Objective, minibatch: Batch) -> dict[str, float]:
         """One update. Returns statistics averaged over the minibatch of all processes; a non-finite one changes no weight."""
