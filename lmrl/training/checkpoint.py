@@ -22,11 +22,8 @@ from lmrl.recipe import Recipe
 from lmrl.run import Run, step_name
 from lmrl.training.sources import Source
 from lmrl.training.updater import Updater
-from lmrl.trajectories.batch import Batch, Sequence
 
 STATE = "state"
-CHAIN, BRANCHES = "chain", "branches"
-"""Of the sequences of a kept minibatch, beside its fields."""
 
 
 @dataclass
@@ -43,6 +40,8 @@ class Progress:
     label: str = ""
     columns: list[str] = field(default_factory=list)
     """What the closing table calls this stage, and which scores it shows."""
+    listeners: dict[str, Any] = field(default_factory=dict)
+    """State of those that have any, by name."""
 
 
 def save(
@@ -91,6 +90,7 @@ def load(folder: Path, objective: Objective, updater: Updater, source: Source) -
     state = json.loads((folder / STATE / "trainer.json").read_text())
     objective.load_state(state["objective"])
     updater.load_state(state["updater"])
+    state.setdefault("listeners", {})  # what was written before there were any lacks them
     return Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
 
 
@@ -102,63 +102,3 @@ def roll_back(folder: Path, recipe: Recipe, policy: Policy, updater: Updater) ->
 
 def checkpoint_path(run: Run, stage: str, step: int) -> Path:
     return run.stage_folder(stage) / "checkpoints" / step_name(step)
-
-
-# -------------------------------------------------------------------------------------------------- non-finite minibatches
-def save_nonfinite(
-    run: Run,
-    stage: str,
-    step: int,
-    policy: Policy,
-    objective: Objective,
-    minibatch: Batch,
-    stats: dict[str, float],
-    seed: int,
-    weights: dict[str, torch.Tensor] | None = None,
-) -> Path:
-    """Keep a minibatch whose loss or gradient is not finite, with all that is needed to see it again."""
-    target = run.folder / "nonfinite" / f"{stage}-{step_name(step)}"
-
-    def write(folder: Path) -> None:
-        policy.save(folder, weights)
-        save_file(batch_tensors(minibatch), folder / "batch.safetensors")
-        info = {
-            "stage": stage,
-            "step": step,
-            "seed": seed,
-            "objective": objective.state(),
-            "stats": {name: str(value) for name, value in stats.items()},
-            "reproduce": f"lmrl replay {target}",
-        }
-        (folder / "info.json").write_text(json.dumps(info, indent=2) + "\n")
-        (folder / "recipe.yaml").write_text((run.folder / "recipe.yaml").read_text())
-
-    run.write_folder(target, write)
-    return target
-
-
-def batch_tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    """A batch as named tensors; `batch_of` takes them back."""
-    tensors: dict[str, torch.Tensor] = {}
-    for index, sequence in enumerate(batch.sequences):
-        own = {"tokens": sequence.tokens, "states": sequence.states, "targets": sequence.targets, **sequence.fields}
-        if sequence.chain is not None:
-            own[CHAIN] = torch.tensor(sequence.chain)
-        if sequence.branches is not None:
-            own[BRANCHES] = sequence.branches
-        tensors |= {f"{index:05d}.{name}": tensor.clone().contiguous() for name, tensor in own.items()}
-    return tensors
-
-
-def batch_of(tensors: dict[str, torch.Tensor]) -> Batch:
-    """A batch from what `batch_tensors` made of it."""
-    groups: dict[str, dict[str, torch.Tensor]] = {}
-    for full, tensor in tensors.items():
-        index, _, name = full.partition(".")
-        groups.setdefault(index, {})[name] = tensor
-    sequences = []
-    for _, group in sorted(groups.items()):
-        chain, branches = group.pop(CHAIN, None), group.pop(BRANCHES, None)
-        tokens, states, targets = (group.pop(name) for name in ("tokens", "states", "targets"))
-        sequences.append(Sequence(tokens, states, targets, group, None if chain is None else int(chain), branches))
-    return Batch(sequences)

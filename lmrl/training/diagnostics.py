@@ -12,6 +12,7 @@ import torch
 from lmrl.policy.heads import guide
 from lmrl.policy.passes import States, Want
 from lmrl.policy.policy import Policy
+from lmrl.recipe import Recipe
 from lmrl.trajectories.batch import Batch, Sequence, to_batch
 from lmrl.trajectories.chain import discounts, first_state, returns_to_go, rewards_and_turns
 from lmrl.trajectories.trajectory import Trajectory
@@ -55,7 +56,7 @@ def probe_states(vocabulary: int) -> int:
     return min(max(DENSE // vocabulary, FEWEST_STATES), PROBE_STATES)
 
 
-class Diagnostics:
+class Probe:
     """A probe batch, and what a policy makes of it."""
 
     def __init__(self, trajectories: list[Trajectory], states: int, gamma: float, gamma_token: float):
@@ -105,6 +106,11 @@ class Diagnostics:
 
         names = ("features_ND", "logits_NV", "values_N", "q_NV")
         return States(**{name: join(name) for name in names}), torch.cat([targets for _, targets in parts]).cpu()
+
+
+def discounts_of(recipe: Recipe) -> tuple[float, float]:
+    """A recipe's discounts by turn and by token; 1 where its objective has none."""
+    return getattr(recipe.objective, "gamma", 1.0), getattr(recipe.objective, "gamma_token", 1.0)
 
 
 def guided_diagnostics(policy: Policy, states: States, targets_N: torch.Tensor) -> dict[str, float]:

@@ -15,7 +15,7 @@ from lmrl.recipe.rates import with_rates
 from lmrl.recipe_files import stages_of
 from lmrl.run import read_recipe
 from lmrl.seeding import seed_everything
-from lmrl.training.checkpoint import batch_of
+from lmrl.training.nonfinite import batch_of
 from lmrl.training.updater import Updater
 
 

@@ -33,7 +33,7 @@ from lmrl.training.checkpoint import STATE, checkpoint_path
 from lmrl.training.display import Display
 from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.measures import SAMPLES_KEPT, peak_memory_mb
-from lmrl.training.stage import BAD_ROWS
+from lmrl.training.sources import BAD_ROWS
 from lmrl.training.updater import schedule
 from lmrl.trajectories.files import Malformed, open_rows, quiet_datasets
 from lmrl.trajectories.rows import preference, prompt_key

@@ -28,7 +28,7 @@ from lmrl.trajectories.trajectory import Trajectory
 if TYPE_CHECKING:
     from lmrl.training.ahead import Ahead
 
-REPLAY_FILE, REWARDS_FILE = "replay.parquet", "rewards.json"
+REPLAY_FILE, REWARDS_FILE, BAD_ROWS = "replay.parquet", "rewards.json", "bad_rows.jsonl"
 PART = 64
 CACHED = 4096
 """Logged episodes whose tokens are kept in memory."""

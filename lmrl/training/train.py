@@ -23,11 +23,11 @@ from lmrl.estimates import memory
 from lmrl.recipe import MAIN_STAGE, Recipe, RewardModelObjective
 from lmrl.recipe_files import load_recipe, stages_of
 from lmrl.run import RESULTS_FILE, Run, read_recipe, write_atomically
+from lmrl.training.build import build_stage
 from lmrl.training.checkpoint import STATE
 from lmrl.training.display import Display
 from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.measures import peak_memory_mb
-from lmrl.training.stage import Stage
 from lmrl.training.strategy import build_strategy, check_launch
 
 
@@ -181,7 +181,7 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
                     else:
                         strategy = build_strategy(accelerator)
                         shared = strategy.lockstep
-                        stage = Stage(*parts, strategy)
+                        stage = build_stage(*parts, strategy)
                     for note in stage.notes:
                         display.say(f"note: {note}")
                     stage.train()

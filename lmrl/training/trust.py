@@ -90,15 +90,15 @@ def obstacle(policy: Policy, sampling: Sampling) -> str | None:
     return None
 
 
-def some_of(played: list[Trajectory]) -> list[Segment]:
-    """Segments of up to EPISODES episodes, spread over all, their first ones first, up to TOKENS tokens."""
-    episodes = played[:: -(-len(played) // EPISODES)] if played else []
+def some_of(played: list[Trajectory], count: int = EPISODES, tokens: int = TOKENS) -> list[Segment]:
+    """Segments of up to `count` episodes, spread over all, their first ones first, up to so many tokens."""
+    episodes = played[:: -(-len(played) // max(count, 1))] if played else []
     known = [
         [one for one in episode.segments if one.actions and None not in (one.logprobs[at] for at in one.actions)]
         for episode in episodes
     ]
     chosen: list[Segment] = []
-    left = TOKENS
+    left = tokens
     for segment in chain.from_iterable(zip_longest(*known)):
         if segment is None:
             continue

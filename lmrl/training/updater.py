@@ -45,10 +45,8 @@ class Updater:
         self.parameters = policy.trainable()  # sharding may have put others in their place
         self.schedule = 1.0
         """Factor of the step on the learning rate."""
-        self.lr_factor = 1.0
-        """On top of the schedule (a rollback of the gate lowers it)."""
-        self.kl_factor = 1.0
-        """On top of that, as the policy's change allows (see rate_control.py)."""
+        self.factors: dict[str, float] = {}
+        """On the learning rate, on top of the schedule, by who set it: they multiply."""
         self.skipped = 0
         self.skipped_in_a_row = 0
 
@@ -60,8 +58,8 @@ class Updater:
     def _set_rates(self, policy: Policy) -> None:
         """Adam's steps do not depend on how large a gradient is, so heads whose outputs are multiplied step by that much less."""
         trunk, *heads = self.strategy.optimizer.param_groups
-        factor = self.lr_factor * self.schedule
-        trunk["lr"] = trunk["base_lr"] * factor * self.kl_factor
+        factor = math.prod(self.factors.values()) * self.schedule
+        trunk["lr"] = trunk["base_lr"] * factor
         for group in heads:
             group["lr"] = group["base_lr"] * factor / float(policy.values.gain)
 
@@ -163,13 +161,11 @@ class Updater:
         return {
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "kl_factor": self.kl_factor,
             "microbatch_tokens": self.policy.microbatch_tokens if self.ran_short else None,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
-        self.kl_factor = state.get("kl_factor", 1.0)
         found = state.get("microbatch_tokens")
         if found is not None:
             self.policy.microbatch_tokens = min(self.policy.microbatch_tokens, found)

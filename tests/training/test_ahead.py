@@ -232,7 +232,7 @@ def test_what_other_weights_have_played_is_dropped_where_a_gate_puts_weights_bac
     changes = ["source={name: rollouts}", "objective={name: ppo}", "rollouts.prompts=3", "rollouts.ahead=1"]
     changes += ["evaluation.gate={drop: 5, every: 2, max_rollbacks: 9}", "evaluation.episodes=2", "training.steps=4"]
     small = [change for change in TINY_WALKS if not change.startswith("source.")]
-    monkeypatch.setattr("lmrl.training.stage.breached", lambda gate, lost: True)
+    monkeypatch.setattr("lmrl.training.listeners.gate.breached", lambda gate, lost: True)
     train(load_recipe("random_walks/bc", [*small, *changes]), output=tmp_path / "run")
     assert [line["staleness"] for line in trained(tmp_path / "run")] == [0, 1, 0, 1]
 

@@ -10,7 +10,7 @@ from lmrl.policy.passes import Guidance, States
 from lmrl.recipe_files import load_recipe
 from lmrl.training import resume_run, train
 from lmrl.training.diagnostics import (
-    Diagnostics,
+    Probe,
     dead_units,
     effective_rank,
     guided_diagnostics,
@@ -99,11 +99,11 @@ def test_the_probe_is_bounded_by_the_vocabulary():
 def test_a_probe_holds_actions_alone(tiny_policy, states):
     """Of two truncated episodes of three actions, as many as there is room for; no pseudo-action is among them."""
     truncated = [episode(terminated=False), episode(terminated=False)]
-    diagnostics = Diagnostics(truncated, states, 1.0, 1.0)
-    parts, targets = diagnostics._states(tiny_policy)
+    probe = Probe(truncated, states, 1.0, 1.0)
+    parts, targets = probe._states(tiny_policy)
     actions = [segment.tokens[at] for one in truncated for segment in one.segments for at in segment.actions]
-    assert targets.tolist() == actions[:states] and len(parts.logits_NV) == len(diagnostics.episodes)
-    assert diagnostics.episodes == [0, 0, 0, 1, 1, 1][:states]
+    assert targets.tolist() == actions[:states] and len(parts.logits_NV) == len(probe.episodes)
+    assert probe.episodes == [0, 0, 0, 1, 1, 1][:states]
 
 
 # ------------------------------------------------------------------------------------------------------------------ runs

@@ -58,6 +58,21 @@ def test_schedules():
     assert schedule(Optimizer(lr=1e-4), 3, 4) == 1
 
 
+def test_factors_multiply(tiny_policy):
+    updater = Updater(tiny_policy, Optimizer(lr=1.0, head_lr=10.0, schedule="linear"), 4)
+
+    def rates(step):
+        updater.begin(step)
+        return [group["lr"] for group in updater.strategy.optimizer.param_groups]
+
+    assert rates(3) == pytest.approx([0.5, 5])
+    updater.factors["gate"] = 0.5
+    updater.factors["other"] = 0.2
+    assert rates(3) == pytest.approx([0.05, 0.5])
+    updater.factors["gate"] = 0.25  # in place of the one before
+    assert rates(3) == pytest.approx([0.025, 0.25])
+
+
 class Poison(Objective):
     """A loss that is not finite at chosen calls."""
 

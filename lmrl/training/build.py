@@ -1,0 +1,211 @@
+"""Building a stage from its recipe: checks first, then model, engine, source, updater and listeners."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmrl import run as runs
+from lmrl import world
+from lmrl.errors import RecipeError
+from lmrl.evaluation.evaluate import Evaluator
+from lmrl.evaluation.suites import Suite, load_suite
+from lmrl.objectives import Objective, load_objective
+from lmrl.objectives.correction import Correction
+from lmrl.objectives.policy_gradient import PolicyGradient
+from lmrl.policy.load import load_policy, load_weights
+from lmrl.policy.policy import Policy
+from lmrl.recipe import PromptTask, QObjective, Recipe
+from lmrl.recipe.rates import with_rates
+from lmrl.recipe_files import locate_rewards
+from lmrl.rollouts.engine import build_engine
+from lmrl.rollouts.sampler import Sampler
+from lmrl.rollouts.task import build_task, task_texts
+from lmrl.seeding import seed_everything
+from lmrl.training.checkpoint import Progress
+from lmrl.training.display import Display
+from lmrl.training.interrupt import Interrupt
+from lmrl.training.listeners import (
+    Diagnostics,
+    Evaluation,
+    GateKeeper,
+    HackingMonitor,
+    Listener,
+    Memory,
+    RateController,
+)
+from lmrl.training.sources import BAD_ROWS, Source, build_source
+from lmrl.training.stage import Stage
+from lmrl.training.strategy import Strategy
+from lmrl.training.trust import Trust
+from lmrl.training.updater import Updater
+
+CALIBRATION_EPISODES = 1000
+"""Logged episodes from whose returns new heads take their units."""
+
+
+def build_stage(
+    run: runs.Run,
+    name: str,
+    recipe: Recipe,
+    start: Path | None,
+    device: torch.device,
+    display: Display,
+    interrupt: Interrupt,
+    track: Any = None,
+    strategy: Strategy | None = None,
+) -> Stage:
+    """A stage ready to train, or to go on with from its newest checkpoint.
+
+    start: the checkpoint folder it begins from (None: the recipe's model). track: takes metrics and their step to where
+    people follow them. strategy: None for one process. Raises RecipeError where parts of the recipe do not go together.
+    """
+    strategy = strategy or Strategy()
+    section = task_of(recipe, run.folder)
+    suite = suite_of(recipe, section)
+    check_gate(recipe, suite, strategy)
+
+    seed_everything(recipe.training.seed, name, "build")
+    objective = load_objective(recipe.objective)
+    objective.correction = Correction.of(recipe.rollouts)
+    policy = load_policy(
+        recipe.model,
+        beginning(run, name, start),
+        texts=lambda: task_texts(recipe),
+        heads=objective.heads,
+        reference=objective.uses_reference,
+    ).to(device)
+    policy.configure(recipe)
+    if recipe.training.threads is not None:
+        torch.set_num_threads(recipe.training.threads)
+
+    task = build_task(section, policy.tokenizer)
+    task.learning = True
+    engine = build_engine(recipe.rollouts, policy, interrupt.check, run.folder)
+    trust = Trust(policy, engine, recipe.rollouts)
+    sampler = Sampler(task, engine, policy.decode)
+    source = build_source(recipe, task, sampler, name, run.folder / BAD_ROWS, objective.compares)
+    calibrate(recipe, objective, policy, source)
+
+    if start is None:
+        keep_beginning(run, name, recipe, objective, policy)
+    kept = world.agreed(run.checkpoints(name))
+    checkpoint = kept[-1] if kept else None
+    if checkpoint is None:
+        objective.start(policy)
+    else:
+        load_weights(policy, checkpoint, recipe.model.trust_remote_code)
+    updater = Updater(policy, with_rates(recipe, *policy.size), recipe.training.steps, strategy)
+    evaluator = Evaluator(policy, suite, engine) if suite else None
+    return Stage(
+        run=run,
+        name=name,
+        recipe=recipe,
+        display=display,
+        interrupt=interrupt,
+        track=track or (lambda metrics, step: None),
+        objective=objective,
+        policy=policy,
+        task=task,
+        engine=engine,
+        trust=trust,
+        source=source,
+        strategy=strategy,
+        updater=updater,
+        listeners=build_listeners(
+            recipe, objective, policy, evaluator, [one.label for one in task.rewards if not one.weight]
+        ),
+        checkpoint=checkpoint,
+        progress=Progress(label=label_of(recipe, objective), columns=suite.metrics if suite else []),
+    )
+
+
+def build_listeners(
+    recipe: Recipe, objective: Objective, policy: Policy, evaluator: Evaluator | None, watched: list[str]
+) -> list[Listener]:
+    """What watches a stage, in the order it is told. watched: labels of the rewards that are not trained on."""
+    listeners: list[Listener] = [Memory(policy), HackingMonitor(watched)]
+    if isinstance(objective, PolicyGradient) and recipe.training.kl_band is not None:
+        listeners.append(RateController(recipe.training.kl_band))
+    if objective.heads is not None and recipe.evaluation.diagnostics_every:
+        listeners.append(Diagnostics())
+    evaluation = Evaluation(evaluator)
+    listeners.append(evaluation)
+    if recipe.evaluation.gate is not None:
+        listeners.append(GateKeeper(recipe.evaluation.gate, evaluation))
+    return listeners
+
+
+# ----------------------------------------------------------------------------------------------------------------- checks
+def suite_of(recipe: Recipe, section: Any) -> Suite | None:
+    """The suite that a stage is evaluated on. section: its task's."""
+    if recipe.evaluation.suite is None:
+        return None
+    suite = load_suite(recipe.evaluation.suite, task=section.model_dump(mode="json"))
+    suite.episodes = recipe.evaluation.episodes or suite.episodes
+    return suite
+
+
+def check_gate(recipe: Recipe, suite: Suite | None, strategy: Strategy) -> None:
+    """Refuse what a gate does not go with."""
+    if recipe.evaluation.gate is None:
+        return
+    if strategy.lockstep:
+        raise RecipeError(
+            f"evaluation.gate takes the policy back in the middle of a stage, which does not go with {strategy.name}: "
+            "launch without --accelerate, or leave the gate out"
+        )
+    metric, first = recipe.evaluation.metric, suite.metrics[0]
+    if metric not in (None, first):
+        raise RecipeError(
+            f"evaluation.gate takes the policy back to the best by the suite's first metric, '{first}': leave "
+            f"evaluation.metric={metric} out"
+        )
+
+
+def calibrate(recipe: Recipe, objective: Objective, policy: Policy, source: Source) -> None:
+    """Let new heads take their units from logged returns."""
+    if objective.heads is None or not policy.heads_are_new:
+        return
+    logged = source.logged.probe(CALIBRATION_EPISODES) if source.logged else []
+    if isinstance(recipe.objective, QObjective) and not logged:
+        raise RecipeError(
+            f"objective '{recipe.objective.name}' takes the unit of its new Q values from logged returns: set "
+            "source.name=mixture (or dataset), or start from a stage that has such values"
+        )
+    objective.calibrate(policy, logged)
+
+
+# ------------------------------------------------------------------------------------------------------------ beginnings
+def beginning(run: runs.Run, name: str, start: Path | None) -> Path | None:
+    """Where the policy comes from: the stage before, or this stage's own saved start on resume."""
+    own = run.stage_folder(name) / "start"
+    return own if start is None and world.agreed(own.exists()) else start
+
+
+def keep_beginning(run: runs.Run, name: str, recipe: Recipe, objective: Objective, policy: Policy) -> None:
+    """Save what a stage of its own start begins with, if it could not be had again."""
+    # A model from scratch exists nowhere else, and a frozen reference must not change with what `model.path` names.
+    frozen_copy = objective.uses_reference and recipe.model.lora is None
+    if recipe.model.path is None or frozen_copy:
+        run.write_folder(run.stage_folder(name) / "start", policy.save)
+
+
+def task_of(recipe: Recipe, run: Path) -> Any:
+    """A stage's task section, with the run's own reward models found; without models where nothing is judged by them."""
+    if not isinstance(recipe.task, PromptTask):
+        return recipe.task
+    if not recipe.judges:
+        return recipe.task.model_copy(update={"rewards": [one for one in recipe.task.rewards if not one.models]})
+    return PromptTask.model_validate(locate_rewards(recipe.task.model_dump(mode="json"), run))
+
+
+def label_of(recipe: Recipe, objective: Objective) -> str:
+    """What tables call a stage: imitation has a name for each of its sources."""
+    if recipe.objective.name != "likelihood":
+        return objective.label
+    if recipe.source.name == "rollouts":
+        return "expert iteration"
+    return "filtered BC" if recipe.source.best < 1 else "BC"

@@ -1,0 +1,11 @@
+"""What watches a stage: each listener is told where the loop stands, and may speak, measure, keep and stop."""
+
+from lmrl.training.listeners.diagnostics import Diagnostics
+from lmrl.training.listeners.evaluation import Evaluation
+from lmrl.training.listeners.gate import GateKeeper
+from lmrl.training.listeners.hacking import HackingMonitor
+from lmrl.training.listeners.listener import Listener
+from lmrl.training.listeners.memory import Memory
+from lmrl.training.listeners.rate import RateController
+
+__all__ = ["Diagnostics", "Evaluation", "GateKeeper", "HackingMonitor", "Listener", "Memory", "RateController"]

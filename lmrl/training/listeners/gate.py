@@ -1,0 +1,79 @@
+"""The gate at work: evaluates through a stage's first steps, rolls back, gives up."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from lmrl.recipe import Gate
+from lmrl.training.display import interval
+from lmrl.training.gate import GateState, breached, drop, has_given_up, is_due
+from lmrl.training.listeners.evaluation import Evaluation
+from lmrl.training.listeners.listener import Listener
+
+if TYPE_CHECKING:
+    from lmrl.training.stage import Stage
+
+
+class GateKeeper(Listener):
+    """Compares evaluations with the stage's beginning, and puts the best policy back where too much was lost."""
+
+    name = "gate"
+
+    def __init__(self, gate: Gate, evaluation: Evaluation):
+        """evaluation: of the same stage, which it hears of every step first."""
+        self.gate, self.evaluation = gate, evaluation
+        self.rolled_back_at: int | None = None
+
+    def begin(self, stage: Stage, resumed: bool) -> None:
+        if resumed:
+            stage.updater.factors[self.name] = GateState(**stage.progress.gate).lr_factor
+            return
+        before = self.evaluation.evaluator.by_start(self.evaluation.played)
+        stage.progress.gate = asdict(GateState(before))
+        self.evaluation.consider(stage, 0, stage.progress.scores["start"])
+        stage.save()
+
+    def after_step(self, stage: Stage, step: int) -> None:
+        if not is_due(self.gate, step):
+            return
+        if self.evaluation.step != step:
+            self.evaluation.evaluate(stage, step)
+        state = GateState(**stage.progress.gate)
+        lost = drop(state.before, self.evaluation.evaluator.by_start(self.evaluation.played))
+        state.worst = max(state.worst, lost["mean"])
+        rolled_back = breached(self.gate, lost)
+        line = {"drop": lost, "rolled_back": rolled_back}
+        stage.display.say(f"gate at step {step}: {interval(lost)} points lost since the stage began")
+        if rolled_back:
+            line |= self._roll_back(stage, step, state)
+        stage.progress.gate = asdict(state)
+        stage.record(step, "gate", line)
+        if not rolled_back:
+            return
+        given_up = self.ends(stage)
+        if given_up:
+            back_to = stage.progress.best["step"]
+            stage.display.say(f"gate: {state.rollbacks} rollbacks, the stage ends with the policy of step {back_to}")
+        if given_up or step == stage.recipe.training.steps:
+            self.evaluation.evaluate(stage, step)
+
+    def _roll_back(self, stage: Stage, step: int, state: GateState) -> dict[str, float]:
+        """Go on with the best policy and a lower learning rate; returns what is recorded of it."""
+        state.rollbacks += 1
+        state.lr_factor *= self.gate.lr_factor
+        best = stage.progress.best["step"]
+        stage.roll_back(best)
+        stage.updater.factors[self.name] = state.lr_factor
+        self.rolled_back_at = step
+        stage.display.say(
+            f"gate at step {step}: more than the {self.gate.drop:g} points allowed; back to step {best}, learning rate "
+            f"x {state.lr_factor:g}"
+        )
+        return {"back_to": best, "lr_factor": state.lr_factor}
+
+    def wants_checkpoint(self, stage: Stage, step: int) -> bool:
+        return step == self.rolled_back_at
+
+    def ends(self, stage: Stage) -> bool:
+        return has_given_up(self.gate, stage.progress.gate)

@@ -1,0 +1,42 @@
+"""Whether a reward is pleased and not earned: warnings as a stage goes on, and a table when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lmrl.training.hacking import Panel
+from lmrl.training.listeners.listener import Listener
+from lmrl.training.measures import drift
+from lmrl.training.sources import Drawn
+
+if TYPE_CHECKING:
+    from lmrl.training.stage import Stage
+
+
+class HackingMonitor(Listener):
+    name = "hacking"
+
+    def __init__(self, watched: Sequence[str]):
+        """watched: labels of the rewards that are not trained on."""
+        self.panel = Panel(watched)
+
+    def begin(self, stage: Stage, resumed: bool) -> None:
+        """Take up what the run folder says of the steps before."""
+        for line in stage.run.recorded(stage.name, "train"):
+            self._add(line["step"], line)
+        warnings = stage.run.recorded(stage.name, "warning")
+        self.panel.warned |= {line["text"].partition(" ")[0] for line in warnings}
+
+    def recorded(self, stage: Stage, step: int, drawn: Drawn, metrics: dict[str, Any]) -> None:
+        for warning in self._add(step, metrics):
+            stage.record(step, "warning", {"text": warning})
+            stage.display.say(f"warning at step {step}: {warning}")
+
+    def end(self, stage: Stage) -> None:
+        if len(self.panel.steps) > 1:
+            stage.display.panel(f"Stage {stage.name}, fresh episodes by step", *self.panel.table())
+
+    def _add(self, step: int, metrics: dict[str, Any]) -> list[str]:
+        """Note a step, if it has played; returns new warnings."""
+        return self.panel.add(step, drift(metrics)) if "repetition" in metrics else []

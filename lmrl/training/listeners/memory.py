@@ -1,0 +1,60 @@
+"""Memory: whether the largest update fits, and where it has run out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lmrl.policy.policy import Policy
+from lmrl.training.listeners.listener import Listener
+from lmrl.training.sources import Drawn
+from lmrl.training.worst_case import worst_case
+
+if TYPE_CHECKING:
+    from lmrl.training.stage import Stage
+
+
+class Memory(Listener):
+    """Tries the largest update before the first step; says and records it where microbatches became smaller."""
+
+    name = "memory"
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+        self.told = policy.microbatch_tokens
+        """Tokens of a microbatch as last told of."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.told = self.policy.microbatch_tokens
+
+    def begin(self, stage: Stage, resumed: bool) -> None:
+        """The passes of the largest update there can be."""
+        wanted = stage.recipe.training.try_worst_case
+        if not (self.policy.device.type != "cpu" if wanted is None else wanted):
+            return
+        if stage.recipe.source.name != "dataset":  # what the engine holds is held beside
+            with stage.strategy.whole():
+                stage.engine.refresh()
+        stage.engine.rest()
+        stage.objective.begin(stage.recipe.training.steps)  # after all warm-up
+        batch = worst_case(stage.recipe, self.policy, stage.task, stage.objective.compares)
+        stage.updater.rehearse(self.policy, stage.objective, batch)
+        self._tell(stage, stage.progress.step)
+        longest = max(len(sequence.tokens) for sequence in batch.sequences)
+        stage.display.say(
+            f"the longest sequences, {longest} tokens, fit into memory in microbatches of {self.policy.microbatch_tokens}"
+        )
+
+    def measure(self, stage: Stage, step: int, drawn: Drawn, metrics: dict[str, Any]) -> dict[str, Any]:
+        self._tell(stage, step)
+        return {}
+
+    def _tell(self, stage: Stage, step: int) -> None:
+        now, before = self.policy.microbatch_tokens, self.told
+        if now == before:
+            return
+        self.told = now
+        stage.record(step, "memory", {"microbatch_tokens": now, "before": before})
+        stage.display.say(
+            f"step {step}: memory ran out; from here on microbatches of {now} tokens in place of {before}, which changes no "
+            "gradient but takes longer"
+        )

@@ -1,0 +1,65 @@
+"""The learning rate: held to what the policy can bear, by the measured change of the policy per step.
+
+A rate that is right at the start of a run may be far too high near its end, where the policy is sure of itself. So after each
+step's updates the policy is compared with what played, on a few of the step's tokens, as in Schulman et al. (arXiv 1707.06347,
+section 4) and in RSL-RL's and rl_games' rules. Here the band has but one edge: a policy that hardly moves may have nothing to
+learn, so the rate is never raised above the recipe's. A step's divergence grows with the square of the rate.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from lmrl import world
+from lmrl.objectives.policy_gradient import k3
+from lmrl.training.listeners.listener import Listener
+from lmrl.training.sources import Drawn
+from lmrl.training.trust import differences, some_of
+
+if TYPE_CHECKING:
+    from lmrl.training.stage import Stage
+
+EPISODES, TOKENS = 64, 512
+"""Episodes that are compared at most, and their tokens in all, over all processes."""
+LOWEST_CUT, RAISE = 0.25, 1.1
+"""What a step multiplies the factor by at least, and by what the factor is raised again."""
+
+
+def controlled(factor: float, moved: float, band: float) -> float:
+    """The factor on the learning rate after a step that moved the policy by `moved` nats a token."""
+    if moved > band:
+        return factor * max(math.sqrt(band / moved), LOWEST_CUT)
+    return min(factor * RAISE, 1.0) if moved < band / 2 else factor
+
+
+class RateController(Listener):
+    """Lowers the rate at once where a step moved the policy further than the band, and raises it again slowly."""
+
+    name = "kl_factor"
+
+    def __init__(self, band: float):
+        self.band, self.factor = band, 1.0
+
+    def begin(self, stage: Stage, resumed: bool) -> None:
+        stage.updater.factors[self.name] = self.factor
+
+    def measure(self, stage: Stage, step: int, drawn: Drawn, metrics: dict[str, Any]) -> dict[str, Any]:
+        if not metrics["updates"]:
+            return {}
+        segments = some_of(drawn.played, EPISODES // world.size(), TOKENS // world.size())
+        gaps_N = differences(
+            stage.policy, segments, stage.recipe.rollouts.temperature
+        )  # known of all: none is left out
+        if not world.largest(len(gaps_N)):
+            return {}
+        moved = world.mean(k3(gaps_N, gaps_N.new_zeros(())))
+        self.factor = controlled(self.factor, moved, self.band)
+        stage.updater.factors[self.name] = self.factor
+        return {"policy_change": moved, self.name: self.factor}
+
+    def state(self) -> dict[str, Any]:
+        return {"factor": self.factor}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.factor = state.get("factor", 1.0)
