@@ -1,8 +1,9 @@
 """Chains: credit per token across turns, segments and cuts, against hand-computed values."""
 
+import pytest
 import torch
 
-from lmrl.trajectories.batch import Batch
+from lmrl.trajectories.batch import Batch, to_sequence
 from lmrl.trajectories.chain import discounts, first_state, piece, returns_to_go, rewards_and_turns, to_chains
 from lmrl.trajectories.trajectory import Segment, Trajectory
 
@@ -98,3 +99,10 @@ def test_a_piece_goes_on_where_it_was_cut():
     assert last.terminated and [segment.tokens for segment in last.segments] == [[12, 3]]
     tail = piece(episode(terminated=False), 1, 1)
     assert not tail.terminated and tail.segments[-1].tokens == [13, 14]
+
+
+def test_an_action_without_context_has_no_state():
+    bare = Segment()
+    bare.act([1, 2], None, 0)
+    with pytest.raises(ValueError, match="begins with an action token"):
+        to_sequence(bare)
