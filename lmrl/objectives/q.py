@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from lmrl.errors import DataError
@@ -12,7 +14,7 @@ from lmrl.policy.passes import Outputs, Want
 from lmrl.policy.policy import Policy
 from lmrl.recipe import QObjective
 from lmrl.trajectories.batch import Batch, Microbatch
-from lmrl.trajectories.chain import discounts, returns_to_go, rewards_and_turns, to_chains
+from lmrl.trajectories.chain import discounts, has_known_return, returns_to_go, rewards_and_turns, to_chains
 from lmrl.trajectories.trajectory import Trajectory
 
 
@@ -35,16 +37,22 @@ def in_units(batch: Batch, mean: float, std: float) -> dict[str, torch.Tensor]:
     return {
         "rewards": (rewards_N + (discounts_N - 1) * mean) / std,
         "returns": (batch.get("returns") - mean) / std,
+        "floors": (batch.get("floors") - mean) / std,
         "discounts": discounts_N,
         "real": batch.get("real"),
     }
 
 
 class QLearning(Objective):
-    """Base of objectives with Q heads: subclasses say what Q is regressed on."""
+    """Base of objectives with Q heads: subclasses say what Q is regressed on.
+
+    `calibrated` (Cal-QL): the floor of the push-down is the return that the log holds. Where a truncation hides a part
+    of it there is no floor. One bootstrapped from V would be no return of the data, and rise with any overestimation.
+    """
 
     def __init__(self, options: QObjective, twins: int, value: bool):
         self.options, self.minibatches = options, options.minibatches
+        self.needs_returns = options.calibrated
         self.range, self.unit, self.returns_unit = (0.0, 1.0), 1.0, (0.0, 1.0)
         self.heads = HeadsSpec(
             value=value,
@@ -65,14 +73,8 @@ class QLearning(Objective):
         if options.value_normalization == "returns":
             values.renormalise(mean, std, preserve=False)
             size = 1.0
-        low, high, middle = (
-            float(number)
-            for number in values.to_values(
-                torch.tensor(
-                    [float(returns_N.min()), float(returns_N.max()), float(returns_N.mean())], dtype=torch.float64
-                )
-            )
-        )
+        extremes = torch.stack([returns_N.min(), returns_N.max(), returns_N.mean()])
+        low, high, middle = values.to_values(extremes).tolist()
         start = {"lowest": low, "mean": middle}.get(options.start_value, options.start_value)
         # Bootstrapped values may pass what was realised, and a Gaussian's mass at an end needs bins on both sides.
         margin = 0.1 * (high - low) or size
@@ -83,6 +85,22 @@ class QLearning(Objective):
             min(low, start) - margin,
             max(high, start) + margin,
         )
+
+    def ready(self, policy: Policy, logged: Iterable[list[Trajectory]], fresh: bool) -> None:
+        """Raise DataError where returns are needed, but truncation hides those of all logged episodes."""
+        options, count = self.options, 0
+        for part in logged if self.needs_returns else ():
+            if any(has_known_return(one, options.gamma, options.gamma_token) for one in part):
+                return
+            count += len(part)
+        if count:
+            needs, fix = f"objective '{options.name}'", "objective.name=ilql, which bootstraps"
+            if options.name != "mc":
+                needs, fix = "`objective.calibrated`", "objective.calibrated=false"
+            raise DataError(
+                f"{needs} needs the returns that followed, but all {count} logged episodes are truncated, so that their ends "
+                f"are missing: set {fix}, or log episodes to their end"
+            )
 
     def returns(self, trajectory: Trajectory) -> torch.Tensor:
         """Discounted return-to-go of every action token, (A,)."""
@@ -136,14 +154,22 @@ class QLearning(Objective):
         return category_loss(logits_NK, targets_N, *self.range)
 
     def total(
-        self, outputs: Outputs, batch: Microbatch, losses_N: torch.Tensor, weights_N: torch.Tensor | float = 1.0
+        self,
+        outputs: Outputs,
+        batch: Microbatch,
+        losses_N: torch.Tensor,
+        weights_N: torch.Tensor | float = 1.0,
+        pushed_N: torch.Tensor | float = 1.0,
     ) -> Loss:
-        """Add the push-down and the (weighted) likelihood to an objective's own losses, over real actions."""
+        """Add push-down and likelihood to an objective's own losses, over real actions.
+
+        weights_N: of the likelihood. pushed_N: of the push-down.
+        """
         options, real_N = self.options, batch.fields["real"]
         mean, std = self.returns_unit
         stats = {"q": mean + std * outputs.q.mean(0), "q_spread": std * (outputs.q.amax(0) - outputs.q.amin(0))}
         if outputs.push is not None:
-            losses_N = losses_N + options.cql_coef * outputs.push.sum(0) / self.unit
+            losses_N = losses_N + options.cql_coef * pushed_N * outputs.push.sum(0) / self.unit
             stats["push_down"] = outputs.push.mean(0)
         if outputs.bound is not None:
             stats["bound"] = outputs.bound

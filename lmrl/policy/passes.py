@@ -22,7 +22,7 @@ class Want:
     push: float | None = None
     """The push-down of Q over the vocabulary, at this temperature."""
     floors: bool = False
-    """Push no Q below the batch's field `returns`."""
+    """Push no Q below the batch's field `floors`."""
     probability: float | None = None
     """What Q-SFT needs, with this much behaviour support."""
 

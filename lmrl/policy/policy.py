@@ -181,7 +181,7 @@ class Policy(nn.Module):
     def idle(self) -> Microbatch:
         """A microbatch to go through the motions with."""
         tokens, first = torch.zeros(2, dtype=torch.long), torch.zeros(1, dtype=torch.long)
-        return Batch([Sequence(tokens, first, first, {"returns": torch.zeros(1)})]).collate([0], self.pad_id)
+        return Batch([Sequence(tokens, first, first, {"floors": torch.zeros(1)})]).collate([0], self.pad_id)
 
     def _run(self, lm: nn.Module, batch: Microbatch, want: Want) -> Outputs:
         outputs = Outputs()
@@ -283,7 +283,7 @@ class Policy(nn.Module):
                 if values.target_v is not None:
                     outputs.target_values = values.value(target_ND, values.target_v)[0]
         if want.push is not None:
-            floors = batch.fields["returns"] if want.floors else None
+            floors = batch.fields["floors"] if want.floors else None
             pushed = [values.push_down(q, hidden_ND, actions_N, matrix, want.push, floors) for q in values.q]
             outputs.push = torch.stack([push for push, _ in pushed])
             outputs.bound = torch.stack([bound for _, bound in pushed]).mean(0) if want.floors else None

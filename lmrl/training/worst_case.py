@@ -28,9 +28,9 @@ def worst_case(recipe: Recipe, policy: Policy, task: Task, pairs: bool) -> Batch
 def full_sequence(length: int, chain: int | None = None) -> Sequence:
     """A sequence of so many tokens, each but the first an action."""
     states, targets = torch.arange(length - 1), torch.zeros(length - 1, dtype=torch.long)
-    # Of all fields, `returns` alone is asked for by passes: see Want.floors.
+    # Of all fields, `floors` alone is asked for by passes: see Want.floors.
     return Sequence(
-        torch.zeros(length, dtype=torch.long), states, targets, {"returns": torch.zeros(length - 1)}, chain=chain
+        torch.zeros(length, dtype=torch.long), states, targets, {"floors": torch.zeros(length - 1)}, chain=chain
     )
 
 

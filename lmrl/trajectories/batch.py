@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lmrl import world
-from lmrl.trajectories.trajectory import Segment, Trajectory
+from lmrl.trajectories.trajectory import CONTEXT, Segment, Trajectory
 
 
 @dataclass
@@ -157,7 +157,12 @@ class Batch:
 
 
 def to_sequence(segment: Segment, bootstrap: bool = False) -> Sequence:
-    """Flatten a segment; with `bootstrap`, a last pseudo-action asks for the value of the state after its last token."""
+    """Flatten a segment; with `bootstrap`, a last pseudo-action asks for the value of the state after its last token.
+
+    Raises ValueError where the segment begins with an action token: nothing could predict it.
+    """
+    if segment.turns and segment.turns[0] != CONTEXT:
+        raise ValueError("a segment begins with an action token; it needs context before it")
     tokens = torch.tensor(segment.tokens, dtype=torch.long)
     actions = torch.tensor(segment.actions, dtype=torch.long)
     states, targets = actions - 1, tokens[actions]

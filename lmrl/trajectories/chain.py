@@ -13,6 +13,9 @@ import torch
 from lmrl.trajectories.batch import Sequence, to_sequence
 from lmrl.trajectories.trajectory import CONTEXT, Segment, Trajectory
 
+NEGLIGIBLE = 0.01
+"""Share of the value of a truncated episode's last state that a return may lack and still count as known."""
+
 
 def to_sequences(trajectory: Trajectory) -> list[Sequence]:
     """One sequence a segment with actions, in order, and a pseudo-action at the end where the episode was truncated."""
@@ -59,30 +62,45 @@ def returns_to_go(rewards_A: torch.Tensor, discounts_A: torch.Tensor) -> torch.T
     return rewards_A.new_tensor(result[::-1])
 
 
+def hidden_shares(trajectory: Trajectory, discounts_A: torch.Tensor) -> torch.Tensor:
+    """How much of the value of an episode's last state each action token's return lacks, (A,): 0 where it terminated."""
+    if trajectory.terminated:
+        return torch.zeros_like(discounts_A)
+    return discounts_A.flip(0).cumprod(0).flip(0)
+
+
+def has_known_return(trajectory: Trajectory, gamma: float, gamma_token: float) -> bool:
+    """Whether the log holds the return of any action token (see `floors` in to_chains)."""
+    _, turns_A = rewards_and_turns(trajectory)
+    return bool((hidden_shares(trajectory, discounts(turns_A, gamma, gamma_token)) <= NEGLIGIBLE).any())
+
+
 def to_chains(
     trajectory: Trajectory, gamma: float, gamma_token: float, max_tokens: int, first: int = 0
 ) -> list[list[Sequence]]:
     """An episode as chains of at most `max_tokens` tokens (unless one segment alone has more), numbered from `first`.
 
     Sequences carry, per action token: `rewards`, `discounts` (0 where the episode terminated), `returns` (realised, to
-    the episode's end) and `real` (False for a pseudo-action). In a batch that keeps chains whole, the next state of
-    action n is that of action n + 1. A chain that was cut goes on with a pseudo-action in the segment after the cut.
+    the end of the log), `floors` (the same, but -inf where a truncation hides what followed, unless discounting makes
+    that negligible) and `real` (False for a pseudo-action). In a batch that keeps chains whole, the next state of action
+    n is that of action n + 1. A chain that was cut goes on with a pseudo-action in the segment after the cut.
     """
     sequences = to_sequences(trajectory)
     rewards_A, turns_A = rewards_and_turns(trajectory)
     discounts_A = discounts(turns_A, gamma, gamma_token)
     returns_A = returns_to_go(rewards_A, discounts_A)
+    floors_A = returns_A.masked_fill(hidden_shares(trajectory, discounts_A) > NEGLIGIBLE, -torch.inf)
     if trajectory.terminated:
         discounts_A[-1] = 0.0
     else:
-        rewards_A, discounts_A, returns_A = (
-            torch.cat([one, one.new_zeros(1)]) for one in (rewards_A, discounts_A, returns_A)
+        rewards_A, discounts_A, returns_A, floors_A = (
+            torch.cat([one, one.new_zeros(1)]) for one in (rewards_A, discounts_A, returns_A, floors_A)
         )
     real_A = torch.ones_like(rewards_A)
     if not trajectory.terminated:
         real_A[-1] = 0.0
     sizes = [len(sequence.targets) for sequence in sequences]
-    fields = {"rewards": rewards_A, "discounts": discounts_A, "returns": returns_A, "real": real_A}
+    fields = {"rewards": rewards_A, "discounts": discounts_A, "returns": returns_A, "floors": floors_A, "real": real_A}
     for name, flat in fields.items():
         for sequence, part in zip(sequences, flat.split(sizes), strict=True):
             sequence.fields[name] = part

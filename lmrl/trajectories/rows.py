@@ -222,6 +222,10 @@ def _segments(row: Row, turns: int) -> list[Segment]:
             type(one) is int and CONTEXT <= one < turns for one in lists[1]
         ):
             raise Malformed(f"{where}: expected whole numbers as tokens, and turns from {CONTEXT} to {turns - 1}")
+        if lists[1][:1] != [CONTEXT]:
+            raise Malformed(
+                f"{where} has no context before its first action; expected a token with turn {CONTEXT} first"
+            )
         segments.append(Segment(*map(list, lists)))
     return segments
 

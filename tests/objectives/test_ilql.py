@@ -112,6 +112,52 @@ def test_returns_that_followed_are_what_mc_learns():
     assert torch.allclose(loss.sum, ((outputs.q[0] - returns) ** 2).sum() / policy.values.scale**2)
 
 
+def test_mc_learns_no_return_that_a_truncation_hides():
+    """Of the truncated episode's three tokens the last lacks a twentieth of the value that follows, and is left out."""
+    options = MCObjective(name="mc", gamma=0.05, gamma_token=0.5, cql_coef=0.3, cql_temperature=2.0, bc_coef=0.5)
+    objective, policy = build(options)
+    loss, outputs, micro = compute(objective, policy, [episode(terminated=False), episode()])
+    known = torch.tensor([1.0, 1, 0, 0, 1, 1, 1])  # the fourth asks for the value of the last state
+    real = torch.tensor([1.0, 1, 1, 0, 1, 1, 1])
+    returns = torch.tensor([-0.375, -0.75, 0, 0, -0.375, -0.75, 5])
+    q = policy.values.all(
+        policy.values.q[0], policy.values.q[0].features(policy.states(micro).features_ND), policy.vocabulary
+    )
+    taken = q.gather(1, micro.targets_N[:, None])[:, 0]
+    push = (q / 2).logsumexp(1) - taken / 2
+    expected = known * ((taken - returns) ** 2 + 0.3 * push) / policy.values.scale**2 - 0.5 * real * outputs.logprobs
+    assert torch.allclose(loss.sum, expected.sum(), rtol=1e-4)
+    assert float(loss.stats["known"]) == 5 and objective.count(micro) == 6
+    (gradient,) = torch.autograd.grad(loss.sum, outputs.q, retain_graph=True)
+    assert gradient[0][known == 0].tolist() == [0, 0] and gradient[0][known == 1].all()
+
+
+def test_a_truncated_episode_has_no_floor():
+    """Floors of the terminated episode alone lift Q; without a floor the push-down is the plain one."""
+    objective, policy = build(ILQLObjective(name="ilql", calibrated=True, gamma=1.0))
+    loss, outputs, micro = compute(objective, policy, [episode(terminated=False), episode()])
+    plain, plain_policy = build(ILQLObjective(name="ilql", gamma=1.0))
+    _, expected, _ = compute(plain, plain_policy, [episode(terminated=False), episode()])
+    assert micro.fields["floors"].tolist() == [-torch.inf] * 3 + [0, 4, 4, 5]
+    assert outputs.bound[:3].tolist() == [0, 0, 0] and (outputs.bound[4:] > 0).all()
+    assert torch.allclose(outputs.push[:, :3], expected.push[:, :3])
+    assert (outputs.push[:, 4:] > expected.push[:, 4:]).all() and loss.sum.isfinite()
+
+
+def test_returns_that_are_all_hidden_are_refused():
+    cut = [[episode(terminated=False)], [episode(terminated=False)]]
+    mc, policy = build(MCObjective(name="mc"))
+    with pytest.raises(DataError, match="'mc' needs the returns .* all 2 logged episodes are truncated.*name=ilql"):
+        mc.ready(policy, cut, fresh=True)
+    calibrated, policy = build(ILQLObjective(name="ilql", calibrated=True))
+    with pytest.raises(DataError, match="`objective.calibrated` needs the returns .*: set objective.calibrated=false"):
+        calibrated.ready(policy, cut, fresh=True)
+    mc.ready(policy, [*cut, [episode()]], fresh=True)
+    mc.ready(policy, [], fresh=True)  # fresh episodes alone
+    build(MCObjective(name="mc", gamma=0.05, gamma_token=0.5))[0].ready(policy, cut, fresh=True)
+    build(ILQLObjective(name="ilql"))[0].ready(policy, cut, fresh=True)
+
+
 def test_cal_ql_reports_how_often_its_bound_binds():
     objective, policy = build(ILQLObjective(name="ilql", calibrated=True, gamma=1.0, value_normalization="none"))
     loss, outputs, micro = compute(objective, policy, [episode()])

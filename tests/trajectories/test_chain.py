@@ -3,8 +3,16 @@
 import pytest
 import torch
 
-from lmrl.trajectories.batch import Batch
-from lmrl.trajectories.chain import discounts, first_state, piece, returns_to_go, rewards_and_turns, to_chains
+from lmrl.trajectories.batch import Batch, to_sequence
+from lmrl.trajectories.chain import (
+    discounts,
+    first_state,
+    has_known_return,
+    piece,
+    returns_to_go,
+    rewards_and_turns,
+    to_chains,
+)
 from lmrl.trajectories.trajectory import Segment, Trajectory
 
 
@@ -58,6 +66,26 @@ def test_a_truncated_episode_asks_for_the_value_of_its_last_state():
         assert int(last.states[-1]) == len(last.tokens) - 1 and int(last.tokens[-1]) == 14
 
 
+def test_a_truncated_return_is_known_where_discounting_hides_little():
+    """Shares of the last state's value at gamma 0.05 and gamma_token 0.5: .5 * .05 * .05, .05 * .05, .05."""
+    inf = float("inf")
+    for one_segment in (False, True):
+        cut = episode(terminated=False, one_segment=one_segment)
+        # G_2 = 5, G_1 = -1 + .05 * 5 = -.75, G_0 = .5 * -.75 = -.375
+        chains = to_chains(cut, 0.05, 0.5, 1000)
+        assert flat(chains, "floors").tolist() == pytest.approx([-0.375, -0.75, -inf, 0])
+        assert flat(chains, "returns").tolist() == pytest.approx([-0.375, -0.75, 5, 0])
+        assert flat(to_chains(cut, 0.5, 0.8, 1000), "floors").tolist() == [-inf] * 3 + [0]
+        assert has_known_return(cut, 0.05, 0.5) and not has_known_return(cut, 0.5, 0.8)
+    assert flat(to_chains(episode(), 1, 1, 1000), "floors").tolist() == [4, 4, 5] and has_known_return(episode(), 1, 1)
+    # Cut into two chains, each with a pseudo-action: what the end hides, it hides from the first one too.
+    chains = to_chains(episode(terminated=False), 0.5, 0.8, max_tokens=7)
+    real = flat(chains, "real") > 0
+    assert len(chains) > 1 and flat(chains, "floors")[real].tolist() == [-inf] * 3
+    chains = to_chains(episode(terminated=False), 0.05, 0.5, max_tokens=7)
+    assert flat(chains, "floors")[real].tolist() == pytest.approx([-0.375, -0.75, -inf])
+
+
 def test_a_long_episode_is_cut_and_goes_on_in_a_pseudo_action():
     """Cut after the first turn: what follows it is the state that the second turn was taken in."""
     chains = to_chains(episode(), 0.5, 0.8, max_tokens=7)
@@ -99,3 +127,10 @@ def test_a_piece_goes_on_where_it_was_cut():
     assert last.terminated and [segment.tokens for segment in last.segments] == [[12, 3]]
     tail = piece(episode(terminated=False), 1, 1)
     assert not tail.terminated and tail.segments[-1].tokens == [13, 14]
+
+
+def test_an_action_without_context_has_no_state():
+    bare = Segment()
+    bare.act([1, 2], None, 0)
+    with pytest.raises(ValueError, match="begins with an action token"):
+        to_sequence(bare)

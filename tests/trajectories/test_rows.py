@@ -240,6 +240,10 @@ TURN = {"observation": "a", "action": "b"}
             {"turns": [TURN], "segments": [{"tokens": [1], "turns": [], "logprobs": [], "rewards": []}]},
             "field 'segments', segment 0 has lists of 1, 0, 0, 0 entries",
         ),
+        (
+            {"turns": [TURN], "segments": [{"tokens": [1], "turns": [0], "logprobs": [None], "rewards": [0.0]}]},
+            "field 'segments', segment 0 has no context before its first action; expected a token with turn -1 first",
+        ),
     ],
 )
 def test_what_is_malformed_names_the_field(row, message):

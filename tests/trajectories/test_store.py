@@ -131,6 +131,19 @@ def test_a_malformed_row_stops_with_its_place(tmp_path, tokenizer):
         LoggedFile(str(tmp_path / "data.parquet"), Renderer(tokenizer))
 
 
+def test_a_stored_action_needs_a_state(tmp_path, tokenizer, episodes):
+    """With state -1 it would be predicted from the segment's last token."""
+    path = tmp_path / "data.jsonl"
+    write_episodes(path, episodes[1:3], tokenizer)
+    first, second = map(json.loads, path.read_text().splitlines())
+    second["segments"][0] = {name: values[1:] for name, values in second["segments"][0].items()}
+    second["segments"][0]["turns"][0] = 0
+    with pytest.raises(
+        DataError, match="data.jsonl, line 2: field 'segments', segment 0 has no context before its first"
+    ):
+        LoggedFile(lines(path, [first, second]), Renderer(tokenizer))
+
+
 def test_malformed_rows_are_counted_and_kept_aside(tmp_path, tokenizer):
     path, report = tmp_path / "data.jsonl", tmp_path / "bad_rows.jsonl"
     path.write_bytes(
