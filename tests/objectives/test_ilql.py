@@ -115,6 +115,7 @@ def test_returns_that_followed_are_what_mc_learns():
 def test_mc_learns_no_return_that_a_truncation_hides():
     """Of the truncated episode's three tokens the last lacks a twentieth of the value that follows, and is left out."""
     options = MCObjective(name="mc", gamma=0.05, gamma_token=0.5, cql_coef=0.3, cql_temperature=2.0, bc_coef=0.5)
+    options.value_normalization = "none"
     objective, policy = build(options)
     loss, outputs, micro = compute(objective, policy, [episode(terminated=False), episode()])
     known = torch.tensor([1.0, 1, 0, 0, 1, 1, 1])  # the fourth asks for the value of the last state
@@ -134,9 +135,10 @@ def test_mc_learns_no_return_that_a_truncation_hides():
 
 def test_a_truncated_episode_has_no_floor():
     """Floors of the terminated episode alone lift Q; without a floor the push-down is the plain one."""
-    objective, policy = build(ILQLObjective(name="ilql", calibrated=True, gamma=1.0))
+    units = {"gamma": 1.0, "value_normalization": "none"}
+    objective, policy = build(ILQLObjective(name="ilql", calibrated=True, **units))
     loss, outputs, micro = compute(objective, policy, [episode(terminated=False), episode()])
-    plain, plain_policy = build(ILQLObjective(name="ilql", gamma=1.0))
+    plain, plain_policy = build(ILQLObjective(name="ilql", **units))
     _, expected, _ = compute(plain, plain_policy, [episode(terminated=False), episode()])
     assert micro.fields["floors"].tolist() == [-torch.inf] * 3 + [0, 4, 4, 5]
     assert outputs.bound[:3].tolist() == [0, 0, 0] and (outputs.bound[4:] > 0).all()
