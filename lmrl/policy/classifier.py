@@ -28,6 +28,9 @@ class Classifier:
         limits = [max_tokens, tokenizer.model_max_length, positions]
         self.max_tokens = min(limit for limit in limits if limit is not None)
         tokenizer.model_max_length, tokenizer.truncation_side = self.max_tokens, "left"
+        closes = tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]
+        self.end = "" if closes else tokenizer.eos_token or ""
+        """What ends a whole text: nothing where the tokenizer itself ends it, or has no end-of-sequence token."""
 
     @property
     def config(self) -> Any:
@@ -48,13 +51,16 @@ class Classifier:
         own = (one.numel() for name, one in self._plain.named_parameters() if ".lora_" not in name)
         return sum(own), getattr(self.config, "hidden_size", 1024)
 
-    def tokens(self, prompt: str | Messages, completion: str | Messages) -> list[int]:
+    def tokens(self, prompt: str | Messages, completion: str | Messages, ended: bool = True) -> list[int]:
         """Tokens of a prompt with its completion: text as it stands, messages through the chat template.
 
+        ended: end text with the end-of-sequence token, unless it does so already; as trl's RewardTrainer.
         Raises ModelError for messages where the tokenizer has no chat template.
         """
         if isinstance(prompt, str) and isinstance(completion, str):
             text, special = prompt + completion, True
+            if ended and not text.endswith(self.end):
+                text += self.end
         else:
             answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
             if not self.tokenizer.chat_template:

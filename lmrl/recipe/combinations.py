@@ -22,6 +22,11 @@ from lmrl.recipe.task import PromptTask
 def mistakes(recipe: Any) -> Iterator[str]:
     """One line for each combination in a recipe that cannot work."""
     objective, source, task, model = recipe.objective, recipe.source, recipe.task, recipe.model
+    if source.best_among == "prompt" and source.best == 1:
+        yield (
+            "`source.best_among=prompt` says among which episodes source.best ranks, but that is 1 and keeps all: set "
+            "source.best below 1, or leave it at all"
+        )
     if isinstance(objective, RewardModelObjective):
         yield from _reward_model(source)
         if recipe.optimizer.name != "adamw":
@@ -43,6 +48,8 @@ def mistakes(recipe: Any) -> Iterator[str]:
         yield from _pairs(recipe, rolls_out)
     if rolls_out and source.resample and recipe.rollouts.samples == 1:
         yield "`source.resample` replaces prompts whose samples all earned the same: set rollouts.samples to 2 or more"
+    if rolls_out and source.best_among == "prompt" and recipe.rollouts.samples == 1:
+        yield "`source.best_among=prompt` ranks samples of the same prompt: set rollouts.samples to 2 or more"
     if isinstance(objective, LikelihoodObjective) and not isinstance(source, LoggedEpisodes) and source.best == 1:
         yield (
             "objective 'likelihood' imitates, and imitating all of one's own episodes changes nothing: set source.best=0.3 "

@@ -18,6 +18,9 @@ class RolloutsSource(Section):
     name: Literal["rollouts"] = "rollouts"
     best: float = Field(1.0, gt=0, le=1)
     """Share of each step's episodes, those with the highest returns, that is learned from."""
+    best_among: Literal["all", "prompt"] = "all"
+    """What `best` is a share of: all of a step's episodes, or those of each prompt (at least one of them).
+    Which of equal returns is kept is drawn."""
     resample: int = Field(0, ge=0)
     """Rounds of further prompts at most, drawn in place of those whose samples all earned the same (dynamic sampling,
     DAPO, arXiv 2503.14476). Needs rollouts.samples of at least 2."""
@@ -42,6 +45,9 @@ class LoggedEpisodes(Section):
     pieces of many episodes make steadier updates than a few whole ones. Needs `task.history: N`."""
     best: float = Field(1.0, gt=0, le=1)
     """Share of the episodes, those with the highest returns, that is learned from (below 1: filtered)."""
+    best_among: Literal["all", "prompt"] = "all"
+    """What `best` is a share of: all episodes, or those of each prompt (at least one of them).
+    Which of equal returns is kept is drawn."""
     skip_bad_rows: bool = False
     """Count malformed rows and keep them aside, in the run's bad_rows.jsonl, instead of stopping."""
 

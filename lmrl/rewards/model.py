@@ -25,7 +25,8 @@ class RewardModel:
     probability: take its probability instead of its logit.
     prompt: score the prompt together with the completion (false: the completion alone, as text).
     chat: put text through the chat template, as messages always are.
-    eos: end text with the end-of-sequence token, as trl's RewardTrainer does with text that is no dialogue.
+    eos: end text that is no dialogue with the end-of-sequence token, unless the token limit cut it: as reward models are
+        trained here and by trl (false: for classifiers that were trained without).
     max_tokens: of a longer text the end is kept (None: as long as model and tokenizer allow).
     combine: how an ensemble's scores become one (Coste et al., arXiv 2310.02743); std_coef: for mean_minus_std.
     batch_tokens: tokens, padding included, that go through a model at once.
@@ -41,7 +42,7 @@ class RewardModel:
         probability: bool = False,
         prompt: bool = True,
         chat: bool = False,
-        eos: bool = False,
+        eos: bool = True,
         max_tokens: int | None = None,
         combine: Literal["mean", "min", "mean_minus_std"] = "mean",
         std_coef: float = 1.0,
@@ -63,10 +64,19 @@ class RewardModel:
         self.combine, self.std_coef, self.batch_tokens = combine, std_coef, batch_tokens
 
     def __call__(
-        self, prompts: list[str | Messages], completions: list[str | Messages], **columns: Any
+        self,
+        prompts: list[str | Messages],
+        completions: list[str | Messages],
+        completion_cut: list[bool] | None = None,
+        **columns: Any,
     ) -> list[float] | list[dict[str, float]]:
-        """One score for each completion; of an ensemble also `std`, how far its members disagree."""
-        scores_MN = torch.stack([self._scores(index, prompts, completions) for index in range(len(self.members))])
+        """One score for each completion; of an ensemble also `std`, how far its members disagree.
+
+        completion_cut: which ran into the token limit (None: that is not known, and all count as whole).
+        """
+        ended = [self.eos and not cut for cut in completion_cut or [False] * len(prompts)]
+        rows = list(zip(prompts, completions, ended, strict=True))
+        scores_MN = torch.stack([self._scores(index, rows) for index in range(len(self.members))])
         if len(self.members) == 1:
             return scores_MN[0].tolist()
         mean_N, std_N = scores_MN.mean(0), scores_MN.std(0, correction=0)
@@ -76,26 +86,24 @@ class RewardModel:
             combined_N = mean_N - (self.std_coef * std_N if self.combine == "mean_minus_std" else 0)
         return [{"score": score, "std": std} for score, std in zip(combined_N.tolist(), std_N.tolist(), strict=True)]
 
-    def _scores(self, index: int, prompts: list, completions: list) -> torch.Tensor:
-        """Scores of one member, (N,), float64."""
+    def _scores(self, index: int, rows: list[tuple]) -> torch.Tensor:
+        """Scores of one member for prompts, completions and whether these ended, (N,), float64."""
         member = self.members[index]
-        tokens = [member.tokens(*self._parts(member, *pair)) for pair in zip(prompts, completions, strict=True)]
+        tokens = [member.tokens(*self._parts(prompt, answer), ended) for prompt, answer, ended in rows]
         logits_NL = member.logits(tokens, self.batch_tokens).double()
         if not self.probability:
             return logits_NL[:, self.outputs[index]]
         several = logits_NL.shape[1] > 1 and member.config.problem_type != "multi_label_classification"
         return (logits_NL.softmax(-1) if several else logits_NL.sigmoid())[:, self.outputs[index]]
 
-    def _parts(self, member: Classifier, prompt: str | Messages, completion: str | Messages) -> tuple:
-        """Prompt and completion as the member is to see them."""
+    def _parts(self, prompt: str | Messages, completion: str | Messages) -> tuple:
+        """Prompt and completion as a member is to see them."""
         if not self.prompt:
             prompt = ""
             if not isinstance(completion, str):
                 completion = "\n\n".join(message["content"] for message in completion)
         elif self.chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        if self.eos and isinstance(prompt, str) and isinstance(completion, str):
-            completion += member.tokenizer.eos_token or ""
         return prompt, completion
 
 

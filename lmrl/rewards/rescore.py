@@ -38,7 +38,14 @@ def read_samples(path: str, split: str = "train") -> list[Row]:
                     f"{rows.where(number)}: has {len(episode.turns)} turns; expected a prompt and a completion"
                 )
             prompt = episode.turns[0].observation
-            samples.append({"prompt": prompt, "completion": episode.turns[0].action, "reward": episode.reward})
+            samples.append(
+                {
+                    "prompt": prompt,
+                    "completion": episode.turns[0].action,
+                    "reward": episode.reward,
+                    "completion_cut": bool(episode.cut_turns),
+                }
+            )
     return samples
 
 

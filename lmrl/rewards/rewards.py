@@ -1,7 +1,7 @@
 """Running reward functions: `f(prompts, completions, **columns) -> list[float | None]`, plain or async.
 
 A function is called once a batch. It gets every column of the prompts' file by name, or those that its signature
-names. None means "not judged". In place of a number stands an object where there is more to record: `{"score": 1.2,
+names, and of rollouts `completion_ids` and `completion_cut` (whether the token limit cut it) as well. None means "not judged". In place of a number stands an object where there is more to record: `{"score": 1.2,
 "std": 0.3}`. A failure is data: the sample is left out and counted, and never becomes a zero.
 """
 
@@ -239,6 +239,7 @@ def _arguments(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
         [token for segment in trajectory.segments for token in map(segment.tokens.__getitem__, segment.actions)]
         for trajectory in trajectories
     ]
+    arguments["completion_cut"] = [bool(trajectory.cut_turns) for trajectory in trajectories]
     return arguments
 
 

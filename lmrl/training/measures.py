@@ -78,7 +78,8 @@ def sample_line(stage: str, step: int, kind: str, trajectory: Trajectory) -> dic
         "components": trajectory.components,
         "metrics": trajectory.metrics,
     }
-    return line | ({"failure": trajectory.failure} if trajectory.failure else {})
+    cut = {"completion_cut": True} if trajectory.cut_turns else {}
+    return line | cut | ({"failure": trajectory.failure} if trajectory.failure else {})
 
 
 def peak_memory_mb() -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lmrl import world
 from lmrl.errors import DataError, ModelError
@@ -22,6 +24,7 @@ from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task, starts_for
 from lmrl.seeding import stream
 from lmrl.trajectories.chain import piece
+from lmrl.trajectories.rows import prompt_key
 from lmrl.trajectories.store import LoggedFile, read_episodes, write_episodes
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -76,11 +79,19 @@ class FreshRollouts(Source):
     """Episodes by the current policy; `best` below 1 keeps that share, of those with the highest returns."""
 
     def __init__(
-        self, sampler: Sampler, options: Rollouts, seed: int, stage: str, best: float = 1.0, resample: int = 0
+        self,
+        sampler: Sampler,
+        options: Rollouts,
+        seed: int,
+        stage: str,
+        best: float = 1.0,
+        by_prompt: bool = False,
+        resample: int = 0,
     ):
-        """resample: rounds in which prompts whose episodes all earned the same are replaced by further ones."""
+        """by_prompt: keep that share of each prompt's episodes. resample: rounds in which prompts whose episodes all
+        earned the same are replaced by further ones."""
         self.sampler, self.options, self.name = sampler, options, (seed, stage)
-        self.best, self.resample = best, resample
+        self.best, self.by_prompt, self.resample = best, by_prompt, resample
         self.sampling = Sampling.of(options)
 
     def next(self, step: int) -> Drawn:
@@ -114,7 +125,8 @@ class FreshRollouts(Source):
             replaced = alike[: len(set(world.gather([one.group for one in spread])))]
             judged = [one for one in judged if one.group not in replaced] + spread
             played = played + more
-        return Drawn(best_among_all(judged, self.best), played, failed)
+        best = best_among_all(judged, self.best, stream(*self.name, "best", step), self.by_prompt)
+        return Drawn(best, played, failed)
 
     def save(self, folder: Path) -> None:
         if states := self._statistics():
@@ -149,11 +161,13 @@ class Logged(Source):
         best: float = 1.0,
         turns: int | None = None,
         groups: Sequence[int] | None = None,
+        best_among: Sequence[Hashable] | None = None,
         scores: Callable[[], Scores | None] = lambda: None,
         heldout: Callable[[int | None], list[Trajectory]] = lambda count: [],
         notes: Sequence[str] = (),
     ):
         """returns: of all episodes (None: not judged). best: share of them, with the highest, that is learned from.
+        best_among: of each episode the prompt among whose episodes it is ranked (None: among all).
         turns: learn from a piece of so many turns of each. groups: of each episode the group it belongs to, where whole
         groups are to be drawn, and only those whose returns differ; a batch then has so many groups.
 
@@ -163,7 +177,12 @@ class Logged(Source):
         self.returns, self.batch_size, self.name = returns, batch_size, (seed, stage)
         self.scores, self.heldout, self.notes, self.logged = scores, heldout, list(notes), self
         self.units = [[row] for row in range(len(returns))] if groups is None else self._comparable(groups)
-        self.kept = best_of(returns, best) if groups is None else list(range(len(self.units)))
+        if best_among is not None and len(set(best_among)) == len(returns):
+            raise DataError(
+                "source.best_among=prompt ranks the episodes of each prompt, but no prompt has two of them: leave it at all"
+            )
+        rng = stream(seed, stage, "best")
+        self.kept = best_of(returns, best, rng, best_among) if groups is None else list(range(len(self.units)))
         self.grouped, self.turns = groups is not None, turns
         self._episode = lru_cache(CACHED)(episodes.__getitem__)
 
@@ -279,26 +298,38 @@ def alike_groups(trajectories: list[Trajectory]) -> list[int]:
     return [group for group, earned in rewards.items() if len(earned) == 1]
 
 
-def best_of(returns: list[float | None], share: float) -> list[int]:
-    """Positions of that share of episodes with the highest returns, at least one; of equal ones the first."""
-    positions = list(range(len(returns)))
+def best_of(
+    returns: Sequence[float | None], share: float, rng: np.random.Generator, groups: Sequence[Hashable] | None = None
+) -> list[int]:
+    """Positions of that share of episodes with the highest returns, at least one; which of equal ones, `rng` draws.
+
+    groups: of each episode the group among which it is ranked, and of each of which a share is kept (None: all are one).
+    """
     if share == 1:
-        return positions
+        return list(range(len(returns)))
     if any(value is None for value in returns):
         row = returns.index(None)
         raise DataError(f"source.best={share} ranks episodes by their returns, but episode {row + 1} has no reward")
-    count = max(round(share * len(returns)), 1)
-    return sorted(sorted(positions, key=lambda position: -returns[position])[:count])
+    lots = rng.permutation(len(returns))
+    ranked: dict[Hashable, list[int]] = {}
+    for position in sorted(range(len(returns)), key=lambda position: (-returns[position], lots[position])):
+        ranked.setdefault(None if groups is None else groups[position], []).append(position)
+    return sorted(position for rows in ranked.values() for position in rows[: max(round(share * len(rows)), 1)])
 
 
-def best_among_all(trajectories: list[Trajectory], share: float) -> list[Trajectory]:
-    """This process's part of that share of all processes' episodes with the highest returns."""
+def best_among_all(
+    trajectories: list[Trajectory], share: float, rng: np.random.Generator, by_prompt: bool = False
+) -> list[Trajectory]:
+    """This process's part of that share of all processes' episodes with the highest returns (see best_of).
+
+    by_prompt: of each group's episodes that share. Which they are does not depend on how many processes share them.
+    """
     if share == 1:
         return trajectories
-    returns = world.gather([[one.reward for one in trajectories]])
-    first = sum(map(len, returns[: world.rank()]))
-    best = best_of([value for part in returns for value in part], share)
-    return [trajectories[place - first] for place in best if first <= place < first + len(trajectories)]
+    everyone = sorted(world.gather([(one.group, one.episode, one.reward) for one in trajectories]))
+    groups = [group for group, _, _ in everyone] if by_prompt else None
+    best = {everyone[place][:2] for place in best_of([earned for *_, earned in everyone], share, rng, groups)}
+    return [one for one in trajectories if (one.group, one.episode) in best]
 
 
 def build_source(
@@ -310,7 +341,9 @@ def build_source(
     """
     seed = recipe.training.seed
     if isinstance(recipe.source, RolloutsSource):
-        fresh = FreshRollouts(sampler, recipe.rollouts, seed, stage, recipe.source.best, recipe.source.resample)
+        options = recipe.source
+        by_prompt = options.best_among == "prompt"
+        fresh = FreshRollouts(sampler, recipe.rollouts, seed, stage, options.best, by_prompt, options.resample)
         return _ahead(fresh, recipe)
     logged = build_logged(recipe.source, task, seed, stage, bad_rows, compares)
     if not isinstance(recipe.source, MixtureSource):
@@ -330,6 +363,7 @@ def build_logged(
     source: LoggedEpisodes, task: Task, seed: int, stage: str, bad_rows: Path | None = None, compares: bool = False
 ) -> Logged:
     """The logged episodes that a source names: of a file, or played by a scripted player."""
+    by_prompt = source.best_among == "prompt"
     if source.player is not None:
         episodes = play_logged(task, source.player, source.episodes, seed)
         returns = [episode.reward for episode in episodes]
@@ -342,6 +376,7 @@ def build_logged(
             source.best,
             source.turns,
             [episode.group for episode in episodes] if compares else None,
+            [prompt_key(episode.turns[0].observation) for episode in episodes] if by_prompt else None,
             lambda: summarize_trajectories(episodes),
         )
     file = read_logged(source, task, bad_rows)
@@ -354,6 +389,7 @@ def build_logged(
         source.best,
         source.turns,
         file.groups if compares else None,
+        file.groups if by_prompt else None,
         lambda: summarize_file(file, "reward" if task.judged_by == "reward" else "return"),
         file.heldout,
         file.notes,

@@ -28,6 +28,19 @@ REFUSED = [
         "'likelihood' is none: leave it at auto",
     ),
     (MODEL + WALKS + "objective: {name: likelihood}", r"set source.best=0.3 to keep the best \(expert iteration\)"),
+    *(
+        (
+            MODEL + WALKS + f"source: {{{source}, best_among: prompt}}\nobjective: {{name: {name}}}",
+            "`source.best_among=prompt` says among which .* set source.best below 1",
+        )
+        for source in ("name: dataset, player: random", "name: rollouts", "name: mixture, player: random")
+        for name in ("likelihood", "ilql", "ppo", "reward_model")
+    ),
+    (
+        MODEL + WALKS + "source: {name: rollouts, best: 0.5, best_among: prompt}\nrollouts: {samples: 1}\n"
+        + "objective: {name: likelihood}",
+        "ranks samples of the same prompt: set rollouts.samples to 2 or more",
+    ),
     (MODEL + WALKS + MIXTURE + "objective: {name: likelihood}", "'likelihood' would imitate both: set source.name=dataset"),
     (MODEL + WALKS + ROLLOUTS + "objective: {name: q_sft}", "which fresh episodes change: set source.name=dataset"),
     (MODEL + WALKS + MIXTURE + "objective: {name: q_sft}", "which fresh episodes change: set source.name=dataset"),
@@ -66,6 +79,13 @@ ALLOWED = [
     MODEL + WALKS + ROLLOUTS + "objective: {name: ppo}",
     MODEL + WALKS + "source: {name: rollouts, best: 0.3}\nobjective: {name: likelihood}",
     MODEL + WALKS + "source: {name: dataset, player: random, best: 0.3}\nobjective: {name: likelihood}",
+    MODEL
+    + WALKS
+    + "source: {name: dataset, player: random, best: 0.3, best_among: prompt}\nobjective: {name: likelihood}",
+    MODEL
+    + WALKS
+    + "source: {name: rollouts, best: 0.3, best_among: prompt}\nrollouts: {samples: 4}\n"
+    + "objective: {name: likelihood}",
     *(MODEL + WALKS + DATA + f"objective: {{name: {name}}}" for name in ("ilql", "mc", "q_sft")),
     *(MODEL + WALKS + MIXTURE + f"objective: {{name: {name}}}" for name in ("ilql", "mc")),
     MODEL + WALKS + ROLLOUTS + "objective: {name: ilql}",

@@ -136,6 +136,9 @@ def test_samples_of_any_format(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"prompt": "p ", "chosen": "a", "rejected": "b"}) + "\n")
     assert [(one["completion"], one["reward"]) for one in read_samples(str(path))] == [("a", 1.0), ("b", -1.0)]
+    turns = [{"observation": "p", "action": "a"}, {"observation": "p", "action": "b", "cut": True}]
+    path.write_text("".join(json.dumps({"turns": [turn]}) + "\n" for turn in turns))
+    assert columns_of(read_samples(str(path)))["completion_cut"] == [False, True]
     path.write_text(json.dumps({"turns": [{"observation": "a", "action": "b"}] * 2}) + "\n")
     with pytest.raises(DataError, match="line 1: has 2 turns"):
         read_samples(str(path))

@@ -69,7 +69,7 @@ def test_a_score_does_not_depend_on_its_batch(classifier, kind, pad):
 def test_the_score_is_the_transformers_logit(classifier):
     path = classifier()
     model = transformers.AutoModelForSequenceClassification.from_pretrained(path)
-    ids = transformers.AutoTokenizer.from_pretrained(path)("p: bb", return_tensors="pt").input_ids
+    ids = transformers.AutoTokenizer.from_pretrained(path)("p: bb<eos>", return_tensors="pt").input_ids
     with torch.no_grad():
         expected = float(model(input_ids=ids).logits)
     assert scores_of(learned(path), ["bb"]) == pytest.approx([expected], abs=1e-6)
@@ -78,12 +78,42 @@ def test_the_score_is_the_transformers_logit(classifier):
 def test_messages_go_through_the_models_own_template(classifier):
     reward, plain = learned(classifier()), learned(classifier(), options={"chat": True})
     prompt, answer = [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "yo"}]
-    raw = scores_of(reward, ["[user]hi<eos>\n[assistant]yo<eos>\n"], [""])
+    bare = learned(classifier(), options={"eos": False})
+    raw = scores_of(bare, ["[user]hi<eos>\n[assistant]yo<eos>\n"], [""])
     assert scores_of(reward, [answer], [prompt]) == pytest.approx(raw, abs=1e-6)
     assert scores_of(plain, ["yo"], ["hi"]) == pytest.approx(raw, abs=1e-6)
     alone = learned(classifier(), options={"prompt": False})
     assert scores_of(alone, [answer], [prompt]) == scores_of(reward, ["yo"], [""])
-    assert scores_of(learned(classifier(), options={"eos": True}), ["yo"]) == scores_of(reward, ["yo<eos>"])
+
+
+def test_a_whole_text_ends_with_end_of_sequence(classifier):
+    """One that the token limit cut does not, and neither does any with `eos: false`."""
+    reward, bare = learned(classifier()), learned(classifier(), options={"eos": False})
+    assert scores_of(reward, ["yo"]) == scores_of(bare, ["yo<eos>"]) != scores_of(bare, ["yo"])
+    assert scores_of(reward, ["yo<eos>"]) == scores_of(bare, ["yo<eos>"])
+    whole, cut = episode("yo"), episode("yo")
+    cut.cut_turns = [0]
+    judge([reward], [whole, cut])
+    assert [whole.reward, cut.reward] == pytest.approx(scores_of(bare, ["yo<eos>", "yo"]), abs=1e-6)
+
+
+def test_a_long_text_keeps_its_end_of_sequence(classifier, tiny_folder):
+    member = RewardModel(classifier(), max_tokens=4).members[0]
+    assert member.tokenizer.decode(member.tokens("", "123456")) == "456<eos>"
+    assert member.tokenizer.decode(member.tokens("", "123456", ended=False)) == "3456"
+    assert member.tokenizer.decode(member.tokens("", "")) == "<eos>"
+
+
+def test_a_tokenizer_that_ends_text_itself_is_left_to_it(classifier):
+    from tokenizers.processors import TemplateProcessing
+
+    path = classifier()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    eos = ("<eos>", tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[eos])
+    tokenizer.save_pretrained(path)
+    member = open_classifier(path)
+    assert member.tokenizer.decode(member.tokens("a", "b")) == "ab<eos>"
 
 
 def test_of_a_longer_text_the_end_is_kept(classifier):

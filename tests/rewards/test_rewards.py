@@ -136,10 +136,12 @@ def test_messages_reach_the_function_as_messages(rewards):
     function.call = lambda **arguments: seen.update(arguments) or [1.0]
     one = episode("yes", label=3)
     one.messages = [{"role": "user", "content": "hm"}]
+    one.cut_turns = [0]
     judge([function], [one])
     assert seen["prompts"] == [[{"role": "user", "content": "hm"}]]
     assert seen["completions"] == [[{"role": "assistant", "content": "yes"}]]
     assert seen["label"] == [3] and seen["completion_ids"] == [[2, 3]]
+    assert seen["completion_cut"] == [True]
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_it_learns_and_leaves_a_transformers_classifier(tmp_path):
 
     def reward(text):
         with torch.no_grad():
-            return float(model(input_ids=tokenizer(text, return_tensors="pt").input_ids).logits)
+            return float(model(input_ids=tokenizer(text + "<eos>", return_tensors="pt").input_ids).logits)
 
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert samples[-1]["rewards"] == pytest.approx(
@@ -220,7 +220,9 @@ def test_three_stages_in_one_recipe(tmp_path, tiny_folder):
     from lmrl.rewards.model import RewardModel
 
     judge = RewardModel(str(tmp_path / "run" / "stages" / "rm" / "final"))
-    expected = judge([line["prompt"] for line in played], [line["completion"] for line in played])
+    cut = [line.get("completion_cut", False) for line in played]
+    assert any(cut) and not all(cut)
+    expected = judge([line["prompt"] for line in played], [line["completion"] for line in played], cut)
     assert [line["components"]["rm"] for line in played] == pytest.approx(expected, abs=1e-5)
 
     # A checkpoint finds its reward where the run lies now.
@@ -394,3 +396,22 @@ def test_pairs_at_once_divide_the_batch():
     assert pairs_at_once(6, 200, 2000) == 3
     assert pairs_at_once(7, 200, 2000) == 1
     assert pairs_at_once(16, 5000, 4096) == 1
+
+
+def test_plain_text_goes_to_the_trainer_as_trl_tokenizes_it(tmp_path, tiny_folder):
+    """trl's own preparation of the same pairs as the reference."""
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    from lmrl.policy.classifier import Classifier
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=1)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+    row = {"prompt": "hm: ", "chosen": "yes", "rejected": "no<eos>"}
+    arguments = RewardConfig(output_dir=str(tmp_path), report_to="none", bf16=False, use_cpu=True)
+    trainer = RewardTrainer(model, arguments, train_dataset=Dataset.from_list([row]), processing_class=tokenizer)
+    prepared = trainer.train_dataset[0]
+    own = Classifier(model, tokenizer)
+    assert own.tokens(row["prompt"], row["chosen"]) == prepared["chosen_ids"]
+    assert own.tokens(row["prompt"], row["rejected"]) == prepared["rejected_ids"]
+    assert prepared["chosen_ids"][-1] == tokenizer.eos_token_id
