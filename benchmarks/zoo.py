@@ -22,6 +22,7 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,8 @@ EPISODES = 512
 SCREEN_SEEDS = 1
 """How many of the seeds --screen takes."""
 TIMEOUT = 1800
+RUNNING: set[subprocess.Popen] = set()
+"""Cells under way, which end with this process."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- cells
@@ -71,7 +74,7 @@ def recipe(task: str, method: str, seed: int) -> dict[str, Any]:
             "config": {
                 "model_type": "llama",
                 "hidden_size": 64,
-                "intermediate_size": 256,
+                "intermediate_size": 128,
                 "num_hidden_layers": 2,
                 "num_attention_heads": 4,
                 "num_key_value_heads": 4,
@@ -222,6 +225,8 @@ def run(args: argparse.Namespace) -> None:
                 print(f"{number}/{len(left)} {task} {method} {seed}: {said} ({record['seconds']:.0f} s)", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in RUNNING:
+                process.kill()
             raise
 
 
@@ -233,13 +238,22 @@ def in_process(task: str, method: str, seed: int, base: Path) -> dict[str, Any]:
     path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])  # this checkout's lmrl
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     begun = time.perf_counter()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT)
-        if done.returncode == 0:
-            return json.loads((folder / "result.json").read_text()) | {"error": None}
-        error = done.stderr.strip()[-2000:] or f"exit code {done.returncode}"
-    except subprocess.TimeoutExpired:
-        error = f"took more than {TIMEOUT} s"
+    with open(folder / "log", "w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment)
+        RUNNING.add(process)
+        try:
+            code = process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            code = f"killed after {TIMEOUT} s"
+        finally:
+            RUNNING.discard(process)
+        log.seek(0)
+        said = log.read()
+    if code == 0:
+        return json.loads((folder / "result.json").read_text()) | {"error": None}
+    error = said.strip()[-2000:] if isinstance(code, int) and said.strip() else f"exit: {code}"
     return {"error": error, "seconds": round(time.perf_counter() - begun, 1)}
 
 
@@ -346,6 +360,7 @@ def main() -> None:
     cell.add_argument("folder", type=Path)
     args = parser.parse_args()
     if args.command == "run":
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit("terminated"))
         run(args)
     elif args.command == "table":
         print(table(read(args.out), args.library))

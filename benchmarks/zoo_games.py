@@ -358,7 +358,7 @@ class Offers(Game):
 class Sort(Game):
     """Sort four letters by swapping neighbours; -0.1 a swap that does not finish it."""
 
-    name, turns, history, scale, illegal = "sort", 10, 1, 0.1, -2.0
+    name, turns, history, scale, illegal = "sort", 8, 1, 0.1, -2.0
     swaps = {"front": 0, "middle": 1, "back": 2}
     orders = list(itertools.permutations("abcd"))
 
@@ -401,7 +401,7 @@ class Lock(Game):
 class Stock(Game):
     """A shop of at most five: order 0 to 3 at 2 each, sell up to the demand (0 to 3) at 4, and store the rest at 0.5."""
 
-    name, turns, history, room = "stock", 10, 1, 5
+    name, turns, history, room = "stock", 8, 1, 5
     demand = ((0.2, 0), (0.3, 1), (0.3, 2), (0.2, 3))
 
     def starts(self):
@@ -426,7 +426,7 @@ class Stock(Game):
 class Harvest(Game):
     """Fish from a lake of at most six: what is left multiplies, an empty lake is the end; 10 a fish."""
 
-    name, turns, history, scale, room = "harvest", 12, 1, 10.0, 6
+    name, turns, history, scale, room = "harvest", 10, 1, 10.0, 6
     growth = {0: ((1.0, 0),), 1: ((0.5, 0), (0.5, 1))}
 
     def starts(self):
@@ -448,7 +448,7 @@ class Harvest(Game):
 class Swim(Game):
     """RiverSwim (Strehl and Littman, 2008), another stream: rest at the bank for 0.01, or swim on to where a stroke may earn 1."""
 
-    name, turns, history, far = "swim", 16, 1, 4
+    name, turns, history, far = "swim", 12, 1, 4
 
     def starts(self):
         return [(1.0, 0)]
@@ -497,7 +497,7 @@ class Table(Game):
 class FrozenLake(Table):
     """FrozenLake-v1, slippery: 1 at the goal, 0 in a hole."""
 
-    name, turns, columns = "frozen_lake", 25, 4
+    name, turns, columns = "frozen_lake", 20, 4
     words, first = ("left", "down", "right", "up"), (0,)
 
     @classmethod
@@ -509,10 +509,10 @@ class FrozenLake(Table):
 
 
 class CliffWalking(Table):
-    """CliffWalking: -1 a step and -100 over the cliff, which leads back; from its start and from three other cells."""
+    """CliffWalking: -1 a step and -100 over the cliff, which leads to the corner; from four cells above it."""
 
-    name, turns, columns = "cliff_walking", 20, 12
-    words, first, illegal = ("up", "right", "down", "left"), (36, 25, 18, 33), -2.0
+    name, turns, columns = "cliff_walking", 12, 12
+    words, first, illegal = ("up", "right", "down", "left"), (25, 28, 18, 33), -2.0
 
     @classmethod
     @cache
@@ -525,7 +525,7 @@ class CliffWalking(Table):
 class Taxi(Table):
     """Taxi: -1 a step, -10 for a pick-up or drop-off where there is nothing to, 20 for the right one; from four states."""
 
-    name, turns, illegal = "taxi", 16, -10.0
+    name, turns, illegal = "taxi", 10, -10.0
     words, stands = ("south", "north", "east", "west", "pickup", "dropoff"), ("red", "green", "yellow", "blue")
     first = (
         4 * 100 + 0 * 20 + 4 * 4 + 0,
