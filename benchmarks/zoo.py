@@ -42,7 +42,7 @@ ONLINE, OFFLINE = ("ppo", "grpo", "rloo"), ("ilql", "mc")
 METHODS = (*ONLINE, *OFFLINE)
 BC_LR = 2e-3
 """Of the imitation stage: the library's default learning rate is meant for adapters of pretrained models."""
-BC_STEPS, ONLINE_STEPS, OFFLINE_STEPS = 200, 100, 1000
+BC_STEPS, ONLINE_STEPS, OFFLINE_STEPS = 100, 100, 1000
 LOGGED = {"name": "dataset", "player": "random", "episodes": 1000, "batch_size": 32}
 NEW_TOKENS = 4
 EPISODES = 512

@@ -358,7 +358,7 @@ class Offers(Game):
 class Sort(Game):
     """Sort four letters by swapping neighbours; -0.1 a swap that does not finish it."""
 
-    name, turns, history, scale, illegal = "sort", 8, 1, 0.1, -2.0
+    name, turns, history, scale, illegal = "sort", 7, 1, 0.1, -2.0
     swaps = {"front": 0, "middle": 1, "back": 2}
     orders = list(itertools.permutations("abcd"))
 
@@ -380,7 +380,7 @@ class Sort(Game):
 class Lock(Game):
     """A lock that opens after five letters in the right order, always the same; a wrong one starts over. Earns 100."""
 
-    name, turns, history, scale, illegal = "lock", 10, 1, 100.0, -0.1
+    name, turns, history, scale, illegal = "lock", 8, 1, 100.0, -0.1
     letters, combination = "abcd", "cadbc"
 
     def starts(self):
@@ -426,7 +426,7 @@ class Stock(Game):
 class Harvest(Game):
     """Fish from a lake of at most six: what is left multiplies, an empty lake is the end; 10 a fish."""
 
-    name, turns, history, scale, room = "harvest", 10, 1, 10.0, 6
+    name, turns, history, scale, room = "harvest", 8, 1, 10.0, 6
     growth = {0: ((1.0, 0),), 1: ((0.5, 0), (0.5, 1))}
 
     def starts(self):
@@ -448,7 +448,7 @@ class Harvest(Game):
 class Swim(Game):
     """RiverSwim (Strehl and Littman, 2008), another stream: rest at the bank for 0.01, or swim on to where a stroke may earn 1."""
 
-    name, turns, history, far = "swim", 12, 1, 4
+    name, turns, history, far = "swim", 10, 1, 4
 
     def starts(self):
         return [(1.0, 0)]
@@ -491,13 +491,13 @@ class Table(Game):
         return [(float(p), float(reward), None if done else int(after)) for p, after, reward, done in rows]
 
     def observe(self, state):
-        return f"row {state // self.columns} column {state % self.columns}"
+        return f"at {state // self.columns} {state % self.columns}"
 
 
 class FrozenLake(Table):
     """FrozenLake-v1, slippery: 1 at the goal, 0 in a hole."""
 
-    name, turns, columns = "frozen_lake", 20, 4
+    name, turns, columns = "frozen_lake", 16, 4
     words, first = ("left", "down", "right", "up"), (0,)
 
     @classmethod
@@ -511,8 +511,8 @@ class FrozenLake(Table):
 class CliffWalking(Table):
     """CliffWalking: -1 a step and -100 over the cliff, which leads to the corner; from four cells above it."""
 
-    name, turns, columns = "cliff_walking", 12, 12
-    words, first, illegal = ("up", "right", "down", "left"), (25, 28, 18, 33), -2.0
+    name, turns, columns = "cliff_walking", 10, 12
+    words, first, illegal = ("up", "right", "down", "left"), (28, 18, 31, 33), -2.0
 
     @classmethod
     @cache
@@ -525,7 +525,7 @@ class CliffWalking(Table):
 class Taxi(Table):
     """Taxi: -1 a step, -10 for a pick-up or drop-off where there is nothing to, 20 for the right one; from four states."""
 
-    name, turns, illegal = "taxi", 10, -10.0
+    name, turns, illegal = "taxi", 8, -10.0
     words, stands = ("south", "north", "east", "west", "pickup", "dropoff"), ("red", "green", "yellow", "blue")
     first = (
         4 * 100 + 0 * 20 + 4 * 4 + 0,
@@ -547,7 +547,7 @@ class Taxi(Table):
         place, passenger = divmod(place, 5)
         row, column = divmod(place, 5)
         where = self.stands[passenger] if passenger < len(self.stands) else "taxi"
-        return f"row {row} column {column} from {where} to {self.stands[goal]}"
+        return f"at {row} {column} {where} to {self.stands[goal]}"
 
 
 class Blackjack(Game):
