@@ -30,7 +30,7 @@ class Game(TextEnvironment):
     """Base of all games. Rewards of `outcomes` and `illegal` are in the game's own units; `scale` multiplies them all.
 
     An action is a legal one's text; other text earns `illegal`, takes a turn and leaves the state. An episode is
-    truncated after `turns` turns, and what an action is worth counts the turns that are left.
+    over after `turns` turns, and what an action is worth counts the turns that are left.
 
     Players: `random`, each legal action alike, and `optimal`. Metrics: `regret`, what the actions so far cost beside the
     optimum, in expectation; and `illegal`, the number of texts that were no action.
@@ -82,11 +82,10 @@ class Game(TextEnvironment):
             self.regret += best - (self.scale * self.illegal + following[self.state])
             reward = self.illegal
         self.turn += 1
-        terminated = self.state is None
+        terminated = self.state is None or self.turn >= self.turns  # the limit is a rule of the game
         metrics = {"regret": self.regret, "illegal": self.mistakes}
         observation = "" if terminated else self.observe(self.state)
-        truncated = not terminated and self.turn >= self.turns
-        return observation, self.scale * reward, terminated, truncated, {"metrics": metrics}
+        return observation, self.scale * reward, terminated, False, {"metrics": metrics}
 
     # ---------------------------------------------------------------------------------------------------------- extras
     def act(self, player: str, rng: np.random.Generator) -> str:

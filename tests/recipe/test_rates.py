@@ -1,0 +1,57 @@
+"""Learning rates where a recipe states none."""
+
+import pytest
+
+from lmrl.recipe import OBJECTIVES, Lora, Model, Optimizer, Recipe
+from lmrl.recipe.rates import default_rates, with_rates
+
+SCRATCH, PRETRAINED = {"config": {"model_type": "llama"}}, {"path": "folder"}
+
+
+def recipe(objective: str, model: dict, **optimizer) -> Recipe:
+    return Recipe.model_construct(
+        model=Model(**model), objective=OBJECTIVES[objective](name=objective), optimizer=Optimizer(**optimizer)
+    )
+
+
+@pytest.mark.parametrize(
+    ("objective", "model", "parameters", "lr"),
+    [
+        ("likelihood", PRETRAINED, 7e9, 1.2e-5),
+        ("likelihood", PRETRAINED, 135e6, 8.6e-5),
+        ("likelihood", PRETRAINED | {"lora": Lora()}, 7e9, 1.2e-4),
+        ("likelihood", SCRATCH, 6e4, 1e-3),
+        ("ilql", SCRATCH, 1e8, 3.2e-4),
+        ("ppo", PRETRAINED, 7e9, 1.2e-6),
+        ("grpo", PRETRAINED | {"lora": Lora()}, 7e9, 1.2e-5),
+        ("grpo", PRETRAINED | {"lora": Lora()}, 135e6, 1.8e-4),
+        ("ppo", SCRATCH, 6e4, 5e-4),
+        ("ppo", PRETRAINED, 6e4, 5e-4),  # a small model from a folder, as one that lmrl has trained from scratch
+        ("dpo", PRETRAINED, 7e9, 6.1e-7),
+    ],
+)
+def test_default_rates(objective, model, parameters, lr):
+    assert default_rates(recipe(objective, model), int(parameters), 64).lr == pytest.approx(lr)
+
+
+def test_heads_have_a_rate_of_their_own():
+    assert default_rates(recipe("ppo", SCRATCH), 60_000, 64).head_lr == 0.01
+    assert default_rates(recipe("ppo", PRETRAINED), int(7e9), 4096).head_lr == pytest.approx(2.4e-4)
+    assert default_rates(recipe("ilql", PRETRAINED), int(7e9), 4096).head_lr == 1e-3
+
+
+def test_stated_rates_stay():
+    def rates(objective, **stated):
+        found = with_rates(recipe(objective, SCRATCH, **stated), 60_000, 64)
+        return found.lr, found.head_lr
+
+    assert rates("ppo", lr=3e-4) == (3e-4, 0.01)
+    assert rates("ppo", lr=3e-4, head_lr=5e-3) == (3e-4, 5e-3)
+    assert rates("ilql", lr=3e-4) == (3e-4, 3e-4)
+    assert rates("ppo", head_lr=5e-3) == (5e-4, 5e-3)
+
+
+def test_the_reason_is_told():
+    assert default_rates(recipe("ppo", PRETRAINED), int(7e9), 4096).reason == (
+        "policy gradients, all weights of a pretrained model of 7,000M parameters"
+    )
