@@ -348,7 +348,7 @@ def main() -> None:
     runs.add_argument("--jobs", type=int, default=1, help="processes at a time, of one core each")
     runs.add_argument("--out", type=Path, default=Path("zoo.jsonl"))
     runs.add_argument("--keep", type=Path, help="leave the runs in this folder")
-    runs.add_argument("--screen", action="store_true", help="the first seed alone: half an hour a half, on two cores")
+    runs.add_argument("--screen", action="store_true", help="the first seed alone")
     tables = commands.add_parser("table", help="print results as Markdown")
     tables.add_argument("--out", type=Path, default=Path("zoo.jsonl"))
     tables.add_argument("--library", help="version of lmrl/ (default: that of the last result)")

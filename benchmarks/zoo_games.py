@@ -511,7 +511,7 @@ class CliffWalking(Table):
     """CliffWalking: -1 a step and -100 over the cliff, which leads to the corner; from four cells above it."""
 
     name, turns, columns = "cliff_walking", 10, 12
-    words, first, illegal = ("up", "right", "down", "left"), (28, 18, 31, 33), -2.0
+    words, first, illegal = ("up", "right", "down", "left"), (28, 18, 31, 33), -50.0
 
     @classmethod
     @cache
