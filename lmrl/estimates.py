@@ -129,7 +129,7 @@ def _trained(recipe: Recipe, shape: dict[str, int]) -> tuple[int, int, int, int]
     learned = total if lora is None else lora.r * shape["lora_per_rank"]
     if isinstance(recipe.objective, QSFTObjective):  # trains a copy, and leaves the policy as it is
         return 0, total, heads, targets
-    return learned, total if getattr(recipe.objective, "trunk", "") == "separate" else 0, heads, targets
+    return learned, total if getattr(recipe.resolved_objective, "trunk", "") == "separate" else 0, heads, targets
 
 
 def _moments_bytes(recipe: Recipe, shape: dict[str, int]) -> Callable[..., int]:

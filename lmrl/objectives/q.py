@@ -51,6 +51,8 @@ class QLearning(Objective):
     """
 
     def __init__(self, options: QObjective, twins: int, value: bool):
+        if options.trunk == "auto":  # a recipe has resolved it
+            options = options.model_copy(update={"trunk": "shared"})
         self.options, self.minibatches = options, options.minibatches
         self.needs_returns = options.calibrated
         self.range, self.unit, self.returns_unit = (0.0, 1.0), 1.0, (0.0, 1.0)

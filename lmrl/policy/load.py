@@ -30,6 +30,9 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
+ALIGNMENT = 64
+"""Bytes to a multiple of which torch places what it allocates on a CPU."""
+
 
 def load_policy(
     options: Model,
@@ -62,7 +65,7 @@ def load_policy(
         model.requires_grad_(True)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = aligned(parameter.data.float())
     if reference and kind is None:
         kind = copy.deepcopy(model).requires_grad_(False).eval()
     policy = Policy(model, tokenizer, heads=heads, reference=kind if reference else None)
@@ -70,6 +73,12 @@ def load_policy(
     if start is not None:
         policy.load_heads(start)
     return policy
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor at an address as torch's own: weights read from a file lie anywhere in it, and kernels round by the address, so that
+    a resumed run would differ from one that was never stopped."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def open_policy(path: str, dtype: str = "float32", trust_remote_code: bool = False) -> Policy:

@@ -120,15 +120,16 @@ class QObjective(Discounts, Guidance):
     """Updates a step, each on a part of its episodes."""
     q_head: Literal["mlp", "linear", "tied"] = "mlp"
     """mlp: two layers; linear: one; tied: the vocabulary matrix times a d x d matrix. `lmrl export` folds the last two."""
-    trunk: Literal["shared", "detached", "separate"] = "shared"
+    trunk: Literal["auto", "shared", "detached", "separate"] = "auto"
     """Where the heads stand: on the policy's last hidden states, on those without a gradient into the policy, or on a
-    copy of the model of their own."""
+    copy of the model of their own. auto: separate for MLP heads where all weights are trained, since what values need of a state
+    imitation may have no use for; else shared, as adapters and exports want it."""
     value_normalization: Literal["returns", "none"] = "returns"
     """returns: values are learned, and `beta` and `start_value` are given, in units of the log's returns: their mean, and their
     deviation or the size of a reward, whichever is less. none: in the unit of the reward."""
-    start_value: float | Literal["lowest", "mean"] = "lowest"
-    """What Q is before anything is learned, and stays for tokens never seen: `lowest` is the lowest return in the data,
-    so that what is unknown looks bad; `mean` is their mean, from where values have less far to go."""
+    start_value: float | Literal["lowest", "mean"] = "mean"
+    """What Q is before anything is learned, and stays for tokens never seen: `mean` is the mean return in the data, from where
+    values have the least way to go; `lowest` is the lowest, so that what is unknown looks bad even without `support`."""
     value_loss: Literal["squared", "hl_gauss"] = "squared"
     """hl_gauss: values as categories over the returns in the data (Farebrother et al., arXiv 2403.03950)."""
     cql_coef: float = Field(0.1, ge=0)
@@ -154,8 +155,9 @@ class ILQLObjective(QObjective):
     name: Literal["ilql"]
     expectile: float = Field(0.8, gt=0, lt=1)
     """How near V comes to the best action in the data (0.5: their mean)."""
-    polyak: float = Field(0.005, gt=0, le=1)
-    """How far the target Q follows Q at every update."""
+    polyak: float = Field(0.05, gt=0, le=1)
+    """How far the targets of Q and V follow at every update. What a last turn is worth takes about 2 / polyak updates to reach the
+    turn before it; published runs of tens of thousands of updates have 0.005."""
     awbc_beta: float = Field(0.0, ge=0)
     """Weight the likelihood by exp(awbc_beta x advantage) (0: plain)."""
 

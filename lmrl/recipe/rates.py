@@ -58,14 +58,15 @@ def default_rates(recipe: Recipe, parameters: int, hidden: int) -> Rates:
 
 
 def with_rates(recipe: Recipe, parameters: int, hidden: int) -> Optimizer:
-    """A stage's optimizer section with the rates that it leaves open. A head follows a stated `lr` where no `head_lr` is stated
+    """A stage's optimizer section with the rates and the schedule that it leaves open. A head follows a stated `lr` where no `head_lr` is stated
     and there is no other rule for it."""
     stated, rates = recipe.optimizer, default_rates(recipe, parameters, hidden)
     lr = rates.lr if stated.lr is None else stated.lr
     head_lr = rates.head_lr if stated.head_lr is None else stated.head_lr
     if stated.head_lr is None and stated.lr is not None and not isinstance(recipe.objective, PPOObjective):
         head_lr = lr
-    return stated.model_copy(update={"lr": lr, "head_lr": head_lr})
+    schedule = stated.schedule or ("linear" if recipe.source.name == "dataset" else "constant")
+    return stated.model_copy(update={"lr": lr, "head_lr": head_lr, "schedule": schedule})
 
 
 def _kind(objective: object) -> tuple[float, float, str]:

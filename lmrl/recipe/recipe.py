@@ -16,7 +16,7 @@ from pydantic import Discriminator, Tag, model_validator
 from lmrl.recipe.base import Section
 from lmrl.recipe.combinations import mistakes
 from lmrl.recipe.model import Model
-from lmrl.recipe.objective import OBJECTIVES, CustomObjective
+from lmrl.recipe.objective import OBJECTIVES, CustomObjective, QObjective
 from lmrl.recipe.rollouts import Rollouts
 from lmrl.recipe.source import SOURCES, RolloutsSource
 from lmrl.recipe.steps import Evaluation, Optimizer, Tracking, Training
@@ -144,6 +144,14 @@ class Recipe(Section):
         return self.objective.name != REWARD_MODEL and (
             self.source.name != "dataset" or self.evaluation.suite is not None
         )
+
+    @property
+    def resolved_objective(self) -> Any:
+        """The objective with what it leaves to the rest of the recipe."""
+        if not isinstance(self.objective, QObjective) or self.objective.trunk != "auto":
+            return self.objective
+        own = self.model.lora is None and self.objective.q_head == "mlp"
+        return self.objective.model_copy(update={"trunk": "separate" if own else "shared"})
 
     def _objective_name(self, changes: dict[str, Any]) -> str:
         """Of a stage, given what it does differently."""

@@ -25,8 +25,9 @@ class Optimizer(Section):
     """Added to the root of the mean square that AdamW divides by."""
     weight_decay: float = Field(0.0, ge=0)
     """Share of each weight, times `lr`, that every update takes away."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What the learning rate does after warm-up, down to 0 over the stage."""
+    schedule: Literal["constant", "linear", "cosine"] | None = None
+    """What the learning rate does after warm-up: stays, or falls to 0 over the stage (null: linear where a stage learns from logged
+    data alone, whose noise a falling rate averages out; else constant)."""
     warmup_steps: int = Field(0, ge=0)
     """First steps, over which the learning rate rises from 0."""
     max_grad_norm: float | None = Field(1.0, gt=0)

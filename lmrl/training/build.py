@@ -68,7 +68,7 @@ def build_stage(
     check_gate(recipe, suite, strategy)
 
     seed_everything(recipe.training.seed, name, "build")
-    objective = load_objective(recipe.objective)
+    objective = load_objective(recipe.resolved_objective)
     objective.correction = Correction.of(recipe.rollouts)
     policy = load_policy(
         recipe.model,

@@ -56,8 +56,12 @@ def drift(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def mean_of(updates: list[dict[str, float]]) -> dict[str, float]:
-    names = updates[0] if updates else ()
-    return {name: sum(update[name] for update in updates) / len(updates) for name in names}
+    """Mean of each statistic over the updates that have it."""
+    columns: dict[str, list[float]] = {}
+    for update in updates:
+        for name, value in update.items():
+            columns.setdefault(name, []).append(value)
+    return {name: sum(column) / len(column) for name, column in columns.items()}
 
 
 def samples_to_keep(trajectories: Sequence[Trajectory]) -> list[Trajectory]:

@@ -25,7 +25,7 @@ def replay(folder: Path) -> list[str]:
         raise RunError(f"{folder} holds no kept minibatch (expected a folder below RUN/nonfinite/)")
     info = json.loads((folder / "info.json").read_text())
     recipe = stages_of(read_recipe(folder))[info["stage"]]
-    objective = load_objective(recipe.objective)
+    objective = load_objective(recipe.resolved_objective)
     policy = load_policy(recipe.model, folder, heads=objective.heads)
     policy.configure(recipe)
     objective.load_state(info["objective"])

@@ -245,7 +245,8 @@ class RewardModelStage:
         )
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # one process trains on one device, however many it sees
-        optimizer = build_optimizer(self.classifier, with_rates(recipe, *self.classifier.size))
+        options = with_rates(recipe, *self.classifier.size)
+        optimizer = build_optimizer(self.classifier, options)
         trainer = _Trainer(
             self.classifier.model,
             arguments,
@@ -255,7 +256,7 @@ class RewardModelStage:
             optimizers=(
                 optimizer,
                 torch.optim.lr_scheduler.LambdaLR(
-                    optimizer, lambda done: schedule(recipe.optimizer, min(done + 1, steps), steps)
+                    optimizer, lambda done: schedule(options, min(done + 1, steps), steps)
                 ),
             ),
         )

@@ -68,7 +68,7 @@ def test_the_loss_is_the_published_one(q_head, trunk):
         action = int(micro.targets_N[place])
         target = rewards[place] + steps[place] * next_v[place + 1]
         for one in q:
-            total += (float(one[place, action]) - target) ** 2 / unit
+            total += (float(one[place, action].detach()) - target) ** 2 / unit
             total += 0.3 * float((one[place] / 2).logsumexp(0) - one[place, action] / 2) / unit
         advantage = float(target_q[place] - v[place])
         total += (0.8 if advantage >= 0 else 0.2) * advantage**2 / unit
@@ -213,13 +213,15 @@ def test_the_updater_moves_targets_after_each_step():
 
 def test_calibration_reads_the_data():
     # Returns-to-go 1.2, 1.5, 5 with mean 2.567 and deviation 1.725; rewards -1 and 5 of root mean square 3.606.
-    _, policy = build(ILQLObjective(name="ilql", gamma=0.5, gamma_token=0.8))
+    _, policy = build(ILQLObjective(name="ilql", gamma=0.5, gamma_token=0.8, start_value="lowest"))
     values = policy.values
     assert float(values.mean) == pytest.approx(7.7 / 3) and float(values.std) == pytest.approx(1.72498, abs=1e-4)
     assert float(values.offset) == pytest.approx((1.2 - 7.7 / 3) / 1.72498, abs=1e-4)  # the lowest return-to-go
-    _, policy = build(ILQLObjective(name="ilql", gamma=0.5, gamma_token=0.8, start_value="mean"))
+    _, policy = build(ILQLObjective(name="ilql", gamma=0.5, gamma_token=0.8))  # the mean
     assert float(policy.values.offset) == pytest.approx(0, abs=1e-6)
-    _, policy = build(ILQLObjective(name="ilql", gamma=0.5, gamma_token=0.8, value_normalization="none"))
+    _, policy = build(
+        ILQLObjective(name="ilql", gamma=0.5, gamma_token=0.8, start_value="lowest", value_normalization="none")
+    )
     assert float(policy.values.offset) == pytest.approx(1.2) and float(policy.values.scale) == pytest.approx(13**0.5)
     _, policy = build(ILQLObjective(name="ilql", start_value=-3.0))
     assert float(policy.values.offset) == -3.0

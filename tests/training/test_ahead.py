@@ -100,7 +100,7 @@ def test_a_step_learns_from_what_the_weights_before_its_own_have_played(tmp_path
         return learn(self, step, drawn)
 
     monkeypatch.setattr(Stage, "_learn", look)
-    train(recipe_of(tmp_path, ["rollouts.check_every=1"]), output=tmp_path / "run")
+    train(recipe_of(tmp_path, ["rollouts.check_every=1", "objective.value_warmup_steps=0"]), output=tmp_path / "run")
     policies, played = zip(*seen, strict=True)  # of each step, before it is learned from
     for step in range(4):
         segments = some_of(played[step])

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lmrl.policy.heads import HeadsSpec
 from lmrl.policy.passes import Guidance, States
 from lmrl.recipe_files import load_recipe
 from lmrl.training import resume_run, train
@@ -55,7 +56,8 @@ def test_guidance_by_hand(support):
     """Three actions of which the last is outside the behaviour."""
     pi, q = [0.9, 0.095, 0.005], [0.0, 1.0, 3.0]
     states = States(torch.zeros(1, 1), torch.tensor([pi]).log(), q_NV=torch.tensor([q]))
-    policy = SimpleNamespace(guidance=Guidance(2.0, support))
+    values = SimpleNamespace(spec=HeadsSpec(q="mlp"), to_returns=lambda q: 10 + 2 * q)
+    policy = SimpleNamespace(guidance=Guidance(2.0, support), values=values)
     weights = [p * math.exp(2 * value) for p, value in zip(pi, q, strict=True)]
     if support:
         weights[2] = 0.0
@@ -63,8 +65,8 @@ def test_guidance_by_hand(support):
     found = guided_diagnostics(policy, states, torch.tensor([1]))
     assert found == pytest.approx(
         {
-            "q_data": 1.0,
-            "q_outside": 3.0,
+            "q_data": 12.0,  # in the unit of the reward
+            "q_outside": 16.0,
             "outside_mass": mass[2],
             "kl_behaviour": sum(m * math.log(m / p) for m, p in zip(mass, pi, strict=True) if m),
             "guided_entropy": -sum(m * math.log(m) for m in mass if m),

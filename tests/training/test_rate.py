@@ -26,7 +26,10 @@ def lines(folder):
 
 def test_a_rate_that_is_too_high_is_lowered_and_stays_so_on_resume(tmp_path):
     changes = ["training.steps=4", "training.checkpoint_every=2", "optimizer.lr=3e-2", "objective.target_kl=null"]
-    recipe = lmrl.load_recipe("random_walks/ppo", [*TINY_WALKS, *changes, "objective.value_warmup_steps=0"])
+    changes += ["objective.value_warmup_steps=0", "rollouts.prompts=5", "rollouts.samples=2"]
+    changes += ["stages.warmup.training.steps=1", "stages.warmup.source.episodes=60", "evaluation.suite=null"]
+    sizes = [change for change in TINY_WALKS if not change.startswith(("source.", "training.", "evaluation."))]
+    recipe = lmrl.load_recipe("random_walks/ppo", [*sizes, *changes])
     lmrl.train(recipe, output=tmp_path / "run")
     found = lines(tmp_path / "run")
     assert found[0]["policy_change"] > recipe.training.kl_band and found[0]["kl_factor"] < 1
@@ -35,4 +38,6 @@ def test_a_rate_that_is_too_high_is_lowered_and_stays_so_on_resume(tmp_path):
         shutil.rmtree(tmp_path / "torn" / "stages" / "main" / gone, ignore_errors=True)
     resume_run(tmp_path / "torn")
     keys = ("policy_change", "kl_factor", "loss")
-    assert [[row[key] for key in keys] for row in lines(tmp_path / "torn")] == [[row[key] for key in keys] for row in found]
+    assert [[row[key] for key in keys] for row in lines(tmp_path / "torn")] == [
+        [row[key] for key in keys] for row in found
+    ]
