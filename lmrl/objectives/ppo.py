@@ -204,7 +204,8 @@ class PPO(PolicyGradient):
         # Returns that are equal but for rounding have no variance to explain.
         explained = 1 - error / variance if variance > (ROUNDING * mean) ** 2 else 0.0
         self.warmup.add(explained)
-        if units.is_normalised and self.options.value_loss != "hl_gauss":  # categories keep the units they began with
+        follows = self.options.value_normalization == "returns" and self.options.value_loss != "hl_gauss"
+        if follows and units.is_normalised and math.isfinite(variance):  # categories keep the units they began with
             units.renormalise(*followed(float(units.mean), float(units.std), float(units.peak), mean, variance))
         return {"value_mean": world.mean(values_N), "return_std": math.sqrt(variance), "explained_variance": explained}
 
@@ -239,9 +240,8 @@ class PPO(PolicyGradient):
             stats["policy_loss"] = surrogate_N.sum()
             stats["clip_fraction"] = clipped_N.float().sum()
             stats["entropy"] = outputs.entropy.sum()
-            stats["approx_kl"] = k3(
-                fields[OLD], outputs.logprobs
-            ).sum()  # KL(old || new): samples came from the old policy
+            # KL(old || new): samples came from the old policy.
+            stats["approx_kl"] = k3(fields[OLD], outputs.logprobs).sum()
         return Loss(total, stats)
 
     def state(self) -> dict[str, Any]:

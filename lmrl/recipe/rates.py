@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lmrl.recipe.objective import DPOObjective, GroupObjective, PPOObjective, RewardModelObjective
+from lmrl.recipe.objective import DPOObjective, PolicyGradientObjective, PPOObjective, RewardModelObjective
 from lmrl.recipe.recipe import Recipe
 from lmrl.recipe.steps import Optimizer
 
@@ -28,6 +28,10 @@ MOST, HEAD_MOST, Q_HEAD = 1e-3, 1e-2, 1e-3
 MILLION = 1e6
 ADAPTER = 10.0
 """How many times the rate of all weights an adapter takes."""
+SHORT_MEMORY, LONG_MEMORY = (0.9, 0.95), (0.9, 0.999)
+"""Adam's decay rates. After a long run of small gradients a sudden one moves each weight by up to (1 - beta1) / sqrt(1 - beta2) times
+the rate: 3.2 times with 0.999, which was seen to throw a policy near its optimum 4 nats a token away in one update; 0.45 times with
+0.95."""
 UNKNOWN_SIZE = 1e9
 """Parameters of a model whose size cannot be told before it is loaded."""
 
@@ -58,7 +62,7 @@ def default_rates(recipe: Recipe, parameters: int, hidden: int) -> Rates:
 
 
 def with_rates(recipe: Recipe, parameters: int, hidden: int) -> Optimizer:
-    """A stage's optimizer section with the rates and the schedule that it leaves open. A head follows a stated `lr` where no `head_lr` is stated
+    """A stage's optimizer section with the rates, the schedule and the decay rates that it leaves open. A head follows a stated `lr` where no `head_lr` is stated
     and there is no other rule for it."""
     stated, rates = recipe.optimizer, default_rates(recipe, parameters, hidden)
     lr = rates.lr if stated.lr is None else stated.lr
@@ -66,12 +70,13 @@ def with_rates(recipe: Recipe, parameters: int, hidden: int) -> Optimizer:
     if stated.head_lr is None and stated.lr is not None and not isinstance(recipe.objective, PPOObjective):
         head_lr = lr
     schedule = stated.schedule or ("linear" if recipe.source.name == "dataset" else "constant")
-    return stated.model_copy(update={"lr": lr, "head_lr": head_lr, "schedule": schedule})
+    betas = stated.betas or (SHORT_MEMORY if isinstance(recipe.objective, PolicyGradientObjective) else LONG_MEMORY)
+    return stated.model_copy(update={"lr": lr, "head_lr": head_lr, "schedule": schedule, "betas": betas})
 
 
 def _kind(objective: object) -> tuple[float, float, str]:
     """Rate of a model of a million parameters, how it falls with their number, and what is learned."""
-    if isinstance(objective, PPOObjective | GroupObjective):
+    if isinstance(objective, PolicyGradientObjective):
         return 5e-4, 0.68, "policy gradients"
     if isinstance(objective, RewardModelObjective):
         return 5e-4, 0.68, "a reward model"

@@ -19,8 +19,9 @@ class Optimizer(Section):
     """Learning rate (null: by what is learned, what is trained and the model's size, see lmrl/recipe/rates.py; `lmrl show` tells)."""
     head_lr: float | None = Field(None, gt=0)
     """Learning rate of value heads (null: of PPO's by the model's width; of Q heads `lr`, or 1e-3 where that is null too)."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """How slowly AdamW forgets gradients, and their squares."""
+    betas: tuple[float, float] | None = None
+    """Decay rates of AdamW's means of gradients and of their squares (null: 0.9 and 0.95 for policy gradients, whose gradients may grow
+    tenfold from one update to the next; else 0.9 and 0.999)."""
     eps: float = Field(1e-8, gt=0)
     """Added to the root of the mean square that AdamW divides by."""
     weight_decay: float = Field(0.0, ge=0)

@@ -10,6 +10,7 @@ from torch import nn
 
 from lmrl.errors import RecipeError
 from lmrl.recipe import Optimizer
+from lmrl.recipe.rates import LONG_MEMORY
 
 if TYPE_CHECKING:
     from lmrl.policy.policy import Policy
@@ -20,7 +21,7 @@ def build_optimizer(
     options: Optimizer, groups: list[dict[str, Any]], policy: Policy, strategy: Strategy
 ) -> torch.optim.Optimizer:
     """AdamW over these groups of a policy's parameters. Raises RecipeError where it cannot be had here."""
-    settings = {"betas": options.betas, "eps": options.eps, "weight_decay": options.weight_decay}
+    settings = {"betas": options.betas or LONG_MEMORY, "eps": options.eps, "weight_decay": options.weight_decay}
     if options.name == "adamw":
         return torch.optim.AdamW(groups, **settings)
     if strategy.lockstep:

@@ -26,7 +26,7 @@ from lmrl.evaluation.statistics import bootstrap, summarize
 from lmrl.policy.classifier import Classifier
 from lmrl.policy.load import load_classifier
 from lmrl.recipe import Optimizer, PromptTask, Recipe
-from lmrl.recipe.rates import with_rates
+from lmrl.recipe.rates import LONG_MEMORY, with_rates
 from lmrl.rollouts.task import build_task, starts_for, task_texts
 from lmrl.seeding import key, seed_everything, stream
 from lmrl.training.checkpoint import STATE, checkpoint_path
@@ -403,7 +403,7 @@ def build_optimizer(classifier: Classifier, options: Optimizer) -> SkippingAdamW
         {"params": [one for one in trained if id(one) in trunk], "lr": options.lr},
         {"params": [one for one in trained if id(one) not in trunk], "lr": head_lr},
     ]
-    return SkippingAdamW(groups, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay)
+    return SkippingAdamW(groups, betas=options.betas or LONG_MEMORY, eps=options.eps, weight_decay=options.weight_decay)
 
 
 def pairs_at_once(batch_size: int, longest: int, microbatch_tokens: int) -> int:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lmrl.recipe import OBJECTIVES, Lora, Model, Optimizer, Recipe
+from lmrl.recipe import OBJECTIVES, DatasetSource, Lora, Model, Optimizer, Recipe, RolloutsSource
 from lmrl.recipe.rates import default_rates, with_rates
 
 SCRATCH, PRETRAINED = {"config": {"model_type": "llama"}}, {"path": "folder"}
@@ -10,7 +10,10 @@ SCRATCH, PRETRAINED = {"config": {"model_type": "llama"}}, {"path": "folder"}
 
 def recipe(objective: str, model: dict, **optimizer) -> Recipe:
     return Recipe.model_construct(
-        model=Model(**model), objective=OBJECTIVES[objective](name=objective), optimizer=Optimizer(**optimizer)
+        model=Model(**model),
+        objective=OBJECTIVES[objective](name=objective),
+        optimizer=Optimizer(**optimizer),
+        source=RolloutsSource(),
     )
 
 
@@ -49,6 +52,17 @@ def test_stated_rates_stay():
     assert rates("ppo", lr=3e-4, head_lr=5e-3) == (3e-4, 5e-3)
     assert rates("ilql", lr=3e-4) == (3e-4, 3e-4)
     assert rates("ppo", head_lr=5e-3) == (5e-4, 5e-3)
+
+
+def test_policy_gradients_forget_their_squares_sooner():
+    def chosen(objective, **stated):
+        logged = {"source": DatasetSource(name="dataset", player="random")}
+        found = with_rates(recipe(objective, SCRATCH, **stated).model_copy(update=logged), 60_000, 64)
+        return found.betas, found.schedule
+
+    assert chosen("ppo")[0] == (0.9, 0.95)
+    assert chosen("ilql") == ((0.9, 0.999), "linear")
+    assert chosen("ppo", betas=(0.8, 0.9), schedule="constant") == ((0.8, 0.9), "constant")
 
 
 def test_the_reason_is_told():

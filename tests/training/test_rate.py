@@ -25,7 +25,13 @@ def lines(folder):
 
 
 def test_a_rate_that_is_too_high_is_lowered_and_stays_so_on_resume(tmp_path):
-    changes = ["training.steps=4", "training.checkpoint_every=2", "optimizer.lr=3e-2", "objective.target_kl=null", "training.kl_band=1e-3"]
+    changes = [
+        "training.steps=4",
+        "training.checkpoint_every=2",
+        "optimizer.lr=3e-2",
+        "objective.target_kl=null",
+        "training.kl_band=1e-3",
+    ]
     changes += ["objective.value_warmup_steps=0", "rollouts.prompts=5", "rollouts.samples=2"]
     changes += ["stages.warmup.training.steps=1", "stages.warmup.source.episodes=60", "evaluation.suite=null"]
     sizes = [change for change in TINY_WALKS if not change.startswith(("source.", "training.", "evaluation."))]
