@@ -162,4 +162,6 @@ def test_arithmetic():
 
 
 def test_yaml_of_a_recipe_holds_every_default():
-    assert yaml.safe_load(to_yaml(load_recipe("random_walks/bc")))["optimizer"]["betas"] == [0.9, 0.999]
+    recipe = load_recipe("random_walks/bc", ["optimizer.betas=[0.8, 0.9]"])
+    written = yaml.safe_load(to_yaml(recipe))["optimizer"]
+    assert written["betas"] == [0.8, 0.9] and written["head_lr"] is None and written["eps"] == 1e-8
