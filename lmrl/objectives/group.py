@@ -116,9 +116,8 @@ def group_scales(turns: Turns) -> torch.Tensor:
     squares_K = centred(turns.to_go_K, cell_K) ** 2
     _, count_K = cell_means(squares_K, cell_K)
     mean_K, size_K = cell_means(squares_K, group_K)
-    cells_K = (
-        cell_means(1 / count_K, group_K)[0] * size_K
-    )  # cells of the group, each of which costs a degree of freedom
+    # Cells of the group, each of which costs a degree of freedom.
+    cells_K = cell_means(1 / count_K, group_K)[0] * size_K
     return (mean_K * size_K / (size_K - cells_K).round().clamp(min=1)).sqrt()
 
 
@@ -226,7 +225,7 @@ class GroupPolicyGradient(PolicyGradient):
         advantages_N = self.token_advantages(advantages_N)
         if options.mask_cut:
             kept = [0.0 if episode.cut_turns else 1.0 for episode in episodes]
-            kept_N = torch.tensor(kept, dtype=policy.precision).repeat_interleave(torch.tensor(sizes))
+            kept_N = torch.tensor(kept, dtype=policy.precision).repeat_interleave(torch.tensor(sizes, dtype=torch.long))
             batch.set("kept", kept_N)
             advantages_N = advantages_N * kept_N
         batch.set("advantages", advantages_N.to(policy.precision))

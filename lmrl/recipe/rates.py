@@ -62,8 +62,10 @@ def default_rates(recipe: Recipe, parameters: int, hidden: int) -> Rates:
 
 
 def with_rates(recipe: Recipe, parameters: int, hidden: int) -> Optimizer:
-    """A stage's optimizer section with the rates, the schedule and the decay rates that it leaves open. A head follows a stated `lr` where no `head_lr` is stated
-    and there is no other rule for it."""
+    """A stage's optimizer section with the rates, the schedule and the decay rates that it leaves open.
+
+    A Q head follows a stated `lr` if no `head_lr` is stated.
+    """
     stated, rates = recipe.optimizer, default_rates(recipe, parameters, hidden)
     lr = rates.lr if stated.lr is None else stated.lr
     head_lr = rates.head_lr if stated.head_lr is None else stated.head_lr

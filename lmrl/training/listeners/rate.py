@@ -48,9 +48,7 @@ class RateController(Listener):
         if not metrics["updates"]:
             return {}
         segments = some_of(drawn.played, EPISODES // world.size(), TOKENS // world.size())
-        gaps_N = differences(
-            stage.policy, segments, stage.recipe.rollouts.temperature
-        )  # known of all: none is left out
+        gaps_N = differences(stage.policy, segments, stage.recipe.rollouts.temperature)
         if not world.largest(len(gaps_N)):
             return {}
         moved = world.mean(k3(gaps_N, gaps_N.new_zeros(())))
