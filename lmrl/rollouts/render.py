@@ -7,6 +7,8 @@ from typing import Any
 from lmrl.errors import ModelError
 
 SENTINEL = "LMRL-SENTINEL"
+KEPT, KEPT_LENGTH = 4096, 256
+"""Games show the same few texts again and again: tokens of so many texts of so many characters are kept."""
 Messages = list[dict[str, str]]
 
 
@@ -17,11 +19,12 @@ class Renderer:
         if chat and not tokenizer.chat_template:
             raise ModelError("the tokenizer has no chat template: set `chat: false` to use the text as it is")
         self.tokenizer, self.chat, self.system = tokenizer, chat, system
+        self._encoded: dict[tuple[str, bool], list[int]] = {}
 
     def first(self, observation: str | Messages) -> list[int]:
         """Context that opens a segment."""
         if isinstance(observation, str) and not self.chat:
-            tokens = self.tokenizer(observation).input_ids
+            tokens = self._encode(observation, special_tokens=True)
         else:
             messages = [{"role": "system", "content": self.system}] if self.system else []
             own = [{"role": "user", "content": observation}] if isinstance(observation, str) else observation
@@ -54,8 +57,14 @@ class Renderer:
         """Context in the middle of a raw segment, without special tokens."""
         return self._encode(text)
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+    def _encode(self, text: str, special_tokens: bool = False) -> list[int]:
+        """special_tokens: with those that the tokenizer opens a text with."""
+        known = self._encoded.get((text, special_tokens))
+        if known is None:
+            known = self.tokenizer(text, add_special_tokens=special_tokens).input_ids
+            if len(text) <= KEPT_LENGTH and len(self._encoded) < KEPT:
+                self._encoded[text, special_tokens] = known
+        return list(known)
 
     def _template(self, messages: Messages, open_turn: bool = True) -> str:
         if not self.tokenizer.chat_template:

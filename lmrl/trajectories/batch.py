@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from lmrl import world
 from lmrl.trajectories.trajectory import CONTEXT, Segment, Trajectory
@@ -81,7 +82,7 @@ class Batch:
     @property
     def lengths(self) -> list[int]:
         """Action tokens of each sequence."""
-        return [len(sequence.targets) for sequence in self.sequences]
+        return [sequence.targets.numel() for sequence in self.sequences]
 
     def by_weight(self) -> tuple[Batch, Batch]:
         """The sequences that a gradient comes of, and those that none comes of; where there are only these, the first one stands
@@ -113,8 +114,10 @@ class Batch:
     def microbatches(self, max_tokens: int, pad_id: int) -> list[Microbatch]:
         """Sort by length and cut wherever the padded size would pass `max_tokens`; a long chain may stand alone."""
 
+        sizes = [sequence.tokens.numel() for sequence in self.sequences]
+
         def width(chain: list[int]) -> int:
-            return max(len(self.sequences[index].tokens) for index in chain)
+            return max(sizes[index] for index in chain)
 
         parts: list[list[int]] = []
         widest = 0
@@ -129,19 +132,16 @@ class Batch:
 
     def collate(self, indices: list[int], pad_id: int) -> Microbatch:
         chosen = [self.sequences[index] for index in indices]
-        width = max(len(sequence.tokens) for sequence in chosen)
-        tokens = torch.full((len(chosen), width), pad_id, dtype=torch.long)
-        mask = torch.zeros((len(chosen), width), dtype=torch.long)
-        for row, sequence in enumerate(chosen):
-            tokens[row, : len(sequence.tokens)] = sequence.tokens
-            mask[row, : len(sequence.tokens)] = 1
+        tokens = pad_sequence([sequence.tokens for sequence in chosen], batch_first=True, padding_value=pad_id)
+        sizes_B = torch.tensor([sequence.tokens.numel() for sequence in chosen])
+        mask = (torch.arange(tokens.shape[1]) < sizes_B[:, None]).long()
         branches = None
         if any(sequence.branches is not None for sequence in chosen):
-            branches = torch.full((len(chosen), width), -1, dtype=torch.long)
+            branches = torch.where(mask.bool(), 0, -1)
             for row, sequence in enumerate(chosen):
-                size = len(sequence.tokens)
-                branches[row, :size] = 0 if sequence.branches is None else sequence.branches
-        lengths = [len(sequence.targets) for sequence in chosen]
+                if sequence.branches is not None:
+                    branches[row, : sequence.branches.numel()] = sequence.branches
+        lengths = [sequence.targets.numel() for sequence in chosen]
         names = chosen[0].fields
         return Microbatch(
             tokens_BT=tokens,
