@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lmrl.policy.logprobs import token_logprobs
+from lmrl.policy.pull import with_gradient_times
 
 BINS = 51
 """Categories of a value (Farebrother et al., section 4)."""
@@ -213,9 +214,12 @@ class Values(nn.Module):
     def value(self, hidden_ND: torch.Tensor, head: Head | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """V of each state (N,) by the head (or `target_v`), and its categories' logits (N, bins) where there are any."""
         head = head or self.v
-        outputs = head.features(hidden_ND) @ head.weight.T + head.bias
         if self.spec.bins:
+            outputs = head.features(hidden_ND) @ head.weight.T + head.bias
             return self._mean(outputs), outputs
+        # The gain must not swell the head's gradient, which would fill the norm that all weights' gradients are clipped to.
+        features = head.features(with_gradient_times(hidden_ND, self.gain))
+        outputs = with_gradient_times(features @ head.weight.T + head.bias, 1 / self.gain)
         return self.gain * (self.v_offset + self.scale * outputs[:, 0]) + self.shift, None
 
     def taken(self, head: Head, hidden_ND: torch.Tensor, actions_N: torch.Tensor, vocabulary_VD: torch.Tensor):

@@ -1,4 +1,4 @@
-"""Bounding what the values' loss does to a trunk that the policy shares.
+"""Gradients of the values' loss, held to what the weights can bear: the head's own, and those of a trunk that the policy shares.
 
 Both losses send a gradient into the last hidden state of each token, and there they can be compared in the one backward pass
 that is made anyway. The values' is shortened to at most `limit` times the length of the policy's, token by token, so that it
@@ -18,6 +18,23 @@ def bounded(hidden_ND: torch.Tensor, limit: float, tally_3: torch.Tensor) -> tup
     at which the bound decided.
     """
     return _Bounded.apply(hidden_ND, limit, tally_3)
+
+
+def with_gradient_times(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """The same values, whose gradient is multiplied on its way back."""
+    return _Scaled.apply(values, factor)
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, factor):
+        ctx.save_for_backward(factor)
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (factor,) = ctx.saved_tensors
+        return gradient * factor.to(gradient.dtype), None
 
 
 class _Bounded(torch.autograd.Function):

@@ -42,6 +42,25 @@ def build_optimizer(
     return optimizer
 
 
+@torch.no_grad()
+def take_back(optimizer: torch.optim.AdamW, group: dict[str, Any]) -> None:
+    """Undo the last step of a group's weights, but for rounding, and forget the momentum that would repeat it.
+
+    AdamW's state holds what a step was made of (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2), so no copy of the weights is
+    needed.
+    """
+    (beta1, beta2), rate = group["betas"], group["lr"]
+    for weights in group["params"]:
+        state = optimizer.state.get(weights)
+        if not state or not state["step"]:
+            continue
+        steps = float(state["step"])
+        deviation = (state["exp_avg_sq"] / (1 - beta2**steps)).sqrt_().add_(group["eps"])
+        weights.addcdiv_(state["exp_avg"], deviation, value=rate / (1 - beta1**steps))
+        weights.div_(1 - rate * group["weight_decay"])
+        state["exp_avg"].zero_()
+
+
 def state_bytes(options: Optimizer, parameters: Iterable[torch.Tensor]) -> int:
     """Bytes that the optimizer will hold for these parameters, embeddings in 8 bits too."""
     each = 8 if options.name == "adamw" else 2

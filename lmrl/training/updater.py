@@ -16,7 +16,7 @@ from lmrl.objectives.base import Objective
 from lmrl.policy.memory import Passes, fit, or_advice
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Optimizer
-from lmrl.training.optimizers import build_optimizer, state_bytes
+from lmrl.training.optimizers import build_optimizer, state_bytes, take_back
 from lmrl.training.strategy import Strategy
 from lmrl.trajectories.batch import Batch
 
@@ -64,8 +64,10 @@ class Updater:
             group["lr"] = group["base_lr"] * factor / float(policy.values.gain)
 
     def step(self, policy: Policy, objective: Objective, minibatch: Batch) -> dict[str, float]:
-        """One update. Returns statistics averaged over the minibatch of all processes; a non-finite one changes no weight, and
-        neither does one that the objective rejects, whose `rejected` is 1."""
+        """One update. Returns statistics averaged over the minibatch of all processes; a non-finite one changes no weight.
+
+        Where the objective rejects it, it changes none either, the update before is taken back, and `rejected` is 1.
+        """
         if not self.strategy.can_discard:
             moved = objective.divergence(policy, minibatch)
             if moved is not None and objective.rejects({"approx_kl": moved}):
@@ -74,6 +76,7 @@ class Updater:
         stats = self.backward(policy, objective, minibatch)
         if self.strategy.can_discard and objective.rejects(stats):
             self.strategy.zero_grad()
+            self.take_back()
             return stats | {"rejected": 1.0}
         self._set_rates(policy)
         with or_advice(STEP_ADVICE):
@@ -86,6 +89,11 @@ class Updater:
             policy.values.follow(objective.polyak)
         self.skipped_in_a_row = 0
         return stats
+
+    def take_back(self) -> None:
+        """Undo the last update of the trunk, where its optimizer can; the heads keep what they have learned."""
+        if self.strategy.can_discard and isinstance(self.strategy.optimizer, torch.optim.AdamW):
+            take_back(self.strategy.optimizer, self.strategy.optimizer.param_groups[0])
 
     def backward(self, policy: Policy, objective: Objective, minibatch: Batch) -> dict[str, float]:
         """Gradient of the loss averaged over the whole minibatch of all processes, however it is cut into microbatches.

@@ -73,6 +73,40 @@ def test_factors_multiply(tiny_policy):
     assert rates(3) == pytest.approx([0.025, 0.25])
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_an_update_is_taken_back_from_adams_own_state(tiny_policy, decay):
+    policy = tiny_policy.double()
+    updater = Updater(policy, Optimizer(lr=1e-2, weight_decay=decay), 10)
+    objective = Likelihood(LikelihoodObjective(name="likelihood"))
+    for _ in range(3):
+        updater.step(policy, objective, batch())
+    before = {name: weights.detach().clone() for name, weights in updater.parameters.items()}
+    updater.step(policy, objective, batch(4))
+    learned = {name: weights for name, weights in updater.parameters.items() if weights.grad is not None}
+    assert len(learned) > 10
+    assert all((weights - before[name]).abs().max() > 1e-4 for name, weights in learned.items())
+    updater.take_back()
+    for name, weights in learned.items():
+        torch.testing.assert_close(weights.detach(), before[name], rtol=0, atol=1e-12)
+        assert not updater.strategy.optimizer.state[weights]["exp_avg"].any()
+
+
+def test_the_update_before_a_rejected_minibatch_is_taken_back(tiny_policy):
+    class Rejects(Likelihood):
+        def rejects(self, stats):
+            return len(seen) > 1
+
+    policy, seen = tiny_policy.double(), []
+    updater = Updater(policy, Optimizer(lr=1e-2), 10)
+    objective = Rejects(LikelihoodObjective(name="likelihood"))
+    before = {name: weights.detach().clone() for name, weights in updater.parameters.items()}
+    seen.append(updater.step(policy, objective, batch()))
+    seen.append(None)
+    assert "rejected" not in seen[0] and updater.step(policy, objective, batch())["rejected"] == 1
+    for name, weights in updater.parameters.items():
+        torch.testing.assert_close(weights.detach(), before[name], rtol=0, atol=1e-12)
+
+
 class Poison(Objective):
     """A loss that is not finite at chosen calls."""
 

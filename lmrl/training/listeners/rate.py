@@ -3,7 +3,8 @@
 A rate that is right at the start of a run may be far too high near its end, where the policy is sure of itself. So after each
 step's updates the policy is compared with what played, on a few of the step's tokens, as in Schulman et al. (arXiv 1707.06347,
 section 4) and in RSL-RL's and rl_games' rules. Here the band has but one edge: a policy that hardly moves may have nothing to
-learn, so the rate is never raised above the recipe's. A step's divergence grows with the square of the rate.
+learn, so the rate is never raised above the recipe's. A step's divergence grows with the square of the rate. Where it is more than
+the objective allows, the last update is taken back as well.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class RateController(Listener):
         if not world.largest(len(gaps_N)):
             return {}
         moved = world.mean(k3(gaps_N, gaps_N.new_zeros(())))
+        if stage.objective.rejects({"approx_kl": moved}) and "rejected_kl" not in metrics:
+            stage.updater.take_back()  # the last update, which no minibatch came after to test
         self.factor = controlled(self.factor, moved, self.band)
         stage.updater.factors[self.name] = self.factor
         return {"policy_change": moved, self.name: self.factor}
