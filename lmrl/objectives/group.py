@@ -2,16 +2,11 @@
 
 The advantage of a turn is what the episode earned from that turn on, less a baseline: the other episodes of its group at the
 same turn. Where rewards fall at the end of episodes alone, an episode has one advantage, which all its turns share, as in the
-papers. Which baseline, which scale and which weights tokens have is what the methods differ in; each has a file of its own.
-
-Advantages are divided by one number a group or batch and never by one a turn: who is still playing at a late turn depends on what
-was done before, so that a scale of its own for each turn would weigh the same loss by when it happens.
+papers. Which baseline, which scale and which weights tokens have is what the methods differ in; each has a file of its own. The
+mathematics of turns is in turns.py.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence as List
-from dataclasses import dataclass
 
 import torch
 
@@ -19,7 +14,16 @@ from lmrl import world
 from lmrl.objectives.base import Loss
 from lmrl.objectives.correction import OLD, sampled_logprobs
 from lmrl.objectives.groups import EPISODE, episode_sums, flat, grouped_batch, groups_of
-from lmrl.objectives.policy_gradient import ROUNDING, PolicyGradient, k3
+from lmrl.objectives.policy_gradient import PolicyGradient, k3
+from lmrl.objectives.turns import (
+    Turns,
+    group_scales,
+    less_group_mean,
+    over_batch_scale,
+    rewards_fall_at_turns,
+    sums_to_go,
+    turns_of,
+)
 from lmrl.policy.passes import Outputs
 from lmrl.policy.policy import Policy
 from lmrl.recipe import GroupObjective
@@ -31,132 +35,6 @@ TURN = "turn"
 """Field that numbers the turns of a batch."""
 
 
-# ------------------------------------------------------------------------------------------------------------ mathematics
-@dataclass
-class Turns:
-    """The turns of a batch's episodes, one after the other, K in all. Groups are numbered within this process."""
-
-    to_go_K: torch.Tensor
-    """What the episode earned from this turn on, double; of the whole episode where rewards fall at its end alone."""
-    index_K: torch.Tensor
-    """Which turn of its episode it is; 0 for all where rewards fall at the end of episodes alone."""
-    group_K: torch.Tensor
-
-    @property
-    def cell_K(self) -> torch.Tensor:
-        """Number of the group and turn: what a turn is compared within."""
-        return self.group_K * (int(self.index_K.max()) + 1 if len(self.index_K) else 1) + self.index_K
-
-
-def sums_to_go(values_A: torch.Tensor) -> torch.Tensor:
-    """Of each entry, itself and all that follow, (A,)."""
-    return values_A.flip(0).cumsum(0).flip(0)
-
-
-def cell_means(values_K: torch.Tensor, cell_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each entry the mean of its cell, and how many entries that has, both (K,)."""
-    cells, place_K = cell_K.unique(return_inverse=True)
-    count_C = values_K.new_zeros(len(cells)).index_add(0, place_K, torch.ones_like(values_K))
-    mean_C = values_K.new_zeros(len(cells)).index_add(0, place_K, values_K) / count_C
-    return mean_C[place_K], count_C[place_K]
-
-
-def centred(values_K: torch.Tensor, cell_K: torch.Tensor) -> torch.Tensor:
-    """Less the mean of the cell, (K,); where all of a cell are equal exactly 0, in spite of the mean's rounding."""
-    mean_K, _ = cell_means(values_K, cell_K)
-    centred_K = values_K - mean_K
-    size_K, _ = cell_means(values_K.abs(), cell_K)
-    return centred_K.masked_fill(centred_K.abs() <= ROUNDING * size_K, 0.0)
-
-
-def less_group_mean(turns: Turns, leave_one_out: bool = False) -> torch.Tensor:
-    """What each turn earned less the mean of its group at the same turn, (K,). leave_one_out: the mean of the others alone.
-
-    A turn that but one episode of the group has reached is compared with the other groups at that turn (of all processes);
-    where there is none, its advantage is 0.
-    """
-    cell_K = turns.cell_K
-    _, count_K = cell_means(turns.to_go_K, cell_K)
-    compared_K = centred(turns.to_go_K, cell_K)
-    if leave_one_out:
-        compared_K = compared_K * count_K / (count_K - 1).clamp(min=1)
-    return torch.where(count_K > 1, compared_K, _over_groups(turns))
-
-
-def _over_groups(turns: Turns) -> torch.Tensor:
-    """Less the mean of the other episodes at the same turn in all groups of all processes, (K,); 0 where there are none.
-
-    Each is counted from the mean return of its own group, so that easy and hard prompts can be compared.
-    """
-    deepest = max(world.gather([int(turns.index_K.max()) + 1 if len(turns.index_K) else 0]))
-    first_K = turns.index_K == 0
-    groups, place_K = turns.group_K.unique(return_inverse=True)
-    episodes_G, returns_G = (
-        torch.zeros(len(groups), dtype=torch.float64).index_add(0, place_K[first_K], own)
-        for own in (torch.ones_like(turns.to_go_K[first_K]), turns.to_go_K[first_K])
-    )
-    counted_K = turns.to_go_K - (returns_G / episodes_G)[place_K]
-    count_T, total_T = (
-        torch.zeros(deepest, dtype=torch.float64).index_add(0, turns.index_K, own)
-        for own in (torch.ones_like(counted_K), counted_K)
-    )
-    sums = torch.tensor(world.totals([*count_T.tolist(), *total_T.tolist()]), dtype=torch.float64)
-    count_K, total_K = (part[turns.index_K] for part in sums.split(deepest))
-    gap_K = counted_K - (total_K - counted_K) / (count_K - 1).clamp(min=1)
-    equal_K = gap_K.abs() <= ROUNDING * turns.to_go_K.abs()
-    return gap_K.masked_fill((count_K < 2) | equal_K, 0.0)
-
-
-def group_scales(turns: Turns) -> torch.Tensor:
-    """The deviation of each turn's group, (K,): of what was earned around the mean at the same turn, pooled over the turns.
-
-    With one turn it is the sample's standard deviation. 0 where nothing was compared.
-    """
-    cell_K, group_K = turns.cell_K, turns.group_K
-    squares_K = centred(turns.to_go_K, cell_K) ** 2
-    _, count_K = cell_means(squares_K, cell_K)
-    mean_K, size_K = cell_means(squares_K, group_K)
-    # Cells of the group, each of which costs a degree of freedom.
-    cells_K = cell_means(1 / count_K, group_K)[0] * size_K
-    return (mean_K * size_K / (size_K - cells_K).round().clamp(min=1)).sqrt()
-
-
-def over_batch_scale(advantages_K: torch.Tensor) -> torch.Tensor:
-    """Divided by the root mean square of those that are not 0, over all processes, (K,)."""
-    earned_K = advantages_K[advantages_K != 0]
-    square = world.mean(earned_K.square())
-    return advantages_K / square**0.5 if square > 0 else advantages_K
-
-
-def rewards_fall_at_turns(earned: List[tuple[torch.Tensor, torch.Tensor]]) -> bool:
-    """True if an episode of any process earned something before its last turn. earned: rewards and turns of each one's tokens."""
-    early = any(bool(rewards_A[turns_A < turns_A[-1]].any()) for rewards_A, turns_A in earned)
-    return bool(world.largest(int(early)))
-
-
-def turns_of(
-    earned: List[tuple[torch.Tensor, torch.Tensor]], groups: List[int], by_turn: bool
-) -> tuple[Turns, torch.Tensor]:
-    """The turns of these episodes, and the number of the turn that each action token belongs to, (N,).
-
-    earned: rewards and turns of each episode's tokens; groups: the group of each. by_turn: compare what was earned from each
-    turn on; else an episode counts as a single turn.
-    """
-    to_go, index, group, numbers, first = [], [], [], [], 0
-    for (rewards_A, turns_A), own in zip(earned, groups, strict=True):
-        place_A = turns_A.unique(return_inverse=True)[1] if by_turn else torch.zeros_like(turns_A)
-        count = int(place_A.max()) + 1
-        sums = rewards_A.new_zeros(count).index_add(0, place_A, rewards_A)
-        to_go.append(sums_to_go(sums))
-        index.append(torch.arange(count))
-        group.append(torch.full((count,), own))
-        numbers.append(first + place_A)
-        first += count
-    turns = Turns(flat(to_go, torch.float64), flat(index, torch.long), flat(group, torch.long))
-    return turns, flat(numbers, torch.long)
-
-
-# -------------------------------------------------------------------------------------------------------------- objective
 class GroupPolicyGradient(PolicyGradient):
     """Base of GRPO, Dr. GRPO, RLOO and REINFORCE++: a subclass says what it does with turns, and how tokens weigh."""
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from lmrl import world
-from lmrl.objectives.group import GroupPolicyGradient, Turns, less_group_mean
+from lmrl.objectives.group import GroupPolicyGradient
 from lmrl.objectives.policy_gradient import whiten
+from lmrl.objectives.turns import Turns, less_group_mean
 
 
 class ReinforcePP(GroupPolicyGradient):

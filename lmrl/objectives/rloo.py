@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from lmrl.objectives.group import TURN, GroupPolicyGradient, Turns, less_group_mean
+from lmrl.objectives.group import TURN, GroupPolicyGradient
 from lmrl.objectives.groups import episode_sums
+from lmrl.objectives.turns import Turns, less_group_mean
 
 
 class RLOO(GroupPolicyGradient):

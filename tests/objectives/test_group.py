@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lmrl.objectives import load_objective
-from lmrl.objectives.group import GroupPolicyGradient, Turns, group_scales, less_group_mean, sums_to_go
+from lmrl.objectives.group import GroupPolicyGradient
+from lmrl.objectives.turns import Turns, group_scales, less_group_mean, sums_to_go
 from lmrl.recipe import OBJECTIVES, Optimizer
 from lmrl.training.updater import Updater
 from lmrl.trajectories.trajectory import CONTEXT, Segment, Trajectory
