@@ -189,12 +189,16 @@ class Totals:
     def __init__(self) -> None:
         self.episodes, self.turns, self.tokens = 0, 0, 0
         self.returns: list[float] = []
+        self.groups: list[int] = []
+        """Of each return, its start state or prompt."""
 
     def add(self, played: list[Any]) -> None:
         self.episodes += len(played)
         self.turns += sum(len(trajectory.turns) for trajectory in played)
         self.tokens += sum(trajectory.num_actions for trajectory in played)
-        self.returns += [trajectory.reward for trajectory in played if trajectory.reward is not None]
+        judged = [trajectory for trajectory in played if trajectory.reward is not None]
+        self.returns += [trajectory.reward for trajectory in judged]
+        self.groups += [trajectory.group for trajectory in judged]
 
     def line(self, with_tokens: bool) -> str:
         from lmrl.evaluation.statistics import summarize
@@ -202,5 +206,5 @@ class Totals:
         counts = f"{self.episodes} episodes, {self.turns} turns" + (f", {self.tokens} tokens" if with_tokens else "")
         if not self.returns:
             return f"{counts}, not judged"
-        score = summarize(self.returns)
+        score = summarize(self.returns, self.groups)
         return f"{counts}, mean return {score['mean']:.3f} [{score['ci95'][0]:.3f}, {score['ci95'][1]:.3f}]"

@@ -89,9 +89,13 @@ def score(
                 )
     failed = len(samples) - len(known)
     if known:
-        summary = summarize(known)
+        judged = [sample for sample, value in zip(samples, found.values, strict=True) if value is not None]
+        summary = summarize(known, [str(sample["prompt"]) for sample in judged], unit="prompt")
         low, high = summary["ci95"]
-        print(f"{spec.label}: mean {summary['mean']:.4f} [{low:.4f}, {high:.4f}] over {len(known)} samples")
+        print(
+            f"{spec.label}: mean {summary['mean']:.4f} [{low:.4f}, {high:.4f}] over {len(known)} samples; the 95 % "
+            f"interval holds for {summary['holds_for']}"
+        )
     if failed:
         print(f"{failed} samples have no score; first: {next(cause for cause in found.causes if cause)}")
     if related := correlations(found.values, [sample.get("reward") for sample in samples]):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from lmrl.environments.base import TextEnvironment
+from lmrl.environments.base import TextEnvironment, limits_of
 from lmrl.errors import LmrlError, PluginError
 from lmrl.plugins import load_plugin
 
@@ -15,7 +15,7 @@ SHIPPED = {
     "maze": "lmrl.environments.maze:Maze",
 }
 
-__all__ = ["SHIPPED", "TextEnvironment", "environment_factory"]
+__all__ = ["SHIPPED", "TextEnvironment", "environment_factory", "limits_of"]
 
 
 def environment_factory(task: Any) -> Callable[[], Any]:

@@ -7,6 +7,7 @@ an episode that arrives by legal moves. Positions are (row, column), counted fro
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from typing import Literal
@@ -50,6 +51,7 @@ class Maze(TextEnvironment):
 
     num_starts = len(STARTS)
     players = ("random", "optimal")
+    metric_limits = {"return": (-math.inf, 0.0), "reached": (0.0, 1.0), "steps": (1.0, math.inf)}
 
     def __init__(self, observed: Literal["fully", "partially"] = "fully"):
         if observed not in ("fully", "partially"):

@@ -36,6 +36,7 @@ class RandomWalks(TextEnvironment):
     """
 
     players = ("random", "suboptimal", "optimal")
+    metric_limits = {"return": (0.0, 1.0), "optimality": (0.0, 1.0), "arrived": (0.0, 1.0)}
 
     def __init__(
         self,

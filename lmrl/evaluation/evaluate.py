@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from math import inf
 from statistics import mean
 from typing import Any
 
 from lmrl import world
+from lmrl.environments import limits_of
 from lmrl.errors import RecipeError, did_you_mean
-from lmrl.evaluation.statistics import summarize
+from lmrl.evaluation.statistics import UNLIMITED, Limits, summarize
 from lmrl.evaluation.suites import Suite
 from lmrl.policy.policy import Policy
 from lmrl.rollouts.engine import Engine, Sampling, build_engine
@@ -22,6 +24,8 @@ from lmrl.trajectories.trajectory import Trajectory
 Scores = dict[str, dict[str, Any]]
 RANDOM_EPISODES = 8
 """Of the random player from each start, for the low end of normalised scores."""
+LIMITS: dict[str, Limits] = {"length": (0.0, inf), "kl": UNLIMITED}
+"""Of lmrl's own metrics."""
 RESERVED = ("reward", "return", "length", "kl", "normalized")
 """Metrics of lmrl's own; a reward function or environment metric of that name is reported as `component/NAME`."""
 
@@ -42,6 +46,39 @@ class Evaluator:
         if starts is None:
             return [None] * (self.suite.episodes or 100)
         return starts[: self.suite.episodes or len(starts)]
+
+    @property
+    def unit(self) -> str:
+        """What episodes of one group have in common."""
+        return "prompt" if self.task.judged_by == "reward" else "start state"
+
+    @property
+    def plays_all(self) -> bool:
+        """True if the suite's start states are all that the environment has, or its prompts were trained on: scores then
+        say how these go, and nothing about others."""
+        task = self.task
+        if task.heldout is None or task.heldout != task.training:
+            return False
+        return task.judged_by == "reward" or len(self.starts()) == len(task.heldout)
+
+    @property
+    def played(self) -> str:
+        """What the suite plays, for people."""
+        task, count, samples = self.task, len(self.starts()), self.suite.samples
+        if task.judged_by == "reward":
+            what = f"{count} held-out prompts"
+            if task.heldout == task.training:
+                what = f"{count} prompts of the task itself (task.prompts.holdout keeps none aside)"
+        elif task.heldout is None:
+            what = f"{count} fresh start states"
+        else:
+            what = f"{'all' if count == len(task.heldout) else 'the first'} {count} start states"
+        return f"{what}, {samples} fresh episode{'' if samples == 1 else 's'} from each"
+
+    @cached_property
+    def limits(self) -> dict[str, Limits]:
+        """Lowest and highest possible value of metrics, as far as the environment says."""
+        return limits_of(self.task.make())
 
     def __call__(self, beta: float | None = None) -> tuple[Scores, list[Trajectory]]:
         """Play the suite. Episodes draw the same random numbers every time, so two scores are paired.
@@ -101,20 +138,38 @@ class Evaluator:
 
     def report(self, trajectories: Sequence[Trajectory], extra: dict[str, list[float]] = {}) -> Scores:
         """Every metric of these episodes, the suite's own first."""
-        scores = summarize_trajectories(trajectories)
-        scores |= {name: summarize(values) for name, values in extra.items()}
+        scores = summarize_trajectories(trajectories, self.unit, self.limits, self.plays_all)
+        groups = [trajectory.group for trajectory in trajectories]
+        scores |= {
+            name: summarize(values, groups, LIMITS.get(name), self.plays_all, self.unit)
+            for name, values in extra.items()
+        }
         main = self.suite.metrics[0]
         if main not in scores:
             raise RecipeError(f"suite: there is no metric '{main}'{did_you_mean(main, scores)}")
         if "normalized" in self.suite.metrics and self.scale is not None:
-            values = [dict(named_values(trajectory))[main] for trajectory in trajectories]
-            scores["normalized"] = summarize([self.normalize(value) for value in values])
+            score = scores[main]
+            points = {"mean": self.normalize(score["mean"]), "ci95": [self.normalize(one) for one in score["ci95"]]}
+            scores["normalized"] = score | points
         return {name: scores[name] for name in dict.fromkeys([*self.suite.metrics, *scores]) if name in scores}
 
 
-def summarize_trajectories(trajectories: Sequence[Trajectory]) -> Scores:
-    """Return (or reward), every component and metric, and length in tokens, each with its interval."""
-    return {name: summarize(column) for name, column in values_of(trajectories).items()}
+def summarize_trajectories(
+    trajectories: Sequence[Trajectory], unit: str, limits: dict[str, Limits] = {}, fixed: bool = False
+) -> Scores:
+    """Return (or reward), every component and metric, and length in tokens, each with its interval over groups.
+
+    unit: the name of a group. limits: of metrics, by name. fixed: the groups are all there are, see `summarize`.
+    """
+    groups: dict[str, list[int]] = {}
+    for trajectory in trajectories:
+        for name, _ in named_values(trajectory):
+            groups.setdefault(name, []).append(trajectory.group)
+    limits = limits | LIMITS
+    return {
+        name: summarize(values, groups[name], limits.get(name), fixed, unit)
+        for name, values in values_of(trajectories).items()
+    }
 
 
 def values_of(trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:

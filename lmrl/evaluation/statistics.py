@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ def summarize(
     """`{"mean", "ci95": [low, high], "n", "clusters", "holds_for"}` of values: their mean and its 95 % interval.
 
     clusters: the prompt or start state of each value (None: values are independent). limits: the lowest and highest
-    value that is possible (None: 0 and 1 where every value is one of these, otherwise no limits). fixed: the clusters
+    value that is possible (None: 0 and 1 where every value is one of these, otherwise none); a value outside refutes them. fixed: the clusters
     are all there are, so the interval is for new samples of them and not for new clusters. unit: the name of a cluster,
     for `holds_for`, which says what the interval generalises to.
 
@@ -57,6 +57,8 @@ def summarize(
     """
     data = Clustered.of(values, clusters)
     low, high = limits or (UNIT if data.is_binary else UNLIMITED)
+    if not (low <= data.lowest and data.highest <= high):
+        low, high = UNLIMITED
     fixed = fixed or data.clusters == 1
     # Without a second sample of any cluster, the spread between clusters stands in: it holds that of samples too.
     within = fixed and data.values > data.clusters
@@ -113,6 +115,8 @@ class Clustered:
     """Of each cluster, the sum of squared differences from its mean."""
     sizes_G: np.ndarray
     mean: float
+    lowest: float
+    highest: float
     is_binary: bool
     """True if every value is 0 or 1."""
 
@@ -132,6 +136,8 @@ class Clustered:
             np.bincount(rows_N, apart_N**2),
             sizes_G,
             math.fsum(values_N) / len(values_N),
+            float(values_N.min()),
+            float(values_N.max()),
             bool(np.all((values_N == 0) | (values_N == 1))),
         )
 
@@ -160,8 +166,14 @@ class Clustered:
     def scaled(self, low: float, high: float) -> Clustered:
         """The same values as shares of the way from `low` to `high`."""
         span = high - low
-        sums_G = (self.sums_G - low * self.sizes_G) / span
-        return Clustered(sums_G, self.squares_G / span**2, self.sizes_G, (self.mean - low) / span, self.is_binary)
+        return replace(
+            self,
+            sums_G=(self.sums_G - low * self.sizes_G) / span,
+            squares_G=self.squares_G / span**2,
+            mean=(self.mean - low) / span,
+            lowest=(self.lowest - low) / span,
+            highest=(self.highest - low) / span,
+        )
 
 
 def _numbered(clusters: Sequence[Hashable]) -> np.ndarray:

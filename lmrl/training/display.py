@@ -15,6 +15,8 @@ from lmrl.trajectories.trajectory import Trajectory
 
 SHOWN = ("reward", "kl", "nll", "entropy", "approx_kl", "accuracy", "margin", "length", "failed", "skipped")
 PLAIN_EVERY_SECONDS = 2.0
+LOPSIDED = 0.2
+"""Difference of an interval's sides, as a share of its width, from which both ends are written."""
 
 
 class Display:
@@ -74,6 +76,8 @@ class Display:
 
     def table(self, title: str, rows: dict[str, dict[str, dict[str, Any]]]) -> None:
         self.console.print(score_table(title, rows))
+        if scope := scope_of(rows):
+            self.say(f"95 % intervals hold for {scope}")
 
     def panel(self, title: str, heads: list[str], rows: dict[str, list[float]]) -> None:
         """A table of numbers, one column for each head."""
@@ -86,11 +90,10 @@ class Display:
 
 
 def score_table(title: str, rows: dict[str, dict[str, dict[str, Any]]]) -> Table:
-    """Rows of scores side by side, as mean and half width of the 95 % interval."""
+    """Rows of scores side by side, each with its 95 % interval."""
     names = list(dict.fromkeys(name for scores in rows.values() for name in scores))
-    table = Table(
-        title=title, title_justify="left", caption="mean ± half width of the 95 % interval", caption_justify="left"
-    )
+    caption = "mean ± half width of the 95 % interval, or its ends"
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right")
@@ -103,9 +106,24 @@ def score_table(title: str, rows: dict[str, dict[str, dict[str, Any]]]) -> Table
     return table
 
 
+def scope_of(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """What the intervals of a table generalise to, by row where rows differ; scores of older runs do not say."""
+    scopes = {
+        label: " or ".join(dict.fromkeys(score["holds_for"] for score in scores.values() if "holds_for" in score))
+        for label, scores in rows.items()
+    }
+    scopes = {label: scope for label, scope in scopes.items() if scope}
+    if len(set(scopes.values())) <= 1:
+        return next(iter(scopes.values()), "")
+    return ", ".join(f"{scope} ({label})" for label, scope in scopes.items())
+
+
 def interval(score: dict[str, Any]) -> str:
-    low, high = score["ci95"]
-    return f"{score['mean']:.3f} ± {(high - low) / 2:.3f}"
+    """Mean ± half width of its interval; both ends where the mean is not in the middle, as near a limit."""
+    mean, (low, high) = score["mean"], score["ci95"]
+    if abs((high - mean) - (mean - low)) > LOPSIDED * (high - low):
+        return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{mean:.3f} ± {(high - low) / 2:.3f}"
 
 
 def shorten(text: str, width: int) -> str:

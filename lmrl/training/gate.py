@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmrl.evaluation.statistics import summarize
+from lmrl.evaluation.statistics import UNLIMITED, summarize
 from lmrl.recipe import Gate
 
 
@@ -28,7 +28,8 @@ class GateState:
 
 def drop(before: Sequence[float], now: Sequence[float]) -> dict[str, Any]:
     """Points lost since the stage began: mean over start states, its 95 % interval, n. Raises where starts differ."""
-    return summarize([first - second for first, second in zip(before, now, strict=True)])
+    lost = [first - second for first, second in zip(before, now, strict=True)]
+    return summarize(lost, limits=UNLIMITED, unit="start state")
 
 
 def is_due(gate: Gate, step: int) -> bool:

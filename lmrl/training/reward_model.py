@@ -22,7 +22,7 @@ from trl import RewardConfig, RewardTrainer
 from lmrl import run as runs
 from lmrl.errors import DataError, NonFiniteError
 from lmrl.evaluation.evaluate import Scores
-from lmrl.evaluation.statistics import bootstrap, summarize
+from lmrl.evaluation.statistics import UNIT, UNLIMITED, bootstrap, summarize
 from lmrl.policy.classifier import Classifier
 from lmrl.policy.load import load_classifier
 from lmrl.recipe import Optimizer, PromptTask, Recipe
@@ -125,11 +125,11 @@ def agreement(margins: Sequence[float]) -> Scores:
     wins_N = (margins_N > 0).double() + 0.5 * (margins_N == 0).double()
     confidence_N = torch.sigmoid(margins_N.abs())
     return {
-        "accuracy": summarize(wins_N.tolist()),
-        "margin": summarize(margins_N.tolist()),
+        "accuracy": summarize(wins_N.tolist(), limits=UNIT, unit="pair"),
+        "margin": summarize(margins_N.tolist(), limits=UNLIMITED, unit="pair"),
         "ece": bootstrap(lambda rows: calibration_error(confidence_N[rows], wins_N[rows]), len(margins), BOOTSTRAP),
-        "brier": summarize(torch.sigmoid(-margins_N).square().tolist()),
-        "nll": summarize((-torch.nn.functional.logsigmoid(margins_N)).tolist()),
+        "brier": summarize(torch.sigmoid(-margins_N).square().tolist(), limits=UNIT, unit="pair"),
+        "nll": summarize((-torch.nn.functional.logsigmoid(margins_N)).tolist(), limits=(0.0, math.inf), unit="pair"),
     }
 
 

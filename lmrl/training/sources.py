@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmrl import world
+from lmrl.environments import limits_of
 from lmrl.errors import DataError, ModelError
 from lmrl.evaluation.evaluate import RESERVED, Scores, summarize_trajectories
 from lmrl.evaluation.statistics import summarize
@@ -377,7 +378,7 @@ def build_logged(
             source.turns,
             [episode.group for episode in episodes] if compares else None,
             [prompt_key(episode.turns[0].observation) for episode in episodes] if by_prompt else None,
-            lambda: summarize_trajectories(episodes),
+            lambda: summarize_trajectories(episodes, "start state", limits_of(task.make())),
         )
     file = read_logged(source, task, bad_rows)
     return Logged(
@@ -390,7 +391,7 @@ def build_logged(
         source.turns,
         file.groups if compares else None,
         file.groups if by_prompt else None,
-        lambda: summarize_file(file, "reward" if task.judged_by == "reward" else "return"),
+        lambda: summarize_file(file, task),
         file.heldout,
         file.notes,
     )
@@ -421,10 +422,17 @@ def read_logged(source: LoggedEpisodes, task: Task, bad_rows: Path | None = None
     return file
 
 
-def summarize_file(file: LoggedFile, main: str) -> Scores | None:
-    """Return (under the name `main`), components and metrics of logged episodes, each with its interval."""
-    known = [value for value in file.returns if value is not None]
+def summarize_file(file: LoggedFile, task: Task) -> Scores | None:
+    """Return (of prompts, reward), components and metrics of logged episodes, each with its interval over prompts."""
+    known = [index for index, value in enumerate(file.returns) if value is not None]
     if not known:
         return None
-    named = {f"component/{name}" if name in RESERVED else name: values for name, values in file.measures.items()}
-    return {name: summarize(values) for name, values in ({main: known} | named).items()}
+    main, unit = ("reward", "prompt") if task.judged_by == "reward" else ("return", "start state")
+    columns = {main: ([file.returns[index] for index in known], known)}
+    for name, values in file.measures.items():
+        columns[f"component/{name}" if name in RESERVED else name] = values, file.measured[name]
+    limits = limits_of(task.make())
+    return {
+        name: summarize(values, [file.groups[index] for index in episodes], limits.get(name), unit=unit)
+        for name, (values, episodes) in columns.items()
+    }

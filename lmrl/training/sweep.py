@@ -27,7 +27,7 @@ import yaml
 from rich.table import Table
 
 from lmrl.errors import LmrlError, RecipeError, RunError
-from lmrl.evaluation.statistics import summarize
+from lmrl.evaluation.statistics import UNLIMITED, summarize
 from lmrl.evaluation.suites import load_suite
 from lmrl.recipe import CHOICES, REWARD_MODEL, Recipe
 from lmrl.recipe_files import load_recipe
@@ -293,7 +293,8 @@ def _over_runs(rows: list[tuple[str, dict[str, dict[str, Any]]]]) -> dict[str, d
     scores = {}
     for metric in dict.fromkeys(metric for _, row in rows for metric in row):
         values = {name: row[metric]["mean"] for name, row in rows if metric in row}
-        scores[metric] = summarize(list(values.values())) | {"lowest": min(values.values()), "values": values}
+        score = summarize(list(values.values()), limits=UNLIMITED, unit="run")
+        scores[metric] = score | {"lowest": min(values.values()), "values": values}
     return scores
 
 

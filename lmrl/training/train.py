@@ -37,7 +37,7 @@ class Result:
 
     folder: Path
     scores: dict[str, dict[str, dict[str, Any]]]
-    """By row (data, start, BC, PPO, optimum) and metric: mean, ci95, n."""
+    """By row (data, start, BC, PPO, optimum) and metric: see lmrl.evaluation.statistics.summarize."""
 
     @property
     def checkpoint(self) -> Path:

@@ -51,6 +51,8 @@ class LoggedFile:
         self.returns: list[float | None] = []
         self.measures: dict[str, array] = {}
         """Components and metrics by name, of the episodes that have them."""
+        self.measured: dict[str, array] = {}
+        """Of each such number, its episode."""
         self.notes: list[str] = []
         self.needs_template = False
         """Whether there are dialogues to be rendered."""
@@ -124,6 +126,7 @@ class LoggedFile:
         for name, value in {**episode.components, **episode.metrics}.items():
             if value is not None:
                 self.measures.setdefault(name, array("d")).append(value)
+                self.measured.setdefault(name, array("q")).append(len(self) - 1)
 
     def _is_long(self, episode: Trajectory) -> bool:
         if self.max_tokens is None:

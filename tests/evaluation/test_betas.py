@@ -30,7 +30,13 @@ def test_on_the_command_line(tmp_path, ilql_run):
     assert done.returncode == 0, done.stderr
     assert "beta 0 " in done.stdout and "beta 8 " in done.stdout
     rows = json.loads((tmp_path / "scores.json").read_text())["rows"]
-    assert list(rows) == ["beta 0", "beta 8"] and set(rows["beta 8"]["optimality"]) == {"mean", "ci95", "n"}
+    assert list(rows) == ["beta 0", "beta 8"] and set(rows["beta 8"]["optimality"]) == {
+        "mean",
+        "ci95",
+        "n",
+        "clusters",
+        "holds_for",
+    }
     assert rows == lmrl.evaluate(ilql_run, betas=[0.0, 8.0]).rows
 
 
