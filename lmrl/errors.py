@@ -59,6 +59,12 @@ class NonFiniteError(LmrlError):
     exit_code = 1
 
 
+class ScoreError(LmrlError):
+    """A score is below what was asked for, `lmrl eval --fail-under`."""
+
+    exit_code = 1
+
+
 class MemoryShortError(LmrlError):
     """Memory ran out where no smaller piece of work is left to try."""
 

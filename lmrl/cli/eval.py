@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -17,12 +18,16 @@ def command(
     ],
     overrides: Overrides = None,
     suite: Annotated[
-        str | None, typer.Option("--suite", "-s", help="A suite's file or name (default: the run's own)")
+        str | None, typer.Option("--suite", "-s", help="A suite's file or name (default: the run's own, else its task)")
     ] = None,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: final, best, or step-N")] = "final",
     json: Annotated[Path | None, typer.Option("--json", help="Also write the scores to this file")] = None,
     beta: Annotated[
         str | None, typer.Option("--beta", help="Of a policy with Q heads: weights of Q to try, for instance 1,4,16,64")
+    ] = None,
+    fail_under: Annotated[
+        list[str] | None,
+        typer.Option("--fail-under", metavar="METRIC=VALUE", help="Exit with 1 if the mean is lower, e.g. return=-3"),
     ] = None,
     samples: Annotated[int, typer.Option("--samples", help="Completions to show")] = 3,
     trust_remote_code: Annotated[
@@ -35,7 +40,7 @@ def command(
 
     if json is not None and json.is_dir():
         raise RunError(f"--json: {json} is a folder, name a file")
-    betas = _numbers(beta)
+    betas, floors = _numbers(beta), _floors(fail_under or [])
     if suite is not None:
         load_suite(suite, overrides or [])  # a mistake in the suite should not wait for the model to load
 
@@ -46,10 +51,12 @@ def command(
     display = Display()
     display.samples(report.trajectories, samples)
     display.table(f"{report.policy} on {report.suite}", report.rows)
+    display.say(f"played: {report.played}")
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
         json.write_text(report.to_json())
         print(f"scores written to {json}")
+    report.require(floors)
 
 
 def _numbers(text: str | None) -> list[float]:
@@ -61,3 +68,17 @@ def _numbers(text: str | None) -> list[float]:
     if any(not 0 <= number < float("inf") for number in numbers):
         raise RecipeError(f"--beta: '{text}' is no list of weights, for instance 1,4,16,64")
     return numbers
+
+
+def _floors(texts: list[str]) -> dict[str, float]:
+    """`return=-3` as a metric and the least that its mean may be."""
+    floors = {}
+    for text in texts:
+        metric, _, value = text.partition("=")
+        try:
+            floors[metric.strip()] = float(value)
+        except ValueError:
+            floors[metric.strip()] = math.nan
+        if math.isnan(floors[metric.strip()]):
+            raise RecipeError(f"--fail-under: '{text}' is not METRIC=VALUE, for instance return=-3")
+    return floors

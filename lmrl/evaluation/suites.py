@@ -7,8 +7,12 @@ from typing import Any
 
 from pydantic import Field
 
-from lmrl.recipe import Rollouts, Section, TaskSection
-from lmrl.recipe_files import apply_override, find_yaml, merge, read_yaml, resolve_files, validate
+from lmrl.errors import RecipeError
+from lmrl.recipe import PromptTask, Rollouts, Section, TaskSection
+from lmrl.recipe_files import Document, apply_override, find_yaml, merge, read_yaml, resolve_files, validate
+
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "slots", "cache_tokens", "beta", "support")
+"""What of a run's `rollouts` its own task is sampled with; the engine is `hf`."""
 
 
 class Suite(Section):
@@ -44,3 +48,23 @@ def load_suite(name: str | Path, overrides: list[str] = (), task: dict[str, Any]
         apply_override(document, override)
     resolve_files(document.data, document.path.parent)
     return validate(Suite, document)
+
+
+def own_suite(task: dict[str, Any], rollouts: dict[str, Any], overrides: list[str] = ()) -> Suite:
+    """The suite that a run's own task makes: fresh episodes of an environment, or prompts, sampled as the run sampled.
+
+    task, rollouts: of the run's recipe, as plain data. Raises RecipeError for a task of prompts that nothing judges.
+    """
+    sampling = {name: rollouts[name] for name in SAMPLING if name in rollouts}
+    document = Document({"task": task, "rollouts": sampling})
+    for override in overrides:
+        apply_override(document, override)
+    resolve_files(document.data, Path.cwd())
+    suite = validate(Suite, document)
+    if not isinstance(suite.task, PromptTask):
+        return suite
+    if not any(reward.weight for reward in suite.task.rewards):
+        raise RecipeError(
+            "task.rewards: the policy's own task has no reward to score it by: name a suite, --suite NAME"
+        )
+    return suite.model_copy(update={"metrics": ["reward"]}) if "metrics" not in document.data else suite

@@ -78,6 +78,7 @@ def save_task(folder: Path, recipe: Recipe) -> None:
     saved = {
         "task": recipe.task.model_dump(mode="json"),
         "suite": recipe.evaluation.suite,
+        "rollouts": recipe.rollouts.model_dump(mode="json"),
         "dtype": recipe.model.dtype,
     }
     (folder / TASK_FILE).write_text(json.dumps(saved, indent=2) + "\n")

@@ -144,6 +144,12 @@ def test_train_resume_and_eval(tmp_path):
     assert scores["suite"] == "suite.yaml" and scores["policy"] == "run" and scores["metrics"]["return"]["n"] == 3
     results = json.loads((run / "results.json").read_text())
     assert scores["metrics"]["return"] == results["PPO"]["return"]
+    done = lmrl("eval", "run", "--fail-under", "return=99", "--fail-under", "length=0", "samples=1", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("lmrl: return of policy is ") and "below 99" in done.stderr
+    assert "95 % intervals hold for new samples of these start states\n" in done.stdout
+    assert "played: all 3 start states, 1 fresh episode from each\n" in done.stdout
+    done = lmrl("eval", "run", "--fail-under", "reward=0", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.endswith("this evaluation has return, letters, length\n")
     bad = (tmp_path / "world.py").read_text().replace("float(action.count(self.letter))", "1 / 0")
     (tmp_path / "world.py").write_text(bad)
     done = lmrl("train", "echo.yaml", "--output", "bad", cwd=tmp_path)

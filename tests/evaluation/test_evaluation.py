@@ -2,29 +2,16 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
 import lmrl
-from lmrl.errors import RecipeError
-from lmrl.evaluation.statistics import summarize
+from lmrl.environments import limits_of
+from lmrl.errors import PluginError, RecipeError, ScoreError
+from lmrl.evaluation.api import Report, evaluator_for
 from lmrl.evaluation.suites import load_suite
-
-
-def test_interval_by_hand():
-    # mean 2, standard deviation 1, t(2) = 4.303: half width 4.303 / sqrt(3)
-    summary = summarize([1.0, 2.0, 3.0])
-    assert summary["mean"] == 2 and summary["n"] == 3
-    assert summary["ci95"] == pytest.approx([2 - 4.303 / math.sqrt(3), 2 + 4.303 / math.sqrt(3)])
-    assert summarize([5.0])["ci95"] == [5.0, 5.0]
-
-
-def test_interval_covers_the_mean():
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    hits = sum(low <= 0 <= high for low, high in (summarize(rng.normal(size=50))["ci95"] for _ in range(2000)))
-    assert 0.935 < hits / 2000 < 0.965
+from tests.conftest import TINY_WALKS
 
 
 def test_suite_takes_over_the_task_of_a_run():
@@ -48,7 +35,7 @@ def test_names_of_lmrls_own_metrics_stay_its_own():
     from lmrl.evaluation.evaluate import summarize_trajectories
     from lmrl.trajectories.trajectory import Trajectory
 
-    scores = summarize_trajectories([Trajectory([], "", "", reward=0.5, components={"reward": 3.0})])
+    scores = summarize_trajectories([Trajectory([], "", "", reward=0.5, components={"reward": 3.0})], "prompt")
     assert scores["reward"]["mean"] == 0.5 and scores["component/reward"]["mean"] == 3.0
 
 
@@ -67,8 +54,9 @@ def test_evaluate_a_run_and_its_checkpoints(tmp_path):
     lmrl.evaluate(tmp_path / "run", checkpoint="best", overrides=["samples=1"])
     saved = json.loads(report.to_json())
     assert set(saved) == {"suite", "policy", "metrics"} and saved["suite"] == "random_walks"
-    assert set(saved["metrics"]["optimality"]) == {"mean", "ci95", "n"}
-    assert saved["metrics"]["optimality"]["n"] == 20 * 32
+    assert set(saved["metrics"]["optimality"]) == {"mean", "ci95", "n", "clusters", "holds_for"}
+    assert saved["metrics"]["optimality"]["n"] == 20 * 32 and saved["metrics"]["optimality"]["clusters"] == 20
+    assert saved["metrics"]["optimality"]["holds_for"] == "new samples of these start states"
 
 
 def test_evaluate_any_folder_on_heldout_prompts(tiny_folder):
@@ -76,3 +64,131 @@ def test_evaluate_any_folder_on_heldout_prompts(tiny_folder):
     assert report.metrics["reward"]["n"] == 64 and list(report.metrics)[0] == "reward"
     with pytest.raises(RecipeError, match="name a suite, --suite NAME"):
         lmrl.evaluate(tiny_folder)
+
+
+# -------------------------------------------------------------------------------------------------------------- own task
+@pytest.fixture(scope="module")
+def walks_run(tmp_path_factory):
+    """A finished run whose recipe names no suite."""
+    folder = tmp_path_factory.mktemp("walks") / "run"
+    changes = [*TINY_WALKS, "training.steps=2", "evaluation.suite=null", "rollouts.temperature=0.5"]
+    lmrl.train("random_walks/bc", changes, output=folder)
+    return folder
+
+
+def test_run_without_a_suite_is_scored_on_its_environment(walks_run):
+    evaluator = evaluator_for(walks_run)
+    starts = len(evaluator.starts())
+    assert evaluator.suite.task.nodes == 8 and evaluator.sampling.temperature == 0.5
+    assert evaluator.suite.samples == math.ceil(100 / starts) > 1
+    report = lmrl.evaluate(walks_run)
+    assert list(report.metrics)[0] == "return" and report.metrics["return"]["n"] == starts * evaluator.suite.samples
+    assert report.metrics["return"]["clusters"] == starts and report.suite == "its own task"
+    assert report.played == f"all {starts} start states, {evaluator.suite.samples} fresh episodes from each"
+    assert 0 <= report.metrics["optimality"]["ci95"][0] <= report.metrics["optimality"]["ci95"][1] <= 1
+    few = lmrl.evaluate(walks_run, overrides=["samples=1", "episodes=2", "rollouts.temperature=1"])
+    assert few.metrics["return"]["n"] == 2 and few.metrics["return"]["holds_for"] == "new start states"
+    with pytest.raises(RecipeError, match="unknown key 'task.node'"):
+        lmrl.evaluate(walks_run, overrides=["task.node=9"])
+
+
+def test_checkpoint_of_an_older_version_takes_the_sampling_of_its_run(walks_run, tmp_path):
+    final = walks_run / "stages" / "main" / "final"
+    saved = json.loads((final / "lmrl.json").read_text())
+    assert saved.pop("rollouts")["temperature"] == 0.5
+    old = tmp_path / "run" / "final"
+    shutil.copytree(final, old)
+    (old / "lmrl.json").write_text(json.dumps(saved))
+    assert evaluator_for(old).sampling.temperature == 1.0  # outside of its run
+    shutil.copy(walks_run / "recipe.yaml", tmp_path / "run")
+    assert evaluator_for(old).sampling.temperature == 0.5
+
+
+def prompts_run(folder, *changes):
+    """A finished run on 20 prompts with a reward of 0 or 1."""
+    rows = [{"prompt": "ab" * (1 + number % 5), "id": number} for number in range(20)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "judge.py").write_text(
+        "def starts_with_a(completions, **columns):\n    return [float(text[:1] == 'a') for text in completions]\n"
+    )
+    (folder / "recipe.yaml").write_text(
+        "model: {config: {model_type: gpt2, n_embd: 16, n_layer: 1, n_head: 2, n_positions: 32}}\n"
+        "task: {prompts: {path: prompts.jsonl, holdout: 0.3}, rewards: [{function: judge.py:starts_with_a}]}\n"
+        "rollouts: {prompts: 4, max_new_tokens: 3}\nobjective: {name: ppo}\n"
+        "training: {steps: 1, checkpoint_every: 0, threads: 1}\n"
+    )
+    lmrl.train(folder / "recipe.yaml", list(changes), output=folder / "run")
+    return folder / "run"
+
+
+def test_run_on_prompts_is_scored_on_those_held_out(tmp_path):
+    run = prompts_run(tmp_path)
+    report = lmrl.evaluate(run)
+    assert report.played == "6 held-out prompts, 17 fresh episodes from each"
+    reward = report.metrics["reward"]
+    assert (reward["n"], reward["clusters"], reward["holds_for"]) == (102, 6, "new prompts")
+    assert 0 <= reward["ci95"][0] < reward["ci95"][1] <= 1
+    assert lmrl.evaluate(run / "stages" / "main" / "final").metrics == report.metrics
+    seen = lmrl.evaluate(run, overrides=["task.prompts.holdout=0", "samples=2"])
+    assert "20 prompts of the task itself" in seen.played
+    assert seen.metrics["reward"]["holds_for"] == "new samples of these prompts"
+    with pytest.raises(RecipeError, match="no reward to score it by: name a suite, --suite NAME"):
+        lmrl.evaluate(run, overrides=["task.rewards=[]"])
+
+
+def test_drawn_start_states_are_new_ones(tmp_path):
+    (tmp_path / "world.py").write_text(
+        "import lmrl\n"
+        "class Drawn(lmrl.TextEnvironment):\n"
+        "    def reset(self, *, seed=None, options=None):\n"
+        "        super().reset(seed=seed)\n"
+        "        return 'xyz'[self.np_random.integers(3)], {}\n"
+        "    def step(self, action): return '', float(len(action)), True, False, {}\n"
+        "    def texts(self): return ['abcxyz']\n"
+    )
+    (tmp_path / "recipe.yaml").write_text(
+        "model: {config: {model_type: gpt2, n_embd: 16, n_layer: 1, n_head: 2, n_positions: 32}}\n"
+        "task: {environment: world.py:Drawn}\nrollouts: {prompts: 4, max_new_tokens: 3}\nobjective: {name: ppo}\n"
+        "training: {steps: 1, checkpoint_every: 0, threads: 1}\n"
+    )
+    lmrl.train(tmp_path / "recipe.yaml", output=tmp_path / "run")
+    report = lmrl.evaluate(tmp_path / "run")
+    assert report.played == "100 fresh start states, 1 fresh episode from each"
+    assert report.metrics["return"]["holds_for"] == "new start states" and report.metrics["return"]["clusters"] == 100
+
+
+def test_limits_that_are_no_pairs_are_refused():
+    class Wrong(lmrl.TextEnvironment):
+        metric_limits = {"return": 1}
+
+    with pytest.raises(PluginError, match="metric_limits of Wrong"):
+        limits_of(Wrong())
+
+
+# ---------------------------------------------------------------------------------------------------------------- floors
+def report_of(**means):
+    rows = {"policy": {name: {"mean": mean, "ci95": [mean, mean], "n": 1} for name, mean in means.items()}}
+    return Report("suite", "run", rows, list(means), [])
+
+
+def test_floor_is_checked_on_the_mean():
+    report = report_of(**{"return": -3.0, "length": 8.0})
+    report.require({"return": -3.0, "length": 7.5})
+    with pytest.raises(ScoreError, match="return of policy is -3, below -2.5"):
+        report.require({"return": -2.5, "length": 7.5})
+    with pytest.raises(ScoreError):
+        report_of(reward=math.nan).require({"reward": 0.0})
+
+
+def test_floor_of_an_unknown_metric_is_an_error():
+    with pytest.raises(RecipeError, match="no metric 'retrun'.*: this evaluation has return, length"):
+        report_of(**{"return": -3.0, "length": 8.0}).require({"retrun": -2.5})
+
+
+def test_floors_are_read_from_the_command_line():
+    from lmrl.cli.eval import _floors
+
+    assert _floors(["return=-3", "length = 7.5"]) == {"return": -3.0, "length": 7.5}
+    for text in ("return", "return=low", "return=nan"):
+        with pytest.raises(RecipeError, match=f"--fail-under: '{text}' is not METRIC=VALUE, for instance return=-3"):
+            _floors([text])
