@@ -3,10 +3,10 @@
     python benchmarks/coverage.py [--trials 4000] [--output FILE]
 
 Simulated evaluations of 20 prompts x 32 samples, 50 x 8 and 64 x 1, whose intra-cluster correlation (ICC) is 0 to 0.8:
-normal values, 0/1 values (beta-binomial), exponential ones, and 0/1 values of prompts that stay the same. Prints a
-Markdown table: coverage, the share of trials whose interval lies below or above the true mean, and mean width over that
-of an oracle, mean +- 1.96 true standard errors. `events` is n p (1 - p) over the design
-effect 1 + (m - 1) ICC: about the effective number of the rarer outcome.
+normal values, 0/1 values (beta-binomial), exponential ones, 0/1 values of prompts that stay the same, and of prompts of which
+5 % always succeed and the others hardly ever. Prints a Markdown table: coverage, the share of trials whose interval lies
+below or above the true mean, and mean width over that of an oracle, mean +- 1.96 true standard errors. `events` is
+n p (1 - p) over the design effect 1 + (m - 1) ICC: about the effective number of the rarer outcome.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ import numpy as np
 from lmrl.evaluation.statistics import UNLIMITED, summarize
 from lmrl.seeding import stream
 
+OFTEN, RARELY = (0.05, 1.0), 0.002
+"""Of two kinds of prompts: the share of one and its success rate, and the rate of the other."""
 DESIGNS = ((20, 32), (50, 8), (64, 1))
 CORRELATIONS = (0.0, 0.2, 0.5, 0.8)
 RATES = (0.01, 0.05, 0.2, 0.5, 0.8, 0.99)
 TARGET = 0.93, 0.97, 1.15
 """Lowest coverage, highest where there are events enough, largest width over the oracle's."""
-EVENTS = 8.0
+EVENTS = 7.0
 """With fewer, values do not tell the rate from one several times as far from 0 or 1; the oracle, who knows it, can be narrow."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """G clusters of m values. kind: `normal`, `exponential`, `0/1`, or `0/1, same prompts`."""
+    """G clusters of m values. kind: `normal`, `exponential`, `0/1`, `0/1, same prompts`, or `0/1, two kinds`."""
 
     kind: str
     clusters: int
@@ -72,6 +74,14 @@ def settings() -> Iterator[Setting]:
         if samples > 1:
             for rate in RATES:
                 yield Setting("0/1, same prompts", clusters, samples, 0.5, rate)
+            yield two_kinds(clusters, samples)
+
+
+def two_kinds(clusters: int, samples: int) -> Setting:
+    (share, high), low = OFTEN, RARELY
+    rate = share * high + (1 - share) * low
+    correlation = share * (1 - share) * (high - low) ** 2 / (rate * (1 - rate))
+    return Setting("0/1, two kinds", clusters, samples, correlation, rate)
 
 
 def draw(setting: Setting, rng: np.random.Generator) -> tuple[np.ndarray, float, float]:
@@ -83,7 +93,9 @@ def draw(setting: Setting, rng: np.random.Generator) -> tuple[np.ndarray, float,
         values = math.sqrt(correlation) * noise((shape[0], 1)) + math.sqrt(1 - correlation) * noise(shape)
         return values, 0.0, math.sqrt(setting.design_effect / total)
     rates = np.full((shape[0], 1), setting.rate)
-    if correlation:
+    if setting.kind.endswith("two kinds"):
+        rates = np.where(rng.random((shape[0], 1)) < OFTEN[0], OFTEN[1], RARELY)
+    elif correlation:
         scale = (1 - correlation) / correlation
         rates = rng.beta(setting.rate * scale, (1 - setting.rate) * scale, (shape[0], 1))
     values = (rng.random(shape) < rates).astype(float)
@@ -134,9 +146,9 @@ def table(rows: list[tuple[Setting, Measured]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one, found in rows:
-        rate, events = (f"{one.rate:g}", f"{one.events:.1f}") if one.binary else ("", "")
+        rate, events = (f"{one.rate:.3g}", f"{one.events:.1f}") if one.binary else ("", "")
         lines.append(
-            f"| {one.kind} | {one.clusters} x {one.samples} | {one.correlation:g} | {rate} | {events} | "
+            f"| {one.kind} | {one.clusters} x {one.samples} | {one.correlation:.3g} | {rate} | {events} | "
             f"{found.coverage:.3f} | {found.below:.3f} | {found.above:.3f} | {found.width:.2f} | "
             f"{', '.join(misses(one, found))} |"
         )
