@@ -6,6 +6,7 @@ import pytest
 
 from lmrl import world
 from lmrl.errors import DataError, ModelError, RecipeError
+from lmrl.evaluation.statistics import summarize
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import DatasetSource, RandomWalksTask, Rollouts
 from lmrl.rollouts.collect import play_players
@@ -286,3 +287,23 @@ def test_fresh_rollouts_keep_the_best_of_each_prompt(walks):
     source = FreshRollouts(Played(), options, 0, "main", best=0.5, by_prompt=True)
     kept = [[one.episode for one in source.next(step).learn] for step in (1, 2, 1)]
     assert kept[0] == kept[2] != kept[1] and [number // 4 for number in kept[0]] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+
+
+def test_logged_scores_are_clustered_by_prompt(tmp_path, walks):
+    """Two prompts of three episodes each; one episode has no reward, another no component."""
+    rows = [
+        {"turns": [{"observation": prompt, "action": "a", "reward": reward}], "components": {"short": short}}
+        for prompt, reward, short in (
+            ("b", 1.0, 2.0),
+            ("b", 3.0, 4.0),
+            ("b", 2.0, None),
+            ("c", 7.0, 1.0),
+            ("c", None, 5.0),
+            ("c", 9.0, 3.0),
+        )
+    ]
+    scores = build_logged(dataset(path=lines(tmp_path / "log.jsonl", rows)), walks, 0, "main").scores()
+    assert scores["return"]["mean"] == 22 / 5 and (scores["return"]["n"], scores["return"]["clusters"]) == (5, 2)
+    assert (scores["short"]["mean"], scores["short"]["n"], scores["short"]["clusters"]) == (3.0, 5, 2)
+    assert scores["short"]["ci95"] == summarize([2.0, 4.0, 1.0, 5.0, 3.0], list("bbccc"))["ci95"]
+    assert scores["return"]["holds_for"] == "new start states"
