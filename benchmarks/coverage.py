@@ -2,11 +2,11 @@
 
     python benchmarks/coverage.py [--trials 4000] [--output FILE]
 
-Simulated evaluations of 20 prompts x 32 samples, 50 x 8 and 64 x 1, whose intra-cluster correlation (ICC) is 0 to 0.8:
-normal values, 0/1 values (beta-binomial), exponential ones, 0/1 values of prompts that stay the same, and of prompts of which
-5 % always succeed and the others hardly ever. Prints a Markdown table: coverage, the share of trials whose interval lies
-below or above the true mean, and mean width over that of an oracle, mean +- 1.96 true standard errors. `events` is
-n p (1 - p) over the design effect 1 + (m - 1) ICC: about the effective number of the rarer outcome.
+Simulated evaluations of 20 prompts x 32 samples, 50 x 8 and 64 x 1, whose intra-cluster correlation (ICC) is 0 to
+0.8: normal values, 0/1 values (beta-binomial), exponential ones, 0/1 values of prompts that stay the same, and of
+prompts of which 5 % always succeed and the others hardly ever. Prints a Markdown table: coverage, the share of trials
+whose interval lies below or above the true mean, and mean width over that of an oracle, mean +- 1.96 true standard
+errors. `events` is n p (1 - p) over the design effect 1 + (m - 1) ICC: about the effective number of the rarer outcome.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RATES = (0.01, 0.05, 0.2, 0.5, 0.8, 0.99)
 TARGET = 0.93, 0.97, 1.15
 """Lowest coverage, highest where there are events enough, largest width over the oracle's."""
 EVENTS = 7.0
-"""With fewer, values do not tell the rate from one several times as far from 0 or 1; the oracle, who knows it, can be narrow."""
+"""With fewer, values do not tell the rate from one several times as far from 0 or 1. The oracle knows it."""
 
 
 @dataclass(frozen=True)

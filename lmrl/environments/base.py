@@ -21,8 +21,8 @@ class TextEnvironment(gymnasium.Env):
     - `players`: names of scripted players, with `act` giving their next action. `optimal` is the exact optimum.
     - `texts()`: samples of all observations and actions, from which a model built from scratch takes its vocabulary.
     - `info["metrics"]` of the last step: a dict of numbers that evaluation reports beside `return`.
-    - `metric_limits`: of such metrics and of `return`, by name, the lowest and highest value that is possible; 95 % intervals stay
-      within. Metrics that are always 0 or 1 need none.
+    - `metric_limits`: of such metrics and of `return`, by name, the lowest and highest value that is possible;
+      95 % intervals stay within. Metrics that are always 0 or 1 need none.
     """
 
     num_starts: int | None = None
@@ -40,7 +40,7 @@ class TextEnvironment(gymnasium.Env):
 
 
 def limits_of(environment: Any) -> dict[str, tuple[float, float]]:
-    """The environment's `metric_limits`, {} where it has none. Raises PluginError where they are not pairs of numbers."""
+    """The environment's `metric_limits`, {} where it has none. Raises PluginError for what are not pairs of numbers."""
     limits = getattr(environment, "metric_limits", {})
     try:
         pairs = {str(name): (float(low), float(high)) for name, (low, high) in limits.items()}

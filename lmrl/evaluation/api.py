@@ -19,11 +19,11 @@ from lmrl.run import RECIPE_FILE, final_checkpoint, read_recipe
 from lmrl.trajectories.trajectory import Trajectory
 
 TASK_FILE = "lmrl.json"
-"""Beside the weights of a checkpoint: the task it was trained on, how that was sampled, and the suite that scored it."""
+"""Beside the weights of a checkpoint: the task it was trained on, how it sampled, and the suite that scored it."""
 OWN_TASK = "its own task"
 """Stands for a suite where a policy is scored on the task of its own run."""
 OWN_EPISODES, OWN_STARTS = 100, 500
-"""Of an own task: the least episodes it is scored by (with fewer start states, several from each), and the most starts."""
+"""Of an own task: the fewest episodes that score it (several from each start state if need be), and the most starts."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Report:
         return scores
 
     def require(self, floors: Mapping[str, float]) -> None:
-        """Raise ScoreError where a metric's mean is below its floor in any row, RecipeError where there is no such metric."""
+        """Raise ScoreError if a metric's mean is below its floor in any row, RecipeError if there is no such metric."""
         known = list(dict.fromkeys(name for scores in self.rows.values() for name in scores))
         for metric in floors:
             if metric not in known:
@@ -138,8 +138,8 @@ def size_own(evaluator: Evaluator, overridden: set[str]) -> None:
 
 
 def saved_task(checkpoint: Path) -> dict[str, Any]:
-    """`{"task", "suite", "dtype", "rollouts"}` as a checkpoint was saved with, its run's reward models found where they lie
-    now. Checkpoints of older versions lack `rollouts`."""
+    """`{"task", "suite", "dtype", "rollouts"}` as a checkpoint was saved with, its run's reward models found where they
+    lie now. Checkpoints of older versions lack `rollouts`."""
     saved = json.loads((checkpoint / TASK_FILE).read_text())
     run = run_of(checkpoint)
     return saved | ({"task": locate_rewards(saved["task"], run)} if run else {})

@@ -54,8 +54,8 @@ class Evaluator:
 
     @property
     def plays_all(self) -> bool:
-        """True if the suite's start states are all that the environment has, or its prompts were trained on: scores then
-        say how these go, and nothing about others."""
+        """True if the suite plays all start states that there are, or prompts that were trained on: scores then say how
+        these go, and nothing about others."""
         task = self.task
         if task.heldout is None or task.heldout != task.training:
             return False

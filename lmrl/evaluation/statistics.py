@@ -48,9 +48,9 @@ def summarize(
     """`{"mean", "ci95": [low, high], "n", "clusters", "holds_for"}` of values: their mean and its 95 % interval.
 
     clusters: the prompt or start state of each value (None: values are independent). limits: the lowest and highest
-    value that is possible (None: 0 and 1 where every value is one of these, otherwise none); a value outside refutes them. fixed: the clusters
-    are all there are, so the interval is for new samples of them and not for new clusters. unit: the name of a cluster,
-    for `holds_for`, which says what the interval generalises to.
+    value that is possible (None: 0 and 1 where every value is one of these, otherwise none); a value outside refutes
+    them. fixed: the clusters are all there are, so the interval is for new samples of them and not for new clusters.
+    unit: the name of a cluster, for `holds_for`, which says what the interval generalises to.
 
     A single value without limits has an interval of width 0: nothing is known about its spread. Raises ValueError where
     there is no value, or where values and clusters differ in number.
@@ -171,6 +171,7 @@ class Clustered:
             sums_G=(self.sums_G - low * self.sizes_G) / span,
             squares_G=self.squares_G / span**2,
             mean=(self.mean - low) / span,
+            is_binary=self.is_binary and (low, high) == UNIT,
             lowest=(self.lowest - low) / span,
             highest=(self.highest - low) / span,
         )
@@ -239,8 +240,8 @@ def wilson(share: float, effective: float, quantile: float) -> tuple[float, floa
 def unanimous(share: float, count: int) -> tuple[float, float]:
     """Interval of a mean in [0, 1] whose `count` independent parts are all alike.
 
-    None of them differs, so the share that does is at most Wilson's upper bound for 0 of `count` (the rule of three with
-    a margin), and these may lie anywhere.
+    None of them differs, so the share that does is at most Wilson's upper bound for 0 of `count` (the rule of three,
+    with a margin), and these may lie anywhere.
     """
     most = wilson(0.0, count, t95(max(count - 1, 1)))[1]
     return share - most * share, share + most * (1 - share)
@@ -249,9 +250,9 @@ def unanimous(share: float, count: int) -> tuple[float, float]:
 def rare_clusters(data: Clustered) -> float:
     """Effective number of clusters that hold the rarer outcome: (sum k)^2 / sum k^2 of the amounts k they hold.
 
-    How strongly values in [0, 1] cluster shows in these alone, so the variance has about two degrees of freedom for each,
-    however many clusters without the outcome there are. The numbers here and in `cautious` are the narrowest that keep
-    the coverage of benchmarks/coverage.py.
+    How strongly values in [0, 1] cluster shows in these alone, so the variance has about two degrees of freedom for
+    each, however many clusters without the outcome there are. benchmarks/coverage.py chose the numbers of this rule and
+    of `cautious`: with less, coverage is lost.
     """
     amounts_G = data.sums_G if data.mean <= 0.5 else data.sizes_G - data.sums_G
     return float(amounts_G.sum() ** 2 / (amounts_G**2).sum())
@@ -260,8 +261,8 @@ def rare_clusters(data: Clustered) -> float:
 def cautious(effective: float, data: Clustered, rare: float) -> float:
     """The effective number of 0/1 values, drawn towards that of an intra-cluster correlation of 1/2.
 
-    The prior weighs as much as half a cluster with the rarer outcome: two such clusters with one success each are little
-    evidence that successes do not come in clusters. Between logarithms, because the number is a ratio of variances.
+    The prior weighs as much as half a cluster with the rarer outcome: two such clusters with one success each are
+    little evidence that successes do not come in clusters. In logarithms, because the number is a ratio of variances.
     """
     equal = 1 / float((data.shares_G**2).sum())
     prior = equal / (0.5 + 0.5 * equal / data.values)
@@ -271,7 +272,8 @@ def cautious(effective: float, data: Clustered, rare: float) -> float:
 def is_skewed(data: Clustered) -> bool:
     """True if cluster means are so skewed that a t interval misses: surely skewed, and few for that.
 
-    The t interval's error on one side is about 0.08 skewness / sqrt(G) (Hall, The Bootstrap and Edgeworth Expansion, 1992).
+    The t interval's error on one side is about 0.08 skewness / sqrt(G) (Hall, The Bootstrap and Edgeworth Expansion,
+    1992).
     """
     count = len(data.sizes_G)
     if count < BOOTSTRAP_CLUSTERS:

@@ -66,7 +66,7 @@ def test_evaluate_any_folder_on_heldout_prompts(tiny_folder):
         lmrl.evaluate(tiny_folder)
 
 
-# -------------------------------------------------------------------------------------------------------------- own task
+# ------------------------------------------------------------------------------------------------------------- own task
 @pytest.fixture(scope="module")
 def walks_run(tmp_path_factory):
     """A finished run whose recipe names no suite."""
@@ -165,7 +165,7 @@ def test_limits_that_are_no_pairs_are_refused():
         limits_of(Wrong())
 
 
-# ---------------------------------------------------------------------------------------------------------------- floors
+# --------------------------------------------------------------------------------------------------------------- floors
 def report_of(**means):
     rows = {"policy": {name: {"mean": mean, "ci95": [mean, mean], "n": 1} for name, mean in means.items()}}
     return Report("suite", "run", rows, list(means), [])

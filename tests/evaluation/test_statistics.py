@@ -111,8 +111,13 @@ def test_limits_hold():
     assert 0 <= low < np.mean(scores) < high <= 1
     twice = summarize([2 * score - 1 for score in scores], limits=(-1.0, 1.0))["ci95"]
     assert twice == pytest.approx([2 * low - 1, 2 * high - 1])
+    # 0 is in the middle of these limits, so that no rare outcome makes the interval cautious.
+    assert summarize([0.0, 1.0] * 20, limits=(-1.0, 1.0))["ci95"] == pytest.approx(
+        summarize([0.0, 1.0] * 20)["ci95"], abs=0.05
+    )
     assert summarize([0.0, 0.0, 9.0], limits=(0.0, math.inf))["ci95"][0] == 0
     assert summarize([0.3] * 50, limits=UNIT)["ci95"] != [0.3, 0.3]  # equal, but they might not have been
+    assert summarize([0.5, 2.0, 1.5], limits=UNIT) == summarize([0.5, 2.0, 1.5])  # 2 refutes the limits
     assert summarize([0.3] * 50)["ci95"] == pytest.approx([0.3, 0.3])
     assert summarize([1.0] * 50, limits=UNLIMITED)["ci95"] == [1, 1]
 

@@ -78,7 +78,7 @@ class Evaluation(Listener):
         if not heldout:
             return {}
         measured = measure_heldout(stage, heldout)
-        scores = {f"heldout/{name}": summarize(values) for name, values in measured.items()}
+        scores = {f"heldout/{name}": summarize(values, unit="episode") for name, values in measured.items()}
         stage.progress.columns = list(dict.fromkeys([*stage.progress.columns, *scores]))
         return scores
 
