@@ -27,12 +27,14 @@ class Display:
         self._progress: Progress | None = None
         self._task: Any = None
         self._stage, self._steps, self._last = "", 0, 0.0
+        self._began, self._done = 0.0, 0
 
     def say(self, text: str) -> None:
         self.console.print(Text(text), soft_wrap=True)
 
     def begin(self, stage: str, label: str, steps: int, done: int) -> None:
         self._stage, self._steps = f"{stage} ({label})", steps
+        self._began, self._done = time.monotonic(), done
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"),
@@ -52,12 +54,13 @@ class Display:
             self._progress = None
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
-        text = "  ".join(f"{name} {metrics[name]:.3g}" for name in SHOWN if metrics.get(name))
+        text = "  ".join(f"{name} {metrics[name]:.3g}" for name in SHOWN if metrics.get(name) is not None)
         if self._progress is not None:
             self._progress.update(self._task, completed=step, metrics=text)
         elif step in (1, self._steps) or time.monotonic() - self._last > PLAIN_EVERY_SECONDS:
             self._last = time.monotonic()
-            self.say(f"{self._stage} {step}/{self._steps}  {text}")
+            left = time_left(self._last - self._began, step - self._done, self._steps - step)
+            self.say(f"{self._stage} {step}/{self._steps}  {left} left  {text}")
 
     def score(self, step: int, metrics: dict[str, dict[str, Any]]) -> None:
         text = "  ".join(f"{name} {interval(score)}" for name, score in metrics.items())
@@ -129,3 +132,10 @@ def interval(score: dict[str, Any]) -> str:
 def shorten(text: str, width: int) -> str:
     text = " ".join(str(text).split())
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def time_left(seconds: float, done: int, left: int) -> str:
+    """What `left` steps take, if each takes as long as those done so far: `0:07`, `1:02:03`."""
+    hours, rest = divmod(round(seconds / max(done, 1) * left), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
