@@ -18,6 +18,7 @@ from lmrl.policy.policy import Policy
 from lmrl.rollouts.engine import Engine, Sampling, build_engine
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import build_task
+from lmrl.seeding import stream
 from lmrl.trajectories.batch import to_batch
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -40,11 +41,15 @@ class Evaluator:
         self.sampling = Sampling.of(suite.rollouts)
         self.engine = engine or build_engine(suite.rollouts, policy)
         self.sampler = Sampler(self.task, self.engine, policy.decode)
+        self.at_once: int | None = None
+        """Episodes to play side by side (None: all)."""
 
     def starts(self) -> list[int | None]:
         starts = self.task.heldout
         if starts is None:
             return [None] * (self.suite.episodes or 100)
+        if self.suite.shuffled:
+            starts = stream("suite", self.suite.seed, "starts").permutation(starts).tolist()
         return starts[: self.suite.episodes or len(starts)]
 
     @property
@@ -72,7 +77,8 @@ class Evaluator:
         elif task.heldout is None:
             what = f"{count} fresh start states"
         else:
-            what = f"{'all' if count == len(task.heldout) else 'the first'} {count} start states"
+            some = "drawn" if self.suite.shuffled else "the first"
+            what = f"{'all' if count == len(task.heldout) else some} {count} start states"
         return f"{what}, {samples} fresh episode{'' if samples == 1 else 's'} from each"
 
     @cached_property
@@ -80,16 +86,21 @@ class Evaluator:
         """Lowest and highest possible value of metrics, as far as the environment says."""
         return limits_of(self.task.make())
 
-    def __call__(self, beta: float | None = None) -> tuple[Scores, list[Trajectory]]:
+    def __call__(self, beta: float | None = None, choosing: bool = False) -> tuple[Scores, list[Trajectory]]:
         """Play the suite. Episodes draw the same random numbers every time, so two scores are paired.
 
-        beta: weight of Q instead of the suite's or the policy's own. Several processes share the episodes, and have the same
-        result.
+        beta: weight of Q instead of the suite's or the policy's own. choosing: play other episodes, for scores that a policy is
+        chosen by; its own score is then from episodes that did not choose it. Several processes share the episodes, and have the
+        same result.
         """
-        name = ("suite", self.suite.seed)
+        name = ("suite", self.suite.seed, *(("choosing",) if choosing else ()))
         before = self.policy.temperature
         sampling = self.sampling if beta is None else replace(self.sampling, beta=beta)
-        played = self.sampler.play(self.starts(), self.suite.samples, sampling, name, shared=True)
+        starts, played = self.starts(), []
+        width = len(starts) if self.at_once is None else max(self.at_once // self.suite.samples, 1)
+        for first in range(0, len(starts), width):
+            part = starts[first : first + width]
+            played += self.sampler.play(part, self.suite.samples, sampling, name, shared=True, first=first)
         trajectories = self.task.keep_judged(played)
         extra = {}
         if self.policy.has_reference:

@@ -25,6 +25,8 @@ class Suite(Section):
     rollouts: Rollouts = Rollouts()
     episodes: int | None = Field(None, ge=1)
     """Start states to play, in order (null: every held-out prompt, or every start state)."""
+    shuffled: bool = False
+    """Take them in an order that is drawn, and always the same."""
     samples: int = Field(1, ge=1)
     """Episodes from each."""
     metrics: list[str] = Field(["return"], min_length=1)

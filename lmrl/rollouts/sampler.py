@@ -47,13 +47,15 @@ class Sampler:
         sampling: Sampling,
         name: tuple[int | str, ...],
         shared: bool = False,
+        first: int = 0,
     ) -> list[Trajectory]:
         """Play `samples` episodes from every start state and judge them. `name` names the random stream.
 
         shared: play and return this process's share of the start states alone; numbers and streams are those of one process.
+        first: number of the first start state, of several plays that are to be as one.
         """
         low, high = world.bounds(len(starts)) if shared else (0, len(starts))
-        episodes = self._begin(starts[low:high], samples, name, low)
+        episodes = self._begin(starts[low:high], samples, name, first + low)
         while active := [episode for episode in episodes if not episode.over]:
             contexts = [episode.recorder.observe(episode.observation) for episode in active]
             keys = [(*episode.name, episode.turn) for episode in active]

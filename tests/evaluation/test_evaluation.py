@@ -192,3 +192,32 @@ def test_floors_are_read_from_the_command_line():
     for text in ("return", "return=low", "return=nan"):
         with pytest.raises(RecipeError, match=f"--fail-under: '{text}' is not METRIC=VALUE, for instance return=-3"):
             _floors([text])
+
+
+def test_an_evaluation_in_parts_is_the_same(ilql_run):
+    evaluator = evaluator_for(ilql_run, overrides=["samples=2"])
+    whole, trajectories = evaluator()
+    sizes, play = [], evaluator.sampler.play
+    evaluator.sampler.play = lambda starts, *args, **options: (
+        sizes.append(len(starts)) or play(starts, *args, **options)
+    )
+    evaluator.at_once = 5  # two start states at a time
+    parts, again = evaluator()
+    assert sizes == [2, 2, 2, 1] and parts == whole
+    assert [(one.group, one.episode, one.completion) for one in again] == [
+        (one.group, one.episode, one.completion) for one in trajectories
+    ]
+
+
+def test_episodes_that_choose_are_others(ilql_run):
+    evaluator = evaluator_for(ilql_run, overrides=["samples=4"])
+    chosen, again = evaluator(choosing=True), evaluator(choosing=True)
+    assert chosen[0] == again[0] and chosen[0] != evaluator()[0]
+
+
+def test_shuffled_start_states_are_always_the_same(ilql_run):
+    evaluator = evaluator_for(ilql_run, overrides=["shuffled=true"])
+    starts = evaluator.starts()
+    assert sorted(starts) == list(range(7)) and starts != sorted(starts) and starts == evaluator.starts()
+    evaluator.suite.episodes = 3
+    assert evaluator.starts() == starts[:3]
