@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lmrl.recipe import (
+    OWN_TASK,
     DatasetSource,
     DPOObjective,
     ILQLObjective,
@@ -23,6 +24,7 @@ from lmrl.recipe import (
     Recipe,
     RewardModelObjective,
 )
+from lmrl.recipe.evaluations import imitates_a_log, own_plan
 from lmrl.recipe.rates import UNKNOWN_SIZE, default_rates, with_rates
 
 PROCESS_MB = 450
@@ -64,6 +66,33 @@ def arithmetic_line(recipe: Recipe) -> str:
         f"{recipe.training.microbatch_tokens} tokens each -> {a['epochs']} epochs = {a['updates_per_step']} updates; "
         f"{a['steps']} steps = {a['updates']} updates"
     )
+
+
+def evaluation_line(recipe: Recipe) -> str:
+    """When a stage is scored, and on what."""
+    options = recipe.evaluation
+    if isinstance(recipe.objective, RewardModelObjective):
+        return "evaluation: on held-out pairs, at the end" + (
+            f" and every {options.every} steps" if options.every else ""
+        )
+    if options.suite is None:
+        return "evaluation: none"
+    if options.suite != OWN_TASK:
+        between = {None: "now and then where there is room", 0: ""}.get(options.every, f"every {options.every} steps")
+        return f"evaluation on suite {options.suite}: {_when(between)}"
+    if not recipe.scores_own_task:
+        return "evaluation: none, since nothing judges held-out episodes of this task"
+    plan = own_plan(recipe)
+    if plan is None:
+        return "evaluation: none, since the stage is too short to spare any (evaluation.every=0 asks for it)"
+    when = _when(f"every {plan.every} steps" if plan.every else "")
+    if imitates_a_log(recipe) and recipe.model.path is None and recipe.evaluation.gate is None:
+        when = "at the end, and at the start if it goes on from another stage"
+    return f"evaluation on the stage's own task: {plan.episodes} episodes each, {when}"
+
+
+def _when(between: str) -> str:
+    return f"at the start, {between} and at the end" if between else "at the start and the end"
 
 
 def rate_line(recipe: Recipe) -> str:

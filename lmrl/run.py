@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lmrl.errors import RunError
-from lmrl.recipe import MAIN_STAGE, Recipe
+from lmrl.recipe import MAIN_STAGE, OWN_TASK, Recipe
 from lmrl.recipe_files import read_yaml, to_yaml, validate
 
 RECIPE_FILE, VERSIONS_FILE, RESULTS_FILE = "recipe.yaml", "versions.json", "results.json"
@@ -78,6 +78,7 @@ class Run:
         """Reopen a run; `recipe` (None: the run's own) must compute the same."""
         own = read_recipe(folder)
         if recipe is not None:
+            recipe = _as_before(recipe, folder)
             different = _differences(own.model_dump(mode="json"), recipe.model_dump(mode="json"))
             if different:
                 raise RunError(
@@ -134,6 +135,8 @@ class Run:
                 except json.JSONDecodeError:
                     break
                 if (order.index(line["stage"]), line["step"]) > (order.index(stage), step):
+                    break
+                if (line["stage"], line.get("kind")) == (stage, "final"):  # of its end, which is still to come
                     break
                 kept.append(text + "\n")
             write_atomically(path, "".join(kept))
@@ -274,6 +277,17 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _as_before(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe, evaluated as the run in that folder is, which may have begun when recipes that named no suite were not."""
+    written = read_yaml(folder / RECIPE_FILE).data
+    if "final" in written.get("training", {}):
+        return recipe
+    evaluation, before = recipe.evaluation, written.get("evaluation", {})
+    suite = before.get("suite") if evaluation.suite == OWN_TASK else evaluation.suite
+    every = before.get("every", 0) if evaluation.every is None else evaluation.every
+    return recipe.model_copy(update={"evaluation": evaluation.model_copy(update={"suite": suite, "every": every})})
 
 
 def _differences(old: Any, new: Any, keys: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

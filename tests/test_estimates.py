@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lmrl import estimates
-from lmrl.estimates import arithmetic_line, head_parameters, memory, memory_lines
+from lmrl.estimates import arithmetic_line, evaluation_line, head_parameters, memory, memory_lines
 from lmrl.objectives import load_objective
 from lmrl.policy import cache, heads
 from lmrl.policy.load import load_policy
@@ -127,3 +127,34 @@ def test_arithmetic_of_a_mixture():
         "a step: plays 3 prompts x 2 samples = 6 episodes into the replay buffer, learns from 24 -> "
     )
     assert line.endswith("20 steps = 15 updates")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        (
+            "random_walks/ppo",
+            [],
+            "evaluation on suite random_walks: at the start, now and then where there is room and at the end",
+        ),
+        ("random_walks/ppo", ["evaluation.every=0"], "evaluation on suite random_walks: at the start and the end"),
+        ("random_walks/ppo", ["evaluation.suite=null"], "evaluation: none"),
+        (
+            "random_walks/ppo",
+            ["evaluation.suite=task"],
+            "evaluation on the stage's own task: 256 episodes each, at the start, every 20 steps and at the end",
+        ),
+        (
+            "random_walks/bc",
+            ["evaluation.suite=task"],
+            "evaluation on the stage's own task: 64 episodes each, at the end, and at the start if it goes on from another stage",
+        ),
+        (
+            "random_walks/bc",
+            ["evaluation.suite=task", "training.steps=2"],
+            "evaluation: none, since the stage is too short to spare any (evaluation.every=0 asks for it)",
+        ),
+    ],
+)
+def test_evaluation_line(name, changes, expected):
+    assert evaluation_line(load_recipe(name, changes)) == expected

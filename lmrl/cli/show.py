@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from lmrl.cli.common import Debug, Overrides
-from lmrl.estimates import arithmetic_line, memory_lines, rate_line
+from lmrl.estimates import arithmetic_line, evaluation_line, memory_lines, rate_line
 from lmrl.recipe_files import load_recipe, stages_of, to_yaml
 
 
@@ -23,5 +23,10 @@ def command(
     console.print(to_yaml(recipe), markup=False, soft_wrap=True)
     for stage, resolved in stages_of(recipe).items():
         console.print(f"[bold]stage {stage}[/bold] ({resolved.objective.name})")
-        for line in [arithmetic_line(resolved), rate_line(resolved), *memory_lines(resolved)]:
+        for line in [
+            arithmetic_line(resolved),
+            rate_line(resolved),
+            evaluation_line(resolved),
+            *memory_lines(resolved),
+        ]:
             console.print(f"  {line}", markup=False, soft_wrap=True)

@@ -1,6 +1,7 @@
 """The recipe's schema, torch-free: one file a section, put together in recipe.py."""
 
 from lmrl.recipe.base import Plugin, Section
+from lmrl.recipe.evaluations import OWN_TASK
 from lmrl.recipe.model import Lora, Model
 from lmrl.recipe.objective import (
     OBJECTIVES,

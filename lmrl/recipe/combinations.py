@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from lmrl.recipe.evaluations import OWN_TASK
 from lmrl.recipe.objective import (
     OBJECTIVES,
     DPOObjective,
@@ -84,9 +85,12 @@ def mistakes(recipe: Any) -> Iterator[str]:
             yield "`source.turns` cuts episodes between turns, but here all turns share a context: set task.history=1 (or N)"
         if objective.name == "mc" or getattr(objective, "calibrated", False):
             yield "`source.turns` cuts off the returns that followed, which the objective needs: leave it out"
-    gate = recipe.evaluation.gate
-    if gate is not None and recipe.evaluation.suite is None:
+    evaluation = recipe.evaluation
+    unscored = evaluation.suite is None or evaluation.suite == OWN_TASK and not recipe.scores_own_task
+    if evaluation.gate is not None and unscored:
         yield "`evaluation.gate` measures on a suite: set evaluation.suite"
+    if recipe.training.final == "best" and unscored and evaluation.metric is None:
+        yield "`training.final=best` keeps the policy that scores best, but none is scored: set evaluation.suite"
 
 
 def _pairs(recipe: Any, rolls_out: bool) -> Iterator[str]:

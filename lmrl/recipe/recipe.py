@@ -15,6 +15,7 @@ from pydantic import Discriminator, Tag, model_validator
 
 from lmrl.recipe.base import Section
 from lmrl.recipe.combinations import mistakes
+from lmrl.recipe.evaluations import OWN_TASK, plays_to_learn
 from lmrl.recipe.model import Model
 from lmrl.recipe.objective import OBJECTIVES, CustomObjective, QObjective
 from lmrl.recipe.rollouts import Rollouts
@@ -132,7 +133,7 @@ class Recipe(Section):
                 yield f"`{place}rollouts`: a reward model is trained on pairs, and plays nothing: leave it out"
             evaluation = section.get("evaluation")
             for name in ("suite", "gate", "metric") if isinstance(evaluation, dict) else ():
-                if evaluation.get(name) is not None:
+                if evaluation.get(name) not in (None, OWN_TASK):
                     yield (
                         f"`{place}evaluation.{name}`: a reward model plays no suite; it is measured on the pairs that "
                         "objective.holdout keeps aside: leave it out"
@@ -142,8 +143,20 @@ class Recipe(Section):
     def judges(self) -> bool:
         """Whether a stage plays its task, and so needs the task's rewards."""
         return self.objective.name != REWARD_MODEL and (
-            self.source.name != "dataset" or self.evaluation.suite is not None
+            plays_to_learn(self) or self.evaluation.suite not in (None, OWN_TASK) or self.scores_own_task
         )
+
+    @property
+    def scores_own_task(self) -> bool:
+        """True if a stage is to be evaluated on its own task, and that can judge what is played."""
+        if self.evaluation.suite != OWN_TASK or self.objective.name == REWARD_MODEL or self.task is None:
+            return False
+        if not isinstance(self.task, PromptTask):
+            return True
+        # An offline stage would load a model, or ask a server, for its evaluations alone.
+        cheap = all(reward.kind == "function" for reward in self.task.rewards)
+        judged = any(reward.weight for reward in self.task.rewards)
+        return judged and self.task.prompts.holdout > 0 and (plays_to_learn(self) or cheap)
 
     @property
     def resolved_objective(self) -> Any:

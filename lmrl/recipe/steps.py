@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from lmrl.recipe.base import Section
+from lmrl.recipe.evaluations import OWN_TASK
 
 
 class Optimizer(Section):
@@ -55,6 +56,10 @@ class Training(Section):
     """Steps between checkpoints (0: only at the end of a stage)."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints to keep, beside the best."""
+    final: Literal["auto", "best", "last"] = "auto"
+    """The policy that a stage leaves. last: that of its last step. best: the one that was evaluated best. auto: the last, unless an
+    earlier one was certainly better, on the same episodes. With `objective.kl_target`, earlier ones beyond it are left out. Reward
+    models do not know this."""
     kl_band: float | None = Field(0.03, gt=0)
     """Of policy gradients: nats a token by which a step may move the policy. Where it has moved further, the learning rate is
     lowered at once, and raised again, up to the recipe's, where it moves less than half as far (null: the rate is left alone)."""
@@ -65,14 +70,18 @@ class Training(Section):
 
 
 class Evaluation(Section):
-    """The suite that a run is scored on."""
+    """What a stage is scored on, and when."""
 
-    suite: str | None = None
-    """A suite's name or file (null: no evaluation)."""
-    every: int = Field(0, ge=0)
-    """Steps between evaluations (0: at the start and the end of a stage)."""
+    suite: str | None = OWN_TASK
+    """A suite's name or file. task: the stage's own task: an environment with evaluation's own seeds, or held-out prompts; prompts
+    without rewards or held-out rows are not scored, nor are logged ones that a learned model or a server would judge. null: no
+    evaluation."""
+    every: int | None = Field(None, ge=0)
+    """Steps between evaluations. 0: at the start and the end of a stage. null: also up to eight times in between, as long as all
+    evaluations play less than 8 % of the episodes that the stage learns from (2 % of logged ones, see lmrl/recipe/evaluations.py);
+    a stage too short for that is not scored on its own task."""
     episodes: int | None = Field(None, ge=1)
-    """Start states to score during the run (null: as many as the suite says)."""
+    """Start states to score during the run (null: as many as the suite says; of the stage's own task, 16 to 256 episodes)."""
     metric: str | None = None
     """Metric that names the best checkpoint, higher is better (null: the suite's first)."""
     diagnostics_every: int = Field(50, ge=0)

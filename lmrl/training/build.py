@@ -11,16 +11,17 @@ from lmrl import run as runs
 from lmrl import world
 from lmrl.errors import RecipeError
 from lmrl.evaluation.evaluate import Evaluator
-from lmrl.evaluation.suites import Suite, load_suite
+from lmrl.evaluation.suites import Suite, load_suite, own_suite
 from lmrl.objectives import Objective, load_objective
 from lmrl.objectives.correction import Correction
 from lmrl.objectives.policy_gradient import PolicyGradient
 from lmrl.policy.load import load_policy, load_weights
 from lmrl.policy.policy import Policy
-from lmrl.recipe import PromptTask, QObjective, Recipe
+from lmrl.recipe import OWN_TASK, PromptTask, QObjective, Recipe
+from lmrl.recipe.evaluations import LEAST, imitates_a_log, own_plan, suite_interval
 from lmrl.recipe.rates import with_rates
 from lmrl.recipe_files import locate_rewards
-from lmrl.rollouts.engine import build_engine
+from lmrl.rollouts.engine import Engine, build_engine
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import build_task, task_texts
 from lmrl.seeding import seed_everything
@@ -98,7 +99,11 @@ def build_stage(
     else:
         load_weights(policy, checkpoint, recipe.model.trust_remote_code)
     updater = Updater(policy, with_rates(recipe, *policy.size), recipe.training.steps, strategy)
-    evaluator = Evaluator(policy, suite, engine) if suite else None
+    evaluator, every = evaluation_of(recipe, suite, policy, engine)
+    scratch = start is None and recipe.model.path is None
+    gated = recipe.evaluation.gate is not None
+    begins = gated or recipe.evaluation.suite != OWN_TASK or not (scratch and imitates_a_log(recipe))
+    evaluation = Evaluation(evaluator, every, begins, gated)
     return Stage(
         run=run,
         name=name,
@@ -115,15 +120,15 @@ def build_stage(
         strategy=strategy,
         updater=updater,
         listeners=build_listeners(
-            recipe, objective, policy, evaluator, [one.label for one in task.rewards if not one.weight]
+            recipe, objective, policy, evaluation, [one.label for one in task.rewards if not one.weight]
         ),
         checkpoint=checkpoint,
-        progress=Progress(label=label_of(recipe, objective), columns=suite.metrics if suite else []),
+        progress=Progress(label=label_of(recipe, objective), columns=evaluator.suite.metrics if evaluator else []),
     )
 
 
 def build_listeners(
-    recipe: Recipe, objective: Objective, policy: Policy, evaluator: Evaluator | None, watched: list[str]
+    recipe: Recipe, objective: Objective, policy: Policy, evaluation: Evaluation, watched: list[str]
 ) -> list[Listener]:
     """What watches a stage, in the order it is told. watched: labels of the rewards that are not trained on."""
     listeners: list[Listener] = [Memory(policy), HackingMonitor(watched)]
@@ -131,7 +136,6 @@ def build_listeners(
         listeners.append(RateController(recipe.training.kl_band))
     if objective.heads is not None and recipe.evaluation.diagnostics_every:
         listeners.append(Diagnostics())
-    evaluation = Evaluation(evaluator)
     listeners.append(evaluation)
     if recipe.evaluation.gate is not None:
         listeners.append(GateKeeper(recipe.evaluation.gate, evaluation))
@@ -140,7 +144,12 @@ def build_listeners(
 
 # ----------------------------------------------------------------------------------------------------------------- checks
 def suite_of(recipe: Recipe, section: Any) -> Suite | None:
-    """The suite that a stage is evaluated on. section: its task's."""
+    """The suite that a stage is evaluated on, its own task's where none is named. section: its task's."""
+    if recipe.evaluation.suite == OWN_TASK:
+        if not recipe.scores_own_task or own_plan(recipe) is None:
+            return None
+        suite = own_suite(section.model_dump(mode="json"), recipe.rollouts.model_dump(mode="json"))
+        return suite.model_copy(update={"shuffled": True, "metrics": [*suite.metrics, "kl", "length"]})
     if recipe.evaluation.suite is None:
         return None
     suite = load_suite(recipe.evaluation.suite, task=section.model_dump(mode="json"))
@@ -148,8 +157,34 @@ def suite_of(recipe: Recipe, section: Any) -> Suite | None:
     return suite
 
 
+def evaluation_of(recipe: Recipe, suite: Suite | None, policy: Policy, engine: Engine) -> tuple[Evaluator | None, int]:
+    """A stage's evaluator, and the steps between its evaluations (0: at the start and the end)."""
+    every = recipe.evaluation.every or 0
+    if suite is None:
+        return None, every
+    evaluator = Evaluator(policy, suite, engine)
+    if recipe.evaluation.suite != OWN_TASK:
+        return evaluator, suite_interval(recipe, len(evaluator.starts()) * suite.samples)
+    task, plan = evaluator.task, own_plan(recipe)
+    if task.judged_by == "reward" and task.heldout == task.training:  # a single row cannot be held out
+        if recipe.evaluation.gate is not None:
+            raise RecipeError("evaluation.gate measures on held-out prompts, but there is one prompt: give more")
+        return None, every
+    starts = plan.episodes if task.heldout is None else len(task.heldout)
+    # No more side by side than the stage itself plays, so that an evaluation needs no memory that training does not.
+    evaluator.at_once = max(recipe.rollouts.prompts * recipe.rollouts.samples, LEAST)
+    suite.episodes = min(plan.episodes, starts)
+    suite.samples = min(max(plan.episodes // starts, 1), evaluator.at_once)
+    return evaluator, plan.every
+
+
 def check_gate(recipe: Recipe, suite: Suite | None, strategy: Strategy) -> None:
-    """Refuse what a gate does not go with."""
+    """Refuse what a gate, or going back to the best policy at the end, does not go with."""
+    if strategy.lockstep and recipe.training.final == "best":
+        raise RecipeError(
+            f"training.final=best takes the policy back at the end of a stage, which does not go with {strategy.name}: launch "
+            "without --accelerate, or set training.final=last and take the checkpoint `best`"
+        )
     if recipe.evaluation.gate is None:
         return
     if strategy.lockstep:

@@ -18,7 +18,7 @@ from lmrl.evaluation.api import TASK_FILE
 from lmrl.objectives.base import Objective
 from lmrl.policy.load import load_weights
 from lmrl.policy.policy import Policy
-from lmrl.recipe import Recipe
+from lmrl.recipe import OWN_TASK, Recipe
 from lmrl.run import Run, step_name
 from lmrl.training.sources import Source
 from lmrl.training.updater import Updater
@@ -33,8 +33,10 @@ class Progress:
     step: int = 0
     best: dict[str, Any] | None = None
     """`{"step", "metric", "value"}` of the best evaluation."""
+    kept: int | None = None
+    """The step whose policy the stage leaves, once that is decided."""
     scores: dict[str, Any] = field(default_factory=dict)
-    """`start` and `last` evaluation, `data` and `optimum`: for the closing table."""
+    """Of the policy at the `start`, at its `best` and of the `last` step, of the `data` and the `optimum`: for the closing table."""
     gate: dict[str, Any] = field(default_factory=dict)
     """See gate.GateState."""
     label: str = ""
@@ -77,7 +79,7 @@ def save_task(folder: Path, recipe: Recipe) -> None:
     """Leave the task beside the weights, so that a checkpoint can be scored without its run."""
     saved = {
         "task": recipe.task.model_dump(mode="json"),
-        "suite": recipe.evaluation.suite,
+        "suite": None if recipe.evaluation.suite == OWN_TASK else recipe.evaluation.suite,
         "rollouts": recipe.rollouts.model_dump(mode="json"),
         "dtype": recipe.model.dtype,
     }
@@ -91,8 +93,8 @@ def load(folder: Path, objective: Objective, updater: Updater, source: Source) -
     state = json.loads((folder / STATE / "trainer.json").read_text())
     objective.load_state(state["objective"])
     updater.load_state(state["updater"])
-    state.setdefault("listeners", {})  # what was written before there were any lacks them
-    return Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+    names = [name for name in Progress.__dataclass_fields__ if name in state]  # older checkpoints lack newer ones
+    return Progress(**{name: state[name] for name in names})
 
 
 def roll_back(folder: Path, recipe: Recipe, policy: Policy, updater: Updater) -> None:

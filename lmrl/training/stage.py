@@ -90,6 +90,8 @@ class Stage:
                     self.save()
                 if stop := world.largest(self.interrupt.number or 0):
                     raise Interrupted(stop)
+            for listener in self.listeners:
+                listener.finish(self)
         except Interrupted:
             self.source.stop()
             if progress.step > 0:

@@ -28,10 +28,10 @@ from rich.table import Table
 
 from lmrl.errors import LmrlError, RecipeError, RunError
 from lmrl.evaluation.statistics import UNLIMITED, summarize
-from lmrl.evaluation.suites import load_suite
 from lmrl.recipe import CHOICES, REWARD_MODEL, Recipe
 from lmrl.recipe_files import load_recipe
 from lmrl.run import RECIPE_FILE, RESULTS_FILE, Run, write_atomically
+from lmrl.training.build import suite_of
 from lmrl.training.display import Display, interval
 from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.train import default_output
@@ -63,8 +63,8 @@ class Point:
             from lmrl.training.reward_model import COLUMNS
 
             return COLUMNS
-        suite = self.recipe.evaluation.suite
-        return load_suite(suite, task=self.recipe.task.model_dump(mode="json")).metrics if suite else []
+        suite = suite_of(self.recipe, self.recipe.task)
+        return suite.metrics if suite else []
 
 
 def sweep(

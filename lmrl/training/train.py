@@ -6,6 +6,7 @@ import atexit
 import importlib.util
 import json
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from lmrl import world
 from lmrl.allocator import keep_freed_memory
 from lmrl.errors import LmrlError, RecipeError, RunError
 from lmrl.estimates import memory
-from lmrl.recipe import MAIN_STAGE, Recipe, RewardModelObjective
+from lmrl.recipe import MAIN_STAGE, OWN_TASK, PromptTask, QObjective, QSFTObjective, Recipe, RewardModelObjective
 from lmrl.recipe_files import load_recipe, stages_of
 from lmrl.run import RESULTS_FILE, Run, read_recipe, write_atomically
 from lmrl.training.build import build_stage
@@ -37,7 +38,8 @@ class Result:
 
     folder: Path
     scores: dict[str, dict[str, dict[str, Any]]]
-    """By row (data, start, BC, PPO, optimum) and metric: see lmrl.evaluation.statistics.summarize."""
+    """By row (data, start, BC, PPO, optimum; `PPO, last` beside a better one that was left) and metric: see
+    lmrl.evaluation.statistics.summarize."""
 
     @property
     def checkpoint(self) -> Path:
@@ -100,7 +102,7 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> None:
         tiny = Recipe.model_validate(data)
         accelerator = join(tiny)
         folder = world.agreed(Path(scratch))
-        _execute(_open(lambda: Run.create(folder, tiny), folder), accelerator, display or Display())
+        _execute(_open(lambda: Run.create(folder, tiny), folder), accelerator, display or Display(), keeps=False)
 
 
 def default_output(name: str) -> Path:
@@ -151,7 +153,8 @@ def _open(make: Callable[[], Run], folder: Path) -> Run:
     return run or Run(folder, recipe, writes=False)
 
 
-def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False) -> Result:
+def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False, keeps: bool = True) -> Result:
+    """keeps: False where the run's folder is about to be deleted."""
     recipe = run.recipe
     if not run.writes:
         display = Display(Console(quiet=True))
@@ -202,6 +205,9 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
     shown = {label: {name: row[name] for name in columns if name in row} for label, row in scores.items()}
     if any(shown.values()):
         display.table("Result", {label: row for label, row in shown.items() if row})
+    if keeps:
+        for line in closing_lines(run):
+            display.say(line)
     return Result(run.folder, scores)
 
 
@@ -239,7 +245,10 @@ def _tracker(accelerator: Any, offset: int) -> Any:
 
 
 def closing_table(run: Run) -> tuple[dict[str, dict[str, dict[str, Any]]], list[str]]:
-    """Data, start, every stage and the optimum side by side, also written to results.json; and the columns to show."""
+    """Data, start, every stage and the optimum side by side, also written to results.json; and the columns to show.
+
+    A stage's row is of the policy that it left. Where its best and its last policy are two, the other one's row says which.
+    """
     rows: dict[str, Any] = {}
     columns: dict[str, None] = {}
     for number, (name, recipe) in enumerate(stages_of(run.recipe).items()):
@@ -249,8 +258,10 @@ def closing_table(run: Run) -> tuple[dict[str, dict[str, dict[str, Any]]], list[
             rows["data"] = scores["data"]
         if number == 0 and recipe.model.path is not None and "start" in scores:
             rows["start"] = scores["start"]
-        if "last" in scores:
-            rows[label if label not in rows else f"{label} ({name})"] = scores["last"]
+        label = label if label not in rows else f"{label} ({name})"
+        kept = "last" if state.get("kept") in (None, state["step"]) else "best"
+        for which in sorted({"best", "last"} & set(scores), key=lambda which: which == kept):
+            rows[label if which == kept else f"{label}, {which}"] = scores[which]
         optimum = scores.get("optimum")
         columns |= dict.fromkeys(state["columns"])
     if optimum:
@@ -258,3 +269,33 @@ def closing_table(run: Run) -> tuple[dict[str, dict[str, dict[str, Any]]], list[
     if run.writes:
         write_atomically(run.folder / RESULTS_FILE, json.dumps(rows, indent=2) + "\n")
     return rows, list(columns)
+
+
+def closing_lines(run: Run) -> list[str]:
+    """Where the result lies, and the commands for what comes next."""
+    recipe, folder = run.recipe, run.folder
+    folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    checkpoint = folder / "stages" / MAIN_STAGE / "final"
+    quoted = shlex.quote(str(folder))
+    if isinstance(recipe.objective, RewardModelObjective):
+        judge = shlex.quote(str(checkpoint))
+        return [
+            f"checkpoint:  {checkpoint}",
+            f"score texts: lmrl reward score {judge} --data SAMPLES.jsonl",
+            f"serve it:    lmrl reward serve {judge}",
+        ]
+    judged = not isinstance(recipe.task, PromptTask) or any(reward.weight for reward in recipe.task.rewards)
+    scored = judged or recipe.evaluation.suite not in (None, OWN_TASK)
+    options = ""
+    if isinstance(recipe.objective, QObjective | QSFTObjective):
+        options = f" --beta {recipe.objective.beta if folds(recipe.resolved_objective) else 0:g}"
+    return [
+        f"checkpoint: {checkpoint}",
+        f"score it:   lmrl eval {quoted}{'' if scored else ' --suite SUITE'}",
+        f"export it:  lmrl export {quoted} FOLDER{options}",
+    ]
+
+
+def folds(objective: Any) -> bool:
+    """True if Q heads can be folded into an ordinary model's vocabulary matrix."""
+    return isinstance(objective, QObjective) and objective.q_head != "mlp" and objective.trunk != "separate"

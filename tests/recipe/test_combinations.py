@@ -9,6 +9,7 @@ MODEL = "model: {config: {model_type: llama}}\n"
 ADAPTED = "model: {path: some/model, lora: {r: 4}}\n"
 WALKS = "task: {environment: random_walks}\n"
 PROMPTS = "task: {prompts: {path: prompts.jsonl}}\n"
+UNHELD = "task: {prompts: {path: prompts.jsonl, holdout: 0}, rewards: [{function: lmrl.reward_models.answers.exact}]}\n"
 DATA = "source: {name: dataset, player: random}\n"
 MIXTURE = "source: {name: mixture, player: random}\n"
 ROLLOUTS = "source: {name: rollouts}\n"
@@ -57,8 +58,15 @@ REFUSED = [
     (MODEL + PROMPTS + "source: {name: mixture, path: prompts.jsonl}\nobjective: {name: ilql}", "list at least one under"),
     (MODEL + PROMPTS + DATA + "objective: {name: ilql}", "prompts have none: give source.path"),
     (
-        MODEL + WALKS + "evaluation: {gate: {drop: 1}}\nobjective: {name: ppo}",
+        MODEL + WALKS + "evaluation: {suite: null, gate: {drop: 1}}\nobjective: {name: ppo}",
         "`evaluation.gate` measures on a suite: set evaluation.suite",
+    ),
+    *(
+        (
+            MODEL + task + ROLLOUTS + f"evaluation: {{suite: {suite}}}\ntraining: {{final: best}}\nobjective: {{name: ppo}}",
+            "`training.final=best` keeps the policy that scores best, but none is scored: set evaluation.suite",
+        )
+        for task, suite in ((WALKS, "null"), (UNHELD, "task"))
     ),
     (
         MODEL + WALKS + "source: {name: dataset, player: random, turns: 2}\nobjective: {name: ilql}",
@@ -93,6 +101,12 @@ ALLOWED = [
     MODEL + PROMPTS + "source: {name: dataset, path: prompts.jsonl}\nobjective: {name: ilql}",
     MODEL + "task: {environment: maze}\nsource: {name: dataset, player: random, turns: 2}\nobjective: {name: ilql}",
     MODEL + WALKS + "evaluation: {suite: random_walks, gate: {drop: 1}}\nobjective: {name: ppo}",
+    MODEL + WALKS + "evaluation: {gate: {drop: 1}}\ntraining: {final: best}\nobjective: {name: ppo}",
+    MODEL
+    + PROMPTS
+    + DATA.replace("player: random", "path: prompts.jsonl")
+    + "objective: {name: dpo}\n"
+    + "evaluation: {metric: heldout/accuracy}\ntraining: {final: best}",
 ]
 
 

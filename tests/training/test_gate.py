@@ -124,7 +124,9 @@ def test_a_broken_run_ends_with_the_policy_it_began_with(good, broken):
     assert "gate at step 2: more than the 5 points allowed; back to step 0, learning rate x 0.5" in said
     assert "gate: 2 rollbacks, the stage ends with the policy of step 0" in said
     state = state_of(folder)
-    assert state["step"] == 4 and state["scores"]["last"] == state["scores"]["start"]
+    assert state["step"] == 4
+    evals = [line for line in metrics(folder) if line["kind"] == "eval"]
+    assert evals[-1]["optimality"] == evals[0]["optimality"] == state["scores"]["start"]["optimality"]
     assert state["gate"]["rollbacks"] == 2 and state["gate"]["worst"] == max(line["drop"]["mean"] for line in lines)
     final = folder / "stages/main/final"
     assert (final / "model.safetensors").read_bytes() == (good / "model.safetensors").read_bytes()
@@ -137,9 +139,11 @@ def test_a_broken_run_ends_with_the_policy_it_began_with(good, broken):
         (4, "gate"),
         (4, "eval"),
     ]  # before and after the last rollback
-    assert kinds == [(0, "eval"), *expected]
+    assert kinds == [(0, "eval"), *expected, (4, "final")]
     scores = json.loads((folder / "results.json").read_text())
-    assert scores["BC"] == scores["start"]
+    assert scores["BC"] == state["scores"]["last"] and "BC, best" not in scores
+    low, high = scores["start"]["optimality"]["ci95"]
+    assert low < scores["BC"]["optimality"]["mean"] < high and scores["BC"] != scores["start"]
 
 
 @pytest.mark.parametrize(("step", "kept"), [(1, 0), (3, 2), (4, 3)])

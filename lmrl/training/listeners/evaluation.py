@@ -1,8 +1,12 @@
-"""Evaluation in the course of a stage: on the suite, and on held-out logged episodes."""
+"""Evaluation in the course of a stage, on a suite or the stage's own task, and on held-out logged episodes.
+
+Where policies are chosen by their scores, they are chosen by episodes of their own: the scores that a stage reports of its
+last and its best policy are from others, the same that `lmrl eval` plays.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lmrl import world
 from lmrl.errors import RecipeError, did_you_mean
@@ -10,6 +14,8 @@ from lmrl.evaluation.evaluate import Evaluator, Scores
 from lmrl.evaluation.statistics import summarize
 from lmrl.objectives.groups import groups_of
 from lmrl.training.diagnostics import discounts_of, start_values
+from lmrl.training.display import interval
+from lmrl.training.final import certainly_better, paired_values
 from lmrl.training.listeners.listener import Listener
 from lmrl.training.measures import SAMPLES_KEPT, sample_line
 from lmrl.trajectories.trajectory import Trajectory
@@ -19,16 +25,26 @@ if TYPE_CHECKING:
 
 
 class Evaluation(Listener):
-    """Scores the policy before the first step, every few steps and after the last one, and keeps the best."""
+    """Scores the policy before the first step, every few steps and after the last one, and decides which the stage leaves."""
 
     name = "evaluation"
 
-    def __init__(self, evaluator: Evaluator | None):
-        """evaluator: of the suite, where the recipe names one."""
-        self.evaluator = evaluator
+    def __init__(self, evaluator: Evaluator | None, every: int = 0, starts: bool = True, gated: bool = False):
+        """evaluator: of the suite or the stage's own task, where there is one. every: steps between evaluations (0: at the start
+        and the end). starts: whether the policy that a stage begins with is scored. gated: whether that policy is one to choose
+        from, as with a gate."""
+        self.evaluator, self.every, self.starts = evaluator, every, starts
+        self.gated, self.choosing = gated, gated or every > 0
         self.step: int | None = None
         self.played: list[Trajectory] = []
-        """Of the newest evaluation: its step, and the suite's episodes."""
+        """Of the newest evaluation: its step, and the episodes played."""
+        self.values: dict[str, float] = {}
+        self.best_values: dict[str, float] = {}
+        """What the newest and the best policy scored, see `paired_values`."""
+        self.tries = 0
+        """Policies that the best was chosen from."""
+        self.reports: list[tuple[int, Scores, list[Trajectory]]] = []
+        """Steps, scores and episodes of what is reported at the end."""
 
     def begin(self, stage: Stage, resumed: bool) -> None:
         """What the stage's result is to be compared with: the data, the optimum and the policy as it begins."""
@@ -39,11 +55,11 @@ class Evaluation(Listener):
             scores["data"] = data
         if self.evaluator is not None and (optimum := self.evaluator.optimum()):
             scores["optimum"] = optimum
-        self.evaluate(stage, 0, "start")
+        if self.starts:
+            self.evaluate(stage, 0, "start")
 
     def after_step(self, stage: Stage, step: int) -> None:
-        every = stage.recipe.evaluation.every
-        if step == stage.recipe.training.steps or (every and step % every == 0):
+        if step == stage.recipe.training.steps or (self.every and step % self.every == 0):
             self.evaluate(stage, step)
 
     def wants_checkpoint(self, stage: Stage, step: int) -> bool:
@@ -52,17 +68,14 @@ class Evaluation(Listener):
 
     def evaluate(self, stage: Stage, step: int, name: str = "last") -> None:
         """Score the policy as it is. name: of these scores in `progress.scores`."""
-        stage.source.wait()
-        self.step, self.played = step, []
-        scores: Scores = {}
-        with stage.strategy.whole():
-            if self.evaluator is not None:
-                stage.engine.refresh()
-                scores, self.played = self.evaluator()
-            found = start_values(stage.policy, self.played, *discounts_of(stage.recipe)) if self.played else {}
-        scores = scores | self._heldout(stage)
+        self.step, self.values = step, {}
+        chooses = self.choosing and (step > 0 or self.gated)
+        at_an_end = step in (0, stage.recipe.training.steps)
+        scores, self.played = self._score(stage, chooses, at_an_end or bool(stage.recipe.evaluation.every))
         if not scores:
             return
+        with stage.strategy.whole():
+            found = start_values(stage.policy, self.played, *discounts_of(stage.recipe)) if self.played else {}
         stage.progress.scores[name] = scores
         stage.record(step, "eval", {**scores, **found})
         stage.run.record_samples([sample_line(stage.name, step, "eval", one) for one in self.played[:SAMPLES_KEPT]])
@@ -70,6 +83,24 @@ class Evaluation(Listener):
         stage.display.score(step, {name: scores[name] for name in stage.progress.columns if name in scores})
         if step > 0:
             self.consider(stage, step, scores)
+
+    def _score(self, stage: Stage, choosing: bool, heldout: bool) -> tuple[Scores, list[Trajectory]]:
+        """Scores of the policy as it is, and what it played for them. heldout: of held-out episodes, too, which are left out
+        between a stage's ends unless the recipe says when to evaluate, or chooses by them."""
+        stage.source.wait()
+        scores, played = {}, []
+        with stage.strategy.whole():
+            if self.evaluator is not None:
+                stage.engine.refresh()
+                scores, played = self.evaluator(choosing=choosing)
+        metric = self._metric(stage)
+        if metric is not None and self.evaluator is not None:
+            scaled = metric == "normalized"  # from the main metric
+            name = self.evaluator.suite.metrics[0] if scaled else metric
+            self.values = paired_values(played, name, by_episode=self.evaluator.plays_all)
+        if heldout or (metric or "").startswith("heldout/"):
+            scores = scores | self._heldout(stage)
+        return scores, played
 
     def _heldout(self, stage: Stage) -> Scores:
         """The objective's measures of held-out episodes, where there are any; they become columns of the closing table."""
@@ -80,18 +111,99 @@ class Evaluation(Listener):
         measured = measure_heldout(stage, heldout)
         scores = {f"heldout/{name}": summarize(values, unit="episode") for name, values in measured.items()}
         stage.progress.columns = list(dict.fromkeys([*stage.progress.columns, *scores]))
+        metric = (self._metric(stage) or "").removeprefix("heldout/")
+        if metric in measured:
+            self.values = {str(place): value for place, value in enumerate(measured[metric])}
         return scores
 
+    def _metric(self, stage: Stage) -> str | None:
+        """What names the best policy; without a suite only where the recipe says so."""
+        return stage.recipe.evaluation.metric or (self.evaluator.suite.metrics[0] if self.evaluator else None)
+
+    # ------------------------------------------------------------------------------------------------------- the choice
     def consider(self, stage: Stage, step: int, scores: Scores) -> None:
-        """Note the best evaluation so far; without a suite only where the recipe names the metric."""
-        metric = stage.recipe.evaluation.metric or (self.evaluator.suite.metrics[0] if self.evaluator else None)
+        """Note the best evaluation so far, of those within the recipe's KL limit."""
+        metric = self._metric(stage)
         if metric is None:
             return
         if metric not in scores:
             raise RecipeError(f"evaluation.metric: there is no metric '{metric}'{did_you_mean(metric, scores)}")
+        if too_far(scores, getattr(stage.recipe.objective, "kl_target", None)):
+            return
+        self.tries += 1
         best, value = stage.progress.best, scores[metric]["mean"]
         if best is None or value > best["value"]:
             stage.progress.best = {"step": step, "metric": metric, "value": value}
+            self.best_values = self.values
+
+    def finish(self, stage: Stage) -> None:
+        """Decide which policy the stage leaves, put it in place, and score it by episodes that did not choose it."""
+        progress = stage.progress
+        progress.kept = progress.step
+        if not self.choosing or self._metric(stage) is None:
+            return
+        if self.step != progress.step:
+            self.evaluate(stage, progress.step)
+        last, best = self.values, progress.best
+        rival = best is not None and best["step"] != progress.step and self.best_values not in ({}, last)
+        if rival and stage.strategy.lockstep:
+            stage.display.say(
+                f"the best policy is that of step {best['step']}; {stage.strategy.name} cannot go back to it"
+            )
+            rival = False
+        if rival:
+            final = stage.recipe.training.final
+            certain = certainly_better(self.best_values, last, self.tries)
+            stage.save()  # the last policy, to come back to
+            self._report(stage, "last", progress.step)
+            stage.roll_back(best["step"])
+            self._report(stage, "best", best["step"])
+            if final == "best" or final == "auto" and certain:
+                progress.kept = best["step"]
+            else:
+                stage.roll_back(progress.step)
+        else:
+            self._report(stage, "last", progress.step)
+
+    def _report(self, stage: Stage, name: str, step: int) -> None:
+        """Score the policy of a step, which is in place, by episodes that chose nothing."""
+        scores, played = self._score(stage, choosing=False, heldout=True)
+        stage.progress.scores[name] = scores
+        self.reports.append((step, scores, played))
+
+    def end(self, stage: Stage) -> None:
+        """Record what `finish` reported: here, where nothing is done a second time on resume."""
+        progress, metric = stage.progress, self._metric(stage)
+        for step, scores, played in self.reports:
+            stage.record(progress.step, "final", {"policy": step, "kept": step == progress.kept, **scores})
+            if step == progress.kept:
+                means = {f"{stage.name}/final/{name}": score["mean"] for name, score in scores.items()}
+                stage.track(means, progress.step)
+            stage.run.record_samples(
+                [sample_line(stage.name, progress.step, "final", one) for one in played[:SAMPLES_KEPT]]
+            )
+        if len(self.reports) > 1:
+            last, best = (f"{metric} {interval(scores[metric])}" for _, scores, _ in self.reports)
+            step = progress.best["step"]
+            kept, other = ("best", "last") if progress.kept == step else ("last", "best")
+            stage.display.say(
+                f"stage {stage.name} leaves the {kept} policy, not the {other} one (training.final="
+                f"{stage.recipe.training.final}): step {step} {best}, step {progress.step} {last}"
+            )
+
+    def state(self) -> dict[str, Any]:
+        if not self.choosing or self.step is None:
+            return {}
+        return {"step": self.step, "values": self.values, "best_values": self.best_values, "tries": self.tries}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.step, self.tries = state.get("step"), state.get("tries", 0)
+        self.values, self.best_values = state.get("values", {}), state.get("best_values", {})
+
+
+def too_far(scores: Scores, limit: float | None) -> bool:
+    """True if a policy is certainly further from its reference than the limit, in nats an episode."""
+    return limit is not None and "kl" in scores and scores["kl"]["ci95"][0] > limit
 
 
 def measure_heldout(stage: Stage, heldout: list[Trajectory]) -> dict[str, list[float]]:

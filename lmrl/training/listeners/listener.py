@@ -38,6 +38,9 @@ class Listener:
         """Whether the stage is to end before its next step."""
         return False
 
+    def finish(self, stage: Stage) -> None:
+        """After the last step, before `final/` is written with the policy as it is then."""
+
     def end(self, stage: Stage) -> None:
         """After the last step, with `final/` written."""
 

@@ -1,0 +1,79 @@
+"""How often a stage is evaluated, and on how many episodes, where its recipe leaves that open.
+
+An evaluation plays episodes that nothing is learned from. Counts decide, not clocks, so that a run and its resumption
+evaluate alike: all evaluations together play a small share of the episodes that the stage learns from.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+OWN_TASK = "task"
+"""In place of a suite's name: the stage's own task."""
+SHARE, OFFLINE_SHARE = 0.08, 0.02
+"""Episodes to play in all evaluations of a stage, as a share of those it learns from. An offline stage only learns from its
+episodes, which takes less time than playing one as well."""
+BETWEEN = 8
+"""Evaluations between a stage's start and its end, at most."""
+AROUND = 4
+"""Those at the start and the end, and of the last and the best policy afresh."""
+LEAST, ENOUGH, MOST, MOST_OFFLINE = 16, 32, 256, 64
+"""Episodes of an evaluation: below LEAST nothing is measured, and below ENOUGH no policies are compared."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """every: steps between evaluations (0: at the start and the end). episodes: of each evaluation."""
+
+    every: int
+    episodes: int
+
+
+def plays_to_learn(recipe: Any) -> bool:
+    """True if a stage learns from fresh episodes, alone or beside logged ones."""
+    return recipe.source.name != "dataset"
+
+
+def room(recipe: Any) -> float:
+    """Episodes that all evaluations of a stage may play together."""
+    steps, rollouts = recipe.training.steps, recipe.rollouts
+    if plays_to_learn(recipe):
+        return SHARE * steps * rollouts.prompts * rollouts.samples
+    return OFFLINE_SHARE * steps * recipe.source.batch_size
+
+
+def imitates_a_log(recipe: Any) -> bool:
+    """True if a stage only imitates logged episodes: a warm-up, as a rule, of which the end is of interest."""
+    return recipe.objective.name == "likelihood" and not plays_to_learn(recipe)
+
+
+def own_plan(recipe: Any) -> Plan | None:
+    """Evaluations of a stage on its own task; None where it is too short to spare any.
+
+    What the recipe states holds. Otherwise they are as many as leave each enough episodes.
+    """
+    stated, steps, spare = recipe.evaluation, recipe.training.steps, room(recipe)
+    counts = [0] if imitates_a_log(recipe) else [count for count in (BETWEEN, 4, 2, 1, 0) if count < steps]
+    if stated.every is not None:
+        counts = [(steps - 1) // stated.every if stated.every else 0]
+    size = 0
+    for between in counts:
+        evaluations = between + AROUND if between else 2
+        size = stated.episodes or min(int(spare / evaluations), MOST if plays_to_learn(recipe) else MOST_OFFLINE)
+        if size * evaluations <= spare and size >= (stated.episodes or ENOUGH):
+            break
+    asked = (stated.every, stated.episodes, stated.gate) != (None, None, None) or recipe.training.final == "best"
+    if size < LEAST and not asked:
+        return None
+    every = math.ceil(steps / (between + 1)) if between else 0
+    return Plan(every if stated.every is None else stated.every, stated.episodes or max(size, LEAST))
+
+
+def suite_interval(recipe: Any, size: int) -> int:
+    """Steps between evaluations on a suite of `size` episodes (0: at the start and the end)."""
+    if recipe.evaluation.every is not None:
+        return recipe.evaluation.every
+    between = min(BETWEEN, int(room(recipe) / size) - AROUND, recipe.training.steps - 1)
+    return math.ceil(recipe.training.steps / (between + 1)) if between > 0 and not imitates_a_log(recipe) else 0

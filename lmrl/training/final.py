@@ -1,0 +1,68 @@
+"""Which policy a stage leaves: the last one, unless an earlier one was better beyond doubt.
+
+Two policies that have played the same episodes are compared by their differences: one for each prompt or drawn start
+state, since a policy should be better on new ones as well; one for each episode where all start states there are were
+played. The earlier policy was picked as the best of several, so chance has had as many tries to make it look better
+(Bonferroni's correction).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from lmrl.evaluation.evaluate import named_values
+from lmrl.trajectories.trajectory import Trajectory
+
+LEVEL = 0.025
+"""Chance of leaving an earlier policy that is no better than the last."""
+PAIRS = 5
+"""Fewer pairs prove nothing; and with fewer start states, their episodes are the pairs."""
+
+
+def paired_values(trajectories: Sequence[Trajectory], metric: str, by_episode: bool = False) -> dict[str, float]:
+    """A metric's mean of each start state; its value of each episode if wanted, or with fewer start states than PAIRS."""
+    groups: dict[int, dict[int, float]] = {}
+    for one in trajectories:
+        value = dict(named_values(one)).get(metric)
+        if value is not None:
+            groups.setdefault(one.group, {})[one.episode] = value
+    if by_episode or len(groups) < PAIRS:
+        return {f"{group}/{episode}": value for group, found in groups.items() for episode, value in found.items()}
+    return {str(group): sum(found.values()) / len(found) for group, found in groups.items()}
+
+
+def certainly_better(earlier: Mapping[str, float], last: Mapping[str, float], tries: int) -> bool:
+    """True if the earlier policy, the best of `tries`, scores higher than the last where both have a value."""
+    gains = [value - last[name] for name, value in earlier.items() if name in last]
+    return len(gains) >= PAIRS and chance(gains) < LEVEL / max(tries, 1)
+
+
+def chance(gains: Sequence[float]) -> float:
+    """One-sided p-value of Student's t-test that the mean is above 0, of two or more values."""
+    count = len(gains)
+    mean = math.fsum(gains) / count
+    variance = math.fsum((gain - mean) ** 2 for gain in gains) / (count - 1)
+    if variance == 0:
+        return 0.0 if mean > 0 else 1.0
+    inside = _central(abs(mean) / math.sqrt(variance / count), count - 1)
+    return (1 - inside) / 2 if mean > 0 else (1 + inside) / 2
+
+
+def _central(t: float, freedom: int) -> float:
+    """P(|T| < t) of Student's t with that many degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    if freedom % 2 == 0:
+        term = total = 1.0
+        for number in range(1, freedom - 1, 2):
+            term *= cosine**2 * number / (number + 1)
+            total += term
+        return sine * total
+    if freedom == 1:
+        return 2 * angle / math.pi
+    term = total = cosine
+    for number in range(2, freedom - 1, 2):
+        term *= cosine**2 * number / (number + 1)
+        total += term
+    return 2 / math.pi * (angle + sine * total)
