@@ -85,10 +85,10 @@ class Objective:
         """True if a minibatch with these statistics must not be stepped on, and the step's updates end before it."""
         return False
 
-    def divergence(self, policy: Policy, minibatch: Batch) -> float | None:
-        """KL(old || policy) a token on a minibatch, as `loss` reports it as `approx_kl`, without a gradient; None where `rejects`
-        does not ask for it. For strategies that cannot take a gradient back."""
-        return None
+    def divergence(self, policy: Policy, minibatch: Batch) -> dict[str, float]:
+        """What `rejects` asks for of the statistics that `loss` reports, without a gradient; nothing where it asks for none. For
+        strategies that cannot take a gradient back."""
+        return {}
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON."""

@@ -17,6 +17,9 @@ from lmrl.trajectories.batch import Batch
 ROUNDING = 1e-8
 """Numbers, in double, that differ by less than this share of their size count as equal."""
 
+OPEN_ENTROPY = 0.5
+"""Nats a token below which a policy bears less change, in proportion."""
+
 
 # ------------------------------------------------------------------------------------------------------------ mathematics
 def policy_loss(
@@ -62,6 +65,14 @@ def whiten(values_N: torch.Tensor, floor: float = 0.0) -> torch.Tensor:
     return (values_N.double() - mean) / max(deviation, floor)
 
 
+def bearable(limit: float, entropy: float) -> float:
+    """A limit on the policy's change, both in nats a token, for a policy of this entropy: less where it is sure of itself.
+
+    What is a small change of a policy that is open to much is a different policy where hardly anything was left to chance.
+    """
+    return limit * min(entropy / OPEN_ENTROPY, 1.0)
+
+
 # -------------------------------------------------------------------------------------------------------------- objective
 class PolicyGradient(Objective):
     """Base of PPO and of the objectives whose baseline is a group."""
@@ -86,9 +97,11 @@ class PolicyGradient(Objective):
 
     def rejects(self, stats: dict[str, float]) -> bool:
         target = self.options.target_kl
-        return target is not None and stats.get("approx_kl", 0.0) > target
+        return target is not None and stats.get("approx_kl", 0.0) > bearable(target, stats.get("entropy", OPEN_ENTROPY))
 
-    def divergence(self, policy: Policy, minibatch: Batch) -> float | None:
+    def divergence(self, policy: Policy, minibatch: Batch) -> dict[str, float]:
         if self.options.target_kl is None or self.epochs * self.minibatches == 1:
-            return None
-        return world.mean(k3(minibatch.get(OLD), flat(policy.score(minibatch)["logprobs"])))
+            return {}
+        scored = policy.score(minibatch)
+        moved_N = k3(minibatch.get(OLD), flat(scored["logprobs"]))
+        return {"approx_kl": world.mean(moved_N), "entropy": world.mean(flat(scored["entropy"]))}

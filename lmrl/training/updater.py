@@ -70,8 +70,8 @@ class Updater:
         """
         if not self.strategy.can_discard:
             moved = objective.divergence(policy, minibatch)
-            if moved is not None and objective.rejects({"approx_kl": moved}):
-                return {"approx_kl": moved, "rejected": 1.0}
+            if objective.rejects(moved):
+                return moved | {"rejected": 1.0}
         policy.begin_update(objective.dropout)
         stats = self.backward(policy, objective, minibatch)
         if self.strategy.can_discard and objective.rejects(stats):

@@ -13,7 +13,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lmrl import world
-from lmrl.objectives.policy_gradient import k3
+from lmrl.objectives.policy_gradient import OPEN_ENTROPY, bearable, k3
 from lmrl.training.listeners.listener import Listener
 from lmrl.training.sources import Drawn
 from lmrl.training.trust import differences, some_of
@@ -53,9 +53,10 @@ class RateController(Listener):
         if not world.largest(len(gaps_N)):
             return {}
         moved = world.mean(k3(gaps_N, gaps_N.new_zeros(())))
-        if stage.objective.rejects({"approx_kl": moved}) and "rejected_kl" not in metrics:
+        entropy = metrics.get("entropy", OPEN_ENTROPY)  # none while the critic warms up
+        if stage.objective.rejects({"approx_kl": moved, "entropy": entropy}) and "rejected_kl" not in metrics:
             stage.updater.take_back()  # the last update, which no minibatch came after to test
-        self.factor = controlled(self.factor, moved, self.band)
+        self.factor = controlled(self.factor, moved, bearable(self.band, entropy))
         stage.updater.factors[self.name] = self.factor
         return {"policy_change": moved, self.name: self.factor}
 
