@@ -5,8 +5,8 @@
     python benchmarks/zoo.py references
 
 Every cell is the same recipe but for the task, the method and the source that the method needs: a small model imitates
-1,000 episodes of random play, and is then improved, online by fresh episodes or offline by the same 1,000. Learning rate and
-options of the objective are never set for that second stage. The games and what can be reached on them are in
+episodes of random play, 1,000 online and 5,000 offline, and is then improved, online by fresh episodes or offline by the same 5,000.
+Learning rate and options of the objective are never set for that second stage. The games and what can be reached on them are in
 zoo_games.py and zoo_references.py.
 
 Scores: 0 is random play; 1 is online the optimum, offline what the method can reach from random play: of `mc` one step of
@@ -43,7 +43,8 @@ METHODS = (*ONLINE, *OFFLINE)
 BC_LR = 2e-3
 """Of the imitation stage: the library's default learning rate is meant for adapters of pretrained models."""
 BC_STEPS, ONLINE_STEPS, OFFLINE_STEPS = 100, 100, 1000
-LOGGED = {"name": "dataset", "player": "random", "episodes": 1000, "batch_size": 32}
+ONLINE_LOG, OFFLINE_LOG = 1000, 5000
+"""Episodes of random play: to begin with, and to learn all from, where rewards that are a matter of luck need many."""
 NEW_TOKENS = 4
 EPISODES = 512
 """Fresh ones that a policy is scored on."""
@@ -85,13 +86,13 @@ def recipe(task: str, method: str, seed: int) -> dict[str, Any]:
         "task": task_section(task),
         "stages": {
             "bc": {
-                "source": LOGGED,
+                "source": logged(method),
                 "objective": {"name": "likelihood"},
                 "optimizer": {"lr": BC_LR},
                 "training": {"steps": BC_STEPS},
             }
         },
-        "source": {"name": "rollouts"} if method in ONLINE else LOGGED,
+        "source": {"name": "rollouts"} if method in ONLINE else logged(method),
         "rollouts": {"prompts": 16, "samples": 8, "max_new_tokens": NEW_TOKENS},
         "objective": {"name": method},
         "training": {
@@ -102,6 +103,12 @@ def recipe(task: str, method: str, seed: int) -> dict[str, Any]:
         },
         "evaluation": {"diagnostics_every": 0},
     }
+
+
+def logged(method: str) -> dict[str, Any]:
+    """The source of random play."""
+    episodes = ONLINE_LOG if method in ONLINE else OFFLINE_LOG
+    return {"name": "dataset", "player": "random", "episodes": episodes, "batch_size": 32}
 
 
 def suite(task: str) -> dict[str, Any]:
@@ -198,7 +205,8 @@ def logged_pairs(run: Path) -> set[tuple[State, str]]:
         games.append(task.make())
         return games[-1]
 
-    play_logged(replace(task, make=make), LOGGED["player"], LOGGED["episodes"], done.training.seed)
+    source = logged(done.objective.name)
+    play_logged(replace(task, make=make), source["player"], source["episodes"], done.training.seed)
     return {pair for game in games for pair in getattr(game, "played", ())}
 
 

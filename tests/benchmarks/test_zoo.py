@@ -220,8 +220,8 @@ def test_scores_of_random_play_and_optimum():
 
 def test_logged_pairs_are_those_that_were_learned_from(tmp_path, monkeypatch):
     recipe = zoo.recipe("sort", "ilql", 1)
-    logged = zoo.LOGGED | {"episodes": 20, "batch_size": 4}
-    monkeypatch.setattr(zoo, "LOGGED", logged)
+    logged = zoo.logged("ilql") | {"episodes": 20, "batch_size": 4}
+    monkeypatch.setattr(zoo, "logged", lambda method: logged)
     recipe |= {"source": logged}
     recipe["stages"]["bc"] |= {"source": logged, "training": {"steps": 1}}
     recipe["training"]["steps"] = 1
