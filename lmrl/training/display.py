@@ -13,7 +13,9 @@ from rich.text import Text
 
 from lmrl.trajectories.trajectory import Trajectory
 
-SHOWN = ("reward", "kl", "nll", "entropy", "approx_kl", "accuracy", "margin", "length", "failed", "skipped")
+SHOWN = ("reward", "kl", "nll", "entropy", "approx_kl", "accuracy", "margin", "length")
+TROUBLES = ("failed", "skipped")
+"""Counts that are only shown where there is something to count."""
 PLAIN_EVERY_SECONDS = 2.0
 LOPSIDED = 0.2
 """Difference of an interval's sides, as a share of its width, from which both ends are written."""
@@ -54,7 +56,8 @@ class Display:
             self._progress = None
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
-        text = "  ".join(f"{name} {metrics[name]:.3g}" for name in SHOWN if metrics.get(name) is not None)
+        shown = [name for name in SHOWN if metrics.get(name) is not None] + [one for one in TROUBLES if metrics.get(one)]
+        text = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
         if self._progress is not None:
             self._progress.update(self._task, completed=step, metrics=text)
         elif step in (1, self._steps) or time.monotonic() - self._last > PLAIN_EVERY_SECONDS:

@@ -18,5 +18,5 @@ def test_measures_of_zero_are_shown(monkeypatch):
     monkeypatch.setattr("lmrl.training.display.time.monotonic", lambda: next(clock))
     display = Display(Console(file=io.StringIO(), width=200))
     display.begin("main", "PPO", 12, 0)
-    display.step(1, {"reward": 0.0, "kl": 0, "entropy": 1.234, "failed": 0, "unshown": 3})
-    assert display.console.file.getvalue() == "main (PPO) 1/12  0:44 left  reward 0  kl 0  entropy 1.23  failed 0\n"
+    display.step(1, {"reward": 0.0, "kl": 0, "entropy": 1.234, "failed": 0, "skipped": 2, "unshown": 3})
+    assert display.console.file.getvalue() == "main (PPO) 1/12  0:44 left  reward 0  kl 0  entropy 1.23  skipped 2\n"
