@@ -8,6 +8,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+COLLAPSED = 3
+"""Exit code of a run that collapsed and ended with its best policy; see docs/guard.md."""
+
 
 class LmrlError(Exception):
     """Root of the tree; the command line prints the message as one line and exits with `exit_code`."""

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmrl.errors import RecipeError
+from lmrl.errors import COLLAPSED, RecipeError
 
 if TYPE_CHECKING:
     from lmrl.training.interrupt import Interrupt
@@ -105,7 +105,7 @@ def _configured(processes: int | None, config: Path) -> tuple[dict[str, str], in
 def _watch(running: list[subprocess.Popen], errors: Path, interrupt: Interrupt) -> int:
     """Wait for the processes; end them all where one fails, or where the launcher is told to."""
     told: int | None = None
-    fine = {0}
+    fine = {0, COLLAPSED}
     while any(process.poll() is None for process in running) and not _failed(running, fine):
         time.sleep(POLL_SECONDS)
         if interrupt.number is not None and told is None:  # each saves a checkpoint first, however long that takes
@@ -118,7 +118,9 @@ def _watch(running: list[subprocess.Popen], errors: Path, interrupt: Interrupt) 
     _end(running)
     if failed:
         return _report(failed, running, errors)
-    return 0 if told is None else 128 + told
+    if told is not None:
+        return 128 + told
+    return COLLAPSED if any(process.returncode == COLLAPSED for process in running) else 0
 
 
 def _failed(running: list[subprocess.Popen], fine: set[int]) -> list[int]:

@@ -19,7 +19,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -181,12 +181,12 @@ class Run:
         scratch.rename(target)
         _fsync(target.parent)
 
-    def prune(self, stage: str, keep: int, best: int | None) -> None:
-        """Delete all but the newest checkpoints and the best."""
+    def prune(self, stage: str, keep: int, wanted: Collection[int] = ()) -> None:
+        """Delete all but the newest checkpoints and those of the wanted steps."""
         if not self.writes:
             return
         for path in self.checkpoints(stage)[:-keep]:
-            if best is None or path.name != step_name(best):
+            if path.name not in map(step_name, wanted):
                 doomed = path.with_name(f".writing-{path.name}")  # what is half deleted is no checkpoint either
                 path.rename(doomed)
                 shutil.rmtree(doomed)

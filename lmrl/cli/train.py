@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lmrl.cli.common import Debug, Overrides
-from lmrl.errors import RecipeError
+from lmrl.errors import COLLAPSED, RecipeError
 from lmrl.recipe import MAIN_STAGE, LoggedEpisodes, Recipe
 from lmrl.recipe_files import find_launch, load_recipe, stages_of
 from lmrl.run import RECIPE_FILE, latest_run
@@ -79,10 +79,13 @@ def command(
     if dry_run:
         training.dry_run(recipe)
         print("dry run passed: nothing was kept")
-    elif folder is not None:
-        training.resume_run(folder, recipe)
+        return
+    if folder is not None:
+        result = training.resume_run(folder, recipe)
     else:
-        training.train(recipe, output=output or training.default_output(name), resume=resume)
+        result = training.train(recipe, output=output or training.default_output(name), resume=resume)
+    if result.ended:
+        raise typer.Exit(COLLAPSED)
 
 
 def _launch(processes: int | None, accelerate: str | None) -> None:

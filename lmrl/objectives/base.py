@@ -43,6 +43,9 @@ class Objective:
     compares = False
     """Whether it learns from episodes of the same prompt beside each other, so that a step takes whole groups of them."""
 
+    loss_of_data: str | None = None
+    """The measure of logged data that falls as long as the policy learns them; None: there is none that has to."""
+
     correction: Correction | None = None
     """How policy gradients weigh what an engine with probabilities of its own has played; the stage sets it."""
 

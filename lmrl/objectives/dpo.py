@@ -118,6 +118,7 @@ class DPO(Objective):
         self.cache: ReferenceCache | None = None
         self.cache_key: str | None = None
         self.label = "DPO" if options.loss == "sigmoid" else options.loss
+        self.loss_of_data = "loss" if options.loss == "sigmoid" else None
         self.sft_coef = options.sft_coef if options.sft_coef is not None else float(options.loss == "orpo")
 
     def start(self, policy: Policy) -> None:

@@ -18,6 +18,7 @@ class Likelihood(Objective):
 
     label = "BC"
     dropout = True
+    loss_of_data = "nll"
 
     def __init__(self, options: LikelihoodObjective):
         self.options = options

@@ -170,17 +170,28 @@ def _keep_input_dtype(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def load_weights(policy: Policy, folder: Path, trust_remote_code: bool = False) -> None:
-    """Copy the weights of a checkpoint of this very policy into it, bit by bit."""
-    if policy.is_lora:
-        from peft import load_peft_weights, set_peft_model_state_dict
+def load_weights(
+    policy: Policy,
+    folder: Path,
+    trust_remote_code: bool = False,
+    put: Callable[[torch.Tensor, torch.Tensor], Any] = torch.Tensor.copy_,
+) -> None:
+    """Copy the weights of a checkpoint of this very policy into it, bit by bit.
 
-        set_peft_model_state_dict(policy.model, load_peft_weights(str(folder), device="cpu"), adapter_name="default")
+    put: writes a saved tensor, whole, into one of the policy's, which may be a piece of it.
+    """
+    if policy.is_lora:
+        from peft import get_peft_model_state_dict, load_peft_weights
+
+        adapter = get_peft_model_state_dict(policy.model, adapter_name="default", save_embedding_layers=False)
+        own = policy.model.state_dict() | adapter
+        for name, other in load_peft_weights(str(folder), device="cpu").items():
+            put(own[name], other)
     else:
         saved, _ = _open(str(folder), trust_remote_code=trust_remote_code)
-        for own, other in zip(policy.model.parameters(), saved.parameters(), strict=True):
-            own.copy_(other)
-    policy.load_heads(folder)
+        for parameter, other in zip(policy.model.parameters(), saved.parameters(), strict=True):
+            put(parameter, other)
+    policy.load_heads(folder, put)
 
 
 # ---------------------------------------------------------------------------------------------------------------- origins

@@ -448,12 +448,15 @@ class Policy(nn.Module):
             save_file(state, folder / HEADS_FILE)
             (folder / HEADS_CONFIG).write_text(json.dumps(asdict(self.values.spec)) + "\n")
 
-    def load_heads(self, folder: Path) -> None:
-        """Take over the heads of a checkpoint, where it has the same ones."""
+    def load_heads(self, folder: Path, put: Callable[[torch.Tensor, torch.Tensor], Any] = torch.Tensor.copy_) -> None:
+        """Take over the heads of a checkpoint, where it has the same ones. put: see lmrl.policy.load.load_weights."""
         spec = saved_heads(folder)
         if self.values is None or spec is None or not _same_heads(spec, self.values.spec):
             return
-        self.values.load_state_dict(load_file(folder / HEADS_FILE))
+        own, saved = self.values.state_dict(), load_file(folder / HEADS_FILE)
+        with torch.no_grad():
+            for name in own.keys() | saved.keys():  # a name that one of them lacks is an error
+                put(own[name], saved[name])
         self.heads_are_new = False
 
 

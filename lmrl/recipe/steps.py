@@ -63,6 +63,10 @@ class Training(Section):
     kl_band: float | None = Field(0.03, gt=0)
     """Of policy gradients: nats a token by which a step may move the policy. Where it has moved further, the learning rate is
     lowered at once, and raised again, up to the recipe's, where it moves less than half as far (null: the rate is left alone)."""
+    on_collapse: Literal["rollback", "stop", "warn"] = "rollback"
+    """When a stage has certainly lost most of what it gained (see docs/guard.md). rollback: go back to the best checkpoint with a lower
+    learning rate, and end with it after three times; stop: end with it at once; warn: only say so. Both ends have exit code 3. Reward
+    models do not know this."""
     max_nonfinite: int = Field(3, ge=1)
     """The run stops after so many updates in a row with a non-finite loss or gradient."""
     threads: int | None = Field(None, ge=1)

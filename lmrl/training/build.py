@@ -32,6 +32,7 @@ from lmrl.training.listeners import (
     Diagnostics,
     Evaluation,
     GateKeeper,
+    Guard,
     HackingMonitor,
     Listener,
     Memory,
@@ -139,6 +140,7 @@ def build_listeners(
     listeners.append(evaluation)
     if recipe.evaluation.gate is not None:
         listeners.append(GateKeeper(recipe.evaluation.gate, evaluation))
+    listeners.append(Guard(recipe, objective, evaluation))
     return listeners
 
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from lmrl.evaluation.api import TASK_FILE
 from lmrl.objectives.base import Objective
-from lmrl.policy.load import load_weights
 from lmrl.policy.policy import Policy
 from lmrl.recipe import OWN_TASK, Recipe
 from lmrl.run import Run, step_name
 from lmrl.training.sources import Source
+from lmrl.training.strategy import Strategy
 from lmrl.training.updater import Updater
 
 STATE = "state"
@@ -42,6 +42,8 @@ class Progress:
     label: str = ""
     columns: list[str] = field(default_factory=list)
     """What the closing table calls this stage, and which scores it shows."""
+    ended: str | None = None
+    """Why the stage ended with its best policy before its last step."""
     listeners: dict[str, Any] = field(default_factory=dict)
     """State of those that have any, by name."""
 
@@ -97,10 +99,20 @@ def load(folder: Path, objective: Objective, updater: Updater, source: Source) -
     return Progress(**{name: state[name] for name in names})
 
 
-def roll_back(folder: Path, recipe: Recipe, policy: Policy, updater: Updater) -> None:
-    """Put the weights and optimizer of a stage under way back to where a checkpoint left them."""
-    load_weights(policy, folder, recipe.model.trust_remote_code)
+def roll_back(
+    folder: Path,
+    recipe: Recipe,
+    policy: Policy,
+    objective: Objective,
+    updater: Updater,
+    source: Source,
+    strategy: Strategy,
+) -> None:
+    """Put the weights, optimizer, objective and source of a stage under way back to where a checkpoint left them."""
+    strategy.load_weights(folder, recipe.model.trust_remote_code)
     updater.load_tensors(load_file(folder / STATE / "optimizer.safetensors"))
+    source.load(folder / STATE)
+    objective.load_state(json.loads((folder / STATE / "trainer.json").read_text())["objective"])
 
 
 def checkpoint_path(run: Run, stage: str, step: int) -> Path:

@@ -293,7 +293,7 @@ class RewardModelStage:
             shutil.rmtree(written)
         else:
             self.run.publish(written, target)
-        self.run.prune(self.name, self.recipe.training.keep_checkpoints, None)
+        self.run.prune(self.name, self.recipe.training.keep_checkpoints)
 
     # ---------------------------------------------------------------------------------------------------------- result
     def _evaluate(self, step: int) -> Scores:

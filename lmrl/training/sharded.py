@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lmrl import world
 from lmrl.errors import NonFiniteError, RecipeError
+from lmrl.policy.load import load_weights
 from lmrl.policy.passes import Outputs, Want
 from lmrl.policy.policy import Policy
 from lmrl.training.strategy import Strategy, entries_of
@@ -139,6 +141,18 @@ class DeepSpeedStrategy(Strategy):
             add_hooks(self.engine)
             world.wait()
         self._gather_kept()
+
+    def load_weights(self, folder: Path, trust_remote_code: bool = False) -> None:
+        if self.shards_weights:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(list(self.policy.parameters()), modifier_rank=0):
+                load_weights(self.policy, folder, trust_remote_code)
+        else:
+            load_weights(self.policy, folder, trust_remote_code)
+        self.optimizer.refresh_fp32_params()
+        if self.shards_weights:
+            self._gather_kept()
 
     # ---------------------------------------------------------------------------------------------------------- state
     def optimizer_tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
@@ -262,6 +276,9 @@ class FSDPStrategy(Strategy):
             module.reshard()
         world.wait()
 
+    def load_weights(self, folder: Path, trust_remote_code: bool = False) -> None:
+        load_weights(self.policy, folder, trust_remote_code, put_piece)
+
     def weights(self) -> dict[str, torch.Tensor] | None:
         return {
             name: value.full_tensor().cpu() if isinstance(value, DTensor) else value.cpu()
@@ -292,6 +309,13 @@ def settle(policy: Policy, shares_weights: bool) -> None:
             "with --accelerate zero2, or without"
         )
     _ = policy.packs
+
+
+def put_piece(own: torch.Tensor, whole: torch.Tensor) -> None:
+    """Write this process's piece of a whole tensor into one of the policy's."""
+    if isinstance(own, DTensor):
+        whole = distribute_tensor(whole.to(own.device, own.dtype), own.device_mesh, own.placements)
+    own.copy_(whole)
 
 
 def own_piece(value: torch.Tensor) -> torch.Tensor:

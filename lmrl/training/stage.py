@@ -205,11 +205,14 @@ class Stage:
         return bool(found)
 
     def roll_back(self, step: int) -> None:
-        """Go on from the weights and the optimizer of this step's checkpoint; what others have played is forgotten."""
+        """Go on from this step's checkpoint: weights, optimizer, objective and source. What has been played ahead is forgotten."""
         kept = checkpoint.checkpoint_path(self.run, self.name, step)
-        checkpoint.roll_back(kept, self.recipe, self.policy, self.updater)
+        self.source.stop(forget=True)
+        checkpoint.roll_back(kept, self.recipe, self.policy, self.objective, self.updater, self.source, self.strategy)
         self.engine.stale = True
         self.source.stop(forget=True)
+        for listener in self.listeners:
+            listener.rolled_back(self, step)
 
     def _wants_checkpoint(self, step: int) -> bool:
         every = self.recipe.training.checkpoint_every
@@ -218,8 +221,8 @@ class Stage:
     def save(self) -> None:
         """Leave a checkpoint of the step that is done."""
         self._checkpoint(checkpoint.checkpoint_path(self.run, self.name, self.progress.step))
-        best = self.progress.best["step"] if self.progress.best else None
-        self.run.prune(self.name, self.recipe.training.keep_checkpoints, best)
+        wanted = {step for listener in self.listeners for step in listener.keeps(self)}
+        self.run.prune(self.name, self.recipe.training.keep_checkpoints, wanted)
 
     def _checkpoint(self, target: Path) -> None:
         states = {listener.name: listener.state() for listener in self.listeners}

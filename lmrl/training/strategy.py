@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from lmrl import world
 from lmrl.errors import RecipeError, RunError
+from lmrl.policy.load import load_weights
 from lmrl.policy.passes import Outputs, Want
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Recipe
@@ -96,6 +98,10 @@ class Strategy:
         over, and the one that fails has to end for the others to notice.
         """
         yield
+
+    def load_weights(self, folder: Path, trust_remote_code: bool = False) -> None:
+        """Put a checkpoint's weights in the place of the policy's own, in the middle of a stage."""
+        load_weights(self.policy, folder, trust_remote_code)
 
     def weights(self) -> dict[str, torch.Tensor] | None:
         """All weights as the policy's `state_dict` names them, where the policy cannot be asked for them inside of `whole`."""

@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from lmrl.errors import LmrlError, RecipeError, RunError
+from lmrl.errors import COLLAPSED, LmrlError, RecipeError, RunError
 from lmrl.evaluation.statistics import UNLIMITED, summarize
 from lmrl.recipe import CHOICES, REWARD_MODEL, Recipe
 from lmrl.recipe_files import load_recipe
@@ -102,7 +102,7 @@ def sweep(
             )
 
     def report(point: Point, code: int, seconds: float) -> None:
-        if code:
+        if code and not (code == COLLAPSED and _finished(folder, point)):
             failed[point.name] = failure(_log(folder, point).read_text(encoding="utf-8", errors="replace"), code)
             display.say(f"{point.name} failed: {failed[point.name]}")
         else:

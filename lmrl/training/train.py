@@ -40,6 +40,8 @@ class Result:
     scores: dict[str, dict[str, dict[str, Any]]]
     """By row (data, start, BC, PPO, optimum; `PPO, last` beside a better one that was left) and metric: see
     lmrl.evaluation.statistics.summarize."""
+    ended: str | None = None
+    """Why the run ended before its last step, with the best policy of the stage that collapsed."""
 
     @property
     def checkpoint(self) -> Path:
@@ -193,6 +195,8 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
                     predicted = max(predicted, predicted_memory_mb(stage_recipe))
                     if not shared:
                         compare_memory(run, name, stage_recipe, predicted, display)
+                    if ended_early(run, name):
+                        break
                 if not isinstance(stage_recipe.objective, RewardModelObjective):
                     previous = run.final(name)
                 offset += stage_recipe.training.steps
@@ -205,10 +209,15 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
     shown = {label: {name: row[name] for name in columns if name in row} for label, row in scores.items()}
     if any(shown.values()):
         display.table("Result", {label: row for label, row in shown.items() if row})
-    if keeps:
+    for name, step, text in warnings_of(run):
+        display.say(f"warning at step {step} of stage {name}: {text}")
+    ended = ended_early(run, [name for name in stages_of(recipe) if run.final(name).exists()][-1])
+    if ended:
+        display.say(f"ended early: {ended}")
+    if keeps and run.final(MAIN_STAGE).exists():
         for line in closing_lines(run):
             display.say(line)
-    return Result(run.folder, scores)
+    return Result(run.folder, scores, ended)
 
 
 def _reward_model_stage(*parts: Any) -> Any:
@@ -244,6 +253,18 @@ def _tracker(accelerator: Any, offset: int) -> Any:
     return lambda metrics, step: accelerator.log(metrics, step=offset + step)
 
 
+def ended_early(run: Run, stage: str) -> str | None:
+    """Why a finished stage ended before its last step, with its best policy; None: it did not."""
+    state = json.loads((run.final(stage) / STATE / "trainer.json").read_text())
+    return state.get("ended")
+
+
+def warnings_of(run: Run) -> list[tuple[str, int, str]]:
+    """Stage, step and text of each warning of the run."""
+    lines = [line for name in stages_of(run.recipe) for line in run.recorded(name, "warning")]
+    return [(line["stage"], line["step"], line["text"]) for line in lines]
+
+
 def closing_table(run: Run) -> tuple[dict[str, dict[str, dict[str, Any]]], list[str]]:
     """Data, start, every stage and the optimum side by side, also written to results.json; and the columns to show.
 
@@ -252,6 +273,8 @@ def closing_table(run: Run) -> tuple[dict[str, dict[str, dict[str, Any]]], list[
     rows: dict[str, Any] = {}
     columns: dict[str, None] = {}
     for number, (name, recipe) in enumerate(stages_of(run.recipe).items()):
+        if not run.final(name).exists():  # an earlier stage ended the run
+            break
         state = json.loads((run.final(name) / STATE / "trainer.json").read_text())
         scores, label = state["scores"], state["label"]
         if "data" in scores:

@@ -87,7 +87,7 @@ def test_what_a_listener_is_told_and_changes(tmp_path, halving):
     assert [line["lr_used"] for line in lines] == pytest.approx([1e-2 * 0.5**step for step in range(6)])
     kept = sorted(path.name for path in (tmp_path / "run/stages/main/checkpoints").iterdir())
     assert kept == [f"step-00000{step}" for step in (2, 3, 4, 6)]
-    assert state_of(tmp_path / "run", "final")["listeners"] == {"halving": {"seen": 6}}
+    assert state_of(tmp_path / "run", "final")["listeners"]["halving"] == {"seen": 6}
 
 
 def test_a_listener_ends_a_stage(tmp_path, halving, monkeypatch):
@@ -116,7 +116,7 @@ def test_checkpoints_from_before_there_were_listeners(tmp_path):
         shutil.rmtree(tmp_path / "old/stages/main" / gone)
     kept = tmp_path / "old/stages/main/checkpoints/step-000002/state/trainer.json"
     state = json.loads(kept.read_text())
-    assert state.pop("listeners") == {}
+    assert state.pop("listeners").keys() == {"guard"} and state.pop("ended") is None
     kept.write_text(json.dumps(state))
     resume_run(tmp_path / "old")
     assert_same_run(tmp_path / "whole", tmp_path / "old")

@@ -3,9 +3,10 @@
 from lmrl.training.listeners.diagnostics import Diagnostics
 from lmrl.training.listeners.evaluation import Evaluation
 from lmrl.training.listeners.gate import GateKeeper
+from lmrl.training.listeners.guard import Guard
 from lmrl.training.listeners.hacking import HackingMonitor
 from lmrl.training.listeners.listener import Listener
 from lmrl.training.listeners.memory import Memory
 from lmrl.training.listeners.rate import RateController
 
-__all__ = ["Diagnostics", "Evaluation", "GateKeeper", "HackingMonitor", "Listener", "Memory", "RateController"]
+__all__ = ["Diagnostics", "Evaluation", "GateKeeper", "Guard", "HackingMonitor", "Listener", "Memory", "RateController"]

@@ -6,6 +6,7 @@ last and its best policy are from others, the same that `lmrl eval` plays.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from lmrl import world
@@ -65,6 +66,9 @@ class Evaluation(Listener):
     def wants_checkpoint(self, stage: Stage, step: int) -> bool:
         best = stage.progress.best
         return best is not None and best["step"] == step
+
+    def keeps(self, stage: Stage) -> Iterable[int]:
+        return () if stage.progress.best is None else (stage.progress.best["step"],)
 
     def evaluate(self, stage: Stage, step: int, name: str = "last") -> None:
         """Score the policy as it is. name: of these scores in `progress.scores`."""

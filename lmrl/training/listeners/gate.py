@@ -10,6 +10,7 @@ from lmrl.training.display import interval
 from lmrl.training.gate import GateState, breached, drop, has_given_up, is_due
 from lmrl.training.listeners.evaluation import Evaluation
 from lmrl.training.listeners.listener import Listener
+from lmrl.training.listeners.recovery import end_with_best, take_back
 
 if TYPE_CHECKING:
     from lmrl.training.stage import Stage
@@ -51,26 +52,19 @@ class GateKeeper(Listener):
         stage.record(step, "gate", line)
         if not rolled_back:
             return
-        given_up = self.ends(stage)
-        if given_up:
-            back_to = stage.progress.best["step"]
-            stage.display.say(f"gate: {state.rollbacks} rollbacks, the stage ends with the policy of step {back_to}")
-        if given_up or step == stage.recipe.training.steps:
+        if self.ends(stage):
+            why = f"{state.rollbacks} rollbacks"
+            end_with_best(stage, step, self.name, line["back_to"], why, self.evaluation)
+        elif step == stage.recipe.training.steps:
             self.evaluation.evaluate(stage, step)
 
     def _roll_back(self, stage: Stage, step: int, state: GateState) -> dict[str, float]:
         """Go on with the best policy and a lower learning rate; returns what is recorded of it."""
         state.rollbacks += 1
         state.lr_factor *= self.gate.lr_factor
-        best = stage.progress.best["step"]
-        stage.roll_back(best)
-        stage.updater.factors[self.name] = state.lr_factor
         self.rolled_back_at = step
-        stage.display.say(
-            f"gate at step {step}: more than the {self.gate.drop:g} points allowed; back to step {best}, learning rate "
-            f"x {state.lr_factor:g}"
-        )
-        return {"back_to": best, "lr_factor": state.lr_factor}
+        why = f"more than the {self.gate.drop:g} points allowed"
+        return take_back(stage, step, stage.progress.best["step"], self.name, state.lr_factor, why)
 
     def wants_checkpoint(self, stage: Stage, step: int) -> bool:
         return step == self.rolled_back_at

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmrl.training.hacking import Panel
 from lmrl.training.listeners.listener import Listener
+from lmrl.training.listeners.recovery import warn
 from lmrl.training.measures import drift
 from lmrl.training.sources import Drawn
 
@@ -26,12 +27,12 @@ class HackingMonitor(Listener):
         for line in stage.run.recorded(stage.name, "train"):
             self._add(line["step"], line)
         warnings = stage.run.recorded(stage.name, "warning")
-        self.panel.warned |= {line["text"].partition(" ")[0] for line in warnings}
+        own = [line for line in warnings if line.get("name", self.name) == self.name]
+        self.panel.warned |= {line["text"].partition(" ")[0] for line in own}
 
     def recorded(self, stage: Stage, step: int, drawn: Drawn, metrics: dict[str, Any]) -> None:
         for warning in self._add(step, metrics):
-            stage.record(step, "warning", {"text": warning})
-            stage.display.say(f"warning at step {step}: {warning}")
+            warn(stage, step, self.name, warning)
 
     def end(self, stage: Stage) -> None:
         if len(self.panel.steps) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from lmrl.training.sources import Drawn
@@ -33,6 +34,13 @@ class Listener:
     def wants_checkpoint(self, stage: Stage, step: int) -> bool:
         """Whether to save a checkpoint after this step, whatever the recipe says."""
         return False
+
+    def keeps(self, stage: Stage) -> Iterable[int]:
+        """Steps whose checkpoints it may need later, and which are not to be deleted."""
+        return ()
+
+    def rolled_back(self, stage: Stage, step: int) -> None:
+        """When the stage goes on from the checkpoint of this earlier step."""
 
     def ends(self, stage: Stage) -> bool:
         """Whether the stage is to end before its next step."""

@@ -1,0 +1,508 @@
+"""The guard's mathematics: when a stage has certainly lost what it gained, and what else is certainly wrong with it.
+
+Nothing here looks at a single step. A window of steps is a mean with its standard error, which is the largest of three: from the
+steps' scatter around their own line, from that scatter over the whole stage so far, and from the spread of episodes within a step;
+and it grows with the correlation of neighbouring steps, since a policy that wanders makes ten steps worth less than ten.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean as mean
+from statistics import median
+from typing import Any
+
+from lmrl.training.hacking import difference
+
+START, WINDOW, WIDE = 5, 10, 30
+"""Steps that say how the stage began; of a window; and that are remembered."""
+LEAST = START + WINDOW
+"""Steps of a stage before anything can be told of it."""
+SURE = 5.0
+"""Standard errors by which windows have to differ. More than the usual 2, because the best of many windows is looked at, again at
+every step."""
+BETTER = 2.0
+"""Standard errors by which a checkpoint has to be better than the one that is kept. A mistake costs no more than a checkpoint."""
+KEEP, CONFIRM = 5, 3
+"""Steps whose mean decides whether to keep a checkpoint, and steps that its weights have to hold up afterwards."""
+FALL = 0.4
+"""Where nothing was gained: fall below the start that counts as collapse, in standard deviations of an episode's reward."""
+SLIGHT, SLIGHT_YET = 0.5, 0.6
+"""A loss below so many of these deviations is no collapse, however much of the gain it is; the second, as long as it is not known how
+the stage wanders."""
+WANDERS = 8.0
+"""How many times as deep as its usual wandering a loss has to be: from the best of many windows to the worst is already five times."""
+FEWEST, MEMORY = 4, 50
+"""Second differences of windows that tell how a stage wanders, and how many are remembered."""
+MOST_CORRELATED = 0.8
+CLOSING = 3
+"""Steps that a window needs at the end of a stage, when there is no time to wait for more."""
+
+
+# -------------------------------------------------------------------------------------------------------------- collapse
+@dataclass(frozen=True)
+class Step:
+    """What a step measured: mean over its episodes, their standard deviation, and how many there were (0: unknown)."""
+
+    mean: float
+    spread: float = 0.0
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some steps together: mean, its standard error, and the standard deviation of an episode."""
+
+    mean: float
+    error: float
+    spread: float
+
+
+@dataclass
+class Noise:
+    """How steps scatter around their windows' lines, summed over all windows so far."""
+
+    squares: float = 0.0
+    products: float = 0.0
+    """Of each residual with itself, and with the next."""
+    steps: int = 0
+    recent: list[float] = field(default_factory=list)
+    """Means of the last two windows."""
+    bends: list[float] = field(default_factory=list)
+    """Squares of the newest second differences of window means."""
+
+    def add(self, means: Sequence[float]) -> None:
+        """Take a window in that follows upon the one before."""
+        residuals = scatter(means)
+        self.squares += math.fsum(one * one for one in residuals)
+        self.products += math.fsum(one * other for one, other in zip(residuals, residuals[1:], strict=False))
+        self.steps += len(residuals)
+        self.recent.append(mean(means))
+        if len(self.recent) == 3:
+            bend = (self.recent[0] - 2 * self.recent[1] + self.recent[2]) ** 2
+            self.bends = [*self.bends, bend][-MEMORY:]
+            self.recent = self.recent[1:]
+
+    @property
+    def wander(self) -> float | None:
+        """Standard deviation of windows around the stage's course, from second differences, which a steady rise leaves at 0. The two
+        largest are left out, as the bends where learning sets in and ends. None: too few windows yet."""
+        if len(self.bends) < FEWEST:
+            return None
+        return math.sqrt(mean(sorted(self.bends)[:-2]) / 6)
+
+    @property
+    def variance(self) -> float:
+        """Of a step around its window's line; a line costs two degrees of freedom."""
+        return self.squares / self.steps * WINDOW / (WINDOW - 2) if self.steps else 0.0
+
+    @property
+    def correlation(self) -> float:
+        """Of neighbouring steps, in [0, MOST_CORRELATED]. Residuals of a line are correlated by about -2 / WINDOW where steps are not."""
+        if self.steps < 2 * WINDOW or self.squares == 0:
+            return 0.0
+        found = self.products / self.squares * WINDOW / (WINDOW - 1)
+        return min(max(found + (2 + 4 * max(found, 0.0)) / WINDOW, 0.0), MOST_CORRELATED)
+
+
+def scatter(values: Sequence[float]) -> list[float]:
+    """What is left of values when their line is taken away; of fewer than three values, their mean."""
+    count, middle = len(values), (len(values) - 1) / 2
+    centre = math.fsum(values) / count
+    slope = 0.0
+    if count > 2:
+        run = math.fsum((place - middle) ** 2 for place in range(count))
+        slope = math.fsum((place - middle) * value for place, value in enumerate(values)) / run
+    return [value - centre - slope * (place - middle) for place, value in enumerate(values)]
+
+
+def window_of(steps: Sequence[Step], noise: Noise) -> Window:
+    """Steps together; see the head of this file for the error."""
+    count = len(steps)
+    means = [one.mean for one in steps]
+    own = math.fsum(one * one for one in scatter(means)) / (count - 2) if count > 2 else 0.0
+    within = mean(one.spread**2 / one.count if one.count else 0.0 for one in steps)
+    variance = max(own, noise.variance, within)
+    spread = math.sqrt(mean(one.spread**2 for one in steps))
+    grown = (1 + noise.correlation) / (1 - noise.correlation)
+    return Window(mean(means), math.sqrt(variance * grown / count), spread)
+
+
+def certainly_above(high: Window, low: Window, sure: float = SURE) -> bool:
+    return high.mean - low.mean > sure * math.hypot(high.error, low.error)
+
+
+def has_collapsed(start: Window, best: Window | None, last: Window, wander: float | None) -> bool:
+    """True if most of what was certainly gained since the start is certainly lost: the last window lies below the middle of start
+    and best. Where nothing was gained: if it lies certainly below the start, and by FALL standard deviations of an episode's reward.
+
+    best: the highest window so far (None: there is none yet). wander: see `Noise`.
+    """
+    spread = max(start.spread, last.spread)
+    if best is not None and certainly_above(best, start):
+        middle = Window((start.mean + best.mean) / 2, math.hypot(start.error, best.error) / 2, spread)
+        least = (SLIGHT_YET if wander is None else SLIGHT) * max(spread, best.spread)
+        return best.mean - last.mean > max(least, WANDERS * (wander or 0.0)) and certainly_above(middle, last)
+    fallen = start.mean - last.mean > max(FALL * spread, WANDERS * (wander or 0.0))
+    return fallen and certainly_above(start, last)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A checkpoint to go back to: its step, and the window of steps before it (None: as the stage began)."""
+
+    step: int
+    window: Window | None = None
+
+
+@dataclass
+class Tracker:
+    """Follows a measure of which more is better, and says when it has collapsed and which checkpoint to go back to."""
+
+    every: int = KEEP
+    """Steps between checkpoints at least."""
+    first: list[Step] = field(default_factory=list)
+    last: list[Step] = field(default_factory=list)
+    """The first START steps, and the last WINDOW since the stage began or was taken back."""
+    windows: list[Window] = field(default_factory=list)
+    """Those that still overlap with the last one."""
+    best: Window | None = None
+    noise: Noise = field(default_factory=Noise)
+    older: list[float] = field(default_factory=list)
+    """Means of steps that have left `last`, until they are a window that goes into the noise. Newer ones would hide a collapse."""
+    kept: Kept = field(default_factory=lambda: Kept(0))
+    candidate: Kept | None = None
+    """A newer checkpoint, whose weights have not been seen at play for long enough."""
+    seen: int = 0
+    """Steps that the candidate has played."""
+
+    def add(self, step: int, measured: Step) -> None:
+        """Note what a step measured, and decide about checkpoints after it: `candidate.step` is then this step."""
+        if len(self.first) < START:
+            self.first.append(measured)
+        self.last.append(measured)
+        if len(self.last) > WINDOW:
+            self.older.append(self.last.pop(0).mean)
+        if len(self.older) == WINDOW:
+            self.noise.add(self.older)
+            self.older = []
+        if len(self.last) == WINDOW:
+            self.windows.append(window_of(self.last, self.noise))
+            if len(self.windows) > WINDOW:
+                ended = self.windows.pop(0)
+                if self.best is None or ended.mean > self.best.mean:
+                    self.best = ended
+        self._confirm()
+        self._propose(step)
+
+    @property
+    def start(self) -> Window:
+        return window_of(self.first, self.noise)
+
+    @property
+    def gained(self) -> bool:
+        """True if the newest window is certainly better than the start."""
+        return len(self.last) == WINDOW and certainly_above(window_of(self.last, self.noise), self.start)
+
+    def collapsed(self, closing: bool = False) -> bool:
+        """True if the last window says so. closing: at the end of a stage, when also fewer steps have to do."""
+        if len(self.first) < START:
+            return False
+        sizes = (CLOSING, (CLOSING + WINDOW) // 2, WINDOW) if closing else (WINDOW,)
+        return any(self._has_collapsed(size) for size in sizes if len(self.last) >= size)
+
+    def _has_collapsed(self, size: int) -> bool:
+        best = self.best
+        for window in self.windows[: len(self.windows) - size]:  # those that end before the last steps begin
+            best = window if best is None or window.mean > best.mean else best
+        return has_collapsed(self.start, best, window_of(self.last[-size:], self.noise), self.noise.wander)
+
+    def loss(self) -> str:
+        """What has been lost, in words."""
+        last = window_of(self.last[-WINDOW:], self.noise)
+        best = max((one for one in (self.best, *self.windows) if one), key=lambda one: one.mean, default=self.start)
+        return f"collapse from {best.mean:.3g} to {last.mean:.3g} (at the start {self.start.mean:.3g})"
+
+    def taken_back(self, step: int) -> None:
+        """The stage goes on from the checkpoint of a step: what was measured of other weights is forgotten."""
+        if step != self.kept.step:  # somebody else has taken it back
+            self.kept = Kept(step)
+        self.last, self.older, self.windows, self.candidate, self.seen = [], [], [], None, 0
+        self.best, self.noise.recent = self.kept.window, []
+
+    def _confirm(self) -> None:
+        """Take the candidate over once its weights have held up, or forget it if they have not."""
+        if self.candidate is None:
+            return
+        self.seen += 1
+        if self.seen < CONFIRM:
+            return
+        played = window_of(self.last[-CONFIRM:], self.noise)
+        if not certainly_above(self.candidate.window, played, BETTER):
+            self.kept = self.candidate
+        self.candidate, self.seen = None, 0
+
+    def _propose(self, step: int) -> None:
+        """A checkpoint of this step, where the last steps are certainly better than those of the one that is kept."""
+        if self.candidate is not None or len(self.last) < KEEP or step - self.kept.step < self.every:
+            return
+        newest = window_of(self.last[-KEEP:], self.noise)
+        if certainly_above(newest, self.kept.window or self.start, BETTER):
+            self.candidate = Kept(step, newest)
+
+    # ---------------------------------------------------------------------------------------------------------- state
+    def state(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Tracker:
+        """From what `state` gave, as JSON."""
+        return cls(
+            **state
+            | {
+                "first": [Step(**one) for one in state["first"]],
+                "last": [Step(**one) for one in state["last"]],
+                "windows": [Window(**one) for one in state["windows"]],
+                "best": _window(state["best"]),
+                "noise": Noise(**state["noise"]),
+                "kept": _kept(state["kept"]),
+                "candidate": state["candidate"] and _kept(state["candidate"]),
+            }
+        )
+
+
+def _window(state: dict[str, float] | None) -> Window | None:
+    return None if state is None else Window(**state)
+
+
+def _kept(state: dict[str, Any]) -> Kept:
+    return Kept(state["step"], _window(state["window"]))
+
+
+# -------------------------------------------------------------------------------------------------------------- warnings
+Row = dict[str, float]
+"""What a step measured, by name: see `lmrl.training.listeners.guard.row_of`."""
+
+STILL_STEPS = 20
+STILL = 0.1
+"""Nats a token that a stage has to be able to move the policy, if all its steps pulled the same way."""
+GOOD_MOVE = 1e-3
+"""Nats a token by which a step moves the policy where learning rates are about right."""
+ALIKE, MOSTLY_CUT, NEARLY_ALL, MANY_FAILED = 0.8, 0.5, 0.95, 0.2
+"""Shares of groups without spread; of episodes with a cut turn; and of episodes that could not be judged."""
+TWICE, THRICE = 2.0, 3.0
+"""Factors on entropy and length since the start that count as running away."""
+RISE = 0.5
+"""Nats that entropy has to have risen, beside that."""
+GONE = 0.02
+"""Share of the start's entropy that counts as none."""
+WORSE, NOTHING, PREDICTABLE = -20.0, 0.05, 0.2
+"""Explained variance of a critic that is far off, and of one that sees nothing; share of the reward's variance between prompts,
+which a critic could know."""
+STILL_VARIES = 0.25
+"""Share of the start's spread above which rewards still vary."""
+HELD, STEEP = 0.2, 100.0
+"""Factor on the rate that means the recipe's is too high; factor on gradient norms that means they explode."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the warnings know of the recipe, to name a value to try."""
+
+    steps: int
+    lr: float
+    head_lr: float | None = None
+    samples: int = 1
+    max_new_tokens: int = 64
+    entropy_coef: float | None = None
+    """None: the objective has none."""
+    missing_eos_penalty: float | None = None
+    has_eos_penalty: bool = False
+
+
+def no_movement(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: bool) -> str | None:
+    """The policy stays where it is although there is something to learn from."""
+    rows = [row for row in last if "moved" in row][-STILL_STEPS:]
+    if gained or len(rows) < STILL_STEPS or not all(row.get("alike", 0.0) < ALIKE for row in rows):
+        return None
+    moved = mean(max(row["moved"], 0.0) for row in rows)
+    if moved * of.steps**2 >= STILL:
+        return None
+    factor = min(math.sqrt(GOOD_MOVE / max(moved, 1e-12)), 100.0)
+    return (
+        f"no movement in {STILL_STEPS} steps ({moved:.1g} nats a token each): raise optimizer.lr from {of.lr:.2g} to "
+        f"{of.lr * factor:.2g}"
+    )
+
+
+def no_signal(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: bool) -> str | None:
+    """Rewards do not differ where they are compared."""
+    rows = [row for row in last if "alike" in row][-WINDOW:]
+    if len(rows) < WINDOW or mean(row["alike"] for row in rows) <= ALIKE:
+        return None
+    share = mean(row["alike"] for row in rows)
+    if gained:
+        return (
+            f"nothing left to tell apart: rewards are all equal in {share:.0%} of groups, after they have risen; end here, or give "
+            "task harder prompts"
+        )
+    if of.samples > 1 and share < 1:
+        return (
+            f"no signal: rewards are all equal in {share:.0%} of groups: set rollouts.samples={2 * of.samples} (it is "
+            f"{of.samples}), or source.resample=3, which replaces such prompts, or grade the reward more finely"
+        )
+    return "no signal: all episodes of a step earn the same: check the reward by `lmrl reward check`, or grade it more finely"
+
+
+def endless_turns(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: bool) -> str | None:
+    """Most turns have come to run into the token limit."""
+    began, now = values("cut", first), values("cut", last[-WINDOW:])
+    if len(now) < WINDOW or not began or mean(began) >= MOSTLY_CUT or mean(now) <= MOSTLY_CUT:
+        return None
+    if difference(began, now) <= SURE:
+        return None
+    text = f"endless turns: {mean(now):.0%} of episodes are cut at rollouts.max_new_tokens={of.max_new_tokens}, {mean(began):.0%} "
+    text += "at the start: "
+    if of.has_eos_penalty and of.missing_eos_penalty is None:
+        return text + "set objective.missing_eos_penalty=1"
+    return (
+        text + f"check that the reward does not pay for length, or set rollouts.max_new_tokens={2 * of.max_new_tokens}"
+    )
+
+
+def all_cut(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: bool) -> str | None:
+    """Nearly all turns run into the token limit, and have from the start."""
+    began, now = values("cut", first), values("cut", last[-WINDOW:])
+    if len(now) < WINDOW or not began or min(mean(began), mean(now)) < NEARLY_ALL:
+        return None
+    return (
+        f"{mean(now):.0%} of episodes are cut at rollouts.max_new_tokens={of.max_new_tokens}: set it to {2 * of.max_new_tokens}, "
+        "unless completions are meant to be that long"
+    )
+
+
+def many_failed(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: bool) -> str | None:
+    """Many episodes cannot be judged, and so teach nothing."""
+    now = values("failed", last[-WINDOW:])
+    if len(now) < WINDOW or mean(now) <= MANY_FAILED:
+        return None
+    return (
+        f"{mean(now):.0%} of episodes could not be judged, and are not learned from: see `failure` in samples.jsonl; set "
+        f"task.max_failed={MANY_FAILED / 2:g} to stop instead"
+    )
+
+
+def runaway_entropy(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: bool) -> str | None:
+    """The policy becomes random, or loses all its randomness, without earning more."""
+    began, now = values("entropy", first), values("entropy", last[-WINDOW:])
+    if gained or len(began) < 2 or len(now) < WINDOW:
+        return None
+    sure, before, after = difference(began, now), mean(began), mean(now)
+    if sure > SURE and after > TWICE * before and after > before + RISE:
+        text = f"entropy has risen from {before:.2g} to {after:.2g} nats a token, while the reward has not: "
+        if of.entropy_coef:
+            return text + f"set objective.entropy_coef={of.entropy_coef / 10:.2g} (it is {of.entropy_coef:g})"
+        return text + f"lower optimizer.lr from {of.lr:.2g} to {of.lr / 3:.2g}"
+    if sure < -SURE and after < GONE * before:
+        text = f"entropy has fallen from {before:.2g} to {after:.2g} nats a token, while the reward has not risen: "
+        if of.entropy_coef is not None:
+            return text + f"set objective.entropy_coef={max(2 * of.entropy_coef, 0.01):.2g}"
+        return text + f"lower optimizer.lr from {of.lr:.2g} to {of.lr / 3:.2g}"
+    return None
+
+
+def runaway_length(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: bool) -> str | None:
+    """Episodes grow without earning more."""
+    began, now = values("length", first), values("length", last[-WINDOW:])
+    if gained or len(began) < START or len(now) < WINDOW:
+        return None
+    if difference(began, now) <= SURE or mean(now) <= THRICE * mean(began):
+        return None
+    return (
+        f"episodes have grown from {mean(began):.0f} to {mean(now):.0f} tokens, while the reward has not risen: set "
+        f"rollouts.max_new_tokens={math.ceil(TWICE * mean(began))}, or have the reward charge for length"
+    )
+
+
+def blind_critic(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: bool) -> str | None:
+    """The critic is far off, or sees nothing where there is something to see."""
+    rows = [row for row in last if "explained" in row]
+    began, now = values("reward_std", first), values("reward_std", rows[-WINDOW:])
+    if len(now) < WINDOW or not began or median(now) <= STILL_VARIES * mean(began):
+        return None  # where rewards hardly vary, any error is large beside them
+    advice = "lower optimizer.head_lr" if of.head_lr is None else f"set optimizer.head_lr={of.head_lr / 10:.2g}"
+    explained = median(values("explained", rows[-WINDOW:]))
+    if explained < WORSE:
+        return f"the critic is far off (explained variance {explained:.2g}), so that advantages are noise: {advice}"
+    known = values("between", rows)
+    if len(rows) < WIDE or len(known) < WIDE or mean(known) <= PREDICTABLE:
+        return None
+    explained = mean(values("explained", rows))
+    if abs(explained) >= NOTHING:
+        return None
+    text = f"the critic explains nothing of the returns in {WIDE} steps, though prompts explain {mean(known):.0%} of the reward: "
+    return text + ("raise optimizer.head_lr" if of.head_lr is None else f"set optimizer.head_lr={10 * of.head_lr:.2g}")
+
+
+def rate_held(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: bool) -> str | None:
+    """training.kl_band has to hold the rate far below the recipe's."""
+    now = values("held", last[-WINDOW:])
+    if len(now) < WINDOW or median(now) >= HELD:
+        return None
+    return (
+        f"steps move the policy too far, and the rate is held to {median(now):.0%} of the recipe's: lower optimizer.lr from "
+        f"{of.lr:.2g} to {of.lr * median(now):.2g}"
+    )
+
+
+def exploding_gradients(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: bool) -> str | None:
+    """Gradients are far larger than at the start, while nothing is gained by them."""
+    began, now = values("grad_norm", first), values("grad_norm", last[-WINDOW:])
+    if gained or len(began) < START or len(now) < WINDOW or median(now) <= STEEP * median(began):
+        return None
+    return (
+        f"gradients have grown from {median(began):.2g} to {median(now):.2g}: lower optimizer.lr from {of.lr:.2g} to "
+        f"{of.lr / 3:.2g}, or set optimizer.max_grad_norm={median(began):.1g}"
+    )
+
+
+DETECTORS = {
+    one.__name__: one
+    for one in (
+        no_movement,
+        no_signal,
+        endless_turns,
+        all_cut,
+        many_failed,
+        runaway_entropy,
+        runaway_length,
+        blind_critic,
+        rate_held,
+        exploding_gradients,
+    )
+}
+"""By name; each takes the stage's first steps, its last ones, the settings and whether reward was gained, and returns a warning or None."""
+
+
+def values(name: str, rows: Sequence[Row]) -> list[float]:
+    """A measure over the steps that have it as a finite number."""
+    return [row[name] for row in rows if name in row and math.isfinite(row[name])]
+
+
+def between_groups(earned: Sequence[tuple[int, float]]) -> float | None:
+    """Share of the reward's variance that lies between groups (the intraclass correlation of a one-way analysis of variance), from
+    the group and reward of each episode; None where groups have one episode or rewards do not vary."""
+    groups: dict[int, list[float]] = {}
+    for group, reward in earned:
+        groups.setdefault(group, []).append(reward)
+    count, size = len(groups), len(earned)
+    if count < 2 or size == count:
+        return None
+    centre = math.fsum(reward for _, reward in earned) / size
+    between = math.fsum(len(own) * (mean(own) - centre) ** 2 for own in groups.values()) / (count - 1)
+    within = math.fsum((reward - mean(own)) ** 2 for own in groups.values() for reward in own) / (size - count)
+    typical = (size - math.fsum(len(own) ** 2 for own in groups.values()) / size) / (count - 1)
+    total = between + (typical - 1) * within
+    return (between - within) / total if total > 0 else None

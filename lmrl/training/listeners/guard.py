@@ -1,0 +1,213 @@
+"""The guard: follows what a stage measures anyway, says what is certainly wrong, and takes a collapsed stage back to its best policy.
+
+It needs no pass of the model and plays nothing. What it costs are checkpoints: one as the stage begins, and one where the last steps
+are certainly better than those of the checkpoint that is kept, at most twenty in a stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from lmrl import world
+from lmrl.objectives import Objective
+from lmrl.recipe import Recipe
+from lmrl.training.checkpoint import checkpoint_path
+from lmrl.training.guard import (
+    DETECTORS,
+    KEEP,
+    LEAST,
+    START,
+    WIDE,
+    Kept,
+    Row,
+    Settings,
+    Step,
+    Tracker,
+    between_groups,
+)
+from lmrl.training.listeners.evaluation import Evaluation
+from lmrl.training.listeners.listener import Listener
+from lmrl.training.listeners.recovery import end_with_best, take_back, warn
+from lmrl.training.sources import Drawn
+
+if TYPE_CHECKING:
+    from lmrl.training.stage import Stage
+
+LR_FACTOR, MAX_ROLLBACKS = 0.3, 3
+"""What the learning rate is multiplied by after a rollback, and how many of them a stage may take."""
+CHECKPOINTS = 20
+"""Times in a stage, about, that the guard may ask for a checkpoint."""
+FRESH = {"reward_std": "reward_std", "length": "length", "cut": "cut"}
+OWN = {
+    "entropy": "entropy",
+    "explained": "explained_variance",
+    "between": "reward_between",
+    "held": "kl_factor",
+    "grad_norm": "grad_norm",
+}
+"""The guard's names of measures, and a step's: of fresh episodes, and of what was learned from."""
+
+
+class Guard(Listener):
+    """Watches a stage with the detectors of lmrl.training.guard. Stands last among the listeners."""
+
+    name = "guard"
+
+    def __init__(self, recipe: Recipe, objective: Objective, evaluation: Evaluation):
+        self.recipe, self.objective, self.evaluation = recipe, objective, evaluation
+        training = recipe.training
+        self.on_collapse = training.on_collapse
+        self.tracker = Tracker(every=max(KEEP, training.steps // CHECKPOINTS))
+        self.first: list[Row] = []
+        """Of each measure the first START values; and the last WIDE steps since the stage began or was taken back."""
+        self.last: list[Row] = []
+        self.said: list[str] = []
+        self.rollbacks, self.lr_factor = 0, 1.0
+        self.took_back_at: int | None = None
+        self.unknown = False
+
+    @property
+    def keeps_checkpoints(self) -> bool:
+        return self.on_collapse != "warn" and self.recipe.training.steps >= LEAST
+
+    # ------------------------------------------------------------------------------------------------------------- steps
+    def begin(self, stage: Stage, resumed: bool) -> None:
+        self.settings = settings_of(stage)
+        stage.updater.factors[self.name] = self.lr_factor
+        if self.unknown:  # the checkpoint is from before there was a guard: it is the first to go back to
+            self.tracker.kept = Kept(stage.progress.step)
+        if self.keeps_checkpoints and not resumed and not checkpoint_path(stage.run, stage.name, 0).exists():
+            stage.save()
+
+    def measure(self, stage: Stage, step: int, drawn: Drawn, metrics: dict[str, Any]) -> dict[str, Any]:
+        """How much of the reward's variance prompts explain, where a critic could learn it."""
+        if "explained_variance" not in metrics or self.recipe.rollouts.samples == 1:
+            return {}
+        earned = world.gather([(one.group, one.reward) for one in drawn.played if one.reward is not None])
+        between = between_groups(earned)
+        return {} if between is None else {"reward_between": between}
+
+    def recorded(self, stage: Stage, step: int, drawn: Drawn, metrics: dict[str, Any]) -> None:
+        row = row_of(metrics, self.recipe, step)
+        self.last = [*self.last, row][-WIDE:]
+        note_first(self.first, row)
+        measured = measured_of(metrics, self.recipe, self.objective)
+        if measured is not None:
+            self.tracker.add(step, measured)
+        gained = self.tracker.gained
+        for name, detector in DETECTORS.items():
+            if name not in self.said and (text := detector(self.first, self.last, self.settings, gained)):
+                self.said.append(name)
+                warn(stage, step, name, text)
+
+    def after_step(self, stage: Stage, step: int) -> None:
+        closing = step == self.recipe.training.steps
+        if stage.progress.ended is not None or not world.agreed(self.tracker.collapsed(closing)):
+            return
+        lost = self.tracker.loss()
+        if self.on_collapse == "warn":
+            if "collapse" not in self.said:
+                self.said.append("collapse")
+                warn(stage, step, "collapse", f"{lost}: set training.on_collapse=rollback, or {self._lower()}")
+            return
+        self.rollbacks += 1
+        to, given_up = self.tracker.kept.step, self.on_collapse == "stop" or self.rollbacks > MAX_ROLLBACKS or closing
+        warn(stage, step, "collapse", f"{lost}: {self._lower()}")
+        self.lr_factor *= LR_FACTOR
+        line = take_back(stage, step, to, self.name, self.lr_factor, "collapse")
+        stage.record(step, "guard", {"found": "collapse", "rollbacks": self.rollbacks, **line})
+        self.took_back_at = step
+        if given_up:
+            why = "training.on_collapse=stop" if self.on_collapse == "stop" else "its last step has come"
+            if self.rollbacks > MAX_ROLLBACKS:
+                why = f"collapsed again after {MAX_ROLLBACKS} rollbacks"
+            end_with_best(stage, step, self.name, to, why, self.evaluation)
+
+    def _lower(self) -> str:
+        lr = self.settings.lr
+        return f"lower optimizer.lr from {lr:.2g} to {lr * LR_FACTOR * self.lr_factor:.2g}"
+
+    # ------------------------------------------------------------------------------------------------------- checkpoints
+    def wants_checkpoint(self, stage: Stage, step: int) -> bool:
+        if not self.keeps_checkpoints:
+            return False
+        candidate = self.tracker.candidate
+        return step == self.took_back_at or (candidate is not None and candidate.step == step)
+
+    def keeps(self, stage: Stage) -> Iterable[int]:
+        if not self.keeps_checkpoints:
+            return ()
+        return [one.step for one in (self.tracker.kept, self.tracker.candidate) if one is not None]
+
+    def rolled_back(self, stage: Stage, step: int) -> None:
+        self.last = []
+        self.tracker.taken_back(step)
+
+    def ends(self, stage: Stage) -> bool:
+        return stage.progress.ended is not None
+
+    # ------------------------------------------------------------------------------------------------------------- state
+    def state(self) -> dict[str, Any]:
+        own = {"first": self.first, "last": self.last, "said": self.said}
+        own |= {"rollbacks": self.rollbacks, "lr_factor": self.lr_factor}
+        return own | {"tracker": self.tracker.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if not state:
+            self.unknown = True
+            return
+        self.first, self.last, self.said = state["first"], state["last"], state["said"]
+        self.rollbacks, self.lr_factor = state["rollbacks"], state["lr_factor"]
+        self.tracker = Tracker.of(state["tracker"])
+
+
+# ---------------------------------------------------------------------------------------------------- of a step's metrics
+def settings_of(stage: Stage) -> Settings:
+    options, recipe = stage.updater.options, stage.recipe
+    heads = stage.objective.heads is not None
+    return Settings(
+        steps=recipe.training.steps,
+        lr=options.lr,
+        head_lr=options.head_lr if heads else None,
+        samples=recipe.rollouts.samples,
+        max_new_tokens=recipe.rollouts.max_new_tokens,
+        entropy_coef=getattr(recipe.objective, "entropy_coef", None),
+        missing_eos_penalty=getattr(recipe.objective, "missing_eos_penalty", None),
+        has_eos_penalty=hasattr(recipe.objective, "missing_eos_penalty"),
+    )
+
+
+def row_of(metrics: dict[str, Any], recipe: Recipe, step: int) -> Row:
+    """What the detectors look at, of a step's metrics."""
+    row = {name: metrics[own] for name, own in OWN.items() if own in metrics}
+    if "repetition" in metrics:  # something was played
+        row |= {name: value for name, own in FRESH.items() if (value := fresh(metrics, own)) is not None}
+        row["alike"] = metrics.get("zero_spread", float(row.get("reward_std") == 0))
+        row["failed"] = metrics["failed"] / (recipe.rollouts.prompts * recipe.rollouts.samples)
+    moved = metrics.get("policy_change", metrics.get("approx_kl") if metrics["updates"] > 1 else None)
+    if moved is not None and "approx_kl" in metrics and step > recipe.optimizer.warmup_steps:
+        row["moved"] = moved
+    return row
+
+
+def measured_of(metrics: dict[str, Any], recipe: Recipe, objective: Objective) -> Step | None:
+    """What a collapse would show in: fresh episodes' reward, or of logged data a loss, as a Step of which more is better."""
+    if "repetition" in metrics:
+        failed, episodes = metrics["failed"], recipe.rollouts.prompts * recipe.rollouts.samples
+        return Step(fresh(metrics, "reward"), fresh(metrics, "reward_std"), max(episodes - failed, 1))
+    loss = metrics.get(objective.loss_of_data) if recipe.source.name == "dataset" else None
+    return None if loss is None else Step(-loss, abs(loss))
+
+
+def fresh(metrics: dict[str, Any], name: str) -> float | None:
+    return metrics.get(f"online/{name}", metrics.get(name))
+
+
+def note_first(first: list[Row], row: Row) -> None:
+    """Add each of a step's values to the first START of its measure."""
+    for name, value in row.items():
+        place = next((place for place, one in enumerate(first) if name not in one), len(first))
+        if place < START:
+            first += [{}] if place == len(first) else []
+            first[place][name] = value

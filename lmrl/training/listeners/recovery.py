@@ -1,0 +1,34 @@
+"""What listeners do about what they find: say it, take the stage back to an earlier checkpoint, end it with its best policy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lmrl.training.listeners.evaluation import Evaluation
+    from lmrl.training.stage import Stage
+
+
+def warn(stage: Stage, step: int, name: str, text: str) -> None:
+    """Say a warning and record it. name: of what found it."""
+    stage.record(step, "warning", {"name": name, "text": text})
+    stage.display.say(f"warning at step {step}: {text}")
+
+
+def take_back(stage: Stage, step: int, to: int, name: str, lr_factor: float, why: str) -> dict[str, Any]:
+    """Go on from an earlier step's checkpoint with a lower learning rate; returns what is to be recorded of it.
+
+    name: of the listener, whose factor on the rate this becomes. The factors of others multiply with it, so that none of them can
+    raise the rate beyond it.
+    """
+    stage.roll_back(to)
+    stage.updater.factors[name] = lr_factor
+    stage.display.say(f"{name} at step {step}: {why}; back to step {to}, learning rate x {lr_factor:g}")
+    return {"back_to": to, "lr_factor": lr_factor}
+
+
+def end_with_best(stage: Stage, step: int, name: str, to: int, why: str, evaluation: Evaluation) -> None:
+    """Have the stage end before its next step. The policy of step `to` is in place already; its scores become the stage's last."""
+    stage.progress.ended = f"{name}: {why}, the stage ends with the policy of step {to}"
+    stage.display.say(stage.progress.ended)
+    evaluation.evaluate(stage, step)
