@@ -217,7 +217,11 @@ class Tracker:
         best = self.best
         for window in self.windows[: len(self.windows) - size]:  # those that end before the last steps begin
             best = window if best is None or window.mean > best.mean else best
-        return has_collapsed(self.start, best, window_of(self.last[-size:], self.noise), self.noise.wander)
+        last, wander = window_of(self.last[-size:], self.noise), self.noise.wander
+        begun = window_of(
+            self.first[:1], self.noise
+        )  # before any update, the first of which may have been one too many
+        return has_collapsed(self.start, best, last, wander) or has_collapsed(begun, None, last, wander)
 
     def loss(self) -> str:
         """What has been lost, in words."""
@@ -353,7 +357,10 @@ def no_signal(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: b
             f"no signal: rewards are all equal in {share:.0%} of groups: set rollouts.samples={2 * of.samples} (it is "
             f"{of.samples}), or source.resample=3, which replaces such prompts, or grade the reward more finely"
         )
-    return "no signal: all episodes of a step earn the same: check the reward by `lmrl reward check`, or grade it more finely"
+    return (
+        "no signal: all episodes of a step earn the same: unless the task is solved, check the reward by `lmrl reward check`, or "
+        "grade it more finely"
+    )
 
 
 def endless_turns(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: bool) -> str | None:

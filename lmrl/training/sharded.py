@@ -172,7 +172,12 @@ class DeepSpeedStrategy(Strategy):
     def load_optimizer_tensors(self, parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        if not tensors:
+        if not tensors:  # of a stage's beginning
+            for _, state in self._pieces():
+                for value in state.values():
+                    if torch.is_tensor(value):
+                        value.zero_()
+            self.all_have_moved = False
             return
         self._make_state()
         steps: dict[int, float] = {}

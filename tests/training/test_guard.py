@@ -214,6 +214,14 @@ def test_a_collapse_is_found_within_two_windows(count):
             assert found is not None and 40 < found <= 60, (seed, levels, found)
 
 
+def test_a_policy_ruined_by_its_first_update_is_found():
+    rng = np.random.default_rng(0)
+    tracker = Tracker()
+    for step, chance in enumerate([0.8, *[0.1] * 12], start=1):
+        tracker.add(step, of(rng.random(64) < chance))
+    assert tracker.collapsed() and tracker.kept == Kept(0)
+
+
 def test_a_collapse_at_the_end_needs_fewer_steps():
     rng = np.random.default_rng(0)
     tracker = Tracker()

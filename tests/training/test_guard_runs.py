@@ -10,10 +10,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import lmrl
-from lmrl import cli
+from lmrl import cli, training
 from lmrl.errors import COLLAPSED
 from lmrl.rollouts.sampler import Sampler
-from lmrl.training import train as module
 from lmrl.training.display import Display
 from lmrl.training.listeners import guard
 from lmrl.training.stage import Stage
@@ -94,7 +93,7 @@ def test_a_collapsed_run_goes_back_and_ends_well(good, tmp_path, before_steps):
     before_steps(breaks())
     said, result = run_of(recipe_from(good), tmp_path / "run")
     [line] = lines(tmp_path / "run", "guard")
-    assert line["step"] in range(BROKEN_AT + 5, BROKEN_AT + 16) and line["lr_factor"] == guard.LR_FACTOR
+    assert line["step"] in range(BROKEN_AT + 3, BROKEN_AT + 14) and line["lr_factor"] == guard.LR_FACTOR
     assert line["back_to"] < BROKEN_AT and line["rollbacks"] == 1
     [warning] = [one for one in lines(tmp_path / "run", "warning") if one["name"] == "collapse"]
     assert "lower optimizer.lr from 0.0001 to 3e-05" in warning["text"]
@@ -170,7 +169,7 @@ def test_warn_only_says_it(good, tmp_path, before_steps):
     said = [one for one in lines(tmp_path / "run", "warning") if one["name"] == "collapse"]
     assert len(said) == 1 and "set training.on_collapse=rollback" in said[0]["text"]
     assert not lines(tmp_path / "run", "guard") and result.ended is None and state_of(tmp_path / "run")["step"] == STEPS
-    assert not (tmp_path / "run/stages/main/checkpoints").exists()  # nobody needs one
+    assert not (tmp_path / "run/stages/main/checkpoints/step-000000").exists()  # nobody needs it
 
 
 def test_a_collapse_before_the_end_is_not_left_as_the_result(good, tmp_path, before_steps):
@@ -191,8 +190,8 @@ def test_an_earlier_stage_that_collapsed_ends_the_run(good, tmp_path, before_ste
 
 def test_the_exit_code_of_a_collapse(tmp_path, monkeypatch):
     for ended, code in ((None, 0), ("guard: collapsed", COLLAPSED)):
-        monkeypatch.setattr(module, "train", lambda *args, ended=ended, **more: Result(tmp_path, {}, ended))
-        monkeypatch.setattr("lmrl.training.train", module.train)
+        result = Result(tmp_path, {}, ended)
+        monkeypatch.setattr(training, "train", lambda *args, result=result, **more: result)
         assert CliRunner().invoke(cli.app, ["train", "random_walks/bc"]).exit_code == code
     assert COLLAPSED == 3
 
@@ -250,7 +249,7 @@ def test_a_reversed_reward_is_a_collapse(good, tmp_path, monkeypatch):
 
 
 def test_a_rate_thirty_times_too_high_is_found(good, tmp_path):
-    changes = ["optimizer.lr=3e-2", "training.kl_band=null", "objective.target_kl=null", "objective.clip=10"]
+    changes = ["optimizer.lr=0.3", "training.kl_band=null", "objective.target_kl=null", "objective.clip=10"]
     _, result = run_of(recipe_from(good, *changes), tmp_path / "run")
     assert "collapse" in names(tmp_path / "run") and result.scores["PPO"]["optimality"]["mean"] > 0.8
 

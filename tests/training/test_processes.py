@@ -78,6 +78,21 @@ def test_two_processes_do_what_one_does(tmp_path, extensions, strategy):
         for name, tensor in one.items():
             assert tensor.equal(other[name]), (file, name)
 
+    saved = [tmp_path / "back/stages/main/checkpoints" / f"step-{step:06d}" for step in range(5)]
+    for file in (file.relative_to(saved[1]) for file in saved[1].glob("**/*.safetensors")):
+        begun, first, second, third, fourth = (load_file(folder / file) for folder in saved)
+        assert equal(first, second), file  # taken back after the second step
+        if "optimizer" in file.name:
+            assert not begun and not any(
+                tensor.any() for tensor in third.values()
+            )  # and to the beginning after the third
+        else:
+            assert equal(begun, third) and not equal(begun, first) and not equal(third, fourth), file
+
+
+def equal(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(tensor.equal(other[name]) for name, tensor in one.items())
+
 
 def command(folder: Path, *more: str) -> list[str]:
     sys.path.insert(0, str(HERE))

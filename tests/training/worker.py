@@ -20,6 +20,8 @@ from lmrl.policy.load import load_policy
 from lmrl.policy.passes import Outputs, Want
 from lmrl.recipe import LikelihoodObjective, Lora, Model, Optimizer
 from lmrl.recipe_files import load_recipe
+from lmrl.training import build
+from lmrl.training.listeners import Listener
 from lmrl.training.strategy import Strategy, build_strategy
 from lmrl.training.train import join, resume_run
 from lmrl.training.updater import Updater
@@ -155,9 +157,29 @@ def main(folder: Path) -> None:
             shutil.rmtree(folder / "torn" / "stages" / gone)
     world.wait()
     resume_run(folder / "torn")
+
+    original = build.build_listeners
+    build.build_listeners = lambda *args: [*original(*args), GoesBack()]
+    lmrl.train(
+        load_recipe("random_walks/ppo", [*STEPS, "training.steps=4", "objective.value_warmup_steps=0"]),
+        output=folder / "back",
+    )
     if world.is_main():
         (folder / "found.json").write_text(json.dumps(found))
     world.wait()
+
+
+class GoesBack(Listener):
+    """Takes the main stage back to its first step after the second, and to its beginning after the third."""
+
+    name = "goes_back"
+
+    def begin(self, stage, resumed: bool) -> None:
+        stage.save()
+
+    def after_step(self, stage, step: int) -> None:
+        if stage.name == "main" and step in (2, 3):
+            stage.roll_back({2: 1, 3: 0}[step])
 
 
 def by_one(work: Callable[[], dict]) -> dict:
