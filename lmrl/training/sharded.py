@@ -282,6 +282,8 @@ class FSDPStrategy(Strategy):
         world.wait()
 
     def load_weights(self, folder: Path, trust_remote_code: bool = False) -> None:
+        for module in [self.policy, *self.layers]:
+            module.reshard()  # else gathered copies would be written to, and not the pieces
         load_weights(self.policy, folder, trust_remote_code, put_piece)
 
     def weights(self) -> dict[str, torch.Tensor] | None:
