@@ -455,7 +455,9 @@ class Policy(nn.Module):
             return
         own, saved = self.values.state_dict(), load_file(folder / HEADS_FILE)
         with torch.no_grad():
-            for name in own.keys() | saved.keys():  # a name that one of them lacks is an error
+            for name in dict.fromkeys(
+                [*own, *saved]
+            ):  # in one order everywhere; a name that one of them lacks is an error
                 put(own[name], saved[name])
         self.heads_are_new = False
 

@@ -30,7 +30,7 @@ KEEP, CONFIRM = 5, 3
 FALL = 0.4
 """Where nothing was gained: fall below the start that counts as collapse, in standard deviations of an episode's reward."""
 SLIGHT, SLIGHT_YET = 0.5, 0.6
-"""A loss below so many of these deviations is no collapse, however much of the gain it is; the second, as long as it is not known how
+"""A loss below so many of the smallest of these deviations is no collapse, however much of the gain it is; the second, as long as it is not known how
 the stage wanders."""
 WANDERS = 8.0
 """How many times as deep as its usual wandering a loss has to be: from the best of many windows to the worst is already five times."""
@@ -143,7 +143,7 @@ def has_collapsed(start: Window, best: Window | None, last: Window, wander: floa
     spread = max(start.spread, last.spread)
     if best is not None and certainly_above(best, start):
         middle = Window((start.mean + best.mean) / 2, math.hypot(start.error, best.error) / 2, spread)
-        least = (SLIGHT_YET if wander is None else SLIGHT) * max(spread, best.spread)
+        least = (SLIGHT_YET if wander is None else SLIGHT) * min(start.spread, best.spread, last.spread)
         return best.mean - last.mean > max(least, WANDERS * (wander or 0.0)) and certainly_above(middle, last)
     fallen = start.mean - last.mean > max(FALL * spread, WANDERS * (wander or 0.0))
     return fallen and certainly_above(start, last)

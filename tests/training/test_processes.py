@@ -87,7 +87,9 @@ def test_two_processes_do_what_one_does(tmp_path, extensions, strategy):
                 tensor.any() for tensor in third.values()
             )  # and to the beginning after the third
         else:
-            assert equal(begun, third) and not equal(begun, first) and not equal(third, fourth), file
+            assert equal(begun, third), file
+            learned = not equal(begun, first) and not equal(third, fourth)
+            assert learned or "heads" in file.name  # nothing is earned, so that values have nothing to learn
 
 
 def equal(one: dict, other: dict) -> bool:

@@ -10,7 +10,7 @@ from lmrl.training.display import interval
 from lmrl.training.gate import GateState, breached, drop, has_given_up, is_due
 from lmrl.training.listeners.evaluation import Evaluation
 from lmrl.training.listeners.listener import Listener
-from lmrl.training.listeners.recovery import end_with_best, take_back
+from lmrl.training.listeners.recovery import end_with_best, go_back
 
 if TYPE_CHECKING:
     from lmrl.training.stage import Stage
@@ -64,7 +64,7 @@ class GateKeeper(Listener):
         state.lr_factor *= self.gate.lr_factor
         self.rolled_back_at = step
         why = f"more than the {self.gate.drop:g} points allowed"
-        return take_back(stage, step, stage.progress.best["step"], self.name, state.lr_factor, why)
+        return go_back(stage, step, stage.progress.best["step"], self.name, state.lr_factor, why)
 
     def wants_checkpoint(self, stage: Stage, step: int) -> bool:
         return step == self.rolled_back_at

@@ -28,7 +28,7 @@ from lmrl.training.guard import (
 )
 from lmrl.training.listeners.evaluation import Evaluation
 from lmrl.training.listeners.listener import Listener
-from lmrl.training.listeners.recovery import end_with_best, take_back, warn
+from lmrl.training.listeners.recovery import end_with_best, go_back, warn
 from lmrl.training.sources import Drawn
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Guard(Listener):
         to, given_up = self.tracker.kept.step, self.on_collapse == "stop" or self.rollbacks > MAX_ROLLBACKS or closing
         warn(stage, step, "collapse", f"{lost}: {self._lower()}")
         self.lr_factor *= LR_FACTOR
-        line = take_back(stage, step, to, self.name, self.lr_factor, "collapse")
+        line = go_back(stage, step, to, self.name, self.lr_factor, "collapse")
         stage.record(step, "guard", {"found": "collapse", "rollbacks": self.rollbacks, **line})
         self.took_back_at = step
         if given_up:

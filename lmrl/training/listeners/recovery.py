@@ -15,7 +15,7 @@ def warn(stage: Stage, step: int, name: str, text: str) -> None:
     stage.display.say(f"warning at step {step}: {text}")
 
 
-def take_back(stage: Stage, step: int, to: int, name: str, lr_factor: float, why: str) -> dict[str, Any]:
+def go_back(stage: Stage, step: int, to: int, name: str, lr_factor: float, why: str) -> dict[str, Any]:
     """Go on from an earlier step's checkpoint with a lower learning rate; returns what is to be recorded of it.
 
     name: of the listener, whose factor on the rate this becomes. The factors of others multiply with it, so that none of them can
