@@ -33,6 +33,7 @@ class DeepSpeedStrategy(Strategy):
     """ZeRO-1 to 3, as the launch's DeepSpeed configuration says."""
 
     name, lockstep = "deepspeed", True
+    can_go_back = False  # its own copies of the weights would have to follow
     can_discard = False  # DeepSpeed forgets gradients in its own step alone
 
     def __init__(self, accelerator: Any):
@@ -142,18 +143,6 @@ class DeepSpeedStrategy(Strategy):
             world.wait()
         self._gather_kept()
 
-    def load_weights(self, folder: Path, trust_remote_code: bool = False) -> None:
-        if self.shards_weights:
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters(list(self.policy.parameters()), modifier_rank=0):
-                load_weights(self.policy, folder, trust_remote_code)
-        else:
-            load_weights(self.policy, folder, trust_remote_code)
-        self.optimizer.refresh_fp32_params()
-        if self.shards_weights:
-            self._gather_kept()
-
     # ---------------------------------------------------------------------------------------------------------- state
     def optimizer_tensors(self, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -172,12 +161,7 @@ class DeepSpeedStrategy(Strategy):
     def load_optimizer_tensors(self, parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        if not tensors:  # of a stage's beginning
-            for _, state in self._pieces():
-                for value in state.values():
-                    if torch.is_tensor(value):
-                        value.zero_()
-            self.all_have_moved = False
+        if not tensors:
             return
         self._make_state()
         steps: dict[int, float] = {}

@@ -36,6 +36,8 @@ class Strategy:
     lockstep = False
     can_discard = True
     """True if a gradient can be forgotten after the backward pass."""
+    can_go_back = True
+    """True if a checkpoint's weights can take the place of the policy's own in the middle of a stage."""
     optimizer: torch.optim.Optimizer
 
     def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:

@@ -16,6 +16,7 @@ from lmrl.rollouts.sampler import Sampler
 from lmrl.training.display import Display
 from lmrl.training.listeners import guard
 from lmrl.training.stage import Stage
+from lmrl.training.strategy import Strategy
 from lmrl.training.train import Result, resume_run
 from tests.conftest import TINY_WALKS
 from tests.training.test_resume import metrics
@@ -161,6 +162,17 @@ def test_stop_ends_at_once(good, tmp_path, before_steps):
     _, result = run_of(recipe_from(good, "training.on_collapse=stop"), tmp_path / "run")
     assert "training.on_collapse=stop" in result.ended and len(lines(tmp_path / "run", "guard")) == 1
     assert result.scores["PPO"]["optimality"]["mean"] > 0.8
+
+
+def test_a_strategy_that_cannot_go_back_leaves_the_best_checkpoint(good, tmp_path, before_steps, monkeypatch):
+    monkeypatch.setattr(Strategy, "can_go_back", False)
+    before_steps(breaks())
+    said, result = run_of(recipe_from(good), tmp_path / "run")
+    assert result.ended.startswith("guard: collapse, the stage ends with the policy of step ")
+    assert "ddp cannot go back to it in the middle of a stage" in said
+    kept = tmp_path / "run/stages/main/checkpoints" / f"step-{int(result.ended.rpartition(' ')[2]):06d}"
+    assert weights(result.checkpoint) == weights(kept) and state_of(tmp_path / "run")["step"] < STEPS
+    assert resume_run(tmp_path / "run").ended == result.ended
 
 
 def test_warn_only_says_it(good, tmp_path, before_steps):

@@ -78,6 +78,8 @@ def test_two_processes_do_what_one_does(tmp_path, extensions, strategy):
         for name, tensor in one.items():
             assert tensor.equal(other[name]), (file, name)
 
+    if strategy not in (None, "fsdp2"):  # DeepSpeed cannot go back
+        return
     saved = [tmp_path / "back/stages/main/checkpoints" / f"step-{step:06d}" for step in range(5)]
     for file in (file.relative_to(saved[1]) for file in saved[1].glob("**/*.safetensors")):
         begun, first, second, third, fourth = (load_file(folder / file) for folder in saved)

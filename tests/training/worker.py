@@ -158,15 +158,21 @@ def main(folder: Path) -> None:
     world.wait()
     resume_run(folder / "torn")
 
+    if build_strategy(accelerator).can_go_back:
+        go_back(folder)
+    if world.is_main():
+        (folder / "found.json").write_text(json.dumps(found))
+    world.wait()
+
+
+def go_back(folder: Path) -> None:
+    """A run that is taken back twice."""
     original = build.build_listeners
     build.build_listeners = lambda *args: [*original(*args), GoesBack()]
     lmrl.train(
         load_recipe("random_walks/ppo", [*STEPS, "training.steps=4", "objective.value_warmup_steps=0"]),
         output=folder / "back",
     )
-    if world.is_main():
-        (folder / "found.json").write_text(json.dumps(found))
-    world.wait()
 
 
 class GoesBack(Listener):

@@ -28,7 +28,7 @@ from lmrl.training.guard import (
 )
 from lmrl.training.listeners.evaluation import Evaluation
 from lmrl.training.listeners.listener import Listener
-from lmrl.training.listeners.recovery import end_with_best, go_back, warn
+from lmrl.training.listeners.recovery import end_with_best, go_back, leave_checkpoint, warn
 from lmrl.training.sources import Drawn
 
 if TYPE_CHECKING:
@@ -110,6 +110,10 @@ class Guard(Listener):
             if "collapse" not in self.said:
                 self.said.append("collapse")
                 warn(stage, step, "collapse", f"{lost}: set training.on_collapse=rollback, or {self._lower()}")
+            return
+        if not stage.strategy.can_go_back:
+            warn(stage, step, "collapse", f"{lost}: {self._lower()}")
+            leave_checkpoint(stage, step, self.tracker.kept.step, self.name, "collapse")
             return
         self.rollbacks += 1
         to, given_up = self.tracker.kept.step, self.on_collapse == "stop" or self.rollbacks > MAX_ROLLBACKS or closing

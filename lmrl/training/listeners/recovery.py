@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lmrl.training.checkpoint import STATE, checkpoint_path
 
 if TYPE_CHECKING:
     from lmrl.training.listeners.evaluation import Evaluation
@@ -25,6 +30,20 @@ def go_back(stage: Stage, step: int, to: int, name: str, lr_factor: float, why: 
     stage.updater.factors[name] = lr_factor
     stage.display.say(f"{name} at step {step}: {why}; back to step {to}, learning rate x {lr_factor:g}")
     return {"back_to": to, "lr_factor": lr_factor}
+
+
+def leave_checkpoint(stage: Stage, step: int, to: int, name: str, why: str) -> None:
+    """Have the stage end, and leave the checkpoint of step `to` as its result, where the policy itself cannot go back."""
+    stage.progress.ended = f"{name}: {why}, the stage ends with the policy of step {to}"
+    stage.display.say(f"{stage.progress.ended} ({stage.strategy.name} cannot go back to it in the middle of a stage)")
+
+    def write(folder: Path) -> None:
+        shutil.copytree(checkpoint_path(stage.run, stage.name, to), folder, dirs_exist_ok=True)
+        file = folder / STATE / "trainer.json"
+        state = json.loads(file.read_text()) | {"ended": stage.progress.ended, "step": step}
+        file.write_text(json.dumps(state, indent=2) + "\n")
+
+    stage.run.write_folder(stage.run.final(stage.name), write)
 
 
 def end_with_best(stage: Stage, step: int, name: str, to: int, why: str, evaluation: Evaluation) -> None:
