@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from lmrl.errors import ModelError
+from lmrl.policy.encoding import Encoder, Part
+from lmrl.recipe import SpecialTokens
 from lmrl.trajectories.trajectory import Messages, as_messages
 
 BATCH_TOKENS = 8192
@@ -24,6 +26,7 @@ class Classifier:
 
     def __init__(self, model: nn.Module, tokenizer: Any, max_tokens: int | None = None):
         self.model, self.tokenizer = model, tokenizer
+        self._encoders: dict[SpecialTokens, Encoder] = {}
         positions = getattr(self.config, "max_position_embeddings", None)
         limits = [max_tokens, tokenizer.model_max_length, positions]
         self.max_tokens = min(limit for limit in limits if limit is not None)
@@ -51,16 +54,24 @@ class Classifier:
         own = (one.numel() for name, one in self._plain.named_parameters() if ".lora_" not in name)
         return sum(own), getattr(self.config, "hidden_size", 1024)
 
-    def tokens(self, prompt: str | Messages, completion: str | Messages, ended: bool = True) -> list[int]:
+    def tokens(
+        self,
+        prompt: str | Messages,
+        completion: str | Messages,
+        ended: bool = True,
+        special_tokens: SpecialTokens = "text",
+    ) -> list[int]:
         """Tokens of a prompt with its completion: text as it stands, messages through the chat template.
 
-        ended: end text with the end-of-sequence token, unless it does so already; as trl's RewardTrainer.
+        ended: end text with the end-of-sequence token, as trl's RewardTrainer. special_tokens: what becomes of those in
+        the text: `text`, or control tokens (`parse`; one at the end is then not added again).
         Raises ModelError for messages where the tokenizer has no chat template.
         """
+        encoder = self._encoders.setdefault(special_tokens, Encoder(self.tokenizer, special_tokens))
         if isinstance(prompt, str) and isinstance(completion, str):
-            text, special = prompt + completion, True
-            if ended and not text.endswith(self.end):
-                text += self.end
+            parts, opening = encoder.content(prompt + completion), True
+            if ended and not (encoder.parses and parts[0].text.endswith(self.end)):
+                parts = [*parts, Part(self.end, True)]
         else:
             answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
             if not self.tokenizer.chat_template:
@@ -68,8 +79,8 @@ class Classifier:
                     f"'{self.model.config._name_or_path}' is asked about messages, but has no chat template"
                 )
             dialogue = [*as_messages(prompt), *answer]
-            text, special = self.tokenizer.apply_chat_template(dialogue, tokenize=False), False
-        ids = self.tokenizer(text, add_special_tokens=special, truncation=True, max_length=self.max_tokens).input_ids
+            parts, opening = encoder.dialogue(dialogue, open_turn=False), False
+        ids = encoder.encode(parts, opening, self.max_tokens)
         start = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         return ids or [next((token for token in start if token is not None), 0)]
 

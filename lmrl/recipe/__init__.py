@@ -30,4 +30,5 @@ from lmrl.recipe.task import (
     PromptTask,
     RandomWalksTask,
     Reward,
+    SpecialTokens,
 )

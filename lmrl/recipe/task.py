@@ -8,6 +8,10 @@ from pydantic import Field, model_validator
 
 from lmrl.recipe.base import Plugin, Section
 
+SpecialTokens = Literal["text", "parse"]
+"""What a special token's name, such as `<|im_end|>`, is inside prompts, observations, tool results and logged actions:
+text like any other, or that token (`parse`: for prompts that come rendered). A chat template's own are always tokens."""
+
 STAGE_PREFIX = "stages/"
 """A reward's `model` that begins so is the result of an earlier stage of the same run."""
 
@@ -117,6 +121,8 @@ class PromptTask(Section):
     rewards: list[Reward] = []
     max_failed: float = Field(0.1, ge=0, le=1)
     """The run stops when a larger share of a batch could not be judged."""
+    special_tokens: SpecialTokens = "text"
+    """Inside prompts and completions: `text`, or `parse` for prompts that hold control tokens on purpose."""
 
     @model_validator(mode="after")
     def _distinct_names(self) -> PromptTask:
@@ -136,6 +142,8 @@ class EpisodeLimits(Section):
     """The run stops when the environment fails in a larger share of a batch."""
     chat: bool = False
     """Put observations through the model's chat template."""
+    special_tokens: SpecialTokens = "text"
+    """Inside observations and logged actions: `text`, or `parse` where control tokens are meant."""
 
 
 class RandomWalksTask(EpisodeLimits):

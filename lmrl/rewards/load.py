@@ -12,15 +12,22 @@ from typing import Any
 
 from lmrl.errors import LmrlError, PluginError, RewardError, did_you_mean
 from lmrl.plugins import load_plugin
-from lmrl.recipe import STAGE_PREFIX, Reward
+from lmrl.recipe import STAGE_PREFIX, Reward, SpecialTokens
 from lmrl.rewards.rewards import RewardFunction
 from lmrl.rewards.scale import Scale
 from lmrl.rewards.workers import TimedOut, pool_of
 
 
-def load_rewards(specs: Sequence[Reward]) -> list[RewardFunction]:
-    """The rewards of `task.rewards`, in this process or in workers of their own."""
-    return [load_reward(spec, f"task.rewards.{index}") for index, spec in enumerate(specs)]
+def load_rewards(specs: Sequence[Reward], special_tokens: SpecialTokens = "text") -> list[RewardFunction]:
+    """The rewards of `task.rewards`, in this process or in workers of their own.
+
+    special_tokens: the task's, for reward models that do not set it in their options.
+    """
+    own = [
+        spec.model_copy(update={"options": {"special_tokens": special_tokens} | spec.options}) if spec.models else spec
+        for spec in specs
+    ]
+    return [load_reward(spec, f"task.rewards.{index}") for index, spec in enumerate(own)]
 
 
 def load_reward(spec: Reward, key: str) -> RewardFunction:

@@ -10,6 +10,7 @@ import torch
 from lmrl.errors import RecipeError, did_you_mean
 from lmrl.policy.classifier import BATCH_TOKENS, Classifier
 from lmrl.policy.load import open_classifier
+from lmrl.recipe import SpecialTokens
 from lmrl.trajectories.trajectory import Messages
 
 COMBINE = ("mean", "min", "mean_minus_std")
@@ -30,6 +31,8 @@ class RewardModel:
     max_tokens: of a longer text the end is kept (None: as long as model and tokenizer allow).
     combine: how an ensemble's scores become one (Coste et al., arXiv 2310.02743); std_coef: for mean_minus_std.
     batch_tokens: tokens, padding included, that go through a model at once.
+    special_tokens: what `<|im_end|>` and the like are in the text: `text`, or control tokens (`parse`); in a recipe the
+        task's own choice unless it is given here.
     dtype: of the weights; the head stays float32. device: null takes the accelerator where there is one.
 
     Raises RecipeError for options that make no sense, ModelError for a model that cannot be loaded.
@@ -51,7 +54,10 @@ class RewardModel:
         device: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        special_tokens: SpecialTokens = "text",
     ):
+        if special_tokens not in ("text", "parse"):
+            raise RecipeError(f"'special_tokens' cannot be '{special_tokens}': choose text or parse")
         if combine not in COMBINE:
             raise RecipeError(f"'combine' cannot be '{combine}'{did_you_mean(str(combine), COMBINE)}")
         if dtype not in ("float32", "bfloat16"):
@@ -62,6 +68,7 @@ class RewardModel:
         self.outputs = [output_of(member, label, path) for member, path in zip(self.members, paths, strict=True)]
         self.probability, self.prompt, self.chat, self.eos = probability, prompt, chat, eos
         self.combine, self.std_coef, self.batch_tokens = combine, std_coef, batch_tokens
+        self.special_tokens = special_tokens
 
     def __call__(
         self,
@@ -89,7 +96,9 @@ class RewardModel:
     def _scores(self, index: int, rows: list[tuple]) -> torch.Tensor:
         """Scores of one member for prompts, completions and whether these ended, (N,), float64."""
         member = self.members[index]
-        tokens = [member.tokens(*self._parts(prompt, answer), ended) for prompt, answer, ended in rows]
+        tokens = [
+            member.tokens(*self._parts(prompt, answer), ended, self.special_tokens) for prompt, answer, ended in rows
+        ]
         logits_NL = member.logits(tokens, self.batch_tokens).double()
         if not self.probability:
             return logits_NL[:, self.outputs[index]]

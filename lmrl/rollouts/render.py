@@ -5,42 +5,46 @@ from __future__ import annotations
 from typing import Any
 
 from lmrl.errors import ModelError
+from lmrl.policy.encoding import Encoder, Part, absent, strings
+from lmrl.recipe import SpecialTokens
+from lmrl.trajectories.trajectory import Messages, as_messages
 
 SENTINEL = "LMRL-SENTINEL"
+"""Stands for an action where the template's text around it is wanted; a number follows."""
 KEPT, KEPT_LENGTH = 4096, 256
 """Games show the same few texts again and again: tokens of so many texts of so many characters are kept."""
-Messages = list[dict[str, str]]
 
 
 class Renderer:
-    """Turns observations into tokens. Sampled tokens are never touched: what follows them is rendered on its own."""
+    """Turns observations into tokens. Sampled tokens are never touched: what follows them is rendered on its own.
 
-    def __init__(self, tokenizer: Any, chat: bool = False, system: str | None = None):
+    special_tokens: what becomes of special tokens that stand in prompts, observations and logged actions: `text`, or
+    control tokens (`parse`). The chat template's own are always control tokens.
+    """
+
+    def __init__(
+        self, tokenizer: Any, chat: bool = False, system: str | None = None, special_tokens: SpecialTokens = "text"
+    ):
         if chat and not tokenizer.chat_template:
             raise ModelError("the tokenizer has no chat template: set `chat: false` to use the text as it is")
         self.tokenizer, self.chat, self.system = tokenizer, chat, system
-        self._encoded: dict[tuple[str, bool], list[int]] = {}
+        self.encoder = Encoder(tokenizer, special_tokens)
+        self._encoded: dict[tuple[tuple[Part, ...], bool], list[int]] = {}
 
     def first(self, observation: str | Messages) -> list[int]:
         """Context that opens a segment."""
         if isinstance(observation, str) and not self.chat:
-            tokens = self._encode(observation, special_tokens=True)
+            tokens = self._encode(self.encoder.content(observation), opening=True)
         else:
             messages = [{"role": "system", "content": self.system}] if self.system else []
-            own = [{"role": "user", "content": observation}] if isinstance(observation, str) else observation
-            tokens = self._encode(self._template(messages + own))
+            tokens = self._encode(self.encoder.dialogue(messages + as_messages(observation)))
         return tokens or [self._start_token()]
 
-    def next(self, observation: str, last_token: int) -> list[int]:
+    def next(self, observation: str | Messages, last_token: int) -> list[int]:
         """Context that follows an action in the same segment; `last_token` is the action's last."""
-        if not self.chat:
-            return self._encode(observation)
-        dialogue = [
-            {"role": "user", "content": "."},
-            {"role": "assistant", "content": SENTINEL},
-            {"role": "user", "content": observation},
-        ]
-        tokens = self._encode(self._template(dialogue).rsplit(SENTINEL, 1)[1])
+        if not self.chat and isinstance(observation, str):
+            return self._encode(self.encoder.content(observation))
+        tokens = self._encode(self._after_action(as_messages(observation)))
         return tokens[1:] if tokens[:1] == [last_token] else tokens  # the policy has closed its turn by itself
 
     def action(self, text: str) -> list[int]:
@@ -48,28 +52,36 @@ class Renderer:
         eos = self.tokenizer.eos_token_id
         end = [] if eos is None else [eos]
         if self.chat:
-            dialogue = [{"role": "user", "content": "."}, {"role": "assistant", "content": SENTINEL}]
-            closing = self._encode(self._template(dialogue, open_turn=False).rsplit(SENTINEL, 1)[1])
+            closing = self._encode(self._after_action([], open_turn=False))
             end = closing[:1] if closing[:1] and closing[0] in self.tokenizer.all_special_ids else end
-        return self._encode(text) + end
+        return self.plain(text) + end
 
     def plain(self, text: str) -> list[int]:
         """Context in the middle of a raw segment, without special tokens."""
-        return self._encode(text)
+        return self._encode(self.encoder.content(text))
 
-    def _encode(self, text: str, special_tokens: bool = False) -> list[int]:
-        """special_tokens: with those that the tokenizer opens a text with."""
-        known = self._encoded.get((text, special_tokens))
+    def _encode(self, parts: list[Part], opening: bool = False) -> list[int]:
+        """opening: with the special tokens that the tokenizer opens a text with."""
+        name = (tuple(parts), opening)
+        known = self._encoded.get(name)
         if known is None:
-            known = self.tokenizer(text, add_special_tokens=special_tokens).input_ids
-            if len(text) <= KEPT_LENGTH and len(self._encoded) < KEPT:
-                self._encoded[text, special_tokens] = known
+            known = self.encoder.encode(parts, opening)
+            if sum(len(part.text) for part in parts) <= KEPT_LENGTH and len(self._encoded) < KEPT:
+                self._encoded[name] = known
         return list(known)
 
-    def _template(self, messages: Messages, open_turn: bool = True) -> str:
-        if not self.tokenizer.chat_template:
-            raise ModelError("the prompts are dialogues, but the tokenizer has no chat template")
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
+    def _after_action(self, messages: Messages, open_turn: bool = True) -> list[Part]:
+        """The template's text from the end of an action on."""
+        sentinel = absent(SENTINEL, strings(messages))
+        dialogue = [{"role": "user", "content": "."}, {"role": "assistant", "content": sentinel}]
+        parts = self.encoder.dialogue(dialogue + messages, open_turn)
+        for index in range(len(parts) - 1, -1, -1):
+            before, found, after = parts[index].text.rpartition(sentinel)
+            if found:
+                return [Part(after, parts[index].control), *parts[index + 1 :]]
+        raise ModelError(
+            "the tokenizer's chat template leaves out what the assistant says, so that turns cannot follow it"
+        )
 
     def _start_token(self) -> int:
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):

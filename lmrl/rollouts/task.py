@@ -109,7 +109,7 @@ def build_task(section: Any, tokenizer: Any) -> Task:
     starts = None if count is None else list(range(count))
     return Task(
         make,
-        Renderer(tokenizer, section.chat),
+        Renderer(tokenizer, section.chat, special_tokens=section.special_tokens),
         training=starts,
         heldout=starts,
         max_turns=section.max_turns,
@@ -128,7 +128,7 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
             raise DataError(f"{prompts.path}, row {number}: {error}") from error
         check_prompt(row[prompts.column], prompts, number)
     chat = prompts.chat or any(isinstance(row[prompts.column], list) for row in rows)
-    renderer = Renderer(tokenizer, chat, prompts.system)
+    renderer = Renderer(tokenizer, chat, prompts.system, section.special_tokens)
     lengths = [len(renderer.first(row[prompts.column])) for row in rows]
     short = [row for row, length in zip(rows, lengths, strict=True) if length <= prompts.max_tokens]
     notes = [
@@ -143,7 +143,7 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
         training=training,
         heldout=heldout,
         max_failed=section.max_failed,
-        rewards=load_rewards(section.rewards),
+        rewards=load_rewards(section.rewards, section.special_tokens),
         judged_by="reward",
         longest_prompt=max(length for length in lengths if length <= prompts.max_tokens),
         notes=notes if len(short) < len(rows) else [],

@@ -178,7 +178,10 @@ class RewardModelStage:
         )
 
     def _tokens(self, pair: Pair) -> tuple[list[int], list[int]]:
-        return tuple(self.classifier.tokens(pair.prompt, answer) for answer in (pair.chosen, pair.rejected))
+        task = self.recipe.task
+        special_tokens = "text" if task is None else task.special_tokens
+        answers = (pair.chosen, pair.rejected)
+        return tuple(self.classifier.tokens(pair.prompt, one, special_tokens=special_tokens) for one in answers)
 
     # -------------------------------------------------------------------------------------------------------- training
     def train(self) -> None:

@@ -78,7 +78,7 @@ def test_the_score_is_the_transformers_logit(classifier):
 def test_messages_go_through_the_models_own_template(classifier):
     reward, plain = learned(classifier()), learned(classifier(), options={"chat": True})
     prompt, answer = [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "yo"}]
-    bare = learned(classifier(), options={"eos": False})
+    bare = learned(classifier(), options={"eos": False, "special_tokens": "parse"})
     raw = scores_of(bare, ["[user]hi<eos>\n[assistant]yo<eos>\n"], [""])
     assert scores_of(reward, [answer], [prompt]) == pytest.approx(raw, abs=1e-6)
     assert scores_of(plain, ["yo"], ["hi"]) == pytest.approx(raw, abs=1e-6)
@@ -88,13 +88,36 @@ def test_messages_go_through_the_models_own_template(classifier):
 
 def test_a_whole_text_ends_with_end_of_sequence(classifier):
     """One that the token limit cut does not, and neither does any with `eos: false`."""
-    reward, bare = learned(classifier()), learned(classifier(), options={"eos": False})
+    reward = learned(classifier())
+    bare = learned(classifier(), options={"eos": False, "special_tokens": "parse"})
     assert scores_of(reward, ["yo"]) == scores_of(bare, ["yo<eos>"]) != scores_of(bare, ["yo"])
-    assert scores_of(reward, ["yo<eos>"]) == scores_of(bare, ["yo<eos>"])
+    parsing = learned(classifier(), options={"special_tokens": "parse"})
+    assert scores_of(parsing, ["yo<eos>"]) == scores_of(bare, ["yo<eos>"])
     whole, cut = episode("yo"), episode("yo")
     cut.cut_turns = [0]
     judge([reward], [whole, cut])
     assert [whole.reward, cut.reward] == pytest.approx(scores_of(bare, ["yo<eos>", "yo"]), abs=1e-6)
+
+
+def test_special_tokens_in_a_completion_are_text(classifier):
+    member = RewardModel(classifier(), max_tokens=9).members[0]
+    end, decode = member.tokenizer.eos_token_id, member.tokenizer.decode
+    tokens = member.tokens("a", "b<eos>")
+    assert tokens.count(end) == 1 and tokens[-1] == end and decode(tokens) == "ab<eos><eos>"
+    assert len(member.tokens("a", "bcdef<eos>")) == 9  # of a longer text the end is kept, as of any
+    messages = [{"role": "user", "content": "<eos>"}]
+    rendered = RewardModel(classifier()).members[0].tokens(messages, "y")
+    assert rendered.count(end) == 2 and decode(rendered) == "[user]<eos><eos>\n[assistant]y<eos>\n"
+    with pytest.raises(RecipeError, match="'special_tokens' cannot be 'both'"):
+        RewardModel(classifier(), special_tokens="both")
+
+
+def test_a_reward_model_follows_its_tasks_special_tokens(classifier):
+    rewards = [Reward(model=classifier()), Reward(model=classifier(), name="own", options={"special_tokens": "text"})]
+    follows, own = load_rewards(rewards, "parse")
+    (text,), (parsed,) = (scores_of(reward, ["y<eos>o"]) for reward in (own, follows))
+    assert text != parsed
+    assert [parsed] == scores_of(learned(classifier(), options={"special_tokens": "parse"}), ["y<eos>o"])
 
 
 def test_a_long_text_keeps_its_end_of_sequence(classifier, tiny_folder):

@@ -413,5 +413,5 @@ def test_plain_text_goes_to_the_trainer_as_trl_tokenizes_it(tmp_path, tiny_folde
     prepared = trainer.train_dataset[0]
     own = Classifier(model, tokenizer)
     assert own.tokens(row["prompt"], row["chosen"]) == prepared["chosen_ids"]
-    assert own.tokens(row["prompt"], row["rejected"]) == prepared["rejected_ids"]
+    assert own.tokens(row["prompt"], row["rejected"], special_tokens="parse") == prepared["rejected_ids"]
     assert prepared["chosen_ids"][-1] == tokenizer.eos_token_id
