@@ -165,3 +165,13 @@ def test_yaml_of_a_recipe_holds_every_default():
     recipe = load_recipe("random_walks/bc", ["optimizer.betas=[0.8, 0.9]"])
     written = yaml.safe_load(to_yaml(recipe))["optimizer"]
     assert written["betas"] == [0.8, 0.9] and written["head_lr"] is None and written["eps"] == 1e-8
+
+
+@pytest.mark.parametrize(
+    "name", ["../../evil", "", ".", "..", "/tmp/evil", "a/b", "a\\b", ".hidden", "a\nb", "x" * 200]
+)
+def test_a_stage_name_cannot_leave_the_run(tmp_path, name):
+    path = write(tmp_path, yaml.safe_dump(yaml.safe_load(GOOD) | {"stages": {name: {"training": {"steps": 1}}}}))
+    with pytest.raises(LmrlError, match=r"^stages: '.* cannot name a stage.*\(.*mine.yaml, line \d+\)$") as caught:
+        load_recipe(path)
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)

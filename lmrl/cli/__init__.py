@@ -12,6 +12,7 @@ import typer
 from lmrl.cli import collect, cp, eval, export, ls, replay, reward, show, train
 from lmrl.errors import LmrlError
 from lmrl.launch import leave_error
+from lmrl.visible import visible
 
 app = typer.Typer(
     name="lmrl",
@@ -35,7 +36,7 @@ def main() -> None:
     except LmrlError as error:
         if debug:
             raise
-        text = f"lmrl: {' '.join(str(error).split())}"
+        text = f"lmrl: {visible(' '.join(str(error).split()))}"
         _abandon()
         if not leave_error(text, error.exit_code, own=True):
             print(text, file=sys.stderr)

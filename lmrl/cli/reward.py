@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lmrl.cli.common import Debug
+from lmrl.visible import visible
 
 Named = Annotated[
     str, typer.Argument(help="file.py:function, a dotted path, http://ADDRESS, or the folder of a classifier")
@@ -44,7 +45,7 @@ def check(
     for finding in check_reward(_spec(reward, option), columns, timeout):
         findings.append(finding)
         mark, style = {True: ("ok", "green"), False: ("FAILED", "bold red"), None: ("note", "yellow")}[finding.passed]
-        console.print(Text.assemble((f"{mark:7}", style), f"{finding.name}: {finding.detail}"), soft_wrap=True)
+        console.print(Text.assemble((f"{mark:7}", style), f"{finding.name}: {visible(finding.detail)}"), soft_wrap=True)
     failed = [finding for finding in findings if finding.passed is False]
     if to_json:
         to_json.write_text(json.dumps([vars(finding) for finding in findings], indent=2) + "\n")
@@ -97,7 +98,7 @@ def score(
             f"interval holds for {summary['holds_for']}"
         )
     if failed:
-        print(f"{failed} samples have no score; first: {next(cause for cause in found.causes if cause)}")
+        print(f"{failed} samples have no score; first: {visible(next(cause for cause in found.causes if cause))}")
     if related := correlations(found.values, [sample.get("reward") for sample in samples]):
         print(
             f"correlation with the saved reward: Pearson {related['pearson']:.3f}, Spearman {related['spearman']:.3f}"

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Tag, model_validator
+from pydantic import Discriminator, Tag, field_validator, model_validator
 
 from lmrl.recipe.base import Section
 from lmrl.recipe.combinations import mistakes
@@ -24,6 +25,8 @@ from lmrl.recipe.steps import Evaluation, Optimizer, Tracking, Training
 from lmrl.recipe.task import ENVIRONMENTS, CustomTask, PromptTask
 
 MAIN_STAGE, REWARD_MODEL = "main", "reward_model"
+STAGE_NAME = re.compile(r"[^\W_][^/\\:\x00-\x1f\x7f]{0,99}")
+"""What names a folder on any system: nothing hidden, no separators, no control characters."""
 
 
 def is_plugin(name: Any) -> bool:
@@ -92,6 +95,17 @@ class Recipe(Section):
     """Where a stage's policy comes from: `previous` (the last stage before it that left a policy, and not a reward model;
     the model itself where there is none), `model`, or the name of an earlier stage."""
     stages: dict[str, dict[str, Any]] = {}
+
+    @field_validator("stages")
+    @classmethod
+    def _named_like_folders(cls, stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name in stages:
+            if not STAGE_NAME.fullmatch(name):
+                raise ValueError(
+                    f"{name!r:.60} cannot name a stage, because its folder in the run is called so: use letters, digits, "
+                    "- and _"
+                )
+        return stages
 
     @model_validator(mode="after")
     def _sensible(self) -> Recipe:

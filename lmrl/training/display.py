@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lmrl.trajectories.trajectory import Trajectory
+from lmrl.visible import visible
 
 SHOWN = ("reward", "kl", "nll", "entropy", "approx_kl", "accuracy", "margin", "length")
 TROUBLES = ("failed", "skipped")
@@ -32,7 +33,7 @@ class Display:
         self._began, self._done = 0.0, 0
 
     def say(self, text: str) -> None:
-        self.console.print(Text(text), soft_wrap=True)
+        self.console.print(Text(visible(text)), soft_wrap=True)
 
     def begin(self, stage: str, label: str, steps: int, done: int) -> None:
         self._stage, self._steps = f"{stage} ({label})", steps
@@ -133,7 +134,7 @@ def interval(score: dict[str, Any]) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    text = " ".join(str(text).split())
+    text = visible(" ".join(str(text).split()))
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
