@@ -45,7 +45,7 @@ class Encoder:
         """Text that somebody wrote."""
         return [Part(text, self.parses)]
 
-    def dialogue(self, messages: Messages, open_turn: bool = True, tools: list | None = None) -> list[Part]:
+    def dialogue(self, messages: Messages, open_turn: bool = True) -> list[Part]:
         """Messages through the chat template. open_turn: up to where the assistant begins to speak.
 
         Raises ModelError where there is no template, or where it fails.
@@ -60,21 +60,19 @@ class Encoder:
                 return stand_in
 
             messages = _replaced(messages, lambda text: self._any_case.sub(hide, text))
-        rendered = self.template(messages, open_turn, tools)
+        rendered = self.template(messages, open_turn)
         if not hidden:
             return [Part(rendered, True)]
         # Odd positions hold stand-ins.
         pieces = re.split("(" + "|".join(hidden) + ")", rendered)
         return [Part(hidden[piece], False) if at % 2 else Part(piece, True) for at, piece in enumerate(pieces)]
 
-    def template(self, messages: Messages, open_turn: bool = True, tools: list | None = None) -> str:
+    def template(self, messages: Messages, open_turn: bool = True) -> str:
         """The chat template's text for messages."""
         if not self.tokenizer.chat_template:
             raise ModelError("the prompts are dialogues, but the tokenizer has no chat template")
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=open_turn
-            )
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
         except Exception as error:  # a template may raise anything
             roles = ", ".join(str(message["role"]) for message in messages)
             raise ModelError(

@@ -40,11 +40,14 @@ class Renderer:
             tokens = self._encode(self.encoder.dialogue(messages + as_messages(observation)))
         return tokens or [self._start_token()]
 
-    def next(self, observation: str | Messages, last_token: int) -> list[int]:
-        """Context that follows an action in the same segment; `last_token` is the action's last."""
+    def next(self, observation: str | Messages, last_token: int, said: dict[str, Any] | None = None) -> list[int]:
+        """Context that follows an action in the same segment.
+
+        last_token: the action's last. said: the action's message, where it calls tools.
+        """
         if not self.chat and isinstance(observation, str):
             return self._encode(self.encoder.content(observation))
-        tokens = self._encode(self._after_action(as_messages(observation)))
+        tokens = self._encode(self._after_action(as_messages(observation), said=said))
         return tokens[1:] if tokens[:1] == [last_token] else tokens  # the policy has closed its turn by itself
 
     def action(self, text: str) -> list[int]:
@@ -55,6 +58,25 @@ class Renderer:
             closing = self._encode(self._after_action([], open_turn=False))
             end = closing[:1] if closing[:1] and closing[0] in self.tokenizer.all_special_ids else end
         return self.plain(text) + end
+
+    def call(self, message: dict[str, Any]) -> list[int]:
+        """An action that calls tools, as the chat template writes it, up to the token that closes its turn."""
+        sentinel = absent(SENTINEL, strings(message))
+        opening = [{"role": "user", "content": "."}]
+        plain = self.encoder.template([*opening, {"role": "assistant", "content": sentinel}], open_turn=False)
+        parts = self.encoder.dialogue([*opening, message], open_turn=False)
+        text = "".join(part.text for part in parts)
+        header = next((one for one in self._headers(opening, plain, sentinel) if text.startswith(one)), None)
+        if header is None:
+            raise ModelError("the tokenizer's chat template has no place for what calls tools: give such turns as text")
+        tokens = self._encode(_without(parts, len(header)))
+        closing = [at for at, token in enumerate(tokens) if token in self.tokenizer.all_special_ids]
+        return tokens[: closing[-1] + 1] if closing else tokens
+
+    def _headers(self, opening: Messages, plain: str, sentinel: str) -> list[str]:
+        """What may stand before what the assistant says."""
+        before, found, _ = plain.rpartition(sentinel)
+        return ([before] if found else []) + [self.encoder.template(opening)]
 
     def plain(self, text: str) -> list[int]:
         """Context in the middle of a raw segment, without special tokens."""
@@ -70,9 +92,13 @@ class Renderer:
                 self._encoded[name] = known
         return list(known)
 
-    def _after_action(self, messages: Messages, open_turn: bool = True) -> list[Part]:
-        """The template's text from the end of an action on."""
-        sentinel = absent(SENTINEL, strings(messages))
+    def _after_action(
+        self, messages: Messages, open_turn: bool = True, said: dict[str, Any] | None = None
+    ) -> list[Part]:
+        """The template's text from the end of an action on. said: the action's message, where it calls tools."""
+        sentinel = absent(SENTINEL, strings([messages, said]))
+        if said is not None and messages:
+            return self._after_call(messages, said)
         dialogue = [{"role": "user", "content": "."}, {"role": "assistant", "content": sentinel}]
         parts = self.encoder.dialogue(dialogue + messages, open_turn)
         for index in range(len(parts) - 1, -1, -1):
@@ -83,8 +109,28 @@ class Renderer:
             "the tokenizer's chat template leaves out what the assistant says, so that turns cannot follow it"
         )
 
+    def _after_call(self, messages: Messages, said: dict[str, Any]) -> list[Part]:
+        """The same after a call of tools, which templates want to see before their results."""
+        before = [{"role": "user", "content": "."}, said]
+        shorter = self.encoder.template(before, open_turn=False)
+        parts = self.encoder.dialogue(before + messages)
+        text = "".join(part.text for part in parts)
+        closing = "".join(part.text for part in self._after_action([], open_turn=False))
+        if not text.startswith(shorter) or not shorter.endswith(closing):
+            return self._after_action(messages)  # a template that writes earlier turns in another way
+        return _without(parts, len(shorter) - len(closing))
+
     def _start_token(self) -> int:
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return token
         raise ModelError("a prompt is empty, and the tokenizer has neither a bos nor an eos token to start from")
+
+
+def _without(parts: list[Part], count: int) -> list[Part]:
+    """Parts without their first `count` characters."""
+    rest = []
+    for part in parts:
+        rest.append(Part(part.text[count:], part.control))
+        count = max(count - len(part.text), 0)
+    return [part for part in rest if part.text]

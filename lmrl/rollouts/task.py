@@ -16,7 +16,7 @@ from lmrl.rewards.rewards import RewardFunction, drop_failed, judge
 from lmrl.rollouts.render import Renderer
 from lmrl.seeding import stream
 from lmrl.trajectories.files import Malformed, read_rows
-from lmrl.trajectories.rows import prompt_key, prompt_of
+from lmrl.trajectories.rows import checked_messages, prompt_key, prompt_of
 from lmrl.trajectories.store import logged_texts
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -124,9 +124,10 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
     for number, row in enumerate(rows, start=1):
         try:
             row[prompts.column] = prompt_of(row, prompts.column)
+            if isinstance(row[prompts.column], list):
+                row[prompts.column] = checked_messages(row[prompts.column], prompts.column)
         except Malformed as error:
             raise DataError(f"{prompts.path}, row {number}: {error}") from error
-        check_prompt(row[prompts.column], prompts, number)
     chat = prompts.chat or any(isinstance(row[prompts.column], list) for row in rows)
     renderer = Renderer(tokenizer, chat, prompts.system, section.special_tokens)
     lengths = [len(renderer.first(row[prompts.column])) for row in rows]
@@ -148,17 +149,6 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
         longest_prompt=max(length for length in lengths if length <= prompts.max_tokens),
         notes=notes if len(short) < len(rows) else [],
     )
-
-
-def check_prompt(prompt: str | list, prompts: Prompts, number: int) -> None:
-    """A prompt that is a dialogue has to be a list of messages."""
-    if isinstance(prompt, list) and not (
-        prompt and all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in prompt)
-    ):
-        raise DataError(
-            f"{prompts.path}, row {number}: field '{prompts.column}' is {prompt!r:.60}; "
-            "expected text or messages with 'role' and 'content'"
-        )
 
 
 def split_rows(count: int, prompts: Prompts) -> tuple[list[int], list[int]]:

@@ -3,6 +3,8 @@
 lmrl's own format has one row an episode, the same in Parquet and JSONL:
 
     turns              [{"observation", "action", "reward", "cut"}]; cut: the action ran into the token limit
+                       in a dialogue also, where they are needed: "messages", the observation as messages, and
+                       "message", an action that calls tools
     prompt_messages    the first observation as [{"role", "content"}], where it is a dialogue, else null
     final_observation  of a truncated episode: what would have come next
     terminated         false: truncated by a limit
@@ -19,7 +21,8 @@ fields:
 
     prompt, completion   text or messages; `reward`, a number, may be missing
     messages             a chat, every assistant message an action; `reward` for all of it, or `rewards` for each action.
-                         Between two actions stands one observation: several messages are joined, as the user's.
+                         Between two actions stands one observation: several messages of the user are joined; those
+                         of tools stay messages. An assistant message may have `tool_calls`.
     chosen, rejected     two episodes with rewards 1 and -1; without `prompt` it is what both begin with
 """
 
@@ -46,6 +49,7 @@ from lmrl.trajectories.trajectory import (
     transcript,
 )
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
 HH_MARKER = "\n\nAssistant:"
 """Where the prompt ends in the text of Anthropic's HH-RLHF."""
 
@@ -65,10 +69,11 @@ def prompt_of(row: Row, column: str = "prompt") -> str | Messages:
 
 
 def prompt_key(prompt: str | Messages) -> str:
-    """Prompts with the same key are the same: of messages only role and content count."""
+    """Prompts with the same key are the same: of messages only role, content and calls of tools count."""
     if isinstance(prompt, str):
         return prompt
-    return str([{"role": message["role"], "content": message["content"]} for message in prompt])
+    names = ("role", "content", "tool_calls")
+    return str([{name: message[name] for name in names if message.get(name) is not None} for message in prompt])
 
 
 # --------------------------------------------------------------------------------------------------------------- writing
@@ -81,16 +86,18 @@ def to_row(trajectory: Trajectory, tokenizer: str | None = None) -> Row:
             "reward": turn.reward,
             "cut": number in trajectory.cut_turns,
         }
+        | ({"messages": turn.observation} if number and isinstance(turn.observation, list) else {})
+        | ({"message": turn.message} if turn.message else {})
         for number, turn in enumerate(trajectory.turns)
     ]
-    messages = trajectory.messages
+    messages, final = trajectory.messages, trajectory.final_observation
     return {
         "group": trajectory.group,
         "episode": trajectory.episode,
         "player": trajectory.player,
-        "prompt_messages": messages and [{"role": one["role"], "content": one["content"]} for one in messages],
+        "prompt_messages": messages,
         "turns": turns,
-        "final_observation": trajectory.final_observation,
+        "final_observation": None if final is None else prompt_text(final),
         "terminated": trajectory.terminated,
         "reward": trajectory.reward,
         "metrics": trajectory.metrics,
@@ -143,12 +150,15 @@ def render(trajectory: Trajectory, renderer: Any, history: int | str = "all") ->
     for number, turn in enumerate(trajectory.turns):
         recorder.observe(turn.observation)
         cut = number in trajectory.cut_turns
-        tokens = (renderer.plain(turn.action) if cut else []) or renderer.action(turn.action)
+        if turn.message:
+            tokens = renderer.call(turn.message)
+        else:
+            tokens = (renderer.plain(turn.action) if cut else []) or renderer.action(turn.action)
         if not tokens:
             raise Malformed(
                 f"turn {number} has an empty action, and the tokenizer no end-of-sequence token to stand for it"
             )
-        recorder.act(turn.action, tokens, cut=cut)
+        recorder.act(turn.action, tokens, cut=cut, message=turn.message)
         rendered.place_reward(turn.reward, number)
     if trajectory.final_observation is not None:
         recorder.truncate(trajectory.final_observation)
@@ -156,8 +166,8 @@ def render(trajectory: Trajectory, renderer: Any, history: int | str = "all") ->
 
 
 def is_dialogue(trajectory: Trajectory) -> bool:
-    """Whether the prompt is messages, which only a chat template can render."""
-    return bool(trajectory.turns) and not isinstance(trajectory.turns[0].observation, str)
+    """Whether there are messages, which only a chat template can render."""
+    return any(not isinstance(turn.observation, str) or turn.message for turn in trajectory.turns)
 
 
 # ------------------------------------------------------------------------------------------------------------ own format
@@ -168,7 +178,7 @@ def _own(row: Row, number: int, tokenizer: str | None) -> Trajectory:
     turns, rewards, cut_turns = [], [], []
     for index, turn in enumerate(given):
         turn = _turn(turn, index)
-        turns.append(Turn(turn["observation"], turn["action"]))
+        turns.append(Turn(_observation(turn, index), turn["action"], message=_call(turn, index)))
         rewards.append(turn.get("reward"))
         if turn.get("cut"):
             cut_turns.append(index)
@@ -202,6 +212,26 @@ def _turn(turn: Any, index: int) -> Row:
     except Malformed as error:
         raise Malformed(f"field 'turns', turn {index}: {error}") from error
     return turn
+
+
+def _observation(turn: Row, index: int) -> str | Messages:
+    messages = _json_of(turn, "messages")
+    return turn["observation"] if messages is None else checked_messages(messages, f"turns.{index}.messages")
+
+
+def _call(turn: Row, index: int) -> dict[str, Any] | None:
+    message = _json_of(turn, "message")
+    return None if message is None else checked_message(message, f"turns.{index}.message")
+
+
+def _json_of(row: Row, name: str) -> Any:
+    """A field that Parquet holds as JSON text."""
+    if not isinstance(row.get(name), str):
+        return row.get(name)
+    try:
+        return json.loads(row[name])
+    except json.JSONDecodeError as error:
+        raise Malformed(f"field '{name}' is {row[name]!r:.60}; expected JSON") from error
 
 
 def _segments(row: Row, turns: int) -> list[Segment]:
@@ -267,7 +297,7 @@ def _chat(row: Row, number: int) -> Trajectory:
     trajectory = _episode(row, turns, number, rewards)
     trajectory.terminated = _optional(row, "terminated", bool, True)
     if trailing and not trajectory.terminated:
-        trajectory.final_observation = _joined(trailing)
+        trajectory.final_observation = _observed(trailing)
     return trajectory
 
 
@@ -327,15 +357,26 @@ def _dialogue(messages: Messages, name: str, opening: Messages) -> tuple[list[Tu
         if not context:
             place = "two assistant messages in a row" if turns else "an assistant message first"
             raise Malformed(f"field '{name}' has {place}; expected a message that it answers in between")
-        turns.append(Turn(_joined(context) if turns else context, _not_empty(message["content"], name)))
+        action = _not_empty(said_text(message), name)
+        observation = _observed(context) if turns else context
+        turns.append(Turn(observation, action, message=message if message.get("tool_calls") else None))
         context = []
     if not turns:
         raise Malformed(f"field '{name}' has no assistant message; expected at least one")
     return turns, context
 
 
-def _joined(messages: Messages) -> str:
+def _observed(messages: Messages) -> str | Messages:
+    """What comes between two actions: the user's words as one text, results of tools as messages."""
+    if any(message["role"] != "user" for message in messages):
+        return messages
     return "\n\n".join(message["content"] for message in messages)
+
+
+def said_text(message: dict[str, Any]) -> str:
+    """An assistant message for people: what it says, and a line of JSON for each call of a tool."""
+    calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or ()]
+    return "\n".join([*([message["content"]] if message["content"] else []), *calls])
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers
@@ -393,13 +434,44 @@ def _text_or_messages(row: Row, name: str) -> str | Messages:
 
 
 def _messages(row: Row, name: str) -> Messages:
-    messages = take(row, name, list)
-    for message in messages:
-        parts = [message.get("role"), message.get("content")] if isinstance(message, dict) else [None]
-        if not all(isinstance(part, str) for part in parts):
-            raise Malformed(
-                f"field '{name}' holds {message!r:.60}; expected messages with text in 'role' and 'content'"
-            )
+    return checked_messages(take(row, name, list), name)
+
+
+def checked_messages(messages: list, name: str) -> Messages:
+    """Messages with what chat templates read of them. Raises Malformed."""
     if not messages:
         raise Malformed(f"field '{name}' is empty; expected messages")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    return [checked_message(message, name) for message in messages]
+
+
+def checked_message(message: Any, name: str) -> dict[str, Any]:
+    """A message with what chat templates read of it: a call of tools may be without content. Raises Malformed."""
+    given = message if isinstance(message, dict) else {}
+    role, content, calls = given.get("role"), given.get("content"), _json_of(given, "tool_calls")
+    if calls and content is None:
+        content = ""
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise Malformed(f"field '{name}' holds {message!r:.60}; expected messages with text in 'role' and 'content'")
+    if role not in ROLES:
+        raise Malformed(f"field '{name}' has a message of the role {role!r:.40}; expected one of {', '.join(ROLES)}")
+    if calls and role != "assistant":
+        raise Malformed(f"field '{name}' has 'tool_calls' in a message of the role '{role}'; expected 'assistant'")
+    others = {key: given[key] for key in ("name", "tool_call_id") if isinstance(given.get(key), str)}
+    return {"role": role, "content": content} | ({"tool_calls": _checked_calls(calls, name)} if calls else {}) | others
+
+
+def _checked_calls(calls: Any, name: str) -> list[dict[str, Any]]:
+    """Calls of tools, with arguments as objects: templates write these out as JSON themselves."""
+    found = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Malformed(
+                f"field '{name}' has the tool call {call!r:.60}; expected an object with function.name and "
+                "function.arguments"
+            )
+        arguments = _json_of(function, "arguments")
+        if not isinstance(arguments, dict):
+            raise Malformed(f"field '{name}' has the tool arguments {arguments!r:.60}; expected an object")
+        found.append({"type": "function"} | call | {"function": function | {"arguments": arguments}})
+    return found

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from lmrl.errors import DataError, RunError
 from lmrl.trajectories.files import JsonLines, Malformed, Row, Rows, open_rows, quiet_datasets
 from lmrl.trajectories.rows import fingerprint, is_dialogue, parse, prompt_key, render, to_row
-from lmrl.trajectories.trajectory import Trajectory
+from lmrl.trajectories.trajectory import Trajectory, prompt_text
 
 SHARD_EPISODES = 1000
 VOCABULARY_ROWS = 10_000
@@ -153,7 +153,7 @@ def logged_texts(path: str, split: str = "train") -> list[str]:
             continue
         for episode in episodes:
             said = [text for turn in episode.turns for text in (turn.observation, turn.action) if isinstance(text, str)]
-            texts += [episode.prompt, *said, episode.final_observation or ""]
+            texts += [episode.prompt, *said, prompt_text(episode.final_observation or "")]
     return texts
 
 
@@ -279,7 +279,7 @@ def _json_line(row: Row) -> str:
 
 def _write_parquet(path: Path, rows: list[Row]) -> None:
     """One schema for all episodes: what is free-form in a row becomes JSON text."""
-    texts = [{name: json.dumps(row[name]) for name in ("metrics", "components")} for row in rows]
+    texts = [{name: json.dumps(row[name]) for name in ("metrics", "components")} | _message_texts(row) for row in rows]
     datasets = quiet_datasets()
     value, many = datasets.Value, datasets.List
     features = datasets.Features(
@@ -287,13 +287,17 @@ def _write_parquet(path: Path, rows: list[Row]) -> None:
             "group": value("int64"),
             "episode": value("int64"),
             "player": value("string"),
-            "prompt_messages": many({"role": value("string"), "content": value("string")}),
+            "prompt_messages": many(
+                {name: value("string") for name in ("role", "content", "tool_calls", "tool_call_id", "name")}
+            ),
             "turns": many(
                 {
                     "observation": value("string"),
                     "action": value("string"),
                     "reward": value("float64"),
                     "cut": value("bool"),
+                    "messages": value("string"),
+                    "message": value("string"),
                 }
             ),
             "final_observation": value("string"),
@@ -316,3 +320,19 @@ def _write_parquet(path: Path, rows: list[Row]) -> None:
     whole = [row | text for row, text in zip(rows, texts, strict=True)]
     columns = {name: [row[name] for row in whole] for name in features}
     datasets.Dataset.from_dict(columns, features=features).to_parquet(str(path))
+
+
+def _message_texts(row: Row) -> dict[str, Any]:
+    """The messages of a row, with what is not text in them as JSON."""
+
+    def flat(message: dict[str, Any]) -> dict[str, str | None]:
+        calls = message.get("tool_calls")
+        names = ("role", "content", "tool_call_id", "name")
+        return {name: message.get(name) for name in names} | {"tool_calls": json.dumps(calls) if calls else None}
+
+    turns = [
+        turn | {name: json.dumps(turn[name]) if turn.get(name) else None for name in ("messages", "message")}
+        for turn in row["turns"]
+    ]
+    messages = row["prompt_messages"]
+    return {"turns": turns, "prompt_messages": None if messages is None else list(map(flat, messages))}

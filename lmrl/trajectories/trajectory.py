@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
+"""`role` and `content`, text; of the assistant maybe `tool_calls`, of a tool `tool_call_id` and `name`."""
 
 CONTEXT = -1
 """In `Segment.turns`: a token the policy did not choose."""
@@ -45,11 +46,13 @@ class Segment:
 
 @dataclass
 class Turn:
-    """An exchange as text: what was observed (a prompt may be messages), what was done, and what was earned by it."""
+    """An exchange as text: what was observed (maybe messages), what was done, and what was earned by it."""
 
     observation: str | Messages
     action: str
     reward: float = 0.0
+    message: dict[str, Any] | None = None
+    """The assistant's message where it calls tools, of which `action` is the text for people."""
 
 
 @dataclass
@@ -81,7 +84,7 @@ class Trajectory:
     """The prompt as messages, where it is a dialogue."""
     turns: list[Turn] = field(default_factory=list)
     """The episode as text."""
-    final_observation: str | None = None
+    final_observation: str | Messages | None = None
     """Of a truncated episode: what would have come next."""
     player: str | None = None
     """Who played: a policy or a scripted player, where it is known."""
@@ -114,7 +117,9 @@ class Recorder:
     def __init__(self, trajectory: Trajectory, renderer: Any, history: int | str):
         self.trajectory, self.renderer, self.history = trajectory, renderer, history
         self._observation: str | Messages = ""
-        self._recent: list[tuple[str | Messages, str, list[int]]] = []  # observation, action and the action's tokens
+        self._recent: list[
+            tuple[str | Messages, dict, list[int]]
+        ] = []  # observation, the message that answered, its tokens
 
     def observe(self, observation: str | Messages) -> list[int]:
         """Put an observation into the trajectory; return the whole context of the action that follows."""
@@ -123,11 +128,12 @@ class Recorder:
             self._begin(observation)
         self._observation = observation
         if self.history == "all" and segments:
-            segments[-1].observe(renderer.next(observation, segments[-1].tokens[-1]))
+            said = self.trajectory.turns[-1].message
+            segments[-1].observe(renderer.next(observation, segments[-1].tokens[-1], said))
             return list(segments[-1].tokens)
         segment, earlier = Segment(), self._recent
         if renderer.chat:
-            dialogue = [message for seen, text, _ in earlier for message in [*as_messages(seen), _assistant(text)]]
+            dialogue = [message for seen, said, _ in earlier for message in [*as_messages(seen), said]]
             segment.observe(renderer.first(dialogue + as_messages(observation)))
         elif not earlier:
             segment.observe(renderer.first(observation))
@@ -140,17 +146,27 @@ class Recorder:
         segments.append(segment)
         return list(segment.tokens)
 
-    def act(self, text: str, tokens: list[int], logprobs: list[float] | None = None, cut: bool = False) -> None:
-        """Put the action that answers the last observation into the trajectory. cut: it ran into the token limit."""
+    def act(
+        self,
+        text: str,
+        tokens: list[int],
+        logprobs: list[float] | None = None,
+        cut: bool = False,
+        message: dict[str, Any] | None = None,
+    ) -> None:
+        """Put the action that answers the last observation into the trajectory.
+
+        cut: it ran into the token limit. message: the action, where it calls tools.
+        """
         turns = self.trajectory.turns
         self.trajectory.segments[-1].act(tokens, logprobs, len(turns))
         if cut:
             self.trajectory.cut_turns.append(len(turns))
-        turns.append(Turn(self._observation, text))
+        turns.append(Turn(self._observation, text, message=message))
         if self.history != "all" and self.history > 1:
-            self._recent = [*self._recent, (self._observation, text, tokens)][1 - self.history :]
+            self._recent = [*self._recent, (self._observation, message or _assistant(text), tokens)][1 - self.history :]
 
-    def truncate(self, observation: str) -> None:
+    def truncate(self, observation: str | Messages) -> None:
         """End with an observation that nobody answers: the state whose value the episode goes on with."""
         self.trajectory.terminated = False
         self.trajectory.final_observation = observation
@@ -168,8 +184,8 @@ def prompt_text(observation: str | Messages) -> str:
 
 def transcript(turns: list[Turn]) -> str:
     """What followed the prompt, for people: actions and the observations between them, one a line."""
-    lines = [line for turn in turns for line in (turn.observation, turn.action)]
-    return "\n".join(map(str, lines[1:]))
+    lines = [line for turn in turns for line in (prompt_text(turn.observation), turn.action)]
+    return "\n".join(lines[1:])
 
 
 def as_messages(observation: str | Messages) -> Messages:
