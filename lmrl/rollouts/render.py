@@ -7,7 +7,7 @@ from typing import Any
 from lmrl.errors import ModelError
 from lmrl.policy.encoding import Encoder, Part, absent, strings
 from lmrl.recipe import SpecialTokens
-from lmrl.trajectories.trajectory import Messages, as_messages
+from lmrl.trajectories.trajectory import Messages, as_messages, prompt_key
 
 SENTINEL = "LMRL-SENTINEL"
 """Stands for an action where the template's text around it is wanted; a number follows."""
@@ -36,8 +36,7 @@ class Renderer:
         if isinstance(observation, str) and not self.chat:
             tokens = self._encode(self.encoder.content(observation), opening=True)
         else:
-            messages = [{"role": "system", "content": self.system}] if self.system else []
-            tokens = self._encode(self.encoder.dialogue(messages + as_messages(observation)))
+            tokens = self._encode(self.encoder.dialogue(self._with_system(observation)))
         return tokens or [self._start_token()]
 
     def next(self, observation: str | Messages, last_token: int, said: dict[str, Any] | None = None) -> list[int]:
@@ -49,6 +48,23 @@ class Renderer:
             return self._encode(self.encoder.content(observation))
         tokens = self._encode(self._after_action(as_messages(observation), said=said))
         return tokens[1:] if tokens[:1] == [last_token] else tokens  # the policy has closed its turn by itself
+
+    def keys(self, prompt: str | Messages) -> set[str]:
+        """Names of a prompt, of which two that ask the model the same share at least one.
+
+        They may be written as text or as messages, rendered or not, with another system message or none.
+        """
+        messages = [message for message in as_messages(prompt) if message["role"] not in ("system", "developer")]
+        keys = {prompt_key(prompt), prompt_key(messages)}
+        if [message["role"] for message in messages] == ["user"]:
+            keys.add(messages[0]["content"])
+        if self.tokenizer.chat_template and (self.chat or isinstance(prompt, list)):
+            keys |= {
+                self.encoder.template(form)
+                for form in (as_messages(prompt), self._with_system(prompt), messages)
+                if form
+            }
+        return {key.strip() for key in keys} - {""}
 
     def action(self, text: str) -> list[int]:
         """An action written by someone else, closed as the chat template closes a turn, or with end-of-sequence."""
@@ -81,6 +97,9 @@ class Renderer:
     def plain(self, text: str) -> list[int]:
         """Context in the middle of a raw segment, without special tokens."""
         return self._encode(self.encoder.content(text))
+
+    def _with_system(self, observation: str | Messages) -> Messages:
+        return ([{"role": "system", "content": self.system}] if self.system else []) + as_messages(observation)
 
     def _encode(self, parts: list[Part], opening: bool = False) -> list[int]:
         """opening: with the special tokens that the tokenizer opens a text with."""

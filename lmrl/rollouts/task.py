@@ -16,7 +16,7 @@ from lmrl.rewards.rewards import RewardFunction, drop_failed, judge
 from lmrl.rollouts.render import Renderer
 from lmrl.seeding import stream
 from lmrl.trajectories.files import Malformed, read_rows
-from lmrl.trajectories.rows import checked_messages, prompt_key, prompt_of
+from lmrl.trajectories.rows import checked_messages, prompt_of
 from lmrl.trajectories.store import logged_texts
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -55,13 +55,19 @@ class Task:
     longest_prompt: int | None = None
     """Tokens of the longest prompt (None: known only when it is played)."""
     notes: list[str] = field(default_factory=list)
+    scored: set[str] = field(default_factory=set)
+    """Keys of the prompts that the recipe's suite scores."""
 
     def heldout_prompts(self) -> set[str]:
-        """Prompts that serve evaluation alone, as text."""
+        """Keys of the prompts that serve evaluation alone (see Renderer.keys)."""
         if self.judged_by != "reward" or self.heldout == self.training:
             return set()
+        return self.keys(self.heldout)
+
+    def keys(self, starts: list[int]) -> set[str]:
+        """Keys of the prompts with these numbers."""
         environment = self.make()
-        return {prompt_key(environment.rows[row][environment.column]) for row in self.heldout}
+        return set().union(*(self.renderer.keys(environment.rows[row][environment.column]) for row in starts))
 
     def judge(self, trajectories: list[Trajectory]) -> None:
         """Give every trajectory its reward; an environment has done so already."""

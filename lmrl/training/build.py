@@ -23,7 +23,7 @@ from lmrl.recipe.rates import with_rates
 from lmrl.recipe_files import locate_rewards
 from lmrl.rollouts.engine import Engine, build_engine
 from lmrl.rollouts.sampler import Sampler
-from lmrl.rollouts.task import build_task, task_texts
+from lmrl.rollouts.task import Task, build_task, task_texts
 from lmrl.seeding import seed_everything
 from lmrl.training.checkpoint import Progress
 from lmrl.training.display import Display
@@ -85,6 +85,7 @@ def build_stage(
 
     task = build_task(section, policy.tokenizer)
     task.learning = True
+    watch_suite(task, suite, policy.tokenizer, plays=recipe.source.name != "dataset")
     engine = build_engine(recipe.rollouts, policy, interrupt.check, run.folder)
     trust = Trust(policy, engine, recipe.rollouts)
     sampler = Sampler(task, engine, policy.decode)
@@ -199,6 +200,22 @@ def check_gate(recipe: Recipe, suite: Suite | None, strategy: Strategy) -> None:
         raise RecipeError(
             f"evaluation.gate takes the policy back to the best by the suite's first metric, '{first}': leave "
             f"evaluation.metric={metric} out"
+        )
+
+
+def watch_suite(task: Task, suite: Suite | None, tokenizer: Any, plays: bool) -> None:
+    """Tell a task which prompts its suite scores, and note where the task trains on them. plays: it trains on its own."""
+    if suite is None or task.judged_by != "reward" or not isinstance(suite.task, PromptTask):
+        return
+    scored = build_task(suite.task.model_copy(update={"rewards": []}), tokenizer)
+    task.scored = scored.keys(scored.heldout)
+    if not plays:
+        return
+    shared = sum(not task.keys([row]).isdisjoint(task.scored) for row in task.training)
+    if shared:
+        task.notes.append(
+            f"warning: {shared} of {len(task.training)} training prompts are in evaluation.suite as well, so its scores "
+            "flatter the policy: hold them out (task.prompts.holdout), or take them out of one of the files"
         )
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,9 @@ from lmrl.training.measures import SAMPLES_KEPT, peak_memory_mb
 from lmrl.training.sources import BAD_ROWS
 from lmrl.training.updater import schedule
 from lmrl.trajectories.files import Malformed, open_rows, quiet_datasets
-from lmrl.trajectories.rows import preference, prompt_key
-from lmrl.trajectories.store import report_bad_rows
-from lmrl.trajectories.trajectory import Messages, as_messages
+from lmrl.trajectories.rows import preference
+from lmrl.trajectories.store import UNMATCHED, report_bad_rows
+from lmrl.trajectories.trajectory import Messages, prompt_key
 
 LABEL = "reward model"
 COLUMNS = ["accuracy", "margin", "ece", "brier"]
@@ -80,16 +80,18 @@ def read_pairs(
     return pairs, notes
 
 
-def split_pairs(pairs: Sequence[Pair], share: float, reserved: Collection[str] = ()) -> tuple[list[int], list[int]]:
+def split_pairs(
+    pairs: Sequence[Pair], share: float, is_reserved: Callable[[str | Messages], bool] = lambda prompt: False
+) -> tuple[list[int], list[int]]:
     """Positions of the pairs to train on and to hold out: that share of the prompts, with all their pairs.
 
-    `reserved` prompts (their keys) are held out first, and further ones by a fixed draw that depends on nothing but
-    their number. Raises DataError where nothing is left to train on.
+    Reserved prompts are held out first, and further ones by a fixed draw that depends on nothing but their number.
+    Raises DataError where nothing is left to train on.
     """
     by_prompt: dict[str, list[int]] = {}
     for position, pair in enumerate(pairs):
         by_prompt.setdefault(prompt_key(pair.prompt), []).append(position)
-    held = {name for name, found in by_prompt.items() if _keys(pairs[found[0]].prompt) & set(reserved)}
+    held = {name for name, found in by_prompt.items() if is_reserved(pairs[found[0]].prompt)}
     others = [name for name in by_prompt if name not in held]
     missing = round(share * len(by_prompt)) - len(held)
     if share > 0 and not held:
@@ -104,12 +106,6 @@ def split_pairs(pairs: Sequence[Pair], share: float, reserved: Collection[str] =
             "out: lower objective.holdout or task.prompts.holdout, or give more pairs"
         )
     return train, sorted(position for name in held for position in by_prompt[name])
-
-
-def _keys(prompt: str | Messages) -> set[str]:
-    """Keys of a prompt in any way it may be written: as text, or as one message of the user."""
-    single = isinstance(prompt, list) and len(prompt) == 1
-    return {prompt_key(prompt), prompt_key(as_messages(prompt)), prompt[0]["content"] if single else ""} - {""}
 
 
 # ----------------------------------------------------------------------------------------------------------- measurement
@@ -164,11 +160,7 @@ class RewardModelStage:
         self.pairs, self.notes = read_pairs(source.path, source.split, source.skip_bad_rows, run.folder / BAD_ROWS)
         seed_everything(self.seed, name, "build")
         self.classifier = load_classifier(recipe.model, start, lambda: task_texts(recipe), options.max_length)
-        reserved = set()
-        if isinstance(recipe.task, PromptTask):
-            task = recipe.task.model_copy(update={"rewards": []})
-            reserved = build_task(task, self.classifier.tokenizer).heldout_prompts()
-        self.training, self.heldout = split_pairs(self.pairs, options.holdout, reserved)
+        self.training, self.heldout = split_pairs(self.pairs, options.holdout, self._reserved())
         self.heldout = self.heldout[: recipe.evaluation.episodes]
         self.tokens = {index: self._tokens(self.pairs[index]) for index in [*self.training, *self.heldout]}
         limit = self.classifier.max_tokens
@@ -176,6 +168,16 @@ class RewardModelStage:
         self.notes += [f"{full} of {len(self.tokens)} pairs reach {limit} tokens; of a longer text the end is kept"] * (
             full > 0
         )
+
+    def _reserved(self) -> Callable[[str | Messages], bool]:
+        """Whether the task holds a prompt out for evaluation."""
+        if not isinstance(self.recipe.task, PromptTask):
+            return lambda prompt: False
+        task = build_task(self.recipe.task.model_copy(update={"rewards": []}), self.classifier.tokenizer)
+        keys = task.heldout_prompts()
+        if keys and all(task.renderer.keys(pair.prompt).isdisjoint(keys) for pair in self.pairs):
+            self.notes.append(f"{self.recipe.source.path}: {UNMATCHED}")
+        return lambda prompt: not task.renderer.keys(prompt).isdisjoint(keys)
 
     def _tokens(self, pair: Pair) -> tuple[list[int], list[int]]:
         task = self.recipe.task

@@ -25,9 +25,8 @@ from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task, starts_for
 from lmrl.seeding import stream
 from lmrl.trajectories.chain import piece
-from lmrl.trajectories.rows import prompt_key
 from lmrl.trajectories.store import LoggedFile, read_episodes, write_episodes
-from lmrl.trajectories.trajectory import Trajectory
+from lmrl.trajectories.trajectory import Trajectory, prompt_key
 
 if TYPE_CHECKING:
     from lmrl.training.ahead import Ahead
@@ -416,6 +415,7 @@ def read_logged(source: LoggedEpisodes, task: Task, bad_rows: Path | None = None
         source.skip_bad_rows,
         bad_rows,
         source.max_tokens,
+        task.scored,
     )
     if file.needs_template and not task.renderer.tokenizer.chat_template:
         raise ModelError(f"{source.path}: holds dialogues, but the tokenizer has no chat template")

@@ -68,14 +68,6 @@ def prompt_of(row: Row, column: str = "prompt") -> str | Messages:
     return take(row, column, str, list)
 
 
-def prompt_key(prompt: str | Messages) -> str:
-    """Prompts with the same key are the same: of messages only role, content and calls of tools count."""
-    if isinstance(prompt, str):
-        return prompt
-    names = ("role", "content", "tool_calls")
-    return str([{name: message[name] for name in names if message.get(name) is not None} for message in prompt])
-
-
 # --------------------------------------------------------------------------------------------------------------- writing
 def to_row(trajectory: Trajectory, tokenizer: str | None = None) -> Row:
     """A trajectory in lmrl's own format; tokens are written where the fingerprint of their `tokenizer` is given."""
@@ -106,6 +98,19 @@ def to_row(trajectory: Trajectory, tokenizer: str | None = None) -> Row:
         "tokenizer": tokenizer,
         "segments": None if tokenizer is None else [dict(vars(segment)) for segment in trajectory.segments],
     }
+
+
+def prompts_of(trajectory: Trajectory) -> list[str | Messages]:
+    """What the policy answered: the prompt, and in a dialogue all of it up to each later turn."""
+    first = trajectory.turns[0].observation
+    prompts = [first]
+    if is_dialogue(trajectory):
+        dialogue = as_messages(first)
+        for turn, following in zip(trajectory.turns, trajectory.turns[1:], strict=False):
+            said = turn.message or {"role": "assistant", "content": turn.action}
+            dialogue = [*dialogue, said, *as_messages(following.observation)]
+            prompts.append(dialogue)
+    return prompts
 
 
 # --------------------------------------------------------------------------------------------------------------- reading

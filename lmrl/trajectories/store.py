@@ -13,10 +13,11 @@ from typing import Any, TextIO
 
 from lmrl.errors import DataError, RunError
 from lmrl.trajectories.files import JsonLines, Malformed, Row, Rows, open_rows, quiet_datasets
-from lmrl.trajectories.rows import fingerprint, is_dialogue, parse, prompt_key, render, to_row
-from lmrl.trajectories.trajectory import Trajectory, prompt_text
+from lmrl.trajectories.rows import fingerprint, is_dialogue, parse, prompts_of, render, to_row
+from lmrl.trajectories.trajectory import Trajectory, prompt_key, prompt_text
 
 SHARD_EPISODES = 1000
+UNMATCHED = "none of its prompts is among those that task.prompts.holdout keeps for evaluation, so no row is left out"
 VOCABULARY_ROWS = 10_000
 """Rows from whose text a model built from scratch takes its vocabulary."""
 SHARDS, SCRATCH = "data-*.parquet", ".writing-"
@@ -26,9 +27,11 @@ class LoggedFile:
     """Logged episodes, of any format that rows.py knows, which stay on disk.
 
     Opening goes through all rows once and checks their text; an episode is read and tokenised when it is asked for.
-    Episodes whose prompt's key is in `without` (held out for evaluation) and those that failed are left out.
+    Episodes with a prompt of which one of the renderer's keys is in `without` (held out for evaluation) and those that
+    failed are left out.
 
-    max_tokens: leave out longer episodes as well, for which all are tokenised once.
+    max_tokens: leave out longer episodes as well, for which all are tokenised once. scored: keys of prompts that a suite
+    scores, whose episodes are counted in a note.
 
     skip_bad_rows: count malformed rows and write them to `bad_rows`, one JSON object a line, instead of raising
     DataError with file, line, field and what was expected.
@@ -44,6 +47,7 @@ class LoggedFile:
         skip_bad_rows: bool = False,
         bad_rows: Path | None = None,
         max_tokens: int | None = None,
+        scored: Collection[str] = (),
     ):
         self.path, self.renderer, self.history, self.max_tokens = path, renderer, history, max_tokens
         self.tokenizer = fingerprint(renderer.tokenizer)
@@ -60,7 +64,7 @@ class LoggedFile:
         """Of each episode a number that it shares with those that can be compared with it: of the same prompt."""
         self._index, self._parts = array("q"), array("b")
         self._heldout: list[tuple[int, int, int]] = []
-        self._scan(without, skip_bad_rows, bad_rows)
+        self._scan(without, skip_bad_rows, bad_rows, scored)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -83,8 +87,10 @@ class LoggedFile:
         except Malformed as error:
             raise DataError(f"{self.rows.where(row)}: {error}") from error
 
-    def _scan(self, without: Collection[str], skip_bad_rows: bool, bad_rows: Path | None) -> None:
-        bad, failed, heldout, long = [], 0, 0, 0
+    def _scan(
+        self, without: Collection[str], skip_bad_rows: bool, bad_rows: Path | None, scored: Collection[str]
+    ) -> None:
+        bad, failed, heldout, long, shared = [], 0, 0, 0, 0
         for number, row in enumerate(self.rows.scan()):
             try:
                 if isinstance(row, Malformed):
@@ -100,10 +106,11 @@ class LoggedFile:
                     failed += 1
                 elif self._is_long(episode):
                     long += 1
-                elif without and (str(row.get("prompt")) in without or _prompt(episode) in without):
+                elif without and self._is_among(without, row, episode):
                     heldout += 1
                     self._heldout.append((number, part, _group(row, number, episode)))
                 else:
+                    shared += bool(scored) and self._is_among(scored, row, episode)
                     self._keep(number, part, episode)
                     self.groups.append(_group(row, number, episode))
         counts = {
@@ -113,6 +120,13 @@ class LoggedFile:
             f"episodes of more than {self.max_tokens} tokens": long,
         }
         self.notes += [f"{self.path}: left out {count} {what}" for what, count in counts.items() if count]
+        if without and not heldout:
+            self.notes.append(f"{self.path}: {UNMATCHED}")
+        if shared:
+            self.notes.append(
+                f"warning: {self.path}: {shared} episodes have prompts that are in evaluation.suite as well, so its "
+                "scores flatter the policy: take them out of one of the files"
+            )
         if bad and bad_rows is not None:
             report_bad_rows(self.rows, bad, bad_rows)
         if not len(self):
@@ -127,6 +141,12 @@ class LoggedFile:
             if value is not None:
                 self.measures.setdefault(name, array("d")).append(value)
                 self.measured.setdefault(name, array("q")).append(len(self) - 1)
+
+    def _is_among(self, keys: Collection[str], row: Row, episode: Trajectory) -> bool:
+        """Whether one of its prompts has one of these keys."""
+        stated = row.get("prompt")
+        prompts = [*([stated] if isinstance(stated, str) else []), *prompts_of(episode)]
+        return any(not self.renderer.keys(prompt).isdisjoint(keys) for prompt in prompts)
 
     def _is_long(self, episode: Trajectory) -> bool:
         if self.max_tokens is None:

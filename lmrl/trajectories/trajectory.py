@@ -182,6 +182,14 @@ def prompt_text(observation: str | Messages) -> str:
     return observation if isinstance(observation, str) else "\n".join(str(one["content"]) for one in observation)
 
 
+def prompt_key(prompt: str | Messages) -> str:
+    """Prompts with the same key are the same: of messages only role, content and calls of tools count."""
+    if isinstance(prompt, str):
+        return prompt
+    names = ("role", "content", "tool_calls")
+    return str([{name: message[name] for name in names if message.get(name) is not None} for message in prompt])
+
+
 def transcript(turns: list[Turn]) -> str:
     """What followed the prompt, for people: actions and the observations between them, one a line."""
     lines = [line for turn in turns for line in (prompt_text(turn.observation), turn.action)]
