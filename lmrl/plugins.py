@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lmrl.errors import PluginError, did_you_mean
+from lmrl.guard import foreign
 
 
 def load_plugin(name: str, key: str) -> Any:
@@ -24,12 +25,13 @@ def load_plugin(name: str, key: str) -> Any:
     if not target or not attribute:
         raise PluginError(f"{key}: '{name}' should be file.py:name or a dotted path")
     try:
-        module = _import_file(Path(target)) if target.endswith(".py") else importlib.import_module(target)
+        with foreign(target):
+            module = _import_file(Path(target)) if target.endswith(".py") else importlib.import_module(target)
     except FileNotFoundError as error:
         raise PluginError(f"{key}: file '{target}' does not exist") from error
     except ModuleNotFoundError as error:
         raise PluginError(f"{key}: '{name}' cannot be imported: no module named '{error.name}'") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(f"{key}: importing '{target}' failed: {type(error).__name__}: {error}") from error
     found = module
     for part in attribute.split("."):

@@ -49,6 +49,7 @@ class Run:
         """writes: False for a process that leaves writing to the main one."""
         self.folder, self.recipe, self.writes = folder, recipe, writes
         self._files: dict[str, Any] = {}
+        self._process = os.getpid()
         if not self.writes:
             return
         self._lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until the process ends
@@ -98,7 +99,7 @@ class Run:
             self._append(SAMPLES_FILE, line)
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        if not self.writes:
+        if not self.writes or os.getpid() != self._process:  # one that was forked off has no run to write to
             return
         if name not in self._files:
             self._files[name] = open(self.folder / name, "a", encoding="utf-8")  # noqa: SIM115

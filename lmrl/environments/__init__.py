@@ -8,6 +8,7 @@ from typing import Any
 
 from lmrl.environments.base import TextEnvironment, limits_of
 from lmrl.errors import LmrlError, PluginError
+from lmrl.guard import foreign
 from lmrl.plugins import load_plugin
 
 SHIPPED = {
@@ -21,12 +22,12 @@ __all__ = ["SHIPPED", "TextEnvironment", "environment_factory", "limits_of"]
 def environment_factory(task: Any) -> Callable[[], Any]:
     """A function that makes one environment of a recipe's `task` section."""
     cls = load_plugin(SHIPPED.get(task.environment, task.environment), "task.environment")
-    make = partial(cls, **task.options)
+    make = partial(_make, cls, task.environment, task.options)
     try:
         environment = make()
     except LmrlError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
         raise PluginError(
             f"task: environment '{task.environment}' cannot be made with these options: {reason}"
@@ -37,3 +38,8 @@ def environment_factory(task: Any) -> Callable[[], Any]:
                 f"task.environment: '{task.environment}' has no {method}(): it is no gymnasium environment"
             )
     return make
+
+
+def _make(cls: type, name: str, options: dict[str, Any]) -> Any:
+    with foreign(f"environment {name}"):
+        return cls(**options)

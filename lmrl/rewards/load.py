@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lmrl.errors import LmrlError, PluginError, RewardError, did_you_mean
+from lmrl.guard import foreign
 from lmrl.plugins import load_plugin
 from lmrl.recipe import STAGE_PREFIX, Reward, SpecialTokens
 from lmrl.rewards.rewards import RewardFunction
@@ -69,7 +70,9 @@ def local_call(spec: Reward, key: str) -> tuple[Callable[..., Any], str]:
     if unknown:
         raise PluginError(f"{key}: '{spec.what}' takes no option '{sorted(unknown)[0]}' (it takes {', '.join(names)})")
     is_async = inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(type(found).__call__)
-    call = partial(_call, found, None if takes_all else names, options, spec.timeout if is_async else None)
+    call = partial(
+        _call, found, None if takes_all else names, options, spec.timeout if is_async else None, origin_of(spec)
+    )
     call.limits_itself = is_async or spec.kind == "url"
     return call, origin_of(spec)
 
@@ -80,7 +83,8 @@ def _make(cls: type, options: dict[str, Any], name: str, key: str) -> Any:
         if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
             for option in set(options) - set(parameters):
                 raise PluginError(f"{key}: '{name}' takes no option '{option}'{did_you_mean(option, parameters)}")
-        return cls(**options)
+        with foreign(f"reward {name}"):
+            return cls(**options)
     except PluginError:
         raise
     except LmrlError as error:
@@ -91,12 +95,19 @@ def _make(cls: type, options: dict[str, Any], name: str, key: str) -> Any:
 
 
 def _call(
-    function: Callable[..., Any], names: set[str] | None, options: dict[str, Any], timeout: float | None, **columns: Any
+    function: Callable[..., Any],
+    names: set[str] | None,
+    options: dict[str, Any],
+    timeout: float | None,
+    origin: str,
+    /,
+    **columns: Any,
 ) -> Any:
     """Call a function with the columns it takes; an async one is awaited, for `timeout` seconds at most."""
     chosen = {name: value for name, value in columns.items() if names is None or name in names}
-    result = function(**chosen, **options)
-    return _await(result, timeout) if inspect.iscoroutine(result) else result
+    with foreign(f"reward {origin}"):
+        result = function(**chosen, **options)
+        return _await(result, timeout) if inspect.iscoroutine(result) else result
 
 
 def _await(coroutine: Coroutine, timeout: float | None) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmrl import world
+from lmrl.guard import foreign
 from lmrl.rollouts.engine import Completion, Engine, Sampling
 from lmrl.rollouts.task import Task
 from lmrl.seeding import key, stream
@@ -26,7 +27,7 @@ class _Episode:
     turn: int = 0
     over: bool = False
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         self.over = True
         self.trajectory.reward = None
         self.trajectory.failure = f"environment raised {type(error).__name__}: {error}"
@@ -75,7 +76,8 @@ class Sampler:
             episode.trajectory.player = player
             while not episode.over:
                 episode.recorder.observe(episode.observation)
-                text = episode.environment.act(player, rng)
+                with foreign("the environment"):
+                    text = episode.environment.act(player, rng)
                 self._act(episode, self.task.renderer.action(text), None, text, "eos")
         return self._finish(episodes)
 
@@ -98,10 +100,11 @@ class Sampler:
                 # Episodes of a group begin alike: a start state that is drawn is drawn from the group's own seed.
                 seed = key(*name, "start", group) % 2**31
                 try:
-                    episode.observation, info = episode.environment.reset(seed=seed, options=options)
+                    with foreign("the environment"):
+                        episode.observation, info = episode.environment.reset(seed=seed, options=options)
                     check_text(episode.observation)
                     trajectory.columns = info.get("columns", {})
-                except Exception as error:
+                except (Exception, SystemExit) as error:
                     episode.fail(error)
                 episodes.append(episode)
         return episodes
@@ -110,12 +113,13 @@ class Sampler:
         trajectory = episode.trajectory
         episode.recorder.act(text, tokens, logprobs, cut=end == "length")
         try:
-            observation, reward, terminated, truncated, info = episode.environment.step(text)
+            with foreign("the environment"):
+                observation, reward, terminated, truncated, info = episode.environment.step(text)
             observation, reward = check_text(observation), float(reward)
             if not math.isfinite(reward):
                 raise ValueError(f"step() returned the reward {reward}")
             metrics = {name: float(value) for name, value in info.get("metrics", {}).items()}
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             episode.fail(error)
             return
         trajectory.place_reward(reward, episode.turn)

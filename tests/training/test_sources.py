@@ -188,13 +188,8 @@ def test_a_held_out_prompt_is_known_in_any_form(tmp_path, tiny_folder, options, 
     renderer = Renderer(tokenizer, **options)
     task = Task(lambda: PromptEnvironment(prompts, "prompt"), renderer, [1], [0], judged_by="reward")
     other = {"chosen": "m n", "rejected": "m o"} if "chosen" in row else {"prompt": "z", "completion": "y"}
-    if {
-        prompts[0]["prompt"] if not renderer.chat and isinstance(prompts[0]["prompt"], str) else "",
-        row_prompt(row),
-    } == {
-        "a",
-        RENDERED,
-    }:
+    stated = "" if renderer.chat or isinstance(prompts[0]["prompt"], list) else prompts[0]["prompt"]
+    if {stated, row_prompt(row)} == {"a", RENDERED}:
         pytest.skip("raw text is another prompt than rendered text")
     file = read_logged(dataset(path=lines(tmp_path / "data.jsonl", [row, other])), task)
     assert {episode.completion for episode in file.heldout()} == {"x", "y"} - ({"y"} if "chosen" not in row else set())
