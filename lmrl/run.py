@@ -109,8 +109,8 @@ class Run:
     def recorded(self, stage: str, kind: str) -> list[dict[str, Any]]:
         """Lines of a kind that a stage has in metrics.jsonl."""
         path = self.folder / METRICS_FILE
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [line for line in map(json.loads, lines) if (line["stage"], line["kind"]) == (stage, kind)]
+        lines = [_line(text) for text in path.read_bytes().splitlines()] if path.exists() else []
+        return [line for line in lines if line and (line["stage"], line.get("kind")) == (stage, kind)]
 
     def sync(self) -> None:
         """Put what was recorded on disk; called before a checkpoint that counts on it."""
@@ -118,7 +118,10 @@ class Run:
             os.fsync(file.fileno())
 
     def cut(self, stage: str, step: int) -> None:
-        """Drop recorded lines of later steps and stages, and a torn last line: they will be written again."""
+        """Drop recorded lines of later steps and stages, and a torn last line: they will be written again.
+
+        Lines that cannot be read are put aside, in NAME.broken, and their neighbours stay.
+        """
         if not self.writes:
             return
         order = [*self.recipe.stages, MAIN_STAGE]
@@ -129,18 +132,29 @@ class Run:
             path = self.folder / name
             if not path.exists():
                 continue
-            kept = []
-            for text in path.read_text(encoding="utf-8").split("\n")[:-1]:
-                try:
-                    line = json.loads(text)
-                except json.JSONDecodeError:
+            kept, broken = [], []
+            for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+                line = _line(text)
+                if line is None or line["stage"] not in order:
+                    broken.append((number, text))
+                elif (line["stage"], line.get("kind")) == (stage, "final"):  # of its end, which is still to come
                     break
-                if (order.index(line["stage"]), line["step"]) > (order.index(stage), step):
-                    break
-                if (line["stage"], line.get("kind")) == (stage, "final"):  # of its end, which is still to come
-                    break
-                kept.append(text + "\n")
-            write_atomically(path, "".join(kept))
+                elif (order.index(line["stage"]), line["step"]) <= (order.index(stage), step):
+                    kept.append(text + b"\n")
+            if broken:
+                self._put_aside(path, broken)
+            write_atomically(path, b"".join(kept).decode())
+
+    def _put_aside(self, path: Path, broken: list[tuple[int, bytes]]) -> None:
+        """Keep lines that cannot be read beside the file they come from, and say so."""
+        aside = path.with_name(f"{path.name}.broken")
+        with open(aside, "ab") as file:
+            file.writelines(text + b"\n" for _, text in broken)
+        numbers = ", ".join(str(number) for number, _ in broken[:5]) + (", ..." if len(broken) > 5 else "")
+        print(
+            f"lmrl: warning: {path}: line {numbers} cannot be read: kept in {aside.name}, all others stay",
+            file=sys.stderr,
+        )
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
     def stage_folder(self, stage: str) -> Path:
@@ -195,6 +209,16 @@ class Run:
 
 def _visible(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if not path.name.startswith(".writing-")]
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    """A recorded line, or None where it is broken."""
+    try:
+        line = json.loads(text)
+    except ValueError:  # no JSON, or no UTF-8
+        return None
+    fine = isinstance(line, dict) and isinstance(line.get("stage"), str) and isinstance(line.get("step"), int)
+    return line if fine else None
 
 
 def step_name(step: int) -> str:

@@ -260,6 +260,7 @@ def _open(
             f"{key}: '{path}' is a sequence classifier, such as a reward model, and no language model: name it as "
             "`model` under task.rewards"
         )
+    refuse_missing(model, found["missing_keys"], auto, key, path)
     if complete and found["missing_keys"]:
         raise ModelError(
             f"{key}: '{path}' has no weights for '{sorted(found['missing_keys'])[0]}', so its scores would be random: "
@@ -273,6 +274,18 @@ def _open(
     return model, tokenizer
 
 
+def refuse_missing(model: nn.Module, missing: Iterable[str], auto: type, key: str, path: str) -> None:
+    """Raise ModelError where weights are missing that a fresh head does not explain: they would be random."""
+    trunk = f"{model.base_model_prefix}."
+    lost = sorted(name for name in missing if auto is CAUSAL_LM or name.startswith(trunk))
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise ModelError(
+            f"{key}: '{path}' has no weights for '{lost[0]}'{more}, which would be random: the folder is incomplete, "
+            "or its config.json describes another model"
+        )
+
+
 def _open_adapter(
     folder: Path,
     dtype: str,
@@ -283,7 +296,7 @@ def _open_adapter(
     complete: bool,
     more: dict[str, Any],
 ) -> tuple[nn.Module, Any]:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 
     config = PeftConfig.from_pretrained(str(folder))
     if auto is CLASSIFIER:
@@ -299,6 +312,10 @@ def _open_adapter(
     base = config.base_model_name_or_path
     model, tokenizer = _open(base, dtype, trust_remote_code, config.revision, auto=auto, key=key, **more)
     model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
+    present = set(load_peft_weights(str(folder), device="cpu"))
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if lost := sorted(set(expected) - present):
+        raise ModelError(f"{key}: the adapter '{folder}' has no weights for '{lost[0]}', which would be random")
     if (folder / "tokenizer_config.json").exists():
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
     return model, tokenizer

@@ -55,6 +55,8 @@ class Task:
     longest_prompt: int | None = None
     """Tokens of the longest prompt (None: known only when it is played)."""
     notes: list[str] = field(default_factory=list)
+    positions: int | None = None
+    """Tokens of context that the model has positions for (None: any number)."""
     scored: set[str] = field(default_factory=set)
     """Keys of the prompts that the recipe's suite scores."""
 

@@ -85,6 +85,7 @@ def build_stage(
 
     task = build_task(section, policy.tokenizer)
     task.learning = True
+    task.positions = policy.max_length
     watch_suite(task, suite, policy.tokenizer, plays=recipe.source.name != "dataset")
     engine = build_engine(recipe.rollouts, policy, interrupt.check, run.folder)
     trust = Trust(policy, engine, recipe.rollouts)

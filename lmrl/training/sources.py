@@ -416,6 +416,7 @@ def read_logged(source: LoggedEpisodes, task: Task, bad_rows: Path | None = None
         bad_rows,
         source.max_tokens,
         task.scored,
+        task.positions,
     )
     if file.needs_template and not task.renderer.tokenizer.chat_template:
         raise ModelError(f"{source.path}: holds dialogues, but the tokenizer has no chat template")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from lmrl.errors import DataError, RunError
+from lmrl.policy.encoding import strings
 from lmrl.trajectories.files import JsonLines, Malformed, Row, Rows, open_rows, quiet_datasets
 from lmrl.trajectories.rows import fingerprint, is_dialogue, parse, prompts_of, render, to_row
 from lmrl.trajectories.trajectory import Trajectory, prompt_key, prompt_text
@@ -31,7 +34,8 @@ class LoggedFile:
     failed are left out.
 
     max_tokens: leave out longer episodes as well, for which all are tokenised once. scored: keys of prompts that a suite
-    scores, whose episodes are counted in a note.
+    scores, whose episodes are counted in a note. positions: tokens that the model has positions for; longer episodes are
+    left out.
 
     skip_bad_rows: count malformed rows and write them to `bad_rows`, one JSON object a line, instead of raising
     DataError with file, line, field and what was expected.
@@ -48,8 +52,10 @@ class LoggedFile:
         bad_rows: Path | None = None,
         max_tokens: int | None = None,
         scored: Collection[str] = (),
+        positions: int | None = None,
     ):
         self.path, self.renderer, self.history, self.max_tokens = path, renderer, history, max_tokens
+        self.positions = positions
         self.tokenizer = fingerprint(renderer.tokenizer)
         self.rows = open_rows(path, split)
         self.returns: list[float | None] = []
@@ -90,7 +96,7 @@ class LoggedFile:
     def _scan(
         self, without: Collection[str], skip_bad_rows: bool, bad_rows: Path | None, scored: Collection[str]
     ) -> None:
-        bad, failed, heldout, long, shared = [], 0, 0, 0, 0
+        bad, failed, heldout, long, beyond, shared = [], 0, 0, 0, 0, 0
         for number, row in enumerate(self.rows.scan()):
             try:
                 if isinstance(row, Malformed):
@@ -104,7 +110,9 @@ class LoggedFile:
             for part, episode in enumerate(episodes):
                 if episode.failure is not None:
                     failed += 1
-                elif self._is_long(episode):
+                elif (length := self._length(episode)) > (self.positions or math.inf):
+                    beyond += 1
+                elif length > (self.max_tokens or math.inf):
                     long += 1
                 elif without and self._is_among(without, row, episode):
                     heldout += 1
@@ -118,6 +126,7 @@ class LoggedFile:
             "episodes that failed when they were played": failed,
             "episodes of held-out prompts": heldout,
             f"episodes of more than {self.max_tokens} tokens": long,
+            f"episodes of more than the {self.positions} tokens that the model has positions for": beyond,
         }
         self.notes += [f"{self.path}: left out {count} {what}" for what, count in counts.items() if count]
         if without and not heldout:
@@ -148,11 +157,28 @@ class LoggedFile:
         prompts = [*([stated] if isinstance(stated, str) else []), *prompts_of(episode)]
         return any(not self.renderer.keys(prompt).isdisjoint(keys) for prompt in prompts)
 
-    def _is_long(self, episode: Trajectory) -> bool:
-        if self.max_tokens is None:
-            return False
+    def _length(self, episode: Trajectory) -> int:
+        """Tokens of its longest segment, or at least as many where that is no more than both limits."""
+        if self.max_tokens is None and (self.positions is None or self._surely_fits(episode)):
+            return 0
         segments = render(episode, self.renderer, self.history).segments
-        return max((len(segment.tokens) for segment in segments), default=0) > self.max_tokens
+        return max((len(segment.tokens) for segment in segments), default=0)
+
+    def _surely_fits(self, episode: Trajectory) -> bool:
+        """Whether its characters are so few that it need not be tokenised: a token has at least one byte."""
+        if episode.segments:
+            return False
+        texts = strings([[turn.observation, turn.action, turn.message] for turn in episode.turns])
+        size = sum(len(text.encode("utf-8", "replace")) for text in texts)
+        return size + self._frame * (len(episode.turns) + 1) <= self.positions
+
+    @cached_property
+    def _frame(self) -> int:
+        """Tokens that opening a segment and closing a turn add to the text, at most."""
+        openings = [self.renderer.first("a")]
+        if self.renderer.tokenizer.chat_template:
+            openings.append(self.renderer.first([{"role": "user", "content": "a"}]))
+        return 2 * max(map(len, openings)) + 16
 
 
 def report_bad_rows(rows: Rows, bad: list[tuple[int, str]], target: Path) -> None:

@@ -1,13 +1,16 @@
 """Policies: from scratch, from folders, with adapters; what is saved reads back as it was."""
 
+import shutil
+
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmrl.errors import ModelError
 from lmrl.policy.heads import HeadsSpec
-from lmrl.policy.load import load_policy, load_weights, open_policy
+from lmrl.policy.load import load_classifier, load_policy, load_weights, open_policy
 from lmrl.policy.passes import Want
 from lmrl.policy.policy import Policy
 from lmrl.policy.tokenizers import build_tokenizer
@@ -171,3 +174,45 @@ def test_tokenizers_round_trip(tmp_path):
 def test_what_cannot_be_built_is_named(options, message):
     with pytest.raises(ModelError, match=message):
         load_policy(Model(**options), texts=lambda: ["abc"])
+
+
+# -------------------------------------------------------------------------------------------------------- missing weights
+def copied(folder, target, change):
+    """A model folder whose weights have been changed."""
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("load", [lambda path: load_policy(Model(path=path)), open_policy, lambda path: load_classifier(Model(path=path))])  # fmt: skip
+def test_a_model_without_all_its_weights_is_refused(tmp_path, tiny_folder, name, load):
+    folder = copied(tiny_folder, tmp_path / "model", lambda tensors: tensors.pop(name))
+    with pytest.raises(ModelError, match=f"model.path: '{folder}' has no weights for '{name}', which would be random"):
+        load(str(folder))
+
+
+def test_a_missing_layer_is_refused(tmp_path, tiny_folder):
+    def drop_layer(tensors):
+        for name in [name for name in tensors if ".layers.1." in name]:
+            del tensors[name]
+
+    folder = copied(tiny_folder, tmp_path / "model", drop_layer)
+    with pytest.raises(ModelError, match="has no weights for 'model.layers.1.input_layernorm.weight' and 8 more"):
+        load_policy(Model(path=str(folder)))
+
+
+def test_an_adapter_without_all_its_weights_is_refused(tmp_path, tiny_folder):
+    policy = load_policy(Model(path=str(tiny_folder), lora=Lora(r=2)))
+    policy.save(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    del tensors[name]
+    save_file(tensors, path)
+    with pytest.raises(
+        ModelError, match=r"the adapter '.*adapter' has no weights for '.*lora_A.*', which would be random"
+    ):
+        load_policy(Model(path=str(tmp_path / "adapter"), lora=Lora(r=2)))

@@ -222,3 +222,17 @@ def test_json_lines_keep_only_where_lines_begin(tmp_path):
     assert [rows[index]["n"] for index in (1999, 0, 1234, 5)] == [1999, 0, 1234, 5]
     held = sum(value.nbytes for value in vars(rows).values() if hasattr(value, "nbytes"))
     assert held == 2000 * 16 and rows.where(5) == f"{path}, line 6"
+
+
+@pytest.mark.parametrize("special", ["", "<eos>"])
+def test_episodes_beyond_the_models_positions_are_left_out(tmp_path, tokenizer, special):
+    rows = [{"prompt": "a" * size + special, "completion": "b"} for size in (1, 30, 31, 500)]
+    path = lines(tmp_path / "data.jsonl", rows)
+    room = 32 + len(special)  # prompt, completion and the end of sequence
+    file = LoggedFile(path, Renderer(tokenizer), positions=room)
+    assert [len(one.prompt) for one in map(file.__getitem__, range(len(file)))] == [1 + len(special), 30 + len(special)]
+    assert file.notes == [
+        f"{path}: left out 2 episodes of more than the {room} tokens that the model has positions for"
+    ]
+    both = LoggedFile(path, Renderer(tokenizer), positions=room, max_tokens=10)
+    assert len(both) == 1 and len(both.notes) == 2
