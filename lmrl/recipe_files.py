@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lmrl.errors import DataError, PluginError, RecipeError, did_you_mean
-from lmrl.recipe import CHOICES, MAIN_STAGE, REWARD_MODEL, STAGE_PREFIX, Recipe, Reward
+from lmrl.recipe import CHOICES, MAIN_STAGE, REWARD_MODEL, STAGE_PREFIX, EpisodeLimits, Recipe, Reward
 
 Keys = tuple[str | int, ...]
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".gz")
@@ -149,15 +150,45 @@ def apply_override(document: Document, override: str) -> None:
     except yaml.YAMLError as error:
         raise RecipeError(f"override '{override}': the value is not valid YAML") from error
     keys: Keys = tuple(int(part) if part.isdigit() else part for part in name.split("."))
+    _check_stage(document.data, keys, override)
     target: Any = document.data
     for depth, key in enumerate(keys[:-1]):
         target = _child(target, key, keys[: depth + 1], override)
     last = keys[-1]
     section = keys[-2] if len(keys) > 1 else None
     if section in CHOICES and last == CHOICES[section][0] and target.get(last) != value:
-        target.clear()  # another task, source or objective has other keys
+        _keep_shared(section, target, value, override)
     _put(target, last, value, keys, override)
     document.places[keys] = f"override {override}"
+
+
+def _check_stage(data: dict[str, Any], keys: Keys, override: str) -> None:
+    """An override changes stages that there are; a new one is written as a whole: `stages.NAME={...}`."""
+    stages = data.get("stages") or {}
+    if keys[0] != "stages" or len(keys) < 3 or not isinstance(stages, dict) or str(keys[1]) in map(str, stages):
+        return
+    if keys[1] == MAIN_STAGE:
+        raise RecipeError(
+            f"override '{override}': stages.{MAIN_STAGE} is what the top-level keys describe: set {dotted(keys[2:])}"
+        )
+    raise RecipeError(
+        f"override '{override}': the recipe has no stage '{keys[1]}'{did_you_mean(str(keys[1]), map(str, stages))}"
+        f"{' ' if stages else '; '}a new one is written as a whole: stages.{keys[1]}={{...}}"
+    )
+
+
+def _keep_shared(section: str, given: dict[str, Any], name: Any, override: str) -> None:
+    """Leave out the keys that another task, source or objective cannot have, and say which; what holds for any task stays."""
+    shared = EpisodeLimits.model_fields if section == "task" and "environment" in given else ()
+    lost = [key for key in given if key not in shared and key != CHOICES[section][0]]
+    for key in [*lost, CHOICES[section][0]]:
+        given.pop(key, None)
+    if lost:
+        left = ", ".join(f"{section}.{key}" for key in lost)
+        print(
+            f"lmrl: note: override {override} leaves out {left} of the recipe, which may not go with it",
+            file=sys.stderr,
+        )
 
 
 def _child(target: Any, key: str | int, keys: Keys, override: str) -> Any:

@@ -103,7 +103,7 @@ class Run:
             return
         if name not in self._files:
             self._files[name] = open(self.folder / name, "a", encoding="utf-8")  # noqa: SIM115
-        self._files[name].write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._files[name].write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
         self._files[name].flush()
 
     def recorded(self, stage: str, kind: str) -> list[dict[str, Any]]:

@@ -86,7 +86,10 @@ def test_mistakes_in_a_file(tmp_path, change, message):
         ("training.steps.more=1", "unknown key|valid integer"),
         ("task.rewards.0.weight=2", "unknown key 'task.rewards'"),
         ("objective.clip.high=2", "'objective.clip' holds a single value"),
-        ("stages.warm.objective.clp=1", r"unknown key 'stages.warm.objective.clp'"),
+        (
+            "stages.warm.objective.clp=1",
+            r"the recipe has no stage .warm.; a new one is written as a whole: stages.warm=",
+        ),
         ("stages.main.training.steps=3", "stages.main"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AllowInfNan, Field, model_validator
 
 from lmrl.recipe.base import Plugin, Section
 
@@ -12,6 +12,7 @@ SpecialTokens = Literal["text", "parse"]
 """What a special token's name, such as `<|im_end|>`, is inside prompts, observations, tool results and logged actions:
 text like any other, or that token (`parse`: for prompts that come rendered). A chat template's own are always tokens."""
 
+OpenEnd = Annotated[float, AllowInfNan(True)]
 STAGE_PREFIX = "stages/"
 """A reward's `model` that begins so is the result of an earlier stage of the same run."""
 
@@ -68,8 +69,8 @@ class Reward(Section):
     normalize: Literal["running"] | tuple[float, float] | None = None
     """Subtract a mean and divide by a standard deviation before weighting: [MEAN, STD], or `running`, those of all
     training samples so far (evaluation then reports the score as it is). Components stay as they were scored."""
-    clip: tuple[float, float] | None = None
-    """Lowest and highest value, after normalisation."""
+    clip: tuple[OpenEnd, OpenEnd] | None = None
+    """Lowest and highest value, after normalisation (-.inf and .inf: no limit on that side)."""
 
     @model_validator(mode="after")
     def _sensible(self) -> Reward:

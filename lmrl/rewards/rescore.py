@@ -10,15 +10,19 @@ import numpy as np
 from lmrl.errors import DataError
 from lmrl.rewards.rewards import RewardFunction, Scores, score
 from lmrl.trajectories.files import Malformed, Row, open_rows
-from lmrl.trajectories.rows import parse
+from lmrl.trajectories.rows import json_of, parse
 
 BATCH = 64
+FORMATS = ("prompt", "completion", "messages", "chosen", "rejected", "reward", "rewards", "terminated")
+"""Fields of logged data that hold the episode itself; all others are columns."""
 OF_RUNS = ("stage", "step", "kind", "reward", "components", "metrics", "failure")
 """Fields of a run's samples.jsonl that are no columns for rewards."""
 
 
 def read_samples(path: str, split: str = "train") -> list[Row]:
     """Rows with `prompt`, `completion`, maybe `reward`, and further columns: of a run's samples or any logged data.
+
+    Columns that lmrl has kept aside (`columns` of a run's samples and of collected episodes) are columns again.
 
     Raises DataError with file, line and what was expected; episodes of several turns have no single completion.
     """
@@ -38,8 +42,11 @@ def read_samples(path: str, split: str = "train") -> list[Row]:
                     f"{rows.where(number)}: has {len(episode.turns)} turns; expected a prompt and a completion"
                 )
             prompt = episode.turns[0].observation
+            others = {} if "turns" in row else {name: row[name] for name in row if name not in FORMATS}
             samples.append(
-                {
+                others
+                | {
+                    "columns": episode.columns,
                     "prompt": prompt,
                     "completion": episode.turns[0].action,
                     "reward": episode.reward,
@@ -51,9 +58,8 @@ def read_samples(path: str, split: str = "train") -> list[Row]:
 
 def columns_of(samples: Sequence[Row]) -> dict[str, list[Any]]:
     """Samples as a reward takes them: lists by column, completions as messages where the prompt is a dialogue."""
-    names = dict.fromkeys(name for sample in samples for name in sample)
-    others = [name for name in names if name not in (*OF_RUNS, "prompt", "completion")]
-    columns = {name: [sample.get(name) for sample in samples] for name in others}
+    given = [_columns(sample) for sample in samples]
+    columns = {name: [one.get(name) for one in given] for name in dict.fromkeys(name for one in given for name in one)}
     completions = [
         [{"role": "assistant", "content": sample["completion"]}]
         if isinstance(sample["prompt"], list) and isinstance(sample["completion"], str)
@@ -61,6 +67,13 @@ def columns_of(samples: Sequence[Row]) -> dict[str, list[Any]]:
         for sample in samples
     ]
     return columns | {"prompts": [sample["prompt"] for sample in samples], "completions": completions}
+
+
+def _columns(sample: Row) -> Row:
+    """All of a sample that is not the episode itself; columns that were kept aside keep their names."""
+    kept = json_of(sample, "columns")
+    own = {name: value for name, value in sample.items() if name not in (*OF_RUNS, "prompt", "completion")}
+    return {**{name: one for name, one in own.items() if name != "columns"}, **kept} if isinstance(kept, dict) else own
 
 
 def rescore(function: RewardFunction, samples: Sequence[Row]) -> Scores:

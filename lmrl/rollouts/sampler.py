@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +102,8 @@ class Sampler:
                 seed = key(*name, "start", group) % 2**31
                 try:
                     with foreign("the environment"):
-                        episode.observation, info = episode.environment.reset(seed=seed, options=options)
+                        result = episode.environment.reset(seed=seed, options=options)
+                    episode.observation, info = unpacked("reset", result, ("observation", "info"))
                     check_text(episode.observation)
                     trajectory.columns = info.get("columns", {})
                 except (Exception, SystemExit) as error:
@@ -114,10 +116,12 @@ class Sampler:
         episode.recorder.act(text, tokens, logprobs, cut=end == "length")
         try:
             with foreign("the environment"):
-                observation, reward, terminated, truncated, info = episode.environment.step(text)
-            observation, reward = check_text(observation), float(reward)
-            if not math.isfinite(reward):
-                raise ValueError(f"step() returned the reward {reward}")
+                result = episode.environment.step(text)
+            observation, reward, terminated, truncated, info = unpacked(
+                "step", result, ("observation", "reward", "terminated", "truncated", "info")
+            )
+            observation, reward = check_text(observation), checked_reward(reward)
+            terminated, truncated = checked_flag("terminated", terminated), checked_flag("truncated", truncated)
             metrics = {name: float(value) for name, value in info.get("metrics", {}).items()}
         except (Exception, SystemExit) as error:
             episode.fail(error)
@@ -154,3 +158,34 @@ def check_text(observation: Any) -> Any:
     if not isinstance(observation, str | list):
         raise TypeError(f"the observation is a {type(observation).__name__}, expected text")
     return observation
+
+
+def unpacked(method: str, result: Any, names: tuple[str, ...]) -> tuple:
+    """What a method of an environment returned, checked to be as many values as gymnasium asks for."""
+    if not isinstance(result, tuple | list) or len(result) != len(names):
+        count = f"{len(result)} values" if isinstance(result, tuple | list) else f"a {type(result).__name__}"
+        raise TypeError(f"{method}() returned {count}; expected {', '.join(names)}")
+    if not isinstance(result[-1], dict):
+        raise TypeError(f"{method}() returned the info {result[-1]!r:.60}; expected an object")
+    return tuple(result)
+
+
+def checked_reward(value: Any) -> float:
+    value = _plain(value)
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"step() returned the reward {value!r:.60} ({type(value).__name__}); expected a number")
+    if not math.isfinite(value):
+        raise ValueError(f"step() returned the reward {value}")
+    return float(value)
+
+
+def checked_flag(name: str, value: Any) -> bool:
+    value = _plain(value)
+    if not isinstance(value, bool | int) or value not in (0, 1):
+        raise TypeError(f"step() returned {name}={value!r:.60}; expected true or false")
+    return bool(value)
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of numpy or torch as a number of Python."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value

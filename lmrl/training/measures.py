@@ -83,7 +83,8 @@ def sample_line(stage: str, step: int, kind: str, trajectory: Trajectory) -> dic
         "metrics": trajectory.metrics,
     }
     cut = {"completion_cut": True} if trajectory.cut_turns else {}
-    return line | cut | ({"failure": trajectory.failure} if trajectory.failure else {})
+    columns = {"columns": trajectory.columns} if trajectory.columns else {}
+    return line | columns | cut | ({"failure": trajectory.failure} if trajectory.failure else {})
 
 
 def peak_memory_mb() -> int:

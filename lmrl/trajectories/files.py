@@ -103,11 +103,20 @@ class JsonLines(Rows):
 
     def _read(self, index: int) -> Row:
         try:
-            row = json.loads(self._line(index).decode())
+            line = self._line(index).decode("utf-8-sig")  # some editors begin a file with a byte-order mark
+            row = json.loads(line)
+            if "\\u" in line:
+                json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])[1:-1]
+            raise Malformed(
+                f"holds {half}, half of a character, which is no text: write the pair of both halves"
+            ) from error
         except UnicodeDecodeError as error:
             raise Malformed(f"not valid UTF-8 text: {error.reason}") from error
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise Malformed(f"not valid JSON: {getattr(error, 'msg', 'nested too deeply')}") from error
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", error)
+            raise Malformed(f"not valid JSON: {reason}") from error
         if not isinstance(row, dict):
             raise Malformed(f"holds a {type(row).__name__}, expected an object with keys")
         return row

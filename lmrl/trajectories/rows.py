@@ -11,6 +11,7 @@ lmrl's own format has one row an episode, the same in Parquet and JSONL:
     reward             the return; null: not judged
     metrics components objects of numbers (in Parquet as JSON text), of the environment and of the reward functions
     failure            why the episode could not be judged, or null
+    columns            further columns of the prompt, for reward functions (in Parquet as JSON text), or null
     group episode      episodes of a group began alike
     player             who played
     tokenizer          fingerprint of the tokenizer of ...
@@ -95,6 +96,7 @@ def to_row(trajectory: Trajectory, tokenizer: str | None = None) -> Row:
         "metrics": trajectory.metrics,
         "components": trajectory.components,
         "failure": trajectory.failure,
+        "columns": trajectory.columns or None,
         "tokenizer": tokenizer,
         "segments": None if tokenizer is None else [dict(vars(segment)) for segment in trajectory.segments],
     }
@@ -198,6 +200,10 @@ def _own(row: Row, number: int, tokenizer: str | None) -> Trajectory:
     trajectory.components = _numbers(row, "components")
     trajectory.metrics = _numbers(row, "metrics")
     trajectory.failure = _optional(row, "failure", str)
+    columns = json_of(row, "columns")
+    if columns is not None and not isinstance(columns, dict):
+        raise Malformed(f"field 'columns' is {columns!r:.60}; expected an object")
+    trajectory.columns = columns or {}
     if not trajectory.terminated:
         trajectory.final_observation = _optional(row, "final_observation", str)
     segments = _segments(row, len(turns))
@@ -220,16 +226,16 @@ def _turn(turn: Any, index: int) -> Row:
 
 
 def _observation(turn: Row, index: int) -> str | Messages:
-    messages = _json_of(turn, "messages")
+    messages = json_of(turn, "messages")
     return turn["observation"] if messages is None else checked_messages(messages, f"turns.{index}.messages")
 
 
 def _call(turn: Row, index: int) -> dict[str, Any] | None:
-    message = _json_of(turn, "message")
+    message = json_of(turn, "message")
     return None if message is None else checked_message(message, f"turns.{index}.message")
 
 
-def _json_of(row: Row, name: str) -> Any:
+def json_of(row: Row, name: str) -> Any:
     """A field that Parquet holds as JSON text."""
     if not isinstance(row.get(name), str):
         return row.get(name)
@@ -452,7 +458,7 @@ def checked_messages(messages: list, name: str) -> Messages:
 def checked_message(message: Any, name: str) -> dict[str, Any]:
     """A message with what chat templates read of it: a call of tools may be without content. Raises Malformed."""
     given = message if isinstance(message, dict) else {}
-    role, content, calls = given.get("role"), given.get("content"), _json_of(given, "tool_calls")
+    role, content, calls = given.get("role"), given.get("content"), json_of(given, "tool_calls")
     if calls and content is None:
         content = ""
     if not isinstance(role, str) or not isinstance(content, str):
@@ -475,7 +481,7 @@ def _checked_calls(calls: Any, name: str) -> list[dict[str, Any]]:
                 f"field '{name}' has the tool call {call!r:.60}; expected an object with function.name and "
                 "function.arguments"
             )
-        arguments = _json_of(function, "arguments")
+        arguments = json_of(function, "arguments")
         if not isinstance(arguments, dict):
             raise Malformed(f"field '{name}' has the tool arguments {arguments!r:.60}; expected an object")
         found.append({"type": "function"} | call | {"function": function | {"arguments": arguments}})

@@ -305,7 +305,7 @@ def write_episodes(path: Path, trajectories: Sequence[Trajectory], tokenizer: An
 
 
 def read_episodes(path: Path, tokenizer: Any) -> list[Trajectory]:
-    """All episodes of a file as they were written, token by token; only `columns` are left out.
+    """All episodes of a file as they were written, token by token.
 
     Raises DataError where they hold the tokens of another tokenizer.
     """
@@ -320,12 +320,16 @@ def read_episodes(path: Path, tokenizer: Any) -> list[Trajectory]:
 
 
 def _json_line(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
 
 
 def _write_parquet(path: Path, rows: list[Row]) -> None:
     """One schema for all episodes: what is free-form in a row becomes JSON text."""
-    texts = [{name: json.dumps(row[name]) for name in ("metrics", "components")} | _message_texts(row) for row in rows]
+    texts = [
+        {name: json.dumps(row[name], default=str) for name in ("metrics", "components", "columns")}
+        | _message_texts(row)
+        for row in rows
+    ]
     datasets = quiet_datasets()
     value, many = datasets.Value, datasets.List
     features = datasets.Features(
@@ -352,6 +356,7 @@ def _write_parquet(path: Path, rows: list[Row]) -> None:
             "metrics": value("string"),
             "components": value("string"),
             "failure": value("string"),
+            "columns": value("string"),
             "tokenizer": value("string"),
             "segments": many(
                 {

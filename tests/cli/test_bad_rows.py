@@ -43,16 +43,16 @@ def test_malformed_rows_stop_a_run_or_are_kept_aside(tmp_path):
 def test_it_holds_for_every_stage_that_reads_a_log():
     fresh = ["source={name: rollouts, best: 0.5}"]
     stages = [
-        "stages.one.training.steps=2",
-        "stages.two.source={name: dataset, player: random}",
-        "stages.three.source.best=0.2",
+        "stages.one={training: {steps: 2}}",
+        "stages.two={source: {name: dataset, player: random}}",
+        "stages.three={source: {best: 0.2}}",
     ]
     recipe = load_recipe("random_walks/bc", [*fresh, *stages])
     _skip_bad_rows(recipe)
     skips = {name: getattr(stage.source, "skip_bad_rows", None) for name, stage in stages_of(recipe).items()}
     assert skips == {"one": None, "two": True, "three": None, "main": None}
     recipe = load_recipe(
-        "random_walks/bc", ["stages.one.training.steps=2", "stages.two.source={name: rollouts, best: 0.2}"]
+        "random_walks/bc", ["stages.one={training: {steps: 2}}", "stages.two={source: {name: rollouts, best: 0.2}}"]
     )
     _skip_bad_rows(recipe)
     skips = {name: getattr(stage.source, "skip_bad_rows", None) for name, stage in stages_of(recipe).items()}

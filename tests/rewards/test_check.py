@@ -11,6 +11,9 @@ from lmrl.recipe import Reward
 from lmrl.rewards.check import EDGES, check_reward
 from lmrl.rewards.rescore import columns_of, correlations, read_samples
 from lmrl.rewards.workers import close_pools
+from lmrl.training.measures import sample_line
+from lmrl.trajectories.store import EpisodeWriter
+from lmrl.trajectories.trajectory import Trajectory, Turn
 
 REWARDS = """
 import itertools, os, time
@@ -142,6 +145,23 @@ def test_samples_of_any_format(tmp_path):
     path.write_text(json.dumps({"turns": [{"observation": "a", "action": "b"}] * 2}) + "\n")
     with pytest.raises(DataError, match="line 1: has 2 turns"):
         read_samples(str(path))
+
+
+def test_columns_are_kept_for_scoring_again(tmp_path):
+    """Those of a run's samples, of collected episodes in both kinds of file, and of other formats."""
+    trajectory = Trajectory([], "p", "a", reward=1.0, columns={"answer": 3, "kind": "x"}, turns=[Turn("p", "a", 1.0)])
+    line = sample_line("main", 1, "train", trajectory)
+    path = tmp_path / "samples.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    assert columns_of(read_samples(str(path)))["answer"] == [3]
+    for target in ("a.jsonl", "folder"):
+        with EpisodeWriter(tmp_path / target) as writer:
+            writer.write([trajectory])
+        columns = columns_of(read_samples(str(tmp_path / target)))
+        assert (columns["answer"], columns["kind"], columns["completions"]) == ([3], ["x"], ["a"])
+    messages = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]
+    path.write_text(json.dumps({"messages": messages, "answer": 3}) + "\n")
+    assert columns_of(read_samples(str(path)))["answer"] == [3]
 
 
 def test_dialogues_have_messages_for_completions():

@@ -203,7 +203,11 @@ def test_back_to_the_best_and_not_to_the_start(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Stage, "_step", breaks)
     changes = ["source.player=optimal", "source.batch_size=32", "training.steps=31", "optimizer.lr=1e-2"]
-    changes += ["stages.warm.training.steps=25", "stages.warm.evaluation.suite=null", "training.checkpoint_every=0"]
+    changes += [
+        "stages.warm={training: {steps: 25}}",
+        "stages.warm.evaluation.suite=null",
+        "training.checkpoint_every=0",
+    ]
     changes += ["evaluation.gate={drop: 1, every: 15, lr_factor: 0.1}", "stages.warm.evaluation.gate=null"]
     run_of(load_recipe("random_walks/bc", [*TINY_WALKS, *changes]), tmp_path / "run")
     lines = [line for line in metrics(tmp_path / "run") if line["stage"] == "main"]

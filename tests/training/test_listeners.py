@@ -110,7 +110,7 @@ def test_a_listener_goes_on_from_a_checkpoint(tmp_path, halving):
 
 
 def test_checkpoints_from_before_there_were_listeners(tmp_path):
-    train(load_recipe("random_walks/bc", [*QUICK, "stages.warm.training.steps=1"]), output=tmp_path / "whole")
+    train(load_recipe("random_walks/bc", [*QUICK, "stages.warm={training: {steps: 1}}"]), output=tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "old")
     for gone in ("final", "checkpoints/step-000004", "checkpoints/step-000006"):
         shutil.rmtree(tmp_path / "old/stages/main" / gone)

@@ -30,7 +30,7 @@ def test_expert_iteration(tmp_path):
 
 
 def test_labels(tmp_path):
-    changes = [*TINY_WALKS, *QUICK, "stages.filtered.source.best=0.2", "stages.again.start=model"]
+    changes = [*TINY_WALKS, *QUICK, "stages.filtered={source: {best: 0.2}}", "stages.again={start: model}"]
     result = train(load_recipe("random_walks/bc", changes), output=tmp_path / "run")
     assert list(result.scores) == ["data", "filtered BC", "BC", "BC (main)", "optimum"]
 
@@ -66,7 +66,7 @@ def test_new_values_need_a_log(tmp_path):
     changes = [*tiny, *QUICK, "source={name: rollouts}", "objective={name: ilql}", "rollouts.prompts=4"]
     with pytest.raises(RecipeError, match="'ilql' takes the unit of its new Q values from logged returns: set"):
         train(load_recipe("random_walks/bc", changes), output=tmp_path / "run")
-    logged = "stages.logged.source={name: dataset, player: random, episodes: 40, batch_size: 8}"
+    logged = "stages.logged={source: {name: dataset, player: random, episodes: 40, batch_size: 8}}"
     train(
         load_recipe("random_walks/bc", [*changes, logged]), output=tmp_path / "later"
     )  # values are there to start from

@@ -238,7 +238,7 @@ def test_a_run_goes_on_and_resumes(tmp_path, monkeypatch, capsys):
 
 
 def test_prediction_beside_measurement(tmp_path, capsys):
-    changes = [*SHORT, "stages.warmup.training.steps=1"]
+    changes = [*SHORT, "stages.warmup={training: {steps: 1}}"]
     train(load_recipe("random_walks/bc", changes), output=tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     found = [line for line in lines if "measured_mb" in line]
