@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ERRORS = "LMRL_ERRORS"
 """Environment variable: the folder in which a process leaves its error, for the launcher to show."""
-ENDED_AS_TOLD = {128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM}
+ENDED_AS_TOLD = {128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGHUP, -signal.SIGTERM}
 """Exit codes of processes that were told to end."""
 POLL_SECONDS, LAST_WORDS_SECONDS, GRACE_SECONDS = 0.1, 5.0, 10.0
 """Between two looks at the processes; for the others to say what went wrong, once one has failed; and to end when asked."""

@@ -103,13 +103,17 @@ def read_yaml(path: Path) -> Document:
     """Read a YAML mapping; duplicate keys and syntax errors name their line."""
     try:
         text = path.read_text(encoding="utf-8")
-        root, data = yaml.compose(text, Loader=_Loader), yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+        root = yaml.compose(text, Loader=_Loader)
+        _check_size(root, str(path))
+        data = yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise RecipeError(f"{path}: is nested too deeply to be a recipe") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, an integer of too many digits
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or " ".join(str(error).split())
         raise RecipeError(f"{path}{line}: not valid YAML: {reason}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
     document = Document({}, path)
     if root is None:
@@ -119,6 +123,35 @@ def read_yaml(path: Path) -> Document:
     _note_places(root, (), document)
     document.data = data
     return document
+
+
+MAX_VALUES = 100_000
+"""A recipe with more values, aliases written out, is none."""
+
+
+def _check_size(root: yaml.Node | None, where: str) -> None:
+    """Refuse YAML whose aliases lead back to themselves, or write out to more values than any recipe has."""
+    sizes: dict[int, int | None] = {}
+
+    def size(node: yaml.Node) -> int:
+        known = sizes.get(id(node), 0)
+        if known is None:
+            raise RecipeError(f"{where}, line {node.start_mark.line + 1}: refers to itself by an alias")
+        if known:
+            return known
+        sizes[id(node)] = None
+        inner = [one for pair in node.value for one in pair] if isinstance(node, yaml.MappingNode) else node.value
+        total = 1 + (0 if isinstance(node, yaml.ScalarNode) else sum(map(size, inner)))
+        if total > MAX_VALUES:
+            raise RecipeError(
+                f"{where}, line {node.start_mark.line + 1}: has more than {MAX_VALUES} values when its aliases are "
+                "written out"
+            )
+        sizes[id(node)] = total
+        return total
+
+    if root is not None:
+        size(root)
 
 
 def _note_places(node: yaml.Node, keys: Keys, document: Document) -> None:
@@ -146,9 +179,10 @@ def apply_override(document: Document, override: str) -> None:
     if not equals or not name:
         raise RecipeError(f"override '{override}' is not of the form key=value, for instance training.steps=50")
     try:
+        _check_size(yaml.compose(text, Loader=_Loader), f"override '{override[:60]}'")
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override '{override}': the value is not valid YAML") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(f"override '{override[:200]}': the value is not valid YAML") from error
     keys: Keys = tuple(int(part) if part.isdigit() else part for part in name.split("."))
     _check_stage(document.data, keys, override)
     target: Any = document.data

@@ -43,7 +43,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except BaseException as error:
         number = getattr(error, "number", None)  # training.interrupt.Interrupted, without importing torch to name it
-        if type(error).__name__ == "Interrupted" and number in (signal.SIGINT, signal.SIGTERM):
+        if type(error).__name__ == "Interrupted" and number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             sys.exit(128 + number)
         _abandon()
         if isinstance(error, Exception) and leave_error(traceback.format_exc(), 1, own=False):

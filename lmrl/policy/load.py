@@ -52,7 +52,7 @@ def load_policy(
         model, tokenizer = _from_scratch(options, texts)
         origin = None
     else:
-        origin = str(start) if start else options.path
+        origin = str(start) if start else str(_checkpoint_of(options.path))
         model, tokenizer = _open(
             origin, options.dtype, options.trust_remote_code, options.revision, trainable=options.lora is not None
         )
@@ -188,7 +188,7 @@ def load_weights(
         for name, other in load_peft_weights(str(folder), device="cpu").items():
             put(own[name], other)
     else:
-        saved, _ = _open(str(folder), trust_remote_code=trust_remote_code)
+        saved, _ = _open(str(folder), trust_remote_code=trust_remote_code, key="checkpoint")
         for parameter, other in zip(policy.model.parameters(), saved.parameters(), strict=True):
             put(parameter, other)
     policy.load_heads(folder, put)
@@ -261,6 +261,7 @@ def _open(
             "`model` under task.rewards"
         )
     refuse_missing(model, found["missing_keys"], auto, key, path)
+    refuse_broken(model, tokenizer, key, path)
     if complete and found["missing_keys"]:
         raise ModelError(
             f"{key}: '{path}' has no weights for '{sorted(found['missing_keys'])[0]}', so its scores would be random: "
@@ -283,6 +284,23 @@ def refuse_missing(model: nn.Module, missing: Iterable[str], auto: type, key: st
         raise ModelError(
             f"{key}: '{path}' has no weights for '{lost[0]}'{more}, which would be random: the folder is incomplete, "
             "or its config.json describes another model"
+        )
+
+
+def refuse_broken(model: nn.Module, tokenizer: Any, key: str, path: str) -> None:
+    """Raise ModelError for weights that are no numbers, and for tokens that have no embedding."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.sum())):
+            if not bool(torch.isfinite(parameter).all()):  # a sum may be infinite by itself
+                raise ModelError(
+                    f"{key}: '{path}' has NaN or infinity in '{name}': the file is damaged, or its training broke down"
+                )
+    embeddings = model.get_input_embeddings()
+    rows, tokens = getattr(embeddings, "num_embeddings", None), len(tokenizer)
+    if rows is not None and tokens > rows:
+        raise ModelError(
+            f"{key}: the tokenizer of '{path}' has {tokens} tokens, but the model embeds {rows}: they do not belong "
+            "together"
         )
 
 

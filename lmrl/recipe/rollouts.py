@@ -37,11 +37,11 @@ class Rollouts(Section):
     engine: Literal["hf", "vllm", "vllm-server"] = "hf"
     """hf: the policy's own transformers model; vllm: a copy of its weights in vLLM, in the same process; vllm-server: copies
     in one or several vLLM servers."""
-    prompts: int = Field(32, ge=1)
+    prompts: int = Field(32, ge=1, le=1_000_000)
     """Prompts (or start states) a step."""
-    samples: int = Field(1, ge=1)
+    samples: int = Field(1, ge=1, le=1_000_000)
     """Episodes for each prompt."""
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(64, ge=1, le=10_000_000)
     """Tokens a turn at most."""
     temperature: float = Field(1.0, ge=0)
     """Divides the logits; what is learned is the distribution at this temperature. 0: the likeliest token."""
@@ -51,7 +51,7 @@ class Rollouts(Section):
     """Draw from so many of the likeliest tokens (0: no limit)."""
     stop: list[str] = []
     """Strings that end a turn."""
-    slots: int = Field(256, ge=1)
+    slots: int = Field(256, ge=1, le=1_000_000)
     """Sequences decoded at a time; one that has ended gives its place to the next."""
     cache_tokens: int | None = Field(None, ge=1)
     """Tokens whose keys and values engine `hf` holds at a time, padding and what `max_new_tokens` may bring included (null: no

@@ -34,9 +34,9 @@ class LoggedEpisodes(Section):
     split: str = "train"
     player: Players | None = None
     """A scripted player of the environment, for instance `random`, or shares: `{random: 0.9, optimal: 0.1}`."""
-    episodes: int = Field(1000, ge=1)
+    episodes: int = Field(1000, ge=1, le=100_000_000)
     """How many episodes the player plays."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, le=1_000_000)
     """Episodes a step; of an objective that compares episodes, pairs."""
     max_tokens: int | None = Field(None, ge=1)
     """Episodes with more tokens are left out, and counted."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from lmrl.recipe.base import Section
 from lmrl.recipe.evaluations import OWN_TASK
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(Section):
@@ -20,7 +22,7 @@ class Optimizer(Section):
     """Learning rate (null: by what is learned, what is trained and the model's size, see lmrl/recipe/rates.py; `lmrl show` tells)."""
     head_lr: float | None = Field(None, gt=0)
     """Learning rate of value heads (null: of PPO's by the model's width; of Q heads `lr`, or 1e-3 where that is null too)."""
-    betas: tuple[float, float] | None = None
+    betas: tuple[Decay, Decay] | None = None
     """Decay rates of AdamW's means of gradients and of their squares (null: 0.9 and 0.95 for policy gradients, whose gradients may grow
     tenfold from one update to the next; else 0.9 and 0.999)."""
     eps: float = Field(1e-8, gt=0)

@@ -13,7 +13,7 @@ from lmrl.errors import LmrlError, RewardError
 from lmrl.recipe import Reward
 from lmrl.rewards.load import local_call
 from lmrl.rewards.rewards import checked_values, is_temporary
-from lmrl.rewards.workers import receive, send
+from lmrl.rewards.workers import packed, receive, send
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
         except (EOFError, OSError):
             return
         try:
-            answer = {"values": checked_values(origin, call(**arguments), len(arguments["prompts"]))}
+            answer = {"values": packed(checked_values(origin, call(**arguments), len(arguments["prompts"])))}
         except RewardError as error:
             answer = {"mistake": str(error)}
         except (Exception, SystemExit) as error:

@@ -57,6 +57,22 @@ def send(channel: socket.socket, message: Any) -> None:
     channel.sendall(struct.pack("<Q", len(data)) + data)
 
 
+def packed(values: list[Any]) -> list[Any]:
+    """A worker's values as JSON has them: a Failure in place of a value becomes an object."""
+    return [
+        {"failure": str(value), "temporary": value.temporary} if isinstance(value, Failure) else value
+        for value in values
+    ]
+
+
+def unpacked(values: list[Any]) -> list[Any]:
+    """What `packed` has packed."""
+    return [
+        Raised(value["failure"], value["temporary"]) if isinstance(value, dict) and "failure" in value else value
+        for value in values
+    ]
+
+
 def receive(channel: socket.socket) -> Any:
     """The next message. EOFError: the other side is gone; TimeoutError: it took longer than the channel's timeout."""
     size = struct.unpack("<Q", _read(channel, 8))[0]
@@ -127,7 +143,7 @@ class Worker:
             raise RewardError(answer["mistake"])
         if "raised" in answer:
             raise Raised(f"raised {answer['raised']}", answer["temporary"])
-        return answer["values"]
+        return unpacked(answer["values"])
 
     def end(self) -> str:
         """How the process ended, and the last it printed."""

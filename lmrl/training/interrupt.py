@@ -1,10 +1,15 @@
-"""SIGTERM and Ctrl-C: finish what must not be torn, save, then stop."""
+"""SIGTERM, SIGHUP and Ctrl-C: finish what must not be torn, save, then stop."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
+
+from lmrl.guard import waited_for
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
@@ -20,6 +25,8 @@ class Interrupt:
 
     `check()` raises Interrupted only where `safe` is set: while a rollout runs, when nothing has changed since the last
     finished step. In a thread beside the training it always does: what is played there can be played again.
+
+    A signal that comes while a reward or an environment runs is acknowledged, and where it is safe ends the call.
     """
 
     def __init__(self) -> None:
@@ -29,7 +36,9 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in STOPPING:
+                if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:  # nohup
+                    continue
                 self._previous[number] = signal.signal(number, self._catch)
         return self
 
@@ -41,6 +50,11 @@ class Interrupt:
         self.number = number
         for caught, handler in self._previous.items():
             signal.signal(caught, handler)
+        if call := waited_for():
+            ends = "ending it" if self.safe else "waiting for it; the same signal again ends the run at once"
+            os.write(2, f"lmrl: {signal.Signals(number).name} in the middle of {call}: {ends}\n".encode())
+            if self.safe:
+                raise Interrupted(number)
 
     def check(self) -> None:
         beside = threading.current_thread() is not threading.main_thread()

@@ -216,3 +216,36 @@ def test_an_adapter_without_all_its_weights_is_refused(tmp_path, tiny_folder):
         ModelError, match=r"the adapter '.*adapter' has no weights for '.*lora_A.*', which would be random"
     ):
         load_policy(Model(path=str(tmp_path / "adapter"), lora=Lora(r=2)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_with_weights_that_are_no_numbers_is_refused(tmp_path, tiny_folder, value):
+    def spoil(tensors):
+        tensors["model.norm.weight"][3] = value
+
+    folder = copied(tiny_folder, tmp_path / "model", spoil)
+    with pytest.raises(ModelError, match=f"model.path: '{folder}' has NaN or infinity in 'model.norm.weight'"):
+        load_policy(Model(path=str(folder)))
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, tiny_folder):
+    folder = copied(tiny_folder, tmp_path / "model", lambda tensors: None)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match=f"has {size + 1} tokens, but the model embeds {size}"):
+        load_policy(Model(path=str(folder)))
+
+
+def test_a_run_folder_with_an_adapter_has_a_reference(tmp_path, tiny_folder):
+    policy = load_policy(Model(path=str(tiny_folder), lora=Lora(r=2)))
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    policy.save(tmp_path / "run/stages/main/final")
+    again = load_policy(Model(path=str(tmp_path / "run"), lora=Lora(r=2)), reference=True)
+    fields = [again.score(to_batch(episodes()), reference=which)["logprobs"] for which in (False, True)]
+    for own, reference in zip(*fields, strict=True):
+        torch.testing.assert_close(own, reference)

@@ -347,3 +347,16 @@ def test_a_run_goes_on_with_a_reward_that_hangs_and_dies(tmp_path):
     assert failures["say 1"] == "reward.py:f timed out after 0.5 s"
     assert failures["say 2"] == "reward.py:f lost its worker: exit code 1"
     close_pools()
+
+
+def test_a_worker_hands_over_failures_in_place_of_values(tmp_path):
+    """As `lmrl.reward_models.judge.Judge` returns them."""
+    (tmp_path / "fails.py").write_text(
+        "from lmrl.rewards.workers import Failure\n"
+        "def f(prompts, completions):\n"
+        "    return [Failure('got no answer') if text == 'b' else {'score': 1.0, 'more': 2.0} for text in completions]\n"
+    )
+    (function,) = load_rewards([Reward(function=f"{tmp_path / 'fails.py'}:f", workers=1)])
+    found = score(function, {"prompts": ["p", "p"], "completions": ["a", "b"]})
+    assert found.values == [1.0, None] and found.extras[0] == {"more": 2.0}
+    assert found.causes == [None, "fails.py:f got no answer"]

@@ -1,6 +1,8 @@
 """The sampler: multi-turn episodes token by token, nothing re-tokenised, failures counted."""
 
+import numpy as np
 import pytest
+import torch
 
 from lmrl.environments import TextEnvironment
 from lmrl.errors import EpisodeError, ModelError
@@ -159,3 +161,51 @@ def test_heldout_rows_are_never_trained_on():
     assert len(heldout) == 20 and sorted(training + heldout) == list(range(100))
     assert split_rows(100, Prompts(path="x", holdout=0.2)) == (training, heldout)
     assert len(split_rows(3, Prompts(path="x", holdout=0.01))[1]) == 1
+
+
+class Returning(TextEnvironment):
+    """Returns from step() what it is told to."""
+
+    num_starts, players, result = 1, ("one",), None
+
+    def reset(self, *, seed=None, options=None):
+        return "a", {}
+
+    def act(self, player, rng):
+        return "b"
+
+    def step(self, action):
+        return self.result
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (("o", "1", True, False, {}), r"step\(\) returned the reward '1' \(str\); expected a number"),
+        (("o", None, True, False, {}), r"step\(\) returned the reward None \(NoneType\); expected a number"),
+        (("o", float("nan"), True, False, {}), r"step\(\) returned the reward nan"),
+        (("o", 1.0, None, False, {}), r"step\(\) returned terminated=None; expected true or false"),
+        (("o", 1.0, True, "no", {}), r"step\(\) returned truncated='no'; expected true or false"),
+        (
+            ("o", 1.0, True, {}),
+            r"step\(\) returned 4 values; expected observation, reward, terminated, truncated, info",
+        ),
+        (None, r"step\(\) returned a NoneType; expected observation"),
+        (("o", 1.0, True, False, None), r"step\(\) returned the info None; expected an object"),
+        ((7, 1.0, True, False, {}), "the observation is a int, expected text"),
+    ],
+)
+def test_what_step_returns_is_checked(tokenizer, result, message):
+    task = Task(type("Environment", (Returning,), {"result": result}), Renderer(tokenizer), [0], [0])
+    (episode,) = Sampler(task).play_scripted("one", [0], ("x",))
+    assert episode.reward is None
+    with pytest.raises(EpisodeError, match=message) as caught:
+        task.keep_judged([episode])
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(tokenizer):
+    result = ("o", np.float32(1.5), np.bool_(True), torch.tensor(False), {})
+    task = Task(type("Environment", (Returning,), {"result": result}), Renderer(tokenizer), [0], [0])
+    (episode,) = Sampler(task).play_scripted("one", [0], ("x",))
+    assert episode.reward == 1.5 and episode.terminated and episode.failure is None

@@ -1,0 +1,170 @@
+"""Hostile and unlucky input: one clear line that names thing, place and fix, exit code 2, and nothing is written."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from lmrl.cli import main
+from lmrl.errors import LmrlError
+from lmrl.policy.tokenizers import build_tokenizer
+from lmrl.recipe import Prompts, PromptTask
+from lmrl.rollouts.render import Renderer
+from lmrl.rollouts.task import build_task
+from lmrl.trajectories.store import LoggedFile
+
+RECIPE = """
+model: {config: {model_type: llama}}
+task: {environment: random_walks, graph: 3, history: 2}
+objective: {name: ppo}
+stages: {warmup: {source: {name: dataset, player: random}, objective: {name: likelihood}}}
+"""
+
+
+@pytest.fixture
+def lmrl(monkeypatch, capsys, tmp_path):
+    """Runs a command in this process: exit code, and what it wrote to the two streams."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lmrl", *arguments])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return left.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def bomb(levels=12, width=10):
+    lines = [f"a0: &a0 [{', '.join(['x'] * width)}]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * width)}]" for n in range(1, levels)]
+    return "\n".join(lines)
+
+
+FILES = [
+    (bomb(), r"mine.yaml, line \d+: has more than 100000 values when its aliases are written out"),
+    ("model: &m {config: *m}", r"mine.yaml, line \d+: refers to itself by an alias"),
+    ("&a [*a]", r"mine.yaml, line 1: refers to itself by an alias"),
+    ("model: " + "[" * 3000 + "]" * 3000, "mine.yaml: is nested too deeply to be a recipe"),
+    ("model: 2024-99-99", r"mine.yaml.*: not valid YAML|wrong value for 'model'"),
+    ("[1, 2]", "holds a sequence, but a recipe is a mapping"),
+    ("model: \x00", r"mine.yaml.*: not valid YAML"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), FILES, ids=range(len(FILES)))
+def test_files_that_are_no_recipes(lmrl, tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    check_line(lmrl("show", "mine.yaml"), message)
+
+
+OVERRIDES = [
+    ("optimizer.lr=.inf", r"wrong value for 'optimizer.lr' \(override optimizer.lr=.inf\): .*finite number"),
+    ("optimizer.eps=.inf", r"wrong value for 'optimizer.eps' .*finite number"),
+    ("optimizer.eps=.nan", r"wrong value for 'optimizer.eps' .*finite number"),
+    ("objective.kl_coef=.inf", r"wrong value for 'objective.kl_coef' .*finite number"),
+    ("optimizer.betas=[.nan, 2]", r"wrong value for 'optimizer.betas.0' .*finite number"),
+    ("optimizer.betas=[0.9, 2]", r"wrong value for 'optimizer.betas.1' .*less than 1"),
+    ("optimizer.betas=[true, 0.9]", r"optimizer.betas: expected a number, got true"),
+    ("optimizer.lr=true", r"optimizer.lr: expected a number, got true \(override optimizer.lr=true\)"),
+    ("training.steps=true", r"training.steps: expected a number, got true"),
+    ("training.steps='7'", r"training.steps: expected a number, got the text '7': leave out the quotes"),
+    ("training.max_nonfinite=.inf", r"wrong value for 'training.max_nonfinite'"),
+    ("rollouts.prompts=100000000000", r"wrong value for 'rollouts.prompts' .*less than or equal to 1000000"),
+    ("rollouts.samples=100000000000", r"wrong value for 'rollouts.samples'"),
+    ("rollouts.temperature=-.inf", r"wrong value for 'rollouts.temperature'"),
+    ("stages.warmpu.training.steps=2", r"the recipe has no stage 'warmpu'; did you mean 'warmup'\?"),
+    ("stages.main.training.steps=2", r"stages.main is what the top-level keys describe: set training.steps"),
+    ("stages.../../evil={training: {steps: 1}}", r"cannot name a stage|no stage"),
+    ("stages={'../../evil': {training: {steps: 1}}}", r"stages: '../../evil' cannot name a stage"),
+    ("stages={'': {training: {steps: 1}}}", r"stages: '' cannot name a stage"),
+    ("training.steps=" + "[" * 3000, r"override 'training.steps=\[+': the value is not valid YAML"),
+    ("training.steps=&a [*a]", r"refers to itself by an alias"),
+    ("task.special_tokens=maybe", r"wrong value for 'task.special_tokens' .*'text' or 'parse'"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), OVERRIDES, ids=[one[:40] for one, _ in OVERRIDES])
+def test_values_that_make_no_sense(lmrl, tmp_path, override, message):
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    check_line(lmrl("show", "mine.yaml", override), message)
+
+
+def check_line(result, message):
+    code, out, err = result
+    assert code == 2 and out == ""
+    assert err.startswith("lmrl: ") and err.count("\n") == 1 and "Traceback" not in err
+    assert re.search(message, err), err
+    assert len(err) < 1000
+
+
+def test_another_environment_keeps_what_holds_for_any(lmrl, tmp_path):
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    code, out, err = lmrl("show", "mine.yaml", "task.environment=maze")
+    assert code == 0 and "environment: maze" in out and "history: 2" in out and "graph" not in out
+    assert err == (
+        "lmrl: note: override task.environment=maze leaves out task.graph of the recipe, which may not go with it\n"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------- data
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+PROMPTS = [
+    ({"prompt": None}, "has no field 'prompt'"),
+    ({"prompt": 3}, "field 'prompt' is 3; expected text or a list of messages"),
+    ({"prompt": True}, "field 'prompt' is True"),
+    ({"prompt": []}, "field 'prompt' is empty; expected messages"),
+    ({"prompt": ["a"]}, "field 'prompt' holds 'a'; expected messages with text in 'role' and 'content'"),
+    ({"prompt": [{"role": "user", "content": None}]}, "expected messages with text in 'role' and 'content'"),
+    ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, "text in 'role' and 'content'"),
+    ({"prompt": [{"role": "narrator", "content": "a"}]}, "a message of the role 'narrator'; expected one of system, "),
+    ({"prompt": [{"content": "a"}]}, "expected messages with text in 'role' and 'content'"),
+    ({"prompt": "\ud800"}, r"holds \\ud800, half of a character"),
+    ({"prompt": [{"role": "user", "content": "a\udfff"}]}, r"holds \\udfff, half of a character"),
+    ("[" * 100_000, "not valid JSON: nested too deeply"),
+    ('{"prompt": ' + "9" * 5000 + "}", "not valid JSON"),
+    ("[1]", "holds a list, expected an object with keys"),
+    ('{"prompt": "a"', "not valid JSON"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), PROMPTS, ids=[str(row)[:40] for row, _ in PROMPTS])
+def test_prompts_that_are_none(tmp_path, row, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n' + (row if isinstance(row, str) else json.dumps(row)) + "\n")
+    section = PromptTask(prompts=Prompts(path=str(path)))
+    check_data(lambda: build_task(section, build_tokenizer("char", ["abc"])), path, message)
+
+
+ROWS = [
+    ({"messages": [*CHAT, {"role": "robot", "content": "c"}, CHAT[1]]}, "the role 'robot'; expected one of system"),
+    ({"messages": [CHAT[0], {"role": "assistant", "content": None}]}, "text in 'role' and 'content'"),
+    ({"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": ["x"]}]}, "has the tool call 'x'"),
+    ({"prompt": "a\ud800", "completion": "b"}, r"holds \\ud800, half of a character"),
+    ({"prompt": "a", "completion": "b", "reward": "1"}, "field 'reward' holds '1'; expected a finite number"),
+    ({"turns": [{"observation": "a", "action": "b"}], "columns": 3}, "field 'columns' is 3; expected an object"),
+    ({"turns": [{"observation": "a", "action": "b", "messages": "{"}]}, "field 'messages' is '{'; expected JSON"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), ROWS, ids=[str(row)[:60] for row, _ in ROWS])
+def test_logged_rows_that_are_none(tmp_path, row, message):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n' + json.dumps(row) + "\n")
+    check_data(lambda: LoggedFile(str(path), Renderer(build_tokenizer("char", ["abc"]))), path, message)
+
+
+def check_data(read, path, message):
+    with pytest.raises(LmrlError, match=message) as caught:
+        read()
+    text = str(caught.value)
+    assert caught.value.exit_code == 2 and "\n" not in text and str(path) in text
+    assert "line 2" in text or "row 2" in text
+
+
+def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n{"prompt": "b"}\n')
+    task = build_task(PromptTask(prompts=Prompts(path=str(path))), build_tokenizer("char", ["abc"]))
+    assert [row["prompt"] for row in task.make().rows] == ["a", "b"]
