@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from lmrl.errors import DataError, PluginError, RecipeError, did_you_mean
 from lmrl.recipe import CHOICES, MAIN_STAGE, REWARD_MODEL, STAGE_PREFIX, EpisodeLimits, Recipe, Reward
@@ -308,6 +309,11 @@ def load_recipe(name: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
 
     Raises RecipeError or DataError with one line that names key, place and fix.
     """
+    if not isinstance(name, str | Path):
+        raise RecipeError(
+            f"a recipe is a name, a file or a Recipe, got a {type(name).__name__}: make one of a mapping by "
+            "lmrl.recipe.Recipe.model_validate(...)"
+        )
     document = read_yaml(find_yaml(name, "recipes"))
     for override in overrides:
         apply_override(document, override)
@@ -457,4 +463,11 @@ def _plugin_path(name: str, beside: Path, key: str) -> str:
 
 def to_yaml(recipe: BaseModel) -> str:
     """The resolved recipe, every default written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    try:
+        data = recipe.model_dump(mode="json")
+    except PydanticSerializationError as error:  # an object of Python's among free-form options
+        raise RecipeError(
+            f"the recipe holds what no file can hold ({str(error).splitlines()[0]}): name functions as 'file.py:name', "
+            "and give numbers, text, lists and mappings as options"
+        ) from error
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)

@@ -10,6 +10,7 @@ from lmrl.cli import main
 from lmrl.errors import LmrlError
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import Prompts, PromptTask
+from lmrl.recipe_files import load_recipe, to_yaml
 from lmrl.rollouts.render import Renderer
 from lmrl.rollouts.task import build_task
 from lmrl.trajectories.store import LoggedFile
@@ -168,3 +169,30 @@ def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path):
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n{"prompt": "b"}\n')
     task = build_task(PromptTask(prompts=Prompts(path=str(path))), build_tokenizer("char", ["abc"]))
     assert [row["prompt"] for row in task.make().rows] == ["a", "b"]
+
+
+# ------------------------------------------------------------------------------------------------------------ the machine
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device", "/data/x"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_line(lmrl, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr("lmrl.recipe_files.find_yaml", full)
+    code, _, err = lmrl("show", "random_walks/ppo")
+    assert code == 1 and err.startswith("lmrl: no space is left on the disk") and err.count("\n") == 1
+    assert "free some space, then resume; checkpoints that were written before are whole" in err
+
+
+def test_recipes_that_hold_objects():
+    with pytest.raises(LmrlError, match="a recipe is a name, a file or a Recipe, got a dict"):
+        load_recipe({"model": {}})
+    recipe = load_recipe("sentiment/ppo")
+    recipe.task.rewards[0].options = {"function": len}
+    with pytest.raises(LmrlError, match="holds what no file can hold .*name functions as 'file.py:name'"):
+        to_yaml(recipe)

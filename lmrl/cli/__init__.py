@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import errno
+import faulthandler
 import signal
 import sys
 import traceback
@@ -30,6 +32,7 @@ app.add_typer(reward.app, name="reward")
 def main() -> None:
     """Entry point: a mistake of the user's is one line and exit code 2; `--debug` shows the traceback."""
     debug = "--debug" in sys.argv
+    faulthandler.enable(2)  # a crash in native code says in which call
     sys.stdout.reconfigure(line_buffering=True)  # a log file should show a run as it goes on
     try:
         app(args=[argument for argument in sys.argv[1:] if argument != "--debug"], standalone_mode=True)
@@ -46,9 +49,25 @@ def main() -> None:
         if type(error).__name__ == "Interrupted" and number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             sys.exit(128 + number)
         _abandon()
+        if full := _disk_full(error):
+            text = f"lmrl: {full}: free some space, then resume; checkpoints that were written before are whole"
+            if not leave_error(text, 1, own=True):
+                print(text, file=sys.stderr)
+            sys.exit(1)
         if isinstance(error, Exception) and leave_error(traceback.format_exc(), 1, own=False):
             sys.exit(1)
         raise
+
+
+def _disk_full(error: BaseException | None) -> str | None:
+    """What an error says of a full disk, or None."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"no space is left on the disk{f' for {error.filename}' if error.filename else ''}"
+        if "No space left on device" in str(error):  # safetensors and Arrow have errors of their own
+            return "no space is left on the disk"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _abandon() -> None:

@@ -25,7 +25,7 @@ from lmrl.rollouts.engine import Engine, build_engine
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task, build_task, task_texts
 from lmrl.seeding import seed_everything
-from lmrl.training.checkpoint import Progress
+from lmrl.training.checkpoint import Progress, verify
 from lmrl.training.display import Display
 from lmrl.training.interrupt import Interrupt
 from lmrl.training.listeners import (
@@ -100,6 +100,7 @@ def build_stage(
     if checkpoint is None:
         objective.start(policy)
     else:
+        verify(checkpoint, kept[:-1])
         load_weights(policy, checkpoint, recipe.model.trust_remote_code)
     updater = Updater(policy, with_rates(recipe, *policy.size), recipe.training.steps, strategy)
     evaluator, every = evaluation_of(recipe, suite, policy, engine)

@@ -6,14 +6,18 @@ generator state, because every random stream is a function of (seed, stage, step
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from lmrl.errors import RunError
 from lmrl.evaluation.api import TASK_FILE
 from lmrl.objectives.base import Objective
 from lmrl.policy.policy import Policy
@@ -24,6 +28,9 @@ from lmrl.training.strategy import Strategy
 from lmrl.training.updater import Updater
 
 STATE = "state"
+CHECKSUMS = Path(STATE) / "checksums.json"
+NEEDED = (Path(STATE) / "trainer.json", Path(STATE) / "optimizer.safetensors")
+"""What a stage goes on from, beside the weights."""
 
 
 @dataclass
@@ -73,6 +80,7 @@ def save(
         source.save(folder / STATE)
         state = {"stage": stage, **asdict(progress), "objective": objective.state(), "updater": updater.state()}
         (folder / STATE / "trainer.json").write_text(json.dumps(state, indent=2) + "\n")
+        write_checksums(folder)
 
     run.write_folder(target, write)
 
@@ -97,6 +105,55 @@ def load(folder: Path, objective: Objective, updater: Updater, source: Source) -
     updater.load_state(state["updater"])
     names = [name for name in Progress.__dataclass_fields__ if name in state]  # older checkpoints lack newer ones
     return Progress(**{name: state[name] for name in names})
+
+
+def write_checksums(folder: Path) -> None:
+    """Leave the checksum of every file of a checkpoint in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = {path.relative_to(folder).as_posix(): checksum(path) for path in files}
+    (folder / CHECKSUMS).parent.mkdir(exist_ok=True)
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
+
+
+def checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def verify(folder: Path, older: Sequence[Path] = (), needed: Sequence[Path] = NEEDED) -> None:
+    """Raise RunError where a checkpoint is not what was written; `older` ones, oldest first, are offered instead."""
+    found = damage(folder, needed)
+    if found is None:
+        return
+    whole = next((one for one in reversed(older) if damage(one, needed) is None), None)
+    advice = (
+        f"{whole.name} is whole: delete {folder} and resume again to go on from there"
+        if whole
+        else f"no older checkpoint is whole: delete {folder.parent} and resume again to start the stage over"
+    )
+    raise RunError(f"checkpoint {folder}: {found}; {advice}")
+
+
+def damage(folder: Path, needed: Sequence[Path] = NEEDED) -> str | None:
+    """What is wrong with a checkpoint's files; None: nothing is. One from before there were checksums is only opened."""
+    for name in needed:
+        if not (folder / name).is_file():
+            return f"'{name}' is missing"
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text()) if (folder / CHECKSUMS).is_file() else {}
+        for name, own in sums.items():
+            if not (folder / name).is_file():
+                return f"'{name}' is missing"
+            if checksum(folder / name) != own:
+                return f"'{name}' is damaged (its checksum is another)"
+        for name in needed:
+            if name.suffix == ".json":
+                json.loads((folder / name).read_text())
+            elif name.suffix == ".safetensors":
+                safe_open(folder / name, "pt")
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        return f"cannot be read: {str(error).splitlines()[0]}"
+    return None
 
 
 def roll_back(

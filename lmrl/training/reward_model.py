@@ -29,7 +29,7 @@ from lmrl.recipe import Optimizer, PromptTask, Recipe
 from lmrl.recipe.rates import LONG_MEMORY, with_rates
 from lmrl.rollouts.task import build_task, starts_for, task_texts
 from lmrl.seeding import key, seed_everything, stream
-from lmrl.training.checkpoint import STATE, checkpoint_path
+from lmrl.training.checkpoint import STATE, checkpoint_path, verify, write_checksums
 from lmrl.training.display import Display
 from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.measures import SAMPLES_KEPT, peak_memory_mb
@@ -191,6 +191,7 @@ class RewardModelStage:
         steps, found = self.recipe.training.steps, self.run.checkpoints(self.name)
         done = int(found[-1].name.removeprefix("step-")) if found else 0
         if found:
+            verify(found[-1], found[:-1], needed=(Path("trainer_state.json"),))
             self.display.say(f"resumed stage {self.name} at step {done}")
         self.run.cut(self.name, done if found else -1)
         undo = self.classifier.compute_in_bfloat16() if self._in_bfloat16 else None
@@ -297,6 +298,7 @@ class RewardModelStage:
         if target.exists():
             shutil.rmtree(written)
         else:
+            write_checksums(written)
             self.run.publish(written, target)
         self.run.prune(self.name, self.recipe.training.keep_checkpoints)
 
