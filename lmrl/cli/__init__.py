@@ -49,7 +49,7 @@ def main() -> None:
         if type(error).__name__ == "Interrupted" and number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             sys.exit(128 + number)
         _abandon()
-        if full := _disk_full(error):
+        if not debug and (full := _disk_full(error)):
             text = f"lmrl: {full}: free some space, then resume; checkpoints that were written before are whole"
             if not leave_error(text, 1, own=True):
                 print(text, file=sys.stderr)

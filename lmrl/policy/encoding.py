@@ -38,7 +38,7 @@ class Encoder:
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         names = sorted({*map(str, tokenizer.all_special_tokens), *added}, key=lambda name: (-len(name), name))
         self.special = {name: tokenizer.convert_tokens_to_ids(name) for name in names if name}
-        pattern = "|".join(map(re.escape, self.special)) or r"(?!)"
+        pattern = pattern_of(self.special)
         self._exact, self._any_case = re.compile(f"({pattern})"), re.compile(pattern, re.IGNORECASE)
 
     def content(self, text: str) -> list[Part]:
@@ -176,6 +176,26 @@ class _LiteralTokenizer:
 
     def _control(self, text: str) -> str:
         return self.pattern.sub(lambda match: self.stand_ins[match[0]], text)
+
+
+def pattern_of(words: Iterable[str]) -> str:
+    """A regular expression that finds any of these words, the longest first; beginnings that they share are shared.
+
+    Tokenizers may have thousands of special tokens: one after the other, they would be tried at every character.
+    """
+    root: dict[str, dict] = {}
+    for word in words:
+        node = root
+        for letter in word:
+            node = node.setdefault(letter, {})
+        node[""] = {}
+    return _branches(root) or r"(?!)"
+
+
+def _branches(node: dict[str, dict]) -> str:
+    options = [re.escape(letter) + _branches(inner) for letter, inner in node.items() if letter]
+    body = options[0] if len(options) == 1 else f"(?:{'|'.join(options)})" if options else ""
+    return f"(?:{body})?" if body and "" in node else body
 
 
 def strings(value: Any) -> Iterable[str]:

@@ -1,13 +1,15 @@
 """Special tokens in content stay text, and texts without any have the tokens they always had."""
 
 import random
+import re
+import time
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lmrl.errors import ModelError
-from lmrl.policy.encoding import Encoder, Part, absent
+from lmrl.policy.encoding import Encoder, Part, absent, pattern_of
 from lmrl.policy.tokenizers import build_tokenizer
 
 TEXTS = ["hello world, the user said: hi there\n\n assistant im_end s", "user\nfoo <|bar|>\n"] * 20
@@ -164,3 +166,17 @@ def test_a_template_that_fails_is_one_line():
 
 def test_a_stand_in_occurs_in_no_text():
     assert absent("x", ["x0 x1", "x3"]) == "x2"
+
+
+def test_the_pattern_of_special_tokens():
+    pattern = re.compile(pattern_of(["<a>", "<ab>", "<ab>c", "[x]", "<a>|"]))
+    assert pattern.findall("<a> <ab>cd <ab> [x] <a>| [x <b> <a") == ["<a>", "<ab>c", "<ab>", "[x]", "<a>|"]
+    assert not re.compile(pattern_of([])).search("anything")
+
+
+def test_thousands_of_special_tokens_cost_little():
+    pattern = re.compile(pattern_of(f"<unused{number}>" for number in range(6000)), re.IGNORECASE)
+    text = "<div>text</div> " * 2000
+    began = time.process_time()
+    assert not pattern.search(text) and pattern.search(text + "<Unused5999>")
+    assert time.process_time() - began < 1
