@@ -185,12 +185,20 @@ def episode(completion):
 
 
 def test_a_score_that_is_not_finite_is_no_score(tmp_path, classifier):
+    reward = learned(classifier())
+    (member,) = reward.call.args[0].members
+    member.model.score.weight.data.fill_(float("nan"))
+    verdict = score(reward, {"prompts": ["p"], "completions": ["a"]})
+    assert verdict.values == [None] and verdict.causes == ["rm returned nan"]
+
+
+def test_a_model_that_can_score_nothing_is_refused(classifier):
     path = classifier()
     model = transformers.AutoModelForSequenceClassification.from_pretrained(path)
     model.score.weight.data.fill_(float("nan"))
     model.save_pretrained(path)
-    verdict = score(learned(path), {"prompts": ["p"], "completions": ["a"]})
-    assert verdict.values == [None] and verdict.causes == ["rm returned nan"]
+    with pytest.raises(ModelError, match="has NaN or infinity in 'score.weight'"):
+        learned(path)
 
 
 def test_bfloat16_weights_with_a_float32_head(classifier):
