@@ -40,4 +40,4 @@ def test_the_progress_line_shows_zeros():
     display = Display(console)
     display.begin("main", "ppo", 2, 0)
     display.step(1, {"reward": 0.0, "kl": 0, "nll": None, "skipped": 0})
-    assert console.file.getvalue() == "main (ppo) 1/2  reward 0  kl 0  skipped 0\n"
+    assert console.file.getvalue().endswith("  reward 0  kl 0  skipped 0\n")
