@@ -39,5 +39,5 @@ def test_the_progress_line_shows_zeros():
     console = Console(file=io.StringIO())
     display = Display(console)
     display.begin("main", "ppo", 2, 0)
-    display.step(1, {"reward": 0.0, "kl": 0, "nll": None, "skipped": 0})
-    assert console.file.getvalue().endswith("  reward 0  kl 0  skipped 0\n")
+    display.step(1, {"reward": 0.0, "kl": 0, "nll": None})
+    assert console.file.getvalue().endswith("  reward 0  kl 0\n")
