@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lmrl.errors import PluginError, did_you_mean
-from lmrl.guard import foreign
+from lmrl.foreign import foreign
 
 
 def load_plugin(name: str, key: str) -> Any:

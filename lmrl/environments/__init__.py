@@ -8,7 +8,7 @@ from typing import Any
 
 from lmrl.environments.base import TextEnvironment, limits_of
 from lmrl.errors import LmrlError, PluginError
-from lmrl.guard import foreign
+from lmrl.foreign import foreign
 from lmrl.plugins import load_plugin
 
 SHIPPED = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lmrl.errors import LmrlError, PluginError, RewardError, did_you_mean
-from lmrl.guard import foreign
+from lmrl.foreign import foreign
 from lmrl.plugins import load_plugin
 from lmrl.recipe import STAGE_PREFIX, Reward, SpecialTokens
 from lmrl.rewards.rewards import RewardFunction

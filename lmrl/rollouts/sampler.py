@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmrl import world
-from lmrl.guard import foreign
+from lmrl.foreign import foreign
 from lmrl.rollouts.engine import Completion, Engine, Sampling
 from lmrl.rollouts.task import Task
 from lmrl.seeding import key, stream

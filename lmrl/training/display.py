@@ -57,7 +57,9 @@ class Display:
             self._progress = None
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
-        shown = [name for name in SHOWN if metrics.get(name) is not None] + [one for one in TROUBLES if metrics.get(one)]
+        shown = [name for name in SHOWN if metrics.get(name) is not None] + [
+            one for one in TROUBLES if metrics.get(one)
+        ]
         text = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
         if self._progress is not None:
             self._progress.update(self._task, completed=step, metrics=text)

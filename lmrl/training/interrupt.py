@@ -7,7 +7,7 @@ import signal
 import threading
 from types import FrameType
 
-from lmrl.guard import waited_for
+from lmrl.foreign import waited_for, watch
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -35,6 +35,7 @@ class Interrupt:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Interrupt:
+        watch()
         if threading.current_thread() is threading.main_thread():
             for number in STOPPING:
                 if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:  # nohup

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from lmrl.guard import foreign, waited_for
+from lmrl.foreign import foreign, waited_for, watch
 from lmrl.training.interrupt import Interrupt, Interrupted
 
 
@@ -53,8 +53,9 @@ def test_nohup_stays_ignored():
 
 
 def test_a_slow_call_is_named(capfd, monkeypatch):
-    monkeypatch.setattr("lmrl.guard.PATIENCE", 0.1)
-    monkeypatch.setattr("lmrl.guard._watcher", None)
+    monkeypatch.setattr("lmrl.foreign.PATIENCE", 0.1)
+    monkeypatch.setattr("lmrl.foreign._watcher", None)
+    watch()
     with foreign("reward mine.py:slow"):
         time.sleep(1.5)
     assert "lmrl: still waiting for reward mine.py:slow (" in capfd.readouterr().err

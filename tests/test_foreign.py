@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lmrl.environments import TextEnvironment
-from lmrl.guard import FORKED, foreign
+from lmrl.foreign import FORKED, foreign
 from lmrl.plugins import load_plugin
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import Reward
@@ -76,7 +76,7 @@ def test_an_environment_that_turns_gradients_off_and_exits():
 def test_only_one_process_comes_back_from_a_fork():
     code = f"""
 import os
-from lmrl.guard import foreign
+from lmrl.foreign import foreign
 with foreign("reward f"):
     child = os.fork()
 print("back", flush=True)

@@ -28,7 +28,6 @@ class foreign:  # noqa: N801 - reads as a statement
         self.process, self.settings = os.getpid(), _settings()
         self.began = time.monotonic()
         _running.append(self)
-        _watch()
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         _running.remove(self)
@@ -54,7 +53,7 @@ _running: list[foreign] = []
 _watcher: threading.Thread | None = None
 
 
-def _watch() -> None:
+def watch() -> None:
     """Start what names calls that do not come back, once in each process."""
     global _watcher
     if _watcher is None or not _watcher.is_alive():
