@@ -113,7 +113,11 @@ class Evaluator:
     def optimum(self) -> Scores | None:
         """The exact optimum, where the environment has a player for it."""
         played = self._play("optimal", self.starts())
-        return self.report(played) if played else None
+        if not played:
+            return None
+        scores = self.report(played)
+        # From all the starts there are, each played as well as it can be: nothing is left to chance.
+        return {name: exact(score) for name, score in scores.items()} if self.plays_all else scores
 
     def _play(self, player: str, starts: list[int | None]) -> list[Trajectory] | None:
         """Episodes of a scripted player of the environment, None where it has no such player."""
@@ -163,6 +167,11 @@ class Evaluator:
             points = {"mean": self.normalize(score["mean"]), "ci95": [self.normalize(one) for one in score["ci95"]]}
             scores["normalized"] = score | points
         return {name: scores[name] for name in dict.fromkeys([*self.suite.metrics, *scores]) if name in scores}
+
+
+def exact(score: dict[str, Any]) -> dict[str, Any]:
+    """A score whose mean is known and not estimated."""
+    return {name: value for name, value in score.items() if name != "holds_for"} | {"ci95": [score["mean"]] * 2}
 
 
 def summarize_trajectories(

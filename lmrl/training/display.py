@@ -124,12 +124,15 @@ def scope_of(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
     scopes = {label: scope for label, scope in scopes.items() if scope}
     if len(set(scopes.values())) <= 1:
         return next(iter(scopes.values()), "")
-    return ", ".join(f"{scope} ({label})" for label, scope in scopes.items())
+    labels = {scope: ", ".join(label for label, own in scopes.items() if own == scope) for scope in scopes.values()}
+    return "; ".join(f"{scope} ({own})" for scope, own in labels.items())
 
 
 def interval(score: dict[str, Any]) -> str:
     """Mean ± half width of its interval; both ends where the mean is not in the middle, as near a limit."""
     mean, (low, high) = score["mean"], score["ci95"]
+    if low == high and "holds_for" not in score:  # exact
+        return f"{mean:.3f}"
     if abs((high - mean) - (mean - low)) > LOPSIDED * (high - low):
         return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
     return f"{mean:.3f} ± {(high - low) / 2:.3f}"

@@ -10,7 +10,8 @@ from lmrl.training.display import Display, interval, scope_of
 def test_interval_near_a_limit_shows_both_ends():
     assert interval({"mean": 2.0, "ci95": [1.5, 2.5]}) == "2.000 ± 0.500"
     assert interval({"mean": 0.0, "ci95": [0.0, 0.161]}) == "0.000 [0.000, 0.161]"
-    assert interval({"mean": 5.0, "ci95": [5.0, 5.0]}) == "5.000 ± 0.000"
+    assert interval({"mean": 5.0, "ci95": [5.0, 5.0], "holds_for": "new prompts"}) == "5.000 ± 0.000"
+    assert interval({"mean": 5.0, "ci95": [5.0, 5.0]}) == "5.000"  # known and not estimated
 
 
 def test_table_says_in_one_line_what_its_intervals_hold_for():
@@ -25,6 +26,7 @@ def test_scope_names_rows_that_differ():
         return {"return": {"mean": 1.0, "ci95": [0.0, 2.0], "n": 3} | ({"holds_for": scope} if scope else {})}
 
     assert scope_of({"start": score("new prompts"), "PPO": score("new prompts")}) == "new prompts"
-    rows = {"data": score("new start states"), "PPO": score("new samples of these start states"), "old": score(None)}
-    assert scope_of(rows) == "new start states (data), new samples of these start states (PPO)"
+    these = score("new samples of these start states")
+    rows = {"data": score("new start states"), "BC": these, "PPO": these, "old": score(None)}
+    assert scope_of(rows) == "new start states (data); new samples of these start states (BC, PPO)"
     assert scope_of({"old": score(None)}) == ""
