@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lmrl.recipe.objective import DPOObjective, PolicyGradientObjective, PPOObjective, RewardModelObjective
+from lmrl.recipe.objective import DPOObjective, PolicyGradientObjective, PPOObjective, QObjective, RewardModelObjective
 from lmrl.recipe.recipe import Recipe
 from lmrl.recipe.steps import Optimizer
 
@@ -32,6 +32,10 @@ SHORT_MEMORY, LONG_MEMORY = (0.9, 0.95), (0.9, 0.999)
 """Adam's decay rates. After a long run of small gradients a sudden one moves each weight by up to (1 - beta1) / sqrt(1 - beta2) times
 the rate: 3.2 times with 0.999, which was seen to throw a policy near its optimum 4 nats a token away in one update; 0.45 times with
 0.95."""
+GRAD_NORM, Q_GRAD_NORM = 1.0, 100.0
+"""Norms that gradients are shortened to. A regression on returns must not be held to what its usual gradients have: the mean of rare
+large returns is in the rare large gradients, and where these count no more than the others, the values learn about the median. On
+a lock that random play opens once in 300 episodes for 100, values of regression came to 0.02 with a norm of 1, where the mean is 0.3."""
 UNKNOWN_SIZE = 1e9
 """Parameters of a model whose size cannot be told before it is loaded."""
 
@@ -62,7 +66,7 @@ def default_rates(recipe: Recipe, parameters: int, hidden: int) -> Rates:
 
 
 def with_rates(recipe: Recipe, parameters: int, hidden: int) -> Optimizer:
-    """A stage's optimizer section with the rates, the schedule and the decay rates that it leaves open.
+    """A stage's optimizer section with the rates, the schedule, the decay rates and the norm that it leaves open.
 
     A Q head follows a stated `lr` if no `head_lr` is stated.
     """
@@ -73,7 +77,11 @@ def with_rates(recipe: Recipe, parameters: int, hidden: int) -> Optimizer:
         head_lr = lr
     schedule = stated.schedule or ("linear" if recipe.source.name == "dataset" else "constant")
     betas = stated.betas or (SHORT_MEMORY if isinstance(recipe.objective, PolicyGradientObjective) else LONG_MEMORY)
-    return stated.model_copy(update={"lr": lr, "head_lr": head_lr, "schedule": schedule, "betas": betas})
+    norm = stated.max_grad_norm
+    if norm == "auto":
+        norm = Q_GRAD_NORM if isinstance(recipe.objective, QObjective) else GRAD_NORM
+    chosen = {"lr": lr, "head_lr": head_lr, "schedule": schedule, "betas": betas, "max_grad_norm": norm}
+    return stated.model_copy(update=chosen)
 
 
 def _kind(objective: object) -> tuple[float, float, str]:

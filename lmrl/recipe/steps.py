@@ -34,8 +34,8 @@ class Optimizer(Section):
     data alone, whose noise a falling rate averages out; else constant)."""
     warmup_steps: int = Field(0, ge=0)
     """First steps, over which the learning rate rises from 0."""
-    max_grad_norm: float | None = Field(1.0, gt=0)
-    """Longer gradients are shortened to this norm (null: never)."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | Literal["auto"] | None = "auto"
+    """Longer gradients are shortened to this norm (null: never; auto: 1, but 100 for Q values, which have to believe in rare returns)."""
 
 
 class Training(Section):

@@ -228,7 +228,8 @@ class RewardModelStage:
         folder = self.run.stage_folder(self.name) / "checkpoints"
         for torn in folder.glob("checkpoint-*"):
             shutil.rmtree(torn)
-        limit = recipe.optimizer.max_grad_norm
+        options = with_rates(recipe, *self.classifier.size)
+        limit = options.max_grad_norm
         arguments = RewardConfig(
             output_dir=str(folder),
             max_steps=steps,
@@ -251,7 +252,6 @@ class RewardModelStage:
         )
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # one process trains on one device, however many it sees
-        options = with_rates(recipe, *self.classifier.size)
         optimizer = build_optimizer(self.classifier, options)
         trainer = _Trainer(
             self.classifier.model,

@@ -16,6 +16,7 @@ from lmrl.objectives.base import Objective
 from lmrl.policy.memory import Passes, fit, or_advice
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Optimizer
+from lmrl.recipe.rates import GRAD_NORM
 from lmrl.training.optimizers import build_optimizer, state_bytes, take_back
 from lmrl.training.strategy import Strategy
 from lmrl.trajectories.batch import Batch
@@ -41,7 +42,8 @@ class Updater:
             groups.append({"params": heads, "lr": head_lr, "base_lr": head_lr})
         self.strategy = strategy or Strategy()
         optimizer = build_optimizer(options, groups, policy, self.strategy)
-        self.strategy.prepare(policy, optimizer, options.max_grad_norm)
+        norm = GRAD_NORM if options.max_grad_norm == "auto" else options.max_grad_norm
+        self.strategy.prepare(policy, optimizer, norm)
         self.parameters = policy.trainable()  # sharding may have put others in their place
         self.schedule = 1.0
         """Factor of the step on the learning rate."""

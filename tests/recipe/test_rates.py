@@ -65,6 +65,14 @@ def test_policy_gradients_forget_their_squares_sooner():
     assert chosen("ppo", betas=(0.8, 0.9), schedule="constant") == ((0.8, 0.9), "constant")
 
 
+def test_q_values_are_not_held_to_the_usual_gradients():
+    def norm(objective, **stated):
+        return with_rates(recipe(objective, SCRATCH, **stated), 60_000, 64).max_grad_norm
+
+    assert [norm(name) for name in ("ppo", "likelihood", "ilql", "mc")] == [1.0, 1.0, 100.0, 100.0]
+    assert norm("mc", max_grad_norm=1) == 1 and norm("ppo", max_grad_norm=None) is None
+
+
 def test_the_reason_is_told():
     assert default_rates(recipe("ppo", PRETRAINED), int(7e9), 4096).reason == (
         "policy gradients, all weights of a pretrained model of 7,000M parameters"
