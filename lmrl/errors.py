@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 COLLAPSED = 3
 """Exit code of a run that collapsed and ended with its best policy; see docs/guard.md."""
@@ -69,9 +70,10 @@ class ScoreError(LmrlError):
 
 
 class MemoryShortError(LmrlError):
-    """Memory ran out where no smaller piece of work is left to try."""
+    """Memory ran out where no smaller piece of work is left to try. failed: the pass (lmrl.policy.memory.FailedPass), if known."""
 
     exit_code = 1
+    failed: Any = None
 
 
 class SamplerError(LmrlError):

@@ -6,6 +6,7 @@
     stages/NAME/start/                             the policy as the stage began, where it exists nowhere else
     stages/NAME/checkpoints/step-000050/           a transformers or peft folder, and state/ for resuming
     stages/NAME/final/                             the same at the end; a stage that has one is finished
+    bundles/NAME-step-000050-EVENT/                an update or pass that went wrong, for `lmrl replay`
 
 A folder under `checkpoints/` or `final/` appears by one rename, so whatever is there is complete.
 """
@@ -167,9 +168,10 @@ class Run:
         """Complete checkpoints of a stage, oldest first."""
         return sorted((self.stage_folder(stage) / "checkpoints").glob("step-*"))
 
-    def write_folder(self, target: Path, write: Callable[[Path], None]) -> None:
-        """Fill a folder that appears by one rename; an existing one is left as it is."""
-        if not self.writes or target.exists():
+    def write_folder(self, target: Path, write: Callable[[Path], None], anyone: bool = False) -> None:
+        """Fill a folder that appears by one rename; an existing one is left as it is. anyone: also by a process that leaves
+        writing to the main one, under a name of its own."""
+        if not (self.writes or anyone) or target.exists():
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = target.parent / f".writing-{target.name}"

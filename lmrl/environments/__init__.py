@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from lmrl.environments.base import TextEnvironment, limits_of
+from lmrl.environments.base import TextEnvironment, limits_of, version_of
 from lmrl.errors import LmrlError, PluginError
 from lmrl.foreign import foreign
 from lmrl.plugins import load_plugin
@@ -16,7 +16,7 @@ SHIPPED = {
     "maze": "lmrl.environments.maze:Maze",
 }
 
-__all__ = ["SHIPPED", "TextEnvironment", "environment_factory", "limits_of"]
+__all__ = ["SHIPPED", "TextEnvironment", "environment_factory", "limits_of", "version_of"]
 
 
 def environment_factory(task: Any) -> Callable[[], Any]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -21,12 +25,14 @@ class TextEnvironment(gymnasium.Env):
     - `players`: names of scripted players, with `act` giving their next action. `optimal` is the exact optimum.
     - `texts()`: samples of all observations and actions, from which a model built from scratch takes its vocabulary.
     - `info["metrics"]` of the last step: a dict of numbers that evaluation reports beside `return`.
+    - `version`: text or a number that changes with what the environment does; `lmrl replay` names it.
     - `metric_limits`: of such metrics and of `return`, by name, the lowest and highest value that is possible;
       95 % intervals stay within. Metrics that are always 0 or 1 need none.
     """
 
     num_starts: int | None = None
     players: tuple[str, ...] = ()
+    version: str | int | None = None
     metric_limits: dict[str, tuple[float, float]] = {}
     observation_space = gymnasium.spaces.Text(max_length=100_000)
     action_space = gymnasium.spaces.Text(max_length=100_000)
@@ -52,3 +58,18 @@ def limits_of(environment: Any) -> dict[str, tuple[float, float]]:
         f"task.environment: metric_limits of {type(environment).__name__} is {limits!r}: map names of metrics to "
         "(LOWEST, HIGHEST), for instance {'return': (0, 1)}"
     )
+
+
+def version_of(environment: Any) -> dict[str, str | None]:
+    """`version`: the environment's own, or else its package's; `source`: a hash of the file that defines it. None: unknown."""
+    inner = getattr(environment, "unwrapped", environment)
+    module = type(inner).__module__
+    own = getattr(inner, "version", None)
+    if not isinstance(own, str | int | float):
+        try:
+            own = metadata.version(module.partition(".")[0])
+        except metadata.PackageNotFoundError:
+            own = None
+    file = getattr(sys.modules.get(module), "__file__", None)
+    source = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file and Path(file).is_file() else None
+    return {"version": None if own is None else str(own), "source": source}

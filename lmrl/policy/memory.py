@@ -8,9 +8,11 @@ politely: Linux promises more than it has, and kills the process (see docs/memor
 from __future__ import annotations
 
 import gc
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
@@ -32,6 +34,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
 
 
+@dataclass
+class FailedPass:
+    """Work that ran out of memory, with what it takes to do it again (see lmrl/training/bundle.py).
+
+    kind: `update` with gradient, `rehearsal` of one, `score` without gradient, `generate` by the `hf` engine.
+    """
+
+    kind: Literal["update", "rehearsal", "score", "generate"]
+    batch: Batch
+    microbatch_tokens: int
+    """Tokens of a microbatch as it failed."""
+    shape: tuple[int, ...]
+    """Sequences and tokens of the microbatch under way; of the longest context and the new tokens for `generate`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of that kind, as JSON."""
+
+
 class Passes:
     """A batch cut into microbatches, to be gone through in order; knows which one is under way."""
 
@@ -47,11 +66,12 @@ class Passes:
             yield micro, number >= len(self.micros), number + 1 == len(self.all)
 
 
-def fit(policy: Policy, batch: Batch, work: Callable[[Passes], T]) -> T:
+def fit(policy: Policy, batch: Batch, work: Callable[[Passes], T], kind: str = "update", **options: Any) -> T:
     """The result of `work` on a batch's microbatches. Where memory runs out, it begins once more, with smaller ones.
 
     work: goes through all passes it is given; whatever it leaves behind when it fails, it has to clear when it begins.
-    `policy.microbatch_tokens` keeps the size that was found. Raises MemoryShortError where no smaller size helps.
+    `policy.microbatch_tokens` keeps the size that was found. Raises MemoryShortError where no smaller size helps; kind and options
+    describe the work then, see `FailedPass`.
     """
     while True:
         passes = Passes(policy, batch)
@@ -60,7 +80,12 @@ def fit(policy: Policy, batch: Batch, work: Callable[[Passes], T]) -> T:
         except (RuntimeError, MemoryError) as error:
             if passes.now is None or not is_out_of_memory(error):
                 raise
-            policy.microbatch_tokens = smaller(policy, batch, passes.now, error)
+            try:
+                policy.microbatch_tokens = smaller(policy, batch, passes.now, error)
+            except MemoryShortError as short:
+                shape = tuple(passes.now.tokens_BT.shape)
+                short.failed = FailedPass(kind, batch, policy.microbatch_tokens, shape, options)
+                raise
         del passes
         release()  # outside of `except`, whose error holds on to every tensor of the failed pass
 
@@ -98,12 +123,22 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+def free_frames(error: BaseException) -> None:
+    """Let go of the tensors that the frames of an error and of its causes hold."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__
+    release()
+
+
 @contextmanager
-def or_advice(advice: str) -> Iterator[None]:
-    """Turn running out of memory inside into one line: `advice`, then what the allocator said."""
+def or_advice(advice: str, failed: Callable[[], FailedPass] | None = None) -> Iterator[None]:
+    """Turn running out of memory inside into one line: `advice`, then what the allocator said. failed: describes the work."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise MemoryShortError(f"{advice} ({reason(error)})") from error
+        short = MemoryShortError(f"{advice} ({reason(error)})")
+        short.failed = failed and failed()
+        raise short from error

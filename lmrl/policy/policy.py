@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -385,7 +385,8 @@ class Policy(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            return fit(self, batch, lambda passes: self._score(passes, len(batch.sequences), want, reference))
+            work = partial(self._score, count=len(batch.sequences), want=want, reference=reference)
+            return fit(self, batch, work, "score", want=asdict(want), reference=reference)
         finally:
             self.train(was_training)
 

@@ -8,19 +8,20 @@ samples of a group do, is computed once, and so is a long beginning that all pro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
 
 from lmrl.errors import ModelError
 from lmrl.policy.cache import SPARE, Cache
-from lmrl.policy.memory import or_advice
+from lmrl.policy.memory import FailedPass, or_advice
 from lmrl.policy.passes import Guidance
 from lmrl.policy.policy import Policy
 from lmrl.rollouts.draw import draw
 from lmrl.rollouts.engine import Completion, Engine, Keys, Sampling
 from lmrl.seeding import stream
+from lmrl.trajectories.batch import contexts_batch
 
 REFILL = 8
 """Places are refilled when one in so many is free: one pass for several prompts costs less than a pass for each."""
@@ -48,7 +49,7 @@ class HFEngine(Engine):
         if not prompts:
             return []
         self._check_lengths(max(map(len, prompts)), sampling.max_new_tokens)
-        with self.policy.decoding(), or_advice(ADVICE):
+        with self.policy.decoding(), or_advice(ADVICE, lambda: self._failed(prompts, sampling, keys)):
             rollout = _Rollout(self, prompts, sampling, keys)
             while rollout.waiting or len(rollout.rows):
                 self.check()
@@ -63,6 +64,12 @@ class HFEngine(Engine):
         if self.cache_tokens is None:
             return self.slots
         return min(self.slots, self.cache_tokens // (tokens + SPARE))
+
+    def _failed(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> FailedPass:
+        options = {"sampling": asdict(sampling), "keys": [list(key) for key in keys]}
+        options |= {"slots": self.slots, "cache_tokens": self.cache_tokens}
+        shape = (len(prompts), max(map(len, prompts)) + sampling.max_new_tokens)
+        return FailedPass("generate", contexts_batch(prompts), self.policy.microbatch_tokens, shape, options)
 
     def _check_lengths(self, longest: int, new: int) -> None:
         needed, limit = longest + new, self.policy.max_length

@@ -31,7 +31,7 @@ class _Episode:
     def fail(self, error: BaseException) -> None:
         self.over = True
         self.trajectory.reward = None
-        self.trajectory.failure = f"environment raised {type(error).__name__}: {error}"
+        self.trajectory.failure = failure_text(error)
 
 
 class Sampler:
@@ -97,14 +97,11 @@ class Sampler:
                 recorder = Recorder(trajectory, self.task.renderer, self.task.history)
                 environment = self.environments[len(episodes)]
                 episode = _Episode(environment, (*name, number), trajectory, recorder)
-                options = None if start is None else {"start": start}
                 # Episodes of a group begin alike: a start state that is drawn is drawn from the group's own seed.
                 seed = key(*name, "start", group) % 2**31
+                trajectory.seed, trajectory.start = seed, start
                 try:
-                    with foreign("the environment"):
-                        result = episode.environment.reset(seed=seed, options=options)
-                    episode.observation, info = unpacked("reset", result, ("observation", "info"))
-                    check_text(episode.observation)
+                    episode.observation, info = begin_episode(episode.environment, seed, start)
                     trajectory.columns = info.get("columns", {})
                 except (Exception, SystemExit) as error:
                     episode.fail(error)
@@ -115,14 +112,7 @@ class Sampler:
         trajectory = episode.trajectory
         episode.recorder.act(text, tokens, logprobs, cut=end == "length")
         try:
-            with foreign("the environment"):
-                result = episode.environment.step(text)
-            observation, reward, terminated, truncated, info = unpacked(
-                "step", result, ("observation", "reward", "terminated", "truncated", "info")
-            )
-            observation, reward = check_text(observation), checked_reward(reward)
-            terminated, truncated = checked_flag("terminated", terminated), checked_flag("truncated", truncated)
-            metrics = {name: float(value) for name, value in info.get("metrics", {}).items()}
+            observation, reward, terminated, truncated, metrics = take_step(episode.environment, text)
         except (Exception, SystemExit) as error:
             episode.fail(error)
             return
@@ -151,6 +141,32 @@ class Sampler:
             cuts = [text.find(stop) for stop in sampling.stop if stop in text]
             text = text[: min(cuts)] if cuts else text
         return text
+
+
+def begin_episode(environment: Any, seed: int, start: int | None) -> tuple[Any, dict[str, Any]]:
+    """An environment's first observation, checked, and its info. start: number of the start state (None: drawn by the seed)."""
+    options = None if start is None else {"start": start}
+    with foreign("the environment"):
+        result = environment.reset(seed=seed, options=options)
+    observation, info = unpacked("reset", result, ("observation", "info"))
+    return check_text(observation), info
+
+
+def take_step(environment: Any, action: str) -> tuple[Any, float, bool, bool, dict[str, float]]:
+    """A step of an environment, checked: observation, reward, terminated, truncated, metrics."""
+    with foreign("the environment"):
+        result = environment.step(action)
+    observation, reward, terminated, truncated, info = unpacked(
+        "step", result, ("observation", "reward", "terminated", "truncated", "info")
+    )
+    observation, reward = check_text(observation), checked_reward(reward)
+    terminated, truncated = checked_flag("terminated", terminated), checked_flag("truncated", truncated)
+    metrics = {name: float(value) for name, value in info.get("metrics", {}).items()}
+    return observation, reward, terminated, truncated, metrics
+
+
+def failure_text(error: BaseException) -> str:
+    return f"environment raised {type(error).__name__}: {error}"
 
 
 def check_text(observation: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lmrl.environments import TextEnvironment, environment_factory
+from lmrl.environments import TextEnvironment, environment_factory, version_of
 from lmrl.errors import DataError, RecipeError
 from lmrl.recipe import Prompts, PromptTask, Recipe
 from lmrl.rewards.load import load_rewards
@@ -52,6 +52,8 @@ class Task:
     learning: bool = False
     """Whether what is played is learned from, so that running statistics of rewards follow it."""
     judged_by: str = "environment"
+    environment: dict[str, Any] | None = None
+    """What makes the environment, and its version: `{"name", "options", "max_turns", "version", "source"}`; None for prompts."""
     longest_prompt: int | None = None
     """Tokens of the longest prompt (None: known only when it is played)."""
     notes: list[str] = field(default_factory=list)
@@ -113,7 +115,8 @@ def build_task(section: Any, tokenizer: Any) -> Task:
     if isinstance(section, PromptTask):
         return _prompt_task(section, tokenizer)
     make = environment_factory(section)
-    count = getattr(make(), "num_starts", None)
+    environment = make()
+    count = getattr(environment, "num_starts", None)
     starts = None if count is None else list(range(count))
     return Task(
         make,
@@ -123,6 +126,12 @@ def build_task(section: Any, tokenizer: Any) -> Task:
         max_turns=section.max_turns,
         history=section.history,
         max_failed=section.max_failed,
+        environment={
+            "name": section.environment,
+            "options": section.options,
+            "max_turns": section.max_turns,
+            **version_of(environment),
+        },
     )
 
 

@@ -127,6 +127,7 @@ def build_stage(
             recipe, objective, policy, evaluation, [one.label for one in task.rewards if not one.weight]
         ),
         checkpoint=checkpoint,
+        start=start,
         progress=Progress(label=label_of(recipe, objective), columns=evaluator.suite.metrics if evaluator else []),
     )
 

@@ -11,10 +11,13 @@ import torch
 
 from lmrl import world
 from lmrl.training.hacking import repetition
+from lmrl.trajectories.rows import to_row
 from lmrl.trajectories.trajectory import Trajectory
 
 SAMPLES_KEPT, FAILED_KEPT = 8, 64
 """Samples a step that go to samples.jsonl with their text; and of those that could not be judged, with the cause."""
+EPISODE = ("group", "episode", "seed", "start", "turns", "final_observation", "terminated")
+"""Of an environment's episode, fields of lmrl's own format (see lmrl/trajectories/rows.py) that a sample has as well."""
 
 
 def measure(trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -71,7 +74,11 @@ def samples_to_keep(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     return failed + fine[: max(SAMPLES_KEPT - len(failed), 0)]
 
 
-def sample_line(stage: str, step: int, kind: str, trajectory: Trajectory) -> dict[str, Any]:
+def sample_line(
+    stage: str, step: int, kind: str, trajectory: Trajectory, environment: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A line of samples.jsonl. environment: what played it (see `Task.environment`); the line then holds what it takes to play the
+    episode again."""
     line = {
         "stage": stage,
         "step": step,
@@ -84,7 +91,12 @@ def sample_line(stage: str, step: int, kind: str, trajectory: Trajectory) -> dic
     }
     cut = {"completion_cut": True} if trajectory.cut_turns else {}
     columns = {"columns": trajectory.columns} if trajectory.columns else {}
-    return line | columns | cut | ({"failure": trajectory.failure} if trajectory.failure else {})
+    line = line | columns | cut | ({"failure": trajectory.failure} if trajectory.failure else {})
+    if environment is None or trajectory.seed is None:
+        return line
+    row = to_row(trajectory)
+    episode = {name: row[name] for name in EPISODE}
+    return line | {"id": f"{stage}/{kind}/{step}/{trajectory.episode}", **episode, "environment": environment}
 
 
 def peak_memory_mb() -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lmrl import world
+from lmrl.errors import MemoryShortError
 from lmrl.objectives import Objective
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Recipe
@@ -17,6 +18,7 @@ from lmrl.rollouts.task import Task
 from lmrl.run import Run
 from lmrl.seeding import seed_everything, stream
 from lmrl.training import checkpoint
+from lmrl.training.bundle import Attempt, keep_pass, rng_state
 from lmrl.training.checkpoint import Progress
 from lmrl.training.display import Display
 from lmrl.training.interrupt import Interrupt, Interrupted
@@ -31,7 +33,8 @@ from lmrl.training.updater import Updater
 
 @dataclass(kw_only=True, eq=False)
 class Stage:
-    """The parts of a stage. checkpoint: where it goes on, if it does; the policy has the weights of it already."""
+    """The parts of a stage. start: the checkpoint folder of the stage before, where it begins from one. checkpoint: where it goes on,
+    if it does; the policy has the weights of it already."""
 
     run: Run
     name: str
@@ -50,6 +53,11 @@ class Stage:
     listeners: list[Listener]
     checkpoint: Path | None
     progress: Progress
+    start: Path | None = None
+    now: int = field(default=0, init=False)
+    """The step under way."""
+    attempt: Attempt | None = field(default=None, init=False)
+    """The last update of the step under way, or of the one that is done."""
 
     @property
     def seed(self) -> int:
@@ -92,6 +100,9 @@ class Stage:
                     raise Interrupted(stop)
             for listener in self.listeners:
                 listener.finish(self)
+        except MemoryShortError as error:
+            error.args = (f"{error}; {keep_pass(self, max(self.now, progress.step), error)}",)
+            raise
         except Interrupted:
             self.source.stop()
             if progress.step > 0:
@@ -116,6 +127,7 @@ class Stage:
     def _step(self, step: int) -> None:
         """Draw, learn, record."""
         started = time.monotonic()
+        self.now, self.attempt = step, None
         seed_everything(self.seed, self.name, step)
         self.objective.begin(step)
         self.updater.begin(step)
@@ -123,7 +135,8 @@ class Stage:
         staleness = [self.engine.staleness(one.version) for one in drawn.played]
         assert max(staleness, default=0) <= self.recipe.rollouts.ahead, staleness
         sampled = time.monotonic()
-        self.run.record_samples([sample_line(self.name, step, "train", one) for one in samples_to_keep(drawn.played)])
+        kept = samples_to_keep(drawn.played)
+        self.run.record_samples([sample_line(self.name, step, "train", one, self.task.environment) for one in kept])
         self._compare(step, drawn)
         judged = [one for one in drawn.played if one.reward is not None]
         played, played_well, learned, failed = map(
@@ -183,13 +196,14 @@ class Stage:
         for minibatch in (
             part for _ in range(self.objective.epochs) for part in batch.minibatches(rng, self.objective.minibatches)
         ):
+            self.attempt = Attempt(minibatch, rng_state(self.policy.device))
             stats = self.updater.step(self.policy, self.objective, minibatch)
             if "rejected" in stats:
                 rejected = {"rejected_kl": stats["approx_kl"]}
                 break
             updates.append(stats)
             self.engine.stale = True
-            stop_on_nonfinite(self, step, minibatch, stats)
+            stop_on_nonfinite(self, step, self.attempt, stats)
         return measure(drawn.learn) | batch.stats | mean_of(updates) | rejected | {"updates": len(updates)}
 
     # ----------------------------------------------------------------------------------------------------- checkpoints

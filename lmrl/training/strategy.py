@@ -64,9 +64,7 @@ class Strategy:
 
     def step(self, finite: bool) -> float:
         """Update the weights, unless the gradient is not `finite`; returns its norm over all weights."""
-        self._reduce()
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = self._norm(gradients)
+        norm = self._gradient_norm()
         if not (finite and bool(norm.isfinite())):
             self.zero_grad()
             return float(norm)
@@ -74,6 +72,14 @@ class Strategy:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
         self.optimizer.step()
         return float(norm)
+
+    def gradient_norm(self) -> float:
+        """Norm of the gradient over all weights and processes, which stays in place."""
+        return float(self._gradient_norm())
+
+    def _gradient_norm(self) -> torch.Tensor:
+        self._reduce()
+        return self._norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
 
     def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         return torch.nn.utils.get_total_norm(gradients)

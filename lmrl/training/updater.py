@@ -13,7 +13,7 @@ import torch
 
 from lmrl import world
 from lmrl.objectives.base import Objective
-from lmrl.policy.memory import Passes, fit, or_advice
+from lmrl.policy.memory import FailedPass, Passes, fit, or_advice
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Optimizer
 from lmrl.recipe.rates import GRAD_NORM
@@ -81,7 +81,7 @@ class Updater:
             self.take_back()
             return stats | {"rejected": 1.0}
         self._set_rates(policy)
-        with or_advice(STEP_ADVICE):
+        with or_advice(STEP_ADVICE, lambda: whole_update(policy, minibatch)):
             stats["grad_norm"] = self.strategy.step(finite=math.isfinite(stats["loss"]))
         if not (math.isfinite(stats["grad_norm"]) and math.isfinite(stats["loss"])):
             self.skipped += 1
@@ -90,6 +90,18 @@ class Updater:
         if objective.polyak is not None:
             policy.values.follow(objective.polyak)
         self.skipped_in_a_row = 0
+        return stats
+
+    def probe(self, policy: Policy, objective: Objective, minibatch: Batch) -> dict[str, float]:
+        """Loss and gradient norm of a minibatch, as `step` would find them; no weight and no random number changes. Only for
+        strategies that `can_discard`."""
+        was_training, device = policy.training, policy.device
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            policy.begin_update(objective.dropout)
+            stats = self.backward(policy, objective, minibatch)
+        stats["grad_norm"] = self.strategy.gradient_norm()
+        self.strategy.zero_grad()
+        policy.train(was_training)
         return stats
 
     def take_back(self) -> None:
@@ -142,7 +154,7 @@ class Updater:
             held = torch.empty(state_bytes(self.options, self.parameters.values()), dtype=torch.uint8, device=device)
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             policy.begin_update(objective.dropout)
-            fit(policy, batch, lambda passes: self._rehearse(policy, objective, passes))
+            fit(policy, batch, lambda passes: self._rehearse(policy, objective, passes), "rehearsal")
         policy.microbatch_tokens = -world.largest(-policy.microbatch_tokens)
         del held
         self.strategy.zero_grad()
@@ -179,6 +191,12 @@ class Updater:
         found = state.get("microbatch_tokens")
         if found is not None:
             self.policy.microbatch_tokens = min(self.policy.microbatch_tokens, found)
+
+
+def whole_update(policy: Policy, minibatch: Batch) -> FailedPass:
+    """An update whose passes fit, and whose optimizer step does not."""
+    tokens = max((len(sequence.tokens) for sequence in minibatch.sequences), default=0)
+    return FailedPass("update", minibatch, policy.microbatch_tokens, (len(minibatch.sequences), tokens), {"step": True})
 
 
 def weight(policy: Policy, objective: Objective, batch: Batch) -> float:

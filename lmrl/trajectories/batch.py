@@ -5,7 +5,7 @@ Every per-action quantity is a flat tensor over action tokens, so that objective
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -177,3 +177,9 @@ def to_batch(trajectories: list[Trajectory]) -> Batch:
     return Batch(
         [to_sequence(segment) for trajectory in trajectories for segment in trajectory.segments if segment.actions]
     )
+
+
+def contexts_batch(contexts: Iterable[list[int]]) -> Batch:
+    """Contexts to be continued, as sequences without actions."""
+    none = torch.zeros(0, dtype=torch.long)
+    return Batch([Sequence(torch.tensor(tokens, dtype=torch.long), none, none) for tokens in contexts])

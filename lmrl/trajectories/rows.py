@@ -13,6 +13,7 @@ lmrl's own format has one row an episode, the same in Parquet and JSONL:
     failure            why the episode could not be judged, or null
     columns            further columns of the prompt, for reward functions (in Parquet as JSON text), or null
     group episode      episodes of a group began alike
+    seed start         what the environment's reset was given: seed, and options["start"] (null: drawn by the seed)
     player             who played
     tokenizer          fingerprint of the tokenizer of ...
     segments           [{"tokens", "turns", "logprobs", "rewards"}], as in `Segment`; null: only the text is known
@@ -87,6 +88,8 @@ def to_row(trajectory: Trajectory, tokenizer: str | None = None) -> Row:
     return {
         "group": trajectory.group,
         "episode": trajectory.episode,
+        "seed": trajectory.seed,
+        "start": trajectory.start,
         "player": trajectory.player,
         "prompt_messages": messages,
         "turns": turns,
@@ -195,6 +198,7 @@ def _own(row: Row, number: int, tokenizer: str | None) -> Trajectory:
     trajectory.cut_turns = cut_turns
     trajectory.group = _optional(row, "group", int, number)
     trajectory.episode = _optional(row, "episode", int, number)
+    trajectory.seed, trajectory.start = _optional(row, "seed", int), _optional(row, "start", int)
     trajectory.player = _optional(row, "player", str)
     trajectory.terminated = _optional(row, "terminated", bool, True)
     trajectory.components = _numbers(row, "components")

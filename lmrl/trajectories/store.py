@@ -336,6 +336,8 @@ def _write_parquet(path: Path, rows: list[Row]) -> None:
         {
             "group": value("int64"),
             "episode": value("int64"),
+            "seed": value("int64"),
+            "start": value("int64"),
             "player": value("string"),
             "prompt_messages": many(
                 {name: value("string") for name in ("role", "content", "tool_calls", "tool_call_id", "name")}

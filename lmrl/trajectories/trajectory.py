@@ -88,6 +88,9 @@ class Trajectory:
     """Of a truncated episode: what would have come next."""
     player: str | None = None
     """Who played: a policy or a scripted player, where it is known."""
+    seed: int | None = field(default=None, compare=False)
+    start: int | None = field(default=None, compare=False)
+    """What the environment's `reset` was given, where it is known: the seed, and `options["start"]` (None: drawn by the seed)."""
     version: int | None = field(default=None, compare=False)
     """Of the weights it was played with: the number of the engine's weight sync (None: not played by this process)."""
 

@@ -60,7 +60,8 @@ def test_light_verbs_never_import_torch(verb):
         (["train", "random_walks/ppo", "--resume"], "lmrl: --resume needs the run"),
         (["eval", "nowhere/at/all", "--suite", "random_walks"], "lmrl: model.path: 'nowhere/at/all' cannot be loaded"),
         (["eval", ".", "--suite", "random_walk"], "lmrl: no suite called 'random_walk'"),
-        (["replay", "."], "lmrl: . holds no kept minibatch"),
+        (["replay", ".", "--episode", "main/train/1/0"], "lmrl: --episode: samples.jsonl does not exist"),
+        (["replay", "."], "lmrl: . is not a bundle (expected a folder below RUN/bundles/)"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, arguments, message):

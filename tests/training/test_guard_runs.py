@@ -96,6 +96,7 @@ def test_a_collapsed_run_goes_back_and_ends_well(good, tmp_path, before_steps):
     [line] = lines(tmp_path / "run", "guard")
     assert line["step"] in range(BROKEN_AT + 3, BROKEN_AT + 14) and line["lr_factor"] == guard.LR_FACTOR
     assert line["back_to"] < BROKEN_AT and line["rollbacks"] == 1
+    assert f"reproduce with: lmrl replay {tmp_path / 'run' / line['bundle']}" in said
     [warning] = [one for one in lines(tmp_path / "run", "warning") if one["name"] == "collapse"]
     assert "lower optimizer.lr from 0.0001 to 3e-05" in warning["text"]
     assert f"back to step {line['back_to']}, learning rate x 0.3" in said

@@ -150,11 +150,20 @@ def test_the_run_stops_and_keeps_what_broke_it(tmp_path):
     with pytest.raises(NonFiniteError, match=r"step 2: 2 updates in a row.*lmrl replay") as caught:
         train(load_recipe("random_walks/bc", overrides), output=tmp_path / "run")
     assert caught.value.exit_code == 1
-    (kept,) = (tmp_path / "run" / "nonfinite").iterdir()
+    (kept,) = (tmp_path / "run" / "bundles").iterdir()
     info = json.loads((kept / "info.json").read_text())
     assert (info["step"], info["seed"], info["reproduce"]) == (2, 0, f"lmrl replay {kept}")
-    lines = replay(kept)
-    assert "loss nan" in lines[0] and any("gradient of" in line for line in lines)
+    assert kept.name == "main-step-000002-nonfinite" and info["event"] == "nonfinite"
+    replayed = replay(kept)
+    assert "loss nan, recorded nan: the same" in replayed.lines and replayed.same
+    assert any("gradient of" in line for line in replayed.lines)
+
+    for name in ("event", "pass", "weights", "device", "versions", "microbatch_tokens"):  # as older runs have left it
+        del info[name]
+    (kept / "info.json").write_text(json.dumps(info))
+    (kept / "rng.safetensors").unlink()
+    old = kept.rename(tmp_path / "old")
+    assert "loss nan, recorded nan: the same" in replay(old).lines
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny_policy):

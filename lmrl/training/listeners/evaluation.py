@@ -82,7 +82,7 @@ class Evaluation(Listener):
             found = start_values(stage.policy, self.played, *discounts_of(stage.recipe)) if self.played else {}
         stage.progress.scores[name] = scores
         stage.record(step, "eval", {**scores, **found})
-        stage.run.record_samples([sample_line(stage.name, step, "eval", one) for one in self.played[:SAMPLES_KEPT]])
+        stage.run.record_samples(self._samples(stage, step, "eval", self.played))
         stage.track({f"{stage.name}/eval/{name}": score["mean"] for name, score in scores.items()}, step)
         stage.display.score(step, {name: scores[name] for name in stage.progress.columns if name in scores})
         if step > 0:
@@ -183,9 +183,7 @@ class Evaluation(Listener):
             if step == progress.kept:
                 means = {f"{stage.name}/final/{name}": score["mean"] for name, score in scores.items()}
                 stage.track(means, progress.step)
-            stage.run.record_samples(
-                [sample_line(stage.name, progress.step, "final", one) for one in played[:SAMPLES_KEPT]]
-            )
+            stage.run.record_samples(self._samples(stage, progress.step, "final", played))
         if len(self.reports) > 1:
             last, best = (f"{metric} {interval(scores[metric])}" for _, scores, _ in self.reports)
             step = progress.best["step"]
@@ -194,6 +192,10 @@ class Evaluation(Listener):
                 f"stage {stage.name} leaves the {kept} policy, not the {other} one (training.final="
                 f"{stage.recipe.training.final}): step {step} {best}, step {progress.step} {last}"
             )
+
+    def _samples(self, stage: Stage, step: int, kind: str, played: list[Trajectory]) -> list[dict[str, Any]]:
+        environment = self.evaluator.task.environment if self.evaluator else None
+        return [sample_line(stage.name, step, kind, one, environment) for one in played[:SAMPLES_KEPT]]
 
     def state(self) -> dict[str, Any]:
         if not self.choosing or self.step is None:

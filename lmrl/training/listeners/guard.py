@@ -7,11 +7,13 @@ are certainly better than those of the checkpoint that is kept, at most twenty i
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lmrl import world
 from lmrl.objectives import Objective
 from lmrl.recipe import Recipe
+from lmrl.training.bundle import keep_update, rng_state
 from lmrl.training.checkpoint import checkpoint_path
 from lmrl.training.guard import (
     DETECTORS,
@@ -110,7 +112,9 @@ class Guard(Listener):
             if "collapse" not in self.said:
                 self.said.append("collapse")
                 warn(stage, step, "collapse", f"{lost}: set training.on_collapse=rollback, or {self._lower()}")
+                self._keep(stage, step, lost)
             return
+        kept = self._keep(stage, step, lost)
         if not stage.strategy.can_go_back:
             warn(stage, step, "collapse", f"{lost}: {self._lower()}")
             leave_checkpoint(stage, step, self.tracker.kept.step, self.name, "collapse")
@@ -120,13 +124,27 @@ class Guard(Listener):
         warn(stage, step, "collapse", f"{lost}: {self._lower()}")
         self.lr_factor *= LR_FACTOR
         line = go_back(stage, step, to, self.name, self.lr_factor, "collapse")
-        stage.record(step, "guard", {"found": "collapse", "rollbacks": self.rollbacks, **line})
+        stage.record(step, "guard", {"found": "collapse", "rollbacks": self.rollbacks, **line, **kept})
         self.took_back_at = step
         if given_up:
             why = "training.on_collapse=stop" if self.on_collapse == "stop" else "its last step has come"
             if self.rollbacks > MAX_ROLLBACKS:
                 why = f"collapsed again after {MAX_ROLLBACKS} rollbacks"
             end_with_best(stage, step, self.name, to, why, self.evaluation)
+
+    def _keep(self, stage: Stage, step: int, lost: str) -> dict[str, str]:
+        """Leave a bundle of the step's last minibatch with the weights that have collapsed, and of what its passes measure with them;
+        returns what is to be recorded of it. A pass, and a copy of the weights."""
+        if not world.agreed(stage.attempt is not None):
+            return {}
+        stage.engine.rest()
+        attempt = replace(stage.attempt, rng=rng_state(stage.policy.device))
+        can_probe = stage.strategy.can_discard
+        stats = stage.updater.probe(stage.policy, stage.objective, attempt.minibatch) if can_probe else {}
+        details = {"collapse": lost, "best_step": self.tracker.kept.step, "last_steps": self.last}
+        target, text = keep_update(stage, step, "collapse", attempt, stats, details)
+        stage.display.say(f"collapse at step {step}: {text}")
+        return {"bundle": str(target.relative_to(stage.run.folder))}
 
     def _lower(self) -> str:
         lr = self.settings.lr
