@@ -55,7 +55,7 @@ def replay_episode(line: Line) -> tuple[list[str], bool]:
     if len(found) > SHOWN:
         lines.append(f"and {len(found) - SHOWN} more differences")
     turns, earned = len(line["turns"]), line["reward"]
-    what = f"{turns} turns, " + (line["failure"] if line.get("failure") else f"return {earned:g}")
+    what = f"{turns} turn{'' if turns == 1 else 's'}, " + (line["failure"] if line.get("failure") else f"return {earned:g}")
     return [*lines, f"{what}: {'not ' if found else ''}the same"], not found
 
 

@@ -4,10 +4,12 @@ import gc
 import json
 import math
 import resource
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import lmrl
@@ -74,10 +76,6 @@ def test_a_collapse_leaves_loss_and_norm_of_its_last_update(collapsed):
 
 
 def test_other_weights_are_not_the_same(collapsed, tmp_path):
-    import shutil
-
-    from safetensors.torch import save_file
-
     other = shutil.copytree(collapsed, tmp_path / "other")
     weights = load_file(other / "model.safetensors")
     save_file({name: 1.5 * one for name, one in weights.items()}, other / "model.safetensors", {"format": "pt"})
@@ -87,8 +85,6 @@ def test_other_weights_are_not_the_same(collapsed, tmp_path):
 
 
 def test_other_versions_are_named(collapsed, tmp_path):
-    import shutil
-
     other = shutil.copytree(collapsed, tmp_path / "other")
     info = info_of(other)
     info["versions"]["torch"] = "1.0"
@@ -236,3 +232,17 @@ def test_limits_name_the_address_space(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (3 << 30, 3 << 30))
     found = memory_limits(torch.device("cpu"))
     assert (found["device"], found["limit_mb"]) == ("cpu", 3072) and found["peak_mb"] > 0
+
+
+def test_one_of_several_processes_runs_short(tmp_path, monkeypatch):
+    """It writes alone, without weights: those of the newest checkpoint, or of the beginning, do as well."""
+    memory_for(monkeypatch, 2, gradient=True)
+    monkeypatch.setattr("lmrl.training.bundle.world", SimpleNamespace(size=lambda: 2, rank=lambda: 1))
+    bundle, info = stopped_by_memory(tmp_path / "run")
+    assert bundle.name == "main-step-000001-memory-rank1" and info["weights"] == "stages/main/start"
+    assert not (bundle / "model.safetensors").exists()
+    replayed = replay(bundle)
+    assert replayed.same and "computed by 2 processes (ddp) then, and by one now" in replayed.lines
+    (tmp_path / "run/stages/main/start").rename(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match=r"its weights are in .*stages/main/start, which does not exist"):
+        replay(bundle)
