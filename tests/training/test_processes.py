@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from lmrl.launch import accelerate_environment
 from lmrl.recipe_files import find_launch
+from lmrl.training.replay import replay
 from lmrl.training.train import resume_run
 
 HERE = Path(__file__).parent
@@ -80,6 +81,9 @@ def test_two_processes_do_what_one_does(tmp_path, extensions, strategy):
 
     if strategy not in (None, "fsdp2"):  # DeepSpeed cannot go back
         return
+    replayed = replay(tmp_path / "back/bundles/main-step-000002-collapse")  # of all processes' sequences, by this one
+    assert replayed.same and any("computed by 2 processes" in line for line in replayed.lines), replayed.lines
+    assert not any(line.startswith("grad_norm 0,") for line in replayed.lines)
     saved = [tmp_path / "back/stages/main/checkpoints" / f"step-{step:06d}" for step in range(5)]
     for file in (file.relative_to(saved[1]) for file in saved[1].glob("**/*.safetensors")):
         begun, first, second, third, fourth = (load_file(folder / file) for folder in saved)

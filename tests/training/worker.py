@@ -21,6 +21,7 @@ from lmrl.policy.passes import Outputs, Want
 from lmrl.recipe import LikelihoodObjective, Lora, Model, Optimizer
 from lmrl.recipe_files import load_recipe
 from lmrl.training import build
+from lmrl.training.bundle import keep_update
 from lmrl.training.listeners import Listener
 from lmrl.training.strategy import Strategy, build_strategy
 from lmrl.training.train import join, resume_run
@@ -170,13 +171,16 @@ def go_back(folder: Path) -> None:
     original = build.build_listeners
     build.build_listeners = lambda *args: [*original(*args), GoesBack()]
     lmrl.train(
-        load_recipe("random_walks/ppo", [*STEPS, "training.steps=4", "objective.value_warmup_steps=0"]),
+        load_recipe(
+            "random_walks/ppo",
+            [*STEPS, "training.steps=4", "objective.value_warmup_steps=0", "objective.entropy_coef=0.1"],
+        ),
         output=folder / "back",
     )
 
 
 class GoesBack(Listener):
-    """Takes the main stage back to its first step after the second, and to its beginning after the third."""
+    """Takes the main stage back to its first step after the second, of which it keeps a bundle, and to its beginning after the third."""
 
     name = "goes_back"
 
@@ -184,6 +188,9 @@ class GoesBack(Listener):
         stage.save()
 
     def after_step(self, stage, step: int) -> None:
+        if stage.name == "main" and step == 2:
+            stats = stage.updater.probe(stage.policy, stage.objective, stage.attempt.minibatch)
+            keep_update(stage, step, "collapse", stage.attempt, stats, {"collapse": "as told", "best_step": 1})
         if stage.name == "main" and step in (2, 3):
             stage.roll_back({2: 1, 3: 0}[step])
 
