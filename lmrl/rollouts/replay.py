@@ -54,9 +54,9 @@ def replay_episode(line: Line) -> tuple[list[str], bool]:
     lines += found[:SHOWN]
     if len(found) > SHOWN:
         lines.append(f"and {len(found) - SHOWN} more differences")
-    turns, earned = len(line["turns"]), line["reward"]
-    what = f"{turns} turn{'' if turns == 1 else 's'}, " + (line["failure"] if line.get("failure") else f"return {earned:g}")
-    return [*lines, f"{what}: {'not ' if found else ''}the same"], not found
+    turns = "1 turn" if len(line["turns"]) == 1 else f"{len(line['turns'])} turns"
+    outcome = line.get("failure") or f"return {line['reward']:g}"
+    return [*lines, f"{turns}, {outcome}: {'not ' if found else ''}the same"], not found
 
 
 def _version(made: dict[str, Any]) -> str:
