@@ -196,7 +196,7 @@ def logged_pairs(run: Path) -> set[tuple[State, str]]:
     from lmrl.policy.load import open_policy
     from lmrl.rollouts.task import build_task
     from lmrl.run import read_recipe
-    from lmrl.training.sources import play_logged
+    from lmrl.training.sources import play_dataset
 
     done, games = read_recipe(run), []
     task = build_task(done.task, open_policy(str(run / "stages" / "bc" / "final"), "float32").tokenizer)
@@ -206,7 +206,7 @@ def logged_pairs(run: Path) -> set[tuple[State, str]]:
         return games[-1]
 
     source = logged(done.objective.name)
-    play_logged(replace(task, make=make), source["player"], source["episodes"], done.training.seed)
+    play_dataset(replace(task, make=make), source["player"], source["episodes"], done.training.seed)
     return {pair for game in games for pair in getattr(game, "played", ())}
 
 

@@ -24,7 +24,7 @@ from lmrl.recipe import (
     Recipe,
     RewardModelObjective,
 )
-from lmrl.recipe.evaluations import imitates_a_log, own_plan
+from lmrl.recipe.evaluations import is_imitation, own_plan
 from lmrl.recipe.rates import UNKNOWN_SIZE, default_rates, with_rates
 
 PROCESS_MB = 450
@@ -86,7 +86,7 @@ def evaluation_line(recipe: Recipe) -> str:
     if plan is None:
         return "evaluation: none, since the stage is too short to spare any (evaluation.every=0 asks for it)"
     when = _when(f"every {plan.every} steps" if plan.every else "")
-    if imitates_a_log(recipe) and recipe.model.path is None and recipe.evaluation.gate is None:
+    if is_imitation(recipe) and recipe.model.path is None and recipe.evaluation.gate is None:
         when = "at the end, and at the start if it goes on from another stage"
     return f"evaluation on the stage's own task: {plan.episodes} episodes each, {when}"
 

@@ -13,7 +13,7 @@ from lmrl.recipe import Prompts, PromptTask
 from lmrl.recipe_files import load_recipe, to_yaml
 from lmrl.rollouts.render import Renderer
 from lmrl.rollouts.task import build_task
-from lmrl.trajectories.store import LoggedFile
+from lmrl.trajectories.store import DatasetFile
 
 RECIPE = """
 model: {config: {model_type: llama}}
@@ -153,7 +153,7 @@ ROWS = [
 def test_logged_rows_that_are_none(tmp_path, row, message):
     path = tmp_path / "log.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n' + json.dumps(row) + "\n")
-    check_data(lambda: LoggedFile(str(path), Renderer(build_tokenizer("char", ["abc"]))), path, message)
+    check_data(lambda: DatasetFile(str(path), Renderer(build_tokenizer("char", ["abc"]))), path, message)
 
 
 def check_data(read, path, message):

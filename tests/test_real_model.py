@@ -9,7 +9,7 @@ import torch
 import lmrl
 from lmrl.policy.heads import HeadsSpec
 from lmrl.policy.load import load_policy, open_policy
-from lmrl.policy.passes import Want
+from lmrl.policy.passes import ForwardRequest
 from lmrl.recipe import Lora, Model
 from lmrl.rollouts.engine import Sampling
 from lmrl.rollouts.hf import HFEngine
@@ -43,7 +43,7 @@ def test_learner_and_sampler_agree():
             segment.observe(context)
             segment.act(completion.tokens, completion.logprobs, 0)
             trajectories.append(Trajectory([segment], "", ""))
-        scored = policy.score(to_batch(trajectories), Want(values=True))["logprobs"]
+        scored = policy.score(to_batch(trajectories), ForwardRequest(values=True))["logprobs"]
         for completion, logprobs in zip(found, scored, strict=True):
             torch.testing.assert_close(torch.tensor(completion.logprobs), logprobs, rtol=0, atol=tolerance)
 

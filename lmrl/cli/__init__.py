@@ -72,5 +72,5 @@ def _disk_full(error: BaseException | None) -> str | None:
 
 def _abandon() -> None:
     """Leave other processes of the run without a farewell: after an error that could wait for what they never send."""
-    if "lmrl.world" in sys.modules:
-        atexit.unregister(sys.modules["lmrl.world"].leave)
+    if "lmrl.distributed" in sys.modules:
+        atexit.unregister(sys.modules["lmrl.distributed"].shutdown)

@@ -10,7 +10,7 @@ import typer
 
 from lmrl.cli.common import Debug, Overrides
 from lmrl.errors import COLLAPSED, RecipeError
-from lmrl.recipe import MAIN_STAGE, LoggedEpisodes, Recipe
+from lmrl.recipe import MAIN_STAGE, DatasetOptions, Recipe
 from lmrl.recipe_files import find_launch, load_recipe, stages_of
 from lmrl.run import RECIPE_FILE, latest_run
 
@@ -112,7 +112,7 @@ def _skip_bad_rows(recipe: Recipe | None) -> None:
     """Set `skip_bad_rows` wherever a recipe reads logged data."""
     if recipe is None:
         raise RecipeError("a resumed run keeps its recipe: leave --skip-bad-rows out")
-    reading = [name for name, stage in stages_of(recipe).items() if isinstance(stage.source, LoggedEpisodes)]
+    reading = [name for name, stage in stages_of(recipe).items() if isinstance(stage.source, DatasetOptions)]
     if not reading:
         raise RecipeError("--skip-bad-rows: the recipe reads no logged data")
     for name in reading:

@@ -9,7 +9,7 @@ from math import inf
 from statistics import mean
 from typing import Any
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.environments import limits_of
 from lmrl.errors import RecipeError, did_you_mean
 from lmrl.evaluation.statistics import UNLIMITED, Limits, summarize
@@ -105,9 +105,9 @@ class Evaluator:
         extra = {}
         if self.policy.has_reference:
             self.policy.temperature = self.sampling.temperature or 1.0
-            extra["kl"] = world.gather(divergences(self.policy, trajectories))
+            extra["kl"] = distributed.all_gather(divergences(self.policy, trajectories))
         self.policy.temperature = before
-        trajectories = world.gather(trajectories)
+        trajectories = distributed.all_gather(trajectories)
         return self.report(trajectories, extra), trajectories
 
     def optimum(self) -> Scores | None:

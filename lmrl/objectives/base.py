@@ -10,7 +10,7 @@ import torch
 
 from lmrl.objectives.correction import Correction
 from lmrl.policy.heads import HeadsSpec
-from lmrl.policy.passes import Outputs, Want
+from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.policy import Policy
 from lmrl.trajectories.batch import Batch, Microbatch, to_batch
 from lmrl.trajectories.trajectory import Trajectory
@@ -55,7 +55,7 @@ class Objective:
     def start(self, policy: Policy) -> None:
         """Called once, when a stage begins, before its weights are shared out over processes."""
 
-    def ready(self, policy: Policy, logged: Iterable[list[Trajectory]], fresh: bool) -> None:
+    def ready(self, policy: Policy, dataset: Iterable[list[Trajectory]], fresh: bool) -> None:
         """Called once, when a stage is about to begin or to go on. logged: all that it may draw, in parts.
 
         fresh: the policy is as the stage begins.
@@ -65,9 +65,9 @@ class Objective:
         """Called before each step, counted from 1."""
 
     @property
-    def want(self) -> Want:
+    def forward_request(self) -> ForwardRequest:
         """What `loss` needs of a forward pass."""
-        return Want()
+        return ForwardRequest()
 
     def prepare(self, policy: Policy, trajectories: list[Trajectory]) -> Batch:
         """Trajectories to a batch, without gradient."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.recipe.rollouts import CorrectionMode, Rollouts
 from lmrl.trajectories.batch import Batch
 from lmrl.trajectories.trajectory import Trajectory
@@ -58,7 +58,7 @@ class Correction:
         """Set WEIGHTS in a batch that has OLD; returns the mean weight and the share that the cap decided."""
         weights_N, beyond_N = importance_weights(batch.get(OLD), sampled_N, episodes_N, self.mode, self.cap)
         batch.set(WEIGHTS, weights_N)
-        return {"correction_mean": world.mean(weights_N), "correction_capped": world.mean(beyond_N.float())}
+        return {"correction_mean": distributed.mean(weights_N), "correction_capped": distributed.mean(beyond_N.float())}
 
 
 def sampled_logprobs(trajectory: Trajectory) -> torch.Tensor:
@@ -70,5 +70,5 @@ def sampled_logprobs(trajectory: Trajectory) -> torch.Tensor:
 def mismatch(old_N: torch.Tensor, sampled_N: torch.Tensor) -> dict[str, float]:
     """KL(sampler || learner) a token, estimated from what was sampled, and the largest difference; {} where unknown."""
     gap_N = (sampled_N - old_N)[~sampled_N.isnan()]
-    gaps = world.gather([float(gap_N.abs().max())] if len(gap_N) else [])
-    return {"sampler_kl": world.mean(gap_N), "sampler_gap": max(gaps)} if gaps else {}
+    gaps = distributed.all_gather([float(gap_N.abs().max())] if len(gap_N) else [])
+    return {"sampler_kl": distributed.mean(gap_N), "sampler_gap": max(gaps)} if gaps else {}

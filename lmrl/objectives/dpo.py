@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.errors import DataError, RunError
 from lmrl.objectives.base import Loss, Objective
 from lmrl.objectives.groups import EPISODE, episode_sums, flat, grouped_batch, groups_of
@@ -125,19 +125,19 @@ class DPO(Objective):
         if self.options.cache_reference:
             self.cache_key = model_key(policy)
 
-    def ready(self, policy: Policy, logged: Iterable[list[Trajectory]], fresh: bool) -> None:
+    def ready(self, policy: Policy, dataset: Iterable[list[Trajectory]], fresh: bool) -> None:
         """Compute what the cache of the reference lacks, while the policy still is the reference."""
         if not self.options.cache_reference:
             return
         self.cache = ReferenceCache(self.cache_key)
-        for part in logged:
+        for part in dataset:
             lacking = self.cache.missing(part)
             if lacking and not fresh:
                 raise RunError(
                     f"{self.cache.path}: {len(lacking)} episodes of this run are missing in the reference's cache, and the "
                     "policy has moved on: start the run again, or set objective.cache_reference=false"
                 )
-            if lacking and world.size() > 1:
+            if lacking and distributed.size() > 1:
                 raise RunError(
                     f"{self.cache.path}: {len(lacking)} episodes are missing in the reference's cache, which one process fills: "
                     "begin the run in one and go on by --resume --processes N, or set objective.cache_reference=false"
@@ -167,7 +167,7 @@ class DPO(Objective):
             a_token = torch.tensor([self.cache[one] / one.num_actions for one in episodes])
             for sequence in batch.sequences:
                 sequence.fields["reference_logprobs"] = a_token[sequence.fields[EPISODE]]
-        count, groups = world.totals([len(pairs), len(groups_of(trajectories))])
+        count, groups = distributed.all_sum([len(pairs), len(groups_of(trajectories))])
         batch.stats = {"pairs": count, "ties": (groups - count) / groups}
         return batch
 

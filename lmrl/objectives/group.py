@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.objectives.base import Loss
 from lmrl.objectives.correction import OLD, sampled_logprobs
 from lmrl.objectives.groups import EPISODE, episode_sums, flat, grouped_batch, groups_of
@@ -113,15 +113,17 @@ class GroupPolicyGradient(PolicyGradient):
         batch.stats = self._measure(groups)
         episodes_N = flat([sequence.fields[EPISODE] for sequence in batch.sequences], torch.long)
         if ratio_N is not None:
-            batch.stats["kl"] = world.mean(episode_sums(ratio_N, episodes_N))
+            batch.stats["kl"] = distributed.mean(episode_sums(ratio_N, episodes_N))
         sampled_N = flat([sampled_logprobs(episode) for episode in episodes])
-        if not world.largest(int(sampled_N.isnan().any())):  # actions stand in the order of the episodes, packed or not
+        if not distributed.all_max(
+            int(sampled_N.isnan().any())
+        ):  # actions stand in the order of the episodes, packed or not
             batch.set("sampled_logprobs", sampled_N)
         if self.correction is not None:
             batch.stats |= self.correction.weigh(batch, sampled_N, episodes_N)
         if options.entropy_coef == 0 and (not self.uses_reference or self.kl_in_reward):
             for sequence in batch.sequences:
-                sequence.weightless = not sequence.fields["advantages"].any()
+                sequence.zero_gradient = not sequence.fields["advantages"].any()
         return batch
 
     def _scaled(self, advantages_K: torch.Tensor, turns: Turns) -> torch.Tensor:
@@ -140,8 +142,8 @@ class GroupPolicyGradient(PolicyGradient):
         for group in groups:
             earned = [tuple(turn.reward for turn in one.turns) or (one.reward,) for one in group]
             alike.append(float(len({(one.reward, own) for one, own in zip(group, earned, strict=True)}) == 1))
-        (count,) = world.totals([len(groups)])
-        return {"groups": count, "zero_spread": world.mean(alike)}
+        (count,) = distributed.all_sum([len(groups)])
+        return {"groups": count, "zero_spread": distributed.mean(alike)}
 
     def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
         options, fields, logprobs_N = self.options, batch.fields, outputs.logprobs

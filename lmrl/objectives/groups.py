@@ -6,7 +6,7 @@ from collections.abc import Sequence as List
 
 import torch
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.policy.policy import Policy
 from lmrl.trajectories.batch import Batch, Sequence, to_sequence
 from lmrl.trajectories.shared import pack
@@ -26,12 +26,12 @@ def groups_of(trajectories: List[Trajectory]) -> list[list[int]]:
 
 def gathered(sequences: List[Sequence]) -> list[Sequence]:
     """The sequences of all processes, in which chains and episodes of different processes stay apart."""
-    offset = world.rank() << 32
+    offset = distributed.rank() << 32
     for sequence in sequences:
         sequence.chain = None if sequence.chain is None else sequence.chain + offset
         if EPISODE in sequence.fields:
             sequence.fields[EPISODE] = sequence.fields[EPISODE] + offset
-    return world.gather(sequences)
+    return distributed.all_gather(sequences)
 
 
 def flat(parts: List[torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.objectives.base import Objective
 from lmrl.objectives.correction import OLD, WEIGHTS
 from lmrl.objectives.groups import flat
@@ -58,7 +58,7 @@ def whiten(values_N: torch.Tensor, floor: float = 0.0) -> torch.Tensor:
 
     floor: divide by at least this, so that what is left of a spread that has all but gone is not blown up.
     """
-    mean, variance = world.moments(values_N)
+    mean, variance = distributed.moments(values_N)
     deviation = math.sqrt(variance)
     if deviation <= ROUNDING * abs(mean) or deviation == 0:
         return torch.zeros_like(values_N, dtype=torch.float64)
@@ -104,4 +104,4 @@ class PolicyGradient(Objective):
             return {}
         scored = policy.score(minibatch)
         moved_N = k3(minibatch.get(OLD), flat(scored["logprobs"]))
-        return {"approx_kl": world.mean(moved_N), "entropy": world.mean(flat(scored["entropy"]))}
+        return {"approx_kl": distributed.mean(moved_N), "entropy": distributed.mean(flat(scored["entropy"]))}

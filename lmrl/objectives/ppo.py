@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.objectives.base import Loss
 from lmrl.objectives.correction import OLD, mismatch, sampled_logprobs
 from lmrl.objectives.groups import flat
 from lmrl.objectives.policy_gradient import ROUNDING, PolicyGradient, k3, whiten
 from lmrl.policy.heads import BINS, HeadsSpec, category_loss
-from lmrl.policy.passes import Outputs, Want
+from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.policy import Policy
 from lmrl.recipe import PPOObjective
 from lmrl.trajectories.batch import Batch, Microbatch
@@ -70,7 +70,7 @@ def adapt_kl_coef(coef: float, kl: float, target: float, episodes: int, horizon:
 
 def spread(returns_N: torch.Tensor) -> tuple[float, float] | None:
     """Mean and deviation to begin learning values with, over all processes; None where all returns are 0, which has no unit."""
-    mean, variance = world.moments(returns_N)
+    mean, variance = distributed.moments(returns_N)
     deviation = math.sqrt(variance)
     if deviation <= ROUNDING * abs(mean):  # all equal
         deviation = abs(mean)
@@ -134,9 +134,9 @@ class PPO(PolicyGradient):
         self.warmup.begin(step, self.options.value_warmup_steps)
 
     @property
-    def want(self) -> Want:
+    def forward_request(self) -> ForwardRequest:
         options = self.options
-        return Want(
+        return ForwardRequest(
             logprobs=not self.warming_up,
             values=True,
             detach_values=self.warming_up or options.detach_value,
@@ -153,7 +153,7 @@ class PPO(PolicyGradient):
             first = [returns_to_go(rewards_A, own) for (rewards_A, _), own in zip(earned, weights, strict=True)]
             if (known := spread(flat(first))) is not None:
                 units.renormalise(*known, preserve=not policy.heads_are_new)
-        scored = policy.score(batch, Want(values=True))
+        scored = policy.score(batch, ForwardRequest(values=True))
         old_N = flat(scored["logprobs"])
         reference_N = flat(policy.score(batch, reference=True)["logprobs"]) if policy.has_reference else old_N
         sizes = [sum(len(sequence.targets) for sequence in span) for span in spans]
@@ -199,23 +199,27 @@ class PPO(PolicyGradient):
 
     def _measure(self, policy: Policy, values_N: torch.Tensor, returns_N: torch.Tensor) -> dict[str, float]:
         """How well the values foresaw the returns; the units and the end of the warm-up follow."""
-        units, (mean, variance) = policy.values, world.moments(returns_N)
-        error = world.moments(returns_N - values_N)[1]
+        units, (mean, variance) = policy.values, distributed.moments(returns_N)
+        error = distributed.moments(returns_N - values_N)[1]
         # Returns that are equal but for rounding have no variance to explain.
         explained = 1 - error / variance if variance > (ROUNDING * mean) ** 2 else 0.0
         self.warmup.add(explained)
         follows = self.options.value_normalization == "returns" and self.options.value_loss != "hl_gauss"
         if follows and units.is_normalised and math.isfinite(variance):  # categories keep the units they began with
             units.renormalise(*followed(float(units.mean), float(units.std), float(units.peak), mean, variance))
-        return {"value_mean": world.mean(values_N), "return_std": math.sqrt(variance), "explained_variance": explained}
+        return {
+            "value_mean": distributed.mean(values_N),
+            "return_std": math.sqrt(variance),
+            "explained_variance": explained,
+        }
 
     def _adapt(self, policy: Policy, kls: list[float]) -> dict[str, float]:
         """The divergence from the reference, and its weight, which follows it."""
         options, stats = self.options, {"kl_coef": self.kl_coef}
         if policy.has_reference:
-            stats["kl"] = world.mean(kls)
+            stats["kl"] = distributed.mean(kls)
         if options.kl_target is not None and not self.warming_up:
-            (episodes,) = world.totals([len(kls)])
+            (episodes,) = distributed.all_sum([len(kls)])
             self.kl_coef = adapt_kl_coef(
                 self.kl_coef, stats["kl"], options.kl_target, round(episodes), options.kl_horizon
             )

@@ -10,7 +10,7 @@ from lmrl.errors import DataError
 from lmrl.objectives.base import Loss, Objective
 from lmrl.objectives.policy_gradient import ROUNDING
 from lmrl.policy.heads import BINS, HeadsSpec, category_loss
-from lmrl.policy.passes import Outputs, Want
+from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.policy import Policy
 from lmrl.recipe import QObjective
 from lmrl.trajectories.batch import Batch, Microbatch
@@ -88,10 +88,10 @@ class QLearning(Objective):
             max(high, start) + margin,
         )
 
-    def ready(self, policy: Policy, logged: Iterable[list[Trajectory]], fresh: bool) -> None:
+    def ready(self, policy: Policy, dataset: Iterable[list[Trajectory]], fresh: bool) -> None:
         """Raise DataError where returns are needed, but truncation hides those of all logged episodes."""
         options, count = self.options, 0
-        for part in logged if self.needs_returns else ():
+        for part in dataset if self.needs_returns else ():
             if any(has_known_return(one, options.gamma, options.gamma_token) for one in part):
                 return
             count += len(part)
@@ -110,9 +110,9 @@ class QLearning(Objective):
         return returns_to_go(rewards_A, discounts(turns_A, self.options.gamma, self.options.gamma_token))
 
     @property
-    def want(self) -> Want:
+    def forward_request(self) -> ForwardRequest:
         options = self.options
-        return Want(
+        return ForwardRequest(
             logprobs=options.bc_coef > 0,
             values=self.heads.value,
             detach_values=options.trunk == "detached",

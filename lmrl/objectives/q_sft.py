@@ -19,7 +19,7 @@ from lmrl.errors import DataError
 from lmrl.objectives.base import Loss, Objective
 from lmrl.objectives.ilql import next_values
 from lmrl.policy.heads import HeadsSpec
-from lmrl.policy.passes import Outputs, Want
+from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.policy import Policy
 from lmrl.recipe import QSFTObjective
 from lmrl.trajectories.batch import Batch, Microbatch
@@ -37,8 +37,8 @@ class QSFT(Objective):
         )
 
     @property
-    def want(self) -> Want:
-        return Want(logprobs=False, probability=self.options.support)
+    def forward_request(self) -> ForwardRequest:
+        return ForwardRequest(logprobs=False, probability=self.options.support)
 
     def prepare(self, policy: Policy, trajectories: list[Trajectory]) -> Batch:
         low, high = self.options.return_range

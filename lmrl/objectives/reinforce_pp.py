@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.objectives.group import GroupPolicyGradient
 from lmrl.objectives.policy_gradient import whiten
 from lmrl.objectives.turns import Turns, less_group_mean
@@ -23,7 +23,7 @@ class ReinforcePP(GroupPolicyGradient):
 
     def baseline(self, turns: Turns) -> torch.Tensor:
         episodes_G = torch.bincount(turns.group_K[turns.index_K == 0])
-        several = world.largest(int((episodes_G > 1).any()))
+        several = distributed.all_max(int((episodes_G > 1).any()))
         return less_group_mean(turns) if several else turns.to_go_K
 
     def token_advantages(self, advantages_N: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.objectives.groups import flat
 from lmrl.objectives.policy_gradient import ROUNDING
 
@@ -72,7 +72,7 @@ def _over_groups(turns: Turns) -> torch.Tensor:
 
     Each is counted from the mean return of its own group, so that easy and hard prompts can be compared.
     """
-    deepest = max(world.gather([int(turns.index_K.max()) + 1 if len(turns.index_K) else 0]))
+    deepest = max(distributed.all_gather([int(turns.index_K.max()) + 1 if len(turns.index_K) else 0]))
     first_K = turns.index_K == 0
     groups, place_K = turns.group_K.unique(return_inverse=True)
     episodes_G, returns_G = (
@@ -84,7 +84,7 @@ def _over_groups(turns: Turns) -> torch.Tensor:
         torch.zeros(deepest, dtype=torch.float64).index_add(0, turns.index_K, own)
         for own in (torch.ones_like(counted_K), counted_K)
     )
-    sums = torch.tensor(world.totals([*count_T.tolist(), *total_T.tolist()]), dtype=torch.float64)
+    sums = torch.tensor(distributed.all_sum([*count_T.tolist(), *total_T.tolist()]), dtype=torch.float64)
     count_K, total_K = (part[turns.index_K] for part in sums.split(deepest))
     gap_K = counted_K - (total_K - counted_K) / (count_K - 1).clamp(min=1)
     equal_K = gap_K.abs() <= ROUNDING * turns.to_go_K.abs()
@@ -108,14 +108,14 @@ def group_scales(turns: Turns) -> torch.Tensor:
 def over_batch_scale(advantages_K: torch.Tensor) -> torch.Tensor:
     """Divided by the root mean square of those that are not 0, over all processes, (K,)."""
     earned_K = advantages_K[advantages_K != 0]
-    square = world.mean(earned_K.square())
+    square = distributed.mean(earned_K.square())
     return advantages_K / square**0.5 if square > 0 else advantages_K
 
 
 def rewards_fall_at_turns(earned: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> bool:
     """True if an episode of any process earned something before its last turn. earned: rewards and turns of each one's tokens."""
     early = any(bool(rewards_A[turns_A < turns_A[-1]].any()) for rewards_A, turns_A in earned)
-    return bool(world.largest(int(early)))
+    return bool(distributed.all_max(int(early)))
 
 
 def turns_of(

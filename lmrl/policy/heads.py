@@ -201,7 +201,7 @@ class Values(nn.Module):
         return (probs + 1e-4).log()
 
     @torch.no_grad()
-    def follow(self, polyak: float) -> None:
+    def polyak_update(self, polyak: float) -> None:
         """Move the targets towards what they follow."""
         pairs = [(self.q, self.target_q), (self.v, self.target_v), (self.trunk, self.target_trunk)]
         for source, target in pairs:

@@ -93,7 +93,7 @@ def fit(policy: Policy, batch: Batch, work: Callable[[Passes], T], kind: str = "
 def smaller(policy: Policy, batch: Batch, micro: Microbatch, error: Exception) -> int:
     """Tokens that microbatches may have after this one did not fit; raises where it cannot be cut."""
     rows, width = micro.tokens_BT.shape
-    if policy.lockstep:
+    if policy.synchronized:
         raise MemoryShortError(
             f"a pass over {rows} sequences of {width} tokens does not fit into memory, and where processes share out the "
             f"weights none of them can begin again alone: lower training.microbatch_tokens={policy.microbatch_tokens}, or set "

@@ -8,7 +8,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Want:
+class ForwardRequest:
     """What a forward pass has to bring back."""
 
     logprobs: bool = True
@@ -49,7 +49,7 @@ class Outputs:
     best_ratio: torch.Tensor | None = None
     """Highest Q of a supported token, by the target of the second model."""
 
-    def nothing(self) -> torch.Tensor:
+    def zero_loss(self) -> torch.Tensor:
         """0, as a function of all that carries a gradient."""
         held = [value for value in vars(self).values() if isinstance(value, torch.Tensor) and value.requires_grad]
         return sum((value.sum() * 0.0 for value in held), torch.zeros(()))

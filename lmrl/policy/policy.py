@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.errors import ModelError
 from lmrl.policy.attention import ATTENTION, take_attention
 from lmrl.policy.cache import Cache
 from lmrl.policy.heads import CHUNK, HeadsSpec, Values, guide, probability_ratio
 from lmrl.policy.logprobs import token_logprobs
 from lmrl.policy.memory import Passes, fit
-from lmrl.policy.passes import Guidance, Outputs, States, Want
+from lmrl.policy.passes import ForwardRequest, Guidance, Outputs, States
 from lmrl.policy.pull import bounded
 from lmrl.recipe import DPOObjective, LikelihoodObjective, QObjective, QSFTObjective, Recipe
 from lmrl.trajectories.batch import Batch, Microbatch, Sequence
@@ -55,7 +55,7 @@ class Policy(nn.Module):
         """Tokens of a pass at most; becomes less where memory runs out (see memory.py)."""
         self.value_pull = torch.zeros(3)
         """Tally of the last update's gradients at the last hidden states (see pull.py)."""
-        self.lockstep = False
+        self.synchronized = False
         """Whether all processes have to take part in every pass, because each holds a part of the weights."""
         self.autocast_dtype: torch.dtype | None = None
         for part in (self, *(self._reference if isinstance(self._reference, list) else [])):
@@ -164,44 +164,46 @@ class Policy(nn.Module):
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     # -------------------------------------------------------------------------------------------------------- forward
-    def forward(self, batch: Microbatch, want: Want = Want(), reference: bool = False) -> Outputs:
+    def forward(
+        self, batch: Microbatch, request: ForwardRequest = ForwardRequest(), reference: bool = False
+    ) -> Outputs:
         """reference: by the reference instead of the policy."""
         if not reference:
-            return self._run(self.causal_lm, batch, want)
+            return self._run(self.causal_lm, batch, request)
         with self._reference_model() as lm:
-            return self._run(lm, batch, want)
+            return self._run(lm, batch, request)
 
     def passes(self, micros: list[Microbatch]) -> list[Microbatch]:
-        """These microbatches and, in lockstep, idle ones behind them until all processes have as many."""
-        if not self.lockstep:
+        """These microbatches and, in synchronized, idle ones behind them until all processes have as many."""
+        if not self.synchronized:
             return micros
-        lacking = world.largest(len(micros)) - len(micros)
-        return micros + [self.idle() for _ in range(lacking)]
+        lacking = distributed.all_max(len(micros)) - len(micros)
+        return micros + [self.dummy_microbatch() for _ in range(lacking)]
 
-    def idle(self) -> Microbatch:
+    def dummy_microbatch(self) -> Microbatch:
         """A microbatch to go through the motions with."""
         tokens, first = torch.zeros(2, dtype=torch.long), torch.zeros(1, dtype=torch.long)
         return Batch([Sequence(tokens, first, first, {"floors": torch.zeros(1)})]).collate([0], self.pad_id)
 
-    def _run(self, lm: nn.Module, batch: Microbatch, want: Want) -> Outputs:
+    def _run(self, lm: nn.Module, batch: Microbatch, request: ForwardRequest) -> Outputs:
         outputs = Outputs()
         with self._autocast():
             inputs = self._inputs(batch)
             separate = self.values is not None and self.values.trunk is not None
             hidden_ND = None
-            if want.logprobs or not separate:
-                hidden_ND = self._policy_outputs(lm, inputs, batch, want, outputs)
-            if want.probability is not None:
-                self._second_model(inputs, batch, want, outputs)
-            elif want.values or want.q:
+            if request.logprobs or not separate:
+                hidden_ND = self._policy_outputs(lm, inputs, batch, request, outputs)
+            if request.probability is not None:
+                self._second_model(inputs, batch, request, outputs)
+            elif request.values or request.q:
                 target_ND = hidden_ND
                 if separate:
                     hidden_ND = self.values.trunk(**inputs).last_hidden_state[batch.rows_N, batch.cols_N]
                     with torch.no_grad():
                         target_ND = self.values.target_trunk(**inputs).last_hidden_state[batch.rows_N, batch.cols_N]
                 with torch.autocast(hidden_ND.device.type, enabled=False):
-                    hidden_ND = hidden_ND.detach() if want.detach_values else hidden_ND
-                    self._head_outputs(hidden_ND, target_ND, batch, want, outputs)
+                    hidden_ND = hidden_ND.detach() if request.detach_values else hidden_ND
+                    self._head_outputs(hidden_ND, target_ND, batch, request, outputs)
         return outputs
 
     def _inputs(self, batch: Microbatch) -> dict[str, Any]:
@@ -242,7 +244,7 @@ class Policy(nn.Module):
         return torch.allclose(torch.cat(scores[0]), torch.cat(scores[1]), atol=tolerance, rtol=0)
 
     def _policy_outputs(
-        self, lm: nn.Module, inputs: dict[str, Any], batch: Microbatch, want: Want, outputs: Outputs
+        self, lm: nn.Module, inputs: dict[str, Any], batch: Microbatch, request: ForwardRequest, outputs: Outputs
     ) -> torch.Tensor:
         """Fill in log-probabilities and entropy; return the hidden states of the action tokens for the heads, (N, D)."""
         if self.splits_head:
@@ -251,15 +253,15 @@ class Policy(nn.Module):
             result = lm(**inputs, output_hidden_states=True)
             hidden_BTD = result.hidden_states[-1]
         hidden_ND = values_ND = hidden_BTD[batch.rows_N, batch.cols_N]
-        if want.logprobs and want.value_pull is not None and self.splits_head and hidden_ND.requires_grad:
-            hidden_ND, values_ND = bounded(hidden_ND, want.value_pull, self.value_pull)
-        if want.logprobs and self.splits_head:
+        if request.logprobs and request.value_pull is not None and self.splits_head and hidden_ND.requires_grad:
+            hidden_ND, values_ND = bounded(hidden_ND, request.value_pull, self.value_pull)
+        if request.logprobs and self.splits_head:
             head = lm.get_output_embeddings()
             bias = getattr(head, "bias", None)
             outputs.logprobs, outputs.entropy = token_logprobs(
                 hidden_ND, head.weight, bias, batch.targets_N, self.temperature
             )
-        elif want.logprobs:
+        elif request.logprobs:
             logits_NV = result.logits[batch.rows_N, batch.cols_N]
             logits_NV = logits_NV.to(at_least_float32(logits_NV.dtype)) / self.temperature
             logprobs_NV = logits_NV.log_softmax(-1)
@@ -268,12 +270,17 @@ class Policy(nn.Module):
         return values_ND
 
     def _head_outputs(
-        self, hidden_ND: torch.Tensor, target_ND: torch.Tensor, batch: Microbatch, want: Want, outputs: Outputs
+        self,
+        hidden_ND: torch.Tensor,
+        target_ND: torch.Tensor,
+        batch: Microbatch,
+        request: ForwardRequest,
+        outputs: Outputs,
     ) -> None:
         values, actions_N, matrix = self.values, batch.targets_N, self.vocabulary
-        if want.values:
+        if request.values:
             outputs.values, outputs.value_logits = values.value(hidden_ND)
-        if want.q:
+        if request.q:
             taken, logits = zip(*[values.taken(q, hidden_ND, actions_N, matrix) for q in values.q], strict=True)
             outputs.q = torch.stack(taken)
             outputs.q_logits = torch.stack(logits) if values.spec.bins else None
@@ -282,13 +289,15 @@ class Policy(nn.Module):
                 outputs.target_q = torch.stack(targets).amin(0)
                 if values.target_v is not None:
                     outputs.target_values = values.value(target_ND, values.target_v)[0]
-        if want.push is not None:
-            floors = batch.fields["floors"] if want.floors else None
-            pushed = [values.push_down(q, hidden_ND, actions_N, matrix, want.push, floors) for q in values.q]
+        if request.push is not None:
+            floors = batch.fields["floors"] if request.floors else None
+            pushed = [values.push_down(q, hidden_ND, actions_N, matrix, request.push, floors) for q in values.q]
             outputs.push = torch.stack([push for push, _ in pushed])
-            outputs.bound = torch.stack([bound for _, bound in pushed]).mean(0) if want.floors else None
+            outputs.bound = torch.stack([bound for _, bound in pushed]).mean(0) if request.floors else None
 
-    def _second_model(self, inputs: dict[str, Any], batch: Microbatch, want: Want, outputs: Outputs) -> None:
+    def _second_model(
+        self, inputs: dict[str, Any], batch: Microbatch, request: ForwardRequest, outputs: Outputs
+    ) -> None:
         """Q-SFT: log-probabilities of the second model, and the best supported ratio of its target to the policy."""
         rows, cols, actions_N = batch.rows_N, batch.cols_N, batch.targets_N
         values = self.values
@@ -309,7 +318,7 @@ class Policy(nn.Module):
             for pi, p in zip(*(part.split(max(CHUNK // values.tokens, 1)) for part in (pi_ND, p_ND)), strict=True):
                 pi_logits = self.causal_lm.get_output_embeddings()(pi).float()
                 ratio = probability_ratio(target.get_output_embeddings()(p), pi_logits)
-                supported = guide(pi_logits, torch.zeros_like(pi_logits), 0.0, want.probability).isfinite()
+                supported = guide(pi_logits, torch.zeros_like(pi_logits), 0.0, request.probability).isfinite()
                 best.append(ratio.masked_fill(~supported, 0).amax(-1))
             outputs.best_ratio = torch.cat(best)
 
@@ -380,23 +389,27 @@ class Policy(nn.Module):
         return torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
     @torch.no_grad()
-    def score(self, batch: Batch, want: Want = Want(), reference: bool = False) -> dict[str, list[torch.Tensor]]:
+    def score(
+        self, batch: Batch, request: ForwardRequest = ForwardRequest(), reference: bool = False
+    ) -> dict[str, list[torch.Tensor]]:
         """Evaluate a batch without gradient: for each wanted field, one 1-D tensor a sequence, in the batch's order."""
         was_training = self.training
         self.eval()
         try:
-            work = partial(self._score, count=len(batch.sequences), want=want, reference=reference)
-            return fit(self, batch, work, "score", want=asdict(want), reference=reference)
+            work = partial(self._score, count=len(batch.sequences), request=request, reference=reference)
+            return fit(self, batch, work, "score", want=asdict(request), reference=reference)
         finally:
             self.train(was_training)
 
-    def _score(self, passes: Passes, count: int, want: Want, reference: bool) -> dict[str, list[torch.Tensor]]:
+    def _score(
+        self, passes: Passes, count: int, request: ForwardRequest, reference: bool
+    ) -> dict[str, list[torch.Tensor]]:
         fields: dict[str, list[torch.Tensor]] = {}
         if not count:
             fields = {"logprobs": [], "entropy": [], "values": []}
         for micro, idle, _ in passes:
             micro = micro.to(self.device)
-            outputs = self(micro, want, reference)
+            outputs = self(micro, request, reference)
             if idle:
                 continue
             for name in ("logprobs", "entropy", "values"):

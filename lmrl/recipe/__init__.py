@@ -18,7 +18,7 @@ from lmrl.recipe.objective import (
 )
 from lmrl.recipe.recipe import CHOICES, MAIN_STAGE, REWARD_MODEL, Recipe, TaskSection, is_plugin
 from lmrl.recipe.rollouts import VLLM, Rollouts
-from lmrl.recipe.source import SOURCES, DatasetSource, LoggedEpisodes, MixtureSource, RolloutsSource
+from lmrl.recipe.source import SOURCES, DatasetOptions, DatasetSource, MixtureSource, RolloutsSource
 from lmrl.recipe.steps import Evaluation, Gate, Optimizer, Tracking, Training
 from lmrl.recipe.task import (
     ENVIRONMENTS,

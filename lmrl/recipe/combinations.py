@@ -16,7 +16,7 @@ from lmrl.recipe.objective import (
     QSFTObjective,
     RewardModelObjective,
 )
-from lmrl.recipe.source import DatasetSource, LoggedEpisodes, MixtureSource, RolloutsSource
+from lmrl.recipe.source import DatasetOptions, DatasetSource, MixtureSource, RolloutsSource
 from lmrl.recipe.task import PromptTask
 
 
@@ -51,7 +51,7 @@ def mistakes(recipe: Any) -> Iterator[str]:
         yield "`source.resample` replaces prompts whose samples all earned the same: set rollouts.samples to 2 or more"
     if rolls_out and source.best_among == "prompt" and recipe.rollouts.samples == 1:
         yield "`source.best_among=prompt` ranks samples of the same prompt: set rollouts.samples to 2 or more"
-    if isinstance(objective, LikelihoodObjective) and not isinstance(source, LoggedEpisodes) and source.best == 1:
+    if isinstance(objective, LikelihoodObjective) and not isinstance(source, DatasetOptions) and source.best == 1:
         yield (
             "objective 'likelihood' imitates, and imitating all of one's own episodes changes nothing: set source.best=0.3 "
             "to keep the best (expert iteration), or source.name=dataset with source.path or source.player"
@@ -61,7 +61,7 @@ def mistakes(recipe: Any) -> Iterator[str]:
             "source 'mixture' is for objectives that learn from any policy's episodes and their rewards (ilql, mc); "
             "'likelihood' would imitate both: set source.name=dataset, or source.name=rollouts with source.best below 1"
         )
-    if isinstance(objective, QSFTObjective) and not (isinstance(source, LoggedEpisodes) and source.name == "dataset"):
+    if isinstance(objective, QSFTObjective) and not (isinstance(source, DatasetOptions) and source.name == "dataset"):
         yield (
             "objective 'q_sft' measures values against the behaviour that made the data, which fresh episodes change: "
             "set source.name=dataset (for online learning use objective.name=ilql)"
@@ -75,7 +75,7 @@ def mistakes(recipe: Any) -> Iterator[str]:
             "`objective.trunk: separate` trains a second copy of all weights: with model.lora use shared (or detached)"
         )
     if isinstance(task, PromptTask):
-        if not isinstance(source, LoggedEpisodes) or isinstance(source, MixtureSource):
+        if not isinstance(source, DatasetOptions) or isinstance(source, MixtureSource):
             if not task.rewards:
                 yield "a task of prompts learns from rewards: list at least one under task.rewards"
         if getattr(source, "player", None):

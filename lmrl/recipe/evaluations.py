@@ -44,7 +44,7 @@ def room(recipe: Any) -> float:
     return OFFLINE_SHARE * steps * recipe.source.batch_size
 
 
-def imitates_a_log(recipe: Any) -> bool:
+def is_imitation(recipe: Any) -> bool:
     """True if a stage only imitates logged episodes: a warm-up, as a rule, of which the end is of interest."""
     return recipe.objective.name == "likelihood" and not plays_to_learn(recipe)
 
@@ -55,7 +55,7 @@ def own_plan(recipe: Any) -> Plan | None:
     What the recipe states holds. Otherwise they are as many as leave each enough episodes.
     """
     stated, steps, spare = recipe.evaluation, recipe.training.steps, room(recipe)
-    counts = [0] if imitates_a_log(recipe) else [count for count in (BETWEEN, 4, 2, 1, 0) if count < steps]
+    counts = [0] if is_imitation(recipe) else [count for count in (BETWEEN, 4, 2, 1, 0) if count < steps]
     if stated.every is not None:
         counts = [(steps - 1) // stated.every if stated.every else 0]
     size = 0
@@ -76,4 +76,4 @@ def suite_interval(recipe: Any, size: int) -> int:
     if recipe.evaluation.every is not None:
         return recipe.evaluation.every
     between = min(BETWEEN, int(room(recipe) / size) - AROUND, recipe.training.steps - 1)
-    return math.ceil(recipe.training.steps / (between + 1)) if between > 0 and not imitates_a_log(recipe) else 0
+    return math.ceil(recipe.training.steps / (between + 1)) if between > 0 and not is_imitation(recipe) else 0

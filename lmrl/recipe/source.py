@@ -26,7 +26,7 @@ class RolloutsSource(Section):
     DAPO, arXiv 2503.14476). Needs rollouts.samples of at least 2."""
 
 
-class LoggedEpisodes(Section):
+class DatasetOptions(Section):
     """Logged episodes: a file or folder of them, or episodes played by a scripted player."""
 
     path: str | None = None
@@ -59,19 +59,19 @@ class LoggedEpisodes(Section):
         return player
 
     @model_validator(mode="after")
-    def _one_origin(self) -> LoggedEpisodes:
+    def _one_origin(self) -> DatasetOptions:
         if (self.path is None) == (self.player is None):
             raise ValueError("needs either `path` (logged episodes) or `player` (a scripted player)")
         return self
 
 
-class DatasetSource(LoggedEpisodes):
+class DatasetSource(DatasetOptions):
     """Logged episodes, in shuffled passes."""
 
     name: Literal["dataset"]
 
 
-class MixtureSource(LoggedEpisodes):
+class MixtureSource(DatasetOptions):
     """Logged episodes and fresh ones together: from offline to online learning.
 
     Each step plays `rollouts.prompts` x `rollouts.samples` fresh episodes into a replay buffer, and learns from

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.errors import EpisodeError, RewardError, TemporaryError
 from lmrl.rewards.scale import Scale
 from lmrl.rewards.workers import Failure
@@ -250,9 +250,9 @@ def drop_failed(trajectories: Sequence[Trajectory], max_failed: float, what: str
         for row, one in enumerate(trajectories)
         if one.reward is None
     ]
-    count, lost = map(round, world.totals([len(trajectories), len(failed)]))
+    count, lost = map(round, distributed.all_sum([len(trajectories), len(failed)]))
     if lost > max_failed * count or lost == count:
-        first = world.gather(failed[:1])[0]
+        first = distributed.all_gather(failed[:1])[0]
         error = RewardError if what == "reward" else EpisodeError
         raise error(
             f"{what} failed on {lost} of {count} samples, more than task.max_failed={max_failed} allows; first, {first}"

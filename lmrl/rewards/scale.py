@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lmrl import world
+from lmrl import distributed
 
 
 class Scale:
@@ -36,7 +36,7 @@ class Scale:
             return list(scores)
         mean, std = 0.0, 1.0
         if self.is_running:
-            self._follow(world.gather([score for score in scores if score is not None]))
+            self._follow(distributed.all_gather([score for score in scores if score is not None]))
             mean, std = self.mean, math.sqrt(self.squares / self.count) if self.squares > 0 else 1.0
         elif self.normalize is not None:
             mean, std = self.normalize

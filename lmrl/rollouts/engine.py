@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.errors import RunError
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Rollouts
@@ -60,7 +60,7 @@ class Engine:
     policy: whose weights are sampled from. check: called between pieces of work; may raise to abandon a rollout.
     """
 
-    apart = False
+    is_remote = False
     """Whether it samples in other processes, with weights of its own, and so can while the policy is trained."""
 
     def __init__(self, policy: Policy, check: Callable[[], None] = lambda: None):
@@ -69,31 +69,31 @@ class Engine:
         """Whether the policy's weights have changed since the last sync: set it after every update."""
         self.syncs = 0
         """Weight syncs so far: the version of the weights that are sampled from, which trajectories carry."""
-        self.held = False
+        self.weights_pinned = False
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
         """Complete each prompt with the policy as it is; `keys` name the random stream of each, so that a repeated call
         draws the same."""
-        if not self.held:
+        if not self.weights_pinned:
             self.refresh()
         return self.sample(prompts, sampling, keys) if prompts else []
 
     def refresh(self) -> None:
         """Take over the policy's weights where they have changed. Of several processes, all have to call it."""
-        assert not self.held, "what is being sampled would come from two versions of the weights"
+        assert not self.weights_pinned, "what is being sampled would come from two versions of the weights"
         if self.stale:
             self.sync()
             self.stale = False
             self.syncs += 1
 
     @contextmanager
-    def holding(self, check: Callable[[], None]) -> Iterator[None]:
+    def pinned_weights(self, check: Callable[[], None]) -> Iterator[None]:
         """Sample with the weights that it has, whatever becomes of the policy's; `check` is called in place of its own."""
-        before, self.check, self.held = self.check, check, True
+        before, self.check, self.weights_pinned = self.check, check, True
         try:
             yield
         finally:
-            self.check, self.held = before, False
+            self.check, self.weights_pinned = before, False
 
     def staleness(self, version: int | None) -> int:
         """Versions by which the policy is ahead of what was sampled with this one (None, of unknown origin: 0)."""
@@ -105,7 +105,7 @@ class Engine:
     def sample(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
         raise NotImplementedError
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         """Called when nothing will be sampled for a while: give back what can be had again quickly."""
 
     def close(self) -> None:
@@ -123,9 +123,9 @@ def build_engine(
     options: Rollouts, policy: Policy, check: Callable[[], None] = lambda: None, folder: Path | None = None
 ) -> Engine:
     """The engine that a recipe's `rollouts` section names. folder: the run's, for logs (None: a temporary one)."""
-    if options.engine == "vllm" and world.size() > 1:
+    if options.engine == "vllm" and distributed.size() > 1:
         raise RunError(
-            f"rollouts.engine=vllm lives in one process, but this is a launch of {world.size()}: set "
+            f"rollouts.engine=vllm lives in one process, but this is a launch of {distributed.size()}: set "
             "rollouts.engine=vllm-server, whose servers all of them share"
         )
     if options.engine == "vllm":
@@ -135,16 +135,16 @@ def build_engine(
     if options.engine == "vllm-server":
         from lmrl.rollouts.vllm_server import VLLMServerEngine
 
-        if not options.server.urls and world.size() > int(os.environ.get("LOCAL_WORLD_SIZE", world.size())):
+        if not options.server.urls and distributed.size() > int(os.environ.get("LOCAL_WORLD_SIZE", distributed.size())):
             raise RunError(
                 "rollouts.engine=vllm-server: servers that a run starts are reached from their own machine alone, and this "
                 "launch has several: start them by hand, and name them in rollouts.server.urls (docs/rollouts_server.md)"
             )
-        if world.is_main():
+        if distributed.is_main():
             engine = VLLMServerEngine(policy, options.server, folder, check)
-            world.agreed(engine.shared)
+            distributed.broadcast(engine.shared)
             return engine
-        return VLLMServerEngine(policy, options.server, folder, check, shared=world.agreed(None))
+        return VLLMServerEngine(policy, options.server, folder, check, shared=distributed.broadcast(None))
     from lmrl.rollouts.hf import HFEngine
 
     return HFEngine(policy, options.slots, options.cache_tokens, check)

@@ -18,8 +18,8 @@ from lmrl.policy.cache import SPARE, Cache
 from lmrl.policy.memory import FailedPass, or_advice
 from lmrl.policy.passes import Guidance
 from lmrl.policy.policy import Policy
-from lmrl.rollouts.draw import draw
 from lmrl.rollouts.engine import Completion, Engine, Keys, Sampling
+from lmrl.rollouts.sample_token import sample_token
 from lmrl.seeding import stream
 from lmrl.trajectories.batch import contexts_batch
 
@@ -235,7 +235,9 @@ class _Rollout:
             logits_RV = logits_RV.cpu()
         every = np.arange(len(rows))
         uniforms_R = rows.uniforms_RT[every, rows.count_R]
-        tokens_R, logprobs_R = (part.cpu().numpy() for part in draw(logits_RV.float(), self.sampling, uniforms_R))
+        tokens_R, logprobs_R = (
+            part.cpu().numpy() for part in sample_token(logits_RV.float(), self.sampling, uniforms_R)
+        )
         rows.tokens_RT[every, rows.count_R], rows.logprobs_RT[every, rows.count_R] = tokens_R, logprobs_R
         rows.count_R += 1
         rows.length_R += 1

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.foreign import foreign
 from lmrl.rollouts.engine import Completion, Engine, Sampling
 from lmrl.rollouts.task import Task
@@ -56,7 +56,7 @@ class Sampler:
         shared: play and return this process's share of the start states alone; numbers and streams are those of one process.
         first: number of the first start state, of several plays that are to be as one.
         """
-        low, high = world.bounds(len(starts)) if shared else (0, len(starts))
+        low, high = distributed.shard_bounds(len(starts)) if shared else (0, len(starts))
         episodes = self._begin(starts[low:high], samples, name, first + low)
         while active := [episode for episode in episodes if not episode.over]:
             contexts = [episode.recorder.observe(episode.observation) for episode in active]

@@ -28,19 +28,19 @@ SERVE_OPTIONS = (
 """What every server has to be started with: its options, and VLLM_SERVER_DEV_MODE=1 in its environment."""
 
 
-class Lost(Exception):
+class ServerLost(Exception):
     """A server did not answer: another one, or its successor, may."""
 
 
-class Failed(Lost):
+class RequestFailed(ServerLost):
     """A server is there, but did not give what it was asked for, or not in time."""
 
 
-class Slow(Failed):
+class RequestTimeout(RequestFailed):
     """A server did not answer in time."""
 
 
-class Refused(Failed):
+class RequestRefused(RequestFailed):
     """lmrl's extension answered that it could not do what it was asked for."""
 
 
@@ -74,7 +74,7 @@ class Client:
     ) -> Completion:
         """Sample one completion. version: of the weights it has to come from.
 
-        Raises Lost where the server does not give it, ModelError where it refuses the request.
+        Raises ServerLost where the server does not give it, ModelError where it refuses the request.
         """
         request = request_of(prompt, sampling, seed, eos)
         return completion_of(self.post(COMPLETIONS, request), sampling, eos, version)
@@ -89,10 +89,10 @@ class Client:
 
     # --------------------------------------------------------------------------------------------------------- weights
     def describe(self) -> Description:
-        """Raises Lost where nobody answers, ModelError where it is no server that lmrl can use."""
+        """Raises ServerLost where nobody answers, ModelError where it is no server that lmrl can use."""
         try:
             workers = self.call("lmrl_describe", timeout=min(PROBE_TIMEOUT, self.timeout))
-        except Failed as failure:
+        except RequestFailed as failure:
             if "has no attribute" not in str(failure):
                 raise
             raise ModelError(f"{self.url} was started without lmrl's extension; {how_to_serve()}") from failure
@@ -129,7 +129,7 @@ class Client:
         self.post("/update_weight_version", {"new_version": version})
         answer = self.post("/reset_prefix_cache?reset_running_requests=true", {})
         if not answer.get("success"):
-            raise Failed(f"{self.url} did not drop its prefix cache after new weights came")
+            raise RequestFailed(f"{self.url} did not drop its prefix cache after new weights came")
         self.call("lmrl_name", version, *([group] if group else []))
 
     def call(self, method: str, *args: str, timeout: float | None = None) -> list[dict[str, Any]]:
@@ -137,7 +137,7 @@ class Client:
         answers = self.post("/collective_rpc", {"method": method, "args": list(args)}, timeout)["results"]
         for answer in answers:
             if "error" in answer:
-                raise Refused(f"{self.url}: {method} failed: {answer['error']}")
+                raise RequestRefused(f"{self.url}: {method} failed: {answer['error']}")
         return answers
 
     # ------------------------------------------------------------------------------------------------------------ HTTP
@@ -156,9 +156,9 @@ class Client:
             response = connection.getresponse()
             data = response.read()
         except TimeoutError as error:
-            raise Slow(f"{self.url} did not answer within {timeout or self.timeout:g} s") from error
+            raise RequestTimeout(f"{self.url} did not answer within {timeout or self.timeout:g} s") from error
         except (OSError, http.client.HTTPException) as error:
-            raise Lost(f"{self.url} cannot be reached: {error or type(error).__name__}") from error
+            raise ServerLost(f"{self.url} cannot be reached: {error or type(error).__name__}") from error
         finally:
             with self._lock:
                 self._live.pop(connection, None)
@@ -170,13 +170,13 @@ class Client:
             try:
                 return json.loads(data) if data else {}
             except ValueError as error:
-                raise Failed(f"{self.url} answered with what is no JSON: {data[:60]!r}") from error
+                raise RequestFailed(f"{self.url} answered with what is no JSON: {data[:60]!r}") from error
         said = said_by(data)
         if status in (403, 404):
             raise ModelError(f"{self.url}{path} answered {status} ({said}); {how_to_serve()}")
         if 400 <= status < 500 and status not in (408, 425, 429):
             raise ModelError(f"{self.url} refused a request with {status}: {said}")
-        raise Failed(f"{self.url} answered {status}: {said}")
+        raise RequestFailed(f"{self.url} answered {status}: {said}")
 
 
 def how_to_serve() -> str:
@@ -203,7 +203,7 @@ def request_of(prompt: list[int], sampling: Sampling, seed: int, eos: set[int]) 
 
 
 def completion_of(answer: dict[str, Any], sampling: Sampling, eos: set[int], version: str | None) -> Completion:
-    """The completion in an answer. Raises Failed where it was broken off or comes from other weights than
+    """The completion in an answer. Raises RequestFailed where it was broken off or comes from other weights than
     `version`, EngineError where it is none."""
     try:
         choice = answer["choices"][0]
@@ -214,12 +214,12 @@ def completion_of(answer: dict[str, Any], sampling: Sampling, eos: set[int], ver
     except (KeyError, IndexError, TypeError) as error:
         raise EngineError(f"a server answered otherwise than vLLM does: {str(answer)[:200]}") from error
     if reason not in ("stop", "length") or not tokens or len(tokens) != len(logprobs):
-        raise Failed(f"a completion was broken off (finish reason {reason})")
+        raise RequestFailed(f"a completion was broken off (finish reason {reason})")
     if version is not None and spans != {version}:
         said = (
             f"came from the weights {', '.join(sorted(spans))}" if spans else "does not say which weights it came from"
         )
-        raise Failed(f"a completion {said} (expected: {version})")
+        raise RequestFailed(f"a completion {said} (expected: {version})")
     if sampling.temperature == 0:
         logprobs = [0.0] * len(tokens)  # a greedy choice is certain
     end = "eos" if tokens[-1] in eos else "stop" if reason == "stop" else "length"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lmrl.errors import EngineError
-from lmrl.rollouts.server_client import Client, Lost
+from lmrl.rollouts.server_client import Client, ServerLost
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """As the safetensors format calls them."""
@@ -193,7 +193,7 @@ class Broadcast:
     def close(self) -> None:
         if self._engine is not None:
             for member in self.members:
-                with contextlib.suppress(Lost):
+                with contextlib.suppress(ServerLost):
                     member.client.post("/shutdown_weight_transfer_engine", {})
             self._engine.shutdown()
         self._engine, self.members, self.group = None, (), None

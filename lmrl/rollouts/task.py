@@ -17,7 +17,7 @@ from lmrl.rollouts.render import Renderer
 from lmrl.seeding import stream
 from lmrl.trajectories.files import Malformed, read_rows
 from lmrl.trajectories.rows import checked_messages, prompt_of
-from lmrl.trajectories.store import logged_texts
+from lmrl.trajectories.store import dataset_texts
 from lmrl.trajectories.trajectory import Trajectory
 
 
@@ -87,7 +87,7 @@ def task_texts(recipe: Recipe) -> list[str]:
     """Text samples of a task and of logged data, from which a model built from scratch takes its vocabulary."""
     section, source, texts = recipe.task, recipe.source, []
     if getattr(source, "path", None):
-        texts += logged_texts(source.path, source.split)
+        texts += dataset_texts(source.path, source.split)
     if section is None:
         return texts
     if isinstance(section, PromptTask):

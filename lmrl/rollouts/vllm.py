@@ -106,7 +106,7 @@ class VLLMEngine(Engine):
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise ModelError(f"rollouts.engine: vllm cannot run this model ({reason})") from error
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         if self.options.sleep and self.llm is not None and not self.asleep:
             self.llm.sleep(level=2)  # the weights are dropped: they come again from the policy
             self.asleep = self.stale = True

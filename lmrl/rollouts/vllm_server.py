@@ -19,28 +19,28 @@ from typing import Any
 
 import torch
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.errors import EngineError, ModelError
 from lmrl.policy.merged import merged_weights
 from lmrl.policy.policy import Policy
 from lmrl.recipe.server import Server
 from lmrl.rollouts.engine import Completion, Engine, Keys, Sampling
-from lmrl.rollouts.server_client import Client, Lost
-from lmrl.rollouts.server_keeper import Keeper, Target
+from lmrl.rollouts.server_client import Client, ServerLost
+from lmrl.rollouts.server_dispatch import dispatch
 from lmrl.rollouts.server_process import ServerProcess, gpus_of
-from lmrl.rollouts.server_queue import hand_out
+from lmrl.rollouts.server_supervisor import ServerSupervisor, Target
 from lmrl.rollouts.server_weights import Broadcast, Member, WeightFiles
 from lmrl.seeding import key
 
 
 class VLLMServerEngine(Engine):
-    """Samples from servers, and keeps them in service: see lmrl/rollouts/server_keeper.py.
+    """Samples from servers, and keeps them in service: see lmrl/rollouts/server_supervisor.py.
 
     folder: where `servers/server-N.log` goes (None: a temporary folder). shared: what the owner's `shared` says, on every
     other rank. Servers start with the first `refresh` of the owner. Raises ModelError for a policy guided by Q heads.
     """
 
-    apart = True
+    is_remote = True
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class VLLMServerEngine(Engine):
         self.scratch = Path(tempfile.mkdtemp(prefix="lmrl-server-"))
         self.files: WeightFiles | None = None
         self.broadcast = Broadcast(self.weights)
-        self.news = threading.Condition()
+        self.changed = threading.Condition()
         processes: list[ServerProcess | None] = []
         if self.owner and not options.urls:
             processes = [self._process(index, (folder or self.scratch) / "servers") for index in range(options.count)]
@@ -69,8 +69,10 @@ class VLLMServerEngine(Engine):
         patience = options.start_timeout
         if not self.owner and not options.urls:  # as long as the owner may start servers again
             patience = patience * (1 + options.restarts) + options.timeout
-        self.keepers = [
-            Keeper(Client(url, options.timeout), self.news, patience, self.owner, process, options.restarts)
+        self.supervisors = [
+            ServerSupervisor(
+                Client(url, options.timeout), self.changed, patience, self.owner, process, options.restarts
+            )
             for url, process in zip(urls, processes or [None] * len(urls), strict=True)
         ]
         self.closed = False
@@ -91,38 +93,38 @@ class VLLMServerEngine(Engine):
     @property
     def shared(self) -> dict[str, Any]:
         """What the engines of other ranks need: plain data, to be broadcast."""
-        return {"run": self.run_id, "urls": [keeper.client.url for keeper in self.keepers]}
+        return {"run": self.run_id, "urls": [supervisor.client.url for supervisor in self.supervisors]}
 
     # --------------------------------------------------------------------------------------------------------- weights
     def sync(self) -> None:
         """Have all servers take over the policy's weights. On other ranks than the owner's: take no other weights."""
         version = f"{self.run_id}-{self.syncs + 1}"
-        for keeper in self.keepers:
-            keeper.aim(None)
-            if keeper.ident is None:
-                keeper.start()
+        for supervisor in self.supervisors:
+            supervisor.set_target(None)
+            if supervisor.ident is None:
+                supervisor.start()
         path = None
         broadcasts = self.owner and self._broadcasts()
         if broadcasts:
             try:
-                self.broadcast.send([member_of(keeper) for keeper in self._left()], version)
-            except Lost as lost:
+                self.broadcast.send([member_of(supervisor) for supervisor in self._alive()], version)
+            except ServerLost as lost:
                 raise EngineError(f"weights could not be broadcast, go on with --resume: {lost}") from lost
-        if self.owner and (not broadcasts or world.size() > 1):
+        if self.owner and (not broadcasts or distributed.size() > 1):
             # Beside a broadcast for a server that is started again while this process waits for the others.
             path = self._write(version)
-        for keeper in self.keepers:
-            keeper.aim(Target(version, path))
+        for supervisor in self.supervisors:
+            supervisor.set_target(Target(version, path))
         self._wait(self._ready)
-        for keeper in self.keepers:
-            if keeper.usable:
-                self._check_match(keeper)
+        for supervisor in self.supervisors:
+            if supervisor.in_service:
+                self._check_match(supervisor)
 
     def _ready(self) -> bool:
         """Whether sampling may begin: without waiting for servers that are just being started, but for given ones."""
         waits = self.owner and self.options.urls
-        left = self._left()
-        return any(one.usable for one in left) and all(one.usable or not (waits or one.answers) for one in left)
+        left = self._alive()
+        return any(one.in_service for one in left) and all(one.in_service or not (waits or one.answers) for one in left)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -145,8 +147,8 @@ class VLLMServerEngine(Engine):
         """Whether weights go from GPU to GPU. Raises ModelError where they should and cannot."""
         if self.options.transfer == "files" or (self.options.transfer == "auto" and self.policy.device.type != "cuda"):
             return False
-        self._wait(lambda: all(keeper.described for keeper in self._left()))
-        descriptions = [keeper.description for keeper in self._left()]
+        self._wait(lambda: all(supervisor.described for supervisor in self._alive()))
+        descriptions = [supervisor.description for supervisor in self._alive()]
         own = torch.cuda.get_device_properties(self.policy.device).uuid if self.policy.device.type == "cuda" else None
         lacks = ""
         if own is None:
@@ -159,11 +161,11 @@ class VLLMServerEngine(Engine):
             raise ModelError(f"rollouts.server.transfer=nccl: {lacks}; set it to files, or to auto")
         return not lacks
 
-    def _check_match(self, keeper: Keeper) -> None:
-        ours, theirs = self.policy.causal_lm.config.get_text_config(), keeper.description
+    def _check_match(self, supervisor: ServerSupervisor) -> None:
+        ours, theirs = self.policy.causal_lm.config.get_text_config(), supervisor.description
         if (ours.model_type, ours.vocab_size) != (theirs.model_type, theirs.vocabulary):
             raise ModelError(
-                f"{keeper.client.url} serves a {theirs.model_type} with {theirs.vocabulary} tokens, but the policy is a "
+                f"{supervisor.client.url} serves a {theirs.model_type} with {theirs.vocabulary} tokens, but the policy is a "
                 f"{ours.model_type} with {ours.vocab_size}: serve the model of model.path"
             )
 
@@ -172,14 +174,14 @@ class VLLMServerEngine(Engine):
         self._check_lengths(max(map(len, prompts)), sampling)
         version, eos = f"{self.run_id}-{self.syncs}", self.policy.eos_ids
 
-        def ask(keeper: Keeper, index: int) -> Completion:
+        def ask(supervisor: ServerSupervisor, index: int) -> Completion:
             seed = key(*keys[index]) % 2**63
-            return keeper.client.complete(prompts[index], sampling, seed, eos, version)
+            return supervisor.client.complete(prompts[index], sampling, seed, eos, version)
 
-        return hand_out(len(prompts), self.keepers, self.options.in_flight, ask, self.news, self._watch)
+        return dispatch(len(prompts), self.supervisors, self.options.in_flight, ask, self.changed, self._watch)
 
     def _check_lengths(self, longest: int, sampling: Sampling) -> None:
-        limits = [keeper.description.max_model_len for keeper in self._left() if keeper.description]
+        limits = [supervisor.description.max_model_len for supervisor in self._alive() if supervisor.description]
         limit = min([*limits, *([self.policy.max_length] if self.policy.max_length else [])])
         if longest + sampling.max_new_tokens > limit:
             raise ModelError(
@@ -189,34 +191,34 @@ class VLLMServerEngine(Engine):
                 "max_model_len"
             )
 
-    def _left(self) -> list[Keeper]:
-        return [keeper for keeper in self.keepers if keeper.gone is None]
+    def _alive(self) -> list[ServerSupervisor]:
+        return [supervisor for supervisor in self.supervisors if supervisor.failure is None]
 
     def _watch(self) -> None:
         """Called while waiting for servers: raises where waiting is of no use, and writes the file that one waits for."""
         self.check()
-        gone = [keeper.gone for keeper in self.keepers if keeper.gone]
+        gone = [supervisor.failure for supervisor in self.supervisors if supervisor.failure]
         for error in gone:
-            if isinstance(error, ModelError) or len(gone) == len(self.keepers):
+            if isinstance(error, ModelError) or len(gone) == len(self.supervisors):
                 raise error
-        if self.held:  # the weights that are sampled from are nowhere else: the policy's have changed since
-            if all(keeper.wants_file for keeper in self._left()):
+        if self.weights_pinned:  # the weights that are sampled from are nowhere else: the policy's have changed since
+            if all(supervisor.needs_file for supervisor in self._alive()):
                 raise EngineError(
                     "all servers were started again while the policy was trained, and the weights that they sampled with are "
                     "gone: resume the run with --resume"
                 )
-        elif any(keeper.wants_file for keeper in self.keepers):  # started again after a broadcast
-            target = self.keepers[0].target
+        elif any(supervisor.needs_file for supervisor in self.supervisors):  # started again after a broadcast
+            target = self.supervisors[0].target
             path = self._write(target.version)
-            for keeper in self.keepers:
-                if keeper.wants_file:
-                    keeper.aim(Target(target.version, path))
+            for supervisor in self.supervisors:
+                if supervisor.needs_file:
+                    supervisor.set_target(Target(target.version, path))
 
     def _wait(self, done: Callable[[], bool]) -> None:
         while True:
             self._watch()
-            with self.news:
-                if self.news.wait_for(done, timeout=0.1):
+            with self.changed:
+                if self.changed.wait_for(done, timeout=0.1):
                     return
 
     def close(self) -> None:
@@ -226,15 +228,15 @@ class VLLMServerEngine(Engine):
         self.closed = True
         atexit.unregister(self.close)
         self.broadcast.close()
-        for keeper in self.keepers:
-            keeper.close()
+        for supervisor in self.supervisors:
+            supervisor.close()
         if self.files is not None:
             self.files.close()
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 
-def member_of(keeper: Keeper) -> Member:
-    return Member(keeper.client, keeper.description.workers, keeper.description.group)
+def member_of(supervisor: ServerSupervisor) -> Member:
+    return Member(supervisor.client, supervisor.description.workers, supervisor.description.group)
 
 
 def save_skeleton(policy: Policy, folder: Path) -> None:

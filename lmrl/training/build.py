@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from lmrl import distributed
 from lmrl import run as runs
-from lmrl import world
 from lmrl.errors import RecipeError
 from lmrl.evaluation.evaluate import Evaluator
 from lmrl.evaluation.suites import Suite, load_suite, own_suite
@@ -18,7 +18,7 @@ from lmrl.objectives.policy_gradient import PolicyGradient
 from lmrl.policy.load import load_policy, load_weights
 from lmrl.policy.policy import Policy
 from lmrl.recipe import OWN_TASK, PromptTask, QObjective, Recipe
-from lmrl.recipe.evaluations import LEAST, imitates_a_log, own_plan, suite_interval
+from lmrl.recipe.evaluations import LEAST, is_imitation, own_plan, suite_interval
 from lmrl.recipe.rates import with_rates
 from lmrl.recipe_files import locate_rewards
 from lmrl.rollouts.engine import Engine, build_engine
@@ -31,17 +31,17 @@ from lmrl.training.interrupt import Interrupt
 from lmrl.training.listeners import (
     Diagnostics,
     Evaluation,
-    GateKeeper,
+    GateMonitor,
     Guard,
-    HackingMonitor,
     Listener,
     Memory,
     RateController,
+    RewardHackingMonitor,
 )
+from lmrl.training.sampler_check import SamplerCheck
 from lmrl.training.sources import BAD_ROWS, Source, build_source
 from lmrl.training.stage import Stage
 from lmrl.training.strategy import Strategy
-from lmrl.training.trust import Trust
 from lmrl.training.updater import Updater
 
 CALIBRATION_EPISODES = 1000
@@ -88,14 +88,14 @@ def build_stage(
     task.positions = policy.max_length
     watch_suite(task, suite, policy.tokenizer, plays=recipe.source.name != "dataset")
     engine = build_engine(recipe.rollouts, policy, interrupt.check, run.folder)
-    trust = Trust(policy, engine, recipe.rollouts)
+    sampler_check = SamplerCheck(policy, engine, recipe.rollouts)
     sampler = Sampler(task, engine, policy.decode)
     source = build_source(recipe, task, sampler, name, run.folder / BAD_ROWS, objective.compares)
     calibrate(recipe, objective, policy, source)
 
     if start is None:
         keep_beginning(run, name, recipe, objective, policy)
-    kept = world.agreed(run.checkpoints(name))
+    kept = distributed.broadcast(run.checkpoints(name))
     checkpoint = kept[-1] if kept else None
     if checkpoint is None:
         objective.start(policy)
@@ -106,7 +106,7 @@ def build_stage(
     evaluator, every = evaluation_of(recipe, suite, policy, engine)
     scratch = start is None and recipe.model.path is None
     gated = recipe.evaluation.gate is not None
-    begins = gated or recipe.evaluation.suite != OWN_TASK or not (scratch and imitates_a_log(recipe))
+    begins = gated or recipe.evaluation.suite != OWN_TASK or not (scratch and is_imitation(recipe))
     evaluation = Evaluation(evaluator, every, begins, gated)
     return Stage(
         run=run,
@@ -119,7 +119,7 @@ def build_stage(
         policy=policy,
         task=task,
         engine=engine,
-        trust=trust,
+        sampler_check=sampler_check,
         source=source,
         strategy=strategy,
         updater=updater,
@@ -136,14 +136,14 @@ def build_listeners(
     recipe: Recipe, objective: Objective, policy: Policy, evaluation: Evaluation, watched: list[str]
 ) -> list[Listener]:
     """What watches a stage, in the order it is told. watched: labels of the rewards that are not trained on."""
-    listeners: list[Listener] = [Memory(policy), HackingMonitor(watched)]
+    listeners: list[Listener] = [Memory(policy), RewardHackingMonitor(watched)]
     if isinstance(objective, PolicyGradient) and recipe.training.kl_band is not None:
         listeners.append(RateController(recipe.training.kl_band))
     if objective.heads is not None and recipe.evaluation.diagnostics_every:
         listeners.append(Diagnostics())
     listeners.append(evaluation)
     if recipe.evaluation.gate is not None:
-        listeners.append(GateKeeper(recipe.evaluation.gate, evaluation))
+        listeners.append(GateMonitor(recipe.evaluation.gate, evaluation))
     listeners.append(Guard(recipe, objective, evaluation))
     return listeners
 
@@ -186,14 +186,14 @@ def evaluation_of(recipe: Recipe, suite: Suite | None, policy: Policy, engine: E
 
 def check_gate(recipe: Recipe, suite: Suite | None, strategy: Strategy) -> None:
     """Refuse what a gate, or going back to the best policy at the end, does not go with."""
-    if strategy.lockstep and recipe.training.final == "best":
+    if strategy.synchronized and recipe.training.final == "best":
         raise RecipeError(
             f"training.final=best takes the policy back at the end of a stage, which does not go with {strategy.name}: launch "
             "without --accelerate, or set training.final=last and take the checkpoint `best`"
         )
     if recipe.evaluation.gate is None:
         return
-    if strategy.lockstep:
+    if strategy.synchronized:
         raise RecipeError(
             f"evaluation.gate takes the policy back in the middle of a stage, which does not go with {strategy.name}: "
             "launch without --accelerate, or leave the gate out"
@@ -226,20 +226,20 @@ def calibrate(recipe: Recipe, objective: Objective, policy: Policy, source: Sour
     """Let new heads take their units from logged returns."""
     if objective.heads is None or not policy.heads_are_new:
         return
-    logged = source.logged.probe(CALIBRATION_EPISODES) if source.logged else []
-    if isinstance(recipe.objective, QObjective) and not logged:
+    dataset = source.dataset.probe(CALIBRATION_EPISODES) if source.dataset else []
+    if isinstance(recipe.objective, QObjective) and not dataset:
         raise RecipeError(
             f"objective '{recipe.objective.name}' takes the unit of its new Q values from logged returns: set "
             "source.name=mixture (or dataset), or start from a stage that has such values"
         )
-    objective.calibrate(policy, logged)
+    objective.calibrate(policy, dataset)
 
 
 # ------------------------------------------------------------------------------------------------------------ beginnings
 def beginning(run: runs.Run, name: str, start: Path | None) -> Path | None:
     """Where the policy comes from: the stage before, or this stage's own saved start on resume."""
     own = run.stage_folder(name) / "start"
-    return own if start is None and world.agreed(own.exists()) else start
+    return own if start is None and distributed.broadcast(own.exists()) else start
 
 
 def keep_beginning(run: runs.Run, name: str, recipe: Recipe, objective: Objective, policy: Policy) -> None:

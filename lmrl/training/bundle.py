@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.objectives.groups import gathered
 from lmrl.policy.memory import FailedPass, free_frames
 from lmrl.recipe_files import to_yaml
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lmrl.training.stage import Stage
 
 BUNDLES, INFO_FILE, BATCH_FILE, RNG_FILE = "bundles", "info.json", "batch.safetensors", "rng.safetensors"
-CHAIN, BRANCHES, WEIGHTLESS = "chain", "branches", "weightless"
+CHAIN, BRANCHES, ZERO_GRADIENT = "chain", "branches", "weightless"
 """Of the sequences of a kept minibatch, next to its fields."""
 
 
@@ -65,8 +65,8 @@ def keep_update(
     target = bundle_path(stage, step, event)
     weights = stage.strategy.weights()
     info = {"pass": "update", "stats": {name: str(value) for name, value in stats.items()}, "weights": "."}
-    with stage.strategy.whole():
-        problem = world.agreed(
+    with stage.strategy.gathered_weights():
+        problem = distributed.broadcast(
             write_bundle(stage, target, step, event, info | (details or {}), minibatch, attempt.rng, weights)
         )
     return target, where_kept("batch, weights, seed and recipe are", target, problem)
@@ -77,8 +77,8 @@ def keep_pass(stage: Stage, step: int, error: MemoryShortError) -> str:
     failed: FailedPass | None = error.failed
     if failed is None:
         return "no bundle: which pass it was is not known"
-    alone = world.size() == 1
-    target = bundle_path(stage, step, "memory" if alone else f"memory-rank{world.rank()}")
+    alone = distributed.size() == 1
+    target = bundle_path(stage, step, "memory" if alone else f"memory-rank{distributed.rank()}")
     limits = memory_limits(stage.policy.device)
     free_frames(error)  # which hold the tensors of the failed pass
     info = {
@@ -122,7 +122,7 @@ def write_bundle(
         "objective": stage.objective.state(),
         "microbatch_tokens": policy.microbatch_tokens if tokens is None else tokens,
         "device": policy.device.type,
-        "processes": world.size(),
+        "processes": distributed.size(),
         "strategy": stage.strategy.name,
         "versions": describe_machine()["packages"],
         "environment": stage.task.environment,
@@ -198,8 +198,8 @@ def batch_tensors(batch: Batch) -> dict[str, torch.Tensor]:
             own[CHAIN] = torch.tensor(sequence.chain)
         if sequence.branches is not None:
             own[BRANCHES] = sequence.branches
-        if sequence.weightless:
-            own[WEIGHTLESS] = torch.tensor(True)
+        if sequence.zero_gradient:
+            own[ZERO_GRADIENT] = torch.tensor(True)
         tensors |= {f"{index:05d}.{name}": tensor.clone().contiguous() for name, tensor in own.items()}
     return tensors
 
@@ -214,7 +214,7 @@ def batch_of(tensors: dict[str, torch.Tensor]) -> Batch:
 
 
 def _sequence(named: dict[str, torch.Tensor]) -> Sequence:
-    chain, branches, weightless = (named.pop(name, None) for name in (CHAIN, BRANCHES, WEIGHTLESS))
+    chain, branches, zero_gradient = (named.pop(name, None) for name in (CHAIN, BRANCHES, ZERO_GRADIENT))
     tokens, states, targets = (named.pop(name) for name in ("tokens", "states", "targets"))
     chain = None if chain is None else int(chain)
-    return Sequence(tokens, states, targets, named, chain, branches, weightless is not None)
+    return Sequence(tokens, states, targets, named, chain, branches, zero_gradient is not None)

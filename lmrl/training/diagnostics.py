@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from lmrl.policy.heads import guide
-from lmrl.policy.passes import States, Want
+from lmrl.policy.passes import ForwardRequest, States
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Recipe
 from lmrl.trajectories.batch import Batch, Sequence, to_batch
@@ -151,5 +151,7 @@ def start_values(policy: Policy, trajectories: list[Trajectory], gamma: float, g
     for trajectory in judged:
         rewards_A, turns_A = rewards_and_turns(trajectory)
         realised.append(float(returns_to_go(rewards_A, discounts(turns_A, gamma, gamma_token))[0]))
-    values = policy.values.to_returns(torch.cat(policy.score(batch, Want(logprobs=False, values=True))["values"]))
+    values = policy.values.to_returns(
+        torch.cat(policy.score(batch, ForwardRequest(logprobs=False, values=True))["values"])
+    )
     return {"value_start": float(values.mean()), "realised_start": sum(realised) / len(realised)}

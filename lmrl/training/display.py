@@ -88,7 +88,7 @@ class Display:
         if scope := scope_of(rows):
             self.say(f"95 % intervals hold for {scope}")
 
-    def panel(self, title: str, heads: list[str], rows: dict[str, list[float]]) -> None:
+    def number_table(self, title: str, heads: list[str], rows: dict[str, list[float]]) -> None:
         """A table of numbers, one column for each head."""
         table = Table(title=title, title_justify="left")
         for head in ["", *heads]:

@@ -14,7 +14,7 @@ from statistics import fmean as mean
 from statistics import median
 from typing import Any
 
-from lmrl.training.hacking import difference
+from lmrl.training.reward_hacking import difference
 
 START, WINDOW, WIDE = 5, 10, 30
 """Steps that say how the stage began; of a window; and that are remembered."""
@@ -150,7 +150,7 @@ def has_collapsed(start: Window, best: Window | None, last: Window, wander: floa
 
 
 @dataclass(frozen=True)
-class Kept:
+class RollbackPoint:
     """A checkpoint to go back to: its step, and the window of steps before it (None: as the stage began)."""
 
     step: int
@@ -172,8 +172,8 @@ class Tracker:
     noise: Noise = field(default_factory=Noise)
     older: list[float] = field(default_factory=list)
     """Means of steps that have left `last`, until they are a window that goes into the noise. Newer ones would hide a collapse."""
-    kept: Kept = field(default_factory=lambda: Kept(0))
-    candidate: Kept | None = None
+    kept: RollbackPoint = field(default_factory=lambda: RollbackPoint(0))
+    candidate: RollbackPoint | None = None
     """A newer checkpoint, whose weights have not been seen at play for long enough."""
     seen: int = 0
     """Steps that the candidate has played."""
@@ -232,7 +232,7 @@ class Tracker:
     def taken_back(self, step: int) -> None:
         """The stage goes on from the checkpoint of a step: what was measured of other weights is forgotten."""
         if step != self.kept.step:  # somebody else has taken it back
-            self.kept = Kept(step)
+            self.kept = RollbackPoint(step)
         self.last, self.older, self.windows, self.candidate, self.seen = [], [], [], None, 0
         self.best, self.noise.recent = self.kept.window, []
 
@@ -254,7 +254,7 @@ class Tracker:
             return
         newest = window_of(self.last[-KEEP:], self.noise)
         if certainly_above(newest, self.kept.window or self.start, BETTER):
-            self.candidate = Kept(step, newest)
+            self.candidate = RollbackPoint(step, newest)
 
     # ---------------------------------------------------------------------------------------------------------- state
     def state(self) -> dict[str, Any]:
@@ -281,8 +281,8 @@ def _window(state: dict[str, float] | None) -> Window | None:
     return None if state is None else Window(**state)
 
 
-def _kept(state: dict[str, Any]) -> Kept:
-    return Kept(state["step"], _window(state["window"]))
+def _kept(state: dict[str, Any]) -> RollbackPoint:
+    return RollbackPoint(state["step"], _window(state["window"]))
 
 
 # -------------------------------------------------------------------------------------------------------------- warnings

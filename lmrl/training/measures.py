@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from lmrl import world
-from lmrl.training.hacking import repetition
+from lmrl import distributed
+from lmrl.training.reward_hacking import repetition
 from lmrl.trajectories.rows import to_row
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -22,7 +22,7 @@ EPISODE = ("group", "episode", "seed", "start", "turns", "final_observation", "t
 
 def measure(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Means of reward, components, metrics and length over the processes' episodes, and the spread of the reward."""
-    rows = world.gather([numbers_of(trajectory) for trajectory in trajectories])
+    rows = distributed.all_gather([numbers_of(trajectory) for trajectory in trajectories])
     columns: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row.items():
@@ -47,7 +47,7 @@ def numbers_of(trajectory: Trajectory) -> dict[str, float]:
 
 def repetition_of_all(trajectories: Sequence[Trajectory]) -> float:
     """Mean share of repeated n-grams in the processes' completions."""
-    return world.mean([repetition([one.completion]) for one in trajectories])
+    return distributed.mean([repetition([one.completion]) for one in trajectories])
 
 
 def drift(metrics: dict[str, Any]) -> dict[str, float]:
@@ -69,8 +69,8 @@ def mean_of(updates: list[dict[str, float]]) -> dict[str, float]:
 
 def samples_to_keep(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     """Of the processes' episodes: those that could not be judged, then some others, up to a limit each."""
-    failed = world.gather([one for one in trajectories if one.failure][:FAILED_KEPT])[:FAILED_KEPT]
-    fine = world.gather([one for one in trajectories if not one.failure][:SAMPLES_KEPT])
+    failed = distributed.all_gather([one for one in trajectories if one.failure][:FAILED_KEPT])[:FAILED_KEPT]
+    fine = distributed.all_gather([one for one in trajectories if not one.failure][:SAMPLES_KEPT])
     return failed + fine[: max(SAMPLES_KEPT - len(failed), 0)]
 
 

@@ -24,7 +24,7 @@ def build_optimizer(
     settings = {"betas": options.betas or LONG_MEMORY, "eps": options.eps, "weight_decay": options.weight_decay}
     if options.name == "adamw":
         return torch.optim.AdamW(groups, **settings)
-    if strategy.lockstep:
+    if strategy.synchronized:
         raise RecipeError(
             f"optimizer.name=adamw_8bit: its 8-bit state cannot be shared out by {strategy.name}, which saves more: set "
             "optimizer.name=adamw"
@@ -43,7 +43,7 @@ def build_optimizer(
 
 
 @torch.no_grad()
-def take_back(optimizer: torch.optim.AdamW, group: dict[str, Any]) -> None:
+def undo_step(optimizer: torch.optim.AdamW, group: dict[str, Any]) -> None:
     """Undo the last step of a group's weights, but for rounding, and forget the momentum that would repeat it.
 
     AdamW's state holds what a step was made of (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2), so no copy of the weights is

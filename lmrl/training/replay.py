@@ -16,7 +16,7 @@ from lmrl.objectives import load_objective
 from lmrl.objectives.base import Objective
 from lmrl.objectives.correction import Correction
 from lmrl.policy.load import load_policy
-from lmrl.policy.passes import Want
+from lmrl.policy.passes import ForwardRequest
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Recipe
 from lmrl.recipe.rates import with_rates
@@ -197,7 +197,7 @@ def _run_pass(parts: _Parts) -> None:
     policy, objective, batch, options = parts.policy, parts.objective, parts.batch, parts.info["options"]
     match parts.info["pass"]:
         case "score":
-            policy.score(batch, Want(**options["want"]), options["reference"])
+            policy.score(batch, ForwardRequest(**options["want"]), options["reference"])
         case "generate":
             engine = HFEngine(policy, options["slots"], options["cache_tokens"])
             sampling = Sampling(**options["sampling"] | {"stop": tuple(options["sampling"]["stop"])})

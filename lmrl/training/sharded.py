@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.errors import NonFiniteError, RecipeError
 from lmrl.policy.load import load_weights
-from lmrl.policy.passes import Outputs, Want
+from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.policy import Policy
 from lmrl.training.strategy import Strategy, entries_of
 from lmrl.trajectories.batch import Microbatch
@@ -32,8 +32,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class DeepSpeedStrategy(Strategy):
     """ZeRO-1 to 3, as the launch's DeepSpeed configuration says."""
 
-    name, lockstep = "deepspeed", True
-    can_go_back = False  # its own copies of the weights would have to follow
+    name, synchronized = "deepspeed", True
+    can_reload_weights = False  # its own copies of the weights would have to follow
     can_discard = False  # DeepSpeed forgets gradients in its own step alone
 
     def __init__(self, accelerator: Any):
@@ -44,7 +44,7 @@ class DeepSpeedStrategy(Strategy):
 
     def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:
         super().prepare(policy, optimizer, max_grad_norm)
-        settle(policy, self.shards_weights)
+        prepare_for_sharding(policy, self.shards_weights)
         groups = enumerate(optimizer.param_groups)
         self.group_of = {id(parameter): number for number, group in groups for parameter in group["params"]}
         self.all_have_moved = False
@@ -55,7 +55,7 @@ class DeepSpeedStrategy(Strategy):
             )
         self.accelerator.state.deepspeed_plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": 1,
-            "train_batch_size": world.size(),
+            "train_batch_size": distributed.size(),
             "gradient_accumulation_steps": 1,  # the boundary is set by hand: microbatches differ from update to update
             "gradient_clipping": max_grad_norm or 0.0,
         }
@@ -82,13 +82,13 @@ class DeepSpeedStrategy(Strategy):
     def zero_grad(self) -> None:
         """DeepSpeed forgets gradients with every step."""
 
-    def forward(self, micro: Microbatch, want: Want) -> Outputs:
+    def forward(self, micro: Microbatch, request: ForwardRequest) -> Outputs:
         # Not the policy itself: ZeRO-3 counts microbatches here, and would keep the last one's gradient alone.
-        return self.engine(micro, want)
+        return self.engine(micro, request)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
-        self.engine.backward(loss * world.size())  # which averages over the processes what has to be added up
+        self.engine.backward(loss * distributed.size())  # which averages over the processes what has to be added up
 
     def step(self, finite: bool) -> float:
         self.engine.step()
@@ -120,14 +120,14 @@ class DeepSpeedStrategy(Strategy):
         if self.all_have_moved:
             return
         states = [state for _, state in self._pieces()]
-        moved = world.totals([float(state["exp_avg"].any()) for state in states])
+        moved = distributed.all_sum([float(state["exp_avg"].any()) for state in states])
         for state, count in zip(states, moved, strict=True):
             if not count:
                 state["step"].zero_()
         self.all_have_moved = all(moved)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def gathered_weights(self) -> Iterator[None]:
         if not self.shards_weights:
             yield
             return
@@ -136,11 +136,11 @@ class DeepSpeedStrategy(Strategy):
 
         with deepspeed.zero.GatheredParameters(list(self.policy.parameters())):
             remove_hooks(self.engine)  # they would give the weights back after every layer
-            self.policy.lockstep = False
+            self.policy.synchronized = False
             yield
-            self.policy.lockstep = True
+            self.policy.synchronized = True
             add_hooks(self.engine)
-            world.wait()
+            distributed.barrier()
         self._gather_kept()
 
     # ---------------------------------------------------------------------------------------------------------- state
@@ -184,7 +184,9 @@ class DeepSpeedStrategy(Strategy):
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
         self.policy.train()
-        self.backward(self.forward(self.policy.idle().to(self.policy.device), Want()).nothing(), last=True)
+        self.backward(
+            self.forward(self.policy.dummy_microbatch().to(self.policy.device), ForwardRequest()).zero_loss(), last=True
+        )
         self.engine.step()
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
@@ -208,19 +210,19 @@ class DeepSpeedStrategy(Strategy):
 class FSDPStrategy(Strategy):
     """Every layer's weights, gradients and optimizer state lie in pieces over the processes (PyTorch's `fully_shard`)."""
 
-    name, lockstep = "fsdp", True
+    name, synchronized = "fsdp", True
 
     def __init__(self, device: torch.device, reshard: bool = True):
         """reshard: give a layer's weights back after its forward pass, and gather them again for the backward pass."""
         from torch.distributed.device_mesh import init_device_mesh
 
-        self.mesh, self.reshard = init_device_mesh(device.type, (world.size(),)), reshard
+        self.mesh, self.reshard = init_device_mesh(device.type, (distributed.size(),)), reshard
 
     def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:
         from torch.distributed.fsdp import fully_shard
 
         super().prepare(policy, optimizer, max_grad_norm)
-        settle(policy, True)
+        prepare_for_sharding(policy, True)
         names = {id(parameter): name for name, parameter in policy.named_parameters()}
         self.layers = decoder_layers(policy)
         for layer in self.layers:
@@ -232,17 +234,17 @@ class FSDPStrategy(Strategy):
             group["params"] = [sharded[names[id(parameter)]] for parameter in group["params"]]
         self.parameters = [one for group in optimizer.param_groups for one in group["params"]]
         with torch.no_grad():
-            policy(policy.idle().to(policy.device))  # FSDP sets itself up in the first pass from the top
+            policy(policy.dummy_microbatch().to(policy.device))  # FSDP sets itself up in the first pass from the top
         policy.reshard()  # else what stands outside of layers would be known by its gathered tensors
 
-    def forward(self, micro: Microbatch, want: Want) -> Outputs:
+    def forward(self, micro: Microbatch, request: ForwardRequest) -> Outputs:
         # peft freezes and thaws adapters around passes of the reference, and may have thawed gathered weights alone.
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        return super().forward(micro, want)
+        return super().forward(micro, request)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        (loss * world.size()).backward()  # FSDP averages over the processes what has to be added up
+        (loss * distributed.size()).backward()  # FSDP averages over the processes what has to be added up
 
     def _reduce(self) -> None:
         """Done in the backward pass."""
@@ -252,18 +254,18 @@ class FSDPStrategy(Strategy):
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def gathered_weights(self) -> Iterator[None]:
         modules = [self.policy, *self.layers]
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
-        self.policy.lockstep = False
+        self.policy.synchronized = False
         yield
-        self.policy.lockstep = True
+        self.policy.synchronized = True
         for module in modules:
             module.set_reshard_after_forward(self.reshard and module is not self.policy, recurse=False)
             module.reshard()
-        world.wait()
+        distributed.barrier()
 
     def load_weights(self, folder: Path, trust_remote_code: bool = False) -> None:
         for module in [self.policy, *self.layers]:
@@ -292,7 +294,7 @@ class FSDPStrategy(Strategy):
                 self.optimizer.state[parameter][key] = value.clone()
 
 
-def settle(policy: Policy, shares_weights: bool) -> None:
+def prepare_for_sharding(policy: Policy, shares_weights: bool) -> None:
     """Find out what is found out by trial, while the weights are whole; and refuse what needs them whole."""
     if shares_weights and policy.guidance is not None:
         raise RecipeError(
@@ -311,8 +313,8 @@ def put_piece(own: torch.Tensor, whole: torch.Tensor) -> None:
 
 def own_piece(value: torch.Tensor) -> torch.Tensor:
     """This process's piece of a parameter as ZeRO-3 cuts it: equal pieces, the last filled up with zeros."""
-    flat = nn.functional.pad(value.flatten(), (0, -value.numel() % world.size()))
-    return flat.chunk(world.size())[world.rank()].clone()
+    flat = nn.functional.pad(value.flatten(), (0, -value.numel() % distributed.size()))
+    return flat.chunk(distributed.size())[distributed.rank()].clone()
 
 
 def used_outside_of_modules(policy: Policy) -> list[nn.Parameter]:

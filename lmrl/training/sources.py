@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.environments import limits_of
 from lmrl.errors import DataError, ModelError
 from lmrl.evaluation.evaluate import RESERVED, Scores, summarize_trajectories
 from lmrl.evaluation.statistics import summarize
-from lmrl.recipe import LoggedEpisodes, MixtureSource, Recipe, Rollouts, RolloutsSource
+from lmrl.recipe import DatasetOptions, MixtureSource, Recipe, Rollouts, RolloutsSource
 from lmrl.recipe.source import Players
 from lmrl.rewards.scale import Scale
 from lmrl.rollouts.collect import check_players, draw_starts, play_players
@@ -25,11 +25,11 @@ from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task, starts_for
 from lmrl.seeding import stream
 from lmrl.trajectories.chain import piece
-from lmrl.trajectories.store import LoggedFile, read_episodes, write_episodes
+from lmrl.trajectories.store import DatasetFile, read_episodes, write_episodes
 from lmrl.trajectories.trajectory import Trajectory, prompt_key
 
 if TYPE_CHECKING:
-    from lmrl.training.ahead import Ahead
+    from lmrl.training.async_rollouts import AsyncRollouts
 
 REPLAY_FILE, REWARDS_FILE, BAD_ROWS = "replay.parquet", "rewards.json", "bad_rows.jsonl"
 PART = 64
@@ -38,7 +38,7 @@ CACHED = 4096
 
 
 @dataclass
-class Drawn:
+class SourceBatch:
     """A step's trajectories: those to learn from, and those that the current policy has just played (judged or not).
 
     With several processes, this one's share of them.
@@ -53,10 +53,10 @@ class Drawn:
 class Source:
     """Base of all sources. What `next` gives is a function of the step, the policy and the saved state alone."""
 
-    logged: Logged | None = None
+    dataset: Dataset | None = None
     """The logged episodes among it."""
 
-    def next(self, step: int) -> Drawn:
+    def next(self, step: int) -> SourceBatch:
         """The trajectories of a step, counted from 1."""
         raise NotImplementedError
 
@@ -94,7 +94,7 @@ class FreshRollouts(Source):
         self.best, self.by_prompt, self.resample = best, by_prompt, resample
         self.sampling = Sampling.of(options)
 
-    def next(self, step: int) -> Drawn:
+    def next(self, step: int) -> SourceBatch:
         before = self._statistics()
         try:
             return self._play(step)
@@ -102,7 +102,7 @@ class FreshRollouts(Source):
             self._restore(before)
             raise
 
-    def _play(self, step: int) -> Drawn:
+    def _play(self, step: int) -> SourceBatch:
         count, task = self.options.prompts, self.sampler.task
         starts = starts_for(task.training, (step - 1) * count, count, *self.name, "prompts")
         played = self.sampler.play(
@@ -111,22 +111,22 @@ class FreshRollouts(Source):
         judged = task.keep_judged(played)
         failed = len(played) - len(judged)
         for again in range(1, self.resample + 1):
-            alike = world.gather(alike_groups(judged))
-            if not alike:
+            zero_variance = distributed.all_gather(zero_variance_groups(judged))
+            if not zero_variance:
                 break
             name = (*self.name, "again", again)
-            starts = starts_for(task.training, (step - 1) * count, len(alike), *name)
+            starts = starts_for(task.training, (step - 1) * count, len(zero_variance), *name)
             more = self.sampler.play(starts, self.options.samples, self.sampling, (*name, step), shared=True)
             for trajectory in more:
                 trajectory.group += again * count
             kept = task.keep_judged(more)
             failed += len(more) - len(kept)
-            spread = [one for one in kept if one.group not in alike_groups(kept)]
-            replaced = alike[: len(set(world.gather([one.group for one in spread])))]
+            spread = [one for one in kept if one.group not in zero_variance_groups(kept)]
+            replaced = zero_variance[: len(set(distributed.all_gather([one.group for one in spread])))]
             judged = [one for one in judged if one.group not in replaced] + spread
             played = played + more
         best = best_among_all(judged, self.best, stream(*self.name, "best", step), self.by_prompt)
-        return Drawn(best, played, failed)
+        return SourceBatch(best, played, failed)
 
     def save(self, folder: Path) -> None:
         if states := self._statistics():
@@ -148,12 +148,12 @@ class FreshRollouts(Source):
         return {one.label: one.scale for one in self.sampler.task.rewards if one.scale.is_running}
 
 
-class Logged(Source):
+class Dataset(Source):
     """Logged episodes, in shuffled passes. The tokens of the last CACHED episodes that were used are kept in memory."""
 
     def __init__(
         self,
-        episodes: Sequence[Trajectory] | LoggedFile,
+        episodes: Sequence[Trajectory] | DatasetFile,
         returns: list[float | None],
         batch_size: int,
         seed: int,
@@ -175,7 +175,7 @@ class Logged(Source):
         (that many) held-out prompts. notes: what a person should know.
         """
         self.returns, self.batch_size, self.name = returns, batch_size, (seed, stage)
-        self.scores, self.heldout, self.notes, self.logged = scores, heldout, list(notes), self
+        self.scores, self.heldout, self.notes, self.dataset = scores, heldout, list(notes), self
         self.units = [[row] for row in range(len(returns))] if groups is None else self._comparable(groups)
         if best_among is not None and len(set(best_among)) == len(returns):
             raise DataError(
@@ -186,14 +186,14 @@ class Logged(Source):
         self.grouped, self.turns = groups is not None, turns
         self._episode = lru_cache(CACHED)(episodes.__getitem__)
 
-    def next(self, step: int) -> Drawn:
-        return Drawn(self.take((step - 1) * self.batch_size, self.batch_size))
+    def next(self, step: int) -> SourceBatch:
+        return SourceBatch(self.take((step - 1) * self.batch_size, self.batch_size))
 
     def take(self, first: int, count: int) -> list[Trajectory]:
         """This process's share of `count` episodes (or groups) from position `first` of the endless sequence of shuffled
         passes."""
         units = starts_for(self.kept, first, count, *self.name, "rows")
-        low, high = world.bounds(count)
+        low, high = distributed.shard_bounds(count)
         if self.grouped:
             return [
                 replace(self._episode(row), group=number)
@@ -249,9 +249,9 @@ class Mixture(Source):
     """Fresh episodes go into a replay buffer; a batch takes a share from it, and the rest from the log."""
 
     def __init__(
-        self, fresh: FreshRollouts | Ahead, logged: Logged, options: MixtureSource, steps: int, tokenizer: Any
+        self, fresh: FreshRollouts | AsyncRollouts, dataset: Dataset, options: MixtureSource, steps: int, tokenizer: Any
     ):
-        self.fresh, self.logged, self.options, self.steps = fresh, logged, options, steps
+        self.fresh, self.dataset, self.options, self.steps = fresh, dataset, options, steps
         self.tokenizer = tokenizer
         self.replay: list[Trajectory] = []
 
@@ -263,17 +263,19 @@ class Mixture(Source):
         done = (step - 1 - options.warmup_steps) / max(self.steps - 1 - options.warmup_steps, 1)
         return round((options.online + (options.online_end - options.online) * done) * options.batch_size)
 
-    def next(self, step: int) -> Drawn:
-        options, drawn = self.options, self.fresh.next(step)
-        self.replay = (self.replay + world.gather(drawn.learn))[-options.replay :]  # all of it, in every process
+    def next(self, step: int) -> SourceBatch:
+        options, source_batch = self.options, self.fresh.next(step)
+        self.replay = (self.replay + distributed.all_gather(source_batch.learn))[
+            -options.replay :
+        ]  # all of it, in every process
         if step <= options.warmup_steps:
-            return Drawn([], drawn.played, drawn.failed)
+            return SourceBatch([], source_batch.played, source_batch.failed)
         count = self.online(step)
         rows = stream(*self.fresh.name, "replay", step).integers(len(self.replay), size=count)
         first = sum(options.batch_size - self.online(earlier) for earlier in range(options.warmup_steps + 1, step))
-        replayed = self.logged.pieces([self.replay[row] for row in rows], "replayed", step)
-        learn = [*world.share(replayed), *self.logged.take(first, options.batch_size - count)]
-        return Drawn(learn, drawn.played, drawn.failed)
+        replayed = self.dataset.pieces([self.replay[row] for row in rows], "replayed", step)
+        learn = [*distributed.shard(replayed), *self.dataset.take(first, options.batch_size - count)]
+        return SourceBatch(learn, source_batch.played, source_batch.failed)
 
     def wait(self) -> list[Trajectory]:
         return self.fresh.wait()
@@ -290,7 +292,7 @@ class Mixture(Source):
         self.replay = read_episodes(folder / REPLAY_FILE, self.tokenizer)
 
 
-def alike_groups(trajectories: list[Trajectory]) -> list[int]:
+def zero_variance_groups(trajectories: list[Trajectory]) -> list[int]:
     """Groups whose episodes all earned the same, in order of appearance."""
     rewards: dict[int, set[float]] = {}
     for trajectory in trajectories:
@@ -326,7 +328,7 @@ def best_among_all(
     """
     if share == 1:
         return trajectories
-    everyone = sorted(world.gather([(one.group, one.episode, one.reward) for one in trajectories]))
+    everyone = sorted(distributed.all_gather([(one.group, one.episode, one.reward) for one in trajectories]))
     groups = [group for group, _, _ in everyone] if by_prompt else None
     best = {everyone[place][:2] for place in best_of([earned for *_, earned in everyone], share, rng, groups)}
     return [one for one in trajectories if (one.group, one.episode) in best]
@@ -344,30 +346,30 @@ def build_source(
         options = recipe.source
         by_prompt = options.best_among == "prompt"
         fresh = FreshRollouts(sampler, recipe.rollouts, seed, stage, options.best, by_prompt, options.resample)
-        return _ahead(fresh, recipe)
-    logged = build_logged(recipe.source, task, seed, stage, bad_rows, compares)
+        return _maybe_async(fresh, recipe)
+    dataset = build_dataset(recipe.source, task, seed, stage, bad_rows, compares)
     if not isinstance(recipe.source, MixtureSource):
-        return logged
-    fresh = _ahead(FreshRollouts(sampler, recipe.rollouts, seed, stage), recipe)
-    return Mixture(fresh, logged, recipe.source, recipe.training.steps, task.renderer.tokenizer)
+        return dataset
+    fresh = _maybe_async(FreshRollouts(sampler, recipe.rollouts, seed, stage), recipe)
+    return Mixture(fresh, dataset, recipe.source, recipe.training.steps, task.renderer.tokenizer)
 
 
-def _ahead(fresh: FreshRollouts, recipe: Recipe) -> FreshRollouts | Ahead:
+def _maybe_async(fresh: FreshRollouts, recipe: Recipe) -> FreshRollouts | AsyncRollouts:
     """Fresh episodes, played a step ahead where the recipe says so."""
-    from lmrl.training.ahead import Ahead  # builds on this file
+    from lmrl.training.async_rollouts import AsyncRollouts  # builds on this file
 
-    return Ahead(fresh, recipe.training.steps) if recipe.rollouts.ahead else fresh
+    return AsyncRollouts(fresh, recipe.training.steps) if recipe.rollouts.ahead else fresh
 
 
-def build_logged(
-    source: LoggedEpisodes, task: Task, seed: int, stage: str, bad_rows: Path | None = None, compares: bool = False
-) -> Logged:
+def build_dataset(
+    source: DatasetOptions, task: Task, seed: int, stage: str, bad_rows: Path | None = None, compares: bool = False
+) -> Dataset:
     """The logged episodes that a source names: of a file, or played by a scripted player."""
     by_prompt = source.best_among == "prompt"
     if source.player is not None:
-        episodes = play_logged(task, source.player, source.episodes, seed)
+        episodes = play_dataset(task, source.player, source.episodes, seed)
         returns = [episode.reward for episode in episodes]
-        return Logged(
+        return Dataset(
             episodes,
             returns,
             source.batch_size,
@@ -379,8 +381,8 @@ def build_logged(
             [prompt_key(episode.turns[0].observation) for episode in episodes] if by_prompt else None,
             lambda: summarize_trajectories(episodes, "start state", limits_of(task.make())),
         )
-    file = read_logged(source, task, bad_rows)
-    return Logged(
+    file = open_dataset_file(source, task, bad_rows)
+    return Dataset(
         file,
         file.returns,
         source.batch_size,
@@ -396,7 +398,7 @@ def build_logged(
     )
 
 
-def play_logged(task: Task, player: Players, episodes: int, seed: int) -> list[Trajectory]:
+def play_dataset(task: Task, player: Players, episodes: int, seed: int) -> list[Trajectory]:
     """Episodes of scripted players from random start states."""
     check_players(task, player, "source.player")
     name = (seed, "logged", player if isinstance(player, str) else "players")
@@ -404,9 +406,9 @@ def play_logged(task: Task, player: Players, episodes: int, seed: int) -> list[T
     return task.keep_judged(play_players(Sampler(task), player, starts, name))
 
 
-def read_logged(source: LoggedEpisodes, task: Task, bad_rows: Path | None = None) -> LoggedFile:
+def open_dataset_file(source: DatasetOptions, task: Task, bad_rows: Path | None = None) -> DatasetFile:
     """Episodes of a file, without the prompts that the task holds out for evaluation."""
-    file = LoggedFile(
+    file = DatasetFile(
         source.path,
         task.renderer,
         task.history,
@@ -423,7 +425,7 @@ def read_logged(source: LoggedEpisodes, task: Task, bad_rows: Path | None = None
     return file
 
 
-def summarize_file(file: LoggedFile, task: Task) -> Scores | None:
+def summarize_file(file: DatasetFile, task: Task) -> Scores | None:
     """Return (of prompts, reward), components and metrics of logged episodes, each with its interval over prompts."""
     known = [index for index, value in enumerate(file.returns) if value is not None]
     if not known:

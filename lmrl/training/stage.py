@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.errors import MemoryShortError
 from lmrl.objectives import Objective
 from lmrl.policy.policy import Policy
@@ -25,9 +25,9 @@ from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.listeners import Listener
 from lmrl.training.measures import mean_of, measure, peak_memory_mb, repetition_of_all, sample_line, samples_to_keep
 from lmrl.training.nonfinite import stop_on_nonfinite
-from lmrl.training.sources import Drawn, Source
+from lmrl.training.sampler_check import SamplerCheck
+from lmrl.training.sources import Source, SourceBatch
 from lmrl.training.strategy import Strategy
-from lmrl.training.trust import Trust
 from lmrl.training.updater import Updater
 
 
@@ -46,7 +46,7 @@ class Stage:
     policy: Policy
     task: Task
     engine: Engine
-    trust: Trust
+    sampler_check: SamplerCheck
     source: Source
     strategy: Strategy
     updater: Updater
@@ -66,11 +66,11 @@ class Stage:
     @property
     def notes(self) -> list[str]:
         """What a person should know about the data, and what is played."""
-        plays = self.source.logged is not self.source
+        plays = self.source.dataset is not self.source
         return [
             *self.task.notes,
-            *(self.source.logged.notes if self.source.logged else ()),
-            *(self.trust.notes if plays else ()),
+            *(self.source.dataset.notes if self.source.dataset else ()),
+            *(self.sampler_check.notes if plays else ()),
         ]
 
     def record(self, step: int, kind: str, values: dict[str, Any]) -> None:
@@ -96,7 +96,7 @@ class Stage:
                     listener.after_step(self, step)
                 if self._wants_checkpoint(step):
                     self.save()
-                if stop := world.largest(self.interrupt.number or 0):
+                if stop := distributed.all_max(self.interrupt.number or 0):
                     raise Interrupted(stop)
             for listener in self.listeners:
                 listener.finish(self)
@@ -121,8 +121,8 @@ class Stage:
     def _ready(self, resumed: bool) -> None:
         if getattr(self.recipe.objective, "cache_reference", False):
             self.display.say("computing what the cache lacks of the reference's log-probabilities")
-        logged = self.source.logged.parts() if self.source.logged else ()
-        self.objective.ready(self.policy, logged, fresh=not resumed)
+        dataset = self.source.dataset.parts() if self.source.dataset else ()
+        self.objective.ready(self.policy, dataset, fresh=not resumed)
 
     def _step(self, step: int) -> None:
         """Draw, learn, record."""
@@ -131,20 +131,27 @@ class Stage:
         seed_everything(self.seed, self.name, step)
         self.objective.begin(step)
         self.updater.begin(step)
-        drawn = self._draw(step)
-        staleness = [self.engine.staleness(one.version) for one in drawn.played]
+        source_batch = self._next_batch(step)
+        staleness = [self.engine.staleness(one.version) for one in source_batch.played]
         assert max(staleness, default=0) <= self.recipe.rollouts.ahead, staleness
         sampled = time.monotonic()
-        kept = samples_to_keep(drawn.played)
+        kept = samples_to_keep(source_batch.played)
         self.run.record_samples([sample_line(self.name, step, "train", one, self.task.environment) for one in kept])
-        self._compare(step, drawn)
-        judged = [one for one in drawn.played if one.reward is not None]
+        self._compare(step, source_batch)
+        judged = [one for one in source_batch.played if one.reward is not None]
         played, played_well, learned, failed = map(
-            round, world.totals([len(drawn.played), len(judged), len(drawn.learn), drawn.failed])
+            round,
+            distributed.all_sum([len(source_batch.played), len(judged), len(source_batch.learn), source_batch.failed]),
         )
-        metrics = self._learn(step, drawn) if learned else {"updates": 0}
+        self._compare(step, source_batch)
+        judged = [one for one in source_batch.played if one.reward is not None]
+        played, played_well, learned, failed = map(
+            round,
+            distributed.all_sum([len(source_batch.played), len(judged), len(source_batch.learn), source_batch.failed]),
+        )
+        metrics = self._learn(step, source_batch) if learned else {"updates": 0}
         finished = time.monotonic()
-        if played_well and (self.source.logged or learned < played_well):  # it learned from others, or from some
+        if played_well and (self.source.dataset or learned < played_well):  # it learned from others, or from some
             metrics |= {f"online/{name}": value for name, value in measure(judged).items()}
         if played_well:
             metrics["repetition"] = repetition_of_all(judged)
@@ -152,44 +159,46 @@ class Stage:
         if self.recipe.rollouts.ahead and staleness:
             metrics["staleness"] = sum(staleness) / len(staleness)
         for listener in self.listeners:
-            metrics |= listener.measure(self, step, drawn, metrics)
+            metrics |= listener.measure(self, step, source_batch, metrics)
         times = {
             "source_s": round(sampled - started, 3),
             "update_s": round(finished - sampled, 3),
             "samples_per_s": round((played or learned) / (finished - started), 3),
-            "peak_memory_mb": world.largest(peak_memory_mb()),
+            "peak_memory_mb": distributed.all_max(peak_memory_mb()),
         }
         self.record(step, "train", {**metrics, "time": times})
         self.track({f"{self.name}/{name}": value for name, value in (metrics | times).items()}, step)
         self.display.step(step, metrics)
         for listener in self.listeners:
-            listener.recorded(self, step, drawn, metrics)
+            listener.recorded(self, step, source_batch, metrics)
         if step % self.recipe.evaluation.show_every == 0:
-            self.display.samples(drawn.played, self.recipe.evaluation.show_samples)
+            self.display.samples(source_batch.played, self.recipe.evaluation.show_samples)
 
-    def _draw(self, step: int) -> Drawn:
-        self.interrupt.safe = world.size() == 1  # several processes stop together, between two steps
+    def _next_batch(self, step: int) -> SourceBatch:
+        self.interrupt.safe = distributed.size() == 1  # several processes stop together, between two steps
         self.interrupt.check()
-        with self.strategy.whole():
+        with self.strategy.gathered_weights():
             if self.recipe.source.name != "dataset":
                 self.source.wait()
                 self.engine.refresh()
-            drawn = self.source.next(step)
+            source_batch = self.source.next(step)
         self.interrupt.safe = False
-        return drawn
+        return source_batch
 
-    def _compare(self, step: int, drawn: Drawn) -> None:
+    def _compare(self, step: int, source_batch: SourceBatch) -> None:
         """Compare what the engine says of its samples with what the learner says, where that is due."""
-        ahead = self.source.wait() if self.trust.due else []  # of the learner's weights, which drawn ones may not be
-        if compared := self.trust([*drawn.played, *ahead]):
+        pending = (
+            self.source.wait() if self.sampler_check.due else []
+        )  # of the learner's weights, which drawn ones may not be
+        if compared := self.sampler_check([*source_batch.played, *pending]):
             self.record(step, "check", compared)
-            self.trust.judge(compared, f"stage {self.name}, step {step}")
+            self.sampler_check.raise_on_mismatch(compared, f"stage {self.name}, step {step}")
 
-    def _learn(self, step: int, drawn: Drawn) -> dict[str, float]:
-        self.engine.rest()
-        batch = self.objective.prepare(self.policy, drawn.learn)
-        if not world.largest(len(batch.sequences)):  # nothing to compare
-            return measure(drawn.learn) | batch.stats | {"updates": 0}
+    def _learn(self, step: int, source_batch: SourceBatch) -> dict[str, float]:
+        self.engine.release_memory()
+        batch = self.objective.prepare(self.policy, source_batch.learn)
+        if not distributed.all_max(len(batch.sequences)):  # nothing to compare
+            return measure(source_batch.learn) | batch.stats | {"updates": 0}
         updates: list[dict[str, float]] = []
         rng = stream(self.seed, self.name, step, "minibatches")
         rejected: dict[str, float] = {}
@@ -204,7 +213,7 @@ class Stage:
             updates.append(stats)
             self.engine.stale = True
             stop_on_nonfinite(self, step, self.attempt, stats)
-        return measure(drawn.learn) | batch.stats | mean_of(updates) | rejected | {"updates": len(updates)}
+        return measure(source_batch.learn) | batch.stats | mean_of(updates) | rejected | {"updates": len(updates)}
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
     def _resume(self) -> bool:
@@ -243,6 +252,6 @@ class Stage:
         self.progress.listeners = {name: state for name, state in states.items() if state}
         parts = (self.policy, self.objective, self.updater, self.source)
         tensors, weights = self.updater.tensors(), self.strategy.weights()
-        with self.strategy.whole():
+        with self.strategy.gathered_weights():
             checkpoint.save(self.run, self.name, target, self.recipe, *parts, self.progress, tensors, weights)
-            world.wait()
+            distributed.barrier()

@@ -2,7 +2,7 @@
 
 `Strategy` is the plain case: every process holds all of them, and gradients are added up once an update. Because that happens
 after the last microbatch, the processes may have different numbers of them. Strategies that share out the weights
-(sharded.py) gather them for every pass, so there the processes go through the same number of passes, `lockstep`.
+(sharded.py) gather them for every pass, so there the processes go through the same number of passes, `synchronized`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.errors import RecipeError, RunError
 from lmrl.policy.load import load_weights
-from lmrl.policy.passes import Outputs, Want
+from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Recipe
 from lmrl.training.optimizers import entry_from_tensor, entry_to_tensor
@@ -33,10 +33,10 @@ class Strategy:
     """Every process holds all weights; also the only process of a run."""
 
     name = "ddp"
-    lockstep = False
+    synchronized = False
     can_discard = True
     """True if a gradient can be forgotten after the backward pass."""
-    can_go_back = True
+    can_reload_weights = True
     """True if a checkpoint's weights can take the place of the policy's own in the middle of a stage."""
     optimizer: torch.optim.Optimizer
 
@@ -44,8 +44,8 @@ class Strategy:
         """Take a policy and its optimizer over. Called once, before the first pass."""
         self.policy, self.optimizer, self.max_grad_norm = policy, optimizer, max_grad_norm
         self.parameters = [one for group in optimizer.param_groups for one in group["params"]]
-        policy.lockstep = self.lockstep
-        if world.size() > 1:  # built from the same seeds or files; made sure of
+        policy.synchronized = self.synchronized
+        if distributed.size() > 1:  # built from the same seeds or files; made sure of
             heads = policy.values.state_dict().values() if policy.values is not None else ()
             for tensor in [*self.parameters, *heads]:
                 dist.broadcast(tensor.data, src=0)
@@ -53,9 +53,9 @@ class Strategy:
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def forward(self, micro: Microbatch, want: Want) -> Outputs:
+    def forward(self, micro: Microbatch, request: ForwardRequest) -> Outputs:
         """A pass of the policy whose gradient is wanted."""
-        return self.policy(micro, want)
+        return self.policy(micro, request)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add the gradient of a microbatch's part of the loss. last: of the minibatch."""
@@ -86,20 +86,20 @@ class Strategy:
 
     def _reduce(self) -> None:
         """Add up the gradients of all processes, in buckets."""
-        if world.size() == 1:
+        if distributed.size() == 1:
             return
         held: list[torch.nn.Parameter] = []
         room = BUCKET
         for parameter in self.parameters:
             if held and room < parameter.numel():
-                add_up(held)
+                all_reduce_gradients(held)
                 held, room = [], BUCKET
             held.append(parameter)
             room -= parameter.numel()
-        add_up(held)
+        all_reduce_gradients(held)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def gathered_weights(self) -> Iterator[None]:
         """All weights, in every process, for as long as this lasts: to sample with, or to save.
 
         After an error inside nothing is put back, because that takes all processes, and the others may have none: the run is
@@ -144,9 +144,9 @@ def entries_of(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
     return {full.rpartition(".")[2]: value for full, value in tensors.items() if full.rpartition(".")[0] == name}
 
 
-def add_up(parameters: list[torch.nn.Parameter]) -> None:
+def all_reduce_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Sum these parameters' gradients over the processes; one that nobody has stays None, as with one process."""
-    known = world.totals([float(parameter.grad is not None) for parameter in parameters])
+    known = distributed.all_sum([float(parameter.grad is not None) for parameter in parameters])
     held = [parameter for parameter, count in zip(parameters, known, strict=True) if count > 0]
     if not held:
         return
@@ -161,13 +161,13 @@ def add_up(parameters: list[torch.nn.Parameter]) -> None:
 def check_launch(accelerator: Any, recipe: Recipe) -> None:
     """Refuse what accelerate was asked for and did not give, or would give beside the recipe."""
     kind = accelerator.distributed_type.value
-    if asked("DEEPSPEED") and kind != "DEEPSPEED":
+    if accelerate_uses("DEEPSPEED") and kind != "DEEPSPEED":
         raise RunError(
             f"this launch asks accelerate for DeepSpeed and got {kind}: launch it in processes, by `accelerate launch` or "
             "`lmrl train --processes N --accelerate FILE`"
         )
-    if asked("FSDP"):
-        if world.size() == 1:
+    if accelerate_uses("FSDP"):
+        if distributed.size() == 1:
             raise RunError("this launch asks accelerate for FSDP in one process: launch more, or leave FSDP out")
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise RunError("this launch asks accelerate for FSDP version 1: set fsdp_version: 2 in its configuration")
@@ -176,7 +176,7 @@ def check_launch(accelerator: Any, recipe: Recipe) -> None:
                 "fsdp_offload_params: lmrl does not offload weights; leave it out, or use DeepSpeed's ZeRO-3"
             )
     # DeepSpeed would take it as the precision of the weights.
-    own = "no" if asked("DEEPSPEED") else recipe.training.precision.replace("bfloat16", "bf16")
+    own = "no" if accelerate_uses("DEEPSPEED") else recipe.training.precision.replace("bfloat16", "bf16")
     if accelerator.mixed_precision not in ("no", own):
         raise RecipeError(
             f"accelerate was launched with mixed_precision={accelerator.mixed_precision}, but the recipe has "
@@ -193,13 +193,13 @@ def build_strategy(accelerator: Any) -> Strategy:
     """The strategy that this launch asked accelerate for."""
     from lmrl.training.sharded import DeepSpeedStrategy, FSDPStrategy
 
-    if asked("DEEPSPEED"):
+    if accelerate_uses("DEEPSPEED"):
         return DeepSpeedStrategy(accelerator)
-    if asked("FSDP"):
+    if accelerate_uses("FSDP"):
         return FSDPStrategy(accelerator.device, os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false")
     return Strategy()
 
 
-def asked(what: str) -> bool:
+def accelerate_uses(what: str) -> bool:
     """Whether accelerate was launched to use it."""
     return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"

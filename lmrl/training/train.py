@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.allocator import keep_freed_memory
 from lmrl.errors import LmrlError, RecipeError, RunError
 from lmrl.estimates import memory
@@ -67,8 +67,8 @@ def train(
     elif overrides:
         raise RunError("overrides go with a recipe's name or file; a Recipe object is changed by its attributes")
     accelerator = join(recipe)
-    folder = world.agreed(Path(output) if output is not None else default_output(name)).resolve()
-    if resume and world.agreed((folder / "recipe.yaml").exists()):
+    folder = distributed.broadcast(Path(output) if output is not None else default_output(name)).resolve()
+    if resume and distributed.broadcast((folder / "recipe.yaml").exists()):
         return resume_run(folder, recipe, display)
     if resume:
         display.say(f"there is no run in {folder} to resume: starting over")
@@ -103,7 +103,7 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="lmrl-dry-run-") as scratch:
         tiny = Recipe.model_validate(data)
         accelerator = join(tiny)
-        folder = world.agreed(Path(scratch))
+        folder = distributed.broadcast(Path(scratch))
         _execute(_open(lambda: Run.create(folder, tiny), folder), accelerator, display or Display(), keeps=False)
 
 
@@ -134,7 +134,7 @@ def join(recipe: Recipe) -> Any:
     trackers = recipe.tracking.trackers or None
     accelerator = Accelerator(log_with=trackers, project_dir=".")  # the run folder, which is not known yet, replaces it
     check_launch(accelerator, recipe)
-    atexit.register(world.leave)
+    atexit.register(distributed.shutdown)
     # Else transformers would read weights in the first process of a machine alone, and leave zeros to be filled by a wrapper
     # of accelerate's that lmrl does not use.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
@@ -148,12 +148,12 @@ def join(recipe: Recipe) -> Any:
 def _open(make: Callable[[], Run], folder: Path) -> Run:
     """The run, as the main process makes it; the others follow it, or fail as it does."""
     run = error = None
-    if world.is_main():
+    if distributed.is_main():
         try:
             run = make()
         except LmrlError as problem:
             error = problem
-    error, recipe = world.agreed((error, run and run.recipe))
+    error, recipe = distributed.broadcast((error, run and run.recipe))
     if error is not None:
         raise error
     return run or Run(folder, recipe, writes=False)
@@ -176,7 +176,7 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
     with Interrupt() as interrupt:
         try:
             for name, stage_recipe in stages_of(recipe).items():
-                if world.agreed(run.final(name).exists()):
+                if distributed.broadcast(run.final(name).exists()):
                     display.say(f"stage {name} is finished: not run again")
                 else:
                     track = _tracker(accelerator, offset) if recipe.tracking.trackers else None
@@ -189,13 +189,13 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
                         stage = _reward_model_stage(*parts)
                     else:
                         strategy = build_strategy(accelerator)
-                        shared = strategy.lockstep
+                        shared = strategy.synchronized
                         stage = build_stage(*parts, strategy)
                     for note in stage.notes:
                         display.say(f"note: {note}")
                     stage.train()
                     del stage
-                    world.wait()
+                    distributed.barrier()
                     predicted = max(predicted, predicted_memory_mb(stage_recipe))
                     if not shared:
                         compare_memory(run, name, stage_recipe, predicted, display)
@@ -225,9 +225,9 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
 
 
 def _reward_model_stage(*parts: Any) -> Any:
-    if world.size() > 1:
+    if distributed.size() > 1:
         raise RunError(
-            f"a reward_model stage trains in one process, but this is a launch of {world.size()}: train it alone, and go on "
+            f"a reward_model stage trains in one process, but this is a launch of {distributed.size()}: train it alone, and go on "
             "with the run by --resume, or name its checkpoint as a reward"
         )
     from lmrl.training.reward_model import RewardModelStage  # trl takes seconds to import
@@ -237,7 +237,7 @@ def _reward_model_stage(*parts: Any) -> Any:
 
 def compare_memory(run: Run, stage: str, recipe: Recipe, predicted: float, display: Display) -> None:
     """Put a process's peak memory so far beside what was predicted for the largest of its stages."""
-    measured = world.largest(peak_memory_mb())
+    measured = distributed.all_max(peak_memory_mb())
     if not predicted:
         return
     ratio = round(measured / predicted, 3)

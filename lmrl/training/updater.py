@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.objectives.base import Objective
 from lmrl.policy.memory import FailedPass, Passes, fit, or_advice
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Optimizer
 from lmrl.recipe.rates import GRAD_NORM
-from lmrl.training.optimizers import build_optimizer, state_bytes, take_back
+from lmrl.training.optimizers import build_optimizer, state_bytes, undo_step
 from lmrl.training.strategy import Strategy
 from lmrl.trajectories.batch import Batch
 
@@ -78,7 +78,7 @@ class Updater:
         stats = self.backward(policy, objective, minibatch)
         if self.strategy.can_discard and objective.rejects(stats):
             self.strategy.zero_grad()
-            self.take_back()
+            self.undo_step()
             return stats | {"rejected": 1.0}
         self._set_rates(policy)
         with or_advice(STEP_ADVICE, lambda: whole_update(policy, minibatch)):
@@ -88,7 +88,7 @@ class Updater:
             self.skipped_in_a_row += 1
             return stats
         if objective.polyak is not None:
-            policy.values.follow(objective.polyak)
+            policy.values.polyak_update(objective.polyak)
         self.skipped_in_a_row = 0
         return stats
 
@@ -104,10 +104,10 @@ class Updater:
         policy.train(was_training)
         return stats
 
-    def take_back(self) -> None:
+    def undo_step(self) -> None:
         """Undo the last update of the trunk, where its optimizer can; the heads keep what they have learned."""
         if self.strategy.can_discard and isinstance(self.strategy.optimizer, torch.optim.AdamW):
-            take_back(self.strategy.optimizer, self.strategy.optimizer.param_groups[0])
+            undo_step(self.strategy.optimizer, self.strategy.optimizer.param_groups[0])
 
     def backward(self, policy: Policy, objective: Objective, minibatch: Batch) -> dict[str, float]:
         """Gradient of the loss averaged over the whole minibatch of all processes, however it is cut into microbatches.
@@ -115,15 +115,15 @@ class Updater:
         Where memory runs out, the minibatch begins again with smaller ones. Raises MemoryShortError where that cannot help.
         Weightless sequences count in the loss, and are left out of the other statistics.
         """
-        weighty, spared = minibatch.by_weight()
-        passed, left = world.totals([weight(policy, objective, part) for part in (weighty, spared)])
+        active, skipped = minibatch.split_by_gradient()
+        passed, left = distributed.all_sum([weight(policy, objective, part) for part in (active, skipped)])
         passed = passed or 1.0
         count = passed + left
-        sums = fit(policy, weighty, lambda passes: self._passes(policy, objective, passes, count))
+        sums = fit(policy, active, lambda passes: self._passes(policy, objective, passes, count))
         # All processes go on with the same size, so that one checkpoint holds it for all.
-        policy.microbatch_tokens = -world.largest(-policy.microbatch_tokens)
+        policy.microbatch_tokens = -distributed.all_max(-policy.microbatch_tokens)
         stats = averages(sums, passed)
-        values, own, bound = world.totals(policy.value_pull.tolist())
+        values, own, bound = distributed.all_sum(policy.value_pull.tolist())
         if own > 0:
             stats |= {"value_pull": values / own, "value_pull_bound": bound / passed}
         return stats | {"loss": stats["loss"] * passed / count}
@@ -133,11 +133,11 @@ class Updater:
         self.strategy.zero_grad()
         policy.value_pull.zero_()
         sums: dict[str, Any] = {"loss": 0.0}
-        for micro, idle, last in passes:
+        for micro, dummy, last in passes:
             micro = micro.to(policy.device)
-            outputs = self.strategy.forward(micro, objective.want)
-            if idle:  # takes part in what the processes do together, and adds nothing
-                self.strategy.backward(outputs.nothing(), last)
+            outputs = self.strategy.forward(micro, objective.forward_request)
+            if dummy:  # takes part in what the processes do together, and adds nothing
+                self.strategy.backward(outputs.zero_loss(), last)
                 continue
             loss = objective.loss(outputs, micro)
             self.strategy.backward(loss.sum / count, last)
@@ -150,12 +150,12 @@ class Updater:
         not, `policy.microbatch_tokens`."""
         was_training, device = policy.training, policy.device
         held = None
-        if device.type != "cpu" and not self.strategy.lockstep and not self.strategy.optimizer.state:
+        if device.type != "cpu" and not self.strategy.synchronized and not self.strategy.optimizer.state:
             held = torch.empty(state_bytes(self.options, self.parameters.values()), dtype=torch.uint8, device=device)
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             policy.begin_update(objective.dropout)
             fit(policy, batch, lambda passes: self._rehearse(policy, objective, passes), "rehearsal")
-        policy.microbatch_tokens = -world.largest(-policy.microbatch_tokens)
+        policy.microbatch_tokens = -distributed.all_max(-policy.microbatch_tokens)
         del held
         self.strategy.zero_grad()
         policy.train(was_training)
@@ -163,8 +163,8 @@ class Updater:
     def _rehearse(self, policy: Policy, objective: Objective, passes: Passes) -> None:
         self.strategy.zero_grad()
         for micro, _, _ in passes:
-            outputs = self.strategy.forward(micro.to(policy.device), objective.want)
-            self.strategy.backward(outputs.nothing(), last=False)
+            outputs = self.strategy.forward(micro.to(policy.device), objective.forward_request)
+            self.strategy.backward(outputs.zero_loss(), last=False)
 
     # ---------------------------------------------------------------------------------------------------------- state
     @property
@@ -207,9 +207,9 @@ def weight(policy: Policy, objective: Objective, batch: Batch) -> float:
 def averages(sums: dict[str, Any], count: float) -> dict[str, float]:
     """Sums of this process's microbatches, added up over the processes, by `count`."""
     parts: dict[str, float] = {name: float(value) for name, value in sums.items()}
-    if world.size() > 1:  # a process without microbatches knows no names
+    if distributed.size() > 1:  # a process without microbatches knows no names
         total: dict[str, float] = {}
-        for own in world.gather([parts]):
+        for own in distributed.all_gather([parts]):
             for name, value in own.items():
                 total[name] = total.get(name, 0.0) + value
         parts = total

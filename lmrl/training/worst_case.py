@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.policy.policy import Policy
 from lmrl.recipe import PromptTask, Recipe
 from lmrl.rollouts.task import Task
@@ -28,7 +28,7 @@ def worst_case(recipe: Recipe, policy: Policy, task: Task, pairs: bool) -> Batch
 def full_sequence(length: int, chain: int | None = None) -> Sequence:
     """A sequence of so many tokens, each but the first an action."""
     states, targets = torch.arange(length - 1), torch.zeros(length - 1, dtype=torch.long)
-    # Of all fields, `floors` alone is asked for by passes: see Want.floors.
+    # Of all fields, `floors` alone is asked for by passes: see ForwardRequest.floors.
     return Sequence(
         torch.zeros(length, dtype=torch.long), states, targets, {"floors": torch.zeros(length - 1)}, chain=chain
     )
@@ -48,6 +48,6 @@ def longest_sequence(recipe: Recipe, policy: Policy, task: Task) -> int:
 
 def sequences_of_a_minibatch(recipe: Recipe, pairs: bool) -> int:
     """How many sequences one process's part of a minibatch has at most."""
-    episodes = -(-recipe.arithmetic()["episodes_per_minibatch"] // world.size()) * (2 if pairs else 1)
+    episodes = -(-recipe.arithmetic()["episodes_per_minibatch"] // distributed.size()) * (2 if pairs else 1)
     apart = not isinstance(recipe.task, PromptTask) and recipe.task.history != "all"
     return episodes * (recipe.task.max_turns if apart else 1)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.trajectories.trajectory import CONTEXT, Segment, Trajectory
 
 
@@ -29,7 +29,7 @@ class Sequence:
     """Sequences of one chain (see chain.py) stay together, in order."""
     branches: torch.Tensor | None = None
     """Of a packed sequence (see shared.py): 0 for the shared beginning, n for its nth continuation, (T,)."""
-    weightless: bool = False
+    zero_gradient: bool = False
     """Whether no gradient comes of it, so that an update counts it and spares its pass."""
 
 
@@ -84,12 +84,12 @@ class Batch:
         """Action tokens of each sequence."""
         return [sequence.targets.numel() for sequence in self.sequences]
 
-    def by_weight(self) -> tuple[Batch, Batch]:
+    def split_by_gradient(self) -> tuple[Batch, Batch]:
         """The sequences that a gradient comes of, and those that none comes of; where there are only these, the first one stands
         among the others."""
-        weightless = [sequence for sequence in self.sequences if sequence.weightless]
-        weighty = [sequence for sequence in self.sequences if not sequence.weightless]
-        return (Batch(weighty), Batch(weightless)) if weighty else (Batch(weightless[:1]), Batch(weightless[1:]))
+        zero_gradient = [sequence for sequence in self.sequences if sequence.zero_gradient]
+        active = [sequence for sequence in self.sequences if not sequence.zero_gradient]
+        return (Batch(active), Batch(zero_gradient)) if active else (Batch(zero_gradient[:1]), Batch(zero_gradient[1:]))
 
     def minibatches(self, rng: np.random.Generator, count: int) -> Iterator[Batch]:
         """Split at random into `count` parts with nearly equally many chains (fewer where there are fewer).
@@ -98,7 +98,7 @@ class Batch:
         """
         chains = self._chains()
         order = rng.permutation(len(chains))
-        for part in np.array_split(order, min(count, world.largest(len(order)))):
+        for part in np.array_split(order, min(count, distributed.all_max(len(order)))):
             yield Batch([self.sequences[index] for chain in part for index in chains[chain]])
 
     def _chains(self) -> list[list[int]]:

@@ -26,7 +26,7 @@ VOCABULARY_ROWS = 10_000
 SHARDS, SCRATCH = "data-*.parquet", ".writing-"
 
 
-class LoggedFile:
+class DatasetFile:
     """Logged episodes, of any format that rows.py knows, which stay on disk.
 
     Opening goes through all rows once and checks their text; an episode is read and tokenised when it is asked for.
@@ -189,8 +189,8 @@ def report_bad_rows(rows: Rows, bad: list[tuple[int, str]], target: Path) -> Non
             file.write(_json_line({"file": name, "line": line, "reason": reason, "row": rows.text(number)}))
 
 
-def logged_texts(path: str, split: str = "train") -> list[str]:
-    """Observations and actions of the first VOCABULARY_ROWS rows; whether rows are malformed is LoggedFile's to say."""
+def dataset_texts(path: str, split: str = "train") -> list[str]:
+    """Observations and actions of the first VOCABULARY_ROWS rows; whether rows are malformed is DatasetFile's to say."""
     texts: list[str] = []
     for number, row in enumerate(islice(open_rows(path, split).scan(), VOCABULARY_ROWS)):
         try:

@@ -20,7 +20,7 @@ from zoo_references import improved, random_play, within
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import Recipe
 from lmrl.rollouts.task import build_task
-from lmrl.training.sources import play_logged
+from lmrl.training.sources import play_dataset
 
 every_game = pytest.mark.parametrize("game", GAMES.values(), ids=GAMES)
 
@@ -177,7 +177,7 @@ def play(environment, seed, act):
 def test_game_plays_through_the_sampler(game):
     recipe = Recipe.model_validate(zoo.recipe(game.name, "ilql", 0))
     tokenizer = build_tokenizer("word", game().texts())
-    episodes = play_logged(build_task(recipe.task, tokenizer), "random", 8, 0)
+    episodes = play_dataset(build_task(recipe.task, tokenizer), "random", 8, 0)
     assert len(episodes) == 8
     for episode in episodes:
         tokens = [token for segment in episode.segments for token in segment.tokens]
@@ -231,7 +231,7 @@ def test_logged_pairs_are_those_that_were_learned_from(tmp_path, monkeypatch):
     task = build_task(Recipe.model_validate(recipe).task, build_tokenizer("word", GAMES["sort"]().texts()))
     expected = {
         (tuple(turn.observation.split()), turn.action)
-        for episode in play_logged(task, "random", 20, 1)
+        for episode in play_dataset(task, "random", 20, 1)
         for turn in episode.turns
     }
     assert zoo.logged_pairs(run) == expected

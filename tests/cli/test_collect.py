@@ -15,7 +15,7 @@ from lmrl.rollouts.hf import HFEngine
 from lmrl.rollouts.render import Renderer
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import build_task
-from lmrl.trajectories.store import LoggedFile
+from lmrl.trajectories.store import DatasetFile
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def run(*arguments):
 
 
 def episodes_of(path, tokenizer, history="all"):
-    file = LoggedFile(str(path), Renderer(tokenizer), history)
+    file = DatasetFile(str(path), Renderer(tokenizer), history)
     return [file[index] for index in range(len(file))]
 
 

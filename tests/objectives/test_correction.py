@@ -93,7 +93,7 @@ def test_weights_multiply_the_policy_loss_alone(tiny_policy, name):
     for method in (plain, corrected):
         batch = method.prepare(tiny_policy, episodes)
         (micro,) = batch.microbatches(10_000, tiny_policy.pad_id)
-        losses.append(method.loss(tiny_policy(micro, method.want), micro).sum.detach())
+        losses.append(method.loss(tiny_policy(micro, method.forward_request), micro).sum.detach())
     weights, advantages = micro.fields[WEIGHTS], micro.fields["advantages"]
     assert batch.stats["correction_capped"] == pytest.approx(float((weights == 1.2).float().mean())) != 0
     assert batch.stats["correction_mean"] == pytest.approx(float(weights.mean()))

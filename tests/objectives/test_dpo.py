@@ -122,7 +122,7 @@ def ours(policy, dialogues, **changes):
     batch = objective.prepare(policy, episodes)
     policy.train(False)
     [micro] = batch.microbatches(10_000, policy.pad_id)
-    loss = objective.loss(policy(micro, objective.want), micro)
+    loss = objective.loss(policy(micro, objective.forward_request), micro)
     return loss.sum / objective.count(micro)
 
 

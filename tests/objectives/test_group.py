@@ -147,13 +147,13 @@ def test_rloo_takes_a_turn_for_one_action(tiny_policy, episodes):
     old = batch.get("old_logprobs")
     batch.set("old_logprobs", old - torch.tensor([0.1, -0.05, 0.1, 0.02, 0.02, 0.02]))
     [micro] = batch.microbatches(10_000, tiny_policy.pad_id)
-    loss = method.loss(tiny_policy(micro, method.want), micro)
+    loss = method.loss(tiny_policy(micro, method.forward_request), micro)
     # ratios e^.05, e^.1, e^.06 of the turns, with advantages .75, -.75, 0
     assert float(loss.sum.detach()) == pytest.approx(-0.75 * math.exp(0.05) + 0.75 * math.exp(0.1), abs=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "spared"),
+    ("name", "changes", "skipped"),
     [
         ("grpo", {}, True),
         ("dr_grpo", {"constant_length": 10}, True),
@@ -164,7 +164,7 @@ def test_rloo_takes_a_turn_for_one_action(tiny_policy, episodes):
     ],
 )
 @pytest.mark.parametrize("share", [True, False])
-def test_groups_without_a_spread_are_counted_but_not_computed(tiny_policy, episodes, name, changes, spared, share):
+def test_groups_without_a_spread_are_counted_but_not_computed(tiny_policy, episodes, name, changes, skipped, share):
     tiny_policy._reference = [copy.deepcopy(tiny_policy.causal_lm)]
     method = objective(name, share_prompts=share, **changes)
     batch = method.prepare(tiny_policy, episodes)
@@ -173,7 +173,7 @@ def test_groups_without_a_spread_are_counted_but_not_computed(tiny_policy, episo
     for marked in (True, False):
         if not marked:
             for sequence in batch.sequences:
-                sequence.weightless = False
+                sequence.zero_gradient = False
         sizes = []
         hook = tiny_policy.register_forward_hook(lambda _, args, out, sizes=sizes: sizes.append(len(out.logprobs)))
         stats = updater.backward(tiny_policy, method, batch)
@@ -181,7 +181,7 @@ def test_groups_without_a_spread_are_counted_but_not_computed(tiny_policy, episo
         found.append((sum(sizes), stats["loss"], {n: p.grad.clone() for n, p in tiny_policy.model.named_parameters()}))
     (passed, loss, gradients), (all_passed, expected_loss, expected) = found
     # The second group has three action tokens, and so has the episode between the others of the first, if it stands alone.
-    assert all_passed - passed == (0 if not spared else 3 if share else 6)
+    assert all_passed - passed == (0 if not skipped else 3 if share else 6)
     assert loss == pytest.approx(expected_loss, abs=1e-7)
     for parameter, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[parameter], rtol=1e-5, atol=1e-7)
@@ -199,7 +199,7 @@ def loss_of(policy, method, episodes):
     batch = method.prepare(policy, episodes)
     [micro] = batch.microbatches(10_000, policy.pad_id)
     policy.train(False)
-    outputs = policy(micro, method.want)
+    outputs = policy(micro, method.forward_request)
     return method.loss(outputs, micro), method.count(micro), outputs, batch
 
 

@@ -31,7 +31,7 @@ def build(options, seed=0):
 
 def compute(objective, policy, trajectories):
     (micro,) = objective.prepare(policy, trajectories).microbatches(10_000, policy.pad_id)
-    outputs = policy(micro, objective.want)
+    outputs = policy(micro, objective.forward_request)
     return objective.loss(outputs, micro), outputs, micro
 
 

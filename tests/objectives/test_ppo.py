@@ -8,7 +8,7 @@ import torch
 
 from lmrl.objectives.policy_gradient import k3, policy_loss, whiten
 from lmrl.objectives.ppo import PPO, Warmup, adapt_kl_coef, advantages, followed, spread, value_loss
-from lmrl.policy.passes import Outputs, Want
+from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.pull import bounded
 from lmrl.recipe import Optimizer, PPOObjective
 from lmrl.training.updater import Updater
@@ -214,11 +214,11 @@ def test_value_warmup_leaves_the_policy_alone(tiny_policy):
     objective.begin(1)
     batch = objective.prepare(tiny_policy, [two_turns()])
     micro = batch.microbatches(100, 0)[0]
-    objective.loss(tiny_policy(micro, objective.want), micro).sum.backward()
+    objective.loss(tiny_policy(micro, objective.forward_request), micro).sum.backward()
     assert tiny_policy.values.v.weight.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in tiny_policy.model.parameters())
     objective.begin(2)
-    assert objective.want == Want(logprobs=True, values=True, detach_values=False, value_pull=1.0)
+    assert objective.forward_request == ForwardRequest(logprobs=True, values=True, detach_values=False, value_pull=1.0)
 
 
 def test_detach_value_stops_the_critic_at_the_trunk(tiny_policy):
@@ -226,7 +226,7 @@ def test_detach_value_stops_the_critic_at_the_trunk(tiny_policy):
     objective = PPO(options(detach_value=True))
     objective.begin(1)
     micro = objective.prepare(tiny_policy, [two_turns()]).microbatches(100, 0)[0]
-    values = tiny_policy(micro, objective.want).values
+    values = tiny_policy(micro, objective.forward_request).values
     gradients = torch.autograd.grad(values.sum(), list(tiny_policy.model.parameters()), allow_unused=True)
     assert all(gradient is None for gradient in gradients)
 

@@ -95,7 +95,7 @@ def test_targets_follow():
     policy = policy_with(HeadsSpec(q="linear", trunk="separate"))
     values = policy.values
     before = values.target_q[1].weight.clone()
-    values.follow(0.25)
+    values.polyak_update(0.25)
     assert torch.allclose(values.target_q[1].weight, 0.75 * before + 0.25 * values.q[1].weight)
     assert not any(parameter.requires_grad for parameter in values.target_trunk.parameters())
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lmrl.errors import ModelError
 from lmrl.policy.heads import HeadsSpec
 from lmrl.policy.load import load_classifier, load_policy, load_weights, open_policy
-from lmrl.policy.passes import Want
+from lmrl.policy.passes import ForwardRequest
 from lmrl.policy.policy import Policy
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import Lora, Model
@@ -39,7 +39,7 @@ def plain_logprobs(lm, episode, temperature=1.0):
 @pytest.mark.parametrize("microbatch_tokens", [1, 10, 1000])
 def test_scores_equal_the_model_alone(tiny_policy, microbatch_tokens):
     tiny_policy.microbatch_tokens, tiny_policy.temperature = microbatch_tokens, 0.8
-    fields = tiny_policy.score(to_batch(episodes()), Want(values=True))
+    fields = tiny_policy.score(to_batch(episodes()), ForwardRequest(values=True))
     for episode, logprobs in zip(episodes(), fields["logprobs"], strict=True):
         torch.testing.assert_close(logprobs, plain_logprobs(tiny_policy.causal_lm.eval(), episode, 0.8))
     assert [len(values) for values in fields["values"]] == [2, 4, 1]
@@ -113,7 +113,7 @@ def test_bfloat16_base_has_float32_adapters(tiny_folder):
     assert {parameter.dtype for parameter in policy.trainable().values()} == {torch.float32}
     assert policy.causal_lm.get_input_embeddings().weight.dtype == torch.bfloat16
     micro = to_batch(episodes()).microbatches(1000, 0)[0]
-    outputs = policy(micro, Want(values=True))
+    outputs = policy(micro, ForwardRequest(values=True))
     assert outputs.logprobs.dtype == outputs.values.dtype == torch.float32
     (outputs.logprobs.sum() + outputs.values.sum()).backward()
     assert policy.values.v.weight.grad.dtype == torch.float32

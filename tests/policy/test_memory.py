@@ -31,7 +31,7 @@ def test_no_size_is_left(tiny_policy):
 
 
 def test_in_lockstep_nobody_begins_again(tiny_policy):
-    tiny_policy.lockstep = True
+    tiny_policy.synchronized = True
     with limit_memory(tiny_policy, 20), pytest.raises(MemoryShortError, match="lower training.microbatch_tokens=4096"):
         tiny_policy.score(batch(9))
     assert tiny_policy.microbatch_tokens == 4096

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.errors import EngineError, ModelError, RecipeError, RunError
 from lmrl.policy.merged import merged_weights
 from lmrl.recipe import Rollouts
@@ -21,9 +21,9 @@ from lmrl.recipe.server import Server
 from lmrl.recipe_files import load_recipe
 from lmrl.rollouts import server_client
 from lmrl.rollouts.engine import Sampling, build_engine
-from lmrl.rollouts.server_client import Lost
-from lmrl.rollouts.server_keeper import Target
-from lmrl.rollouts.server_queue import TRIES
+from lmrl.rollouts.server_client import ServerLost
+from lmrl.rollouts.server_dispatch import TRIES
+from lmrl.rollouts.server_supervisor import Target
 from lmrl.rollouts.vllm_server import VLLMServerEngine
 from tests.conftest import needs_vllm
 from tests.rollouts import fake_server
@@ -207,7 +207,7 @@ def test_completions_of_other_weights_are_thrown_away(fakes, engine_of):
     generate(engine, 1)
     server.version, server.stamp = None, "default"  # started again, and nobody has noticed
     assert complete(generate(engine, 6), 6)
-    assert len(server.loaded) == 2 and server.stamp == engine.keepers[0].target.version
+    assert len(server.loaded) == 2 and server.stamp == engine.supervisors[0].target.version
 
 
 @pytest.mark.parametrize("others", [0, 1])
@@ -216,10 +216,10 @@ def test_weights_that_were_broadcast_and_are_gone_are_not_replaced_by_later_ones
     servers = fakes(1 + others)
     engine = engine_of(servers)
     generate(engine, 1)
-    for keeper in engine.keepers:
-        keeper.aim(Target(keeper.target.version))  # as after a broadcast: there is no file
+    for supervisor in engine.supervisors:
+        supervisor.set_target(Target(supervisor.target.version))  # as after a broadcast: there is no file
     servers[0].version = None  # started again
-    with engine.holding(lambda: None):
+    with engine.pinned_weights(lambda: None):
         if others:
             assert complete(generate(engine))
         else:
@@ -260,12 +260,12 @@ def test_a_server_that_is_out_of_service_is_looked_at_five_times_a_second(fakes,
     engine = engine_of([server], start_timeout=60)
     generate(engine, 1)
     looks = []
-    monkeypatch.setattr(engine.keepers[0].client, "describe", lambda: looks.append(None) or lost())
+    monkeypatch.setattr(engine.supervisors[0].client, "describe", lambda: looks.append(None) or lost())
 
     def lost():
-        raise Lost("nobody there")
+        raise ServerLost("nobody there")
 
-    engine.keepers[0].lose("a test")
+    engine.supervisors[0].mark_lost("a test")
     time.sleep(1)
     assert 3 <= len(looks) <= 8
 
@@ -294,12 +294,12 @@ def test_a_server_that_is_busy_for_longer_than_a_probe_is_left_alone(fakes, engi
     (server,) = fakes()
     engine = engine_of([server])
     generate(engine, 1)
-    engine.keepers[0].process = process = Process()
+    engine.supervisors[0].process = process = Process()
     free = server.lmrl_describe
     server.lmrl_describe = lambda: time.sleep(0.5) or free()
-    engine.keepers[0].lose("a test")
+    engine.supervisors[0].mark_lost("a test")
     time.sleep(1.2)
-    assert not engine.keepers[0].usable and process.kills == 0
+    assert not engine.supervisors[0].in_service and process.kills == 0
     server.lmrl_describe = free
     assert complete(generate(engine))
 
@@ -311,8 +311,8 @@ def test_a_keeper_that_fails_stops_the_run(fakes, engine_of):
     def start() -> None:
         raise OSError(28, "No space left on device")
 
-    engine.keepers[0].process = Process()
-    engine.keepers[0].process.start = start
+    engine.supervisors[0].process = Process()
+    engine.supervisors[0].process.start = start
     with pytest.raises(EngineError, match=r"keeping http://.* failed: OSError: .*No space left on device"):
         generate(engine)
 
@@ -353,41 +353,41 @@ def started(tiny_policy, tmp_path, monkeypatch):
     def build(*command: str, **options) -> VLLMServerEngine:
         options = {"timeout": 5, "start_timeout": 10} | options
         engine = VLLMServerEngine(tiny_policy, Server(**options), tmp_path)
-        for keeper in engine.keepers:
-            own = [sys.executable, fake_server.__file__, str(keeper.process.port)]
-            keeper.process.command = list(command) or own
+        for supervisor in engine.supervisors:
+            own = [sys.executable, fake_server.__file__, str(supervisor.process.port)]
+            supervisor.process.command = list(command) or own
         engines.append(engine)
         return engine
 
     yield build
     for engine in engines:
         engine.close()
-        assert not any(living(keeper.process.process.pid) for keeper in engine.keepers)
+        assert not any(living(supervisor.process.process.pid) for supervisor in engine.supervisors)
 
 
 def kill_once(engine, requests: int):
     """Kill the first server while its `requests`-th request is under way."""
-    complete, seen = engine.keepers[0].client.complete, []
+    complete, seen = engine.supervisors[0].client.complete, []
 
     def killing(*args):
         seen.append(None)
         if len(seen) == requests:
-            os.kill(engine.keepers[0].process.process.pid, signal.SIGKILL)
+            os.kill(engine.supervisors[0].process.process.pid, signal.SIGKILL)
         return complete(*args)
 
-    engine.keepers[0].client.complete = killing
+    engine.supervisors[0].client.complete = killing
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_server_that_is_killed_is_started_again_and_nothing_is_lost(started, count):
     engine = started(count=count, in_flight=4)
     generate(engine, 4)
-    first = [keeper.process.process.pid for keeper in engine.keepers]
+    first = [supervisor.process.process.pid for supervisor in engine.supervisors]
     kill_once(engine, 5)
     assert complete(generate(engine, 40), 40)
-    wait_for(lambda: all(keeper.usable for keeper in engine.keepers), 10)
-    assert [keeper.restarts_left for keeper in engine.keepers] == [2, 3][:count]
-    assert engine.keepers[0].process.process.pid != first[0] and not living(first[0])
+    wait_for(lambda: all(supervisor.in_service for supervisor in engine.supervisors), 10)
+    assert [supervisor.restarts_left for supervisor in engine.supervisors] == [2, 3][:count]
+    assert engine.supervisors[0].process.process.pid != first[0] and not living(first[0])
     assert engine.syncs == 1
 
 
@@ -406,7 +406,7 @@ def test_a_server_that_does_not_start_is_one_line_with_the_error_of_its_log(star
     engine = started(sys.executable, "-c", "print('loading'); raise ValueError('too little memory')")
     with pytest.raises(ModelError, match=r"did not start: .* ended with 1; .* says: ValueError: too little memory$"):
         generate(engine, 4)
-    assert engine.keepers[0].restarts_left == 3  # what never ran is not tried again
+    assert engine.supervisors[0].restarts_left == 3  # what never ran is not tried again
 
 
 # ---------------------------------------------------------------------------------------------------- what is not possible
@@ -476,7 +476,7 @@ def test_settings_that_make_no_sense(changes, message):
 
 
 def test_started_servers_and_several_machines_are_refused(tiny_policy, monkeypatch):
-    monkeypatch.setattr(world, "size", lambda: 4)
+    monkeypatch.setattr(distributed, "size", lambda: 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(RunError, match=r"start them by hand, and name them in rollouts.server.urls"):
         build_engine(Rollouts(engine="vllm-server"), tiny_policy)
@@ -508,8 +508,8 @@ def test_a_real_server_samples_from_the_policy_takes_updates_and_comes_back_afte
     armed, killed = threading.Event(), []
 
     def check() -> None:
-        if armed.is_set() and not killed and engine.keepers[0].client._live:
-            killed.append(engine.keepers[0].process.process.pid)
+        if armed.is_set() and not killed and engine.supervisors[0].client._live:
+            killed.append(engine.supervisors[0].process.process.pid)
             os.kill(killed[0], signal.SIGKILL)
 
     server = {"dtype": "float32", "memory": 0.5, "in_flight": 8, "restarts": 1}
@@ -537,9 +537,9 @@ def test_a_real_server_samples_from_the_policy_takes_updates_and_comes_back_afte
         armed.set()
         longer = Sampling(max_new_tokens=200, temperature=0.7)
         third = engine.generate(prompts, longer, keys)
-        assert killed and engine.keepers[0].restarts_left == 0 and engine.syncs == 2
+        assert killed and engine.supervisors[0].restarts_left == 0 and engine.syncs == 2
         assert agrees(policy, prompts, third, 0.7) < 1e-4
-        last = engine.keepers[0].process.process.pid
+        last = engine.supervisors[0].process.process.pid
     finally:
         engine.close()
     assert not any(living(group) for group in (*killed, last))

@@ -17,7 +17,7 @@ from lmrl.recipe import VLLM, Lora, Model, Rollouts
 from lmrl.rollouts.engine import Sampling, build_engine
 from lmrl.rollouts.hf import HFEngine
 from lmrl.rollouts.vllm import VLLMEngine
-from lmrl.training.trust import Trust, differences
+from lmrl.training.sampler_check import SamplerCheck, logprob_differences
 from lmrl.trajectories.trajectory import Segment, Trajectory
 from tests.conftest import TINY_LLAMA, TINY_WALKS, needs_vllm
 
@@ -44,7 +44,7 @@ def gaps(policy, completions, temperature=1.0):
         segments.append(Segment())
         segments[-1].observe(prompt)
         segments[-1].act(completion.tokens, completion.logprobs, 0)
-    return differences(policy, segments, temperature).abs()
+    return logprob_differences(policy, segments, temperature).abs()
 
 
 def episodes(engine):
@@ -175,19 +175,19 @@ def test_weights_come_over_after_an_update_and_a_stale_head_is_found(policy, eng
     engine.stale = True
     after = engine.generate(PROMPTS, Sampling(12), KEYS)
     assert tokens(after) != tokens(before) and gaps(policy, after).max() < 1e-4
-    trust = Trust(policy, engine, FLOAT32)
-    trust.judge(trust(episodes(engine)), "here")
+    sampler_check = SamplerCheck(policy, engine, FLOAT32)
+    sampler_check.raise_on_mismatch(sampler_check(episodes(engine)), "here")
 
     monkeypatch.setattr("lmrl.rollouts.vllm.pack_head", lambda model: None)
     spread_out(policy)
     engine.stale = True
-    trust = Trust(policy, engine, FLOAT32)
+    sampler_check = SamplerCheck(policy, engine, FLOAT32)
     with pytest.raises(SamplerError, match="engine 'vllm'"):
-        trust.judge(trust(episodes(engine)), "here")
+        sampler_check.raise_on_mismatch(sampler_check(episodes(engine)), "here")
     monkeypatch.undo()
     engine.stale = True
-    trust = Trust(policy, engine, FLOAT32)
-    assert trust(episodes(engine))["gap_max"] < 1e-4
+    sampler_check = SamplerCheck(policy, engine, FLOAT32)
+    assert sampler_check(episodes(engine))["gap_max"] < 1e-4
 
 
 @needs_vllm
@@ -289,11 +289,11 @@ def test_asleep_during_updates(tiny_policy, monkeypatch):
     for sleep, expected in ((True, ["sync", "sleep 2", "wake", "sync"]), (False, ["sync"])):
         calls.clear()
         engine = VLLMEngine(tiny_policy, Rollouts(engine="vllm", vllm=VLLM(sleep=sleep)))
-        engine.rest()
+        engine.release_memory()
         engine.refresh()
         engine.llm = LLM()
-        engine.rest()
-        engine.rest()
+        engine.release_memory()
+        engine.release_memory()
         engine.refresh()
         engine.refresh()
         assert calls == expected

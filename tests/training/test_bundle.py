@@ -115,11 +115,11 @@ def test_a_probe_changes_nothing(tiny_policy):
 
 def test_minibatches_come_back_whole():
     whole = batch(4)
-    whole.sequences[1].chain, whole.sequences[2].weightless = 7, True
+    whole.sequences[1].chain, whole.sequences[2].zero_gradient = 7, True
     whole.sequences[3].fields["floors"] = torch.ones(2)
     again = batch_of(batch_tensors(whole))
     assert [one.chain for one in again.sequences] == [None, 7, None, None]
-    assert [one.weightless for one in again.sequences] == [False, False, True, False]
+    assert [one.zero_gradient for one in again.sequences] == [False, False, True, False]
     for one, other in zip(whole.sequences, again.sequences, strict=True):
         assert torch.equal(one.tokens, other.tokens) and torch.equal(one.targets, other.targets)
         assert one.fields.keys() == other.fields.keys()
@@ -237,7 +237,7 @@ def test_limits_name_the_address_space(monkeypatch):
 def test_one_of_several_processes_runs_short(tmp_path, monkeypatch):
     """It writes alone, without weights: those of the newest checkpoint, or of the beginning, do as well."""
     memory_for(monkeypatch, 2, gradient=True)
-    monkeypatch.setattr("lmrl.training.bundle.world", SimpleNamespace(size=lambda: 2, rank=lambda: 1))
+    monkeypatch.setattr("lmrl.training.bundle.distributed", SimpleNamespace(size=lambda: 2, rank=lambda: 1))
     bundle, info = stopped_by_memory(tmp_path / "run")
     assert bundle.name == "main-step-000001-memory-rank1" and info["weights"] == "stages/main/start"
     assert not (bundle / "model.safetensors").exists()

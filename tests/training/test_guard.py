@@ -11,8 +11,8 @@ from lmrl.training.guard import (
     START,
     WIDE,
     WINDOW,
-    Kept,
     Noise,
+    RollbackPoint,
     Settings,
     Step,
     Tracker,
@@ -112,7 +112,7 @@ def test_a_checkpoint_is_kept_once_its_weights_have_held_up():
     assert tracker.kept.step == 7  # three steps later
     broken = Tracker()
     play(broken, noisy(*[0] * 5, 1, 1, -9, -9, -9))
-    assert broken.kept == Kept(0) and broken.candidate is None
+    assert broken.kept == RollbackPoint(0) and broken.candidate is None
 
 
 def test_checkpoints_keep_their_distance():
@@ -127,7 +127,7 @@ def test_back_at_the_kept_one_it_is_what_later_steps_are_measured_by():
     tracker.taken_back(kept.step)
     assert (tracker.best, tracker.last, tracker.kept) == (kept.window, [], kept)
     tracker.taken_back(2)
-    assert tracker.kept == Kept(2) and tracker.best is None
+    assert tracker.kept == RollbackPoint(2) and tracker.best is None
 
 
 def test_a_tracker_goes_on_from_its_state():
@@ -219,7 +219,7 @@ def test_a_policy_ruined_by_its_first_update_is_found():
     tracker = Tracker()
     for step, chance in enumerate([0.8, *[0.1] * 12], start=1):
         tracker.add(step, of(rng.random(64) < chance))
-    assert tracker.collapsed() and tracker.kept == Kept(0)
+    assert tracker.collapsed() and tracker.kept == RollbackPoint(0)
 
 
 def test_a_collapse_at_the_end_needs_fewer_steps():

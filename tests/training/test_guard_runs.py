@@ -166,7 +166,7 @@ def test_stop_ends_at_once(good, tmp_path, before_steps):
 
 
 def test_a_strategy_that_cannot_go_back_leaves_the_best_checkpoint(good, tmp_path, before_steps, monkeypatch):
-    monkeypatch.setattr(Strategy, "can_go_back", False)
+    monkeypatch.setattr(Strategy, "can_reload_weights", False)
     before_steps(breaks())
     said, result = run_of(recipe_from(good), tmp_path / "run")
     assert result.ended.startswith("guard: collapse, the stage ends with the policy of step ")

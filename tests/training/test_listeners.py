@@ -28,12 +28,12 @@ class Halving(Listener):
         self.calls.append(("begin", resumed))
         stage.updater.factors[self.name] = 0.5**self.seen
 
-    def measure(self, stage, step, drawn, metrics):
-        assert stage.progress.step == step - 1 and len(drawn.learn) == 8 and "loss" in metrics
+    def measure(self, stage, step, source_batch, metrics):
+        assert stage.progress.step == step - 1 and len(source_batch.learn) == 8 and "loss" in metrics
         self.calls.append(("measure", step))
         return {"lr_used": stage.strategy.optimizer.param_groups[0]["lr"]}
 
-    def recorded(self, stage, step, drawn, metrics):
+    def recorded(self, stage, step, source_batch, metrics):
         assert stage.run.recorded(stage.name, "train")[-1]["lr_used"] == metrics["lr_used"]
         self.calls.append(("recorded", step))
 

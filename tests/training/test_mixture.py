@@ -8,7 +8,7 @@ import pytest
 from lmrl.recipe import MixtureSource
 from lmrl.recipe_files import load_recipe
 from lmrl.training import dry_run
-from lmrl.training.sources import Drawn, Logged, Mixture
+from lmrl.training.sources import Dataset, Mixture, SourceBatch
 from tests.conftest import TINY_WALKS
 from tests.training.test_resume import assert_same_run, launch, metrics
 
@@ -20,12 +20,12 @@ class Fresh:
 
     def next(self, step):
         episodes = [f"{step}.{number}" for number in range(3)]
-        return Drawn(episodes, [*episodes, "failed"], 1)
+        return SourceBatch(episodes, [*episodes, "failed"], 1)
 
 
 def mixture(steps, rows=10, **options):
     options = MixtureSource(name="mixture", player="random", **options)
-    logged = Logged(list(range(rows)), [0.0] * rows, options.batch_size, 0, "main")
+    logged = Dataset(list(range(rows)), [0.0] * rows, options.batch_size, 0, "main")
     return Mixture(Fresh(), logged, options, steps, None)
 
 
@@ -44,11 +44,11 @@ def test_share_of_fresh_episodes(steps, options, expected):
     source = mixture(steps, **options)
     assert [source.online(step) for step in range(1, steps + 1)] == expected
     for step, count in enumerate(expected, start=1):
-        drawn = source.next(step)
-        fresh = [one for one in drawn.learn if isinstance(one, str)]
+        source_batch = source.next(step)
+        fresh = [one for one in source_batch.learn if isinstance(one, str)]
         learns = step > options.get("warmup_steps", 0)
-        assert len(fresh) == count and len(drawn.learn) == (options["batch_size"] if learns else 0)
-        assert len(drawn.played) == 4 and drawn.failed == 1
+        assert len(fresh) == count and len(source_batch.learn) == (options["batch_size"] if learns else 0)
+        assert len(source_batch.played) == 4 and source_batch.failed == 1
 
 
 def test_logged_episodes_are_all_used_before_any_twice():

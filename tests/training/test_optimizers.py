@@ -99,7 +99,7 @@ def test_it_is_not_there(tiny_policy, monkeypatch):
 
 def test_it_cannot_be_shared_out(tiny_policy):
     class Shared(Strategy):
-        name, lockstep = "fsdp", True
+        name, synchronized = "fsdp", True
 
     with pytest.raises(RecipeError, match="8-bit state cannot be shared out by fsdp, .* set optimizer.name=adamw"):
         Updater(tiny_policy, EIGHT, 10, Shared())

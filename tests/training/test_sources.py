@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.errors import DataError, ModelError, RecipeError
 from lmrl.evaluation.statistics import summarize
 from lmrl.evaluation.suites import Suite
@@ -19,13 +19,13 @@ from lmrl.seeding import stream
 from lmrl.training import sources
 from lmrl.training.build import watch_suite
 from lmrl.training.sources import (
+    Dataset,
     FreshRollouts,
-    Logged,
     best_among_all,
     best_of,
-    build_logged,
-    play_logged,
-    read_logged,
+    build_dataset,
+    open_dataset_file,
+    play_dataset,
 )
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -51,30 +51,30 @@ def dataset(**options):
 
 # -------------------------------------------------------------------------------------------------------------- players
 def test_scripted_players_make_data(walks):
-    played = play_logged(walks, "random", 50, seed=0)
+    played = play_dataset(walks, "random", 50, seed=0)
     assert len(played) == 50 and 0 < sum(walk.reward for walk in played) < 50
     assert all(set(walk.segments[0].logprobs) == {None} for walk in played)
-    assert played == play_logged(walks, "random", 50, seed=0)
-    assert {walk.reward for walk in play_logged(walks, "optimal", 20, seed=0)} == {1.0}
+    assert played == play_dataset(walks, "random", 50, seed=0)
+    assert {walk.reward for walk in play_dataset(walks, "optimal", 20, seed=0)} == {1.0}
     for players in ("best", {"random": 1.0, "best": 1.0}):
         with pytest.raises(RecipeError, match=r"source.player: the environment has no player 'best' \(it has random, "):
-            play_logged(walks, players, 1, seed=0)
+            play_dataset(walks, players, 1, seed=0)
 
 
 def test_players_share_the_episodes(walks):
-    played = play_logged(walks, {"random": 3, "optimal": 1}, 400, seed=0)
+    played = play_dataset(walks, {"random": 3, "optimal": 1}, 400, seed=0)
     assert [walk.episode for walk in played] == [walk.group for walk in played] == list(range(400))
     optimal = [walk for walk in played if walk.player == "optimal"]
     assert 70 < len(optimal) < 130 and {walk.reward for walk in optimal} == {1.0}
     assert {walk.player for walk in played} == {"random", "optimal"}
-    assert played == play_logged(walks, {"random": 0.75, "optimal": 0.25}, 400, seed=0)
+    assert played == play_dataset(walks, {"random": 0.75, "optimal": 0.25}, 400, seed=0)
     starts = [int(walks.training[0])] * 3
     (only,) = {walk.player for walk in play_players(Sampler(walks), {"random": 1.0}, starts, ("x",))}
     assert only == "random"
 
 
 def test_scores_of_players(walks):
-    source = build_logged(dataset(player={"random": 0.5, "optimal": 0.5}, episodes=60, best=0.2), walks, 0, "main")
+    source = build_dataset(dataset(player={"random": 0.5, "optimal": 0.5}, episodes=60, best=0.2), walks, 0, "main")
     assert source.scores()["return"]["mean"] == pytest.approx(sum(source.returns) / 60)
     assert source.scores()["optimality"]["n"] == 60 and "length" in source.scores()
     assert {episode.reward for step in range(1, 4) for episode in source.next(step).learn} == {1.0}
@@ -87,12 +87,12 @@ def test_a_file_as_source(tmp_path, walks):
         for letter, reward in zip("bcdef", [1, 5, 3, 5, 2], strict=True)
     ]
     path = lines(tmp_path / "data.jsonl", rows)
-    source = build_logged(dataset(path=path, batch_size=2), walks, 0, "main")
+    source = build_dataset(dataset(path=path, batch_size=2), walks, 0, "main")
     assert source.returns == [1, 5, 3, 5, 2] and source.notes == []
     assert source.scores()["return"]["mean"] == 3.2 and source.scores()["optimality"]["n"] == 5
     seen = [episode.completion for step in (1, 2, 3, 4, 5) for episode in source.next(step).learn]
     assert sorted(seen) == sorted("bcdef" * 2)
-    best = build_logged(dataset(path=path, batch_size=2, best=0.4), walks, 0, "main")
+    best = build_dataset(dataset(path=path, batch_size=2, best=0.4), walks, 0, "main")
     assert {episode.completion for episode in best.next(1).learn} == {"c", "e"}
     assert best.returns == source.returns and best.scores() == source.scores()
 
@@ -101,11 +101,11 @@ def test_a_file_without_rewards(tmp_path, walks):
     path = lines(
         tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b", "reward": 1}, {"prompt": "a", "completion": "c"}]
     )
-    assert build_logged(dataset(path=path), walks, 0, "main").scores()["return"]["n"] == 1
+    assert build_dataset(dataset(path=path), walks, 0, "main").scores()["return"]["n"] == 1
     with pytest.raises(DataError, match="source.best=0.5 ranks episodes .* episode 2 has no reward"):
-        build_logged(dataset(path=path, best=0.5), walks, 0, "main")
+        build_dataset(dataset(path=path, best=0.5), walks, 0, "main")
     path = lines(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}])
-    assert build_logged(dataset(path=path), walks, 0, "main").scores() is None
+    assert build_dataset(dataset(path=path), walks, 0, "main").scores() is None
 
 
 def test_the_window_of_the_task_holds_for_files(tmp_path, tokenizer):
@@ -113,22 +113,22 @@ def test_the_window_of_the_task_holds_for_files(tmp_path, tokenizer):
     path = lines(tmp_path / "data.jsonl", [{"turns": turns}])
     for history, count in (("all", 1), (1, 3)):
         task = Task(lambda: None, Renderer(tokenizer), None, None, history=history)
-        assert len(read_logged(dataset(path=path), task)[0].segments) == count
+        assert len(open_dataset_file(dataset(path=path), task)[0].segments) == count
 
 
 def test_dialogues_need_a_template(tmp_path, walks):
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path = lines(tmp_path / "data.jsonl", [{"messages": chat}])
     with pytest.raises(ModelError, match="data.jsonl: holds dialogues, but the tokenizer has no chat template"):
-        read_logged(dataset(path=path), walks)
+        open_dataset_file(dataset(path=path), walks)
 
 
 def test_malformed_rows_can_be_skipped(tmp_path, walks):
     path = lines(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a"}])
     with pytest.raises(DataError, match="data.jsonl, line 2: has no field 'completion'"):
-        build_logged(dataset(path=path), walks, 0, "main")
+        build_dataset(dataset(path=path), walks, 0, "main")
     report = tmp_path / "bad_rows.jsonl"
-    source = build_logged(dataset(path=path, skip_bad_rows=True), walks, 0, "main", report)
+    source = build_dataset(dataset(path=path, skip_bad_rows=True), walks, 0, "main", report)
     assert source.notes == [f"{path}: left out 1 malformed lines (see {report})"]
     assert json.loads(report.read_text())["line"] == 2
 
@@ -139,7 +139,7 @@ def test_heldout_prompts_are_kept_out_of_logged_data(tmp_path, tokenizer):
     task = Task(
         lambda: PromptEnvironment(prompts, "prompt"), Renderer(tokenizer), [1], [0], judged_by="reward"
     )  # fmt: skip
-    file = read_logged(dataset(path=path), task)
+    file = open_dataset_file(dataset(path=path), task)
     assert [file[index].prompt for index in range(len(file))] == ["c"]
     assert [episode.prompt for episode in file.heldout()] == ["a"]
 
@@ -191,7 +191,7 @@ def test_a_held_out_prompt_is_known_in_any_form(tmp_path, tiny_folder, options, 
     stated = "" if renderer.chat or isinstance(prompts[0]["prompt"], list) else prompts[0]["prompt"]
     if {stated, row_prompt(row)} == {"a", RENDERED}:
         pytest.skip("raw text is another prompt than rendered text")
-    file = read_logged(dataset(path=lines(tmp_path / "data.jsonl", [row, other])), task)
+    file = open_dataset_file(dataset(path=lines(tmp_path / "data.jsonl", [row, other])), task)
     assert {episode.completion for episode in file.heldout()} == {"x", "y"} - ({"y"} if "chosen" not in row else set())
     assert len(file) == (2 if "chosen" in row else 1)
 
@@ -201,7 +201,7 @@ def test_a_held_out_dialogue_is_found_inside_a_longer_one(tmp_path, tiny_folder)
     prompts = [{"prompt": said("a", "b", "c")}, {"prompt": said("z")}]
     task = Task(lambda: PromptEnvironment(prompts, "prompt"), renderer, [1], [0], judged_by="reward")
     rows = [{"messages": said("a", "b", "c", "d", "e", "f")}, {"messages": said("a", "other", "c", "d")}]
-    file = read_logged(dataset(path=lines(tmp_path / "data.jsonl", rows)), task)
+    file = open_dataset_file(dataset(path=lines(tmp_path / "data.jsonl", rows)), task)
     assert [episode.turns[0].action for episode in file.heldout()] == ["b"] and len(file) == 1
 
 
@@ -209,7 +209,7 @@ def test_a_holdout_that_matches_no_row_is_said(tmp_path, tokenizer):
     path = lines(tmp_path / "data.jsonl", [{"prompt": "c", "completion": "d"}])
     prompts = [{"prompt": "a"}, {"prompt": "b"}]
     task = Task(lambda: PromptEnvironment(prompts, "prompt"), Renderer(tokenizer), [1], [0], judged_by="reward")
-    assert read_logged(dataset(path=path), task).notes == [
+    assert open_dataset_file(dataset(path=path), task).notes == [
         f"{path}: none of its prompts is among those that task.prompts.holdout keeps for evaluation, so no row is left out"
     ]
 
@@ -227,7 +227,7 @@ def test_prompts_that_are_trained_on_and_scored_are_said(tmp_path, tokenizer):
     watch_suite(task, suite, tokenizer, plays=False)
     assert task.notes == [] and {"a", "z"} <= task.scored
     log = lines(tmp_path / "log.jsonl", [{"prompt": "a", "completion": "d"}, {"prompt": "b", "completion": "d"}])
-    (note,) = read_logged(dataset(path=log), task).notes
+    (note,) = open_dataset_file(dataset(path=log), task).notes
     assert note.startswith(f"warning: {log}: 1 episodes have prompts that are in evaluation.suite as well")
     own = build_task(PromptTask(prompts=Prompts(path=path, holdout=0.1)), tokenizer)
     watch_suite(own, Suite(task=PromptTask(prompts=Prompts(path=path, holdout=0.1))), tokenizer, plays=True)
@@ -236,7 +236,7 @@ def test_prompts_that_are_trained_on_and_scored_are_said(tmp_path, tokenizer):
 
 def test_long_episodes_are_left_out(tmp_path, walks):
     path = lines(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "abcdef", "completion": "b"}])
-    source = build_logged(dataset(path=path, max_tokens=5), walks, 0, "main")
+    source = build_dataset(dataset(path=path, max_tokens=5), walks, 0, "main")
     assert [episode.prompt for episode in source.take(0, 2)] == ["a", "a"]
     assert source.notes == [f"{path}: left out 1 episodes of more than 5 tokens"]
 
@@ -248,29 +248,29 @@ def rewarded(*triples):
 
 def test_groups_are_drawn_whole(tmp_path, walks):
     rows = rewarded(("a", "x", 1), ("b", "x", 0), ("a", "y", 0), ("c", "x", 1), ("c", "y", 1), ("b", "z", 2))
-    source = build_logged(dataset(path=lines(tmp_path / "data.jsonl", rows)), walks, 0, "main", compares=True)
-    drawn = source.take(0, 3)
-    assert len(drawn) == 6  # two pairs and one of them again; the prompt c has nothing to compare
-    assert [episode.group for episode in drawn] == [0, 0, 1, 1, 2, 2]
-    assert {episode.prompt for episode in drawn} == {"a", "b"}
+    source = build_dataset(dataset(path=lines(tmp_path / "data.jsonl", rows)), walks, 0, "main", compares=True)
+    source_batch = source.take(0, 3)
+    assert len(source_batch) == 6  # two pairs and one of them again; the prompt c has nothing to compare
+    assert [episode.group for episode in source_batch] == [0, 0, 1, 1, 2, 2]
+    assert {episode.prompt for episode in source_batch} == {"a", "b"}
     assert source.notes == ["left out 1 of 3 prompts, whose episodes all earn the same"]
 
 
 def test_pairs_of_the_same_prompt_stay_apart(tmp_path, walks):
     rows = [{"prompt": "a", "chosen": "x", "rejected": "y"}, {"prompt": "a", "chosen": "z", "rejected": "x"}]
-    source = build_logged(dataset(path=lines(tmp_path / "data.jsonl", rows)), walks, 0, "main", compares=True)
+    source = build_dataset(dataset(path=lines(tmp_path / "data.jsonl", rows)), walks, 0, "main", compares=True)
     assert sorted(len(unit) for unit in source.units) == [2, 2]
 
 
 def test_nothing_to_compare_is_said(tmp_path, walks):
     path = lines(tmp_path / "data.jsonl", rewarded(("a", "x", 1), ("b", "x", 0)))
     with pytest.raises(DataError, match="no two episodes of a prompt have different rewards"):
-        build_logged(dataset(path=path), walks, 0, "main", compares=True)
+        build_dataset(dataset(path=path), walks, 0, "main", compares=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- batches
 def logged(count, batch_size=4, **options):
-    return Logged(list(range(count)), [0.0] * count, batch_size, 0, "main", **options)
+    return Dataset(list(range(count)), [0.0] * count, batch_size, 0, "main", **options)
 
 
 def test_every_logged_episode_is_used_before_any_twice():
@@ -294,7 +294,7 @@ def test_only_the_last_used_episodes_are_held(monkeypatch):
             read.append(index)
             return index
 
-    source = Logged(Counted(), [0.0] * 8, 4, 0, "main")
+    source = Dataset(Counted(), [0.0] * 8, 4, 0, "main")
     source.next(1), source.next(1)
     assert len(read) > 4 and source._episode.cache_info().currsize == 3
 
@@ -325,7 +325,7 @@ def test_the_best_of_each_prompt():
 
 def test_logged_draws_follow_seed_and_stage():
     def kept(seed, stage):
-        return Logged(list(range(60)), [1.0] * 60, 4, seed, stage, best=0.5).kept
+        return Dataset(list(range(60)), [1.0] * 60, 4, seed, stage, best=0.5).kept
 
     assert kept(0, "main") == kept(0, "main") and len(kept(0, "main")) == 30
     assert len({tuple(kept(seed, stage)) for seed in (0, 1) for stage in ("main", "other")}) == 4
@@ -334,12 +334,12 @@ def test_logged_draws_follow_seed_and_stage():
 def test_the_best_of_each_logged_prompt(tmp_path, walks):
     rows = rewarded(("a", "x", 1), ("b", "x", 7), ("a", "y", 0), ("b", "y", 8), ("c", "z", 5))
     path = lines(tmp_path / "data.jsonl", rows)
-    source = build_logged(dataset(path=path, best=0.5, best_among="prompt"), walks, 0, "main")
-    assert source.kept == [0, 3, 4] and build_logged(dataset(path=path, best=0.5), walks, 0, "main").kept == [1, 3]
+    source = build_dataset(dataset(path=path, best=0.5, best_among="prompt"), walks, 0, "main")
+    assert source.kept == [0, 3, 4] and build_dataset(dataset(path=path, best=0.5), walks, 0, "main").kept == [1, 3]
     path = lines(tmp_path / "data.jsonl", rewarded(("a", "x", 1), ("b", "x", 0)))
     with pytest.raises(DataError, match="source.best_among=prompt .* no prompt has two of them: leave it at all"):
-        build_logged(dataset(path=path, best=0.5, best_among="prompt"), walks, 0, "main")
-    source = build_logged(dataset(player="random", episodes=80, best=0.3, best_among="prompt"), walks, 0, "main")
+        build_dataset(dataset(path=path, best=0.5, best_among="prompt"), walks, 0, "main")
+    source = build_dataset(dataset(player="random", episodes=80, best=0.3, best_among="prompt"), walks, 0, "main")
     found = {source._episode(row).prompt for row in source.kept}
     assert found == {source._episode(row).prompt for row in range(80)} and len(source.kept) < 40
 
@@ -359,7 +359,7 @@ def test_all_processes_draw_the_same_best(monkeypatch, by_prompt):
     def numbers(trajectories):
         return [(each.group, each.episode, each.reward) for each in trajectories]
 
-    monkeypatch.setattr(world, "gather", lambda items: numbers(parts[0]) + numbers(parts[1]))
+    monkeypatch.setattr(distributed, "all_gather", lambda items: numbers(parts[0]) + numbers(parts[1]))
     kept = [best_among_all(part, 0.25, stream("x"), by_prompt) for part in parts]
     assert kept[1] + kept[0] == one
     if by_prompt:
@@ -395,7 +395,7 @@ def test_logged_scores_are_clustered_by_prompt(tmp_path, walks):
             ("c", 9.0, 3.0),
         )
     ]
-    scores = build_logged(dataset(path=lines(tmp_path / "log.jsonl", rows)), walks, 0, "main").scores()
+    scores = build_dataset(dataset(path=lines(tmp_path / "log.jsonl", rows)), walks, 0, "main").scores()
     assert scores["return"]["mean"] == 22 / 5 and (scores["return"]["n"], scores["return"]["clusters"]) == (5, 2)
     assert (scores["short"]["mean"], scores["short"]["n"], scores["short"]["clusters"]) == (3.0, 5, 2)
     assert scores["short"]["ci95"] == summarize([2.0, 4.0, 1.0, 5.0, 3.0], list("bbccc"))["ci95"]

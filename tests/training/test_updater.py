@@ -85,7 +85,7 @@ def test_an_update_is_taken_back_from_adams_own_state(tiny_policy, decay):
     learned = {name: weights for name, weights in updater.parameters.items() if weights.grad is not None}
     assert len(learned) > 10
     assert all((weights - before[name]).abs().max() > 1e-4 for name, weights in learned.items())
-    updater.take_back()
+    updater.undo_step()
     for name, weights in learned.items():
         torch.testing.assert_close(weights.detach(), before[name], rtol=0, atol=1e-12)
         assert not updater.strategy.optimizer.state[weights]["exp_avg"].any()

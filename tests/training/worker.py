@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 import lmrl
-from lmrl import world
+from lmrl import distributed
 from lmrl.objectives.base import Loss, Objective
 from lmrl.objectives.likelihood import Likelihood
 from lmrl.policy.heads import HeadsSpec
 from lmrl.policy.load import load_policy
-from lmrl.policy.passes import Outputs, Want
+from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.recipe import LikelihoodObjective, Lora, Model, Optimizer
 from lmrl.recipe_files import load_recipe
 from lmrl.training import build
@@ -76,7 +76,7 @@ def gradients(strategy: Strategy, mine: Batch) -> dict:
     objective.dropout = False
     stats = updater.step(policy, objective, mine)
     weights = strategy.weights()
-    with strategy.whole():
+    with strategy.gathered_weights():
         weights = weights or {name: value.detach().clone() for name, value in policy.state_dict().items()}
         weights = {name: value.cpu() for name, value in weights.items()}
     strategy.close()
@@ -89,8 +89,8 @@ class InTurn(Objective):
     turn = 0
 
     @property
-    def want(self) -> Want:
-        return Want(logprobs=self.turn > 0, values=True, detach_values=self.turn == 0)
+    def forward_request(self) -> ForwardRequest:
+        return ForwardRequest(logprobs=self.turn > 0, values=True, detach_values=self.turn == 0)
 
     def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
         values = ((outputs.values - 1) ** 2).sum()
@@ -110,9 +110,9 @@ def adapted(strategy: Strategy, mine: Batch, model: Path) -> dict:
         norms.append(updater.step(policy, objective, mine)["grad_norm"])
     assert math.isnan(norms[1]) and updater.skipped == 1, norms
     weights = strategy.weights()
-    with strategy.whole():
+    with strategy.gathered_weights():
         weights = weights or {name: value.detach().clone() for name, value in policy.state_dict().items()}
-    reference = torch.cat(world.gather(reference)) if world.size() > 1 else torch.cat(reference)
+    reference = torch.cat(distributed.all_gather(reference)) if distributed.size() > 1 else torch.cat(reference)
     strategy.close()
     return {"weights": {name: value.cpu() for name, value in weights.items()}, "reference": reference}
 
@@ -121,27 +121,27 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     recipe = load_recipe("random_walks/ppo", STEPS)
     accelerator = join(recipe)
-    found = {"processes": world.size()}
+    found = {"processes": distributed.size()}
     for name, count in (("many", 11), ("few", 1)):  # with one sequence, all but one process have none
         whole = batch_of(count)
-        own = Batch(list(world.share(whole.sequences)))
-        alone = by_one(lambda whole=whole: gradients(Strategy(), whole)) if world.is_main() else None
+        own = Batch(list(distributed.shard(whole.sequences)))
+        alone = by_one(lambda whole=whole: gradients(Strategy(), whole)) if distributed.is_main() else None
         together = gradients(build_strategy(accelerator), own)
-        if world.is_main():
+        if distributed.is_main():
             gap = max(float((alone["weights"][key] - value).abs().max()) for key, value in together["weights"].items())
             moved = max(
                 float((alone["weights"][key] - value).abs().max()) for key, value in fresh_policy().state_dict().items()
             )
             found[name] = {"gap": gap, "moved": moved} | {key: [alone[key], together[key]] for key in ("loss", "norm")}
-        world.wait()
+        distributed.barrier()
 
     whole = batch_of(11)
-    if world.is_main():
+    if distributed.is_main():
         fresh_policy().save(folder / "model")
-    world.wait()
-    alone = by_one(lambda: adapted(Strategy(), whole, folder / "model")) if world.is_main() else None
-    together = adapted(build_strategy(accelerator), Batch(list(world.share(whole.sequences))), folder / "model")
-    if world.is_main():
+    distributed.barrier()
+    alone = by_one(lambda: adapted(Strategy(), whole, folder / "model")) if distributed.is_main() else None
+    together = adapted(build_strategy(accelerator), Batch(list(distributed.shard(whole.sequences))), folder / "model")
+    if distributed.is_main():
         assert alone["weights"].keys() == together["weights"].keys()
         gaps = {
             name: float((value - together["weights"][name]).abs().max()) for name, value in alone["weights"].items()
@@ -149,21 +149,21 @@ def main(folder: Path) -> None:
         size = max(float(value.abs().max()) for name, value in alone["weights"].items() if "lora_B" in name)
         apart = float((alone["reference"] - together["reference"]).abs().max())
         found["adapted"] = {"gap": max(gaps.values()), "moved": size, "reference": apart}
-    world.wait()
+    distributed.barrier()
 
     lmrl.train(recipe, output=folder / "whole")
-    if world.is_main():
+    if distributed.is_main():
         shutil.copytree(folder / "whole", folder / "torn")
         for gone in ("main/final", "main/checkpoints/step-000002"):
             shutil.rmtree(folder / "torn" / "stages" / gone)
-    world.wait()
+    distributed.barrier()
     resume_run(folder / "torn")
 
-    if build_strategy(accelerator).can_go_back:
+    if build_strategy(accelerator).can_reload_weights:
         go_back(folder)
-    if world.is_main():
+    if distributed.is_main():
         (folder / "found.json").write_text(json.dumps(found))
-    world.wait()
+    distributed.barrier()
 
 
 def go_back(folder: Path) -> None:
@@ -197,11 +197,11 @@ class GoesBack(Listener):
 
 def by_one(work: Callable[[], dict]) -> dict:
     """What this process does as if it were the only one."""
-    size, world.size = world.size, lambda: 1
+    size, distributed.size = distributed.size, lambda: 1
     try:
         return work()
     finally:
-        world.size = size
+        distributed.size = size
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task
 from lmrl.trajectories.files import Malformed, open_rows
 from lmrl.trajectories.rows import common_prompt, fingerprint, from_row, parse, to_row
-from lmrl.trajectories.store import LoggedFile, write_episodes
+from lmrl.trajectories.store import DatasetFile, write_episodes
 from lmrl.trajectories.trajectory import CONTEXT
 
 
@@ -302,7 +302,7 @@ def test_tools_go_through_the_template_in_the_models_own_format(caller, form, tm
         assert from_row(json.loads(json.dumps(to_row(read))), renderer) == [replace(read, group=0)]
     if form == "parquet":
         write_episodes(tmp_path / "a.parquet", [read], caller)
-        assert LoggedFile(str(tmp_path / "a.parquet"), renderer)[0].segments == read.segments
+        assert DatasetFile(str(tmp_path / "a.parquet"), renderer)[0].segments == read.segments
         (again,) = parse(open_rows(str(tmp_path / "a.parquet"))[0])
         assert [(turn.observation, turn.message) for turn in again.turns] == [
             (turn.observation, turn.message) for turn in read.turns

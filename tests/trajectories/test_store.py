@@ -12,7 +12,7 @@ from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.rollouts.render import Renderer
 from lmrl.trajectories.files import JsonLines, open_rows, read_rows
 from lmrl.trajectories.rows import fingerprint
-from lmrl.trajectories.store import EpisodeWriter, LoggedFile, logged_texts, read_episodes, write_episodes
+from lmrl.trajectories.store import DatasetFile, EpisodeWriter, dataset_texts, read_episodes, write_episodes
 from lmrl.trajectories.trajectory import Recorder, Trajectory
 
 
@@ -79,7 +79,7 @@ def test_written_episodes_are_read_lazily_in_any_order(tmp_path, tokenizer, epis
             writer.write(episodes[first : first + 5])
     if name == "folder":
         assert [shard.name for shard in sorted(path.iterdir())] == [f"data-0000{number}.parquet" for number in range(4)]
-    file = LoggedFile(str(path), Renderer(tokenizer))
+    file = DatasetFile(str(path), Renderer(tokenizer))
     kept = [episode for episode in episodes if not episode.failure]
     assert file.notes == [f"{path}: left out 1 episodes that failed when they were played"]
     assert len(file) == 19 and file.returns == [episode.reward for episode in kept]
@@ -124,11 +124,11 @@ GOOD, BAD = {"prompt": "a", "completion": "b", "reward": 1}, {"prompt": "a", "co
 def test_a_malformed_row_stops_with_its_place(tmp_path, tokenizer):
     path = lines(tmp_path / "data.jsonl", [GOOD, BAD])
     with pytest.raises(DataError, match="data.jsonl, line 2: field 'reward' holds nan; expected a finite number"):
-        LoggedFile(path, Renderer(tokenizer))
+        DatasetFile(path, Renderer(tokenizer))
     rows = [{"messages": [{"role": "user", "content": "a"}], "reward": 1.0}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
     with pytest.raises(DataError, match="data.parquet, row 1: field 'messages' has no assistant message"):
-        LoggedFile(str(tmp_path / "data.parquet"), Renderer(tokenizer))
+        DatasetFile(str(tmp_path / "data.parquet"), Renderer(tokenizer))
 
 
 def test_a_stored_action_needs_a_state(tmp_path, tokenizer, episodes):
@@ -141,7 +141,7 @@ def test_a_stored_action_needs_a_state(tmp_path, tokenizer, episodes):
     with pytest.raises(
         DataError, match="data.jsonl, line 2: field 'segments', segment 0 has no context before its first"
     ):
-        LoggedFile(lines(path, [first, second]), Renderer(tokenizer))
+        DatasetFile(lines(path, [first, second]), Renderer(tokenizer))
 
 
 def test_malformed_rows_are_counted_and_kept_aside(tmp_path, tokenizer):
@@ -149,7 +149,7 @@ def test_malformed_rows_are_counted_and_kept_aside(tmp_path, tokenizer):
     path.write_bytes(
         b'\n{"prompt": "a", "completion": "b"}\n{"prompt": \n[1]\n{"prompt": "\xff"}\n{"completion": "c", "prompt": "d"}'
     )
-    file = LoggedFile(str(path), Renderer(tokenizer), skip_bad_rows=True, bad_rows=report)
+    file = DatasetFile(str(path), Renderer(tokenizer), skip_bad_rows=True, bad_rows=report)
     assert [file[index].completion for index in range(len(file))] == ["b", "c"]
     assert file.notes == [f"{path}: left out 3 malformed lines (see {report})"]
     first, second, third = map(json.loads, report.read_text().splitlines())
@@ -163,13 +163,13 @@ def test_malformed_rows_are_counted_and_kept_aside(tmp_path, tokenizer):
     assert "not valid UTF-8" in third["reason"]
     path.write_text("{}\n")
     with pytest.raises(DataError, match="no episode is left; .*left out 1 malformed lines"):
-        LoggedFile(str(path), Renderer(tokenizer), skip_bad_rows=True)
+        DatasetFile(str(path), Renderer(tokenizer), skip_bad_rows=True)
 
 
 def test_pairs_are_two_episodes_and_heldout_prompts_none(tmp_path, tokenizer):
     rows = [{"prompt": text, "chosen": "c", "rejected": "d"} for text in "xyz"]
     path = lines(tmp_path / "pairs.jsonl", rows)
-    file = LoggedFile(path, Renderer(tokenizer), without={"y"})
+    file = DatasetFile(path, Renderer(tokenizer), without={"y"})
     assert file.returns == [1.0, -1.0, 1.0, -1.0] and file.notes == [f"{path}: left out 2 episodes of held-out prompts"]
     assert [(file[index].prompt, file[index].completion) for index in range(4)] == [
         ("x", "c"), ("x", "d"), ("z", "c"), ("z", "d")
@@ -182,7 +182,7 @@ def test_vocabulary_from_nested_text(tmp_path):
         {"messages": [{"role": "user", "content": "e"}, {"role": "assistant", "content": "f"}]},
         {"oops": "z"},
     ]
-    assert set("".join(logged_texts(lines(tmp_path / "a.jsonl", rows)))) == set("abcdef")
+    assert set("".join(dataset_texts(lines(tmp_path / "a.jsonl", rows)))) == set("abcdef")
 
 
 # --------------------------------------------------------------------------------------------------------- files of rows
@@ -229,10 +229,10 @@ def test_episodes_beyond_the_models_positions_are_left_out(tmp_path, tokenizer, 
     rows = [{"prompt": "a" * size + special, "completion": "b"} for size in (1, 30, 31, 500)]
     path = lines(tmp_path / "data.jsonl", rows)
     room = 32 + len(special)  # prompt, completion and the end of sequence
-    file = LoggedFile(path, Renderer(tokenizer), positions=room)
+    file = DatasetFile(path, Renderer(tokenizer), positions=room)
     assert [len(one.prompt) for one in map(file.__getitem__, range(len(file)))] == [1 + len(special), 30 + len(special)]
     assert file.notes == [
         f"{path}: left out 2 episodes of more than the {room} tokens that the model has positions for"
     ]
-    both = LoggedFile(path, Renderer(tokenizer), positions=room, max_tokens=10)
+    both = DatasetFile(path, Renderer(tokenizer), positions=room, max_tokens=10)
     assert len(both) == 1 and len(both.notes) == 2

@@ -2,11 +2,20 @@
 
 from lmrl.training.listeners.diagnostics import Diagnostics
 from lmrl.training.listeners.evaluation import Evaluation
-from lmrl.training.listeners.gate import GateKeeper
+from lmrl.training.listeners.gate import GateMonitor
 from lmrl.training.listeners.guard import Guard
-from lmrl.training.listeners.hacking import HackingMonitor
 from lmrl.training.listeners.listener import Listener
 from lmrl.training.listeners.memory import Memory
 from lmrl.training.listeners.rate import RateController
+from lmrl.training.listeners.reward_hacking import RewardHackingMonitor
 
-__all__ = ["Diagnostics", "Evaluation", "GateKeeper", "Guard", "HackingMonitor", "Listener", "Memory", "RateController"]
+__all__ = [
+    "Diagnostics",
+    "Evaluation",
+    "GateMonitor",
+    "Guard",
+    "RewardHackingMonitor",
+    "Listener",
+    "Memory",
+    "RateController",
+]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.errors import RecipeError, did_you_mean
 from lmrl.evaluation.evaluate import Evaluator, Scores
 from lmrl.evaluation.statistics import summarize
@@ -52,7 +52,7 @@ class Evaluation(Listener):
         if resumed:
             return
         scores = stage.progress.scores
-        if stage.source.logged and (data := stage.source.logged.scores()):
+        if stage.source.dataset and (data := stage.source.dataset.scores()):
             scores["data"] = data
         if self.evaluator is not None and (optimum := self.evaluator.optimum()):
             scores["optimum"] = optimum
@@ -78,7 +78,7 @@ class Evaluation(Listener):
         scores, self.played = self._score(stage, chooses, at_an_end or bool(stage.recipe.evaluation.every))
         if not scores:
             return
-        with stage.strategy.whole():
+        with stage.strategy.gathered_weights():
             found = start_values(stage.policy, self.played, *discounts_of(stage.recipe)) if self.played else {}
         stage.progress.scores[name] = scores
         stage.record(step, "eval", {**scores, **found})
@@ -93,7 +93,7 @@ class Evaluation(Listener):
         between a stage's ends unless the recipe says when to evaluate, or chooses by them."""
         stage.source.wait()
         scores, played = {}, []
-        with stage.strategy.whole():
+        with stage.strategy.gathered_weights():
             if self.evaluator is not None:
                 stage.engine.refresh()
                 scores, played = self.evaluator(choosing=choosing)
@@ -108,8 +108,8 @@ class Evaluation(Listener):
 
     def _heldout(self, stage: Stage) -> Scores:
         """The objective's measures of held-out episodes, where there are any; they become columns of the closing table."""
-        logged = stage.source.logged
-        heldout = logged.heldout(stage.recipe.evaluation.episodes) if logged else []
+        dataset = stage.source.dataset
+        heldout = dataset.heldout(stage.recipe.evaluation.episodes) if dataset else []
         if not heldout:
             return {}
         measured = measure_heldout(stage, heldout)
@@ -150,7 +150,7 @@ class Evaluation(Listener):
             self.evaluate(stage, progress.step)
         last, best = self.values, progress.best
         rival = best is not None and best["step"] != progress.step and self.best_values not in ({}, last)
-        if rival and stage.strategy.lockstep:
+        if rival and stage.strategy.synchronized:
             stage.display.say(
                 f"the best policy is that of step {best['step']}; {stage.strategy.name} cannot go back to it"
             )
@@ -215,8 +215,8 @@ def too_far(scores: Scores, limit: float | None) -> bool:
 def measure_heldout(stage: Stage, heldout: list[Trajectory]) -> dict[str, list[float]]:
     """The objective's measures of held-out episodes, whose groups the processes share."""
     groups = [[heldout[row] for row in rows] for rows in groups_of(heldout)]
-    own = stage.objective.heldout(stage.policy, [one for group in world.share(groups) for one in group])
-    parts = world.gather([own])
+    own = stage.objective.heldout(stage.policy, [one for group in distributed.shard(groups) for one in group])
+    parts = distributed.all_gather([own])
     return {
         name: [value for part in parts for value in part.get(name, ())]
         for name in dict.fromkeys(name for part in parts for name in part)

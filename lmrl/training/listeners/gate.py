@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lmrl.training.stage import Stage
 
 
-class GateKeeper(Listener):
+class GateMonitor(Listener):
     """Compares evaluations with the stage's beginning, and puts the best policy back where too much was lost."""
 
     name = "gate"

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.objectives import Objective
 from lmrl.recipe import Recipe
 from lmrl.training.bundle import keep_update, rng_state
@@ -21,7 +21,7 @@ from lmrl.training.guard import (
     LEAST,
     START,
     WIDE,
-    Kept,
+    RollbackPoint,
     Row,
     Settings,
     Step,
@@ -31,7 +31,7 @@ from lmrl.training.guard import (
 from lmrl.training.listeners.evaluation import Evaluation
 from lmrl.training.listeners.listener import Listener
 from lmrl.training.listeners.recovery import end_with_best, go_back, leave_checkpoint, warn
-from lmrl.training.sources import Drawn
+from lmrl.training.sources import SourceBatch
 
 if TYPE_CHECKING:
     from lmrl.training.stage import Stage
@@ -78,19 +78,21 @@ class Guard(Listener):
         self.settings = settings_of(stage)
         stage.updater.factors[self.name] = self.lr_factor
         if self.unknown:  # the checkpoint is from before there was a guard: it is the first to go back to
-            self.tracker.kept = Kept(stage.progress.step)
+            self.tracker.kept = RollbackPoint(stage.progress.step)
         if self.keeps_checkpoints and not resumed and not checkpoint_path(stage.run, stage.name, 0).exists():
             stage.save()
 
-    def measure(self, stage: Stage, step: int, drawn: Drawn, metrics: dict[str, Any]) -> dict[str, Any]:
+    def measure(self, stage: Stage, step: int, source_batch: SourceBatch, metrics: dict[str, Any]) -> dict[str, Any]:
         """How much of the reward's variance prompts explain, where a critic could learn it."""
         if "explained_variance" not in metrics or self.recipe.rollouts.samples == 1:
             return {}
-        earned = world.gather([(one.group, one.reward) for one in drawn.played if one.reward is not None])
+        earned = distributed.all_gather(
+            [(one.group, one.reward) for one in source_batch.played if one.reward is not None]
+        )
         between = between_groups(earned)
         return {} if between is None else {"reward_between": between}
 
-    def recorded(self, stage: Stage, step: int, drawn: Drawn, metrics: dict[str, Any]) -> None:
+    def recorded(self, stage: Stage, step: int, source_batch: SourceBatch, metrics: dict[str, Any]) -> None:
         row = row_of(metrics, self.recipe, step)
         self.last = [*self.last, row][-WIDE:]
         note_first(self.first, row)
@@ -105,7 +107,7 @@ class Guard(Listener):
 
     def after_step(self, stage: Stage, step: int) -> None:
         closing = step == self.recipe.training.steps
-        if stage.progress.ended is not None or not world.agreed(self.tracker.collapsed(closing)):
+        if stage.progress.ended is not None or not distributed.broadcast(self.tracker.collapsed(closing)):
             return
         lost = self.tracker.loss()
         if self.on_collapse == "warn":
@@ -115,7 +117,7 @@ class Guard(Listener):
                 self._keep(stage, step, lost)
             return
         kept = self._keep(stage, step, lost)
-        if not stage.strategy.can_go_back:
+        if not stage.strategy.can_reload_weights:
             warn(stage, step, "collapse", f"{lost}: {self._lower()}")
             leave_checkpoint(stage, step, self.tracker.kept.step, self.name, "collapse")
             return
@@ -135,9 +137,9 @@ class Guard(Listener):
     def _keep(self, stage: Stage, step: int, lost: str) -> dict[str, str]:
         """Leave a bundle of the step's last minibatch with the weights that have collapsed, and of what its passes measure with them;
         returns what is to be recorded of it. A pass, and a copy of the weights."""
-        if not world.agreed(stage.attempt is not None):
+        if not distributed.broadcast(stage.attempt is not None):
             return {}
-        stage.engine.rest()
+        stage.engine.release_memory()
         attempt = replace(stage.attempt, rng=rng_state(stage.policy.device))
         can_probe = stage.strategy.can_discard
         stats = stage.updater.probe(stage.policy, stage.objective, attempt.minibatch) if can_probe else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from lmrl.training.sources import Drawn
+from lmrl.training.sources import SourceBatch
 
 if TYPE_CHECKING:
     from lmrl.training.stage import Stage
@@ -21,11 +21,11 @@ class Listener:
     def begin(self, stage: Stage, resumed: bool) -> None:
         """Before the first step, once the objective is ready. resumed: the stage goes on from a checkpoint."""
 
-    def measure(self, stage: Stage, step: int, drawn: Drawn, metrics: dict[str, Any]) -> dict[str, Any]:
+    def measure(self, stage: Stage, step: int, source_batch: SourceBatch, metrics: dict[str, Any]) -> dict[str, Any]:
         """After a step's updates, before it is recorded: returns further metrics."""
         return {}
 
-    def recorded(self, stage: Stage, step: int, drawn: Drawn, metrics: dict[str, Any]) -> None:
+    def recorded(self, stage: Stage, step: int, source_batch: SourceBatch, metrics: dict[str, Any]) -> None:
         """Once a step's metrics, those of all listeners with them, are recorded."""
 
     def after_step(self, stage: Stage, step: int) -> None:

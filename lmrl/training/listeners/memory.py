@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmrl.policy.policy import Policy
 from lmrl.training.listeners.listener import Listener
-from lmrl.training.sources import Drawn
+from lmrl.training.sources import SourceBatch
 from lmrl.training.worst_case import worst_case
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ class Memory(Listener):
         if not (self.policy.device.type != "cpu" if wanted is None else wanted):
             return
         if stage.recipe.source.name != "dataset":  # what the engine holds is held beside
-            with stage.strategy.whole():
+            with stage.strategy.gathered_weights():
                 stage.engine.refresh()
-        stage.engine.rest()
+        stage.engine.release_memory()
         stage.objective.begin(stage.recipe.training.steps)  # after all warm-up
         batch = worst_case(stage.recipe, self.policy, stage.task, stage.objective.compares)
         stage.updater.rehearse(self.policy, stage.objective, batch)
@@ -44,7 +44,7 @@ class Memory(Listener):
             f"the longest sequences, {longest} tokens, fit into memory in microbatches of {self.policy.microbatch_tokens}"
         )
 
-    def measure(self, stage: Stage, step: int, drawn: Drawn, metrics: dict[str, Any]) -> dict[str, Any]:
+    def measure(self, stage: Stage, step: int, source_batch: SourceBatch, metrics: dict[str, Any]) -> dict[str, Any]:
         self._tell(stage, step)
         return {}
 

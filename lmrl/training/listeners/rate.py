@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.objectives.policy_gradient import OPEN_ENTROPY, bearable, k3
 from lmrl.training.listeners.listener import Listener
-from lmrl.training.sources import Drawn
-from lmrl.training.trust import differences, some_of
+from lmrl.training.sampler_check import logprob_differences, pick_segments
+from lmrl.training.sources import SourceBatch
 
 if TYPE_CHECKING:
     from lmrl.training.stage import Stage
@@ -45,17 +45,17 @@ class RateController(Listener):
     def begin(self, stage: Stage, resumed: bool) -> None:
         stage.updater.factors[self.name] = self.factor
 
-    def measure(self, stage: Stage, step: int, drawn: Drawn, metrics: dict[str, Any]) -> dict[str, Any]:
+    def measure(self, stage: Stage, step: int, source_batch: SourceBatch, metrics: dict[str, Any]) -> dict[str, Any]:
         if not metrics["updates"]:
             return {}
-        segments = some_of(drawn.played, EPISODES // world.size(), TOKENS // world.size())
-        gaps_N = differences(stage.policy, segments, stage.recipe.rollouts.temperature)
-        if not world.largest(len(gaps_N)):
+        segments = pick_segments(source_batch.played, EPISODES // distributed.size(), TOKENS // distributed.size())
+        gaps_N = logprob_differences(stage.policy, segments, stage.recipe.rollouts.temperature)
+        if not distributed.all_max(len(gaps_N)):
             return {}
-        moved = world.mean(k3(gaps_N, gaps_N.new_zeros(())))
+        moved = distributed.mean(k3(gaps_N, gaps_N.new_zeros(())))
         entropy = metrics.get("entropy", OPEN_ENTROPY)  # none while the critic warms up
         if stage.objective.rejects({"approx_kl": moved, "entropy": entropy}) and "rejected_kl" not in metrics:
-            stage.updater.take_back()  # the last update, which no minibatch came after to test
+            stage.updater.undo_step()  # the last update, which no minibatch came after to test
         self.factor = controlled(self.factor, moved, bearable(self.band, entropy))
         stage.updater.factors[self.name] = self.factor
         return {"policy_change": moved, self.name: self.factor}

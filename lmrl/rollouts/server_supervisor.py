@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmrl.errors import EngineError, LmrlError, ModelError
-from lmrl.rollouts.server_client import Client, Description, Lost, Refused, Slow
+from lmrl.rollouts.server_client import Client, Description, RequestRefused, RequestTimeout, ServerLost
 from lmrl.rollouts.server_process import ServerProcess
 
 logger = logging.getLogger(__name__)
-IMPATIENT, PATROL = 0.2, 5.0
+POLL_DOWN, POLL_UP = 0.2, 5.0
 """Seconds between looks at a server that is out of service, and at one that is in service."""
 
 
@@ -25,7 +25,7 @@ class Target:
     path: Path | None = None
 
 
-class Keeper(threading.Thread):
+class ServerSupervisor(threading.Thread):
     """Looks after one server.
 
     A server is in service (`usable`) while it holds the target's weights. Whoever loses a request to it calls `lose`;
@@ -35,20 +35,20 @@ class Keeper(threading.Thread):
     def __init__(
         self,
         client: Client,
-        news: threading.Condition,
+        changed: threading.Condition,
         start_timeout: float,
         owner: bool = True,
         process: ServerProcess | None = None,
         restarts: int = 0,
     ):
         """owner: whether this process gives the server its weights, or waits until another one has."""
-        super().__init__(daemon=True, name=f"keeper of {client.url}")
-        self.client, self.news, self.start_timeout, self.owner = client, news, start_timeout, owner
+        super().__init__(daemon=True, name=f"supervisor of {client.url}")
+        self.client, self.changed, self.start_timeout, self.owner = client, changed, start_timeout, owner
         self.process, self.restarts_left = process, restarts
         self.target: Target | None = None
         self.description: Description | None = None
-        self.usable, self.wants_file = False, False
-        self.gone: LmrlError | None = None
+        self.in_service, self.needs_file = False, False
+        self.failure: LmrlError | None = None
         self.cause = "it has not answered yet"
         self.answers = False
         """Whether it has answered since it was last started or lost."""
@@ -59,20 +59,20 @@ class Keeper(threading.Thread):
         self._look, self._closed = threading.Event(), False
 
     # ---------------------------------------------------------------------------------------- called by other threads
-    def aim(self, target: Target | None) -> None:
+    def set_target(self, target: Target | None) -> None:
         """Out of service until it holds these weights (None: until told which)."""
-        with self.news:
-            self.target, self.usable, self.wants_file, self.described = target, False, False, False
+        with self.changed:
+            self.target, self.in_service, self.needs_file, self.described = target, False, False, False
             self._since = time.monotonic()
         self._look.set()
 
-    def lose(self, cause: str) -> None:
+    def mark_lost(self, cause: str) -> None:
         """Out of service: a request to it was lost."""
-        with self.news:
-            if self.usable:
+        with self.changed:
+            if self.in_service:
                 self._since = time.monotonic()
-            self.usable, self.cause = False, cause
-            self.news.notify_all()
+            self.in_service, self.cause = False, cause
+            self.changed.notify_all()
         if threading.current_thread() is not self:  # which looks again after a pause
             self._look.set()
 
@@ -89,58 +89,58 @@ class Keeper(threading.Thread):
     # ------------------------------------------------------------------------------------------------ the thread itself
     def run(self) -> None:
         try:
-            self._keep()
+            self._supervise()
         except LmrlError as error:
             self._give_up(error)
         except Exception as error:  # a full disk, a mistake in here: it must not leave the others waiting
             self._give_up(EngineError(f"keeping {self.client.url} failed: {type(error).__name__}: {error}"))
 
-    def _keep(self) -> None:
+    def _supervise(self) -> None:
         if self.process is not None:
             self.process.start()
-        while not self._closed and self.gone is None:
+        while not self._closed and self.failure is None:
             try:
                 self._step()
-            except Lost as lost:
-                self.lose(str(lost))
-                busy = isinstance(lost, Slow) and time.monotonic() - self._answered < self.client.timeout
+            except ServerLost as lost:
+                self.mark_lost(str(lost))
+                busy = isinstance(lost, RequestTimeout) and time.monotonic() - self._answered < self.client.timeout
                 if not (self.answers and busy):  # between two steps of its engine, which may be long ones
-                    self._bring_back()
+                    self._restart_or_wait()
                     self.answers = self.described = False
-            self._look.wait(PATROL if self.usable else IMPATIENT)
+            self._look.wait(POLL_UP if self.in_service else POLL_DOWN)
             self._look.clear()
 
     def _step(self) -> None:
         """See what weights the server holds, and give it those of the target."""
         if self.process is not None and self.process.ended:
-            raise Lost(f"{self.client.url} {self.process.last_words()}")
+            raise ServerLost(f"{self.client.url} {self.process.last_words()}")
         target = self.target
         if target is None and self.described:
             return
         description = self.client.describe()
         self._answered = time.monotonic()
-        with self.news:
+        with self.changed:
             self.description, self.answers, self.described = description, True, self.target is target
-            self.news.notify_all()
+            self.changed.notify_all()
         if target is None:
             return
         if description.version != target.version:
             if not self.owner:
-                raise Lost(f"{self.client.url} holds weights '{description.version}', not yet '{target.version}'")
+                raise ServerLost(f"{self.client.url} holds weights '{description.version}', not yet '{target.version}'")
             if target.path is None:
-                with self.news:
-                    self.usable, self.wants_file = False, self.target is target
-                    self.news.notify_all()
+                with self.changed:
+                    self.in_service, self.needs_file = False, self.target is target
+                    self.changed.notify_all()
                 return
             self._load(target)
-        with self.news:
-            self.usable = self.target is target
-            self.news.notify_all()
+        with self.changed:
+            self.in_service = self.target is target
+            self.changed.notify_all()
 
     def _load(self, target: Target) -> None:
         try:
             self.client.load(target.path, target.version)
-        except Refused as refused:
+        except RequestRefused as refused:
             if self.target is not target:
                 return  # the file has been replaced meanwhile
             raise EngineError(
@@ -148,7 +148,7 @@ class Keeper(threading.Thread):
                 "rollouts.server.transfer=nccl)"
             ) from refused
 
-    def _bring_back(self) -> None:
+    def _restart_or_wait(self) -> None:
         """After the server was found lost: start it again if it is ours, or wait."""
         late = time.monotonic() - self._since > self.start_timeout
         if self.process is None:
@@ -173,6 +173,6 @@ class Keeper(threading.Thread):
     def _give_up(self, error: LmrlError) -> None:
         if self.process is not None:
             self.process.kill()
-        with self.news:
-            self.usable, self.gone = False, error
-            self.news.notify_all()
+        with self.changed:
+            self.in_service, self.failure = False, error
+            self.changed.notify_all()

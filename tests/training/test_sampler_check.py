@@ -11,7 +11,7 @@ from lmrl.errors import SamplerError
 from lmrl.recipe import Rollouts
 from lmrl.rollouts.engine import Sampling
 from lmrl.rollouts.hf import HFEngine
-from lmrl.training.trust import EPISODES, TOKENS, Trust, differences, some_of
+from lmrl.training.sampler_check import EPISODES, TOKENS, SamplerCheck, logprob_differences, pick_segments
 from lmrl.trajectories.trajectory import Segment, Trajectory
 from tests.conftest import TINY_WALKS
 
@@ -42,44 +42,44 @@ class Off(HFEngine):
 
 def test_the_learners_own_temperature_does_not_matter(tiny_policy):
     """Objectives that imitate or learn values compute at temperature 1; the comparison is at the sampler's."""
-    segments = some_of(played(HFEngine(tiny_policy), temperature=0.5))
-    assert differences(tiny_policy, segments, 0.5).abs().max() < 1e-4 and tiny_policy.temperature == 1.0
-    assert differences(tiny_policy, segments, 1.0).abs().mean() > 0.1 * math.log(2)
+    segments = pick_segments(played(HFEngine(tiny_policy), temperature=0.5))
+    assert logprob_differences(tiny_policy, segments, 0.5).abs().max() < 1e-4 and tiny_policy.temperature == 1.0
+    assert logprob_differences(tiny_policy, segments, 1.0).abs().mean() > 0.1 * math.log(2)
 
 
 def test_due_after_the_first_sync_and_then_every_so_many(tiny_policy):
     engine = HFEngine(tiny_policy)
-    trust, first_only = (Trust(tiny_policy, engine, Rollouts(check_every=every)) for every in (2, 0))
+    sampler_check, first_only = (SamplerCheck(tiny_policy, engine, Rollouts(check_every=every)) for every in (2, 0))
     found = []
     for _ in range(5):
         engine.stale = True
         episodes = played(engine)
-        found.append(trust(episodes))
-        assert trust(episodes) is None  # no second time without new weights
+        found.append(sampler_check(episodes))
+        assert sampler_check(episodes) is None  # no second time without new weights
         assert (first_only(episodes) is not None) == (engine.syncs == 1)
     assert [compared and compared["sync"] for compared in found] == [1, None, 3, None, 5]
     assert found[0]["tokens"] == sum(one.num_actions for one in played(engine)) and found[0]["gap_max"] < 1e-4
 
 
 def test_a_difference_stops_with_what_was_measured(tiny_policy):
-    trust = Trust(tiny_policy, Off(tiny_policy), Rollouts(tolerance=0.4))
-    compared = trust(played(trust.engine))
+    sampler_check = SamplerCheck(tiny_policy, Off(tiny_policy), Rollouts(tolerance=0.4))
+    compared = sampler_check(played(sampler_check.engine))
     assert compared["gap_mean"] == pytest.approx(0.5, abs=1e-4) and compared["sampler_kl"] == pytest.approx(
         -0.5, abs=1e-4
     )
     with pytest.raises(SamplerError, match=r"^here: .*0\.500 nats.*rollouts\.tolerance=0\.4") as caught:
-        trust.judge(compared, "here")
+        sampler_check.raise_on_mismatch(compared, "here")
     assert "\n" not in str(caught.value) and caught.value.exit_code == 1
-    Trust(tiny_policy, trust.engine, Rollouts(tolerance=0.6)).judge(compared, "here")
+    SamplerCheck(tiny_policy, sampler_check.engine, Rollouts(tolerance=0.6)).raise_on_mismatch(compared, "here")
 
 
 @pytest.mark.parametrize("changes", [{"top_p": 0.9}, {"top_k": 5}, {"temperature": 0}])
 def test_what_cannot_be_compared_is_said_and_not_compared(tiny_policy, changes):
-    trust = Trust(tiny_policy, Off(tiny_policy), Rollouts(**changes))
-    assert trust(played(trust.engine)) is None
-    (note,) = trust.notes
+    sampler_check = SamplerCheck(tiny_policy, Off(tiny_policy), Rollouts(**changes))
+    assert sampler_check(played(sampler_check.engine)) is None
+    (note,) = sampler_check.notes
     assert next(iter(changes)) in note
-    assert Trust(tiny_policy, trust.engine, Rollouts()).notes == []
+    assert SamplerCheck(tiny_policy, sampler_check.engine, Rollouts()).notes == []
 
 
 def test_few_tokens_of_many_episodes():
@@ -91,15 +91,15 @@ def test_few_tokens_of_many_episodes():
             parts[-1].act([turn], [-1.0], turn)
         return Trajectory(parts, "", "")
 
-    chosen = some_of([episode(number, 10) for number in range(100)])
+    chosen = pick_segments([episode(number, 10) for number in range(100)])
     assert len(chosen) == 2 * 15 and {one.tokens[0] for one in chosen} == set(range(0, 100, 7))  # spread over all
-    chosen = some_of([episode(number, 200) for number in range(100)])
+    chosen = pick_segments([episode(number, 200) for number in range(100)])
     assert len(chosen) == TOKENS // 200 and all(one.tokens[-1] == 0 for one in chosen)  # first turns first
-    assert len(some_of([episode(0, 5 * TOKENS)])) == 1
+    assert len(pick_segments([episode(0, 5 * TOKENS)])) == 1
     unknown = episode(0, 10, segments=1)
     unknown.segments[0].logprobs = [None] * 10
-    assert some_of([unknown]) == some_of([]) == []
-    assert len(some_of([episode(number, 10, 1) for number in range(EPISODES)])) == EPISODES
+    assert pick_segments([unknown]) == pick_segments([]) == []
+    assert len(pick_segments([episode(number, 10, 1) for number in range(EPISODES)])) == EPISODES
 
 
 def lines(folder, kind):
@@ -154,7 +154,7 @@ def test_what_is_learned_from_logs_alone_says_nothing_of_sampling(tmp_path):
 
 def test_tensors_stay_as_they_are(tiny_policy):
     """The comparison draws no random number."""
-    trust = Trust(tiny_policy, HFEngine(tiny_policy), Rollouts())
-    episodes = played(trust.engine)
+    sampler_check = SamplerCheck(tiny_policy, HFEngine(tiny_policy), Rollouts())
+    episodes = played(sampler_check.engine)
     before = torch.get_rng_state()
-    assert trust(episodes) is not None and torch.equal(before, torch.get_rng_state())
+    assert sampler_check(episodes) is not None and torch.equal(before, torch.get_rng_state())

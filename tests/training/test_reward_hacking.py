@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lmrl.training.hacking import Panel, difference, repetition
+from lmrl.training.reward_hacking import RewardHackingDetector, difference, repetition
 
 
 def test_repetition_by_hand():
@@ -20,13 +20,13 @@ def test_difference_by_hand():
 
 
 def play(trained, watched):
-    panel, warnings = Panel(["kind"]), []
+    detector, warnings = RewardHackingDetector(["kind"]), []
     for step in range(1, 61):
         noise = 0.1 * (-1) ** step
-        warnings += panel.add(
+        warnings += detector.add(
             step, {"reward": trained(step) + noise, "reward/kind": watched(step) - noise, "length": 3}
         )
-    return panel, warnings
+    return detector, warnings
 
 
 def test_a_watched_reward_that_turns_is_said_once():
@@ -48,10 +48,10 @@ def test_nothing_is_said_without_need(trained, watched):
 
 
 def test_the_table_has_means_of_parts():
-    panel = Panel([])
+    detector = RewardHackingDetector([])
     for step in range(1, 13):
-        panel.add(step, {"reward": float(step)} | ({"kl": 1.0} if step > 6 else {}))
-    heads, rows = panel.table()
+        detector.add(step, {"reward": float(step)} | ({"kl": 1.0} if step > 6 else {}))
+    heads, rows = detector.table()
     assert heads == ["1-2", "3-4", "5-6", "7-8", "9-10", "11-12"]
     assert rows["reward"] == [1.5, 3.5, 5.5, 7.5, 9.5, 11.5]
     assert math.isnan(rows["kl"][0]) and rows["kl"][3:] == [1.0] * 3

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=6)
+TIMEOUT = timedelta(hours=6)
 """How long a process waits for the others: one may judge or sample far longer. A process that dies is noticed at once."""
 
 
@@ -35,21 +35,21 @@ def is_main() -> bool:
 @cache
 def _group() -> Any:
     # Numbers and objects travel over gloo, so that they neither wait for a GPU nor need its memory.
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
+    return dist.new_group(backend="gloo", timeout=TIMEOUT)
 
 
-def bounds(count: int) -> tuple[int, int]:
+def shard_bounds(count: int) -> tuple[int, int]:
     """First and last (exclusive) of `count` things that fall to this process: a stretch of them, in order."""
     return count * rank() // size(), count * (rank() + 1) // size()
 
 
-def share(items: Sequence[T]) -> Sequence[T]:
+def shard(items: Sequence[T]) -> Sequence[T]:
     """This process's part of what all processes hold alike."""
-    low, high = bounds(len(items))
+    low, high = shard_bounds(len(items))
     return items[low:high]
 
 
-def gather(items: Sequence[T]) -> list[T]:
+def all_gather(items: Sequence[T]) -> list[T]:
     """The parts of all processes, in order of their ranks."""
     if size() == 1:
         return list(items)
@@ -58,7 +58,7 @@ def gather(items: Sequence[T]) -> list[T]:
     return [item for part in parts for item in part]
 
 
-def agreed(thing: T) -> T:
+def broadcast(thing: T) -> T:
     """What the main process has, in all of them."""
     if size() == 1:
         return thing
@@ -67,7 +67,7 @@ def agreed(thing: T) -> T:
     return held[0]
 
 
-def totals(values: Sequence[float]) -> list[float]:
+def all_sum(values: Sequence[float]) -> list[float]:
     """Each of these numbers, summed over the processes."""
     if size() == 1:
         return list(values)
@@ -76,18 +76,18 @@ def totals(values: Sequence[float]) -> list[float]:
     return tensor.tolist()
 
 
-def largest(value: int) -> int:
+def all_max(value: int) -> int:
     """The largest of the processes' numbers."""
-    return max(gather([value]))
+    return max(all_gather([value]))
 
 
-def wait() -> None:
+def barrier() -> None:
     """Go on when all processes have come here."""
     if size() > 1:
         dist.barrier(group=_group())
 
 
-def leave() -> None:
+def shutdown() -> None:
     """Part from the other processes, at the end."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
@@ -96,13 +96,13 @@ def leave() -> None:
 def moments(values: torch.Tensor) -> tuple[float, float]:
     """Mean and variance (without Bessel's correction) of the numbers that all processes hold, computed in double; 0 and 0 where
     there are none."""
-    count, total = totals([len(values), float(values.double().sum())])
+    count, total = all_sum([len(values), float(values.double().sum())])
     mean = total / max(count, 1)
-    (squares,) = totals([float((values.double() - mean).pow(2).sum())])
+    (squares,) = all_sum([float((values.double() - mean).pow(2).sum())])
     return mean, squares / max(count, 1)
 
 
 def mean(values: Sequence[float] | torch.Tensor) -> float:
     """Mean of the numbers that all processes hold; 0 where there are none."""
-    total, count = totals([float(sum(values)), len(values)])
+    total, count = all_sum([float(sum(values)), len(values)])
     return total / max(count, 1)

@@ -13,7 +13,9 @@ CANDIDATES = 1024
 """Most likely tokens among which the edge of top-p is looked for first."""
 
 
-def draw(logits_BV: torch.Tensor, sampling: Sampling, uniforms_B: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def sample_token(
+    logits_BV: torch.Tensor, sampling: Sampling, uniforms_B: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token a row: the one at which the cumulative distribution passes a given uniform number in [0, 1).
 
     Returns tokens (B,) and their log-probabilities (B,) under the distribution drawn from (after temperature, top-k, top-p).

@@ -10,18 +10,18 @@ import time
 import pytest
 import yaml
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.errors import EngineError, RecipeError, RunError
 from lmrl.policy.load import load_policy
 from lmrl.recipe_files import load_recipe
 from lmrl.rollouts.hf import HFEngine
 from lmrl.rollouts.task import task_texts
 from lmrl.training import dry_run, resume_run, train
-from lmrl.training.ahead import STATE_FILE, Ahead
+from lmrl.training.async_rollouts import STATE_FILE, AsyncRollouts
 from lmrl.training.interrupt import Interrupted
-from lmrl.training.sources import Drawn
+from lmrl.training.sampler_check import logprob_differences, pick_segments
+from lmrl.training.sources import SourceBatch
 from lmrl.training.stage import Stage
-from lmrl.training.trust import differences, some_of
 from lmrl.training.updater import Updater
 from lmrl.trajectories.trajectory import Trajectory
 from tests.conftest import TINY_WALKS
@@ -58,7 +58,7 @@ class Apart(HFEngine):
     """Samples from a copy of the policy, as an engine in another process does. `before` is called with the step whose
     episodes are about to be sampled."""
 
-    apart = True
+    is_remote = True
     own = None
     before = staticmethod(lambda engine, step: None)
 
@@ -73,7 +73,7 @@ class Apart(HFEngine):
 
 
 @pytest.fixture
-def apart(monkeypatch):
+def remote_engine(monkeypatch):
     """Runs sample with Apart; give it a `before` by calling the fixture."""
     monkeypatch.setattr("lmrl.rollouts.hf.HFEngine", Apart)
     return lambda before: monkeypatch.setattr(Apart, "before", staticmethod(before))
@@ -95,18 +95,18 @@ def weights(folder):
 def test_a_step_learns_from_what_the_weights_before_its_own_have_played(tmp_path, monkeypatch):
     seen, learn = [], Stage._learn
 
-    def look(self, step, drawn):
-        seen.append((copy.deepcopy(self.policy), drawn.played))
-        return learn(self, step, drawn)
+    def look(self, step, source_batch):
+        seen.append((copy.deepcopy(self.policy), source_batch.played))
+        return learn(self, step, source_batch)
 
     monkeypatch.setattr(Stage, "_learn", look)
     train(recipe_of(tmp_path, ["rollouts.check_every=1", "objective.value_warmup_steps=0"]), output=tmp_path / "run")
     policies, played = zip(*seen, strict=True)  # of each step, before it is learned from
     for step in range(4):
-        segments = some_of(played[step])
-        assert differences(policies[max(step - 1, 0)], segments, 1.0).abs().max() < 1e-4
+        segments = pick_segments(played[step])
+        assert logprob_differences(policies[max(step - 1, 0)], segments, 1.0).abs().max() < 1e-4
         if step > 0:
-            assert differences(policies[step], segments, 1.0).abs().mean() > 1e-3
+            assert logprob_differences(policies[step], segments, 1.0).abs().mean() > 1e-3
     lines = trained(tmp_path / "run")
     assert [line["staleness"] for line in lines] == [0, 1, 1, 1]
     assert lines[0]["correction_mean"] == pytest.approx(1, abs=1e-4) != pytest.approx(lines[1]["correction_mean"])
@@ -131,16 +131,16 @@ def updated(monkeypatch):
     return event
 
 
-def test_beside_the_training_is_the_same_as_before_it(tmp_path, apart, updated, monkeypatch):
+def test_beside_the_training_is_the_same_as_before_it(tmp_path, remote_engine, updated, monkeypatch):
     """Steps 3 and 4 are sampled only once the step before has made an update; weights and metrics are those of `hf`."""
     overlapped = []
 
     def before(engine, step):
         if step > 2:
-            assert engine.held and threading.current_thread() is not threading.main_thread()
+            assert engine.weights_pinned and threading.current_thread() is not threading.main_thread()
             overlapped.append(updated.wait(60))
 
-    apart(before)
+    remote_engine(before)
     train(recipe_of(tmp_path), output=tmp_path / "beside")
     assert overlapped == [True, True]
     monkeypatch.undo()
@@ -238,24 +238,24 @@ def test_what_other_weights_have_played_is_dropped_where_a_gate_puts_weights_bac
 
 
 # ------------------------------------------------------------------------------------- what goes wrong beside the training
-def test_an_error_beside_the_training_stops_the_run(tmp_path, apart):
+def test_an_error_beside_the_training_stops_the_run(tmp_path, remote_engine):
     """It is the error of the step whose episodes were played; the step under way is finished and kept."""
 
     def fail(engine, step):
         if step == 3:
             raise EngineError("the servers are gone")
 
-    apart(fail)
+    remote_engine(fail)
     with pytest.raises(EngineError, match="the servers are gone"):
         train(recipe_of(tmp_path), output=tmp_path / "run")
     assert [line["step"] for line in trained(tmp_path / "run")] == [1, 2]
     assert pending(tmp_path / "run", 2).exists() and not (pending(tmp_path / "run", 2) / STATE_FILE).exists()
-    apart(lambda engine, step: None)
+    remote_engine(lambda engine, step: None)
     resume_run(tmp_path / "run")
     assert [line["staleness"] for line in trained(tmp_path / "run")] == [0, 1, 0, 1]
 
 
-def test_an_interrupt_breaks_off_what_is_played(tmp_path, apart, monkeypatch):
+def test_an_interrupt_breaks_off_what_is_played(tmp_path, remote_engine, monkeypatch):
     played = []
 
     def hang(engine, step):
@@ -264,20 +264,20 @@ def test_an_interrupt_breaks_off_what_is_played(tmp_path, apart, monkeypatch):
             engine.check()
             time.sleep(0.01)
 
-    apart(hang)
+    remote_engine(hang)
     learn = Stage._learn
 
-    def interrupt(self, step, drawn):
+    def interrupt(self, step, source_batch):
         if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return learn(self, step, drawn)
+        return learn(self, step, source_batch)
 
     monkeypatch.setattr(Stage, "_learn", interrupt)
     with pytest.raises(Interrupted):
         train(recipe_of(tmp_path), output=tmp_path / "run")
-    assert not any(thread.name == "rollouts ahead" for thread in threading.enumerate())
+    assert not any(thread.name == "async rollouts" for thread in threading.enumerate())
     assert played == [1, 2, 3] and not (pending(tmp_path / "run", 2) / STATE_FILE).exists()
-    apart(lambda engine, step: played.append(step))
+    remote_engine(lambda engine, step: played.append(step))
     resume_run(tmp_path / "run")
     assert played == [1, 2, 3, 3, 4] and [line["staleness"] for line in trained(tmp_path / "run")] == [0, 1, 0, 1]
 
@@ -316,51 +316,51 @@ class Fresh:
     def next(self, step):
         self.steps.append(step)
         episode = Trajectory([], f"{step}", "", version=self.sampler.engine.syncs)
-        return Drawn([episode], [episode])
+        return SourceBatch([episode], [episode])
 
 
 def test_what_was_played_before_the_weights_were_put_back_is_forgotten(tiny_policy):
     engine = HFEngine(tiny_policy)
-    ahead = Ahead(Fresh(engine, tiny_policy.tokenizer), 9)
-    ahead.next(1)
+    source = AsyncRollouts(Fresh(engine, tiny_policy.tokenizer), 9)
+    source.next(1)
     engine.stale = True
-    assert [one.prompt for one in ahead.wait()] == ["2"] and engine.staleness(ahead.wait()[0].version) == 1
-    ahead.stop()
-    assert [one.prompt for one in ahead.wait()] == ["2"]
-    ahead.stop(forget=True)
-    assert ahead.wait() == []
-    (again,) = ahead.next(2).played
-    assert ahead.fresh.steps == [1, 2, 2, 3]
+    assert [one.prompt for one in source.wait()] == ["2"] and engine.staleness(source.wait()[0].version) == 1
+    source.stop()
+    assert [one.prompt for one in source.wait()] == ["2"]
+    source.stop(forget=True)
+    assert source.wait() == []
+    (again,) = source.next(2).played
+    assert source.fresh.steps == [1, 2, 2, 3]
 
 
 def test_what_a_step_has_played_itself_is_kept_where_playing_ahead_is_interrupted(tiny_policy):
     """A resumed run must not judge it a second time."""
-    ahead = Ahead(Fresh(HFEngine(tiny_policy), tiny_policy.tokenizer), 9)
-    play = ahead.fresh.next
+    source = AsyncRollouts(Fresh(HFEngine(tiny_policy), tiny_policy.tokenizer), 9)
+    play = source.fresh.next
 
     def interrupted(step):
         if step == 5:
             raise Interrupted(signal.SIGINT)
         return play(step)
 
-    ahead.fresh.next = interrupted
+    source.fresh.next = interrupted
     with pytest.raises(Interrupted):
-        ahead.next(4)
-    ahead.stop()
-    assert [one.prompt for one in ahead.wait()] == ["4"]
-    ahead.fresh.next = play
-    ahead.next(4)
-    assert ahead.fresh.steps == [4, 5]
+        source.next(4)
+    source.stop()
+    assert [one.prompt for one in source.wait()] == ["4"]
+    source.fresh.next = play
+    source.next(4)
+    assert source.fresh.steps == [4, 5]
 
 
 def test_weights_are_not_taken_over_while_sampling(tiny_policy):
     engine = HFEngine(tiny_policy)
     checked = []
-    with engine.holding(lambda: checked.append(True)):
+    with engine.pinned_weights(lambda: checked.append(True)):
         with pytest.raises(AssertionError, match="two versions"):
             engine.refresh()
         engine.check()
-    assert checked and not engine.held
+    assert checked and not engine.weights_pinned
     engine.refresh()
     assert engine.syncs == 1 and checked == [True]
 
@@ -372,15 +372,15 @@ def test_refused(tmp_path, tiny_policy, monkeypatch):
     assert recipe_of(tmp_path, ["rollouts.ahead=0"]).rollouts.corrects is None
     with pytest.raises(RecipeError, match="rollouts.ahead"):
         recipe_of(tmp_path, ["rollouts.ahead=2"])
-    monkeypatch.setattr(world, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
     with pytest.raises(RunError, match="is for one process, but this is a launch of 2"):
-        Ahead(Fresh(HFEngine(tiny_policy), None), 9)
+        AsyncRollouts(Fresh(HFEngine(tiny_policy), None), 9)
 
 
 def test_a_dry_run_tries_it(tmp_path, monkeypatch):
-    drawn, next_one = [], Ahead.next
+    calls, next_one = [], AsyncRollouts.next
     monkeypatch.setattr(
-        Ahead, "next", lambda self, step: drawn.append((step, len(self.wait()))) or next_one(self, step)
+        AsyncRollouts, "next", lambda self, step: calls.append((step, len(self.wait()))) or next_one(self, step)
     )
     dry_run(recipe_of(tmp_path))
-    assert drawn == [(1, 0), (2, 4)]
+    assert calls == [(1, 0), (2, 4)]

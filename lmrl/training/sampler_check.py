@@ -1,4 +1,4 @@
-"""Trust in samplers: what an engine says it sampled with is compared with the learner, before anything is learned.
+"""SamplerCheck in samplers: what an engine says it sampled with is compared with the learner, before anything is learned.
 
 An engine with weights of its own may go on with old ones, lack a part of them, or compute too coarsely, and nothing about
 the text would tell.
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.errors import SamplerError
 from lmrl.objectives.groups import flat
 from lmrl.policy.policy import Policy
@@ -25,24 +25,26 @@ EPISODES, TOKENS = 16, 2048
 """Fresh episodes that are compared at most, and their tokens in all (but at least one context with what was said in it)."""
 
 
-class Trust:
+class SamplerCheck:
     """Compares after the first weight sync of a process, and then after every `rollouts.check_every`."""
 
     def __init__(self, policy: Policy, engine: Engine, rollouts: Rollouts):
         self.policy, self.engine, self.rollouts = policy, engine, rollouts
-        self.obstacle = obstacle(policy, Sampling.of(rollouts))
+        self.why_not_comparable = why_not_comparable(policy, Sampling.of(rollouts))
         self.compared_at: int | None = None
 
     @property
     def notes(self) -> list[str]:
-        if self.obstacle is None:
+        if self.why_not_comparable is None:
             return []
-        return [f"{self.obstacle}, so the log-probabilities of engine and learner are not compared"]
+        return [f"{self.why_not_comparable}, so the log-probabilities of engine and learner are not compared"]
 
     @property
     def due(self) -> bool:
         every, before = self.rollouts.check_every, self.compared_at
-        return self.obstacle is None and (before is None or (every > 0 and self.engine.syncs - before >= every))
+        return self.why_not_comparable is None and (
+            before is None or (every > 0 and self.engine.syncs - before >= every)
+        )
 
     def __call__(self, played: list[Trajectory]) -> dict[str, Any] | None:
         """Where it is due: the mean and the largest absolute difference in nats, KL(sampler || learner) a token, and how
@@ -51,8 +53,8 @@ class Trust:
         if not self.due:
             return None
         current = [one for one in played if self.engine.staleness(one.version) == 0]
-        own_N = differences(self.policy, some_of(current), self.rollouts.temperature)
-        gap_N = torch.tensor(world.gather(own_N.tolist()))
+        own_N = logprob_differences(self.policy, pick_segments(current), self.rollouts.temperature)
+        gap_N = torch.tensor(distributed.all_gather(own_N.tolist()))
         if not len(gap_N):
             return None
         self.compared_at = self.engine.syncs
@@ -64,7 +66,7 @@ class Trust:
             "sync": self.engine.syncs,
         }
 
-    def judge(self, compared: dict[str, Any], where: str) -> None:
+    def raise_on_mismatch(self, compared: dict[str, Any], where: str) -> None:
         """Raise SamplerError where the two are too far apart."""
         options = self.rollouts
         if compared["gap_mean"] <= options.tolerance:
@@ -79,7 +81,7 @@ class Trust:
         )
 
 
-def obstacle(policy: Policy, sampling: Sampling) -> str | None:
+def why_not_comparable(policy: Policy, sampling: Sampling) -> str | None:
     """Why what is sampled is from another distribution than the learner's, whatever the engine; None where it is not."""
     if sampling.temperature == 0:
         return "rollouts.temperature=0 takes the likeliest token"
@@ -90,7 +92,7 @@ def obstacle(policy: Policy, sampling: Sampling) -> str | None:
     return None
 
 
-def some_of(played: list[Trajectory], count: int = EPISODES, tokens: int = TOKENS) -> list[Segment]:
+def pick_segments(played: list[Trajectory], count: int = EPISODES, tokens: int = TOKENS) -> list[Segment]:
     """Segments of up to `count` episodes, spread over all, their first ones first, up to so many tokens."""
     episodes = played[:: -(-len(played) // max(count, 1))] if played else []
     known = [
@@ -109,7 +111,7 @@ def some_of(played: list[Trajectory], count: int = EPISODES, tokens: int = TOKEN
     return chosen
 
 
-def differences(policy: Policy, segments: list[Segment], temperature: float) -> torch.Tensor:
+def logprob_differences(policy: Policy, segments: list[Segment], temperature: float) -> torch.Tensor:
     """Sampler's less learner's log-probability of each action token, (N,), the learner's at this temperature."""
     before, policy.temperature = policy.temperature, temperature
     try:

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from lmrl.rollouts.draw import draw, invert
 from lmrl.rollouts.engine import Sampling
+from lmrl.rollouts.sample_token import invert, sample_token
 
 
 def test_draw_inverts_the_distribution():
     logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]])).repeat(4, 1)
-    tokens, logprobs = draw(logits, Sampling(), np.array([0.1, 0.3, 0.69, 0.71]))
+    tokens, logprobs = sample_token(logits, Sampling(), np.array([0.1, 0.3, 0.69, 0.71]))
     assert tokens.tolist() == [0, 1, 1, 2]
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.2, 0.5, 0.5, 0.3]))
 
@@ -19,7 +19,7 @@ def test_draw_frequencies():
     """20,000 draws agree with the distribution (chi-square, 5 degrees of freedom, far tail)."""
     rng = np.random.default_rng(0)
     probs = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.04, 0.01])
-    tokens, _ = draw(probs.log().expand(20_000, -1), Sampling(), rng.random(20_000))
+    tokens, _ = sample_token(probs.log().expand(20_000, -1), Sampling(), rng.random(20_000))
     counts = torch.bincount(tokens, minlength=6)
     assert float(((counts - 20_000 * probs) ** 2 / (20_000 * probs)).sum()) < 25
 
@@ -46,10 +46,10 @@ def test_what_has_no_weight_is_never_drawn(share):
 def test_top_k_and_top_p_renormalise():
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1]])).repeat(200, 1)
     uniforms = np.linspace(0, 0.999, 200)
-    tokens, logprobs = draw(logits, Sampling(top_k=2), uniforms)
+    tokens, logprobs = sample_token(logits, Sampling(top_k=2), uniforms)
     assert set(tokens.tolist()) == {0, 1}
     torch.testing.assert_close(logprobs[0].exp(), torch.tensor(2 / 3))
-    tokens, logprobs = draw(logits, Sampling(top_p=0.8), uniforms)
+    tokens, logprobs = sample_token(logits, Sampling(top_p=0.8), uniforms)
     assert set(tokens.tolist()) == {0, 1, 2}  # .5 + .25 falls short of .8, so the third is in
     torch.testing.assert_close(logprobs[0].exp(), torch.tensor(0.5 / 0.9))
 
@@ -65,7 +65,7 @@ def test_top_p_of_a_large_vocabulary(spread):
     for row, count in enumerate(kept.tolist()):
         inside = logits[row].topk(count).indices
         expected = logits[row, inside].log_softmax(-1)
-        tokens, logprobs = draw(logits[row].expand(4000, -1), Sampling(top_p=0.7), np.linspace(0, 0.9999, 4000))
+        tokens, logprobs = sample_token(logits[row].expand(4000, -1), Sampling(top_p=0.7), np.linspace(0, 0.9999, 4000))
         assert set(tokens.tolist()) <= set(inside.tolist())
         position = (inside == tokens[0]).nonzero()[0, 0]
         torch.testing.assert_close(logprobs[0], expected[position], rtol=1e-4, atol=1e-4)

@@ -15,9 +15,9 @@ from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmrl import world
+from lmrl import distributed
 from lmrl.errors import RunError
-from lmrl.training.sources import Drawn, FreshRollouts, Source
+from lmrl.training.sources import FreshRollouts, Source, SourceBatch
 from lmrl.trajectories.store import read_episodes, write_episodes
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -26,7 +26,7 @@ POLL = 0.1
 """Seconds between looks for an interrupt while waiting."""
 
 
-class BrokenOff(BaseException):
+class RolloutsCancelled(BaseException):
     """Raised in the thread that plays, where what it plays is not wanted any more."""
 
 
@@ -35,15 +35,15 @@ class Pending:
     """The episodes of a step, under way or played."""
 
     step: int
-    drawn: futures.Future[Drawn]
+    future: futures.Future[SourceBatch]
 
     @property
-    def result(self) -> Drawn | None:
+    def result(self) -> SourceBatch | None:
         """None: there is none yet, or it went wrong."""
-        return self.drawn.result() if self.drawn.done() and self.drawn.exception() is None else None
+        return self.future.result() if self.future.done() and self.future.exception() is None else None
 
 
-class Ahead(Source):
+class AsyncRollouts(Source):
     """Fresh rollouts, each step's played as the step before begins. The first step plays its own and the second's.
 
     What goes wrong in the thread is raised by the `next` of the step that was to learn from it.
@@ -51,52 +51,56 @@ class Ahead(Source):
 
     def __init__(self, fresh: FreshRollouts, steps: int):
         """steps: of the stage; nothing is played beyond. Raises RunError in one of several processes."""
-        if world.size() > 1:  # judging and measuring talk to the other processes, and would from two threads at once
-            raise RunError(f"rollouts.ahead=1 is for one process, but this is a launch of {world.size()}: set it to 0")
+        if (
+            distributed.size() > 1
+        ):  # judging and measuring talk to the other processes, and would from two threads at once
+            raise RunError(
+                f"rollouts.ahead=1 is for one process, but this is a launch of {distributed.size()}: set it to 0"
+            )
         self.fresh, self.steps, self.name = fresh, steps, fresh.name
         self.engine, self.tokenizer = fresh.sampler.engine, fresh.sampler.task.renderer.tokenizer
         self.check = self.engine.check
         self._pending: Pending | None = None
-        self._unwanted = threading.Event()
+        self._cancelled = threading.Event()
 
-    def next(self, step: int) -> Drawn:
+    def next(self, step: int) -> SourceBatch:
         self.wait()
         if self._pending is None:
-            self._pending = Pending(step, done(self.fresh.next(step)))
+            self._pending = Pending(step, completed(self.fresh.next(step)))
         assert self._pending.step == step, (self._pending.step, step)
-        drawn = self._pending.drawn.result()
+        batch = self._pending.future.result()
         # If playing ahead is interrupted, what is pending is still this step's, and a resumed run begins with it.
         self._pending = self._begin(step + 1) if step < self.steps else None
-        return drawn
+        return batch
 
     def _begin(self, step: int) -> Pending:
         self.engine.refresh()
-        if self.engine.apart:
-            return Pending(step, in_thread(lambda: self._beside(step)))
-        return Pending(step, done(self.fresh.next(step)))
+        if self.engine.is_remote:
+            return Pending(step, run_in_thread(lambda: self._play_in_background(step)))
+        return Pending(step, completed(self.fresh.next(step)))
 
-    def _beside(self, step: int) -> Drawn:
-        with self.engine.holding(self._stop_if_unwanted):
+    def _play_in_background(self, step: int) -> SourceBatch:
+        with self.engine.pinned_weights(self._raise_if_cancelled):
             return self.fresh.next(step)
 
-    def _stop_if_unwanted(self) -> None:
-        if self._unwanted.is_set():
-            raise BrokenOff
+    def _raise_if_cancelled(self) -> None:
+        if self._cancelled.is_set():
+            raise RolloutsCancelled
         self.check()
 
     def wait(self) -> list[Trajectory]:
-        while self._pending is not None and not self._pending.drawn.done():
-            futures.wait([self._pending.drawn], POLL)
+        while self._pending is not None and not self._pending.future.done():
+            futures.wait([self._pending.future], POLL)
             self.check()
-        drawn = self._pending and self._pending.result
-        return drawn.played if drawn else []
+        batch = self._pending and self._pending.result
+        return batch.played if batch else []
 
     def stop(self, forget: bool = False) -> None:
         if self._pending is None:
             return
-        self._unwanted.set()
-        futures.wait([self._pending.drawn])
-        self._unwanted.clear()
+        self._cancelled.set()
+        futures.wait([self._pending.future])
+        self._cancelled.clear()
         if forget or self._pending.result is None:
             self._pending = None
 
@@ -106,16 +110,16 @@ class Ahead(Source):
         self.wait()
         self.fresh.save(folder)
         pending = self._pending
-        if pending is None or (drawn := pending.result) is None:
+        if pending is None or (batch := pending.result) is None:
             return
-        places = {id(trajectory): place for place, trajectory in enumerate(drawn.played)}
+        places = {id(trajectory): place for place, trajectory in enumerate(batch.played)}
         state = {
             "step": pending.step,
-            "staleness": max(self.engine.staleness(trajectory.version) for trajectory in drawn.played),
-            "learn": [places[id(trajectory)] for trajectory in drawn.learn],
-            "failed": drawn.failed,
+            "staleness": max(self.engine.staleness(trajectory.version) for trajectory in batch.played),
+            "learn": [places[id(trajectory)] for trajectory in batch.learn],
+            "failed": batch.failed,
         }
-        write_episodes(folder / EPISODES_FILE, drawn.played, self.tokenizer)
+        write_episodes(folder / EPISODES_FILE, batch.played, self.tokenizer)
         (folder / STATE_FILE).write_text(json.dumps(state) + "\n")
 
     def load(self, folder: Path) -> None:
@@ -126,19 +130,19 @@ class Ahead(Source):
         played = read_episodes(folder / EPISODES_FILE, self.tokenizer)
         for trajectory in played:
             trajectory.version = self.engine.syncs + self.engine.stale - state["staleness"]
-        drawn = Drawn([played[place] for place in state["learn"]], played, state["failed"])
-        self._pending = Pending(state["step"], done(drawn))
+        batch = SourceBatch([played[place] for place in state["learn"]], played, state["failed"])
+        self._pending = Pending(state["step"], completed(batch))
 
 
-def done(drawn: Drawn) -> futures.Future[Drawn]:
-    future: futures.Future[Drawn] = futures.Future()
-    future.set_result(drawn)
+def completed(batch: SourceBatch) -> futures.Future[SourceBatch]:
+    future: futures.Future[SourceBatch] = futures.Future()
+    future.set_result(batch)
     return future
 
 
-def in_thread(work: Callable[[], Drawn]) -> futures.Future[Drawn]:
+def run_in_thread(work: Callable[[], SourceBatch]) -> futures.Future[SourceBatch]:
     """Have `work` done by a thread that does not keep the process from ending; the future holds what comes of it."""
-    future: futures.Future[Drawn] = futures.Future()
+    future: futures.Future[SourceBatch] = futures.Future()
 
     def run() -> None:
         try:
@@ -146,5 +150,5 @@ def in_thread(work: Callable[[], Drawn]) -> futures.Future[Drawn]:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True, name="rollouts ahead").start()
+    threading.Thread(target=run, daemon=True, name="async rollouts").start()
     return future

@@ -13,7 +13,7 @@ from statistics import mean, variance
 
 WINDOW = 10
 """Steps that are averaged before they are compared."""
-SURE = 2.0
+THRESHOLD = 2.0
 """Standard errors by which two windows have to differ."""
 COLUMNS = 6
 TRAINED = "reward"
@@ -30,7 +30,7 @@ def repetition(texts: Sequence[str], n: int = 3) -> float:
     return mean(shares)
 
 
-class Panel:
+class RewardHackingDetector:
     """What every step's fresh episodes were like, and the warnings that follow. watched: rewards that are not trained on."""
 
     def __init__(self, watched: Sequence[str]):
@@ -62,7 +62,7 @@ class Panel:
         last = rows[-WINDOW:]
         fell = difference([row[0] for row in best], [row[0] for row in last])
         rose = difference([row[1] for row in best], [row[1] for row in last])
-        if not (fell < -SURE and rose > SURE):
+        if not (fell < -THRESHOLD and rose > THRESHOLD):
             return None
         self.warned.add(name)
         held = [mean(row[0] for row in window) for window in (best, last)]

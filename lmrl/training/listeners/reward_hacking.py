@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lmrl.training.hacking import Panel
 from lmrl.training.listeners.listener import Listener
 from lmrl.training.listeners.recovery import warn
 from lmrl.training.measures import drift
-from lmrl.training.sources import Drawn
+from lmrl.training.reward_hacking import RewardHackingDetector
+from lmrl.training.sources import SourceBatch
 
 if TYPE_CHECKING:
     from lmrl.training.stage import Stage
 
 
-class HackingMonitor(Listener):
+class RewardHackingMonitor(Listener):
     name = "hacking"
 
     def __init__(self, watched: Sequence[str]):
         """watched: labels of the rewards that are not trained on."""
-        self.panel = Panel(watched)
+        self.detector = RewardHackingDetector(watched)
 
     def begin(self, stage: Stage, resumed: bool) -> None:
         """Take up what the run folder says of the steps before."""
@@ -28,16 +28,16 @@ class HackingMonitor(Listener):
             self._add(line["step"], line)
         warnings = stage.run.recorded(stage.name, "warning")
         own = [line for line in warnings if line.get("name", self.name) == self.name]
-        self.panel.warned |= {line["text"].partition(" ")[0] for line in own}
+        self.detector.warned |= {line["text"].partition(" ")[0] for line in own}
 
-    def recorded(self, stage: Stage, step: int, drawn: Drawn, metrics: dict[str, Any]) -> None:
+    def recorded(self, stage: Stage, step: int, source_batch: SourceBatch, metrics: dict[str, Any]) -> None:
         for warning in self._add(step, metrics):
             warn(stage, step, self.name, warning)
 
     def end(self, stage: Stage) -> None:
-        if len(self.panel.steps) > 1:
-            stage.display.panel(f"Stage {stage.name}, fresh episodes by step", *self.panel.table())
+        if len(self.detector.steps) > 1:
+            stage.display.number_table(f"Stage {stage.name}, fresh episodes by step", *self.detector.table())
 
     def _add(self, step: int, metrics: dict[str, Any]) -> list[str]:
         """Note a step, if it has played; returns new warnings."""
-        return self.panel.add(step, drift(metrics)) if "repetition" in metrics else []
+        return self.detector.add(step, drift(metrics)) if "repetition" in metrics else []

@@ -8,24 +8,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lmrl.errors import EngineError, LmrlError
-from lmrl.rollouts.server_client import Failed, Lost
-from lmrl.rollouts.server_keeper import Keeper
+from lmrl.rollouts.server_client import RequestFailed, ServerLost
+from lmrl.rollouts.server_supervisor import ServerSupervisor
 
 TRIES = 4
 """How often a request may fail at servers that are there. Requests lost with a server do not count."""
 
 
-def hand_out(
+def dispatch(
     count: int,
-    keepers: Sequence[Keeper],
+    supervisors: Sequence[ServerSupervisor],
     in_flight: int,
-    ask: Callable[[Keeper, int], Any],
-    news: threading.Condition,
+    ask: Callable[[ServerSupervisor, int], Any],
+    changed: threading.Condition,
     watch: Callable[[], None],
 ) -> list[Any]:
     """The answers to requests 0 to `count` - 1, in order.
 
-    ask: sends a request to a keeper's server, and raises Lost where it has to be sent again, to this server or another.
+    ask: sends a request to a keeper's server, and raises ServerLost where it has to be sent again, to this server or another.
     in_flight: requests at a time for each server. watch: called several times a second; raises to abandon everything.
     Each server gets requests only while it is in service. Every request is answered exactly once.
     """
@@ -35,62 +35,62 @@ def hand_out(
     errors: list[LmrlError] = []
     over = False
 
-    def work(keeper: Keeper) -> None:
+    def work(supervisor: ServerSupervisor) -> None:
         while True:
-            with news:
-                news.wait_for(lambda: over or (waiting and keeper.usable))
+            with changed:
+                changed.wait_for(lambda: over or (waiting and supervisor.in_service))
                 if over:
                     return
                 index = waiting.popleft()
             try:
-                answer = ask(keeper, index)
-            except Lost as lost:
-                with news:
+                answer = ask(supervisor, index)
+            except ServerLost as lost:
+                with changed:
                     waiting.appendleft(index)
-                    failures[index] += isinstance(lost, Failed)
+                    failures[index] += isinstance(lost, RequestFailed)
                     if failures[index] == TRIES:
                         errors.append(EngineError(f"a request failed {TRIES} times, at last: {lost}"))
                 if not over:
-                    keeper.lose(str(lost))
+                    supervisor.mark_lost(str(lost))
             except LmrlError as error:
-                with news:
+                with changed:
                     errors.append(error)
-                    news.notify_all()
+                    changed.notify_all()
                 return
             except Exception as error:  # a mistake in here must not leave the caller waiting
-                with news:
+                with changed:
                     errors.append(EngineError(f"a request could not be sent: {type(error).__name__}: {error}"))
-                    news.notify_all()
+                    changed.notify_all()
                 return
             else:
-                with news:
+                with changed:
                     found[index] = answer
                     if len(found) == count:
-                        news.notify_all()
+                        changed.notify_all()
 
     threads = [
-        threading.Thread(target=work, args=(keeper,), daemon=True)
-        for keeper in keepers
+        threading.Thread(target=work, args=(supervisor,), daemon=True)
+        for supervisor in supervisors
         for _ in range(min(in_flight, count))
     ]
     try:
         for thread in threads:
             thread.start()
         while True:
-            with news:
-                news.wait_for(lambda: errors or len(found) == count, timeout=0.1)
+            with changed:
+                changed.wait_for(lambda: errors or len(found) == count, timeout=0.1)
                 if errors:
                     raise errors[0]
                 if len(found) == count:
                     return [found[index] for index in range(count)]
             watch()
     finally:
-        with news:
+        with changed:
             over = True
-            news.notify_all()
+            changed.notify_all()
         if len(found) < count:
-            for keeper in keepers:
-                keeper.client.hang_up()
+            for supervisor in supervisors:
+                supervisor.client.hang_up()
         for thread in threads:
             if thread.ident is not None:
                 thread.join(timeout=5)
