@@ -1,8 +1,8 @@
-"""The processes of a run: which one this is, and what all of them know together.
+"""Collective operations over the processes (ranks) of a run.
 
-One process is the usual case, and then every function gives back what it is given. With several, each holds a part of a
-step's episodes, and whatever is averaged, ranked or decided is so over all of them. Functions that talk to the other
-processes have to be called by all of them, in the same order.
+With one process, the usual case, every function returns its input. With several, each rank holds a shard of a step's
+episodes, and means, ranks and decisions are taken over all shards. All ranks must call the collectives in the same
+order.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=6)
-"""How long a process waits for the others: one may judge or sample far longer. A process that dies is noticed at once."""
+"""How long a rank waits for the others: one may sample or score far longer than the rest. A dead rank is noticed at
+once."""
 
 
 def size() -> int:
+    """Number of processes (the world size)."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -34,23 +36,23 @@ def is_main() -> bool:
 
 @cache
 def _group() -> Any:
-    # Numbers and objects travel over gloo, so that they neither wait for a GPU nor need its memory.
+    # Over gloo, so that small values neither wait for a GPU nor use its memory.
     return dist.new_group(backend="gloo", timeout=TIMEOUT)
 
 
 def shard_bounds(count: int) -> tuple[int, int]:
-    """First and last (exclusive) of `count` things that fall to this process: a stretch of them, in order."""
+    """First index and end (exclusive) of this rank's contiguous shard of `count` items."""
     return count * rank() // size(), count * (rank() + 1) // size()
 
 
 def shard(items: Sequence[T]) -> Sequence[T]:
-    """This process's part of what all processes hold alike."""
+    """This rank's slice of a list that is the same on all ranks."""
     low, high = shard_bounds(len(items))
     return items[low:high]
 
 
 def all_gather(items: Sequence[T]) -> list[T]:
-    """The parts of all processes, in order of their ranks."""
+    """The lists of all ranks, concatenated in rank order."""
     if size() == 1:
         return list(items)
     parts: list[Any] = [None] * size()
@@ -58,17 +60,17 @@ def all_gather(items: Sequence[T]) -> list[T]:
     return [item for part in parts for item in part]
 
 
-def broadcast(thing: T) -> T:
-    """What the main process has, in all of them."""
+def broadcast(value: T) -> T:
+    """The main rank's value, on every rank."""
     if size() == 1:
-        return thing
-    held = [thing]
-    dist.broadcast_object_list(held, src=0, group=_group())
-    return held[0]
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=_group())
+    return box[0]
 
 
 def all_sum(values: Sequence[float]) -> list[float]:
-    """Each of these numbers, summed over the processes."""
+    """Each of these numbers, summed over the ranks."""
     if size() == 1:
         return list(values)
     tensor = torch.tensor(list(values), dtype=torch.float64)
@@ -77,25 +79,25 @@ def all_sum(values: Sequence[float]) -> list[float]:
 
 
 def all_max(value: int) -> int:
-    """The largest of the processes' numbers."""
+    """The largest of the ranks' numbers."""
     return max(all_gather([value]))
 
 
 def barrier() -> None:
-    """Go on when all processes have come here."""
+    """Wait until all ranks have arrived here."""
     if size() > 1:
         dist.barrier(group=_group())
 
 
 def shutdown() -> None:
-    """Part from the other processes, at the end."""
+    """Destroy the process group at the end of a run."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def moments(values: torch.Tensor) -> tuple[float, float]:
-    """Mean and variance (without Bessel's correction) of the numbers that all processes hold, computed in double; 0 and 0 where
-    there are none."""
+    """Mean and variance (without Bessel's correction) of all ranks' numbers, computed in float64; 0 and 0 if there are
+    none."""
     count, total = all_sum([len(values), float(values.double().sum())])
     mean = total / max(count, 1)
     (squares,) = all_sum([float((values.double() - mean).pow(2).sum())])
@@ -103,6 +105,6 @@ def moments(values: torch.Tensor) -> tuple[float, float]:
 
 
 def mean(values: Sequence[float] | torch.Tensor) -> float:
-    """Mean of the numbers that all processes hold; 0 where there are none."""
+    """Mean of all ranks' numbers; 0 if there are none."""
     total, count = all_sum([float(sum(values)), len(values)])
     return total / max(count, 1)

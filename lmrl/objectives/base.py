@@ -1,4 +1,4 @@
-"""What an objective is: `prepare` and `loss`."""
+"""The objective interface: `prepare` and `loss`."""
 
 from __future__ import annotations
 
@@ -35,30 +35,30 @@ class Objective:
     heads: HeadsSpec | None = None
     """The heads that the policy needs."""
     polyak: float | None = None
-    """How far target heads follow at every update."""
+    """Polyak rate: how far target heads move towards the heads at every update; None if there are none."""
     dropout = False
-    """Whether updates run with the model's dropout: not where log-probabilities are compared with earlier ones."""
+    """True if updates use the model's dropout; False if log-probabilities are compared with earlier ones."""
     uses_reference = False
-    """Whether the policy needs a reference."""
+    """True if the policy needs a reference."""
     compares = False
-    """Whether it learns from episodes of the same prompt beside each other, so that a step takes whole groups of them."""
+    """True if the loss compares episodes of one prompt; steps then hold whole groups."""
 
     loss_of_data: str | None = None
-    """The measure of logged data that falls as long as the policy learns them; None: there is none that has to."""
+    """The metric on logged data that must fall while the policy learns; None if none must."""
 
     correction: Correction | None = None
-    """How policy gradients weigh what an engine with probabilities of its own has played; the stage sets it."""
+    """Importance correction for samples of an engine with its own probabilities; the stage sets it."""
 
     def calibrate(self, policy: Policy, trajectories: list[Trajectory]) -> None:
         """Called once, before the first step of a stage that begins with new heads, with some logged episodes."""
 
     def start(self, policy: Policy) -> None:
-        """Called once, when a stage begins, before its weights are shared out over processes."""
+        """Called once, when a stage begins, before its weights are sharded."""
 
     def ready(self, policy: Policy, dataset: Iterable[list[Trajectory]], fresh: bool) -> None:
-        """Called once, when a stage is about to begin or to go on. logged: all that it may draw, in parts.
+        """Called once, when a stage is about to begin or resume. dataset: all logged episodes it may use, in parts.
 
-        fresh: the policy is as the stage begins.
+        fresh: True if the stage begins, False if it resumes.
         """
 
     def begin(self, step: int) -> None:
@@ -66,22 +66,22 @@ class Objective:
 
     @property
     def forward_request(self) -> ForwardRequest:
-        """What `loss` needs of a forward pass."""
+        """The outputs that `loss` needs from a forward pass."""
         return ForwardRequest()
 
     def prepare(self, policy: Policy, trajectories: list[Trajectory]) -> Batch:
-        """Trajectories to a batch, without gradient."""
+        """Turn trajectories into a batch, without gradient."""
         return to_batch(trajectories)
 
     def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
         raise NotImplementedError
 
     def count(self, batch: Microbatch) -> float:
-        """How much a microbatch weighs in the mean over its minibatch: its action tokens."""
+        """A microbatch's weight in the mean over its minibatch: its number of action tokens."""
         return len(batch.targets_N)
 
     def heldout(self, policy: Policy, trajectories: list[Trajectory]) -> dict[str, list[float]]:
-        """What can be said of logged episodes that are held out, without gradient: by metric, a number for each."""
+        """Metrics of held-out logged episodes, without gradient: one number per episode."""
         return {}
 
     def rejects(self, stats: dict[str, float]) -> bool:
@@ -94,7 +94,7 @@ class Objective:
         return {}
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs, as JSON."""
+        """State that a resumed run needs, as JSON."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -115,9 +115,8 @@ class GroupPolicyGradient(PolicyGradient):
         if ratio_N is not None:
             batch.stats["kl"] = distributed.mean(episode_sums(ratio_N, episodes_N))
         sampled_N = flat([sampled_logprobs(episode) for episode in episodes])
-        if not distributed.all_max(
-            int(sampled_N.isnan().any())
-        ):  # actions stand in the order of the episodes, packed or not
+        # Packed or not, actions stand in the order of the episodes.
+        if not distributed.all_max(int(sampled_N.isnan().any())):
             batch.set("sampled_logprobs", sampled_N)
         if self.correction is not None:
             batch.stats |= self.correction.weigh(batch, sampled_N, episodes_N)

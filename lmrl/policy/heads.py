@@ -202,7 +202,7 @@ class Values(nn.Module):
 
     @torch.no_grad()
     def polyak_update(self, polyak: float) -> None:
-        """Move the targets towards what they follow."""
+        """Move the target heads towards the heads: target += polyak * (head - target)."""
         pairs = [(self.q, self.target_q), (self.v, self.target_v), (self.trunk, self.target_trunk)]
         for source, target in pairs:
             if target is None:

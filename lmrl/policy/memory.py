@@ -52,7 +52,7 @@ class FailedPass:
 
 
 class Passes:
-    """A batch cut into microbatches, to be gone through in order; knows which one is under way."""
+    """A batch cut into microbatches, to be gone through in order; knows which one is running."""
 
     def __init__(self, policy: Policy, batch: Batch):
         self.micros = batch.microbatches(policy.microbatch_tokens, policy.pad_id)
@@ -60,7 +60,7 @@ class Passes:
         self.now: Microbatch | None = None
 
     def __iter__(self) -> Iterator[tuple[Microbatch, bool, bool]]:
-        """Each microbatch, whether it is an idle one (see `Policy.passes`), and whether it is the last."""
+        """Each microbatch, whether it is a dummy (see `Policy.passes`), and whether it is the last."""
         for number, micro in enumerate(self.all):
             self.now = micro
             yield micro, number >= len(self.micros), number + 1 == len(self.all)

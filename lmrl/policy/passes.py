@@ -1,4 +1,4 @@
-"""What a pass through the policy is asked for, and what it brings back."""
+"""Requests to a forward pass of the policy, and its outputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class ForwardRequest:
-    """What a forward pass has to bring back."""
+    """The outputs that a forward pass should compute."""
 
     logprobs: bool = True
     values: bool = False
@@ -24,7 +24,7 @@ class ForwardRequest:
     floors: bool = False
     """Push no Q below the batch's field `floors`."""
     probability: float | None = None
-    """What Q-SFT needs, with this much behaviour support."""
+    """The outputs that Q-SFT needs, at this behaviour support."""
 
 
 @dataclass
@@ -44,13 +44,13 @@ class Outputs:
     bound: torch.Tensor | None = None
     """Share of the vocabulary that the floor lifted."""
     other_logprobs: torch.Tensor | None = None
-    """Of the second model, the sum over all tokens but the action."""
+    """Of the second model: sum of the log-probabilities of all tokens except the action."""
     vocabulary: int = 0
     best_ratio: torch.Tensor | None = None
     """Highest Q of a supported token, by the target of the second model."""
 
     def zero_loss(self) -> torch.Tensor:
-        """0, as a function of all that carries a gradient."""
+        """0, connected to every output that carries a gradient."""
         held = [value for value in vars(self).values() if isinstance(value, torch.Tensor) and value.requires_grad]
         return sum((value.sum() * 0.0 for value in held), torch.zeros(()))
 

@@ -56,7 +56,7 @@ class Policy(nn.Module):
         self.value_pull = torch.zeros(3)
         """Tally of the last update's gradients at the last hidden states (see pull.py)."""
         self.synchronized = False
-        """Whether all processes have to take part in every pass, because each holds a part of the weights."""
+        """True if all ranks must run every pass together, because the weights are sharded."""
         self.autocast_dtype: torch.dtype | None = None
         for part in (self, *(self._reference if isinstance(self._reference, list) else [])):
             take_attention(part)
@@ -174,14 +174,14 @@ class Policy(nn.Module):
             return self._run(lm, batch, request)
 
     def passes(self, micros: list[Microbatch]) -> list[Microbatch]:
-        """These microbatches and, in synchronized, idle ones behind them until all processes have as many."""
+        """These microbatches, padded with dummies to the longest rank's number if the ranks are synchronized."""
         if not self.synchronized:
             return micros
         lacking = distributed.all_max(len(micros)) - len(micros)
         return micros + [self.dummy_microbatch() for _ in range(lacking)]
 
     def dummy_microbatch(self) -> Microbatch:
-        """A microbatch to go through the motions with."""
+        """A microbatch with which this rank joins the collectives of a pass."""
         tokens, first = torch.zeros(2, dtype=torch.long), torch.zeros(1, dtype=torch.long)
         return Batch([Sequence(tokens, first, first, {"floors": torch.zeros(1)})]).collate([0], self.pad_id)
 

@@ -45,7 +45,7 @@ def room(recipe: Any) -> float:
 
 
 def is_imitation(recipe: Any) -> bool:
-    """True if a stage only imitates logged episodes: a warm-up, as a rule, of which the end is of interest."""
+    """True if a stage only imitates logged episodes (usually a warm-up, where only the end result matters)."""
     return recipe.objective.name == "likelihood" and not plays_to_learn(recipe)
 
 

@@ -27,7 +27,7 @@ class RolloutsSource(Section):
 
 
 class DatasetOptions(Section):
-    """Logged episodes: a file or folder of them, or episodes played by a scripted player."""
+    """Options of logged episodes, shared by `dataset` and `mixture`: a file or folder, or a scripted player."""
 
     path: str | None = None
     """JSONL or Parquet, a folder of Parquet shards, or a dataset on the hub (see lmrl/trajectories/rows.py)."""

@@ -1,4 +1,4 @@
-"""What an engine is: token prompts in, sampled tokens with their log-probabilities out."""
+"""The engine interface: token prompts in, sampled tokens with their log-probabilities out."""
 
 from __future__ import annotations
 
@@ -55,18 +55,20 @@ class Completion:
 
 
 class Engine:
-    """Base of all engines: subclasses implement `sample`, and `sync` and `close` where they hold weights of their own.
+    """Base of all engines: subclasses implement `sample`, and `sync` and `close` if they hold their own copy of the
+    weights.
 
-    policy: whose weights are sampled from. check: called between pieces of work; may raise to abandon a rollout.
+    policy: whose weights are sampled from. check: called regularly while sampling; may raise to abandon a rollout.
     """
 
     is_remote = False
-    """Whether it samples in other processes, with weights of its own, and so can while the policy is trained."""
+    """True if it samples in other processes with its own copy of the weights, so that the policy can train
+    meanwhile."""
 
     def __init__(self, policy: Policy, check: Callable[[], None] = lambda: None):
         self.policy, self.check = policy, check
         self.stale = True
-        """Whether the policy's weights have changed since the last sync: set it after every update."""
+        """True if the policy's weights have changed since the last sync; set it after every update."""
         self.syncs = 0
         """Weight syncs so far: the version of the weights that are sampled from, which trajectories carry."""
         self.weights_pinned = False
@@ -79,8 +81,8 @@ class Engine:
         return self.sample(prompts, sampling, keys) if prompts else []
 
     def refresh(self) -> None:
-        """Take over the policy's weights where they have changed. Of several processes, all have to call it."""
-        assert not self.weights_pinned, "what is being sampled would come from two versions of the weights"
+        """Sync if the policy's weights have changed. With several processes, all must call it."""
+        assert not self.weights_pinned, "a rollout would mix two versions of the weights"
         if self.stale:
             self.sync()
             self.stale = False
@@ -88,7 +90,8 @@ class Engine:
 
     @contextmanager
     def pinned_weights(self, check: Callable[[], None]) -> Iterator[None]:
-        """Sample with the weights that it has, whatever becomes of the policy's; `check` is called in place of its own."""
+        """Keep sampling from the current copy of the weights while the policy changes; `check` replaces the engine's
+        own."""
         before, self.check, self.weights_pinned = self.check, check, True
         try:
             yield
@@ -96,23 +99,24 @@ class Engine:
             self.check, self.weights_pinned = before, False
 
     def staleness(self, version: int | None) -> int:
-        """Versions by which the policy is ahead of what was sampled with this one (None, of unknown origin: 0)."""
+        """How many weight versions lie between a sample with this version and the policy (None, of unknown origin:
+        0)."""
         return 0 if version is None else self.syncs + self.stale - version
 
     def sync(self) -> None:
-        """Take over the policy's weights."""
+        """Copy the policy's weights to the engine."""
 
     def sample(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
         raise NotImplementedError
 
     def release_memory(self) -> None:
-        """Called when nothing will be sampled for a while: give back what can be had again quickly."""
+        """Free memory that can be restored quickly; called before an update, when nothing is sampled for a while."""
 
     def close(self) -> None:
-        """Give back what the engine holds: memory, processes."""
+        """Release the engine's memory and processes."""
 
     def stopped(self, tokens: Sequence[int], stop: tuple[str, ...]) -> bool:
-        """Whether the last of these sampled tokens has completed a stop string."""
+        """True if the last of these sampled tokens completed a stop string."""
         # A stop string of n bytes spans at most n tokens, and began no earlier than one token before.
         longest = max(len(text.encode()) for text in stop)
         tail = self.policy.tokenizer.decode(list(tokens[-(longest + 1) :]))

@@ -1,4 +1,4 @@
-"""Drawing one token a row from logits over the vocabulary, by inverting the cumulative distribution."""
+"""Sampling one token per row from logits over the vocabulary, by inverting the cumulative distribution."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ CANDIDATES = 1024
 def sample_token(
     logits_BV: torch.Tensor, sampling: Sampling, uniforms_B: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token a row: the one at which the cumulative distribution passes a given uniform number in [0, 1).
+    """Sample one token per row: the one at which the cumulative distribution passes a given uniform number in [0, 1).
 
-    Returns tokens (B,) and their log-probabilities (B,) under the distribution drawn from (after temperature, top-k, top-p).
+    Returns tokens (B,) and their log-probabilities (B,) under the sampling distribution (after temperature, top-k,
+    top-p).
     """
     if sampling.temperature == 0:
         tokens_B = logits_BV.argmax(-1)
@@ -32,8 +33,8 @@ def sample_token(
 def invert(weights_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
     """Indices (B,) at which the running sums of weights (float32, not all zero) pass this share (float64) of the total.
 
-    First a block of the vocabulary, then a token in it, both from running sums in float64: in float32 those over a large
-    vocabulary lose its tail, and in float64 those over all of it take as long as the rest of the drawing.
+    First a block of the vocabulary, then a token in it, both from running sums in float64: in float32 those over a
+    large vocabulary lose its tail, and in float64 those over all of it take as long as everything else together.
     """
     tokens = weights_BV.shape[1]
     whole = tokens // BLOCK * BLOCK

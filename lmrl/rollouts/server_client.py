@@ -29,11 +29,11 @@ SERVE_OPTIONS = (
 
 
 class ServerLost(Exception):
-    """A server did not answer: another one, or its successor, may."""
+    """A server did not answer; another server, or the same one restarted, may."""
 
 
 class RequestFailed(ServerLost):
-    """A server is there, but did not give what it was asked for, or not in time."""
+    """A live server did not fulfil a request, or not in time."""
 
 
 class RequestTimeout(RequestFailed):
@@ -41,7 +41,7 @@ class RequestTimeout(RequestFailed):
 
 
 class RequestRefused(RequestFailed):
-    """lmrl's extension answered that it could not do what it was asked for."""
+    """lmrl's server extension reported that it could not fulfil a request."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Handing out requests to several servers: a bounded number in flight, and none lost with a server."""
+"""Dispatching requests to several servers: a bounded number in flight, and none lost if a server dies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lmrl.rollouts.server_client import RequestFailed, ServerLost
 from lmrl.rollouts.server_supervisor import ServerSupervisor
 
 TRIES = 4
-"""How often a request may fail at servers that are there. Requests lost with a server do not count."""
+"""How often a request may fail on live servers. Requests lost with a server do not count."""
 
 
 def dispatch(
@@ -23,11 +23,11 @@ def dispatch(
     changed: threading.Condition,
     watch: Callable[[], None],
 ) -> list[Any]:
-    """The answers to requests 0 to `count` - 1, in order.
+    """The answers to requests 0 to `count` - 1, in order. Every request is answered exactly once.
 
-    ask: sends a request to a keeper's server, and raises ServerLost where it has to be sent again, to this server or another.
-    in_flight: requests at a time for each server. watch: called several times a second; raises to abandon everything.
-    Each server gets requests only while it is in service. Every request is answered exactly once.
+    ask: sends a request to a supervisor's server; raises ServerLost if it must be sent again, to this server or
+    another. in_flight: maximum number of requests in flight per server; a server gets requests only while it is in
+    service. watch: called several times a second; raises to abandon everything.
     """
     waiting = deque(range(count))
     found: dict[int, Any] = {}
@@ -57,7 +57,7 @@ def dispatch(
                     errors.append(error)
                     changed.notify_all()
                 return
-            except Exception as error:  # a mistake in here must not leave the caller waiting
+            except Exception as error:  # a bug here must not leave the caller waiting
                 with changed:
                     errors.append(EngineError(f"a request could not be sent: {type(error).__name__}: {error}"))
                     changed.notify_all()

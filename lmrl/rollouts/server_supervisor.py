@@ -1,4 +1,4 @@
-"""Keeping servers in service: started, holding the weights they should, and started again when they are lost."""
+"""Supervising servers: start them, load the right weights, restart them if they are lost."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from lmrl.rollouts.server_process import ServerProcess
 
 logger = logging.getLogger(__name__)
 POLL_DOWN, POLL_UP = 0.2, 5.0
-"""Seconds between looks at a server that is out of service, and at one that is in service."""
+"""Seconds between checks of a server that is out of service, and of one that is in service."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """The weights that a server has to hold. path: a file with them; None where they came, or are to come, otherwise."""
+    """The weights that a server should hold. path: a file with them; None if they are sent another way."""
 
     version: str
     path: Path | None = None
 
 
 class ServerSupervisor(threading.Thread):
-    """Looks after one server.
+    """Supervises one server.
 
-    A server is in service (`usable`) while it holds the target's weights. Whoever loses a request to it calls `lose`;
-    the keeper then brings it back, or at last gives it up: `gone` says why. `news` is notified of every change.
+    A server is in service (`in_service`) while it holds the target's weights. Code that loses a request to it calls
+    `mark_lost`; the supervisor then restarts the server or waits for it. If it gives up, `failure` says why. `changed`
+    is notified of every change of state.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class ServerSupervisor(threading.Thread):
         process: ServerProcess | None = None,
         restarts: int = 0,
     ):
-        """owner: whether this process gives the server its weights, or waits until another one has."""
+        """owner: True if this process sends the server its weights; otherwise it waits until another one has."""
         super().__init__(daemon=True, name=f"supervisor of {client.url}")
         self.client, self.changed, self.start_timeout, self.owner = client, changed, start_timeout, owner
         self.process, self.restarts_left = process, restarts
@@ -51,33 +52,33 @@ class ServerSupervisor(threading.Thread):
         self.failure: LmrlError | None = None
         self.cause = "it has not answered yet"
         self.answers = False
-        """Whether it has answered since it was last started or lost."""
+        """True if it has answered since it was last started or lost."""
         self.described = False
-        """Whether it has answered since it was last told what to hold, started or lost."""
+        """True if it has answered since the target was last set, and since it was last started or lost."""
         self._answered = 0.0
         self._since = time.monotonic()
         self._look, self._closed = threading.Event(), False
 
     # ---------------------------------------------------------------------------------------- called by other threads
     def set_target(self, target: Target | None) -> None:
-        """Out of service until it holds these weights (None: until told which)."""
+        """Take the server out of service until it holds these weights (None: until a target is set)."""
         with self.changed:
             self.target, self.in_service, self.needs_file, self.described = target, False, False, False
             self._since = time.monotonic()
         self._look.set()
 
     def mark_lost(self, cause: str) -> None:
-        """Out of service: a request to it was lost."""
+        """Take the server out of service, because a request to it was lost."""
         with self.changed:
             if self.in_service:
                 self._since = time.monotonic()
             self.in_service, self.cause = False, cause
             self.changed.notify_all()
-        if threading.current_thread() is not self:  # which looks again after a pause
+        if threading.current_thread() is not self:  # which checks again after a pause
             self._look.set()
 
     def close(self) -> None:
-        """Leave the server alone, and end it if the run has started it."""
+        """Stop supervising, and stop the server if the run started it."""
         self._closed = True
         self._look.set()
         self.client.hang_up(completions_only=False)
@@ -92,8 +93,8 @@ class ServerSupervisor(threading.Thread):
             self._supervise()
         except LmrlError as error:
             self._give_up(error)
-        except Exception as error:  # a full disk, a mistake in here: it must not leave the others waiting
-            self._give_up(EngineError(f"keeping {self.client.url} failed: {type(error).__name__}: {error}"))
+        except Exception as error:  # a full disk or a bug here must not leave the other threads waiting
+            self._give_up(EngineError(f"supervising {self.client.url} failed: {type(error).__name__}: {error}"))
 
     def _supervise(self) -> None:
         if self.process is not None:
@@ -104,14 +105,14 @@ class ServerSupervisor(threading.Thread):
             except ServerLost as lost:
                 self.mark_lost(str(lost))
                 busy = isinstance(lost, RequestTimeout) and time.monotonic() - self._answered < self.client.timeout
-                if not (self.answers and busy):  # between two steps of its engine, which may be long ones
+                if not (self.answers and busy):  # it may be inside a long step of its engine
                     self._restart_or_wait()
                     self.answers = self.described = False
             self._look.wait(POLL_UP if self.in_service else POLL_DOWN)
             self._look.clear()
 
     def _step(self) -> None:
-        """See what weights the server holds, and give it those of the target."""
+        """Ask which weights the server holds, and load the target's if they differ."""
         if self.process is not None and self.process.ended:
             raise ServerLost(f"{self.client.url} {self.process.last_words()}")
         target = self.target
@@ -149,7 +150,7 @@ class ServerSupervisor(threading.Thread):
             ) from refused
 
     def _restart_or_wait(self) -> None:
-        """After the server was found lost: start it again if it is ours, or wait."""
+        """Restart a lost server if the run started it; otherwise wait for it to return."""
         late = time.monotonic() - self._since > self.start_timeout
         if self.process is None:
             if late:

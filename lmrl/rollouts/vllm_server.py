@@ -34,7 +34,7 @@ from lmrl.seeding import key
 
 
 class VLLMServerEngine(Engine):
-    """Samples from servers, and keeps them in service: see lmrl/rollouts/server_supervisor.py.
+    """Samples from servers, and supervises them: see lmrl/rollouts/server_supervisor.py.
 
     folder: where `servers/server-N.log` goes (None: a temporary folder). shared: what the owner's `shared` says, on every
     other rank. Servers start with the first `refresh` of the owner. Raises ModelError for a policy guided by Q heads.
@@ -121,7 +121,8 @@ class VLLMServerEngine(Engine):
                 self._check_match(supervisor)
 
     def _ready(self) -> bool:
-        """Whether sampling may begin: without waiting for servers that are just being started, but for given ones."""
+        """True if sampling may begin: it waits for servers given by address, not for servers that are still
+        starting."""
         waits = self.owner and self.options.urls
         left = self._alive()
         return any(one.in_service for one in left) and all(one.in_service or not (waits or one.answers) for one in left)
@@ -195,17 +196,18 @@ class VLLMServerEngine(Engine):
         return [supervisor for supervisor in self.supervisors if supervisor.failure is None]
 
     def _watch(self) -> None:
-        """Called while waiting for servers: raises where waiting is of no use, and writes the file that one waits for."""
+        """Called while waiting for servers: raises if waiting is pointless, and writes the weights that a server
+        needs."""
         self.check()
         gone = [supervisor.failure for supervisor in self.supervisors if supervisor.failure]
         for error in gone:
             if isinstance(error, ModelError) or len(gone) == len(self.supervisors):
                 raise error
-        if self.weights_pinned:  # the weights that are sampled from are nowhere else: the policy's have changed since
+        if self.weights_pinned:  # the policy has changed since, so no copy of the pinned weights is left
             if all(supervisor.needs_file for supervisor in self._alive()):
                 raise EngineError(
-                    "all servers were started again while the policy was trained, and the weights that they sampled with are "
-                    "gone: resume the run with --resume"
+                    "all servers were restarted while the policy was training, and the weights they sampled with are lost: "
+                    "resume the run with --resume"
                 )
         elif any(supervisor.needs_file for supervisor in self.supervisors):  # started again after a broadcast
             target = self.supervisors[0].target

@@ -1,9 +1,10 @@
-"""One step ahead: while a step is learned from, the episodes of the next one are played, with weights one step older.
+"""Asynchronous rollouts (`rollouts.ahead=1`): while a step trains, the next step's episodes are sampled with older
+weights.
 
-Asynchronous learning with a bound of one step on staleness: Noukhovitch et al., "Asynchronous RLHF: faster and more
-efficient off-policy RL for language models" (arXiv 2410.18252). The weights are those from before the step's update, so
-that what is played does not depend on how long anything takes. An engine in other processes plays in a thread beside the
-training; one that shares the learner's weights or its process plays first, which is the same, only not at once.
+Staleness is at most one step: Noukhovitch et al., "Asynchronous RLHF: faster and more efficient off-policy RL for
+language models" (arXiv 2410.18252). The weights are those from before the step's update, so the samples do not depend
+on timing. A remote engine samples in a thread while the learner trains; an engine that shares the learner's weights or
+process samples before the update, with the same result.
 """
 
 from __future__ import annotations
@@ -23,37 +24,37 @@ from lmrl.trajectories.trajectory import Trajectory
 
 EPISODES_FILE, STATE_FILE = "ahead.parquet", "ahead.json"
 POLL = 0.1
-"""Seconds between looks for an interrupt while waiting."""
+"""Seconds between checks for an interrupt while waiting."""
 
 
 class RolloutsCancelled(BaseException):
-    """Raised in the thread that plays, where what it plays is not wanted any more."""
+    """Raised in the sampling thread when its episodes are no longer needed."""
 
 
 @dataclass
 class Pending:
-    """The episodes of a step, under way or played."""
+    """A step's episodes, in progress or finished."""
 
     step: int
     future: futures.Future[SourceBatch]
 
     @property
     def result(self) -> SourceBatch | None:
-        """None: there is none yet, or it went wrong."""
+        """None while sampling, and if it failed."""
         return self.future.result() if self.future.done() and self.future.exception() is None else None
 
 
 class AsyncRollouts(Source):
-    """Fresh rollouts, each step's played as the step before begins. The first step plays its own and the second's.
+    """Fresh rollouts, sampled when the previous step begins. The first step samples its own episodes and the second's.
 
-    What goes wrong in the thread is raised by the `next` of the step that was to learn from it.
+    An error in the thread is raised by `next` of the step that needs the episodes.
     """
 
     def __init__(self, fresh: FreshRollouts, steps: int):
-        """steps: of the stage; nothing is played beyond. Raises RunError in one of several processes."""
-        if (
-            distributed.size() > 1
-        ):  # judging and measuring talk to the other processes, and would from two threads at once
+        """steps: length of the stage; nothing is sampled beyond it. Raises RunError in a launch of several
+        processes."""
+        # Scoring and metrics use collectives, which two threads must not call at once.
+        if distributed.size() > 1:
             raise RunError(
                 f"rollouts.ahead=1 is for one process, but this is a launch of {distributed.size()}: set it to 0"
             )
@@ -69,7 +70,7 @@ class AsyncRollouts(Source):
             self._pending = Pending(step, completed(self.fresh.next(step)))
         assert self._pending.step == step, (self._pending.step, step)
         batch = self._pending.future.result()
-        # If playing ahead is interrupted, what is pending is still this step's, and a resumed run begins with it.
+        # If this is interrupted, `_pending` is still this step's, and a resumed run begins with it.
         self._pending = self._begin(step + 1) if step < self.steps else None
         return batch
 
@@ -106,7 +107,7 @@ class AsyncRollouts(Source):
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
     def save(self, folder: Path) -> None:
-        """What is under way is waited for, and kept with its log-probabilities and rewards."""
+        """Wait for the episodes in progress, and save them with log-probabilities and rewards."""
         self.wait()
         self.fresh.save(folder)
         pending = self._pending
@@ -141,7 +142,7 @@ def completed(batch: SourceBatch) -> futures.Future[SourceBatch]:
 
 
 def run_in_thread(work: Callable[[], SourceBatch]) -> futures.Future[SourceBatch]:
-    """Have `work` done by a thread that does not keep the process from ending; the future holds what comes of it."""
+    """Run `work` in a daemon thread; the future holds its result or error."""
     future: futures.Future[SourceBatch] = futures.Future()
 
     def run() -> None:

@@ -135,7 +135,7 @@ def build_stage(
 def build_listeners(
     recipe: Recipe, objective: Objective, policy: Policy, evaluation: Evaluation, watched: list[str]
 ) -> list[Listener]:
-    """What watches a stage, in the order it is told. watched: labels of the rewards that are not trained on."""
+    """A stage's listeners, in the order they are called. watched: labels of the rewards that are not trained on."""
     listeners: list[Listener] = [Memory(policy), RewardHackingMonitor(watched)]
     if isinstance(objective, PolicyGradient) and recipe.training.kl_band is not None:
         listeners.append(RateController(recipe.training.kl_band))

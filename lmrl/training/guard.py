@@ -151,7 +151,7 @@ def has_collapsed(start: Window, best: Window | None, last: Window, wander: floa
 
 @dataclass(frozen=True)
 class RollbackPoint:
-    """A checkpoint to go back to: its step, and the window of steps before it (None: as the stage began)."""
+    """A checkpoint to roll back to: its step, and the window of steps before it (None: the start of the stage)."""
 
     step: int
     window: Window | None = None

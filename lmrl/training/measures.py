@@ -1,4 +1,4 @@
-"""What a step's episodes were like, as numbers and as lines for the run folder; over all processes of a run."""
+"""Metrics and sample lines of a step's episodes, over all ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def measure(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def numbers_of(trajectory: Trajectory) -> dict[str, float]:
-    """What is known of one episode."""
+    """The numbers of one episode."""
     found = {"length": trajectory.num_actions, "cut": float(bool(trajectory.cut_turns))}
     if trajectory.reward is not None:
         found["reward"] = trajectory.reward
@@ -51,7 +51,7 @@ def repetition_of_all(trajectories: Sequence[Trajectory]) -> float:
 
 
 def drift(metrics: dict[str, Any]) -> dict[str, float]:
-    """Of a step's metrics those that tell whether a reward is pleased or earned: of what the policy has just played."""
+    """The metrics of a step's fresh episodes that can show reward hacking."""
     names = ("reward", "reward_std", "length", "repetition", "kl", "entropy")
     own = {name: metrics.get(f"online/{name}", metrics.get(name)) for name in names}
     own |= {name.removeprefix("online/"): value for name, value in metrics.items() if "reward/" in name}
@@ -68,7 +68,7 @@ def mean_of(updates: list[dict[str, float]]) -> dict[str, float]:
 
 
 def samples_to_keep(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-    """Of the processes' episodes: those that could not be judged, then some others, up to a limit each."""
+    """All ranks' episodes that could not be scored, then some others, up to a limit each."""
     failed = distributed.all_gather([one for one in trajectories if one.failure][:FAILED_KEPT])[:FAILED_KEPT]
     fine = distributed.all_gather([one for one in trajectories if not one.failure][:SAMPLES_KEPT])
     return failed + fine[: max(SAMPLES_KEPT - len(failed), 0)]

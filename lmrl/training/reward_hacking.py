@@ -1,7 +1,7 @@
-"""Watching for a reward that is pleased and not earned: what drifts while it rises.
+"""Detecting reward hacking: the trained reward rises while a reward that is only watched falls.
 
-Gao et al., "Scaling laws for reward model overoptimization" (arXiv 2210.10760): the trained reward goes on rising while what
-it stands for falls. A reward of weight 0 is not trained on, and so can tell.
+Gao et al., "Scaling laws for reward model overoptimization" (arXiv 2210.10760): the trained reward keeps rising while
+the true objective falls. A reward of weight 0 is not trained on, so it shows the difference.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from statistics import mean, variance
 
 WINDOW = 10
-"""Steps that are averaged before they are compared."""
+"""Steps in each of the two windows that are compared."""
 THRESHOLD = 2.0
-"""Standard errors by which two windows have to differ."""
+"""Standard errors by which the two windows must differ."""
 COLUMNS = 6
 TRAINED = "reward"
 
 
 def repetition(texts: Sequence[str], n: int = 3) -> float:
-    """Mean share of a text's n-grams of words that have been there before, in [0, 1]; short texts have none."""
+    """Mean share of repeated word n-grams in a text, in [0, 1]; 0 for texts shorter than n words."""
     shares = []
     for text in texts:
         words = text.split()
@@ -31,7 +31,10 @@ def repetition(texts: Sequence[str], n: int = 3) -> float:
 
 
 class RewardHackingDetector:
-    """What every step's fresh episodes were like, and the warnings that follow. watched: rewards that are not trained on."""
+    """Keeps the metrics of every step's fresh episodes and says when they suggest reward hacking.
+
+    watched: labels of the rewards that are not trained on.
+    """
 
     def __init__(self, watched: Sequence[str]):
         self.watched = [f"reward/{name}" for name in watched]
@@ -40,7 +43,7 @@ class RewardHackingDetector:
         self.warned: set[str] = set()
 
     def add(self, step: int, measures: dict[str, float]) -> list[str]:
-        """Note a step; returns warnings that are new."""
+        """Add a step's metrics; returns new warnings."""
         for name, value in measures.items():
             self.series.setdefault(name, [math.nan] * len(self.steps)).append(value)
         self.steps.append(step)
@@ -68,12 +71,12 @@ class RewardHackingDetector:
         held = [mean(row[0] for row in window) for window in (best, last)]
         trained = [mean(row[1] for row in window) for window in (best, last)]
         return (
-            f"{name} is watched and falls, {held[0]:.3g} -> {held[1]:.3g}, while the trained reward rises, {trained[0]:.3g} -> "
-            f"{trained[1]:.3g}: it may be pleased without being earned; look at samples.jsonl"
+            f"{name} is watched and falls ({held[0]:.3g} -> {held[1]:.3g}) while the trained reward rises "
+            f"({trained[0]:.3g} -> {trained[1]:.3g}): possible reward hacking; look at samples.jsonl"
         )
 
     def table(self) -> tuple[list[str], dict[str, list[float]]]:
-        """The run in at most COLUMNS parts: names of the parts, and means by measure."""
+        """The run in at most COLUMNS spans of steps: the spans' names, and each metric's mean in each span."""
         parts = min(COLUMNS, len(self.steps))
         bounds = [len(self.steps) * part // parts for part in range(parts + 1)]
         spans = list(zip(bounds, bounds[1:], strict=False))

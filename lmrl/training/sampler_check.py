@@ -1,7 +1,7 @@
-"""SamplerCheck in samplers: what an engine says it sampled with is compared with the learner, before anything is learned.
+"""The sampler check: an engine's log-probabilities are compared with the learner's before a step trains on its samples.
 
-An engine with weights of its own may go on with old ones, lack a part of them, or compute too coarsely, and nothing about
-the text would tell.
+An engine with its own copy of the weights may sample from an old or incomplete copy, or at too low a precision. The
+text alone would not show it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from lmrl.trajectories.batch import Batch, to_sequence
 from lmrl.trajectories.trajectory import Segment, Trajectory
 
 EPISODES, TOKENS = 16, 2048
-"""Fresh episodes that are compared at most, and their tokens in all (but at least one context with what was said in it)."""
+"""Maximum number of fresh episodes to compare, and of their tokens together (at least one segment is always
+compared)."""
 
 
 class SamplerCheck:
-    """Compares after the first weight sync of a process, and then after every `rollouts.check_every`."""
+    """Compares after the first weight sync of a process, then after every `rollouts.check_every` syncs."""
 
     def __init__(self, policy: Policy, engine: Engine, rollouts: Rollouts):
         self.policy, self.engine, self.rollouts = policy, engine, rollouts
@@ -47,8 +48,8 @@ class SamplerCheck:
         )
 
     def __call__(self, played: list[Trajectory]) -> dict[str, Any] | None:
-        """Where it is due: the mean and the largest absolute difference in nats, KL(sampler || learner) a token, and how
-        many tokens were compared. Episodes that older weights than the learner's have played say nothing, and are left out.
+        """Mean and largest absolute difference (nats), KL(sampler || learner) per token, and the number of tokens; None
+        if no check is due. Episodes sampled with older weights than the learner's are not compared.
         """
         if not self.due:
             return None
@@ -67,14 +68,14 @@ class SamplerCheck:
         }
 
     def raise_on_mismatch(self, compared: dict[str, Any], where: str) -> None:
-        """Raise SamplerError where the two are too far apart."""
+        """Raise SamplerError if the mean difference exceeds `rollouts.tolerance`."""
         options = self.rollouts
         if compared["gap_mean"] <= options.tolerance:
             return
         key = {"vllm": "rollouts.vllm.dtype", "vllm-server": "rollouts.server.dtype"}.get(options.engine)
         raise SamplerError(
             f"{where}: engine '{options.engine}' sampled with other log-probabilities than the learner computes for the same "
-            f"tokens: {compared['gap_mean']:.3f} nats apart on average, at most {compared['gap_max']:.2f}, over "
+            f"tokens: they differ by {compared['gap_mean']:.3f} nats on average, at most {compared['gap_max']:.2f}, over "
             f"{compared['tokens']} tokens (rollouts.tolerance={options.tolerance:g}). Either it computes too coarsely"
             f"{f' ({key}=float32 tells)' if key else ''}, or its weights are not the learner's (rollouts.engine=hf samples from the "
             "learner itself)"
@@ -82,18 +83,18 @@ class SamplerCheck:
 
 
 def why_not_comparable(policy: Policy, sampling: Sampling) -> str | None:
-    """Why what is sampled is from another distribution than the learner's, whatever the engine; None where it is not."""
+    """Why samples do not come from the learner's own distribution, whatever the engine; None if they do."""
     if sampling.temperature == 0:
-        return "rollouts.temperature=0 takes the likeliest token"
+        return "rollouts.temperature=0 takes the most likely token"
     if sampling.top_p < 1 or sampling.top_k > 0:
-        return "rollouts.top_p or rollouts.top_k cuts the distribution that is sampled from"
+        return "rollouts.top_p or rollouts.top_k truncates the distribution"
     if guidance_of(policy, sampling) is not None:
-        return "Q guides what is sampled"
+        return "Q values guide the sampling"
     return None
 
 
 def pick_segments(played: list[Trajectory], count: int = EPISODES, tokens: int = TOKENS) -> list[Segment]:
-    """Segments of up to `count` episodes, spread over all, their first ones first, up to so many tokens."""
+    """Segments of up to `count` evenly spaced episodes, first segments first, with up to `tokens` tokens together."""
     episodes = played[:: -(-len(played) // max(count, 1))] if played else []
     known = [
         [one for one in episode.segments if one.actions and None not in (one.logprobs[at] for at in one.actions)]
@@ -112,7 +113,7 @@ def pick_segments(played: list[Trajectory], count: int = EPISODES, tokens: int =
 
 
 def logprob_differences(policy: Policy, segments: list[Segment], temperature: float) -> torch.Tensor:
-    """Sampler's less learner's log-probability of each action token, (N,), the learner's at this temperature."""
+    """Sampler's minus learner's log-probability of each action token, (N,); the learner's is taken at `temperature`."""
     before, policy.temperature = policy.temperature, temperature
     try:
         learner = policy.score(Batch([to_sequence(segment) for segment in segments]))["logprobs"]

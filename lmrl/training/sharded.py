@@ -1,8 +1,8 @@
-"""Strategies that share out weights, gradients or the optimizer's state: DeepSpeed's ZeRO, and FSDP2.
+"""Strategies that shard weights, gradients or the optimizer's state: DeepSpeed's ZeRO, and FSDP2.
 
-Rajbhandari et al., "ZeRO" (arXiv 1910.02054); Zhao et al., "PyTorch FSDP" (arXiv 2304.11277). Checkpoints do not know them: state
-is gathered when it is saved, parameter by parameter, and shared out again when it is loaded, so that a run may go on
-with another strategy or another number of processes.
+Rajbhandari et al., "ZeRO" (arXiv 1910.02054); Zhao et al., "PyTorch FSDP" (arXiv 2304.11277). Checkpoints do not depend
+on them: state is gathered parameter by parameter when it is saved, and sharded again when it is loaded, so that a run
+can resume with another strategy or another number of processes.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class DeepSpeedStrategy(Strategy):
     """ZeRO-1 to 3, as the launch's DeepSpeed configuration says."""
 
     name, synchronized = "deepspeed", True
-    can_reload_weights = False  # its own copies of the weights would have to follow
-    can_discard = False  # DeepSpeed forgets gradients in its own step alone
+    can_reload_weights = False  # DeepSpeed's own copies of the weights would have to change too
+    can_discard = False  # DeepSpeed discards gradients only in its own step
 
     def __init__(self, accelerator: Any):
         # DeepSpeed calls functions of torch, several a pass, that warn each time of their new names.
@@ -66,7 +66,8 @@ class DeepSpeedStrategy(Strategy):
             self._keep_whole(used_outside_of_modules(policy))
 
     def _keep_whole(self, parameters: list[nn.Parameter]) -> None:
-        """Let every process hold these, as DeepSpeed does with small ones; their gradients and state stay shared out."""
+        """Keep these unsharded on every rank, as DeepSpeed does with small ones; their gradients and state stay
+        sharded."""
         held = self.optimizer.persistent_parameters
         known = {id(parameter) for parameter in held}
         for parameter in parameters:
@@ -88,7 +89,7 @@ class DeepSpeedStrategy(Strategy):
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
-        self.engine.backward(loss * distributed.size())  # which averages over the processes what has to be added up
+        self.engine.backward(loss * distributed.size())  # DeepSpeed averages over the ranks; the loss needs the sum
 
     def step(self, finite: bool) -> float:
         self.engine.step()
@@ -208,7 +209,7 @@ class DeepSpeedStrategy(Strategy):
 
 
 class FSDPStrategy(Strategy):
-    """Every layer's weights, gradients and optimizer state lie in pieces over the processes (PyTorch's `fully_shard`)."""
+    """Weights, gradients and optimizer state of every layer are sharded over the ranks (PyTorch's `fully_shard`)."""
 
     name, synchronized = "fsdp", True
 
@@ -244,7 +245,7 @@ class FSDPStrategy(Strategy):
         return super().forward(micro, request)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        (loss * distributed.size()).backward()  # FSDP averages over the processes what has to be added up
+        (loss * distributed.size()).backward()  # FSDP averages over the ranks; the loss needs the sum
 
     def _reduce(self) -> None:
         """Done in the backward pass."""
@@ -269,7 +270,7 @@ class FSDPStrategy(Strategy):
 
     def load_weights(self, folder: Path, trust_remote_code: bool = False) -> None:
         for module in [self.policy, *self.layers]:
-            module.reshard()  # else gathered copies would be written to, and not the pieces
+            module.reshard()  # otherwise the gathered copies would be written, not the shards
         load_weights(self.policy, folder, trust_remote_code, put_piece)
 
     def weights(self) -> dict[str, torch.Tensor] | None:
@@ -295,17 +296,18 @@ class FSDPStrategy(Strategy):
 
 
 def prepare_for_sharding(policy: Policy, shares_weights: bool) -> None:
-    """Find out what is found out by trial, while the weights are whole; and refuse what needs them whole."""
+    """Detect what needs full weights to detect, before they are sharded; refuse policies that always need full
+    weights."""
     if shares_weights and policy.guidance is not None:
         raise RecipeError(
-            "objectives with Q values move whole target weights, which this launch shares out over its processes: launch it "
+            "objectives with Q values update full target weights, but this launch shards them over its processes: launch it "
             "with --accelerate zero2, or without"
         )
     _ = policy.packs
 
 
 def put_piece(own: torch.Tensor, whole: torch.Tensor) -> None:
-    """Write this process's piece of a whole tensor into one of the policy's."""
+    """Copy this rank's shard of a full tensor into one of the policy's."""
     if isinstance(own, DTensor):
         whole = distribute_tensor(whole.to(own.device, own.dtype), own.device_mesh, own.placements)
     own.copy_(whole)

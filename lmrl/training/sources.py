@@ -39,44 +39,43 @@ CACHED = 4096
 
 @dataclass
 class SourceBatch:
-    """A step's trajectories: those to learn from, and those that the current policy has just played (judged or not).
+    """A step's trajectories, of which each rank has its shard.
 
-    With several processes, this one's share of them.
+    learn: those to train on. played: fresh ones by the current policy, scored or not.
     """
 
     learn: list[Trajectory]
     played: list[Trajectory] = field(default_factory=list)
     failed: int = 0
-    """Of the played ones, how many could not be judged."""
+    """Number of played ones that could not be scored."""
 
 
 class Source:
-    """Base of all sources. What `next` gives is a function of the step, the policy and the saved state alone."""
+    """Base of all sources. `next` depends only on the step, the policy and the saved state."""
 
     dataset: Dataset | None = None
-    """The logged episodes among it."""
+    """Its logged episodes, if it has any."""
 
     def next(self, step: int) -> SourceBatch:
         """The trajectories of a step, counted from 1."""
         raise NotImplementedError
 
     def wait(self) -> list[Trajectory]:
-        """Until nothing is being played beside the training, so that the engine is free; the episodes that the next step
-        will learn from, where they have been played."""
+        """Wait until no rollout is running in the background; returns the next step's episodes if they were sampled."""
         return []
 
     def stop(self, forget: bool = False) -> None:
-        """Break off what is being played beside the training. forget: what has been played for the next step, too."""
+        """Cancel rollouts that run in the background. forget: also drop finished episodes of the next step."""
 
     def save(self, folder: Path) -> None:
-        """Write what a resumed run needs beside a checkpoint."""
+        """Write the source's state next to a checkpoint, for a resumed run."""
 
     def load(self, folder: Path) -> None:
         pass
 
 
 class FreshRollouts(Source):
-    """Episodes by the current policy; `best` below 1 keeps that share, of those with the highest returns."""
+    """Episodes by the current policy; `best` below 1 keeps the share with the highest returns."""
 
     def __init__(
         self,
@@ -98,7 +97,7 @@ class FreshRollouts(Source):
         before = self._statistics()
         try:
             return self._play(step)
-        except BaseException:  # it is going to be played again
+        except BaseException:  # the step will be sampled again
             self._restore(before)
             raise
 
@@ -149,7 +148,7 @@ class FreshRollouts(Source):
 
 
 class Dataset(Source):
-    """Logged episodes, in shuffled passes. The tokens of the last CACHED episodes that were used are kept in memory."""
+    """Logged episodes, in shuffled passes. The tokens of the CACHED most recently used episodes stay in memory."""
 
     def __init__(
         self,
@@ -234,13 +233,13 @@ class Dataset(Source):
         ]
 
     def parts(self) -> Iterator[list[Trajectory]]:
-        """All episodes that can be drawn, some at a time, then the held-out ones."""
+        """All episodes that training may use, in parts, then the held-out ones."""
         for first in range(0, len(self.kept), PART):
             yield [self._episode(row) for unit in self.kept[first : first + PART] for row in self.units[unit]]
         yield self.heldout(None)
 
     def probe(self, count: int) -> list[Trajectory]:
-        """The first `count` episodes (fewer where there are fewer) of an order that is always the same, not shared out."""
+        """Up to `count` episodes, always the same, on every rank."""
         order = stream(*self.name, "probe").permutation(self.kept)
         return [self._episode(row) for unit in order[:count].tolist() for row in self.units[unit]]
 
@@ -265,9 +264,8 @@ class Mixture(Source):
 
     def next(self, step: int) -> SourceBatch:
         options, source_batch = self.options, self.fresh.next(step)
-        self.replay = (self.replay + distributed.all_gather(source_batch.learn))[
-            -options.replay :
-        ]  # all of it, in every process
+        # The same buffer on every rank.
+        self.replay = (self.replay + distributed.all_gather(source_batch.learn))[-options.replay :]
         if step <= options.warmup_steps:
             return SourceBatch([], source_batch.played, source_batch.failed)
         count = self.online(step)
@@ -293,7 +291,7 @@ class Mixture(Source):
 
 
 def zero_variance_groups(trajectories: list[Trajectory]) -> list[int]:
-    """Groups whose episodes all earned the same, in order of appearance."""
+    """Groups whose episodes all have the same reward, in order of appearance."""
     rewards: dict[int, set[float]] = {}
     for trajectory in trajectories:
         rewards.setdefault(trajectory.group, set()).add(trajectory.reward)
@@ -339,7 +337,8 @@ def build_source(
 ) -> Source:
     """The source of a stage's recipe.
 
-    bad_rows: where malformed rows are reported, if they are to be skipped. compares: draw logged episodes by prompt.
+    bad_rows: where malformed rows are reported, if they are to be skipped. compares: sample logged episodes in groups
+    of one prompt.
     """
     seed = recipe.training.seed
     if isinstance(recipe.source, RolloutsSource):
@@ -355,7 +354,7 @@ def build_source(
 
 
 def _maybe_async(fresh: FreshRollouts, recipe: Recipe) -> FreshRollouts | AsyncRollouts:
-    """Fresh episodes, played a step ahead where the recipe says so."""
+    """Fresh episodes, sampled asynchronously if the recipe sets `rollouts.ahead`."""
     from lmrl.training.async_rollouts import AsyncRollouts  # builds on this file
 
     return AsyncRollouts(fresh, recipe.training.steps) if recipe.rollouts.ahead else fresh
@@ -364,7 +363,7 @@ def _maybe_async(fresh: FreshRollouts, recipe: Recipe) -> FreshRollouts | AsyncR
 def build_dataset(
     source: DatasetOptions, task: Task, seed: int, stage: str, bad_rows: Path | None = None, compares: bool = False
 ) -> Dataset:
-    """The logged episodes that a source names: of a file, or played by a scripted player."""
+    """The logged episodes that a recipe names: from a file, or by a scripted player."""
     by_prompt = source.best_among == "prompt"
     if source.player is not None:
         episodes = play_dataset(task, source.player, source.episodes, seed)

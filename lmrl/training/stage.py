@@ -1,4 +1,4 @@
-"""One stage of a run: the loop. build.py builds it from its recipe; what watches it are its listeners."""
+"""One stage of a run: the training loop. build.py builds it from its recipe; listeners watch it."""
 
 from __future__ import annotations
 
@@ -33,8 +33,11 @@ from lmrl.training.updater import Updater
 
 @dataclass(kw_only=True, eq=False)
 class Stage:
-    """The parts of a stage. start: the checkpoint folder of the stage before, where it begins from one. checkpoint: where it goes on,
-    if it does; the policy has the weights of it already."""
+    """The parts of a stage.
+
+    start: the previous stage's checkpoint folder, if the stage begins from one. checkpoint: the one to resume from, if
+    any; the policy already holds its weights.
+    """
 
     run: Run
     name: str
@@ -65,7 +68,7 @@ class Stage:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know about the data, and what is played."""
+        """Notes for the user about the data and the rollouts."""
         plays = self.source.dataset is not self.source
         return [
             *self.task.notes,
@@ -125,7 +128,7 @@ class Stage:
         self.objective.ready(self.policy, dataset, fresh=not resumed)
 
     def _step(self, step: int) -> None:
-        """Draw, learn, record."""
+        """Get a batch, train on it, record."""
         started = time.monotonic()
         self.now, self.attempt = step, None
         seed_everything(self.seed, self.name, step)
@@ -151,7 +154,8 @@ class Stage:
         )
         metrics = self._learn(step, source_batch) if learned else {"updates": 0}
         finished = time.monotonic()
-        if played_well and (self.source.dataset or learned < played_well):  # it learned from others, or from some
+        # Trained on logged data, or on a subset of the fresh episodes: these get metrics of their own.
+        if played_well and (self.source.dataset or learned < played_well):
             metrics |= {f"online/{name}": value for name, value in measure(judged).items()}
         if played_well:
             metrics["repetition"] = repetition_of_all(judged)
@@ -175,7 +179,7 @@ class Stage:
             self.display.samples(source_batch.played, self.recipe.evaluation.show_samples)
 
     def _next_batch(self, step: int) -> SourceBatch:
-        self.interrupt.safe = distributed.size() == 1  # several processes stop together, between two steps
+        self.interrupt.safe = distributed.size() == 1  # several ranks stop together, between two steps
         self.interrupt.check()
         with self.strategy.gathered_weights():
             if self.recipe.source.name != "dataset":
@@ -186,10 +190,9 @@ class Stage:
         return source_batch
 
     def _compare(self, step: int, source_batch: SourceBatch) -> None:
-        """Compare what the engine says of its samples with what the learner says, where that is due."""
-        pending = (
-            self.source.wait() if self.sampler_check.due else []
-        )  # of the learner's weights, which drawn ones may not be
+        """Run the sampler check if it is due."""
+        # Asynchronous rollouts: the batch comes from older weights, the pending episodes from the current ones.
+        pending = self.source.wait() if self.sampler_check.due else []
         if compared := self.sampler_check([*source_batch.played, *pending]):
             self.record(step, "check", compared)
             self.sampler_check.raise_on_mismatch(compared, f"stage {self.name}, step {step}")
@@ -197,7 +200,7 @@ class Stage:
     def _learn(self, step: int, source_batch: SourceBatch) -> dict[str, float]:
         self.engine.release_memory()
         batch = self.objective.prepare(self.policy, source_batch.learn)
-        if not distributed.all_max(len(batch.sequences)):  # nothing to compare
+        if not distributed.all_max(len(batch.sequences)):  # no episodes to compare
             return measure(source_batch.learn) | batch.stats | {"updates": 0}
         updates: list[dict[str, float]] = []
         rng = stream(self.seed, self.name, step, "minibatches")
@@ -217,7 +220,7 @@ class Stage:
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
     def _resume(self) -> bool:
-        """Go back to the newest checkpoint; False: there is none."""
+        """Load the newest checkpoint; False if there is none."""
         found = self.checkpoint
         if found:
             self.progress = checkpoint.load(found, self.objective, self.updater, self.source)
@@ -228,7 +231,8 @@ class Stage:
         return bool(found)
 
     def roll_back(self, step: int) -> None:
-        """Go on from this step's checkpoint: weights, optimizer, objective and source. What has been played ahead is forgotten."""
+        """Continue from this step's checkpoint: weights, optimizer, objective and source. Pending rollouts are
+        dropped."""
         kept = checkpoint.checkpoint_path(self.run, self.name, step)
         self.source.stop(forget=True)
         checkpoint.roll_back(kept, self.recipe, self.policy, self.objective, self.updater, self.source, self.strategy)
@@ -242,7 +246,7 @@ class Stage:
         return bool(every and step % every == 0) or any(one.wants_checkpoint(self, step) for one in self.listeners)
 
     def save(self) -> None:
-        """Leave a checkpoint of the step that is done."""
+        """Save a checkpoint of the last finished step."""
         self._checkpoint(checkpoint.checkpoint_path(self.run, self.name, self.progress.step))
         wanted = {step for listener in self.listeners for step in listener.keeps(self)}
         self.run.prune(self.name, self.recipe.training.keep_checkpoints, wanted)

@@ -1,8 +1,8 @@
-"""How weights, gradients and the optimizer's state lie over the processes of a run.
+"""How weights, gradients and optimizer state are distributed over the processes of a run.
 
-`Strategy` is the plain case: every process holds all of them, and gradients are added up once an update. Because that happens
-after the last microbatch, the processes may have different numbers of them. Strategies that share out the weights
-(sharded.py) gather them for every pass, so there the processes go through the same number of passes, `synchronized`.
+`Strategy` is plain data parallelism: every rank holds everything, and gradients are all-reduced once per update. Since
+that happens after the last microbatch, ranks may have different numbers of microbatches. Strategies that shard the
+weights (sharded.py) gather them for every pass, so their ranks must run the same number of passes (`synchronized`).
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ from lmrl.training.optimizers import entry_from_tensor, entry_to_tensor
 from lmrl.trajectories.batch import Microbatch
 
 BUCKET = 2**24
-"""Numbers of gradients that travel together."""
+"""Gradient elements in one all-reduce."""
 
 
 class Strategy:
-    """Every process holds all weights; also the only process of a run."""
+    """Data parallelism: every rank holds all weights. Also used with one process."""
 
     name = "ddp"
     synchronized = False
+    """True if all ranks must run the same number of passes."""
     can_discard = True
-    """True if a gradient can be forgotten after the backward pass."""
+    """True if a gradient can be discarded after the backward pass."""
     can_reload_weights = True
-    """True if a checkpoint's weights can take the place of the policy's own in the middle of a stage."""
+    """True if a checkpoint's weights can be loaded in the middle of a stage."""
     optimizer: torch.optim.Optimizer
 
     def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:
-        """Take a policy and its optimizer over. Called once, before the first pass."""
+        """Take over a policy and its optimizer. Called once, before the first pass."""
         self.policy, self.optimizer, self.max_grad_norm = policy, optimizer, max_grad_norm
         self.parameters = [one for group in optimizer.param_groups for one in group["params"]]
         policy.synchronized = self.synchronized
-        if distributed.size() > 1:  # built from the same seeds or files; made sure of
+        if distributed.size() > 1:  # all ranks build the same policy; this makes sure
             heads = policy.values.state_dict().values() if policy.values is not None else ()
             for tensor in [*self.parameters, *heads]:
                 dist.broadcast(tensor.data, src=0)
@@ -85,7 +86,7 @@ class Strategy:
         return torch.nn.utils.get_total_norm(gradients)
 
     def _reduce(self) -> None:
-        """Add up the gradients of all processes, in buckets."""
+        """All-reduce the gradients, in buckets."""
         if distributed.size() == 1:
             return
         held: list[torch.nn.Parameter] = []
@@ -100,24 +101,24 @@ class Strategy:
 
     @contextmanager
     def gathered_weights(self) -> Iterator[None]:
-        """All weights, in every process, for as long as this lasts: to sample with, or to save.
+        """Inside this context every rank holds all weights: to sample, or to save.
 
-        After an error inside nothing is put back, because that takes all processes, and the others may have none: the run is
-        over, and the one that fails has to end for the others to notice.
+        After an error inside nothing is resharded: that is a collective, and the other ranks may have had no error. The
+        run is over, and the failing rank has to exit for the others to notice.
         """
         yield
 
     def load_weights(self, folder: Path, trust_remote_code: bool = False) -> None:
-        """Put a checkpoint's weights in the place of the policy's own, in the middle of a stage."""
+        """Load a checkpoint's weights in the middle of a stage."""
         load_weights(self.policy, folder, trust_remote_code)
 
     def weights(self) -> dict[str, torch.Tensor] | None:
-        """All weights as the policy's `state_dict` names them, where the policy cannot be asked for them inside of `whole`."""
+        """All weights by their `state_dict` names if `gathered_weights` is no way to get them; otherwise None."""
         return None
 
     # ---------------------------------------------------------------------------------------------------------- state
     def optimizer_tensors(self, parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
-        """The optimizer's state by parameter and entry; None of it need be there in processes other than the main one."""
+        """The optimizer's state by parameter and entry; ranks other than the main one may return nothing."""
         return {
             f"{name}.{key}": entry_to_tensor(key, value)
             for name, parameter in parameters.items()
@@ -136,7 +137,7 @@ class Strategy:
                 }
 
     def close(self) -> None:
-        """Let go of what is bound to this stage's policy."""
+        """Release what belongs to this stage's policy."""
 
 
 def entries_of(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -145,7 +146,7 @@ def entries_of(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 
 def all_reduce_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Sum these parameters' gradients over the processes; one that nobody has stays None, as with one process."""
+    """Sum these parameters' gradients over the ranks; a gradient that no rank has stays None, as with one process."""
     known = distributed.all_sum([float(parameter.grad is not None) for parameter in parameters])
     held = [parameter for parameter, count in zip(parameters, known, strict=True) if count > 0]
     if not held:
@@ -159,7 +160,7 @@ def all_reduce_gradients(parameters: list[torch.nn.Parameter]) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- the launch
 def check_launch(accelerator: Any, recipe: Recipe) -> None:
-    """Refuse what accelerate was asked for and did not give, or would give beside the recipe."""
+    """Refuse a launch that accelerate did not set up as asked, or that contradicts the recipe."""
     kind = accelerator.distributed_type.value
     if accelerate_uses("DEEPSPEED") and kind != "DEEPSPEED":
         raise RunError(
@@ -185,7 +186,7 @@ def check_launch(accelerator: Any, recipe: Recipe) -> None:
     if accelerator.gradient_accumulation_steps != 1:
         raise RecipeError(
             "accelerate was launched with gradient_accumulation_steps="
-            f"{accelerator.gradient_accumulation_steps}: microbatches are training.microbatch_tokens' business, set it to 1"
+            f"{accelerator.gradient_accumulation_steps}: batches are split by training.microbatch_tokens, set it to 1"
         )
 
 
@@ -201,5 +202,5 @@ def build_strategy(accelerator: Any) -> Strategy:
 
 
 def accelerate_uses(what: str) -> bool:
-    """Whether accelerate was launched to use it."""
+    """True if accelerate was launched with this feature, such as FSDP."""
     return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"

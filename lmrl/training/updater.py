@@ -1,7 +1,7 @@
 """The updater: from a minibatch to one optimizer step.
 
-It alone owns microbatches, normalisation, backward, clipping, the learning rate, and skipping non-finite steps. How
-weights and gradients lie over several processes is the strategy's business.
+It alone owns microbatches, normalisation, backward, clipping, the learning rate, and skipping non-finite steps. The
+strategy decides how weights and gradients are distributed over processes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from lmrl.training.strategy import Strategy
 from lmrl.trajectories.batch import Batch
 
 STEP_ADVICE = (
-    "the optimizer's step does not fit into memory: set optimizer.name=adamw_8bit, train adapters (model.lora), or share the "
-    "optimizer's state out over processes (docs/memory.md)"
+    "the optimizer's step does not fit into memory: set optimizer.name=adamw_8bit, train adapters (model.lora), or shard the "
+    "optimizer's state over processes (docs/memory.md)"
 )
 
 
@@ -44,11 +44,11 @@ class Updater:
         optimizer = build_optimizer(options, groups, policy, self.strategy)
         norm = GRAD_NORM if options.max_grad_norm == "auto" else options.max_grad_norm
         self.strategy.prepare(policy, optimizer, norm)
-        self.parameters = policy.trainable()  # sharding may have put others in their place
+        self.parameters = policy.trainable()  # sharding may have replaced them
         self.schedule = 1.0
         """Factor of the step on the learning rate."""
         self.factors: dict[str, float] = {}
-        """On the learning rate, on top of the schedule, by who set it: they multiply."""
+        """Further factors on the learning rate, by the listener that set them: they multiply."""
         self.skipped = 0
         self.skipped_in_a_row = 0
 
@@ -68,7 +68,7 @@ class Updater:
     def step(self, policy: Policy, objective: Objective, minibatch: Batch) -> dict[str, float]:
         """One update. Returns statistics averaged over the minibatch of all processes; a non-finite one changes no weight.
 
-        Where the objective rejects it, it changes none either, the update before is taken back, and `rejected` is 1.
+        If the objective rejects it, no weight changes either, the previous update is undone, and `rejected` is 1.
         """
         if not self.strategy.can_discard:
             moved = objective.divergence(policy, minibatch)
@@ -105,15 +105,15 @@ class Updater:
         return stats
 
     def undo_step(self) -> None:
-        """Undo the last update of the trunk, where its optimizer can; the heads keep what they have learned."""
+        """Undo the last update of the trunk if its optimizer can; the heads keep theirs."""
         if self.strategy.can_discard and isinstance(self.strategy.optimizer, torch.optim.AdamW):
             undo_step(self.strategy.optimizer, self.strategy.optimizer.param_groups[0])
 
     def backward(self, policy: Policy, objective: Objective, minibatch: Batch) -> dict[str, float]:
         """Gradient of the loss averaged over the whole minibatch of all processes, however it is cut into microbatches.
 
-        Where memory runs out, the minibatch begins again with smaller ones. Raises MemoryShortError where that cannot help.
-        Weightless sequences count in the loss, and are left out of the other statistics.
+        If memory runs out, the minibatch starts again with smaller ones. Raises MemoryShortError if that cannot help.
+        Sequences without a gradient are counted in the loss and left out of the other statistics.
         """
         active, skipped = minibatch.split_by_gradient()
         passed, left = distributed.all_sum([weight(policy, objective, part) for part in (active, skipped)])
@@ -129,14 +129,14 @@ class Updater:
         return stats | {"loss": stats["loss"] * passed / count}
 
     def _passes(self, policy: Policy, objective: Objective, passes: Passes, count: float) -> dict[str, Any]:
-        """Leave the gradient of all passes, and nothing of an attempt before; returns sums of loss and statistics."""
+        """Accumulate the gradient of all passes, discarding earlier attempts; returns sums of loss and statistics."""
         self.strategy.zero_grad()
         policy.value_pull.zero_()
         sums: dict[str, Any] = {"loss": 0.0}
         for micro, dummy, last in passes:
             micro = micro.to(policy.device)
             outputs = self.strategy.forward(micro, objective.forward_request)
-            if dummy:  # takes part in what the processes do together, and adds nothing
+            if dummy:  # joins the collectives, and adds nothing
                 self.strategy.backward(outputs.zero_loss(), last)
                 continue
             loss = objective.loss(outputs, micro)
@@ -146,8 +146,8 @@ class Updater:
         return sums
 
     def rehearse(self, policy: Policy, objective: Objective, batch: Batch) -> None:
-        """The passes of an update of this batch, to see whether they fit into memory. Nothing changes by it but, where they do
-        not, `policy.microbatch_tokens`."""
+        """Run the passes of an update on this batch to see if they fit into memory. Only `policy.microbatch_tokens`
+        changes, if they do not."""
         was_training, device = policy.training, policy.device
         held = None
         if device.type != "cpu" and not self.strategy.synchronized and not self.strategy.optimizer.state:
@@ -169,7 +169,7 @@ class Updater:
     # ---------------------------------------------------------------------------------------------------------- state
     @property
     def ran_short(self) -> bool:
-        """Whether memory has run out, so that microbatches are smaller than the recipe's."""
+        """True if memory ran out, so that microbatches are smaller than the recipe's."""
         return self.policy.microbatch_tokens < self.recipe_tokens
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -200,14 +200,14 @@ def whole_update(policy: Policy, minibatch: Batch) -> FailedPass:
 
 
 def weight(policy: Policy, objective: Objective, batch: Batch) -> float:
-    """What a batch of this process counts in the mean over a minibatch."""
+    """The weight of this rank's batch in the mean over a minibatch."""
     return sum(objective.count(micro) for micro in batch.microbatches(policy.microbatch_tokens, policy.pad_id))
 
 
 def averages(sums: dict[str, Any], count: float) -> dict[str, float]:
     """Sums of this process's microbatches, added up over the processes, by `count`."""
     parts: dict[str, float] = {name: float(value) for name, value in sums.items()}
-    if distributed.size() > 1:  # a process without microbatches knows no names
+    if distributed.size() > 1:  # a rank without microbatches has no names
         total: dict[str, float] = {}
         for own in distributed.all_gather([parts]):
             for name, value in own.items():
@@ -217,7 +217,7 @@ def averages(sums: dict[str, Any], count: float) -> dict[str, float]:
 
 
 def is_head(name: str) -> bool:
-    """Whether a parameter of a policy belongs to a head, and not to a trunk."""
+    """True if a policy's parameter belongs to a head, not to a trunk."""
     return name.startswith(("values.v.", "values.q."))
 
 

@@ -30,7 +30,7 @@ class Sequence:
     branches: torch.Tensor | None = None
     """Of a packed sequence (see shared.py): 0 for the shared beginning, n for its nth continuation, (T,)."""
     zero_gradient: bool = False
-    """Whether no gradient comes of it, so that an update counts it and spares its pass."""
+    """True if its gradient is exactly zero: it is counted in the loss and skipped in the forward pass."""
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Microbatch:
 class Batch:
     sequences: list[Sequence]
     stats: dict[str, float] = field(default_factory=dict)
-    """What `prepare` measured over the whole batch."""
+    """Metrics that `prepare` measured over the whole batch."""
 
     @property
     def num_actions(self) -> int:
@@ -85,8 +85,8 @@ class Batch:
         return [sequence.targets.numel() for sequence in self.sequences]
 
     def split_by_gradient(self) -> tuple[Batch, Batch]:
-        """The sequences that a gradient comes of, and those that none comes of; where there are only these, the first one stands
-        among the others."""
+        """The sequences with a gradient, and those without. If none has one, the first is returned as active, so that
+        an update always has a pass."""
         zero_gradient = [sequence for sequence in self.sequences if sequence.zero_gradient]
         active = [sequence for sequence in self.sequences if not sequence.zero_gradient]
         return (Batch(active), Batch(zero_gradient)) if active else (Batch(zero_gradient[:1]), Batch(zero_gradient[1:]))

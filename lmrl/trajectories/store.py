@@ -27,7 +27,7 @@ SHARDS, SCRATCH = "data-*.parquet", ".writing-"
 
 
 class DatasetFile:
-    """Logged episodes, of any format that rows.py knows, which stay on disk.
+    """Logged episodes on disk, in any format that rows.py reads.
 
     Opening goes through all rows once and checks their text; an episode is read and tokenised when it is asked for.
     Episodes with a prompt of which one of the renderer's keys is in `without` (held out for evaluation) and those that
@@ -65,7 +65,7 @@ class DatasetFile:
         """Of each such number, its episode."""
         self.notes: list[str] = []
         self.needs_template = False
-        """Whether there are dialogues to be rendered."""
+        """True if there are dialogues to render."""
         self.groups = array("q")
         """Of each episode a number that it shares with those that can be compared with it: of the same prompt."""
         self._index, self._parts = array("q"), array("b")
@@ -190,7 +190,7 @@ def report_bad_rows(rows: Rows, bad: list[tuple[int, str]], target: Path) -> Non
 
 
 def dataset_texts(path: str, split: str = "train") -> list[str]:
-    """Observations and actions of the first VOCABULARY_ROWS rows; whether rows are malformed is DatasetFile's to say."""
+    """Observations and actions of the first VOCABULARY_ROWS rows; DatasetFile reports malformed rows."""
     texts: list[str] = []
     for number, row in enumerate(islice(open_rows(path, split).scan(), VOCABULARY_ROWS)):
         try:

@@ -223,7 +223,7 @@ def test_weights_that_were_broadcast_and_are_gone_are_not_replaced_by_later_ones
         if others:
             assert complete(generate(engine))
         else:
-            with pytest.raises(EngineError, match="the weights that they sampled with are gone"):
+            with pytest.raises(EngineError, match="the weights they sampled with are lost"):
                 generate(engine)
     assert len(servers[0].loaded) == 1
     engine.stale = True
@@ -313,7 +313,7 @@ def test_a_keeper_that_fails_stops_the_run(fakes, engine_of):
 
     engine.supervisors[0].process = Process()
     engine.supervisors[0].process.start = start
-    with pytest.raises(EngineError, match=r"keeping http://.* failed: OSError: .*No space left on device"):
+    with pytest.raises(EngineError, match=r"supervising http://.* failed: OSError: .*No space left on device"):
         generate(engine)
 
 

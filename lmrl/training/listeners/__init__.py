@@ -1,4 +1,4 @@
-"""What watches a stage: each listener is told where the loop stands, and may speak, measure, keep and stop."""
+"""Listeners: called by a stage at fixed points of its loop; they may measure, warn, keep checkpoints and stop it."""
 
 from lmrl.training.listeners.diagnostics import Diagnostics
 from lmrl.training.listeners.evaluation import Evaluation

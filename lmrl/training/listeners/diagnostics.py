@@ -35,14 +35,13 @@ class Diagnostics(Listener):
         stage.track({f"{stage.name}/diagnostics/{name}": value for name, value in found.items()}, step)
 
     def _episodes(self, stage: Stage, played: list[Trajectory]) -> list[Trajectory]:
-        """Logged episodes, or the first fresh ones, kept beside the stage."""
+        """Logged episodes, or the first fresh ones, which are saved in the stage's folder."""
         if stage.source.dataset:
             return stage.source.dataset.probe(PROBE_EPISODES)
         kept = stage.run.stage_folder(stage.name) / PROBE_FILE
         if distributed.broadcast(kept.exists()):
             return read_episodes(kept, stage.policy.tokenizer)
-        found = distributed.all_gather([one for one in played if one.reward is not None][:PROBE_EPISODES])[
-            :PROBE_EPISODES
-        ]
+        own = [one for one in played if one.reward is not None][:PROBE_EPISODES]
+        found = distributed.all_gather(own)[:PROBE_EPISODES]
         stage.run.write_file(kept, lambda path: write_episodes(path, found, stage.policy.tokenizer))
         return found

@@ -1,4 +1,4 @@
-"""The gate at work: evaluates through a stage's first steps, rolls back, gives up."""
+"""The gate's listener: evaluates during a stage's first steps, rolls back, gives up."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class GateMonitor(Listener):
     name = "gate"
 
     def __init__(self, gate: Gate, evaluation: Evaluation):
-        """evaluation: of the same stage, which it hears of every step first."""
+        """evaluation: the same stage's, called before this listener at every step."""
         self.gate, self.evaluation = gate, evaluation
         self.rolled_back_at: int | None = None
 

@@ -1,4 +1,4 @@
-"""Memory: whether the largest update fits, and where it has run out."""
+"""The memory listener: does the largest update fit, and when did memory run out."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 class Memory(Listener):
-    """Tries the largest update before the first step; says and records it where microbatches became smaller."""
+    """Tries the largest update before the first step; reports and records when microbatches became smaller."""
 
     name = "memory"
 
     def __init__(self, policy: Policy):
         self.policy = policy
         self.told = policy.microbatch_tokens
-        """Tokens of a microbatch as last told of."""
+        """Microbatch size (tokens) last reported."""
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.told = self.policy.microbatch_tokens
@@ -31,7 +31,7 @@ class Memory(Listener):
         wanted = stage.recipe.training.try_worst_case
         if not (self.policy.device.type != "cpu" if wanted is None else wanted):
             return
-        if stage.recipe.source.name != "dataset":  # what the engine holds is held beside
+        if stage.recipe.source.name != "dataset":  # the engine's memory counts too
             with stage.strategy.gathered_weights():
                 stage.engine.refresh()
         stage.engine.release_memory()

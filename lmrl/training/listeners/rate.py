@@ -1,10 +1,10 @@
 """The learning rate: held to what the policy can bear, by the measured change of the policy per step.
 
-A rate that is right at the start of a run may be far too high near its end, where the policy is sure of itself. So after each
-step's updates the policy is compared with what played, on a few of the step's tokens, as in Schulman et al. (arXiv 1707.06347,
-section 4) and in RSL-RL's and rl_games' rules. Here the band has but one edge: a policy that hardly moves may have nothing to
-learn, so the rate is never raised above the recipe's. A step's divergence grows with the square of the rate. Where it is more than
-the objective allows, the last update is taken back as well.
+A rate that is right at the start of a run may be far too high near its end, where the policy is sure of itself. So
+after each step's updates the policy is compared with what played, on a few of the step's tokens, as in Schulman et al.
+(arXiv 1707.06347, section 4) and in RSL-RL's and rl_games' rules. Here the band has but one edge: a policy that hardly
+moves may have nothing to learn, so the rate is never raised above the recipe's. A step's divergence grows with the
+square of the rate. If it is more than the objective allows, the last update is undone as well.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class RateController(Listener):
         moved = distributed.mean(k3(gaps_N, gaps_N.new_zeros(())))
         entropy = metrics.get("entropy", OPEN_ENTROPY)  # none while the critic warms up
         if stage.objective.rejects({"approx_kl": moved, "entropy": entropy}) and "rejected_kl" not in metrics:
-            stage.updater.undo_step()  # the last update, which no minibatch came after to test
+            stage.updater.undo_step()  # no later minibatch tested the last update
         self.factor = controlled(self.factor, moved, bearable(self.band, entropy))
         stage.updater.factors[self.name] = self.factor
         return {"policy_change": moved, self.name: self.factor}

@@ -1,4 +1,4 @@
-"""Whether a reward is pleased and not earned: warnings as a stage goes on, and a table when it ends."""
+"""The reward-hacking monitor: warnings during a stage, and a table of metrics at its end."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 class RewardHackingMonitor(Listener):
+    """Warns if the trained reward rises while a watched one falls (see lmrl/training/reward_hacking.py)."""
+
     name = "hacking"
 
     def __init__(self, watched: Sequence[str]):
@@ -23,7 +25,7 @@ class RewardHackingMonitor(Listener):
         self.detector = RewardHackingDetector(watched)
 
     def begin(self, stage: Stage, resumed: bool) -> None:
-        """Take up what the run folder says of the steps before."""
+        """Read the earlier steps from the run folder."""
         for line in stage.run.recorded(stage.name, "train"):
             self._add(line["step"], line)
         warnings = stage.run.recorded(stage.name, "warning")
@@ -39,5 +41,5 @@ class RewardHackingMonitor(Listener):
             stage.display.number_table(f"Stage {stage.name}, fresh episodes by step", *self.detector.table())
 
     def _add(self, step: int, metrics: dict[str, Any]) -> list[str]:
-        """Note a step, if it has played; returns new warnings."""
+        """Add a step's metrics if it sampled fresh episodes; returns new warnings."""
         return self.detector.add(step, drift(metrics)) if "repetition" in metrics else []
