@@ -382,6 +382,7 @@ def kill_once(engine, requests: int):
 def test_a_server_that_is_killed_is_started_again_and_nothing_is_lost(started, count):
     engine = started(count=count, in_flight=4)
     generate(engine, 4)
+    wait_for(lambda: all(supervisor.in_service for supervisor in engine.supervisors), 10)
     first = [supervisor.process.process.pid for supervisor in engine.supervisors]
     kill_once(engine, 5)
     assert complete(generate(engine, 40), 40)
