@@ -15,8 +15,16 @@ def signalled(number, after=0.2):
     threading.Timer(after, os.kill, (os.getpid(), number)).start()
 
 
+@pytest.fixture
+def hangup():
+    """SIGHUP as it is without nohup, under which these tests may run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_call_that_sleeps_is_ended_where_it_is_safe(capfd, number):
+def test_a_call_that_sleeps_is_ended_where_it_is_safe(hangup, capfd, number):
     before = signal.getsignal(number)
     began = time.monotonic()
     with Interrupt() as interrupt, pytest.raises(Interrupted) as caught:

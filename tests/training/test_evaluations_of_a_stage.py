@@ -25,7 +25,7 @@ OWN = [*TINY_WALKS, "evaluation.suite=task", "training.checkpoint_every=0"]
 ONLINE = [*OWN, "source={name: rollouts}", "objective={name: rloo}", "rollouts.prompts=32", "rollouts.samples=4"]
 BREAKS_AT = 52
 BREAKING = [*OWN, "source.player=optimal", "source.batch_size=32", "training.steps=57", "optimizer.lr=1e-2"]
-BREAKING += ["evaluation.every=25", "evaluation.episodes=28"]
+BREAKING += ["evaluation.every=25", "evaluation.episodes=28", "training.on_collapse=warn"]
 
 
 def run_of(changes, folder, recipe="random_walks/bc"):
