@@ -359,7 +359,7 @@ def main() -> None:
     runs.add_argument("--screen", action="store_true", help="the first seed alone")
     tables = commands.add_parser("table", help="print results as Markdown")
     tables.add_argument("--out", type=Path, default=Path("zoo.jsonl"))
-    tables.add_argument("--library", help="version of lmrl/ (default: that of the last result)")
+    tables.add_argument("--tree", metavar="HASH", help="version of lmrl/ (default: that of the last result)")
     commands.add_parser("references", help="print what can be reached on each task")
     cell = commands.add_parser("cell", help="one cell in this process (what `run` calls)")
     cell.add_argument("task", choices=GAMES)
@@ -371,7 +371,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit("terminated"))
         run(args)
     elif args.command == "table":
-        print(table(read(args.out), args.library))
+        print(table(read(args.out), args.tree))
     elif args.command == "references":
         print(references())
     else:

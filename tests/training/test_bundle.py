@@ -21,7 +21,7 @@ from lmrl.recipe_files import load_recipe
 from lmrl.rollouts import hf
 from lmrl.training import train
 from lmrl.training.bundle import batch_of, batch_tensors, memory_limits
-from lmrl.training.guard import Tracker
+from lmrl.training.collapse import Tracker
 from lmrl.training.replay import alike, replay
 from lmrl.training.updater import Updater
 from tests.conftest import TINY_WALKS

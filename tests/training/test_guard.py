@@ -6,23 +6,21 @@ import math
 import numpy as np
 import pytest
 
-from lmrl.training import guard
-from lmrl.training.guard import (
+from lmrl.training.collapse import (
+    MOST_CORRELATED,
     START,
-    WIDE,
     WINDOW,
     Noise,
     RollbackPoint,
-    Settings,
     Step,
     Tracker,
     Window,
-    between_groups,
     certainly_above,
     has_collapsed,
     scatter,
     window_of,
 )
+from lmrl.training.detectors import DETECTORS, WIDE, Settings, between_groups
 
 
 # --------------------------------------------------------------------------------------------------------------- by hand
@@ -50,7 +48,7 @@ def test_error_grows_with_correlation():
     assert noise.correlation == pytest.approx(0.48)
     assert window_of([Step(1.0)] * 5, noise).error == pytest.approx(alone * math.sqrt(1.48 / 0.52))
     noise.products = 72.0
-    assert noise.correlation == guard.MOST_CORRELATED
+    assert noise.correlation == MOST_CORRELATED
 
 
 def test_wander_leaves_a_steady_rise_and_two_bends_out():
@@ -264,7 +262,7 @@ def first(**measures):
     ],
 )  # fmt: skip
 def test_each_failure_is_said_with_an_option_and_a_value(name, began, now, said):
-    text = guard.DETECTORS[name](first(**began), rows(**now), SETTINGS, False)
+    text = DETECTORS[name](first(**began), rows(**now), SETTINGS, False)
     assert said in text and "\n" not in text
 
 
@@ -289,11 +287,11 @@ def test_each_failure_is_said_with_an_option_and_a_value(name, began, now, said)
     ],
 )
 def test_nothing_is_said_without_need(name, began, now, gained):
-    assert guard.DETECTORS[name](first(**began), rows(**now), SETTINGS, gained) is None
+    assert DETECTORS[name](first(**began), rows(**now), SETTINGS, gained) is None
 
 
 def test_detectors_wait_for_a_window():
-    for name, detector in guard.DETECTORS.items():
+    for name, detector in DETECTORS.items():
         bad = {"moved": 0.0, "alike": 1.0, "cut": 1.0, "failed": 1.0, "entropy": 9.0, "length": 99.0, "held": 0.01}
         bad |= {"explained": -1e9, "reward_std": 1.0, "grad_norm": 1e9}
         assert detector(first(entropy=0.1, length=1.0, cut=1.0, reward_std=1.0, grad_norm=1.0), rows(WINDOW - 1, **bad), SETTINGS, False) is None, name  # fmt: skip

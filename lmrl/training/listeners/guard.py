@@ -15,19 +15,8 @@ from lmrl.objectives import Objective
 from lmrl.recipe import Recipe
 from lmrl.training.bundle import keep_update, rng_state
 from lmrl.training.checkpoint import checkpoint_path
-from lmrl.training.guard import (
-    DETECTORS,
-    KEEP,
-    LEAST,
-    START,
-    WIDE,
-    RollbackPoint,
-    Row,
-    Settings,
-    Step,
-    Tracker,
-    between_groups,
-)
+from lmrl.training.collapse import KEEP, LEAST, START, RollbackPoint, Step, Tracker
+from lmrl.training.detectors import DETECTORS, WIDE, Row, Settings, between_groups
 from lmrl.training.listeners.evaluation import Evaluation
 from lmrl.training.listeners.listener import Listener
 from lmrl.training.listeners.recovery import end_with_best, go_back, leave_checkpoint, warn
@@ -52,7 +41,7 @@ OWN = {
 
 
 class Guard(Listener):
-    """Watches a stage with the detectors of lmrl.training.guard. Stands last among the listeners."""
+    """Watches a stage for collapse (collapse.py) and other failures (detectors.py). Stands last among the listeners."""
 
     name = "guard"
 
