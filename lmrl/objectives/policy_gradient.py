@@ -70,7 +70,7 @@ def bearable(limit: float, entropy: float) -> float:
 
     What is a small change of a policy that is open to much is a different policy where hardly anything was left to chance.
     """
-    return limit * min(entropy / OPEN_ENTROPY, 1.0)
+    return limit * min(max(entropy, 0.0) / OPEN_ENTROPY, 1.0)  # rounding may leave it below 0
 
 
 # -------------------------------------------------------------------------------------------------------------- objective

@@ -124,7 +124,7 @@ def scope_of(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
     scopes = {label: scope for label, scope in scopes.items() if scope}
     if len(set(scopes.values())) <= 1:
         return next(iter(scopes.values()), "")
-    labels = {scope: ", ".join(label for label, own in scopes.items() if own == scope) for scope in scopes.values()}
+    labels = {scope: " / ".join(label for label, own in scopes.items() if own == scope) for scope in scopes.values()}
     return "; ".join(f"{scope} ({own})" for scope, own in labels.items())
 
 

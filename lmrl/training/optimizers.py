@@ -50,11 +50,12 @@ def undo_step(optimizer: torch.optim.AdamW, group: dict[str, Any]) -> None:
     needed.
     """
     (beta1, beta2), rate = group["betas"], group["lr"]
-    for weights in group["params"]:
-        state = optimizer.state.get(weights)
-        if not state or not state["step"]:
-            continue
+    states = {weights: optimizer.state[weights] for weights in group["params"] if optimizer.state.get(weights)}
+    latest = max((float(state["step"]) for state in states.values()), default=0.0)
+    for weights, state in states.items():
         steps = float(state["step"])
+        if steps < latest:  # had no gradient in the last step
+            continue
         deviation = (state["exp_avg_sq"] / (1 - beta2**steps)).sqrt_().add_(group["eps"])
         weights.addcdiv_(state["exp_avg"], deviation, value=rate / (1 - beta1**steps))
         weights.div_(1 - rate * group["weight_decay"])

@@ -49,11 +49,14 @@ class Updater:
         """Factor of the step on the learning rate."""
         self.factors: dict[str, float] = {}
         """Further factors on the learning rate, by the listener that set them: they multiply."""
+        self.has_updated = False
+        """True if this step has made an update, and the last one has not been undone."""
         self.skipped = 0
         self.skipped_in_a_row = 0
 
     def begin(self, step: int) -> None:
         """Set the learning rate of a step, counted from 1."""
+        self.has_updated = False
         self.schedule = schedule(self.options, step, self.steps)
         self._set_rates(self.policy)
 
@@ -68,15 +71,16 @@ class Updater:
     def step(self, policy: Policy, objective: Objective, minibatch: Batch) -> dict[str, float]:
         """One update. Returns statistics averaged over the minibatch of all processes; a non-finite one changes no weight.
 
-        If the objective rejects it, no weight changes either, the previous update is undone, and `rejected` is 1.
+        If the objective rejects it, no weight changes either, the previous update is undone, and `rejected` is 1. A step's
+        first minibatch is never rejected: the policy has not moved, and what it differs by is rounding.
         """
-        if not self.strategy.can_discard:
+        if self.has_updated and not self.strategy.can_discard:
             moved = objective.divergence(policy, minibatch)
             if objective.rejects(moved):
                 return moved | {"rejected": 1.0}
         policy.begin_update(objective.dropout)
         stats = self.backward(policy, objective, minibatch)
-        if self.strategy.can_discard and objective.rejects(stats):
+        if self.has_updated and self.strategy.can_discard and objective.rejects(stats):
             self.strategy.zero_grad()
             self.undo_step()
             return stats | {"rejected": 1.0}
@@ -89,6 +93,7 @@ class Updater:
             return stats
         if objective.polyak is not None:
             policy.values.polyak_update(objective.polyak)
+        self.has_updated = True
         self.skipped_in_a_row = 0
         return stats
 
@@ -105,9 +110,10 @@ class Updater:
         return stats
 
     def undo_step(self) -> None:
-        """Undo the last update of the trunk if its optimizer can; the heads keep theirs."""
-        if self.strategy.can_discard and isinstance(self.strategy.optimizer, torch.optim.AdamW):
+        """Undo this step's last update of the trunk, unless that is done or its optimizer cannot; the heads keep theirs."""
+        if self.has_updated and self.strategy.can_discard and isinstance(self.strategy.optimizer, torch.optim.AdamW):
             undo_step(self.strategy.optimizer, self.strategy.optimizer.param_groups[0])
+        self.has_updated = False
 
     def backward(self, policy: Policy, objective: Objective, minibatch: Batch) -> dict[str, float]:
         """Gradient of the loss averaged over the whole minibatch of all processes, however it is cut into microbatches.

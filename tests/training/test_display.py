@@ -27,6 +27,6 @@ def test_scope_names_rows_that_differ():
 
     assert scope_of({"start": score("new prompts"), "PPO": score("new prompts")}) == "new prompts"
     these = score("new samples of these start states")
-    rows = {"data": score("new start states"), "BC": these, "PPO": these, "old": score(None)}
-    assert scope_of(rows) == "new start states (data); new samples of these start states (BC, PPO)"
+    rows = {"data": score("new start states"), "PPO, best": these, "PPO": these, "old": score(None)}
+    assert scope_of(rows) == "new start states (data); new samples of these start states (PPO, best / PPO)"
     assert scope_of({"old": score(None)}) == ""

@@ -107,6 +107,38 @@ def test_the_update_before_a_rejected_minibatch_is_taken_back(tiny_policy):
         torch.testing.assert_close(weights.detach(), before[name], rtol=0, atol=1e-12)
 
 
+def test_weights_without_a_gradient_in_the_last_step_keep_what_they_have(tiny_policy):
+    policy = tiny_policy.double()
+    updater = Updater(policy, Optimizer(lr=1e-2), 10)
+    objective = Likelihood(LikelihoodObjective(name="likelihood"))
+    updater.step(policy, objective, batch())
+    left = policy.causal_lm.get_input_embeddings().weight
+    others = [weights for weights in updater.parameters.values() if weights.grad is not None and weights is not left]
+    before = [weights.detach().clone() for weights in (left, *others)]
+    left.requires_grad_(False)
+    updater.step(policy, objective, batch(4))
+    updater.undo_step()
+    assert torch.equal(left, before[0])
+    for weights, old in zip(others, before[1:], strict=True):
+        torch.testing.assert_close(weights.detach(), old, rtol=0, atol=1e-12)
+
+
+def test_the_first_minibatch_of_a_step_is_not_rejected_and_nothing_older_is_undone(tiny_policy):
+    class Rejects(Likelihood):
+        def rejects(self, stats):
+            return True
+
+    updater = Updater(tiny_policy, Optimizer(lr=1e-2), 10)
+    objective = Rejects(LikelihoodObjective(name="likelihood"))
+    for step in (1, 2):
+        updater.begin(step)
+        assert "rejected" not in updater.step(tiny_policy, objective, batch())
+    updater.begin(3)
+    before = {name: weights.detach().clone() for name, weights in updater.parameters.items()}
+    updater.undo_step()
+    assert all(torch.equal(weights, before[name]) for name, weights in updater.parameters.items())
+
+
 class Poison(Objective):
     """A loss that is not finite at chosen calls."""
 

@@ -54,7 +54,7 @@ class RateController(Listener):
             return {}
         moved = distributed.mean(k3(gaps_N, gaps_N.new_zeros(())))
         entropy = metrics.get("entropy", OPEN_ENTROPY)  # none while the critic warms up
-        if stage.objective.rejects({"approx_kl": moved, "entropy": entropy}) and "rejected_kl" not in metrics:
+        if stage.objective.rejects({"approx_kl": moved, "entropy": entropy}):
             stage.updater.undo_step()  # no later minibatch tested the last update
         self.factor = controlled(self.factor, moved, bearable(self.band, entropy))
         stage.updater.factors[self.name] = self.factor
