@@ -32,10 +32,10 @@ SHORT_MEMORY, LONG_MEMORY = (0.9, 0.95), (0.9, 0.999)
 """Adam's decay rates. After a long run of small gradients a sudden one moves each weight by up to (1 - beta1) / sqrt(1 - beta2) times
 the rate: 3.2 times with 0.999, which was seen to throw a policy near its optimum 4 nats a token away in one update; 0.45 times with
 0.95."""
-GRAD_NORM, Q_GRAD_NORM = 1.0, 100.0
+GRAD_NORM, Q_GRAD_NORM = 1.0, 10.0
 """Norms that gradients are shortened to. A regression on returns must not be held to what its usual gradients have: the mean of rare
-large returns is in the rare large gradients, and where these count no more than the others, the values learn about the median. On
-a lock that random play opens once in 300 episodes for 100, values of regression came to 0.02 with a norm of 1, where the mean is 0.3."""
+large returns is in the rare large gradients, and where these count no more than the others, the values learn about the median
+(docs/offline.md has what was measured). 10 is also what DQNs use."""
 UNKNOWN_SIZE = 1e9
 """Parameters of a model whose size cannot be told before it is loaded."""
 

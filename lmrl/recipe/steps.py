@@ -35,7 +35,7 @@ class Optimizer(Section):
     warmup_steps: int = Field(0, ge=0)
     """First steps, over which the learning rate rises from 0."""
     max_grad_norm: Annotated[float, Field(gt=0)] | Literal["auto"] | None = "auto"
-    """Longer gradients are shortened to this norm (null: never; auto: 1, but 100 for Q values, which have to believe in rare returns)."""
+    """Longer gradients are shortened to this norm (null: never; auto: 1, but 10 for Q values, which have to believe in rare returns)."""
 
 
 class Training(Section):
