@@ -129,8 +129,8 @@ def wrap_library(meter: Meter, engine: str) -> None:
     """Put clocks around the library's functions."""
     import lmrl.rollouts.task
     from lmrl.policy.policy import Policy
+    from lmrl.training.parallel.strategy import Strategy
     from lmrl.training.stage import Stage
-    from lmrl.training.strategy import Strategy
 
     Stage._step = meter.steps(Stage._step)
     Policy.forward = meter.part("forward passes", Policy.forward)
@@ -138,7 +138,7 @@ def wrap_library(meter: Meter, engine: str) -> None:
     Strategy.step = meter.part("update of the weights", Strategy.step)
     Policy.next_token_logits = meter.part("sampling passes", Policy.next_token_logits)
     if engine == "vllm":
-        from lmrl.rollouts.vllm import VLLMEngine
+        from lmrl.engines.vllm import VLLMEngine
 
         start = VLLMEngine._start
 

@@ -189,9 +189,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def build_lmrl(args: argparse.Namespace):
+    from lmrl.engines.base import Sampling
+    from lmrl.engines.build import build_engine
     from lmrl.policy.load import open_policy
     from lmrl.recipe import Rollouts
-    from lmrl.rollouts.engine import Sampling, build_engine
 
     policy = open_policy(args.model, "bfloat16")
     engine = build_engine(Rollouts(engine="hf" if args.peer == "hf" else "vllm", slots=args.slots), policy)

@@ -196,7 +196,7 @@ def logged_pairs(run: Path) -> set[tuple[State, str]]:
     from lmrl.policy.load import open_policy
     from lmrl.rollouts.task import build_task
     from lmrl.run import read_recipe
-    from lmrl.training.sources import play_dataset
+    from lmrl.sources.dataset import play_dataset
 
     done, games = read_recipe(run), []
     task = build_task(done.task, open_policy(str(run / "stages" / "bc" / "final"), "float32").tokenizer)

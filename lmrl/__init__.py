@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lmrl.errors import TemporaryError
     from lmrl.evaluation import evaluate
     from lmrl.recipe import Recipe
-    from lmrl.recipe_files import load_recipe
+    from lmrl.recipe.files import load_recipe
     from lmrl.training import train
 
 _HOMES = {
@@ -25,7 +25,7 @@ _HOMES = {
     "TemporaryError": "lmrl.errors",
     "TextEnvironment": "lmrl.environments",
     "evaluate": "lmrl.evaluation",
-    "load_recipe": "lmrl.recipe_files",
+    "load_recipe": "lmrl.recipe.files",
     "train": "lmrl.training",
 }
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from lmrl.errors import RunError
 from lmrl.recipe import MAIN_STAGE, OWN_TASK, Recipe
-from lmrl.recipe_files import read_yaml, to_yaml, validate
+from lmrl.recipe.files import read_yaml, to_yaml, validate
 
 RECIPE_FILE, VERSIONS_FILE, RESULTS_FILE = "recipe.yaml", "versions.json", "results.json"
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"

@@ -13,9 +13,9 @@ from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import Reward
 from lmrl.rewards.load import load_rewards
 from lmrl.rewards.rewards import score
-from lmrl.rollouts.render import Renderer
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task
+from lmrl.trajectories.render import Renderer
 
 MEDDLE = """
 import torch

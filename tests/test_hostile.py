@@ -10,9 +10,9 @@ from lmrl.cli import main
 from lmrl.errors import LmrlError
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import Prompts, PromptTask
-from lmrl.recipe_files import load_recipe, to_yaml
-from lmrl.rollouts.render import Renderer
+from lmrl.recipe.files import load_recipe, to_yaml
 from lmrl.rollouts.task import build_task
+from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.store import DatasetFile
 
 RECIPE = """
@@ -183,7 +183,7 @@ def test_a_full_disk_is_one_line(lmrl, monkeypatch, error):
     def full(*_):
         raise error
 
-    monkeypatch.setattr("lmrl.recipe_files.find_yaml", full)
+    monkeypatch.setattr("lmrl.recipe.files.find_yaml", full)
     code, _, err = lmrl("show", "random_walks/ppo")
     assert code == 1 and err.startswith("lmrl: no space is left on the disk") and err.count("\n") == 1
     assert "free some space, then resume; checkpoints that were written before are whole" in err

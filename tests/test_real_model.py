@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import lmrl
+from lmrl.engines.base import Sampling
+from lmrl.engines.hf import HFEngine
 from lmrl.policy.heads import HeadsSpec
 from lmrl.policy.load import load_policy, open_policy
 from lmrl.policy.passes import ForwardRequest
 from lmrl.recipe import Lora, Model
-from lmrl.rollouts.engine import Sampling
-from lmrl.rollouts.hf import HFEngine
 from lmrl.trajectories.batch import to_batch
 from lmrl.trajectories.trajectory import Segment, Trajectory
 

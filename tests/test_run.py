@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lmrl.recipe_files import load_recipe
+from lmrl.recipe.files import load_recipe
 from lmrl.run import METRICS_FILE, Run
 
 

@@ -11,8 +11,8 @@ import typer
 from lmrl.cli.common import Debug
 from lmrl.errors import RecipeError
 from lmrl.recipe import Rollouts, Section, TaskSection
+from lmrl.recipe.files import Document, apply_override, merge, resolve_files, validate
 from lmrl.recipe.source import Players
-from lmrl.recipe_files import Document, apply_override, merge, resolve_files, validate
 
 
 class Collection(Section):
@@ -157,8 +157,8 @@ def open_player(
 
     import torch
 
+    from lmrl.engines.build import build_engine
     from lmrl.policy.load import open_policy
-    from lmrl.rollouts.engine import build_engine
 
     model = open_policy(path, dtype, trust_remote_code)
     if torch.cuda.is_available():

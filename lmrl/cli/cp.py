@@ -9,7 +9,7 @@ import typer
 
 from lmrl.cli.common import Debug
 from lmrl.errors import RecipeError, RunError
-from lmrl.recipe_files import find_yaml, shipped, shipped_names
+from lmrl.recipe.files import find_yaml, shipped, shipped_names
 
 
 def command(

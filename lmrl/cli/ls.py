@@ -12,7 +12,7 @@ from rich.table import Table
 from lmrl.cli.common import Debug
 from lmrl.errors import RecipeError, did_you_mean
 from lmrl.recipe import ENVIRONMENTS, OBJECTIVES
-from lmrl.recipe_files import read_yaml, shipped, shipped_names
+from lmrl.recipe.files import read_yaml, shipped, shipped_names
 
 KINDS = ("recipes", "environments", "rewards", "objectives", "suites")
 

@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 
 from lmrl.cli.common import Debug, Overrides
-from lmrl.estimates import arithmetic_line, evaluation_line, memory_lines, rate_line
-from lmrl.recipe_files import load_recipe, stages_of, to_yaml
+from lmrl.recipe.estimates import arithmetic_line, evaluation_line, memory_lines, rate_line
+from lmrl.recipe.files import load_recipe, stages_of, to_yaml
 
 
 def command(

@@ -11,7 +11,7 @@ import typer
 from lmrl.cli.common import Debug, Overrides
 from lmrl.errors import COLLAPSED, RecipeError
 from lmrl.recipe import MAIN_STAGE, DatasetOptions, Recipe
-from lmrl.recipe_files import find_launch, load_recipe, stages_of
+from lmrl.recipe.files import find_launch, load_recipe, stages_of
 from lmrl.run import RECIPE_FILE, latest_run
 
 

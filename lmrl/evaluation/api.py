@@ -14,7 +14,7 @@ from lmrl.errors import RecipeError, ScoreError
 from lmrl.evaluation.evaluate import Evaluator, Scores
 from lmrl.evaluation.suites import load_suite, own_suite
 from lmrl.policy.load import open_policy
-from lmrl.recipe_files import locate_rewards
+from lmrl.recipe.files import locate_rewards
 from lmrl.run import RECIPE_FILE, final_checkpoint, read_recipe
 from lmrl.trajectories.trajectory import Trajectory
 

@@ -10,12 +10,13 @@ from statistics import mean
 from typing import Any
 
 from lmrl import distributed
+from lmrl.engines.base import Engine, Sampling
+from lmrl.engines.build import build_engine
 from lmrl.environments import limits_of
 from lmrl.errors import RecipeError, did_you_mean
 from lmrl.evaluation.statistics import UNLIMITED, Limits, summarize
 from lmrl.evaluation.suites import Suite
 from lmrl.policy.policy import Policy
-from lmrl.rollouts.engine import Engine, Sampling, build_engine
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import build_task
 from lmrl.seeding import stream

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from lmrl.errors import RecipeError
 from lmrl.recipe import PromptTask, Rollouts, Section, TaskSection
-from lmrl.recipe_files import Document, apply_override, find_yaml, merge, read_yaml, resolve_files, validate
+from lmrl.recipe.files import Document, apply_override, find_yaml, merge, read_yaml, resolve_files, validate
 
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "slots", "cache_tokens", "beta", "support")
 """What of a run's `rollouts` its own task is sampled with; the engine is `hf`."""

@@ -11,7 +11,7 @@ from lmrl.objectives.base import Objective
 from lmrl.objectives.correction import OLD, WEIGHTS
 from lmrl.objectives.groups import flat
 from lmrl.policy.policy import Policy
-from lmrl.recipe.objective import PolicyGradientObjective
+from lmrl.recipe.objectives import PolicyGradientObjective
 from lmrl.trajectories.batch import Batch
 
 ROUNDING = 1e-8

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from lmrl.errors import DataError
+from lmrl.errors import DataError, RecipeError
 from lmrl.objectives.base import Loss, Objective
 from lmrl.objectives.policy_gradient import ROUNDING
 from lmrl.policy.heads import BINS, HeadsSpec, category_loss
@@ -69,6 +69,11 @@ class QLearning(Objective):
     def calibrate(self, policy: Policy, trajectories: list[Trajectory]) -> None:
         """Take units from logged returns, and say what values are before learning; see `units` and `start_value`."""
         options, values = self.options, policy.values
+        if not trajectories:
+            raise RecipeError(
+                f"objective '{options.name}' takes the unit of its new Q values from logged returns: set "
+                "source.name=mixture (or dataset), or start from a stage that has such values"
+            )
         returns_N = torch.cat([self.returns(trajectory) for trajectory in trajectories])
         rewards_N = torch.cat([rewards_and_turns(trajectory)[0] for trajectory in trajectories])
         mean, std, size = units(returns_N, rewards_N)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lmrl.errors import ModelError
-from lmrl.policy.encoding import Encoder, Part
 from lmrl.recipe import SpecialTokens
+from lmrl.trajectories.encoding import Encoder, Part
 from lmrl.trajectories.trajectory import Messages, as_messages
 
 BATCH_TOKENS = 8192

@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from lmrl.estimates import SLICE
+from lmrl.recipe.estimates import SLICE
 
 
 def token_logprobs(

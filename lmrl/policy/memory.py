@@ -36,7 +36,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass
 class FailedPass:
-    """Work that ran out of memory, with what it takes to do it again (see lmrl/training/bundle.py).
+    """Work that ran out of memory, with what it takes to do it again (see lmrl/training/monitoring/bundle.py).
 
     kind: `update` with gradient, `rehearsal` of one, `score` without gradient, `generate` by the `hf` engine.
     """

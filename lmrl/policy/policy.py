@@ -24,7 +24,7 @@ from lmrl.policy.logprobs import token_logprobs
 from lmrl.policy.memory import Passes, fit
 from lmrl.policy.passes import ForwardRequest, Guidance, Outputs, States
 from lmrl.policy.pull import bounded
-from lmrl.recipe import DPOObjective, LikelihoodObjective, QObjective, QSFTObjective, Recipe
+from lmrl.recipe import Recipe
 from lmrl.trajectories.batch import Batch, Microbatch, Sequence
 from lmrl.trajectories.shared import pack, positions, visible
 
@@ -74,8 +74,8 @@ class Policy(nn.Module):
 
     def configure(self, recipe: Recipe) -> None:
         """Take over what a recipe says about passes through the model."""
-        untempered = isinstance(recipe.objective, LikelihoodObjective | QObjective | QSFTObjective | DPOObjective)
-        self.temperature = 1.0 if untempered or recipe.source.name != "rollouts" else recipe.rollouts.temperature
+        sampled = recipe.objective.uses_sampling_temperature and recipe.source.name == "rollouts"
+        self.temperature = recipe.rollouts.temperature if sampled else 1.0
         self.microbatch_tokens = recipe.training.microbatch_tokens
         if recipe.training.precision == "bfloat16":
             self.autocast_dtype = torch.bfloat16

@@ -3,7 +3,7 @@
 from lmrl.recipe.base import Plugin, Section
 from lmrl.recipe.evaluations import OWN_TASK
 from lmrl.recipe.model import Lora, Model
-from lmrl.recipe.objective import (
+from lmrl.recipe.objectives import (
     OBJECTIVES,
     CustomObjective,
     DPOObjective,
@@ -11,6 +11,8 @@ from lmrl.recipe.objective import (
     ILQLObjective,
     LikelihoodObjective,
     MCObjective,
+    ObjectiveOptions,
+    PolicyGradientObjective,
     PPOObjective,
     QObjective,
     QSFTObjective,

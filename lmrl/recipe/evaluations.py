@@ -46,7 +46,7 @@ def room(recipe: Any) -> float:
 
 def is_imitation(recipe: Any) -> bool:
     """True if a stage only imitates logged episodes (usually a warm-up, where only the end result matters)."""
-    return recipe.objective.name == "likelihood" and not plays_to_learn(recipe)
+    return recipe.objective.imitates and not plays_to_learn(recipe)
 
 
 def own_plan(recipe: Any) -> Plan | None:

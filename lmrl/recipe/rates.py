@@ -20,22 +20,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lmrl.recipe.objective import DPOObjective, PolicyGradientObjective, PPOObjective, QObjective, RewardModelObjective
 from lmrl.recipe.recipe import Recipe
 from lmrl.recipe.steps import Optimizer
 
-MOST, HEAD_MOST, Q_HEAD = 1e-3, 1e-2, 1e-3
+MOST = 1e-3
 MILLION = 1e6
 ADAPTER = 10.0
 """How many times the rate of all weights an adapter takes."""
-SHORT_MEMORY, LONG_MEMORY = (0.9, 0.95), (0.9, 0.999)
-"""Adam's decay rates. After a long run of small gradients a sudden one moves each weight by up to (1 - beta1) / sqrt(1 - beta2) times
-the rate: 3.2 times with 0.999, which was seen to throw a policy near its optimum 4 nats a token away in one update; 0.45 times with
-0.95."""
-GRAD_NORM, Q_GRAD_NORM = 1.0, 10.0
-"""Norms that gradients are shortened to. A regression on returns must not be held to what its usual gradients have: the mean of rare
-large returns is in the rare large gradients, and where these count no more than the others, the values learn about the median
-(docs/offline.md has what was measured). 10 is also what DQNs use."""
 UNKNOWN_SIZE = 1e9
 """Parameters of a model whose size cannot be told before it is loaded."""
 
@@ -51,7 +42,8 @@ class Rates:
 
 def default_rates(recipe: Recipe, parameters: int, hidden: int) -> Rates:
     """The rates of a stage whose model has this many parameters and this width."""
-    base, exponent, learns = _kind(recipe.objective)
+    curve = recipe.objective.rate_curve
+    exponent = curve.exponent
     size = f"{parameters / MILLION:,.2g}M" if parameters < 10 * MILLION else f"{parameters / MILLION:,.0f}M"
     if recipe.model.config is not None:
         trains, factor, exponent = "a model from scratch", 1.0, 0.25
@@ -59,40 +51,26 @@ def default_rates(recipe: Recipe, parameters: int, hidden: int) -> Rates:
         trains, factor = "an adapter on a model", ADAPTER
     else:
         trains, factor = "all weights of a pretrained model", 1.0
-    lr = _two_digits(min(factor * base * max(parameters / MILLION, 1.0) ** -exponent, MOST))
-    is_value_head = isinstance(recipe.objective, PPOObjective)
-    head_lr = _two_digits(min(1 / hidden, HEAD_MOST)) if is_value_head else max(lr, Q_HEAD)
-    return Rates(lr, head_lr, f"{learns}, {trains} of {size} parameters")
+    lr = _two_digits(min(factor * curve.lr * max(parameters / MILLION, 1.0) ** -exponent, MOST))
+    head_lr = _two_digits(recipe.objective.head_lr(lr, hidden))
+    return Rates(lr, head_lr, f"{curve.learns}, {trains} of {size} parameters")
 
 
 def with_rates(recipe: Recipe, parameters: int, hidden: int) -> Optimizer:
     """A stage's optimizer section with the rates, the schedule, the decay rates and the norm that it leaves open.
 
-    A Q head follows a stated `lr` if no `head_lr` is stated.
+    Heads follow a stated `lr` if no `head_lr` is stated, unless the objective says otherwise.
     """
     stated, rates = recipe.optimizer, default_rates(recipe, parameters, hidden)
     lr = rates.lr if stated.lr is None else stated.lr
     head_lr = rates.head_lr if stated.head_lr is None else stated.head_lr
-    if stated.head_lr is None and stated.lr is not None and not isinstance(recipe.objective, PPOObjective):
+    if stated.head_lr is None and stated.lr is not None and recipe.objective.head_lr_follows:
         head_lr = lr
     schedule = stated.schedule or ("linear" if recipe.source.name == "dataset" else "constant")
-    betas = stated.betas or (SHORT_MEMORY if isinstance(recipe.objective, PolicyGradientObjective) else LONG_MEMORY)
-    norm = stated.max_grad_norm
-    if norm == "auto":
-        norm = Q_GRAD_NORM if isinstance(recipe.objective, QObjective) else GRAD_NORM
+    betas = stated.betas or recipe.objective.betas
+    norm = recipe.objective.max_grad_norm if stated.max_grad_norm == "auto" else stated.max_grad_norm
     chosen = {"lr": lr, "head_lr": head_lr, "schedule": schedule, "betas": betas, "max_grad_norm": norm}
     return stated.model_copy(update=chosen)
-
-
-def _kind(objective: object) -> tuple[float, float, str]:
-    """Rate of a model of a million parameters, how it falls with their number, and what is learned."""
-    if isinstance(objective, PolicyGradientObjective):
-        return 5e-4, 0.68, "policy gradients"
-    if isinstance(objective, RewardModelObjective):
-        return 5e-4, 0.68, "a reward model"
-    if isinstance(objective, DPOObjective):
-        return 2.5e-4, 0.68, "preferences"
-    return 1e-3, 0.5, "imitation and values"
 
 
 def _two_digits(rate: float) -> float:

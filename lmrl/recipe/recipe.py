@@ -1,7 +1,7 @@
 """The recipe: one strict, typed description of a run.
 
 Everything a run does is written here and nowhere else; each section has a file of its own beside this one. Reading
-files and overrides is `recipe_files`; nothing here imports torch, so that `lmrl show` answers at once.
+files and overrides is files.py; nothing here imports torch, so that `lmrl show` answers at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lmrl.recipe.base import Section
 from lmrl.recipe.combinations import mistakes
 from lmrl.recipe.evaluations import OWN_TASK, plays_to_learn
 from lmrl.recipe.model import Model
-from lmrl.recipe.objective import OBJECTIVES, CustomObjective, QObjective
+from lmrl.recipe.objectives import OBJECTIVES, CustomObjective, ObjectiveOptions
 from lmrl.recipe.rollouts import Rollouts
 from lmrl.recipe.source import SOURCES, RolloutsSource
 from lmrl.recipe.steps import Evaluation, Optimizer, Tracking, Training
@@ -173,12 +173,9 @@ class Recipe(Section):
         return judged and self.task.prompts.holdout > 0 and (plays_to_learn(self) or cheap)
 
     @property
-    def resolved_objective(self) -> Any:
+    def resolved_objective(self) -> ObjectiveOptions:
         """The objective with what it leaves to the rest of the recipe."""
-        if not isinstance(self.objective, QObjective) or self.objective.trunk != "auto":
-            return self.objective
-        own = self.model.lora is None and self.objective.q_head == "mlp"
-        return self.objective.model_copy(update={"trunk": "separate" if own else "shared"})
+        return self.objective.resolved(self)
 
     def _objective_name(self, changes: dict[str, Any]) -> str:
         """Of a stage, given what it does differently."""

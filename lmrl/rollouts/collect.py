@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from lmrl.engines.base import Sampling
 from lmrl.errors import RecipeError
 from lmrl.recipe import Rollouts
 from lmrl.recipe.source import Players
-from lmrl.rollouts.engine import Sampling
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task
 from lmrl.seeding import stream

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmrl import distributed
+from lmrl.engines.base import Completion, Engine, Sampling
 from lmrl.foreign import foreign
-from lmrl.rollouts.engine import Completion, Engine, Sampling
 from lmrl.rollouts.task import Task
 from lmrl.seeding import key, stream
 from lmrl.trajectories.trajectory import Recorder, Trajectory, transcript

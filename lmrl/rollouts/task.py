@@ -13,9 +13,9 @@ from lmrl.errors import DataError, RecipeError
 from lmrl.recipe import Prompts, PromptTask, Recipe
 from lmrl.rewards.load import load_rewards
 from lmrl.rewards.rewards import RewardFunction, drop_failed, judge
-from lmrl.rollouts.render import Renderer
 from lmrl.seeding import stream
 from lmrl.trajectories.files import Malformed, read_rows
+from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.rows import checked_messages, prompt_of
 from lmrl.trajectories.store import dataset_texts
 from lmrl.trajectories.trajectory import Trajectory

@@ -9,6 +9,8 @@ import torch
 
 from lmrl import distributed
 from lmrl import run as runs
+from lmrl.engines.base import Engine
+from lmrl.engines.build import build_engine
 from lmrl.errors import RecipeError
 from lmrl.evaluation.evaluate import Evaluator
 from lmrl.evaluation.suites import Suite, load_suite, own_suite
@@ -17,14 +19,16 @@ from lmrl.objectives.correction import Correction
 from lmrl.objectives.policy_gradient import PolicyGradient
 from lmrl.policy.load import load_policy, load_weights
 from lmrl.policy.policy import Policy
-from lmrl.recipe import OWN_TASK, PromptTask, QObjective, Recipe
+from lmrl.recipe import OWN_TASK, PromptTask, Recipe
 from lmrl.recipe.evaluations import LEAST, is_imitation, own_plan, suite_interval
+from lmrl.recipe.files import locate_rewards
 from lmrl.recipe.rates import with_rates
-from lmrl.recipe_files import locate_rewards
-from lmrl.rollouts.engine import Engine, build_engine
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task, build_task, task_texts
 from lmrl.seeding import seed_everything
+from lmrl.sources.base import Source
+from lmrl.sources.build import build_source
+from lmrl.sources.dataset import BAD_ROWS
 from lmrl.training.checkpoint import Progress, verify
 from lmrl.training.display import Display
 from lmrl.training.interrupt import Interrupt
@@ -38,10 +42,9 @@ from lmrl.training.listeners import (
     RateController,
     RewardHackingMonitor,
 )
-from lmrl.training.sampler_check import SamplerCheck
-from lmrl.training.sources import BAD_ROWS, Source, build_source
+from lmrl.training.monitoring.sampler_check import SamplerCheck
+from lmrl.training.parallel.strategy import Strategy
 from lmrl.training.stage import Stage
-from lmrl.training.strategy import Strategy
 from lmrl.training.updater import Updater
 
 CALIBRATION_EPISODES = 1000
@@ -227,11 +230,6 @@ def calibrate(recipe: Recipe, objective: Objective, policy: Policy, source: Sour
     if objective.heads is None or not policy.heads_are_new:
         return
     dataset = source.dataset.probe(CALIBRATION_EPISODES) if source.dataset else []
-    if isinstance(recipe.objective, QObjective) and not dataset:
-        raise RecipeError(
-            f"objective '{recipe.objective.name}' takes the unit of its new Q values from logged returns: set "
-            "source.name=mixture (or dataset), or start from a stage that has such values"
-        )
     objective.calibrate(policy, dataset)
 
 
@@ -261,7 +259,7 @@ def task_of(recipe: Recipe, run: Path) -> Any:
 
 def label_of(recipe: Recipe, objective: Objective) -> str:
     """What tables call a stage: imitation has a name for each of its sources."""
-    if recipe.objective.name != "likelihood":
+    if not recipe.objective.imitates:
         return objective.label
     if recipe.source.name == "rollouts":
         return "expert iteration"

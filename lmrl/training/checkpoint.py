@@ -23,8 +23,8 @@ from lmrl.objectives.base import Objective
 from lmrl.policy.policy import Policy
 from lmrl.recipe import OWN_TASK, Recipe
 from lmrl.run import Run, step_name
-from lmrl.training.sources import Source
-from lmrl.training.strategy import Strategy
+from lmrl.sources.base import Source
+from lmrl.training.parallel.strategy import Strategy
 from lmrl.training.updater import Updater
 
 STATE = "state"

@@ -10,11 +10,11 @@ from torch import nn
 
 from lmrl.errors import RecipeError
 from lmrl.recipe import Optimizer
-from lmrl.recipe.rates import LONG_MEMORY
+from lmrl.recipe.objectives.base import LONG_MEMORY
 
 if TYPE_CHECKING:
     from lmrl.policy.policy import Policy
-    from lmrl.training.strategy import Strategy
+    from lmrl.training.parallel.strategy import Strategy
 
 
 def build_optimizer(

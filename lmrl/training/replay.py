@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from lmrl.engines.base import Sampling
+from lmrl.engines.hf import HFEngine
 from lmrl.errors import MemoryShortError, RunError
 from lmrl.objectives import load_objective
 from lmrl.objectives.base import Objective
@@ -19,14 +21,20 @@ from lmrl.policy.load import load_policy
 from lmrl.policy.passes import ForwardRequest
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Recipe
+from lmrl.recipe.files import stages_of
 from lmrl.recipe.rates import with_rates
-from lmrl.recipe_files import stages_of
-from lmrl.rollouts.engine import Sampling
-from lmrl.rollouts.hf import HFEngine
 from lmrl.rollouts.task import task_texts
 from lmrl.run import RECIPE_FILE, describe_machine, read_recipe
 from lmrl.seeding import seed_everything
-from lmrl.training.bundle import BATCH_FILE, BUNDLES, INFO_FILE, RNG_FILE, batch_of, memory_limits, set_rng_state
+from lmrl.training.monitoring.bundle import (
+    BATCH_FILE,
+    BUNDLES,
+    INFO_FILE,
+    RNG_FILE,
+    batch_of,
+    memory_limits,
+    set_rng_state,
+)
 from lmrl.training.updater import Updater
 from lmrl.trajectories.batch import Batch
 

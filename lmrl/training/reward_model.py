@@ -26,14 +26,15 @@ from lmrl.evaluation.statistics import UNIT, UNLIMITED, bootstrap, summarize
 from lmrl.policy.classifier import Classifier
 from lmrl.policy.load import load_classifier
 from lmrl.recipe import Optimizer, PromptTask, Recipe
-from lmrl.recipe.rates import LONG_MEMORY, with_rates
+from lmrl.recipe.objectives.base import LONG_MEMORY
+from lmrl.recipe.rates import with_rates
 from lmrl.rollouts.task import build_task, starts_for, task_texts
 from lmrl.seeding import key, seed_everything, stream
+from lmrl.sources.dataset import BAD_ROWS
 from lmrl.training.checkpoint import STATE, checkpoint_path, verify, write_checksums
 from lmrl.training.display import Display
 from lmrl.training.interrupt import Interrupt, Interrupted
-from lmrl.training.measures import SAMPLES_KEPT, peak_memory_mb
-from lmrl.training.sources import BAD_ROWS
+from lmrl.training.monitoring.measures import SAMPLES_KEPT, peak_memory_mb
 from lmrl.training.updater import schedule
 from lmrl.trajectories.files import Malformed, open_rows, quiet_datasets
 from lmrl.trajectories.rows import preference

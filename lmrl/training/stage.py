@@ -9,25 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from lmrl import distributed
+from lmrl.engines.base import Engine
 from lmrl.errors import MemoryShortError
 from lmrl.objectives import Objective
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Recipe
-from lmrl.rollouts.engine import Engine
 from lmrl.rollouts.task import Task
 from lmrl.run import Run
 from lmrl.seeding import seed_everything, stream
+from lmrl.sources.base import Source, SourceBatch
 from lmrl.training import checkpoint
-from lmrl.training.bundle import Attempt, keep_pass, rng_state
 from lmrl.training.checkpoint import Progress
 from lmrl.training.display import Display
 from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.listeners import Listener
-from lmrl.training.measures import mean_of, measure, peak_memory_mb, repetition_of_all, sample_line, samples_to_keep
-from lmrl.training.nonfinite import stop_on_nonfinite
-from lmrl.training.sampler_check import SamplerCheck
-from lmrl.training.sources import Source, SourceBatch
-from lmrl.training.strategy import Strategy
+from lmrl.training.monitoring.bundle import Attempt, keep_pass, rng_state
+from lmrl.training.monitoring.measures import (
+    mean_of,
+    measure,
+    peak_memory_mb,
+    repetition_of_all,
+    sample_line,
+    samples_to_keep,
+)
+from lmrl.training.monitoring.nonfinite import stop_on_nonfinite
+from lmrl.training.monitoring.sampler_check import SamplerCheck
+from lmrl.training.parallel.strategy import Strategy
 from lmrl.training.updater import Updater
 
 

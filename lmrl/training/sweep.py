@@ -29,7 +29,7 @@ from rich.table import Table
 from lmrl.errors import COLLAPSED, LmrlError, RecipeError, RunError
 from lmrl.evaluation.statistics import UNLIMITED, summarize
 from lmrl.recipe import CHOICES, REWARD_MODEL, Recipe
-from lmrl.recipe_files import load_recipe
+from lmrl.recipe.files import load_recipe
 from lmrl.run import RECIPE_FILE, RESULTS_FILE, Run, write_atomically
 from lmrl.training.build import suite_of
 from lmrl.training.display import Display, interval

@@ -20,16 +20,16 @@ from rich.console import Console
 from lmrl import distributed
 from lmrl.allocator import keep_freed_memory
 from lmrl.errors import LmrlError, RecipeError, RunError
-from lmrl.estimates import memory
-from lmrl.recipe import MAIN_STAGE, OWN_TASK, PromptTask, QObjective, QSFTObjective, Recipe, RewardModelObjective
-from lmrl.recipe_files import load_recipe, stages_of
+from lmrl.recipe import MAIN_STAGE, OWN_TASK, PromptTask, Recipe
+from lmrl.recipe.estimates import memory
+from lmrl.recipe.files import load_recipe, stages_of
 from lmrl.run import RESULTS_FILE, Run, read_recipe, write_atomically
 from lmrl.training.build import build_stage
 from lmrl.training.checkpoint import STATE
 from lmrl.training.display import Display
 from lmrl.training.interrupt import Interrupt, Interrupted
-from lmrl.training.measures import peak_memory_mb
-from lmrl.training.strategy import build_strategy, check_launch
+from lmrl.training.monitoring.measures import peak_memory_mb
+from lmrl.training.parallel.strategy import build_strategy, check_launch
 
 
 @dataclass
@@ -185,7 +185,7 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
                         start = None if stage_recipe.start == "model" else run.final(stage_recipe.start)
                     parts = (run, name, stage_recipe, start, accelerator.device, display, interrupt, track)
                     shared = False
-                    if isinstance(stage_recipe.objective, RewardModelObjective):
+                    if not stage_recipe.objective.leaves_policy:
                         stage = _reward_model_stage(*parts)
                     else:
                         strategy = build_strategy(accelerator)
@@ -201,7 +201,7 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
                         compare_memory(run, name, stage_recipe, predicted, display)
                     if ended_early(run, name):
                         break
-                if not isinstance(stage_recipe.objective, RewardModelObjective):
+                if stage_recipe.objective.leaves_policy:
                     previous = run.final(name)
                 offset += stage_recipe.training.steps
         except Interrupted:
@@ -304,7 +304,7 @@ def closing_lines(run: Run) -> list[str]:
     folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     checkpoint = folder / "stages" / MAIN_STAGE / "final"
     quoted = shlex.quote(str(folder))
-    if isinstance(recipe.objective, RewardModelObjective):
+    if not recipe.objective.leaves_policy:
         judge = shlex.quote(str(checkpoint))
         return [
             f"checkpoint:  {checkpoint}",
@@ -313,16 +313,10 @@ def closing_lines(run: Run) -> list[str]:
         ]
     judged = not isinstance(recipe.task, PromptTask) or any(reward.weight for reward in recipe.task.rewards)
     scored = judged or recipe.evaluation.suite not in (None, OWN_TASK)
-    options = ""
-    if isinstance(recipe.objective, QObjective | QSFTObjective):
-        options = f" --beta {recipe.objective.beta if folds(recipe.resolved_objective) else 0:g}"
+    beta = recipe.resolved_objective.export_beta
+    options = "" if beta is None else f" --beta {beta:g}"
     return [
         f"checkpoint: {checkpoint}",
         f"score it:   lmrl eval {quoted}{'' if scored else ' --suite SUITE'}",
         f"export it:  lmrl export {quoted} FOLDER{options}",
     ]
-
-
-def folds(objective: Any) -> bool:
-    """True if Q heads can be folded into an ordinary model's vocabulary matrix."""
-    return isinstance(objective, QObjective) and objective.q_head != "mlp" and objective.trunk != "separate"

@@ -16,9 +16,9 @@ from lmrl.objectives.base import Objective
 from lmrl.policy.memory import FailedPass, Passes, fit, or_advice
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Optimizer
-from lmrl.recipe.rates import GRAD_NORM
+from lmrl.recipe.objectives import ObjectiveOptions
 from lmrl.training.optimizers import build_optimizer, state_bytes, undo_step
-from lmrl.training.strategy import Strategy
+from lmrl.training.parallel.strategy import Strategy
 from lmrl.trajectories.batch import Batch
 
 STEP_ADVICE = (
@@ -42,7 +42,7 @@ class Updater:
             groups.append({"params": heads, "lr": head_lr, "base_lr": head_lr})
         self.strategy = strategy or Strategy()
         optimizer = build_optimizer(options, groups, policy, self.strategy)
-        norm = GRAD_NORM if options.max_grad_norm == "auto" else options.max_grad_norm
+        norm = ObjectiveOptions.max_grad_norm if options.max_grad_norm == "auto" else options.max_grad_norm
         self.strategy.prepare(policy, optimizer, norm)
         self.parameters = policy.trainable()  # sharding may have replaced them
         self.schedule = 1.0

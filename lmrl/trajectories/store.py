@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from lmrl.errors import DataError, RunError
-from lmrl.policy.encoding import strings
+from lmrl.trajectories.encoding import strings
 from lmrl.trajectories.files import JsonLines, Malformed, Row, Rows, open_rows, quiet_datasets
 from lmrl.trajectories.rows import fingerprint, is_dialogue, parse, prompts_of, render, to_row
 from lmrl.trajectories.trajectory import Trajectory, prompt_key, prompt_text

@@ -20,7 +20,7 @@ from zoo_references import improved, random_play, within
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import Recipe
 from lmrl.rollouts.task import build_task
-from lmrl.training.sources import play_dataset
+from lmrl.sources.dataset import play_dataset
 
 every_game = pytest.mark.parametrize("game", GAMES.values(), ids=GAMES)
 

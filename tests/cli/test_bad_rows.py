@@ -6,7 +6,7 @@ import pytest
 
 from lmrl.cli.train import _skip_bad_rows
 from lmrl.errors import RecipeError
-from lmrl.recipe_files import load_recipe, stages_of
+from lmrl.recipe.files import load_recipe, stages_of
 from tests.cli.test_cli import lmrl
 from tests.conftest import TINY_WALKS
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lmrl.recipe import PromptTask
-from lmrl.recipe_files import load_recipe, shipped_names
+from lmrl.recipe.files import load_recipe, shipped_names
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 

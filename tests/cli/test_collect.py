@@ -7,14 +7,14 @@ import typer
 from typer.testing import CliRunner
 
 from lmrl.cli.collect import command, parse_players
+from lmrl.engines.hf import HFEngine
 from lmrl.errors import RecipeError, RunError
 from lmrl.policy.load import open_policy
 from lmrl.recipe import RandomWalksTask, Rollouts
 from lmrl.rollouts.collect import collect
-from lmrl.rollouts.hf import HFEngine
-from lmrl.rollouts.render import Renderer
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import build_task
+from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.store import DatasetFile
 
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from lmrl.errors import DataError
 from lmrl.objectives.dpo import DPO, Pairs, best_and_worst, log1mexp, preference_loss
 from lmrl.recipe import DPOObjective, Optimizer
-from lmrl.recipe.objective import PREFERENCE_LOSSES
-from lmrl.training.bundle import batch_of, batch_tensors
+from lmrl.recipe.objectives.preferences import PREFERENCE_LOSSES
+from lmrl.training.monitoring.bundle import batch_of, batch_tensors
 from lmrl.training.updater import Updater
 from lmrl.trajectories.trajectory import CONTEXT, Segment, Trajectory
 

@@ -141,8 +141,8 @@ def test_a_model_with_capped_logits_goes_through_its_own_head():
     for episode, found in zip(episodes(), logprobs, strict=True):
         torch.testing.assert_close(found, plain_logprobs(policy.causal_lm.eval(), episode))
 
-    from lmrl.rollouts.engine import Sampling
-    from lmrl.rollouts.hf import HFEngine
+    from lmrl.engines.base import Sampling
+    from lmrl.engines.hf import HFEngine
 
     completion = HFEngine(policy).generate([[5, 6]], Sampling(max_new_tokens=5), [("a",)])[0]
     segment = Segment()

@@ -3,7 +3,7 @@
 import pytest
 
 from lmrl.errors import RecipeError
-from lmrl.recipe_files import load_recipe
+from lmrl.recipe.files import load_recipe
 
 MODEL = "model: {config: {model_type: llama}}\n"
 ADAPTED = "model: {path: some/model, lora: {r: 4}}\n"
@@ -150,7 +150,7 @@ def test_an_unknown_start_is_refused(tmp_path, lines, message):
 
 
 def test_starts_of_stages(tmp_path):
-    from lmrl.recipe_files import stages_of
+    from lmrl.recipe.files import stages_of
 
     text = STAGED.replace("two: {}", "two: {start: one}, three: {start: model}") + "start: two\n"
     starts = {name: stage.start for name, stage in stages_of(load(tmp_path, text)).items()}

@@ -3,7 +3,7 @@
 import pytest
 
 from lmrl.recipe.evaluations import BETWEEN, OFFLINE_SHARE, SHARE, Plan, own_plan, suite_interval
-from lmrl.recipe_files import load_recipe, stages_of
+from lmrl.recipe.files import load_recipe, stages_of
 
 OWN = ["evaluation.suite=task", "rollouts.prompts=10", "rollouts.samples=10"]
 

@@ -11,7 +11,7 @@ from lmrl.recipe import Reward
 from lmrl.rewards.check import EDGES, check_reward
 from lmrl.rewards.rescore import columns_of, correlations, read_samples
 from lmrl.rewards.workers import close_pools
-from lmrl.training.measures import sample_line
+from lmrl.training.monitoring.measures import sample_line
 from lmrl.trajectories.store import EpisodeWriter
 from lmrl.trajectories.trajectory import Trajectory, Turn
 

@@ -10,7 +10,7 @@ from lmrl import cli
 from lmrl.environments import TextEnvironment, version_of
 from lmrl.errors import RunError
 from lmrl.rollouts.replay import differences, find_episodes, replay_episode
-from lmrl.training.measures import sample_line
+from lmrl.training.monitoring.measures import sample_line
 from lmrl.trajectories.trajectory import Trajectory, Turn
 from tests.conftest import TINY_WALKS
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from lmrl.engines.base import Completion, Sampling
 from lmrl.environments import TextEnvironment
 from lmrl.errors import EpisodeError, ModelError
 from lmrl.recipe import Prompts
-from lmrl.rollouts.engine import Completion, Sampling
-from lmrl.rollouts.render import Renderer
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task, split_rows, starts_for
+from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.trajectory import CONTEXT
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from lmrl.errors import RunError
-from lmrl.recipe_files import load_recipe
+from lmrl.recipe.files import load_recipe
 from lmrl.training import resume_run, train
 from lmrl.training.checkpoint import CHECKSUMS, damage, verify, write_checksums
 from tests.conftest import TINY_WALKS

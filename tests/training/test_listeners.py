@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from lmrl.recipe_files import load_recipe
+from lmrl.recipe.files import load_recipe
 from lmrl.training import build, resume_run, train
 from lmrl.training.listeners import Listener
 from tests.conftest import TINY_WALKS

@@ -10,9 +10,9 @@ from safetensors.torch import load, save
 from lmrl.errors import RecipeError
 from lmrl.policy.load import load_policy
 from lmrl.recipe import Model, Optimizer
-from lmrl.recipe_files import load_recipe
+from lmrl.recipe.files import load_recipe
 from lmrl.training.optimizers import entry_from_tensor, entry_to_tensor, state_bytes
-from lmrl.training.strategy import Strategy
+from lmrl.training.parallel.strategy import Strategy
 from lmrl.training.updater import Updater
 from tests.conftest import TINY_LLAMA
 from tests.training.test_updater_memory import batch, likelihood

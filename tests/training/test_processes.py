@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lmrl.launch import accelerate_environment
-from lmrl.recipe_files import find_launch
+from lmrl.recipe.files import find_launch
 from lmrl.training.replay import replay
 from lmrl.training.train import resume_run
 

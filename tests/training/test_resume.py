@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lmrl.errors import RunError
-from lmrl.recipe_files import load_recipe
+from lmrl.recipe.files import load_recipe
 from lmrl.training import resume_run, train
 
 SMALL = [

@@ -14,7 +14,7 @@ import yaml
 import lmrl.run
 from lmrl.errors import DataError, ModelError, NonFiniteError, RecipeError, RunError
 from lmrl.evaluation.statistics import bootstrap
-from lmrl.recipe_files import load_recipe
+from lmrl.recipe.files import load_recipe
 from lmrl.training import dry_run, resume_run, train
 from lmrl.training.interrupt import Interrupted
 from lmrl.training.reward_model import (

@@ -4,7 +4,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lmrl.errors import RecipeError
-from lmrl.recipe_files import load_recipe
+from lmrl.recipe.files import load_recipe
 from lmrl.training import train
 from lmrl.training.stage import Stage
 from tests.conftest import TINY_WALKS

@@ -10,7 +10,7 @@ from lmrl.errors import NonFiniteError
 from lmrl.objectives.base import Loss, Objective
 from lmrl.objectives.likelihood import Likelihood
 from lmrl.recipe import LikelihoodObjective, Optimizer
-from lmrl.recipe_files import load_recipe
+from lmrl.recipe.files import load_recipe
 from lmrl.training.replay import replay
 from lmrl.training.updater import Updater, schedule
 from lmrl.trajectories.batch import to_batch
@@ -167,7 +167,7 @@ def test_a_non_finite_step_changes_nothing(tiny_policy):
 
 def test_the_run_stops_and_keeps_what_broke_it(tmp_path):
     """A plug-in objective turns bad: its minibatch, seed and recipe are kept, and `lmrl replay` sees it again."""
-    from lmrl.recipe_files import load_recipe
+    from lmrl.recipe.files import load_recipe
     from lmrl.training import train
 
     overrides = [

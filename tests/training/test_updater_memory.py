@@ -16,11 +16,11 @@ from lmrl.errors import MemoryShortError
 from lmrl.objectives.likelihood import Likelihood
 from lmrl.policy.policy import Policy
 from lmrl.recipe import LikelihoodObjective, Optimizer
-from lmrl.recipe_files import load_recipe
+from lmrl.recipe.files import load_recipe
 from lmrl.rollouts.task import Task
 from lmrl.training import resume_run, train
+from lmrl.training.monitoring.worst_case import worst_case
 from lmrl.training.updater import Updater
-from lmrl.training.worst_case import worst_case
 from lmrl.trajectories.batch import Batch, to_batch
 from lmrl.trajectories.trajectory import Segment, Trajectory
 from tests.conftest import TINY_WALKS
@@ -340,7 +340,7 @@ from lmrl.policy.load import load_policy
 from lmrl.recipe import Model, Optimizer
 from lmrl.training.updater import Updater
 from lmrl.trajectories.batch import Batch
-from lmrl.training.worst_case import full_sequence
+from lmrl.training.monitoring.worst_case import full_sequence
 
 config = dict(TINY_LLAMA) | {{"hidden_size": 64, "intermediate_size": 2048, "max_position_embeddings": 256}}
 policy = load_policy(Model(config=config), texts=lambda: ["abcdefgh"])

@@ -19,11 +19,11 @@ from lmrl.policy.heads import HeadsSpec
 from lmrl.policy.load import load_policy
 from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.recipe import LikelihoodObjective, Lora, Model, Optimizer
-from lmrl.recipe_files import load_recipe
+from lmrl.recipe.files import load_recipe
 from lmrl.training import build
-from lmrl.training.bundle import keep_update
 from lmrl.training.listeners import Listener
-from lmrl.training.strategy import Strategy, build_strategy
+from lmrl.training.monitoring.bundle import keep_update
+from lmrl.training.parallel.strategy import Strategy, build_strategy
 from lmrl.training.train import join, resume_run
 from lmrl.training.updater import Updater
 from lmrl.trajectories.batch import Batch, Microbatch, to_batch

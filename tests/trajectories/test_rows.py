@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 from transformers import AutoTokenizer
 
+from lmrl.engines.base import Completion, Sampling
 from lmrl.environments import TextEnvironment
 from lmrl.policy.tokenizers import build_tokenizer
-from lmrl.rollouts.engine import Completion, Sampling
-from lmrl.rollouts.render import Renderer
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task
 from lmrl.trajectories.files import Malformed, open_rows
+from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.rows import common_prompt, fingerprint, from_row, parse, to_row
 from lmrl.trajectories.store import DatasetFile, write_episodes
 from lmrl.trajectories.trajectory import CONTEXT

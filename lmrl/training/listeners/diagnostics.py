@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lmrl import distributed
-from lmrl.training.diagnostics import Probe, discounts_of, probe_states
+from lmrl.sources.base import SourceBatch
 from lmrl.training.listeners.listener import Listener
-from lmrl.training.sources import SourceBatch
+from lmrl.training.monitoring.diagnostics import Probe, discounts_of, probe_states
 from lmrl.trajectories.store import read_episodes, write_episodes
 from lmrl.trajectories.trajectory import Trajectory
 

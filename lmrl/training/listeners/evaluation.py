@@ -14,11 +14,11 @@ from lmrl.errors import RecipeError, did_you_mean
 from lmrl.evaluation.evaluate import Evaluator, Scores
 from lmrl.evaluation.statistics import summarize
 from lmrl.objectives.groups import groups_of
-from lmrl.training.diagnostics import discounts_of, start_values
 from lmrl.training.display import interval
 from lmrl.training.final import certainly_better, paired_values
 from lmrl.training.listeners.listener import Listener
-from lmrl.training.measures import SAMPLES_KEPT, sample_line
+from lmrl.training.monitoring.diagnostics import discounts_of, start_values
+from lmrl.training.monitoring.measures import SAMPLES_KEPT, sample_line
 from lmrl.trajectories.trajectory import Trajectory
 
 if TYPE_CHECKING:

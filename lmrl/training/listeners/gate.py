@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from lmrl.recipe import Gate
 from lmrl.training.display import interval
-from lmrl.training.gate import GateState, breached, drop, has_given_up, is_due
 from lmrl.training.listeners.evaluation import Evaluation
 from lmrl.training.listeners.listener import Listener
 from lmrl.training.listeners.recovery import end_with_best, go_back
+from lmrl.training.monitoring.gate import GateState, breached, drop, has_given_up, is_due
 
 if TYPE_CHECKING:
     from lmrl.training.stage import Stage

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from lmrl import distributed
 from lmrl.objectives import Objective
 from lmrl.recipe import Recipe
-from lmrl.training.bundle import keep_update, rng_state
+from lmrl.sources.base import SourceBatch
 from lmrl.training.checkpoint import checkpoint_path
-from lmrl.training.collapse import KEEP, LEAST, START, RollbackPoint, Step, Tracker
-from lmrl.training.detectors import DETECTORS, WIDE, Row, Settings, between_groups
 from lmrl.training.listeners.evaluation import Evaluation
 from lmrl.training.listeners.listener import Listener
 from lmrl.training.listeners.recovery import end_with_best, go_back, leave_checkpoint, warn
-from lmrl.training.sources import SourceBatch
+from lmrl.training.monitoring.bundle import keep_update, rng_state
+from lmrl.training.monitoring.collapse import KEEP, LEAST, START, RollbackPoint, Step, Tracker
+from lmrl.training.monitoring.detectors import DETECTORS, WIDE, Row, Settings, between_groups
 
 if TYPE_CHECKING:
     from lmrl.training.stage import Stage

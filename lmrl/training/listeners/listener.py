@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from lmrl.training.sources import SourceBatch
+from lmrl.sources.base import SourceBatch
 
 if TYPE_CHECKING:
     from lmrl.training.stage import Stage

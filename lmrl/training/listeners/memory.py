@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lmrl.policy.policy import Policy
+from lmrl.sources.base import SourceBatch
 from lmrl.training.listeners.listener import Listener
-from lmrl.training.sources import SourceBatch
-from lmrl.training.worst_case import worst_case
+from lmrl.training.monitoring.worst_case import worst_case
 
 if TYPE_CHECKING:
     from lmrl.training.stage import Stage

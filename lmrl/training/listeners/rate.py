@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from lmrl import distributed
 from lmrl.objectives.policy_gradient import OPEN_ENTROPY, bearable, k3
+from lmrl.sources.base import SourceBatch
 from lmrl.training.listeners.listener import Listener
-from lmrl.training.sampler_check import logprob_differences, pick_segments
-from lmrl.training.sources import SourceBatch
+from lmrl.training.monitoring.sampler_check import logprob_differences, pick_segments
 
 if TYPE_CHECKING:
     from lmrl.training.stage import Stage

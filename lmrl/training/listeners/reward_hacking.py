@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lmrl.sources.base import SourceBatch
 from lmrl.training.listeners.listener import Listener
 from lmrl.training.listeners.recovery import warn
-from lmrl.training.measures import drift
-from lmrl.training.reward_hacking import RewardHackingDetector
-from lmrl.training.sources import SourceBatch
+from lmrl.training.monitoring.measures import drift
+from lmrl.training.monitoring.reward_hacking import RewardHackingDetector
 
 if TYPE_CHECKING:
     from lmrl.training.stage import Stage
 
 
 class RewardHackingMonitor(Listener):
-    """Warns if the trained reward rises while a watched one falls (see lmrl/training/reward_hacking.py)."""
+    """Warns if the trained reward rises while a watched one falls (see lmrl/training/monitoring/reward_hacking.py)."""
 
     name = "hacking"
 

@@ -1,0 +1,1 @@
+"""Engines: token prompts in, sampled tokens with their log-probabilities out."""

@@ -1,0 +1,237 @@
+"""Speaking with one vLLM server over HTTP: completions, tokens in and tokens out, and the control of its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+import threading
+import urllib.parse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmrl.engines.base import Completion, Sampling
+from lmrl.errors import EngineError, ModelError
+
+CONNECT_TIMEOUT, PROBE_TIMEOUT = 10.0, 60.0
+"""Seconds to reach a server, and for it to say how it is."""
+COMPLETIONS = "/inference/v1/generate"
+MODEL_NAME = "policy"
+SERVE_OPTIONS = (
+    "--enable-scale-out",
+    "--logprobs-mode=processed_logprobs",
+    "--generation-config=vllm",
+    "--worker-extension-cls=lmrl.engines.vllm_worker.PolicyWorker",
+)
+"""What every server has to be started with: its options, and VLLM_SERVER_DEV_MODE=1 in its environment."""
+
+
+class ServerLost(Exception):
+    """A server did not answer; another server, or the same one restarted, may."""
+
+
+class RequestFailed(ServerLost):
+    """A live server did not fulfil a request, or not in time."""
+
+
+class RequestTimeout(RequestFailed):
+    """A server did not answer in time."""
+
+
+class RequestRefused(RequestFailed):
+    """lmrl's server extension reported that it could not fulfil a request."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a server says of itself. `version` is the name of its weights, None where its workers do not agree."""
+
+    version: str | None
+    group: str | None
+    workers: int
+    device: str
+    gpus: tuple[str, ...]
+    transfer: str | None
+    max_model_len: int
+    model_type: str
+    vocabulary: int
+
+
+class Client:
+    """One server. Every request has a connection of its own, so that a lost one is never taken for a live one."""
+
+    def __init__(self, url: str, timeout: float = 600):
+        """timeout: seconds for a completion, and for loading weights."""
+        self.url, self.timeout = url, timeout
+        self._live: dict[http.client.HTTPConnection, str] = {}
+        self._lock = threading.Lock()
+
+    # ----------------------------------------------------------------------------------------------------- completions
+    def complete(
+        self, prompt: list[int], sampling: Sampling, seed: int, eos: set[int], version: str | None = None
+    ) -> Completion:
+        """Sample one completion. version: of the weights it has to come from.
+
+        Raises ServerLost where the server does not give it, ModelError where it refuses the request.
+        """
+        request = request_of(prompt, sampling, seed, eos)
+        return completion_of(self.post(COMPLETIONS, request), sampling, eos, version)
+
+    def hang_up(self, completions_only: bool = True) -> None:
+        """Break off the requests under way; the server stops working on them."""
+        with self._lock:
+            live = [one for one, path in self._live.items() if path == COMPLETIONS or not completions_only]
+        for connection in live:
+            with contextlib.suppress(OSError, AttributeError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
+    # --------------------------------------------------------------------------------------------------------- weights
+    def describe(self) -> Description:
+        """Raises ServerLost where nobody answers, ModelError where it is no server that lmrl can use."""
+        try:
+            workers = self.call("lmrl_describe", timeout=min(PROBE_TIMEOUT, self.timeout))
+        except RequestFailed as failure:
+            if "has no attribute" not in str(failure):
+                raise
+            raise ModelError(f"{self.url} was started without lmrl's extension; {how_to_serve()}") from failure
+        first = workers[0]
+        if first["logprobs"] != "processed_logprobs":
+            raise ModelError(
+                f"{self.url} gives log-probabilities before temperature (logprobs mode {first['logprobs']}); "
+                f"{how_to_serve()}"
+            )
+        versions = {worker["version"] for worker in workers}
+        return Description(
+            versions.pop() if len(versions) == 1 else None,
+            first["group"],
+            len(workers),
+            first["device"],
+            tuple(worker["gpu"] for worker in workers if worker["gpu"]),
+            first["transfer"],
+            first["max_model_len"],
+            first["model_type"],
+            first["vocabulary"],
+        )
+
+    def load(self, path: Path, version: str) -> None:
+        """Have the server take over the weights of a file."""
+        self.call("lmrl_load", str(path))
+        self.name(version)
+
+    def name(self, version: str, group: str | None = None) -> None:
+        """After new weights: completions are to carry their name, and what was computed with the old ones is dropped.
+
+        Only then the server says that it has them, because whoever hears of it may send requests. group: in which they were
+        broadcast to it.
+        """
+        self.post("/update_weight_version", {"new_version": version})
+        answer = self.post("/reset_prefix_cache?reset_running_requests=true", {})
+        if not answer.get("success"):
+            raise RequestFailed(f"{self.url} did not drop its prefix cache after new weights came")
+        self.call("lmrl_name", version, *([group] if group else []))
+
+    def call(self, method: str, *args: str, timeout: float | None = None) -> list[dict[str, Any]]:
+        """Call a method of the worker extension; the answers of all workers."""
+        answers = self.post("/collective_rpc", {"method": method, "args": list(args)}, timeout)["results"]
+        for answer in answers:
+            if "error" in answer:
+                raise RequestRefused(f"{self.url}: {method} failed: {answer['error']}")
+        return answers
+
+    # ------------------------------------------------------------------------------------------------------------ HTTP
+    def post(self, path: str, body: Any, timeout: float | None = None) -> dict[str, Any]:
+        """The JSON answer to a request."""
+        parts = urllib.parse.urlsplit(self.url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(parts.hostname, parts.port, timeout=CONNECT_TIMEOUT)
+        try:
+            connection.connect()
+            connection.sock.settimeout(timeout or self.timeout)
+            with self._lock:
+                self._live[connection] = path
+            headers = {"Content-Type": "application/json", "Connection": "close"}
+            connection.request("POST", parts.path + path, json.dumps(body), headers)
+            response = connection.getresponse()
+            data = response.read()
+        except TimeoutError as error:
+            raise RequestTimeout(f"{self.url} did not answer within {timeout or self.timeout:g} s") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerLost(f"{self.url} cannot be reached: {error or type(error).__name__}") from error
+        finally:
+            with self._lock:
+                self._live.pop(connection, None)
+            connection.close()
+        return self._parsed(path, response.status, data)
+
+    def _parsed(self, path: str, status: int, data: bytes) -> dict[str, Any]:
+        if status == 200:
+            try:
+                return json.loads(data) if data else {}
+            except ValueError as error:
+                raise RequestFailed(f"{self.url} answered with what is no JSON: {data[:60]!r}") from error
+        said = said_by(data)
+        if status in (403, 404):
+            raise ModelError(f"{self.url}{path} answered {status} ({said}); {how_to_serve()}")
+        if 400 <= status < 500 and status not in (408, 425, 429):
+            raise ModelError(f"{self.url} refused a request with {status}: {said}")
+        raise RequestFailed(f"{self.url} answered {status}: {said}")
+
+
+def how_to_serve() -> str:
+    """The command that starts a server fit for a run, for messages."""
+    return f"start it with: VLLM_SERVER_DEV_MODE=1 vllm serve MODEL {' '.join(SERVE_OPTIONS)}"
+
+
+def request_of(prompt: list[int], sampling: Sampling, seed: int, eos: set[int]) -> dict[str, Any]:
+    """The request for one completion, as vLLM's /inference/v1/generate takes it."""
+    return {
+        "token_ids": prompt,
+        "sampling_params": {
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "stop": list(sampling.stop),
+            "stop_token_ids": sorted(eos),
+            "skip_special_tokens": False,  # stop strings are looked for in the whole text
+            "seed": seed,
+            "logprobs": 0,  # of the chosen token alone
+        },
+    }
+
+
+def completion_of(answer: dict[str, Any], sampling: Sampling, eos: set[int], version: str | None) -> Completion:
+    """The completion in an answer. Raises RequestFailed where it was broken off or comes from other weights than
+    `version`, EngineError where it is none."""
+    try:
+        choice = answer["choices"][0]
+        tokens, reason = list(choice["token_ids"]), choice["finish_reason"]
+        content = choice["logprobs"]["content"]
+        logprobs = [float(one["logprob"]) for one in content]
+        spans = {span["version"] for span in choice.get("weight_versions") or ()}
+    except (KeyError, IndexError, TypeError) as error:
+        raise EngineError(f"a server answered otherwise than vLLM does: {str(answer)[:200]}") from error
+    if reason not in ("stop", "length") or not tokens or len(tokens) != len(logprobs):
+        raise RequestFailed(f"a completion was broken off (finish reason {reason})")
+    if version is not None and spans != {version}:
+        said = (
+            f"came from the weights {', '.join(sorted(spans))}" if spans else "does not say which weights it came from"
+        )
+        raise RequestFailed(f"a completion {said} (expected: {version})")
+    if sampling.temperature == 0:
+        logprobs = [0.0] * len(tokens)  # a greedy choice is certain
+    end = "eos" if tokens[-1] in eos else "stop" if reason == "stop" else "length"
+    return Completion(tokens, logprobs, end)
+
+
+def said_by(data: bytes) -> str:
+    """The message in an answer that is an error."""
+    try:
+        parsed = json.loads(data)
+        error = parsed.get("error", parsed.get("detail", parsed))
+        text = error.get("message", error) if isinstance(error, dict) else error
+    except (ValueError, AttributeError):
+        text = data[:300].decode(errors="replace")
+    return " ".join(str(text).split())[:300]

@@ -1,0 +1,250 @@
+"""The `vllm-server` engine: sampling from vLLM servers, given by address or started by the run.
+
+All ranks of a run share the servers. One rank owns them: it starts them and gives them the weights; the others are handed
+`engine.shared` and only sample.
+"""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmrl import distributed
+from lmrl.engines.base import Completion, Engine, Keys, Sampling
+from lmrl.engines.vllm_server.client import Client, ServerLost
+from lmrl.engines.vllm_server.dispatch import dispatch
+from lmrl.engines.vllm_server.process import ServerProcess, gpus_of
+from lmrl.engines.vllm_server.supervisor import ServerSupervisor, Target
+from lmrl.engines.vllm_server.weights import Broadcast, Member, WeightFiles
+from lmrl.errors import EngineError, ModelError
+from lmrl.policy.merged import merged_weights
+from lmrl.policy.policy import Policy
+from lmrl.recipe.server import Server
+from lmrl.seeding import key
+
+
+class VLLMServerEngine(Engine):
+    """Samples from servers, and supervises them: see lmrl/engines/vllm_server/supervisor.py.
+
+    folder: where `servers/server-N.log` goes (None: a temporary folder). shared: what the owner's `shared` says, on every
+    other rank. Servers start with the first `refresh` of the owner. Raises ModelError for a policy guided by Q heads.
+    """
+
+    is_remote = True
+
+    def __init__(
+        self,
+        policy: Policy,
+        options: Server,
+        folder: Path | None = None,
+        check: Callable[[], None] = lambda: None,
+        shared: dict[str, Any] | None = None,
+    ):
+        super().__init__(policy, check)
+        if policy.guidance is not None:
+            raise ModelError(
+                "engine 'vllm-server' samples from the language model alone, but Q heads guide this policy: set "
+                "rollouts.engine=hf"
+            )
+        self.options, self.owner = options, shared is None
+        self.run_id = uuid.uuid4().hex[:12] if shared is None else shared["run"]
+        self.scratch = Path(tempfile.mkdtemp(prefix="lmrl-server-"))
+        self.files: WeightFiles | None = None
+        self.broadcast = Broadcast(self.weights)
+        self.changed = threading.Condition()
+        processes: list[ServerProcess | None] = []
+        if self.owner and not options.urls:
+            processes = [self._process(index, (folder or self.scratch) / "servers") for index in range(options.count)]
+        urls = shared["urls"] if shared else options.urls or [process.url for process in processes]
+        patience = options.start_timeout
+        if not self.owner and not options.urls:  # as long as the owner may start servers again
+            patience = patience * (1 + options.restarts) + options.timeout
+        self.supervisors = [
+            ServerSupervisor(
+                Client(url, options.timeout), self.changed, patience, self.owner, process, options.restarts
+            )
+            for url, process in zip(urls, processes or [None] * len(urls), strict=True)
+        ]
+        self.closed = False
+        atexit.register(self.close)
+
+    def _process(self, index: int, logs: Path) -> ServerProcess:
+        options, model = self.options, self.scratch / "model"
+        if not model.exists():
+            save_skeleton(self.policy, model)
+        gpus: tuple[str, ...] = ()
+        if torch.cuda.is_available():
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            gpus = gpus_of(index, options.count, options.tensor_parallel_size, visible.split(","), ranks)
+        length = options.max_model_len or self.policy.max_length
+        return ServerProcess(options, model, length, gpus, logs / f"server-{index}.log")
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What the engines of other ranks need: plain data, to be broadcast."""
+        return {"run": self.run_id, "urls": [supervisor.client.url for supervisor in self.supervisors]}
+
+    # --------------------------------------------------------------------------------------------------------- weights
+    def sync(self) -> None:
+        """Have all servers take over the policy's weights. On other ranks than the owner's: take no other weights."""
+        version = f"{self.run_id}-{self.syncs + 1}"
+        for supervisor in self.supervisors:
+            supervisor.set_target(None)
+            if supervisor.ident is None:
+                supervisor.start()
+        path = None
+        broadcasts = self.owner and self._broadcasts()
+        if broadcasts:
+            try:
+                self.broadcast.send([member_of(supervisor) for supervisor in self._alive()], version)
+            except ServerLost as lost:
+                raise EngineError(f"weights could not be broadcast, go on with --resume: {lost}") from lost
+        if self.owner and (not broadcasts or distributed.size() > 1):
+            # Beside a broadcast for a server that is started again while this process waits for the others.
+            path = self._write(version)
+        for supervisor in self.supervisors:
+            supervisor.set_target(Target(version, path))
+        self._wait(self._ready)
+        for supervisor in self.supervisors:
+            if supervisor.in_service:
+                self._check_match(supervisor)
+
+    def _ready(self) -> bool:
+        """True if sampling may begin: it waits for servers given by address, not for servers that are still
+        starting."""
+        waits = self.owner and self.options.urls
+        left = self._alive()
+        return any(one.in_service for one in left) and all(one.in_service or not (waits or one.answers) for one in left)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which weights travel: that of started servers; given ones may have any."""
+        return torch.float32 if self.options.urls else getattr(torch, self.options.dtype)
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The policy's weights as the servers get them."""
+        for name, tensor in merged_weights(self.policy):
+            yield name, tensor.to(self.dtype)
+
+    def _write(self, version: str) -> Path:
+        if self.files is None:
+            numbers = sum(parameter.numel() for parameter in self.policy.causal_lm.parameters())
+            self.files = WeightFiles(need=numbers * self.dtype.itemsize)
+        names = [name for name, _ in self.policy.causal_lm.named_parameters()]
+        return self.files.write(self.weights, names, version)
+
+    def _broadcasts(self) -> bool:
+        """Whether weights go from GPU to GPU. Raises ModelError where they should and cannot."""
+        if self.options.transfer == "files" or (self.options.transfer == "auto" and self.policy.device.type != "cuda"):
+            return False
+        self._wait(lambda: all(supervisor.described for supervisor in self._alive()))
+        descriptions = [supervisor.description for supervisor in self._alive()]
+        own = torch.cuda.get_device_properties(self.policy.device).uuid if self.policy.device.type == "cuda" else None
+        lacks = ""
+        if own is None:
+            lacks = f"the policy is on '{self.policy.device}'"
+        elif any(description.transfer != "nccl" for description in descriptions):
+            lacks = """a server was started without --weight-transfer-config='{"backend": "nccl"}'"""
+        elif any(str(own) in description.gpus for description in descriptions):
+            lacks = "a server shares its GPU with the policy"
+        if lacks and self.options.transfer == "nccl":
+            raise ModelError(f"rollouts.server.transfer=nccl: {lacks}; set it to files, or to auto")
+        return not lacks
+
+    def _check_match(self, supervisor: ServerSupervisor) -> None:
+        ours, theirs = self.policy.causal_lm.config.get_text_config(), supervisor.description
+        if (ours.model_type, ours.vocab_size) != (theirs.model_type, theirs.vocabulary):
+            raise ModelError(
+                f"{supervisor.client.url} serves a {theirs.model_type} with {theirs.vocabulary} tokens, but the policy is a "
+                f"{ours.model_type} with {ours.vocab_size}: serve the model of model.path"
+            )
+
+    # -------------------------------------------------------------------------------------------------------- sampling
+    def sample(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
+        self._check_lengths(max(map(len, prompts)), sampling)
+        version, eos = f"{self.run_id}-{self.syncs}", self.policy.eos_ids
+
+        def ask(supervisor: ServerSupervisor, index: int) -> Completion:
+            seed = key(*keys[index]) % 2**63
+            return supervisor.client.complete(prompts[index], sampling, seed, eos, version)
+
+        return dispatch(len(prompts), self.supervisors, self.options.in_flight, ask, self.changed, self._watch)
+
+    def _check_lengths(self, longest: int, sampling: Sampling) -> None:
+        limits = [supervisor.description.max_model_len for supervisor in self._alive() if supervisor.description]
+        limit = min([*limits, *([self.policy.max_length] if self.policy.max_length else [])])
+        if longest + sampling.max_new_tokens > limit:
+            raise ModelError(
+                f"a context of {longest} tokens and max_new_tokens={sampling.max_new_tokens} need "
+                f"{longest + sampling.max_new_tokens} positions, but the servers have {limit}: lower "
+                "rollouts.max_new_tokens, shorten the context (task.prompts.max_tokens, task.history), or raise the servers' "
+                "max_model_len"
+            )
+
+    def _alive(self) -> list[ServerSupervisor]:
+        return [supervisor for supervisor in self.supervisors if supervisor.failure is None]
+
+    def _watch(self) -> None:
+        """Called while waiting for servers: raises if waiting is pointless, and writes the weights that a server
+        needs."""
+        self.check()
+        gone = [supervisor.failure for supervisor in self.supervisors if supervisor.failure]
+        for error in gone:
+            if isinstance(error, ModelError) or len(gone) == len(self.supervisors):
+                raise error
+        if self.weights_pinned:  # the policy has changed since, so no copy of the pinned weights is left
+            if all(supervisor.needs_file for supervisor in self._alive()):
+                raise EngineError(
+                    "all servers were restarted while the policy was training, and the weights they sampled with are lost: "
+                    "resume the run with --resume"
+                )
+        elif any(supervisor.needs_file for supervisor in self.supervisors):  # started again after a broadcast
+            target = self.supervisors[0].target
+            path = self._write(target.version)
+            for supervisor in self.supervisors:
+                if supervisor.needs_file:
+                    supervisor.set_target(Target(target.version, path))
+
+    def _wait(self, done: Callable[[], bool]) -> None:
+        while True:
+            self._watch()
+            with self.changed:
+                if self.changed.wait_for(done, timeout=0.1):
+                    return
+
+    def close(self) -> None:
+        """End the servers that the run has started, and leave no files."""
+        if self.closed:
+            return
+        self.closed = True
+        atexit.unregister(self.close)
+        self.broadcast.close()
+        for supervisor in self.supervisors:
+            supervisor.close()
+        if self.files is not None:
+            self.files.close()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def member_of(supervisor: ServerSupervisor) -> Member:
+    return Member(supervisor.client, supervisor.description.workers, supervisor.description.group)
+
+
+def save_skeleton(policy: Policy, folder: Path) -> None:
+    """A model folder without weights: config and tokenizer, of which a server is started."""
+    lm = policy.causal_lm
+    config = copy.deepcopy(lm.config)
+    config.architectures = [type(lm).__name__]
+    config.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)

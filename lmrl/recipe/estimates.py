@@ -1,0 +1,261 @@
+"""What a recipe will take, computed without torch: batch arithmetic and memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lmrl.recipe import (
+    OWN_TASK,
+    DatasetSource,
+    MixtureSource,
+    Model,
+    PromptTask,
+    Recipe,
+)
+from lmrl.recipe.evaluations import is_imitation, own_plan
+from lmrl.recipe.rates import UNKNOWN_SIZE, default_rates, with_rates
+
+PROCESS_MB = 450
+"""Python with torch and transformers imported, before any model."""
+VLLM_PROCESS_MB = 300
+"""What vLLM imports, beside its copy and cache."""
+CPU_BFLOAT16 = 4
+"""How many times the tensors of its passes a CPU comes to hold where it computes in bfloat16. oneDNN keeps prepared kernels for
+every new shape; what else there is was not found. Fitted to long runs (see docs/memory.md); float32 shows nothing of it."""
+SLICE = 8192
+"""Vocabulary entries that lmrl.policy.logprobs projects at a time."""
+VLLM_CACHE_GIB = 1.0
+"""vLLM's keys and values where the recipe does not say, as in lmrl.engines.vllm on a CPU."""
+SPARE = 64
+"""Columns of keys and values ahead of need, as in lmrl.policy.cache."""
+
+
+def arithmetic_line(recipe: Recipe) -> str:
+    """Prompts x samples -> minibatches -> microbatches -> updates."""
+    a = recipe.arithmetic()
+    if not recipe.objective.leaves_policy:
+        return (
+            f"a step: {a['episodes']} pairs of texts of at most {recipe.objective.max_length} tokens each -> microbatches of "
+            f"about {recipe.training.microbatch_tokens} tokens -> 1 update; {a['steps']} steps = {a['updates']} updates"
+        )
+    width = _tokens_an_episode(recipe)
+    micro = math.ceil(a["episodes_per_minibatch"] * width / recipe.training.microbatch_tokens)
+    episodes = f"{a['prompts']} prompts x {a['samples']} samples = {a['episodes']} episodes"
+    if isinstance(recipe.source, MixtureSource):
+        played = recipe.rollouts.prompts * recipe.rollouts.samples
+        episodes = (
+            f"plays {recipe.rollouts.prompts} prompts x {recipe.rollouts.samples} samples = {played} episodes into the "
+            f"replay buffer, learns from {a['episodes']}"
+        )
+    return (
+        f"a step: {episodes} -> {a['minibatches']} minibatches of {a['episodes_per_minibatch']} -> about {micro} microbatches of at most "
+        f"{recipe.training.microbatch_tokens} tokens each -> {a['epochs']} epochs = {a['updates_per_step']} updates; "
+        f"{a['steps']} steps = {a['updates']} updates"
+    )
+
+
+def evaluation_line(recipe: Recipe) -> str:
+    """When a stage is scored, and on what."""
+    options = recipe.evaluation
+    if not recipe.objective.leaves_policy:
+        return "evaluation: on held-out pairs, at the end" + (
+            f" and every {options.every} steps" if options.every else ""
+        )
+    if options.suite is None:
+        return "evaluation: none"
+    if options.suite != OWN_TASK:
+        between = {None: "now and then where there is room", 0: ""}.get(options.every, f"every {options.every} steps")
+        return f"evaluation on suite {options.suite}: {_when(between)}"
+    if not recipe.scores_own_task:
+        return "evaluation: none, since nothing judges held-out episodes of this task"
+    plan = own_plan(recipe)
+    if plan is None:
+        return "evaluation: none, since the stage is too short to spare any (evaluation.every=0 asks for it)"
+    when = _when(f"every {plan.every} steps" if plan.every else "")
+    if is_imitation(recipe) and recipe.model.path is None and recipe.evaluation.gate is None:
+        when = "at the end, and at the start if it goes on from another stage"
+    return f"evaluation on the stage's own task: {plan.episodes} episodes each, {when}"
+
+
+def _when(between: str) -> str:
+    return f"at the start, {between} and at the end" if between else "at the start and the end"
+
+
+def rate_line(recipe: Recipe) -> str:
+    """The learning rates, and where they come from."""
+    shape, stated = model_shape(recipe.model), recipe.optimizer
+    if shape is None and stated.lr is None:
+        return "learning rate: by the size of the model, which is not known here yet (lmrl/recipe/rates.py)"
+    sizes = (shape["parameters"], shape["hidden"]) if shape else (int(UNKNOWN_SIZE), 1024)
+    chosen, rates = with_rates(recipe, *sizes), default_rates(recipe, *sizes)
+    reason = "as stated" if stated.lr is not None else rates.reason
+    heads = f", heads {chosen.head_lr:g}" if recipe.objective.head_parameters(1, 1)[0] else ""
+    return f"learning rate: {chosen.lr:g}{heads} ({reason})"
+
+
+def memory_lines(recipe: Recipe) -> list[str]:
+    """The model's size and an estimate of peak memory, item by item, or why there is none."""
+    shape, items = model_shape(recipe.model), memory(recipe)
+    if shape is None or items is None:
+        return [f"memory: unknown, because the sizes of '{recipe.model.path or 'model.config'}' are not known here yet"]
+    parts = ", ".join(f"{name} {size:,.0f}" for name, size in items.items())
+    learned, copy, heads, _ = _trained(recipe, shape)
+    count = f"{shape['parameters'] / 1e6:,.2f}M parameters, {(learned + copy + heads) / 1e6:,.2f}M trainable"
+    return [f"model: {count}", f"memory: about {sum(items.values()):,.0f} MB ({parts})"]
+
+
+def memory(recipe: Recipe, accelerator: bool = False) -> dict[str, float] | None:
+    """An estimate of peak memory in MB, item by item; None where the model's sizes are not known on this machine.
+
+    It is that of one process that shares nothing out. accelerator: of its memory alone; else that of a process on a CPU.
+    """
+    shape = model_shape(recipe.model)
+    if shape is None:
+        return None
+    lora, total = recipe.model.lora, shape["parameters"]
+    learned, copy, heads, targets = _trained(recipe, shape)
+    base_bytes = total * (2 if recipe.model.dtype == "bfloat16" else 4)
+    items = {"weights": base_bytes + (lora.r * shape["lora_per_rank"] * 4 if lora else 0)}
+    moments = _moments_bytes(recipe, shape)
+    items["gradients and Adam"] = learned * 4 + moments(learned)
+    items["second model and its target"] = copy * 12 + moments(copy)  # weight, gradient, target
+    items["heads and their targets"] = heads * 8 + targets * 4 + moments(heads, 0)
+    if getattr(recipe.objective, "kl_coef", 0) > 0 and lora is None:
+        items["reference"] = base_bytes
+    if recipe.rollouts.engine == "vllm":
+        vllm = recipe.rollouts.vllm
+        copied = total * (4 if vllm.dtype == "float32" else 2)
+        items["vLLM's copy and cache"] = copied + (vllm.memory or VLLM_CACHE_GIB) * 2**30
+    update, sampling = _update_bytes(recipe, shape), _sampling_bytes(recipe, shape)
+    # Not at the same time, and what the one has freed the other takes.
+    passes = update if sum(update.values()) >= sum(sampling.values()) else sampling
+    megabytes = {name: size / 2**20 for name, size in (items | passes).items() if size}
+    if accelerator:
+        return megabytes
+    if "bfloat16" in (recipe.model.dtype, recipe.training.precision):
+        megabytes["a CPU's bfloat16 kernels"] = (CPU_BFLOAT16 - 1) * sum(passes.values()) / 2**20
+    return megabytes | {"python": PROCESS_MB + (VLLM_PROCESS_MB if recipe.rollouts.engine == "vllm" else 0)}
+
+
+def _trained(recipe: Recipe, shape: dict[str, int]) -> tuple[int, int, int, int]:
+    """Parameters that are trained in the policy, in a second model and in heads, and those of the heads' targets."""
+    lora, total = recipe.model.lora, shape["parameters"]
+    heads, targets = recipe.objective.head_parameters(shape["hidden"], shape["vocabulary"])
+    learned = total if lora is None else lora.r * shape["lora_per_rank"]
+    return *recipe.resolved_objective.trained_parameters(learned, total), heads, targets
+
+
+def _moments_bytes(recipe: Recipe, shape: dict[str, int]) -> Callable[..., int]:
+    """Bytes of the optimizer's two moments for so many parameters, of which the embeddings never are in 8 bits."""
+    embeddings = 0 if recipe.model.lora else shape["vocabulary"] * shape["hidden"]
+
+    def moments(parameters: int, embedded: int = embeddings) -> int:
+        if recipe.optimizer.name == "adamw":
+            return 8 * parameters
+        return 2 * parameters + 6 * min(embedded, parameters)
+
+    return moments
+
+
+def _update_bytes(recipe: Recipe, shape: dict[str, int]) -> dict[str, int]:
+    """What a pass of an update keeps for its backward pass."""
+    tokens = min(recipe.training.microbatch_tokens, recipe.arithmetic()["episodes"] * _tokens_an_episode(recipe))
+    width = 2 if "bfloat16" in (recipe.model.dtype, recipe.training.precision) else 4
+    # Attention input, q, k, v, output, two norms and three feed-forward maps are kept for the backward pass.
+    per_token = shape["layers"] * (10 * shape["hidden"] + 4 * shape["intermediate"]) * width
+    # With checkpointing only the layers' inputs are kept, and one layer is computed again at a time.
+    kept = shape["layers"] * shape["hidden"] * width + per_token // shape["layers"]
+    items = {"activations": tokens * (kept if recipe.training.gradient_checkpointing else per_token)}
+    if recipe.objective.leaves_policy:
+        items["vocabulary slices"] = 3 * tokens * min(SLICE, shape["vocabulary"]) * 4
+    return items
+
+
+def _sampling_bytes(recipe: Recipe, shape: dict[str, int]) -> dict[str, int]:
+    """What engine `hf` holds while it samples."""
+    options = recipe.rollouts
+    if isinstance(recipe.source, DatasetSource) or options.engine != "hf":
+        return {}
+    rows = min(options.slots, options.prompts * options.samples)
+    tokens = rows * (_tokens_an_episode(recipe) + SPARE)
+    if options.cache_tokens is not None:
+        tokens = min(tokens, options.cache_tokens)
+    width = 2 if "bfloat16" in (recipe.model.dtype, recipe.training.precision) else 4
+    return {
+        "keys and values": tokens * 2 * shape["layers"] * shape["keys"] * width,
+        "logits of sampling": 3 * rows * shape["vocabulary"] * 4,
+    }
+
+
+def _tokens_an_episode(recipe: Recipe) -> int:
+    """Tokens of an episode at most; guessed where only playing tells."""
+    if (stated := recipe.objective.tokens_a_row()) is not None:
+        return stated
+    logged = getattr(recipe.source, "max_tokens", None)
+    if isinstance(recipe.source, DatasetSource) and logged is not None:
+        return logged * recipe.objective.episodes_a_row
+    prompt = recipe.task.prompts.max_tokens if isinstance(recipe.task, PromptTask) else 16
+    return recipe.rollouts.max_new_tokens + prompt
+
+
+def model_shape(model: Model) -> dict[str, int] | None:
+    """Sizes of the model, from its config and, where it lies on disk, its file header. None: not on this machine."""
+    try:
+        if model.config is not None:
+            return _shape_of_config(model.config, None)
+        folder = Path(model.path)
+        if not folder.exists():
+            folder = _cached(model.path)
+        if folder is None or not (folder / "config.json").is_file():
+            return None
+        return _shape_of_config(json.loads((folder / "config.json").read_text()), _count_parameters(folder))
+    except (TypeError, ValueError, ZeroDivisionError, struct.error):
+        return None  # sizes that make no sense are the model loader's to explain
+
+
+def _shape_of_config(config: dict[str, Any], parameters: int | None) -> dict[str, int]:
+    def get(default: int, *names: str) -> int:
+        return next((config[name] for name in names if config.get(name) is not None), default)
+
+    hidden = get(768, "hidden_size", "n_embd")
+    layers = get(12, "num_hidden_layers", "n_layer")
+    heads = get(12, "num_attention_heads", "n_head")
+    kv = get(heads, "num_key_value_heads") * get(hidden // heads, "head_dim")
+    intermediate = get(4 * hidden, "intermediate_size", "n_inner")
+    vocabulary = get(64, "vocab_size")
+    attention, mlp = 2 * hidden * hidden + 2 * hidden * kv, 3 * hidden * intermediate
+    embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    return {
+        "hidden": hidden,
+        "layers": layers,
+        "keys": kv,
+        "intermediate": intermediate,
+        "vocabulary": vocabulary,
+        "parameters": parameters or layers * (attention + mlp) + embeddings,
+        # rank 1 adds input + output width to each linear layer: q, o, k, v, gate, up, down
+        "lora_per_rank": layers * (2 * 2 * hidden + 2 * (hidden + kv) + 3 * (hidden + intermediate)),
+    }
+
+
+def _count_parameters(folder: Path) -> int | None:
+    """Parameters in a folder's safetensors files, from their headers."""
+    total = 0
+    for file in folder.glob("model*.safetensors"):
+        with open(file, "rb") as data:
+            header = json.loads(data.read(struct.unpack("<Q", data.read(8))[0]))
+        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total or None
+
+
+def _cached(name: str) -> Path | None:
+    """The newest snapshot of a hub model in the local cache."""
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    snapshots = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{name.replace('/', '--')}" / "snapshots"
+    found = sorted(snapshots.glob("*"), key=lambda path: path.stat().st_mtime) if snapshots.is_dir() else []
+    return found[-1] if found else None

@@ -1,0 +1,183 @@
+"""Policy gradients: PPO, and those whose baseline is the episodes of a group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from lmrl.recipe.objectives.base import BINS, LARGEST_HEAD_LR, SHORT_MEMORY, ObjectiveOptions, RateCurve
+
+if TYPE_CHECKING:
+    from lmrl.recipe.recipe import Recipe
+
+
+class PolicyGradientObjective(ObjectiveOptions):
+    """What policy gradients share, and how far an update may go."""
+
+    epochs: int = Field(2, ge=1)
+    """Passes over a step's episodes."""
+    minibatches: int = Field(4, ge=1)
+    """Parts of a step's episodes; each pass makes an update from every part."""
+    clip: float = Field(0.2, gt=0)
+    """Clipping range of the ratio of new to old probability: [1 - clip, 1 + clip] (upper bound: `clip_high`, if set)."""
+    clip_high: float | None = Field(None, gt=0)
+    """Upper clipping bound where it differs from `clip` (DAPO, arXiv 2503.14476, has 0.28)."""
+    dual_clip: float | None = Field(3.0, gt=1)
+    """Largest ratio that counts where the advantage is negative (Ye et al., arXiv 1912.09729; null: no bound)."""
+    target_kl: float | None = Field(0.05, gt=0)
+    """A minibatch on which the policy has moved further than this from the one that played, in nats a token, is not stepped
+    on, and the step's updates end there (null: no limit)."""
+    entropy_coef: float = Field(0.0, ge=0)
+    """Weight of an entropy bonus."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the divergence from the reference (0: none, and no reference is kept)."""
+    missing_eos_penalty: float = Field(0.0, ge=0)
+    """Taken from the reward of a turn that was cut off by the token limit."""
+
+    rate_curve = RateCurve(5e-4, 0.68, "policy gradients")
+    betas = SHORT_MEMORY
+
+    def mistakes(self, recipe: Recipe) -> Iterator[str]:
+        name = self.name
+        if recipe.source.name != "rollouts":
+            yield (
+                f"objective '{name}' learns from its own fresh episodes: set source.name=rollouts "
+                "(for logged data use objective.name=ilql or likelihood)"
+            )
+        elif recipe.source.best < 1:
+            yield f"objective '{name}' learns from bad episodes as well as good ones: leave source.best at 1"
+        if recipe.rollouts.top_p < 1 or recipe.rollouts.top_k > 0:
+            yield (
+                f"objective '{name}' needs the full distribution, because truncated sampling biases the probability ratio: "
+                "set rollouts.top_p=1 and rollouts.top_k=0"
+            )
+        if recipe.rollouts.temperature == 0:
+            yield f"objective '{name}' explores by sampling: set rollouts.temperature above 0"
+        if recipe.rollouts.ahead and recipe.rollouts.correction == "none":
+            yield (
+                f"`rollouts.ahead` has objective '{name}' learn from what older weights have played, which importance weights have "
+                "to correct: leave rollouts.correction at auto, or set rollouts.ahead=0"
+            )
+
+
+class PPOObjective(PolicyGradientObjective):
+    """Proximal policy optimisation over action tokens (Schulman et al., arXiv 1707.06347)."""
+
+    name: Literal["ppo"]
+    implementation = "lmrl.objectives.ppo:PPO"
+    head_lr_follows = False
+    value_coef: float = Field(0.5, ge=0)
+    """Weight of the values' loss."""
+    value_normalization: Literal["returns", "none"] = "returns"
+    """returns: values are learned in units of the running mean and deviation of returns, so that the size of rewards does not
+    matter; advantages that are not whitened are in these units too. none: in the unit of the reward."""
+    value_clip: float | None = Field(None, gt=0)
+    """Clipping of the value around its old estimate, in the values' units (null: none)."""
+    value_pull: float | None = Field(1.0, ge=0)
+    """Bound on the gradient that values send into a trunk they share with the policy, relative to the policy's own, token by
+    token (null: none)."""
+    detach_value: bool = False
+    """Stop the value loss at the trunk, so that it trains the head alone."""
+    value_warmup_steps: int = Field(10, ge=0)
+    """First steps, at most, that train the values alone; fewer where their error on fresh returns stops falling."""
+    value_loss: Literal["squared", "hl_gauss"] = "squared"
+    """hl_gauss: values as categories over `value_range` (Farebrother et al., arXiv 2403.03950)."""
+    value_range: tuple[float, float] = (-5.0, 5.0)
+    """Lowest and highest value that `hl_gauss` can express, in the values' units."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Discount a turn."""
+    gamma_token: float = Field(1.0, gt=0, le=1)
+    """Discount a token inside a turn."""
+    lam: float = Field(0.95, ge=0, le=1)
+    """Lambda of generalised advantage estimation: 0 trusts the values, 1 the returns."""
+    whiten_advantages: bool = True
+    """Give a step's advantages zero mean and unit variance."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Where the divergence enters: per-token in the reward (k1), or as a loss term (k3)."""
+    kl_target: float | None = Field(None, gt=0)
+    """Nats an episode that `kl_coef` is adapted towards (null: fixed)."""
+    kl_horizon: int = Field(1000, ge=1)
+    """Episodes over which `kl_coef` adapts."""
+
+    @model_validator(mode="after")
+    def _sensible(self) -> PPOObjective:
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("`kl_target` adapts `kl_coef`, which has to start above 0")
+        if not self.value_range[0] < self.value_range[1]:
+            raise ValueError("`value_range` is [LOW, HIGH] with LOW < HIGH")
+        if (
+            self.value_loss == "hl_gauss"
+            and self.value_normalization == "none"
+            and "value_range" not in self.model_fields_set
+        ):
+            raise ValueError(
+                "`value_loss: hl_gauss` with `value_normalization: none` needs `value_range: [LOW, HIGH]`, the returns to expect"
+            )
+        return self
+
+    def head_lr(self, lr: float, hidden: int) -> float:
+        return min(1 / hidden, LARGEST_HEAD_LR)
+
+    def head_parameters(self, hidden: int, vocabulary: int) -> tuple[int, int]:
+        return (hidden + 1) * (BINS if self.value_loss == "hl_gauss" else 1), 0
+
+
+class GroupObjective(PolicyGradientObjective):
+    """What policy gradients share whose baseline is the episodes of the same prompt (or the batch), and no critic.
+
+    `kl_coef` weighs the divergence in the reward with rloo and reinforce_pp, and a term of the loss (k3) with grpo and dr_grpo.
+    """
+
+    scale_rewards: Literal["group", "batch", "none"] = "none"
+    """What advantages are divided by: the group's standard deviation, the batch's, or nothing, which leaves the step's size to the
+    size of rewards. Where rewards fall at turns it is one number for all turns."""
+    mask_cut: bool = False
+    """Leave episodes with a turn that was cut off by the token limit out of the loss (overlong filtering, DAPO, arXiv
+    2503.14476); they still count in the baseline."""
+    share_prompts: bool = True
+    """Compute the prompt of a group once in the updates, where the model allows it."""
+
+    compares_samples: ClassVar[bool] = True
+    """True if a prompt needs several samples."""
+
+    def mistakes(self, recipe: Recipe) -> Iterator[str]:
+        yield from super().mistakes(recipe)
+        if self.compares_samples and recipe.rollouts.samples == 1:
+            yield f"objective '{self.name}' compares samples of the same prompt: set rollouts.samples to 2 or more"
+
+
+class GRPOObjective(GroupObjective):
+    """Rewards standardised in the group, the mean over each episode's tokens (Shao et al., arXiv 2402.03300)."""
+
+    name: Literal["grpo"]
+    implementation = "lmrl.objectives.grpo:GRPO"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What advantages are divided by (see above)."""
+
+
+class DrGRPOObjective(GroupObjective):
+    """Rewards less the group's mean, the sum over tokens by a constant (Liu et al., arXiv 2503.20783)."""
+
+    name: Literal["dr_grpo"]
+    implementation = "lmrl.objectives.dr_grpo:DrGRPO"
+    constant_length: int = Field(256, ge=1)
+    """What the sum over an episode's tokens is divided by, the same for all of any length."""
+
+
+class RLOOObjective(GroupObjective):
+    """Rewards less the mean of the others in the group, the sum over tokens (Ahmadian et al., arXiv 2402.14740)."""
+
+    name: Literal["rloo"]
+    implementation = "lmrl.objectives.rloo:RLOO"
+    scale_rewards: Literal["group", "batch", "none"] = "batch"
+    """What advantages are divided by (see above)."""
+
+
+class ReinforcePPObjective(GroupObjective):
+    """REINFORCE++: the divergence in the reward, standardised over the batch (Hu et al., arXiv 2501.03262)."""
+
+    name: Literal["reinforce_pp"]
+    implementation = "lmrl.objectives.reinforce_pp:ReinforcePP"
+    compares_samples = False

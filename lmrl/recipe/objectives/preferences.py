@@ -1,0 +1,124 @@
+"""Objectives that learn from preferences: DPO and its variants, and reward models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from lmrl.recipe.objectives.base import ObjectiveOptions, RateCurve
+
+if TYPE_CHECKING:
+    from lmrl.recipe.recipe import Recipe
+
+PREFERENCE_LOSSES = Literal[
+    "sigmoid",
+    "sigmoid_norm",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "simpo",
+    "orpo",
+]
+
+
+class DPOObjective(ObjectiveOptions):
+    """Direct preference optimisation (Rafailov et al., arXiv 2305.18290) and its variants, on pairs of episodes.
+
+    The pairs are chosen and rejected of preference data, or the best and the worst of several episodes of a prompt.
+    """
+
+    name: Literal["dpo"]
+    implementation = "lmrl.objectives.dpo:DPO"
+    rate_curve = RateCurve(2.5e-4, 0.68, "preferences")
+    uses_sampling_temperature = False
+    uses_correction = False
+    episodes_a_row = 2
+    loss: PREFERENCE_LOSSES = "sigmoid"
+    """As trl calls them (sigmoid_norm: a token instead of an episode); formulas and papers are in lmrl/objectives/dpo.py."""
+    beta: float = Field(0.1, gt=0)
+    """How closely the policy is held to the reference; of simpo and orpo, the weight of the margin."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of the pairs that is taken to be labelled the wrong way round (sigmoid, robust, exo_pair)."""
+    target_margin: float = Field(0.5, ge=0)
+    """Of simpo: how much better a token of the chosen episode has to be, times beta."""
+    sft_coef: float | None = Field(None, ge=0)
+    """Weight of the likelihood of the chosen episodes, a token (null: 1 with orpo, else 0)."""
+    minibatches: int = Field(1, ge=1)
+    """Updates a step, each on a part of its pairs."""
+    share_prompts: bool = True
+    """Compute what both episodes of a pair begin with once, where the model allows it."""
+    cache_reference: bool = False
+    """Compute the reference's log-probabilities of logged episodes once, before the first step, and keep them on disk
+    for later runs of the same model on the same data. Without LoRA this saves the reference's memory."""
+
+    @property
+    def reference_free(self) -> bool:
+        return self.loss in ("simpo", "orpo")
+
+    @model_validator(mode="after")
+    def _sensible(self) -> DPOObjective:
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust", "exo_pair"):
+            raise ValueError(f"`label_smoothing` is for sigmoid, robust and exo_pair; loss '{self.loss}' has none")
+        if self.loss == "exo_pair" and not self.label_smoothing:
+            raise ValueError("`loss: exo_pair` needs `label_smoothing` above 0 (its paper has 1e-3)")
+        if self.cache_reference and self.reference_free:
+            raise ValueError(f"`cache_reference`: loss '{self.loss}' has no reference")
+        return self
+
+    def mistakes(self, recipe: Recipe) -> Iterator[str]:
+        source = recipe.source
+        if source.name == "mixture":
+            yield "objective 'dpo' learns from pairs of one origin: set source.name=dataset (or rollouts)"
+        elif source.name == "rollouts" and recipe.rollouts.samples == 1:
+            yield "objective 'dpo' compares samples of the same prompt: set rollouts.samples to 2 or more"
+        if source.best < 1:
+            yield "objective 'dpo' learns from bad episodes as well as good ones: leave source.best at 1"
+        if getattr(source, "turns", None) is not None:
+            yield "objective 'dpo' compares whole episodes: leave source.turns out"
+        if self.cache_reference and source.name == "rollouts":
+            yield "`objective.cache_reference` is for logged episodes, which come again: set source.name=dataset"
+
+
+class RewardModelObjective(ObjectiveOptions):
+    """A reward model from preferences (Bradley-Terry; Ouyang et al., arXiv 2203.02155), trained by trl's RewardTrainer.
+
+    The source is a dataset of chosen and rejected completions. The result is a transformers sequence classifier with one
+    output, which later stages name as a reward: `task.rewards: [{model: stages/NAME}]`.
+    """
+
+    name: Literal["reward_model"]
+    rate_curve = RateCurve(5e-4, 0.68, "a reward model")
+    leaves_policy = False
+    uses_correction = False
+    holdout: float = Field(0.1, ge=0, lt=1)
+    """Share of the prompts whose pairs are never trained on and measure the result; those that `task.prompts` holds out
+    are among them."""
+    max_length: int = Field(1024, ge=1)
+    """Tokens of a prompt with its completion; of a longer text the end is kept."""
+    center_coef: float = Field(0.0, ge=0)
+    """Weight of the squared sum of a pair's rewards, which keeps their mean at zero (Eisenstein et al., arXiv 2312.09244)."""
+
+    def mistakes(self, recipe: Recipe) -> Iterator[str]:
+        source = recipe.source
+        if recipe.optimizer.name != "adamw":
+            yield f"`optimizer.name={recipe.optimizer.name}`: a reward model is trained by adamw, set that for its stage"
+        learns = "objective 'reward_model' learns from pairs of a chosen and a rejected completion"
+        if source.name != "dataset" or source.path is None:
+            yield f"{learns}: set source.name=dataset and source.path (and leave source.player out)"
+            return
+        if source.best < 1:
+            yield f"{learns}, which have no returns to rank them by: leave source.best at 1"
+        if source.turns is not None:
+            yield f"{learns} as a whole: leave source.turns out"
+
+    def tokens_a_row(self) -> int | None:
+        return 2 * self.max_length  # of a pair

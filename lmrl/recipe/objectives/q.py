@@ -1,0 +1,176 @@
+"""Objectives whose policy decodes by Q values: ILQL, Monte Carlo returns, Q-SFT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from lmrl.recipe.objectives.base import BINS, ObjectiveOptions
+
+if TYPE_CHECKING:
+    from lmrl.recipe.recipe import Recipe
+
+CUT_RETURNS = "`source.turns` cuts off the returns that followed, which the objective needs: leave it out"
+
+
+class Discounts(ObjectiveOptions):
+    """How later rewards count."""
+
+    gamma: float = Field(0.99, gt=0, le=1)
+    """Discount a turn."""
+    gamma_token: float = Field(1.0, gt=0, le=1)
+    """Discount a token inside a turn."""
+
+
+class Guidance(ObjectiveOptions):
+    """How a policy with Q values decodes: log pi + beta Q, over the tokens that the behaviour supports."""
+
+    beta: float = Field(64.0, ge=0)
+    """Weight of Q where decoding says nothing else (an inference setting: sweep it with `lmrl eval --beta 1,4,16,64`)."""
+    support: float = Field(0.01, ge=0, lt=1)
+    """Tokens less likely than this under the likelihood-trained policy are never drawn (0: no such mask)."""
+
+    uses_sampling_temperature = False
+    uses_correction = False
+
+    def mistakes(self, recipe: Recipe) -> Iterator[str]:
+        if recipe.source.best < 1:
+            yield f"objective '{self.name}' learns from bad episodes as well as good ones: leave source.best at 1"
+
+
+class QObjective(Discounts, Guidance):
+    """What objectives with Q heads share."""
+
+    minibatches: int = Field(1, ge=1)
+    """Updates a step, each on a part of its episodes."""
+    q_head: Literal["mlp", "linear", "tied"] = "mlp"
+    """mlp: two layers; linear: one; tied: the vocabulary matrix times a d x d matrix. `lmrl export` folds the last two."""
+    trunk: Literal["auto", "shared", "detached", "separate"] = "auto"
+    """Where the heads stand: on the policy's last hidden states, on those without a gradient into the policy, or on a
+    copy of the model of their own. auto: separate for MLP heads where all weights are trained, since what values need of a state
+    imitation may have no use for; else shared, as adapters and exports want it."""
+    value_normalization: Literal["returns", "none"] = "returns"
+    """returns: values are learned, and `beta` and `start_value` are given, in units of the log's returns: their mean, and their
+    deviation or the size of a reward, whichever is less. none: in the unit of the reward."""
+    start_value: float | Literal["lowest", "mean"] = "mean"
+    """What Q is before anything is learned, and stays for tokens never seen: `mean` is the mean return in the data, from where
+    values have the least way to go; `lowest` is the lowest, so that what is unknown looks bad even without `support`."""
+    value_loss: Literal["squared", "hl_gauss"] = "squared"
+    """hl_gauss: values as categories over the returns in the data (Farebrother et al., arXiv 2403.03950)."""
+    cql_coef: float = Field(0.1, ge=0)
+    """Weight of the push-down of Q outside the data, CE(Q / cql_temperature, action) (CQL, arXiv 2006.04779)."""
+    cql_temperature: float = Field(1.0, gt=0)
+    calibrated: bool = False
+    """Push no value below the return that the data realised (Cal-QL, Nakamoto et al., arXiv 2303.05479)."""
+    bc_coef: float = Field(1.0, ge=0)
+    """Weight of the likelihood of the actions (0: the policy stays as it is)."""
+
+    @model_validator(mode="after")
+    def _bins_need_mlp(self) -> QObjective:
+        if self.value_loss == "hl_gauss" and self.q_head != "mlp":
+            raise ValueError("`value_loss: hl_gauss` is not linear in the hidden state: it needs `q_head: mlp`")
+        if self.calibrated and self.cql_coef == 0:
+            raise ValueError("`calibrated` limits the push-down of `cql_coef`, which is 0")
+        return self
+
+    max_grad_norm = 10.0
+    """A regression on returns must not be held to what its usual gradients have: the mean of rare large returns is in the rare large
+    gradients, and where these count no more than the others, the values learn about the median (docs/offline.md has what was
+    measured). 10 is also what DQNs use."""
+    twins: ClassVar[int] = 1
+    """Q heads, each with a target."""
+    has_value: ClassVar[bool] = False
+    """True with a head for V as well."""
+
+    def mistakes(self, recipe: Recipe) -> Iterator[str]:
+        yield from super().mistakes(recipe)
+        if self.trunk == "separate" and recipe.model.lora is not None:
+            yield "`objective.trunk: separate` trains a second copy of all weights: with model.lora use shared (or detached)"
+        if self.calibrated and getattr(recipe.source, "turns", None) is not None:
+            yield CUT_RETURNS
+
+    def resolved(self, recipe: Recipe) -> Self:
+        if self.trunk != "auto":
+            return self
+        own = recipe.model.lora is None and self.q_head == "mlp"
+        return self.model_copy(update={"trunk": "separate" if own else "shared"})
+
+    def head_parameters(self, hidden: int, vocabulary: int) -> tuple[int, int]:
+        outputs = BINS if self.value_loss == "hl_gauss" else 1
+
+        def mlp(entries: int) -> int:
+            return 2 * hidden * (hidden + 1) + (2 * hidden + 1) * entries * outputs
+
+        one = {"mlp": mlp(vocabulary), "linear": hidden * vocabulary, "tied": hidden * hidden}[self.q_head]
+        heads = self.twins * one + (mlp(1) if self.has_value else 0)
+        return heads, heads
+
+    def trained_parameters(self, learned: int, total: int) -> tuple[int, int]:
+        return learned, total if self.trunk == "separate" else 0
+
+    @property
+    def export_beta(self) -> float | None:
+        return self.beta if self.q_head != "mlp" and self.trunk != "separate" else 0.0
+
+
+class ILQLObjective(QObjective):
+    """Implicit language Q-learning on logged data (Snell et al., arXiv 2206.11871)."""
+
+    name: Literal["ilql"]
+    implementation = "lmrl.objectives.ilql:ILQL"
+    twins, has_value = 2, True
+    expectile: float = Field(0.8, gt=0, lt=1)
+    """How near V comes to the best action in the data (0.5: their mean)."""
+    polyak: float = Field(0.05, gt=0, le=1)
+    """How far the targets of Q and V follow at every update. What a last turn is worth takes about 2 / polyak updates to reach the
+    turn before it; published runs of tens of thousands of updates have 0.005."""
+    awbc_beta: float = Field(0.0, ge=0)
+    """Weight the likelihood by exp(awbc_beta x advantage) (0: plain)."""
+
+
+class MCObjective(QObjective):
+    """Q by regression on the returns that followed (Monte Carlo returns), and decoding guided by it."""
+
+    name: Literal["mc"]
+    implementation = "lmrl.objectives.mc:MCReturns"
+
+    def mistakes(self, recipe: Recipe) -> Iterator[str]:
+        yield from super().mistakes(recipe)
+        if getattr(recipe.source, "turns", None) is not None and not self.calibrated:
+            yield CUT_RETURNS
+
+
+class QSFTObjective(Discounts, Guidance):
+    """Q-learning by supervised fine-tuning (Hong et al., arXiv 2411.05193): no heads, a second model's probabilities."""
+
+    name: Literal["q_sft"]
+    implementation = "lmrl.objectives.q_sft:QSFT"
+    return_range: tuple[float, float] = (0.0, 1.0)
+    """Lowest and highest return-to-go of an episode; returns are scaled from there to [0, 1]."""
+    polyak: float = Field(0.005, gt=0, le=1)
+    """How far the target model follows at every update."""
+
+    @model_validator(mode="after")
+    def _ordered_range(self) -> QSFTObjective:
+        if not self.return_range[0] < self.return_range[1]:
+            raise ValueError("`return_range` is [LOW, HIGH] with LOW < HIGH")
+        return self
+
+    def mistakes(self, recipe: Recipe) -> Iterator[str]:
+        if recipe.source.name != "dataset":
+            yield (
+                "objective 'q_sft' measures values against the behaviour that made the data, which fresh episodes change: "
+                "set source.name=dataset (for online learning use objective.name=ilql)"
+            )
+        yield from super().mistakes(recipe)
+        if recipe.model.lora is not None:
+            yield "objective 'q_sft' trains a second copy of all weights beside the policy: leave model.lora out"
+
+    def trained_parameters(self, learned: int, total: int) -> tuple[int, int]:
+        return 0, total  # trains a copy, and leaves the policy as it is
+
+    @property
+    def export_beta(self) -> float | None:
+        return 0.0

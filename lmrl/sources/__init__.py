@@ -1,0 +1,1 @@
+"""Sources: where a step's trajectories come from."""

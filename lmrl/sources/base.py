@@ -1,0 +1,49 @@
+"""Sources: where a step's trajectories come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lmrl.trajectories.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from lmrl.sources.dataset import Dataset
+
+
+@dataclass
+class SourceBatch:
+    """A step's trajectories, of which each rank has its shard.
+
+    learn: those to train on. played: fresh ones by the current policy, scored or not.
+    """
+
+    learn: list[Trajectory]
+    played: list[Trajectory] = field(default_factory=list)
+    failed: int = 0
+    """Number of played ones that could not be scored."""
+
+
+class Source:
+    """Base of all sources. `next` depends only on the step, the policy and the saved state."""
+
+    dataset: Dataset | None = None
+    """Its logged episodes, if it has any."""
+
+    def next(self, step: int) -> SourceBatch:
+        """The trajectories of a step, counted from 1."""
+        raise NotImplementedError
+
+    def wait(self) -> list[Trajectory]:
+        """Wait until no rollout is running in the background; returns the next step's episodes if they were sampled."""
+        return []
+
+    def stop(self, forget: bool = False) -> None:
+        """Cancel rollouts that run in the background. forget: also drop finished episodes of the next step."""
+
+    def save(self, folder: Path) -> None:
+        """Write the source's state next to a checkpoint, for a resumed run."""
+
+    def load(self, folder: Path) -> None:
+        pass

@@ -1,0 +1,45 @@
+"""Which episodes are learned from, where only the best are."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from lmrl import distributed
+from lmrl.errors import DataError
+from lmrl.trajectories.trajectory import Trajectory
+
+
+def best_of(
+    returns: Sequence[float | None], share: float, rng: np.random.Generator, groups: Sequence[Hashable] | None = None
+) -> list[int]:
+    """Positions of that share of episodes with the highest returns, at least one; which of equal ones, `rng` draws.
+
+    groups: of each episode the group among which it is ranked, and of each of which a share is kept (None: all are one).
+    """
+    if share == 1:
+        return list(range(len(returns)))
+    if any(value is None for value in returns):
+        row = returns.index(None)
+        raise DataError(f"source.best={share} ranks episodes by their returns, but episode {row + 1} has no reward")
+    lots = rng.permutation(len(returns))
+    ranked: dict[Hashable, list[int]] = {}
+    for position in sorted(range(len(returns)), key=lambda position: (-returns[position], lots[position])):
+        ranked.setdefault(None if groups is None else groups[position], []).append(position)
+    return sorted(position for rows in ranked.values() for position in rows[: max(round(share * len(rows)), 1)])
+
+
+def best_among_all(
+    trajectories: list[Trajectory], share: float, rng: np.random.Generator, by_prompt: bool = False
+) -> list[Trajectory]:
+    """This process's part of that share of all processes' episodes with the highest returns (see best_of).
+
+    by_prompt: of each group's episodes that share. Which they are does not depend on how many processes share them.
+    """
+    if share == 1:
+        return trajectories
+    everyone = sorted(distributed.all_gather([(one.group, one.episode, one.reward) for one in trajectories]))
+    groups = [group for group, _, _ in everyone] if by_prompt else None
+    best = {everyone[place][:2] for place in best_of([earned for *_, earned in everyone], share, rng, groups)}
+    return [one for one in trajectories if (one.group, one.episode) in best]

@@ -1,0 +1,207 @@
+"""Logged episodes, from a file or by a scripted player."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from lmrl import distributed
+from lmrl.environments import limits_of
+from lmrl.errors import DataError, ModelError
+from lmrl.evaluation.evaluate import RESERVED, Scores, summarize_trajectories
+from lmrl.evaluation.statistics import summarize
+from lmrl.recipe import DatasetOptions
+from lmrl.recipe.source import Players
+from lmrl.rollouts.collect import check_players, draw_starts, play_players
+from lmrl.rollouts.sampler import Sampler
+from lmrl.rollouts.task import Task, starts_for
+from lmrl.seeding import stream
+from lmrl.sources.base import Source, SourceBatch
+from lmrl.sources.best import best_of
+from lmrl.trajectories.chain import piece
+from lmrl.trajectories.store import DatasetFile
+from lmrl.trajectories.trajectory import Trajectory, prompt_key
+
+BAD_ROWS = "bad_rows.jsonl"
+PART = 64
+CACHED = 4096
+"""Logged episodes whose tokens are kept in memory."""
+
+
+class Dataset(Source):
+    """Logged episodes, in shuffled passes. The tokens of the CACHED most recently used episodes stay in memory."""
+
+    def __init__(
+        self,
+        episodes: Sequence[Trajectory] | DatasetFile,
+        returns: list[float | None],
+        batch_size: int,
+        seed: int,
+        stage: str,
+        best: float = 1.0,
+        turns: int | None = None,
+        groups: Sequence[int] | None = None,
+        best_among: Sequence[Hashable] | None = None,
+        scores: Callable[[], Scores | None] = lambda: None,
+        heldout: Callable[[int | None], list[Trajectory]] = lambda count: [],
+        notes: Sequence[str] = (),
+    ):
+        """returns: of all episodes (None: not judged). best: share of them, with the highest, that is learned from.
+        best_among: of each episode the prompt among whose episodes it is ranked (None: among all).
+        turns: learn from a piece of so many turns of each. groups: of each episode the group it belongs to, where whole
+        groups are to be drawn, and only those whose returns differ; a batch then has so many groups.
+
+        scores: means with intervals over all episodes, None where no return is known. heldout: gives the episodes of
+        (that many) held-out prompts. notes: what a person should know.
+        """
+        self.returns, self.batch_size, self.name = returns, batch_size, (seed, stage)
+        self.scores, self.heldout, self.notes, self.dataset = scores, heldout, list(notes), self
+        self.units = [[row] for row in range(len(returns))] if groups is None else self._comparable(groups)
+        if best_among is not None and len(set(best_among)) == len(returns):
+            raise DataError(
+                "source.best_among=prompt ranks the episodes of each prompt, but no prompt has two of them: leave it at all"
+            )
+        rng = stream(seed, stage, "best")
+        self.kept = best_of(returns, best, rng, best_among) if groups is None else list(range(len(self.units)))
+        self.grouped, self.turns = groups is not None, turns
+        self._episode = lru_cache(CACHED)(episodes.__getitem__)
+
+    def next(self, step: int) -> SourceBatch:
+        return SourceBatch(self.take((step - 1) * self.batch_size, self.batch_size))
+
+    def take(self, first: int, count: int) -> list[Trajectory]:
+        """This process's share of `count` episodes (or groups) from position `first` of the endless sequence of shuffled
+        passes."""
+        units = starts_for(self.kept, first, count, *self.name, "rows")
+        low, high = distributed.shard_bounds(count)
+        if self.grouped:
+            return [
+                replace(self._episode(row), group=number)
+                for number, unit in enumerate(units[low:high], start=low)
+                for row in self.units[unit]
+            ]
+        if self.turns is None:
+            return [self._episode(row) for row in units[low:high]]
+        return self.pieces([self._episode(row) for row in units], "piece", first)[low:high]
+
+    def _comparable(self, groups: Sequence[int]) -> list[list[int]]:
+        """Rows of each group that has different returns; the others are counted in a note."""
+        rows: dict[int, list[int]] = {}
+        for row, group in enumerate(groups):
+            rows.setdefault(group, []).append(row)
+        if None in self.returns:
+            raise DataError(f"episode {self.returns.index(None) + 1} has no reward, and pairs are ranked by rewards")
+        units = [unit for unit in rows.values() if len({self.returns[row] for row in unit}) > 1]
+        if not units:
+            raise DataError(
+                "no two episodes of a prompt have different rewards, so that there is no pair to learn from; expected "
+                "chosen and rejected, or several episodes with rewards for each prompt"
+            )
+        if len(units) < len(rows):
+            self.notes.append(
+                f"left out {len(rows) - len(units)} of {len(rows)} prompts, whose episodes all earn the same"
+            )
+        return units
+
+    def pieces(self, episodes: list[Trajectory], *name: int | str) -> list[Trajectory]:
+        """A piece of `turns` turns of each episode, where they are to be cut. `name` names the random stream."""
+        if self.turns is None:
+            return episodes
+        rng = stream(*self.name, *name)
+        last = [sum(1 for segment in one.segments if segment.actions) - self.turns for one in episodes]
+        return [
+            piece(one, int(rng.integers(max(end, 0) + 1)), self.turns) for one, end in zip(episodes, last, strict=True)
+        ]
+
+    def parts(self) -> Iterator[list[Trajectory]]:
+        """All episodes that training may use, in parts, then the held-out ones."""
+        for first in range(0, len(self.kept), PART):
+            yield [self._episode(row) for unit in self.kept[first : first + PART] for row in self.units[unit]]
+        yield self.heldout(None)
+
+    def probe(self, count: int) -> list[Trajectory]:
+        """Up to `count` episodes, always the same, on every rank."""
+        order = stream(*self.name, "probe").permutation(self.kept)
+        return [self._episode(row) for unit in order[:count].tolist() for row in self.units[unit]]
+
+
+def build_dataset(
+    source: DatasetOptions, task: Task, seed: int, stage: str, bad_rows: Path | None = None, compares: bool = False
+) -> Dataset:
+    """The logged episodes that a recipe names: from a file, or by a scripted player."""
+    by_prompt = source.best_among == "prompt"
+    if source.player is not None:
+        episodes = play_dataset(task, source.player, source.episodes, seed)
+        returns = [episode.reward for episode in episodes]
+        return Dataset(
+            episodes,
+            returns,
+            source.batch_size,
+            seed,
+            stage,
+            source.best,
+            source.turns,
+            [episode.group for episode in episodes] if compares else None,
+            [prompt_key(episode.turns[0].observation) for episode in episodes] if by_prompt else None,
+            lambda: summarize_trajectories(episodes, "start state", limits_of(task.make())),
+        )
+    file = open_dataset_file(source, task, bad_rows)
+    return Dataset(
+        file,
+        file.returns,
+        source.batch_size,
+        seed,
+        stage,
+        source.best,
+        source.turns,
+        file.groups if compares else None,
+        file.groups if by_prompt else None,
+        lambda: summarize_file(file, task),
+        file.heldout,
+        file.notes,
+    )
+
+
+def play_dataset(task: Task, player: Players, episodes: int, seed: int) -> list[Trajectory]:
+    """Episodes of scripted players from random start states."""
+    check_players(task, player, "source.player")
+    name = (seed, "logged", player if isinstance(player, str) else "players")
+    starts = draw_starts(task, episodes, name)
+    return task.keep_judged(play_players(Sampler(task), player, starts, name))
+
+
+def open_dataset_file(source: DatasetOptions, task: Task, bad_rows: Path | None = None) -> DatasetFile:
+    """Episodes of a file, without the prompts that the task holds out for evaluation."""
+    file = DatasetFile(
+        source.path,
+        task.renderer,
+        task.history,
+        source.split,
+        task.heldout_prompts(),
+        source.skip_bad_rows,
+        bad_rows,
+        source.max_tokens,
+        task.scored,
+        task.positions,
+    )
+    if file.needs_template and not task.renderer.tokenizer.chat_template:
+        raise ModelError(f"{source.path}: holds dialogues, but the tokenizer has no chat template")
+    return file
+
+
+def summarize_file(file: DatasetFile, task: Task) -> Scores | None:
+    """Return (of prompts, reward), components and metrics of logged episodes, each with its interval over prompts."""
+    known = [index for index, value in enumerate(file.returns) if value is not None]
+    if not known:
+        return None
+    main, unit = ("reward", "prompt") if task.judged_by == "reward" else ("return", "start state")
+    columns = {main: ([file.returns[index] for index in known], known)}
+    for name, values in file.measures.items():
+        columns[f"component/{name}" if name in RESERVED else name] = values, file.measured[name]
+    limits = limits_of(task.make())
+    return {
+        name: summarize(values, [file.groups[index] for index in episodes], limits.get(name), unit=unit)
+        for name, (values, episodes) in columns.items()
+    }

@@ -1,0 +1,206 @@
+"""How weights, gradients and optimizer state are distributed over the processes of a run.
+
+`Strategy` is plain data parallelism: every rank holds everything, and gradients are all-reduced once per update. Since
+that happens after the last microbatch, ranks may have different numbers of microbatches. Strategies that shard the
+weights (sharded.py) gather them for every pass, so their ranks must run the same number of passes (`synchronized`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lmrl import distributed
+from lmrl.errors import RecipeError, RunError
+from lmrl.policy.load import load_weights
+from lmrl.policy.passes import ForwardRequest, Outputs
+from lmrl.policy.policy import Policy
+from lmrl.recipe import Recipe
+from lmrl.training.optimizers import entry_from_tensor, entry_to_tensor
+from lmrl.trajectories.batch import Microbatch
+
+BUCKET = 2**24
+"""Gradient elements in one all-reduce."""
+
+
+class Strategy:
+    """Data parallelism: every rank holds all weights. Also used with one process."""
+
+    name = "ddp"
+    synchronized = False
+    """True if all ranks must run the same number of passes."""
+    can_discard = True
+    """True if a gradient can be discarded after the backward pass."""
+    can_reload_weights = True
+    """True if a checkpoint's weights can be loaded in the middle of a stage."""
+    optimizer: torch.optim.Optimizer
+
+    def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:
+        """Take over a policy and its optimizer. Called once, before the first pass."""
+        self.policy, self.optimizer, self.max_grad_norm = policy, optimizer, max_grad_norm
+        self.parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        policy.synchronized = self.synchronized
+        if distributed.size() > 1:  # all ranks build the same policy; this makes sure
+            heads = policy.values.state_dict().values() if policy.values is not None else ()
+            for tensor in [*self.parameters, *heads]:
+                dist.broadcast(tensor.data, src=0)
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def forward(self, micro: Microbatch, request: ForwardRequest) -> Outputs:
+        """A pass of the policy whose gradient is wanted."""
+        return self.policy(micro, request)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Add the gradient of a microbatch's part of the loss. last: of the minibatch."""
+        if loss.requires_grad:
+            loss.backward()
+
+    def step(self, finite: bool) -> float:
+        """Update the weights, unless the gradient is not `finite`; returns its norm over all weights."""
+        norm = self._gradient_norm()
+        if not (finite and bool(norm.isfinite())):
+            self.zero_grad()
+            return float(norm)
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+        self.optimizer.step()
+        return float(norm)
+
+    def gradient_norm(self) -> float:
+        """Norm of the gradient over all weights and processes, which stays in place."""
+        return float(self._gradient_norm())
+
+    def _gradient_norm(self) -> torch.Tensor:
+        self._reduce()
+        return self._norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+
+    def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def _reduce(self) -> None:
+        """All-reduce the gradients, in buckets."""
+        if distributed.size() == 1:
+            return
+        held: list[torch.nn.Parameter] = []
+        room = BUCKET
+        for parameter in self.parameters:
+            if held and room < parameter.numel():
+                all_reduce_gradients(held)
+                held, room = [], BUCKET
+            held.append(parameter)
+            room -= parameter.numel()
+        all_reduce_gradients(held)
+
+    @contextmanager
+    def gathered_weights(self) -> Iterator[None]:
+        """Inside this context every rank holds all weights: to sample, or to save.
+
+        After an error inside nothing is resharded: that is a collective, and the other ranks may have had no error. The
+        run is over, and the failing rank has to exit for the others to notice.
+        """
+        yield
+
+    def load_weights(self, folder: Path, trust_remote_code: bool = False) -> None:
+        """Load a checkpoint's weights in the middle of a stage."""
+        load_weights(self.policy, folder, trust_remote_code)
+
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        """All weights by their `state_dict` names if `gathered_weights` is no way to get them; otherwise None."""
+        return None
+
+    # ---------------------------------------------------------------------------------------------------------- state
+    def optimizer_tensors(self, parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+        """The optimizer's state by parameter and entry; ranks other than the main one may return nothing."""
+        return {
+            f"{name}.{key}": entry_to_tensor(key, value)
+            for name, parameter in parameters.items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+
+    def load_optimizer_tensors(
+        self, parameters: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor]
+    ) -> None:
+        self.optimizer.state.clear()
+        for name, parameter in parameters.items():
+            state = entries_of(name, tensors)
+            if state:
+                self.optimizer.state[parameter] = {
+                    key: entry_from_tensor(key, value, parameter.device) for key, value in state.items()
+                }
+
+    def close(self) -> None:
+        """Release what belongs to this stage's policy."""
+
+
+def entries_of(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A parameter's entries among the optimizer's named tensors."""
+    return {full.rpartition(".")[2]: value for full, value in tensors.items() if full.rpartition(".")[0] == name}
+
+
+def all_reduce_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Sum these parameters' gradients over the ranks; a gradient that no rank has stays None, as with one process."""
+    known = distributed.all_sum([float(parameter.grad is not None) for parameter in parameters])
+    held = [parameter for parameter, count in zip(parameters, known, strict=True) if count > 0]
+    if not held:
+        return
+    parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in held]
+    flat = torch.cat([part.reshape(-1) for part in parts])
+    dist.all_reduce(flat)
+    for parameter, part in zip(held, flat.split([part.numel() for part in parts]), strict=True):
+        parameter.grad = part.view_as(parameter).clone()
+
+
+# ------------------------------------------------------------------------------------------------------------- the launch
+def check_launch(accelerator: Any, recipe: Recipe) -> None:
+    """Refuse a launch that accelerate did not set up as asked, or that contradicts the recipe."""
+    kind = accelerator.distributed_type.value
+    if accelerate_uses("DEEPSPEED") and kind != "DEEPSPEED":
+        raise RunError(
+            f"this launch asks accelerate for DeepSpeed and got {kind}: launch it in processes, by `accelerate launch` or "
+            "`lmrl train --processes N --accelerate FILE`"
+        )
+    if accelerate_uses("FSDP"):
+        if distributed.size() == 1:
+            raise RunError("this launch asks accelerate for FSDP in one process: launch more, or leave FSDP out")
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise RunError("this launch asks accelerate for FSDP version 1: set fsdp_version: 2 in its configuration")
+        if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+            raise RunError(
+                "fsdp_offload_params: lmrl does not offload weights; leave it out, or use DeepSpeed's ZeRO-3"
+            )
+    # DeepSpeed would take it as the precision of the weights.
+    own = "no" if accelerate_uses("DEEPSPEED") else recipe.training.precision.replace("bfloat16", "bf16")
+    if accelerator.mixed_precision not in ("no", own):
+        raise RecipeError(
+            f"accelerate was launched with mixed_precision={accelerator.mixed_precision}, but the recipe has "
+            f"training.precision={recipe.training.precision}: the recipe decides, so set it there, and `no` for accelerate"
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise RecipeError(
+            "accelerate was launched with gradient_accumulation_steps="
+            f"{accelerator.gradient_accumulation_steps}: batches are split by training.microbatch_tokens, set it to 1"
+        )
+
+
+def build_strategy(accelerator: Any) -> Strategy:
+    """The strategy that this launch asked accelerate for."""
+    from lmrl.training.parallel.sharded import DeepSpeedStrategy, FSDPStrategy
+
+    if accelerate_uses("DEEPSPEED"):
+        return DeepSpeedStrategy(accelerator)
+    if accelerate_uses("FSDP"):
+        return FSDPStrategy(accelerator.device, os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false")
+    return Strategy()
+
+
+def accelerate_uses(what: str) -> bool:
+    """True if accelerate was launched with this feature, such as FSDP."""
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"

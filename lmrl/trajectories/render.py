@@ -1,0 +1,155 @@
+"""From text to context tokens: raw, or through the model's chat template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lmrl.errors import ModelError
+from lmrl.recipe import SpecialTokens
+from lmrl.trajectories.encoding import Encoder, Part, absent, strings
+from lmrl.trajectories.trajectory import Messages, as_messages, prompt_key
+
+SENTINEL = "LMRL-SENTINEL"
+"""Stands for an action where the template's text around it is wanted; a number follows."""
+KEPT, KEPT_LENGTH = 4096, 256
+"""Games show the same few texts again and again: tokens of so many texts of so many characters are kept."""
+
+
+class Renderer:
+    """Turns observations into tokens. Sampled tokens are never touched: what follows them is rendered on its own.
+
+    special_tokens: what becomes of special tokens that stand in prompts, observations and logged actions: `text`, or
+    control tokens (`parse`). The chat template's own are always control tokens.
+    """
+
+    def __init__(
+        self, tokenizer: Any, chat: bool = False, system: str | None = None, special_tokens: SpecialTokens = "text"
+    ):
+        if chat and not tokenizer.chat_template:
+            raise ModelError("the tokenizer has no chat template: set `chat: false` to use the text as it is")
+        self.tokenizer, self.chat, self.system = tokenizer, chat, system
+        self.encoder = Encoder(tokenizer, special_tokens)
+        self._encoded: dict[tuple[tuple[Part, ...], bool], list[int]] = {}
+
+    def first(self, observation: str | Messages) -> list[int]:
+        """Context that opens a segment."""
+        if isinstance(observation, str) and not self.chat:
+            tokens = self._encode(self.encoder.content(observation), opening=True)
+        else:
+            tokens = self._encode(self.encoder.dialogue(self._with_system(observation)))
+        return tokens or [self._start_token()]
+
+    def next(self, observation: str | Messages, last_token: int, said: dict[str, Any] | None = None) -> list[int]:
+        """Context that follows an action in the same segment.
+
+        last_token: the action's last. said: the action's message, where it calls tools.
+        """
+        if not self.chat and isinstance(observation, str):
+            return self._encode(self.encoder.content(observation))
+        tokens = self._encode(self._after_action(as_messages(observation), said=said))
+        return tokens[1:] if tokens[:1] == [last_token] else tokens  # the policy has closed its turn by itself
+
+    def keys(self, prompt: str | Messages) -> set[str]:
+        """Names of a prompt, of which two that ask the model the same share at least one.
+
+        They may be written as text or as messages, rendered or not, with another system message or none.
+        """
+        messages = [message for message in as_messages(prompt) if message["role"] not in ("system", "developer")]
+        keys = {prompt_key(prompt), prompt_key(messages)}
+        if [message["role"] for message in messages] == ["user"]:
+            keys.add(messages[0]["content"])
+        if self.tokenizer.chat_template and (self.chat or isinstance(prompt, list)):
+            keys |= {
+                self.encoder.template(form)
+                for form in (as_messages(prompt), self._with_system(prompt), messages)
+                if form
+            }
+        return {key.strip() for key in keys} - {""}
+
+    def action(self, text: str) -> list[int]:
+        """An action written by someone else, closed as the chat template closes a turn, or with end-of-sequence."""
+        eos = self.tokenizer.eos_token_id
+        end = [] if eos is None else [eos]
+        if self.chat:
+            closing = self._encode(self._after_action([], open_turn=False))
+            end = closing[:1] if closing[:1] and closing[0] in self.tokenizer.all_special_ids else end
+        return self.plain(text) + end
+
+    def call(self, message: dict[str, Any]) -> list[int]:
+        """An action that calls tools, as the chat template writes it, up to the token that closes its turn."""
+        sentinel = absent(SENTINEL, strings(message))
+        opening = [{"role": "user", "content": "."}]
+        plain = self.encoder.template([*opening, {"role": "assistant", "content": sentinel}], open_turn=False)
+        parts = self.encoder.dialogue([*opening, message], open_turn=False)
+        text = "".join(part.text for part in parts)
+        header = next((one for one in self._headers(opening, plain, sentinel) if text.startswith(one)), None)
+        if header is None:
+            raise ModelError("the tokenizer's chat template has no place for what calls tools: give such turns as text")
+        tokens = self._encode(_without(parts, len(header)))
+        closing = [at for at, token in enumerate(tokens) if token in self.tokenizer.all_special_ids]
+        return tokens[: closing[-1] + 1] if closing else tokens
+
+    def _headers(self, opening: Messages, plain: str, sentinel: str) -> list[str]:
+        """What may stand before what the assistant says."""
+        before, found, _ = plain.rpartition(sentinel)
+        return ([before] if found else []) + [self.encoder.template(opening)]
+
+    def plain(self, text: str) -> list[int]:
+        """Context in the middle of a raw segment, without special tokens."""
+        return self._encode(self.encoder.content(text))
+
+    def _with_system(self, observation: str | Messages) -> Messages:
+        return ([{"role": "system", "content": self.system}] if self.system else []) + as_messages(observation)
+
+    def _encode(self, parts: list[Part], opening: bool = False) -> list[int]:
+        """opening: with the special tokens that the tokenizer opens a text with."""
+        name = (tuple(parts), opening)
+        known = self._encoded.get(name)
+        if known is None:
+            known = self.encoder.encode(parts, opening)
+            if sum(len(part.text) for part in parts) <= KEPT_LENGTH and len(self._encoded) < KEPT:
+                self._encoded[name] = known
+        return list(known)
+
+    def _after_action(
+        self, messages: Messages, open_turn: bool = True, said: dict[str, Any] | None = None
+    ) -> list[Part]:
+        """The template's text from the end of an action on. said: the action's message, where it calls tools."""
+        sentinel = absent(SENTINEL, strings([messages, said]))
+        if said is not None and messages:
+            return self._after_call(messages, said)
+        dialogue = [{"role": "user", "content": "."}, {"role": "assistant", "content": sentinel}]
+        parts = self.encoder.dialogue(dialogue + messages, open_turn)
+        for index in range(len(parts) - 1, -1, -1):
+            before, found, after = parts[index].text.rpartition(sentinel)
+            if found:
+                return [Part(after, parts[index].control), *parts[index + 1 :]]
+        raise ModelError(
+            "the tokenizer's chat template leaves out what the assistant says, so that turns cannot follow it"
+        )
+
+    def _after_call(self, messages: Messages, said: dict[str, Any]) -> list[Part]:
+        """The same after a call of tools, which templates want to see before their results."""
+        before = [{"role": "user", "content": "."}, said]
+        shorter = self.encoder.template(before, open_turn=False)
+        parts = self.encoder.dialogue(before + messages)
+        text = "".join(part.text for part in parts)
+        closing = "".join(part.text for part in self._after_action([], open_turn=False))
+        if not text.startswith(shorter) or not shorter.endswith(closing):
+            return self._after_action(messages)  # a template that writes earlier turns in another way
+        return _without(parts, len(shorter) - len(closing))
+
+    def _start_token(self) -> int:
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        raise ModelError("a prompt is empty, and the tokenizer has neither a bos nor an eos token to start from")
+
+
+def _without(parts: list[Part], count: int) -> list[Part]:
+    """Parts without their first `count` characters."""
+    rest = []
+    for part in parts:
+        rest.append(Part(part.text[count:], part.control))
+        count = max(count - len(part.text), 0)
+    return [part for part in rest if part.text]

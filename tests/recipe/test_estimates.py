@@ -1,0 +1,160 @@
+"""What a recipe is said to take, against what is really built."""
+
+import pytest
+import torch
+
+from lmrl.objectives import load_objective
+from lmrl.policy import cache, heads
+from lmrl.policy.load import load_policy
+from lmrl.recipe import ILQLObjective, LikelihoodObjective, MCObjective, Model, PPOObjective, QSFTObjective, estimates
+from lmrl.recipe.estimates import arithmetic_line, evaluation_line, memory, memory_lines
+from lmrl.recipe.files import load_recipe
+from lmrl.recipe.objectives.base import BINS
+from tests.conftest import TINY_LLAMA
+
+OBJECTIVES = [
+    *(kind(name=name, q_head=q) for kind, name in ((ILQLObjective, "ilql"), (MCObjective, "mc")) for q in ("mlp", "linear", "tied")),
+    ILQLObjective(name="ilql", value_loss="hl_gauss"),
+    MCObjective(name="mc", value_loss="hl_gauss"),
+    PPOObjective(name="ppo"),
+    PPOObjective(name="ppo", value_loss="hl_gauss", value_range=(-1.0, 2.0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options", OBJECTIVES, ids=lambda one: f"{one.name}-{getattr(one, 'q_head', '')}-{one.value_loss}"
+)
+def test_parameters_of_heads(options):
+    """As many as the policy holds; and heads of every kind can be calibrated."""
+    objective = load_objective(options)
+    policy = load_policy(Model(config=dict(TINY_LLAMA)), texts=lambda: ["abcdefgh"], heads=objective.heads)
+    policy.values.calibrate(start=-1.0, mean=0.5, scale=1.0, low=-2.0, high=2.0)
+    counts = {True: 0, False: 0}
+    for parameter in policy.values.parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    assert options.head_parameters(16, policy.values.tokens) == (counts[True], counts[False])
+    if policy.values.v is not None:
+        assert policy.values.value(torch.randn(1, 16))[0].item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_no_heads():
+    for options in (LikelihoodObjective(name="likelihood"), QSFTObjective(name="q_sft")):
+        assert options.head_parameters(16, 30) == (0, 0)
+    assert BINS == heads.BINS
+
+
+CONFIG = (
+    "{model_type: llama, hidden_size: 256, intermediate_size: 512, num_hidden_layers: 2, num_attention_heads: 4, "
+    "vocab_size: 50000}"
+)
+
+
+def items(*changes):
+    """The line about the model, and the megabytes of each item of the one about memory."""
+    recipe = load_recipe("random_walks/bc", [f"model.config={CONFIG}", *changes])
+    model, memory = memory_lines(recipe)
+    named = {}
+    for part in memory.partition("(")[2].rstrip(")").split(", "):
+        name, _, size = part.rpartition(" ")
+        named[name] = float(size.replace(",", ""))
+    assert float(memory.split()[2].replace(",", "")) == pytest.approx(sum(named.values()), abs=5)  # rounding
+    return model, named
+
+
+def test_memory_of_values():
+    total = 2 * (4 * 256 * 256 + 3 * 256 * 512) + 2 * 50_000 * 256
+    model, plain = items()
+    assert model == f"model: {total / 1e6:.2f}M parameters, {total / 1e6:.2f}M trainable"
+    assert "heads and their targets" not in plain and "second model and its target" not in plain
+    model, named = items("objective={name: ilql, q_head: linear}")
+    heads = 2 * 256 * 50_000
+    assert named["heads and their targets"] == pytest.approx(heads * 20 / 2**20, abs=6)
+    assert f"{total / 1e6:.2f}M parameters" in model and float(model.split()[-2][:-1]) == pytest.approx(
+        (total + heads) / 1e6, abs=0.3
+    )
+    _, named = items("objective={name: ilql, q_head: tied, trunk: separate}")
+    assert named["second model and its target"] == pytest.approx(total * 20 / 2**20, abs=1)
+    model, named = items("objective={name: q_sft}")
+    assert named["second model and its target"] == pytest.approx(total * 20 / 2**20, abs=1)
+    assert "gradients and Adam" not in named and f"{total / 1e6:.2f}M trainable" in model
+
+
+def test_memory_of_the_optimizer():
+    learned = 2 * (4 * 256 * 256 + 3 * 256 * 512) + 2 * 50_000 * 256
+    _, plain = items()
+    _, eight = items("optimizer.name=adamw_8bit")
+    name = "gradients and Adam"
+    assert plain[name] == pytest.approx(12 * learned / 2**20, abs=1)
+    # one of the two matrices over the vocabulary is an embedding, whose moments stay as they are
+    assert eight[name] == pytest.approx((6 * learned + 6 * 50_000 * 256) / 2**20, abs=1)
+
+
+def test_memory_of_sampling():
+    """Keys and values of the hf engine, where they take more than an update."""
+    play = ["source={name: rollouts, best: 0.5}", "training.microbatch_tokens=64", "rollouts.prompts=32"]
+    _, named = items(*play, "rollouts.max_new_tokens=1000")
+    assert "activations" not in named
+    assert named["keys and values"] == pytest.approx(32 * (1000 + 16 + 64) * 2 * 2 * 256 * 4 / 2**20, abs=1)
+    _, fewer = items(*play, "rollouts.max_new_tokens=1000", "rollouts.cache_tokens=20000")
+    assert fewer["keys and values"] == pytest.approx(20000 * 2 * 2 * 256 * 4 / 2**20, abs=1)
+    _, few = items(*play, "rollouts.max_new_tokens=1000", "rollouts.slots=4")
+    assert few["keys and values"] == pytest.approx(named["keys and values"] / 8, abs=1)
+    _, other = items(*play, "rollouts.max_new_tokens=1000", "rollouts.engine=vllm-server")
+    assert "keys and values" not in other and "activations" in other
+
+
+def test_memory_of_an_accelerator():
+    recipe = load_recipe("random_walks/bc")
+    host, device = memory(recipe), memory(recipe, accelerator=True)
+    assert host.keys() - device.keys() == {"python"} and all(device[name] == host[name] for name in device)
+    recipe = load_recipe("random_walks/bc", ["training.precision=bfloat16"])
+    host, device = memory(recipe), memory(recipe, accelerator=True)
+    passes = device["activations"] + device["vocabulary slices"]
+    assert host["a CPU's bfloat16 kernels"] == pytest.approx((estimates.CPU_BFLOAT16 - 1) * passes)
+    assert "a CPU's bfloat16 kernels" not in device
+    assert estimates.SPARE == cache.SPARE
+
+
+def test_arithmetic_of_a_mixture():
+    source = "source={name: mixture, player: random, batch_size: 24, warmup_steps: 5}"
+    recipe = load_recipe(
+        "random_walks/bc",
+        [source, "objective={name: ilql}", "rollouts.prompts=3", "rollouts.samples=2", "training.steps=20"],
+    )
+    assert recipe.arithmetic()["episodes"] == 24 and recipe.arithmetic()["updates"] == 15
+    line = arithmetic_line(recipe)
+    assert line.startswith(
+        "a step: plays 3 prompts x 2 samples = 6 episodes into the replay buffer, learns from 24 -> "
+    )
+    assert line.endswith("20 steps = 15 updates")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        (
+            "random_walks/ppo",
+            [],
+            "evaluation on suite random_walks: at the start, now and then where there is room and at the end",
+        ),
+        ("random_walks/ppo", ["evaluation.every=0"], "evaluation on suite random_walks: at the start and the end"),
+        ("random_walks/ppo", ["evaluation.suite=null"], "evaluation: none"),
+        (
+            "random_walks/ppo",
+            ["evaluation.suite=task"],
+            "evaluation on the stage's own task: 256 episodes each, at the start, every 20 steps and at the end",
+        ),
+        (
+            "random_walks/bc",
+            ["evaluation.suite=task"],
+            "evaluation on the stage's own task: 64 episodes each, at the end, and at the start if it goes on from another stage",
+        ),
+        (
+            "random_walks/bc",
+            ["evaluation.suite=task", "training.steps=2"],
+            "evaluation: none, since the stage is too short to spare any (evaluation.every=0 asks for it)",
+        ),
+    ],
+)
+def test_evaluation_line(name, changes, expected):
+    assert evaluation_line(load_recipe(name, changes)) == expected

@@ -1,0 +1,180 @@
+"""Recipes: strict, overridable, and every mistake is one line that names key, place and fix."""
+
+import pytest
+import yaml
+
+from lmrl.errors import LmrlError
+from lmrl.recipe.files import load_recipe, shipped_names, stages_of, to_yaml
+
+
+def write(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+GOOD = """
+model:
+  config: {model_type: llama}
+task:
+  environment: random_walks
+  graph: 3
+objective:
+  name: ppo
+  clip: 0.1
+"""
+
+
+def test_defaults_overrides_and_numbers(tmp_path):
+    recipe = load_recipe(write(tmp_path, GOOD), ["objective.clip=0.3", "optimizer.lr=1e-5", "training.seed=7"])
+    assert (recipe.objective.clip, recipe.optimizer.lr, recipe.training.seed, recipe.task.graph) == (0.3, 1e-5, 7, 3)
+    assert recipe.source.name == "rollouts"
+
+
+@pytest.mark.parametrize("name", shipped_names("recipes"))
+def test_a_resolved_recipe_reads_back_as_itself(name, tmp_path):
+    recipe = load_recipe(name)
+    assert load_recipe(write(tmp_path, to_yaml(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ("clip: 0.1", "clp: 0.1"),
+            r"unknown key 'objective.clp' \(.*mine.yaml, line 9\); did you mean 'objective.clip'\?",
+        ),
+        (("objective:\n", "objectiv:\n"), r"missing key 'objective' \(.*mine.yaml\).*and 1 more"),
+        (
+            ("graph: 3", "graph: three"),
+            r"wrong value for 'task.graph' \(.*mine.yaml, line 6\): input should be a valid integer.*'three'",
+        ),
+        (
+            ("name: ppo", "name: pppo"),
+            r"'objective.name' names no known objective: 'pppo' \(.*line 8\); did you mean 'ppo'",
+        ),
+        (
+            ("environment: random_walks", "environment: randomwalks"),
+            r"'task.environment' names no known task: 'randomwalks' \(.*line 5\); did you mean 'random_walks'",
+        ),
+        (("  graph: 3", "  graph: 3\n  graph: 4"), r"key 'task.graph' stands twice \(.*line 6 and .*line 7\)"),
+        (("model:", "model: ["), r"mine.yaml, line \d+: not valid YAML"),
+        (("config: {model_type: llama}", "dtype: float32"), r"model: needs `path`.*or `config`"),
+        (("clip: 0.1", "kl_target: 6"), r"objective: `kl_target` adapts `kl_coef`"),
+        (("task:", "rollouts: {top_p: 0.9}\ntask:"), r"truncated sampling biases.*rollouts.top_p=1"),
+        (("task:", "source: {name: dataset, player: random}\ntask:"), r"'ppo' learns from its own fresh episodes"),
+        (
+            ("  environment: random_walks\n  graph: 3", "  environment: missing.py:Mine"),
+            r"task.environment: file 'missing.py' does not exist",
+        ),
+        (("  config: {model_type: llama}", "  path: ./nowhere"), r"model.path: file './nowhere' does not exist"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path, change, message):
+    assert change[0] in GOOD
+    with pytest.raises(LmrlError, match=message) as caught:
+        load_recipe(write(tmp_path, GOOD.replace(*change)))
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("objective.clip", "not of the form key=value"),
+        ("objective.clp=1", r"unknown key 'objective.clp' \(override objective.clp=1\); did you mean 'objective.clip'"),
+        ("training.steps=many", r"wrong value for 'training.steps' \(override training.steps=many\)"),
+        ("training.steps.more=1", "unknown key|valid integer"),
+        ("task.rewards.0.weight=2", "unknown key 'task.rewards'"),
+        ("objective.clip.high=2", "'objective.clip' holds a single value"),
+        (
+            "stages.warm.objective.clp=1",
+            r"the recipe has no stage .warm.; a new one is written as a whole: stages.warm=",
+        ),
+        ("stages.main.training.steps=3", "stages.main"),
+    ],
+)
+def test_mistakes_in_an_override(tmp_path, override, message):
+    with pytest.raises(LmrlError, match=message):
+        load_recipe(write(tmp_path, GOOD), [override])
+
+
+def test_prompt_mistakes(tmp_path):
+    text = """
+model: {config: {model_type: llama}}
+task:
+  prompts: {path: gone.jsonl}
+  rewards: [{function: "mine.py:f"}, {function: "mine.py:f"}]
+objective: {name: ppo}
+"""
+    (tmp_path / "mine.py").write_text("def f(completions): return [0.0] * len(completions)")
+    with pytest.raises(LmrlError, match=r"task.prompts.path: file 'gone.jsonl' does not exist \(looked in"):
+        load_recipe(write(tmp_path, text))
+    (tmp_path / "gone.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(LmrlError, match=r"two rewards are called 'f'"):
+        load_recipe(write(tmp_path, text))
+    recipe = load_recipe(write(tmp_path, text), ["task.rewards.1.name=g", "task.rewards.0.weight=0.5"])
+    assert [reward.label for reward in recipe.task.rewards] == ["f", "g"]
+    assert recipe.task.rewards[0].function == f"{tmp_path / 'mine.py'}:f"
+    with pytest.raises(LmrlError, match="list has no item 'task.rewards.5'"):
+        load_recipe(write(tmp_path, text), ["task.rewards.5.weight=1"])
+    with pytest.raises(LmrlError, match="list at least one under task.rewards"):
+        load_recipe(write(tmp_path, text), ["task.rewards=[]"])
+
+
+def test_stages_inherit_and_override():
+    stages = stages_of(load_recipe("random_walks/ppo", ["stages.warmup.training.steps=20", "task.graph=5"]))
+    assert list(stages) == ["warmup", "main"]
+    warmup, main = stages["warmup"], stages["main"]
+    assert (warmup.training.steps, warmup.objective.name, warmup.source.name) == (20, "likelihood", "dataset")
+    assert warmup.task.graph == main.task.graph == 5
+    assert warmup.training.checkpoint_every == main.training.checkpoint_every
+    assert main.objective.name == "ppo" and not hasattr(warmup.objective, "clip")
+
+
+def test_one_override_puts_a_real_model_into_any_recipe(tmp_path):
+    recipe = load_recipe("random_walks/ppo", [f"model.path={tmp_path}"])
+    assert recipe.model.path == str(tmp_path) and recipe.model.config is None
+
+
+def test_another_objective_drops_the_keys_of_the_old_one():
+    recipe = load_recipe("random_walks/bc", ["source.name=rollouts", "objective.name=ppo"])
+    assert recipe.objective.clip == 0.2 and recipe.source.name == "rollouts"
+
+
+def test_own_code_takes_options(tmp_path):
+    (tmp_path / "mine.py").write_text("class World: pass")
+    text = GOOD.replace("environment: random_walks\n  graph: 3", "environment: mine.py:World\n  depth: 4")
+    recipe = load_recipe(write(tmp_path, text))
+    assert recipe.task.environment == f"{tmp_path / 'mine.py'}:World" and recipe.task.options == {"depth": 4}
+
+
+def test_unknown_name_suggests_the_nearest():
+    with pytest.raises(LmrlError, match="no recipe called 'random_walk/ppo'; did you mean 'random_walks/ppo'"):
+        load_recipe("random_walk/ppo")
+
+
+def test_lora_needs_a_pretrained_model(tmp_path):
+    with pytest.raises(LmrlError, match="`lora` adapts a pretrained model"):
+        load_recipe(write(tmp_path, GOOD), ["model.lora.r=4"])
+
+
+def test_arithmetic():
+    numbers = load_recipe("random_walks/ppo").arithmetic()
+    assert numbers["episodes"] == 64 * 8
+    assert numbers["updates"] == numbers["epochs"] * numbers["minibatches"] * numbers["steps"]
+
+
+def test_yaml_of_a_recipe_holds_every_default():
+    recipe = load_recipe("random_walks/bc", ["optimizer.betas=[0.8, 0.9]"])
+    written = yaml.safe_load(to_yaml(recipe))["optimizer"]
+    assert written["betas"] == [0.8, 0.9] and written["head_lr"] is None and written["eps"] == 1e-8
+
+
+@pytest.mark.parametrize(
+    "name", ["../../evil", "", ".", "..", "/tmp/evil", "a/b", "a\\b", ".hidden", "a\nb", "x" * 200]
+)
+def test_a_stage_name_cannot_leave_the_run(tmp_path, name):
+    path = write(tmp_path, yaml.safe_dump(yaml.safe_load(GOOD) | {"stages": {name: {"training": {"steps": 1}}}}))
+    with pytest.raises(LmrlError, match=r"^stages: '.* cannot name a stage.*\(.*mine.yaml, line \d+\)$") as caught:
+        load_recipe(path)
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)

@@ -1,0 +1,396 @@
+"""Logged data as a source: files and scripted players."""
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from lmrl import distributed
+from lmrl.errors import DataError, ModelError, RecipeError
+from lmrl.evaluation.statistics import summarize
+from lmrl.evaluation.suites import Suite
+from lmrl.policy.tokenizers import build_tokenizer
+from lmrl.recipe import DatasetSource, Prompts, PromptTask, RandomWalksTask, Rollouts
+from lmrl.rollouts.collect import play_players
+from lmrl.rollouts.sampler import Sampler
+from lmrl.rollouts.task import PromptEnvironment, Task, build_task
+from lmrl.seeding import stream
+from lmrl.sources import dataset as dataset_module
+from lmrl.sources.best import best_among_all, best_of
+from lmrl.sources.dataset import Dataset, build_dataset, open_dataset_file, play_dataset
+from lmrl.sources.fresh import FreshRollouts
+from lmrl.training.build import watch_suite
+from lmrl.trajectories.render import Renderer
+from lmrl.trajectories.trajectory import Trajectory
+
+
+@pytest.fixture
+def tokenizer():
+    return build_tokenizer("char", ["abcdefghijklmnopqrstuvwxyz "])
+
+
+@pytest.fixture
+def walks(tokenizer):
+    return build_task(RandomWalksTask(environment="random_walks", graph=1000), tokenizer)
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def dataset(**options):
+    return DatasetSource(name="dataset", **options)
+
+
+# -------------------------------------------------------------------------------------------------------------- players
+def test_scripted_players_make_data(walks):
+    played = play_dataset(walks, "random", 50, seed=0)
+    assert len(played) == 50 and 0 < sum(walk.reward for walk in played) < 50
+    assert all(set(walk.segments[0].logprobs) == {None} for walk in played)
+    assert played == play_dataset(walks, "random", 50, seed=0)
+    assert {walk.reward for walk in play_dataset(walks, "optimal", 20, seed=0)} == {1.0}
+    for players in ("best", {"random": 1.0, "best": 1.0}):
+        with pytest.raises(RecipeError, match=r"source.player: the environment has no player 'best' \(it has random, "):
+            play_dataset(walks, players, 1, seed=0)
+
+
+def test_players_share_the_episodes(walks):
+    played = play_dataset(walks, {"random": 3, "optimal": 1}, 400, seed=0)
+    assert [walk.episode for walk in played] == [walk.group for walk in played] == list(range(400))
+    optimal = [walk for walk in played if walk.player == "optimal"]
+    assert 70 < len(optimal) < 130 and {walk.reward for walk in optimal} == {1.0}
+    assert {walk.player for walk in played} == {"random", "optimal"}
+    assert played == play_dataset(walks, {"random": 0.75, "optimal": 0.25}, 400, seed=0)
+    starts = [int(walks.training[0])] * 3
+    (only,) = {walk.player for walk in play_players(Sampler(walks), {"random": 1.0}, starts, ("x",))}
+    assert only == "random"
+
+
+def test_scores_of_players(walks):
+    source = build_dataset(dataset(player={"random": 0.5, "optimal": 0.5}, episodes=60, best=0.2), walks, 0, "main")
+    assert source.scores()["return"]["mean"] == pytest.approx(sum(source.returns) / 60)
+    assert source.scores()["optimality"]["n"] == 60 and "length" in source.scores()
+    assert {episode.reward for step in range(1, 4) for episode in source.next(step).learn} == {1.0}
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+def test_a_file_as_source(tmp_path, walks):
+    rows = [
+        {"turns": [{"observation": "a", "action": letter}], "reward": reward, "metrics": {"optimality": reward}}
+        for letter, reward in zip("bcdef", [1, 5, 3, 5, 2], strict=True)
+    ]
+    path = lines(tmp_path / "data.jsonl", rows)
+    source = build_dataset(dataset(path=path, batch_size=2), walks, 0, "main")
+    assert source.returns == [1, 5, 3, 5, 2] and source.notes == []
+    assert source.scores()["return"]["mean"] == 3.2 and source.scores()["optimality"]["n"] == 5
+    seen = [episode.completion for step in (1, 2, 3, 4, 5) for episode in source.next(step).learn]
+    assert sorted(seen) == sorted("bcdef" * 2)
+    best = build_dataset(dataset(path=path, batch_size=2, best=0.4), walks, 0, "main")
+    assert {episode.completion for episode in best.next(1).learn} == {"c", "e"}
+    assert best.returns == source.returns and best.scores() == source.scores()
+
+
+def test_a_file_without_rewards(tmp_path, walks):
+    path = lines(
+        tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b", "reward": 1}, {"prompt": "a", "completion": "c"}]
+    )
+    assert build_dataset(dataset(path=path), walks, 0, "main").scores()["return"]["n"] == 1
+    with pytest.raises(DataError, match="source.best=0.5 ranks episodes .* episode 2 has no reward"):
+        build_dataset(dataset(path=path, best=0.5), walks, 0, "main")
+    path = lines(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}])
+    assert build_dataset(dataset(path=path), walks, 0, "main").scores() is None
+
+
+def test_the_window_of_the_task_holds_for_files(tmp_path, tokenizer):
+    turns = [{"observation": letter, "action": letter.upper().lower()} for letter in "abc"]
+    path = lines(tmp_path / "data.jsonl", [{"turns": turns}])
+    for history, count in (("all", 1), (1, 3)):
+        task = Task(lambda: None, Renderer(tokenizer), None, None, history=history)
+        assert len(open_dataset_file(dataset(path=path), task)[0].segments) == count
+
+
+def test_dialogues_need_a_template(tmp_path, walks):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = lines(tmp_path / "data.jsonl", [{"messages": chat}])
+    with pytest.raises(ModelError, match="data.jsonl: holds dialogues, but the tokenizer has no chat template"):
+        open_dataset_file(dataset(path=path), walks)
+
+
+def test_malformed_rows_can_be_skipped(tmp_path, walks):
+    path = lines(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a"}])
+    with pytest.raises(DataError, match="data.jsonl, line 2: has no field 'completion'"):
+        build_dataset(dataset(path=path), walks, 0, "main")
+    report = tmp_path / "bad_rows.jsonl"
+    source = build_dataset(dataset(path=path, skip_bad_rows=True), walks, 0, "main", report)
+    assert source.notes == [f"{path}: left out 1 malformed lines (see {report})"]
+    assert json.loads(report.read_text())["line"] == 2
+
+
+def test_heldout_prompts_are_kept_out_of_logged_data(tmp_path, tokenizer):
+    path = lines(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}])
+    prompts = [{"prompt": "a"}, {"prompt": "e"}]
+    task = Task(
+        lambda: PromptEnvironment(prompts, "prompt"), Renderer(tokenizer), [1], [0], judged_by="reward"
+    )  # fmt: skip
+    file = open_dataset_file(dataset(path=path), task)
+    assert [file[index].prompt for index in range(len(file))] == ["c"]
+    assert [episode.prompt for episode in file.heldout()] == ["a"]
+
+
+def said(*contents):
+    roles = ["user", "assistant"] * len(contents)
+    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+
+
+def row_prompt(row):
+    return row["prompt"] if isinstance(row.get("prompt"), str) else ""
+
+
+RENDERED = "[user]a<eos>\n[assistant]"
+SYSTEM = {"role": "system", "content": "be brief"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt": "a"},
+        {"prompt": "a", "chat": True},
+        {"prompt": "a", "chat": True, "system": "be brief"},
+        {"prompt": said("a")},
+        {"prompt": [SYSTEM, *said("a")]},
+        {"prompt": RENDERED, "special_tokens": "parse"},
+    ],
+)
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "completion": "x"},
+        {"messages": said("a", "x")},
+        {"messages": [SYSTEM, *said("a", "x")]},
+        {"prompt": said("a"), "completion": said("a", "x")[1:]},
+        {"prompt": "a", "chosen": "x", "rejected": "y"},
+        {"chosen": said("a", "x"), "rejected": said("a", "y")},
+        {"turns": [{"observation": "a", "action": "x"}], "prompt_messages": said("a")},
+        {"prompt": RENDERED, "completion": "x"},
+    ],
+)
+def test_a_held_out_prompt_is_known_in_any_form(tmp_path, tiny_folder, options, row):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    options = dict(options)
+    prompts = [{"prompt": options.pop("prompt")}, {"prompt": "other"}]
+    renderer = Renderer(tokenizer, **options)
+    task = Task(lambda: PromptEnvironment(prompts, "prompt"), renderer, [1], [0], judged_by="reward")
+    other = {"chosen": "m n", "rejected": "m o"} if "chosen" in row else {"prompt": "z", "completion": "y"}
+    stated = "" if renderer.chat or isinstance(prompts[0]["prompt"], list) else prompts[0]["prompt"]
+    if {stated, row_prompt(row)} == {"a", RENDERED}:
+        pytest.skip("raw text is another prompt than rendered text")
+    file = open_dataset_file(dataset(path=lines(tmp_path / "data.jsonl", [row, other])), task)
+    assert {episode.completion for episode in file.heldout()} == {"x", "y"} - ({"y"} if "chosen" not in row else set())
+    assert len(file) == (2 if "chosen" in row else 1)
+
+
+def test_a_held_out_dialogue_is_found_inside_a_longer_one(tmp_path, tiny_folder):
+    renderer = Renderer(AutoTokenizer.from_pretrained(tiny_folder))
+    prompts = [{"prompt": said("a", "b", "c")}, {"prompt": said("z")}]
+    task = Task(lambda: PromptEnvironment(prompts, "prompt"), renderer, [1], [0], judged_by="reward")
+    rows = [{"messages": said("a", "b", "c", "d", "e", "f")}, {"messages": said("a", "other", "c", "d")}]
+    file = open_dataset_file(dataset(path=lines(tmp_path / "data.jsonl", rows)), task)
+    assert [episode.turns[0].action for episode in file.heldout()] == ["b"] and len(file) == 1
+
+
+def test_a_holdout_that_matches_no_row_is_said(tmp_path, tokenizer):
+    path = lines(tmp_path / "data.jsonl", [{"prompt": "c", "completion": "d"}])
+    prompts = [{"prompt": "a"}, {"prompt": "b"}]
+    task = Task(lambda: PromptEnvironment(prompts, "prompt"), Renderer(tokenizer), [1], [0], judged_by="reward")
+    assert open_dataset_file(dataset(path=path), task).notes == [
+        f"{path}: none of its prompts is among those that task.prompts.holdout keeps for evaluation, so no row is left out"
+    ]
+
+
+def test_prompts_that_are_trained_on_and_scored_are_said(tmp_path, tokenizer):
+    path = lines(tmp_path / "prompts.jsonl", [{"prompt": letter} for letter in "abcdefghij"])
+    scored = lines(tmp_path / "scored.jsonl", [{"prompt": "a"}, {"prompt": "z"}])
+    suite = Suite(task=PromptTask(prompts=Prompts(path=scored, holdout=0)))
+    section = PromptTask(prompts=Prompts(path=path, holdout=0))
+    task = build_task(section, tokenizer)
+    watch_suite(task, suite, tokenizer, plays=True)
+    (note,) = task.notes
+    assert note.startswith("warning: 1 of 10 training prompts are in evaluation.suite as well")
+    task = build_task(section, tokenizer)
+    watch_suite(task, suite, tokenizer, plays=False)
+    assert task.notes == [] and {"a", "z"} <= task.scored
+    log = lines(tmp_path / "log.jsonl", [{"prompt": "a", "completion": "d"}, {"prompt": "b", "completion": "d"}])
+    (note,) = open_dataset_file(dataset(path=log), task).notes
+    assert note.startswith(f"warning: {log}: 1 episodes have prompts that are in evaluation.suite as well")
+    own = build_task(PromptTask(prompts=Prompts(path=path, holdout=0.1)), tokenizer)
+    watch_suite(own, Suite(task=PromptTask(prompts=Prompts(path=path, holdout=0.1))), tokenizer, plays=True)
+    assert own.notes == []  # the held-out tenth of its own prompts
+
+
+def test_long_episodes_are_left_out(tmp_path, walks):
+    path = lines(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "abcdef", "completion": "b"}])
+    source = build_dataset(dataset(path=path, max_tokens=5), walks, 0, "main")
+    assert [episode.prompt for episode in source.take(0, 2)] == ["a", "a"]
+    assert source.notes == [f"{path}: left out 1 episodes of more than 5 tokens"]
+
+
+# --------------------------------------------------------------------------------------------------------------- groups
+def rewarded(*triples):
+    return [{"prompt": prompt, "completion": text, "reward": reward} for prompt, text, reward in triples]
+
+
+def test_groups_are_drawn_whole(tmp_path, walks):
+    rows = rewarded(("a", "x", 1), ("b", "x", 0), ("a", "y", 0), ("c", "x", 1), ("c", "y", 1), ("b", "z", 2))
+    source = build_dataset(dataset(path=lines(tmp_path / "data.jsonl", rows)), walks, 0, "main", compares=True)
+    source_batch = source.take(0, 3)
+    assert len(source_batch) == 6  # two pairs and one of them again; the prompt c has nothing to compare
+    assert [episode.group for episode in source_batch] == [0, 0, 1, 1, 2, 2]
+    assert {episode.prompt for episode in source_batch} == {"a", "b"}
+    assert source.notes == ["left out 1 of 3 prompts, whose episodes all earn the same"]
+
+
+def test_pairs_of_the_same_prompt_stay_apart(tmp_path, walks):
+    rows = [{"prompt": "a", "chosen": "x", "rejected": "y"}, {"prompt": "a", "chosen": "z", "rejected": "x"}]
+    source = build_dataset(dataset(path=lines(tmp_path / "data.jsonl", rows)), walks, 0, "main", compares=True)
+    assert sorted(len(unit) for unit in source.units) == [2, 2]
+
+
+def test_nothing_to_compare_is_said(tmp_path, walks):
+    path = lines(tmp_path / "data.jsonl", rewarded(("a", "x", 1), ("b", "x", 0)))
+    with pytest.raises(DataError, match="no two episodes of a prompt have different rewards"):
+        build_dataset(dataset(path=path), walks, 0, "main", compares=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+def logged(count, batch_size=4, **options):
+    return Dataset(list(range(count)), [0.0] * count, batch_size, 0, "main", **options)
+
+
+def test_every_logged_episode_is_used_before_any_twice():
+    source = logged(10)
+    seen = [one for step in range(1, 6) for one in source.next(step).learn]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert source.next(2).learn == seen[4:8]
+
+
+def test_probe_is_always_the_same_episodes():
+    source = logged(10)
+    assert source.probe(3) == logged(10).probe(5)[:3] and sorted(source.probe(99)) == list(range(10))
+
+
+def test_only_the_last_used_episodes_are_held(monkeypatch):
+    monkeypatch.setattr(dataset_module, "CACHED", 3)
+    read = []
+
+    class Counted:
+        def __getitem__(self, index):
+            read.append(index)
+            return index
+
+    source = Dataset(Counted(), [0.0] * 8, 4, 0, "main")
+    source.next(1), source.next(1)
+    assert len(read) > 4 and source._episode.cache_info().currsize == 3
+
+
+# ------------------------------------------------------------------------------------------------------------- the best
+def test_the_best_share():
+    rng = stream("x")
+    assert best_of([1.0, 3.0, 2.0, 3.0], 1.0, rng) == [0, 1, 2, 3]
+    assert best_of([1.0, 3.0, 2.0, 3.0], 0.5, rng) == [1, 3] and best_of([1.0, 3.0, 2.0, 3.0], 0.75, rng) == [1, 2, 3]
+    assert best_of([1.0, 3.0], 0.01, rng) == [1] and best_of([None, 1.0], 1.0, rng) == [0, 1]
+
+
+def test_which_of_equal_returns_is_kept_is_drawn():
+    returns = [0.0, 1.0] * 40
+    draws = [best_of(returns, 0.25, stream(seed)) for seed in range(200)]
+    assert all(len(kept) == 20 and {returns[row] for row in kept} == {1.0} for kept in draws)
+    times = [sum(row in kept for kept in draws) for row in range(1, 80, 2)]
+    assert sum(times) == 4000 and 60 < min(times) and max(times) < 140  # 100 each, with a standard deviation of 7
+    assert best_of(returns, 0.25, stream(3)) == draws[3] != draws[4]
+
+
+def test_the_best_of_each_prompt():
+    returns, prompts = [1.0, 9.0, 2.0, 8.0, 3.0, 7.0, 0.0], list("abababc")
+    assert best_of(returns, 1 / 3, stream("x"), prompts) == [1, 4, 6]
+    assert best_of(returns, 2 / 3, stream("x"), prompts) == [1, 2, 3, 4, 6]
+    assert {row for seed in range(50) for row in best_of([1.0] * 3, 0.3, stream(seed), "aab")} == {0, 1, 2}
+
+
+def test_logged_draws_follow_seed_and_stage():
+    def kept(seed, stage):
+        return Dataset(list(range(60)), [1.0] * 60, 4, seed, stage, best=0.5).kept
+
+    assert kept(0, "main") == kept(0, "main") and len(kept(0, "main")) == 30
+    assert len({tuple(kept(seed, stage)) for seed in (0, 1) for stage in ("main", "other")}) == 4
+
+
+def test_the_best_of_each_logged_prompt(tmp_path, walks):
+    rows = rewarded(("a", "x", 1), ("b", "x", 7), ("a", "y", 0), ("b", "y", 8), ("c", "z", 5))
+    path = lines(tmp_path / "data.jsonl", rows)
+    source = build_dataset(dataset(path=path, best=0.5, best_among="prompt"), walks, 0, "main")
+    assert source.kept == [0, 3, 4] and build_dataset(dataset(path=path, best=0.5), walks, 0, "main").kept == [1, 3]
+    path = lines(tmp_path / "data.jsonl", rewarded(("a", "x", 1), ("b", "x", 0)))
+    with pytest.raises(DataError, match="source.best_among=prompt .* no prompt has two of them: leave it at all"):
+        build_dataset(dataset(path=path, best=0.5, best_among="prompt"), walks, 0, "main")
+    source = build_dataset(dataset(player="random", episodes=80, best=0.3, best_among="prompt"), walks, 0, "main")
+    found = {source._episode(row).prompt for row in source.kept}
+    assert found == {source._episode(row).prompt for row in range(80)} and len(source.kept) < 40
+
+
+def judged(group, episode, reward):
+    return Trajectory([], "", "", group=group, episode=episode, reward=reward)
+
+
+@pytest.mark.parametrize("by_prompt", [False, True])
+def test_all_processes_draw_the_same_best(monkeypatch, by_prompt):
+    """Two processes, whose episodes lie in another order together than one's, keep what one process keeps."""
+    everyone = [judged(number // 4, number, float(number % 2)) for number in range(32)]
+    one = best_among_all(everyone, 0.25, stream("x"), by_prompt)
+    assert len(one) == 8 and all(trajectory.reward == 1 for trajectory in one)
+    parts = [everyone[16:], everyone[:16]]
+
+    def numbers(trajectories):
+        return [(each.group, each.episode, each.reward) for each in trajectories]
+
+    monkeypatch.setattr(distributed, "all_gather", lambda items: numbers(parts[0]) + numbers(parts[1]))
+    kept = [best_among_all(part, 0.25, stream("x"), by_prompt) for part in parts]
+    assert kept[1] + kept[0] == one
+    if by_prompt:
+        assert [trajectory.group for trajectory in one] == list(range(8))
+    assert best_among_all(parts[0], 1.0, stream("x")) == parts[0]
+
+
+def test_fresh_rollouts_keep_the_best_of_each_prompt(walks):
+    """Ties of a step are drawn anew each step, and again the same for the same step."""
+
+    class Played:
+        task = walks
+
+        def play(self, starts, samples, sampling, name, shared):
+            return [judged(number // samples, number, 1.0) for number in range(len(starts) * samples)]
+
+    options = Rollouts(prompts=6, samples=4)
+    source = FreshRollouts(Played(), options, 0, "main", best=0.5, by_prompt=True)
+    kept = [[one.episode for one in source.next(step).learn] for step in (1, 2, 1)]
+    assert kept[0] == kept[2] != kept[1] and [number // 4 for number in kept[0]] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+
+
+def test_logged_scores_are_clustered_by_prompt(tmp_path, walks):
+    """Two prompts of three episodes each; one episode has no reward, another no component."""
+    rows = [
+        {"turns": [{"observation": prompt, "action": "a", "reward": reward}], "components": {"short": short}}
+        for prompt, reward, short in (
+            ("b", 1.0, 2.0),
+            ("b", 3.0, 4.0),
+            ("b", 2.0, None),
+            ("c", 7.0, 1.0),
+            ("c", None, 5.0),
+            ("c", 9.0, 3.0),
+        )
+    ]
+    scores = build_dataset(dataset(path=lines(tmp_path / "log.jsonl", rows)), walks, 0, "main").scores()
+    assert scores["return"]["mean"] == 22 / 5 and (scores["return"]["n"], scores["return"]["clusters"]) == (5, 2)
+    assert (scores["short"]["mean"], scores["short"]["n"], scores["short"]["clusters"]) == (3.0, 5, 2)
+    assert scores["short"]["ci95"] == summarize([2.0, 4.0, 1.0, 5.0, 3.0], list("bbccc"))["ci95"]
+    assert scores["return"]["holds_for"] == "new start states"
