@@ -10,22 +10,48 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "TemporaryError", "TextEnvironment", "evaluate", "load_recipe", "train"]
+__all__ = [
+    "Engine",
+    "Listener",
+    "Objective",
+    "ObjectiveOptions",
+    "Recipe",
+    "Source",
+    "SourceOptions",
+    "TemporaryError",
+    "TextEnvironment",
+    "evaluate",
+    "load_recipe",
+    "register",
+    "train",
+]
 
 if TYPE_CHECKING:
+    from lmrl.engines.base import Engine
     from lmrl.environments import TextEnvironment
     from lmrl.errors import TemporaryError
     from lmrl.evaluation import evaluate
-    from lmrl.recipe import Recipe
+    from lmrl.objectives import Objective
+    from lmrl.recipe import ObjectiveOptions, Recipe, SourceOptions
     from lmrl.recipe.files import load_recipe
+    from lmrl.registry import register
+    from lmrl.sources.base import Source
     from lmrl.training import train
+    from lmrl.training.listeners import Listener
 
 _HOMES = {
+    "Engine": "lmrl.engines.base",
+    "Listener": "lmrl.training.listeners",
+    "Objective": "lmrl.objectives",
+    "ObjectiveOptions": "lmrl.recipe",
     "Recipe": "lmrl.recipe",
+    "Source": "lmrl.sources.base",
+    "SourceOptions": "lmrl.recipe",
     "TemporaryError": "lmrl.errors",
     "TextEnvironment": "lmrl.environments",
     "evaluate": "lmrl.evaluation",
     "load_recipe": "lmrl.recipe.files",
+    "register": "lmrl.registry",
     "train": "lmrl.training",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from lmrl.policy.policy import Policy
@@ -68,6 +69,14 @@ class Engine:
         self.syncs = 0
         """Weight syncs so far: the version of the weights that are sampled from, which trajectories carry."""
         self.weights_pinned = False
+
+    @classmethod
+    def build(cls, policy: Policy, options: Rollouts, check: Callable[[], None], folder: Path | None) -> Engine:
+        """The engine that a recipe's `rollouts` section describes. One of one's own gets `rollouts.options` as keyword arguments.
+
+        folder: the run's, for logs (None: a temporary one).
+        """
+        return cls(policy, check, **options.options)
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
         """Complete each prompt with the policy as it is; `keys` name the random stream of each, so that a repeated call

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from lmrl.policy.cache import SPARE, Cache
 from lmrl.policy.memory import FailedPass, or_advice
 from lmrl.policy.passes import Guidance
 from lmrl.policy.policy import Policy
+from lmrl.recipe import Rollouts
 from lmrl.seeding import stream
 from lmrl.trajectories.batch import contexts_batch
 
@@ -44,6 +46,10 @@ class HFEngine(Engine):
         check: called between tokens; may raise to abandon the rollout."""
         super().__init__(policy, check)
         self.slots, self.cache_tokens = slots, cache_tokens
+
+    @classmethod
+    def build(cls, policy: Policy, options: Rollouts, check: Callable[[], None], folder: Path | None) -> HFEngine:
+        return cls(policy, options.slots, options.cache_tokens, check)
 
     def sample(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
         if not prompts:

@@ -15,15 +15,17 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from lmrl import distributed
 from lmrl.engines.base import Completion, Engine, Keys, Sampling
 from lmrl.engines.hf import guidance_of
 from lmrl.engines.vllm_worker import pack_head
-from lmrl.errors import ModelError
+from lmrl.errors import ModelError, RunError
 from lmrl.policy.merged import merged_weights
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Rollouts
@@ -48,6 +50,15 @@ class VLLMEngine(Engine):
         self.options, self.slots = rollouts.vllm, rollouts.slots
         self.llm: Any = None
         self.asleep = False
+
+    @classmethod
+    def build(cls, policy: Policy, options: Rollouts, check: Callable[[], None], folder: Path | None) -> VLLMEngine:
+        if distributed.size() > 1:
+            raise RunError(
+                f"rollouts.engine=vllm lives in one process, but this is a launch of {distributed.size()}: set "
+                "rollouts.engine=vllm-server, whose servers all of them share"
+            )
+        return cls(policy, options, check)
 
     # -------------------------------------------------------------------------------------------------------- weights
     def refresh(self) -> None:

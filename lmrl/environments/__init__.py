@@ -6,22 +6,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from lmrl import registry
 from lmrl.environments.base import TextEnvironment, limits_of, version_of
 from lmrl.errors import LmrlError, PluginError
 from lmrl.foreign import foreign
-from lmrl.plugins import load_plugin
 
-SHIPPED = {
-    "random_walks": "lmrl.environments.random_walks:RandomWalks",
-    "maze": "lmrl.environments.maze:Maze",
-}
-
-__all__ = ["SHIPPED", "TextEnvironment", "environment_factory", "limits_of", "version_of"]
+__all__ = ["TextEnvironment", "environment_factory", "limits_of", "version_of"]
 
 
 def environment_factory(task: Any) -> Callable[[], Any]:
     """A function that makes one environment of a recipe's `task` section."""
-    cls = load_plugin(SHIPPED.get(task.environment, task.environment), "task.environment")
+    cls = registry.load("environment", task.environment, "task.environment")
     make = partial(_make, cls, task.environment, task.options)
     try:
         environment = make()

@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from lmrl import registry
 from lmrl.errors import PluginError
 from lmrl.objectives.base import Loss, Objective
-from lmrl.plugins import load_plugin
-from lmrl.recipe import CustomObjective
+from lmrl.recipe import CustomObjective, ObjectiveOptions
 
-SHIPPED = {
-    "likelihood": "lmrl.objectives.likelihood:Likelihood",
-    "ppo": "lmrl.objectives.ppo:PPO",
-    "ilql": "lmrl.objectives.ilql:ILQL",
-    "mc": "lmrl.objectives.mc:MCReturns",
-    "q_sft": "lmrl.objectives.q_sft:QSFT",
-    "dpo": "lmrl.objectives.dpo:DPO",
-    "grpo": "lmrl.objectives.grpo:GRPO",
-    "dr_grpo": "lmrl.objectives.dr_grpo:DrGRPO",
-    "rloo": "lmrl.objectives.rloo:RLOO",
-    "reinforce_pp": "lmrl.objectives.reinforce_pp:ReinforcePP",
-}
-
-__all__ = ["SHIPPED", "Loss", "Objective", "load_objective"]
+__all__ = ["Loss", "Objective", "load_objective"]
 
 
-def load_objective(options: Any) -> Objective:
-    """The objective of a recipe section; a plug-in gets its further keys as keyword arguments."""
-    if not isinstance(options, CustomObjective):
-        return load_plugin(SHIPPED[options.name], "objective.name")(options)
-    cls = load_plugin(options.name, "objective.name")
+def load_objective(options: ObjectiveOptions) -> Objective:
+    """The objective of a recipe section. One of one's own without `Options` gets the section's further keys as keyword arguments."""
+    cls = registry.load("objective", options.name, "objective.name")
     try:
-        objective = cls(**options.options)
+        objective = cls(**options.options) if isinstance(options, CustomObjective) else cls(options)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise PluginError(f"objective: '{options.name}' cannot be made with these options: {reason}") from error
     if not isinstance(objective, Objective):
-        raise PluginError(f"objective.name: '{options.name}' is not a lmrl.objectives.Objective")
+        raise PluginError(f"objective.name: '{options.name}' is not a lmrl.Objective")
     return objective

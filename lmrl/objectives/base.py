@@ -12,6 +12,7 @@ from lmrl.objectives.correction import Correction
 from lmrl.policy.heads import HeadsSpec
 from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.policy import Policy
+from lmrl.recipe import ObjectiveOptions
 from lmrl.trajectories.batch import Batch, Microbatch, to_batch
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -28,6 +29,9 @@ class Loss:
 class Objective:
     """Base of all objectives. Subclasses implement `loss`, and `prepare` where they need more than the tokens."""
 
+    Options: type[ObjectiveOptions] | None = None
+    """Of an objective of one's own: the class of its section in a recipe, which is checked before anything is built; the
+    objective is made with an instance of it."""
     label = "objective"
     """Name in tables."""
     epochs = 1
@@ -42,6 +46,9 @@ class Objective:
     """True if the policy needs a reference."""
     compares = False
     """True if the loss compares episodes of one prompt; steps then hold whole groups."""
+
+    kl_controlled = False
+    """True if `training.kl_band` lowers the learning rate where a step has moved the policy too far from what played."""
 
     loss_of_data: str | None = None
     """The metric on logged data that must fall while the policy learns; None if none must."""

@@ -78,6 +78,7 @@ class PolicyGradient(Objective):
     """Base of PPO and of the objectives whose baseline is a group."""
 
     options: PolicyGradientObjective
+    kl_controlled = True
 
     def __init__(self, options: PolicyGradientObjective):
         self.options = options

@@ -74,7 +74,7 @@ class Policy(nn.Module):
 
     def configure(self, recipe: Recipe) -> None:
         """Take over what a recipe says about passes through the model."""
-        sampled = recipe.objective.uses_sampling_temperature and recipe.source.name == "rollouts"
+        sampled = recipe.objective.uses_sampling_temperature and not recipe.source.has_log
         self.temperature = recipe.rollouts.temperature if sampled else 1.0
         self.microbatch_tokens = recipe.training.microbatch_tokens
         if recipe.training.precision == "bfloat16":

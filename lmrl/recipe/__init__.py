@@ -18,10 +18,18 @@ from lmrl.recipe.objectives import (
     QSFTObjective,
     RewardModelObjective,
 )
-from lmrl.recipe.recipe import CHOICES, MAIN_STAGE, REWARD_MODEL, Recipe, TaskSection, is_plugin
+from lmrl.recipe.recipe import CHOICES, MAIN_STAGE, REWARD_MODEL, Recipe, TaskSection
 from lmrl.recipe.rollouts import VLLM, Rollouts
-from lmrl.recipe.source import SOURCES, DatasetOptions, DatasetSource, MixtureSource, RolloutsSource
-from lmrl.recipe.steps import Evaluation, Gate, Optimizer, Tracking, Training
+from lmrl.recipe.source import (
+    SOURCES,
+    CustomSource,
+    DatasetOptions,
+    DatasetSource,
+    MixtureSource,
+    RolloutsSource,
+    SourceOptions,
+)
+from lmrl.recipe.steps import CustomListener, Evaluation, Gate, Optimizer, Tracking, Training
 from lmrl.recipe.task import (
     ENVIRONMENTS,
     STAGE_PREFIX,

@@ -30,17 +30,13 @@ def mistakes(recipe: Recipe) -> Iterator[str]:
     if task is None:
         yield "missing key 'task': what the policy plays, an environment or prompts"
         return
-    if (
-        not objective.uses_correction
-        and source.name != "dataset"
-        and recipe.rollouts.correction not in ("auto", "none")
-    ):
+    if not objective.uses_correction and source.plays and recipe.rollouts.correction not in ("auto", "none"):
         yield (
             f"`rollouts.correction` weighs policy gradients (ppo, grpo, dr_grpo, rloo, reinforce_pp), and '{objective.name}' "
             "is none: leave it at auto"
         )
     yield from objective.mistakes(recipe)
-    if source.name == "rollouts" and recipe.rollouts.samples == 1:
+    if source.plays and not source.has_log and recipe.rollouts.samples == 1:
         if source.resample:
             yield "`source.resample` replaces prompts whose samples all earned the same: set rollouts.samples to 2 or more"
         if source.best_among == "prompt":

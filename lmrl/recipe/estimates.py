@@ -12,7 +12,6 @@ from typing import Any
 
 from lmrl.recipe import (
     OWN_TASK,
-    DatasetSource,
     MixtureSource,
     Model,
     PromptTask,
@@ -180,7 +179,7 @@ def _update_bytes(recipe: Recipe, shape: dict[str, int]) -> dict[str, int]:
 def _sampling_bytes(recipe: Recipe, shape: dict[str, int]) -> dict[str, int]:
     """What engine `hf` holds while it samples."""
     options = recipe.rollouts
-    if isinstance(recipe.source, DatasetSource) or options.engine != "hf":
+    if not recipe.source.plays or options.engine != "hf":
         return {}
     rows = min(options.slots, options.prompts * options.samples)
     tokens = rows * (_tokens_an_episode(recipe) + SPARE)
@@ -198,7 +197,7 @@ def _tokens_an_episode(recipe: Recipe) -> int:
     if (stated := recipe.objective.tokens_a_row()) is not None:
         return stated
     logged = getattr(recipe.source, "max_tokens", None)
-    if isinstance(recipe.source, DatasetSource) and logged is not None:
+    if not recipe.source.plays and logged is not None:
         return logged * recipe.objective.episodes_a_row
     prompt = recipe.task.prompts.max_tokens if isinstance(recipe.task, PromptTask) else 16
     return recipe.rollouts.max_new_tokens + prompt

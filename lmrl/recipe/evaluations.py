@@ -33,7 +33,7 @@ class Plan:
 
 def plays_to_learn(recipe: Any) -> bool:
     """True if a stage learns from fresh episodes, alone or beside logged ones."""
-    return recipe.source.name != "dataset"
+    return recipe.source.plays
 
 
 def room(recipe: Any) -> float:
@@ -41,7 +41,7 @@ def room(recipe: Any) -> float:
     steps, rollouts = recipe.training.steps, recipe.rollouts
     if plays_to_learn(recipe):
         return SHARE * steps * rollouts.prompts * rollouts.samples
-    return OFFLINE_SHARE * steps * recipe.source.batch_size
+    return OFFLINE_SHARE * steps * math.prod(recipe.source.episodes_a_step(recipe))
 
 
 def is_imitation(recipe: Any) -> bool:

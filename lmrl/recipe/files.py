@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError
 
+from lmrl import registry
 from lmrl.errors import DataError, PluginError, RecipeError, did_you_mean
 from lmrl.recipe import CHOICES, MAIN_STAGE, REWARD_MODEL, STAGE_PREFIX, EpisodeLimits, Recipe, Reward
 
@@ -86,6 +87,9 @@ def find_yaml(name: str | Path, kind: str) -> Path:
     names = shipped_names(kind)
     if path.as_posix() in names:
         return shipped(kind) / f"{path.as_posix()}.yaml"
+    if kind == "eval" and str(name) in registry.names("suite"):
+        return Path(registry.load("suite", str(name), "suite"))
+    names = [*names, *(registry.names("suite") if kind == "eval" else ())]
     raise RecipeError(f"no {noun} called '{name}'{did_you_mean(str(name), names)}")
 
 
@@ -274,6 +278,7 @@ def _explain(schema: type[BaseModel], document: Document, mistake: dict[str, Any
         key, _, classes = CHOICES[keys[-1]]
         given = mistake["input"].get(key) if isinstance(mistake["input"], dict) else mistake["input"]
         valid = [tag.strip("<>") for tag in classes if tag not in ("<custom>", "<prompts>")]
+        valid += [name for name in registry.names(keys[-1] if key == "name" else "environment") if name not in valid]
         place = document.place((*prefix, *keys, key))
         if given is None:
             return f"missing key '{name}.{key}' ({place}){did_you_mean('', valid)}"
@@ -407,7 +412,10 @@ def resolve_files(data: Any, beside: Path) -> None:
     resolve(_data_path, "source", "path")
     resolve(_plugin_path, "task", "environment")
     resolve(_plugin_path, "objective", "name")
+    resolve(_plugin_path, "source", "name")
+    resolve(_plugin_path, "rollouts", "engine")
     resolve(_suite_path, "evaluation", "suite")
+    _resolve_items(data, ("training", "listeners"), "name", beside)
     task = data.get("task") if isinstance(data, dict) else None
     rewards = task.get("rewards") if isinstance(task, dict) else None
     for index, reward in enumerate(rewards if isinstance(rewards, list) else ()):
@@ -417,6 +425,15 @@ def resolve_files(data: Any, beside: Path) -> None:
             given = [reward["model"]] if isinstance(reward["model"], str) else reward["model"]
             found = [_reward_model(model, beside, f"task.rewards.{index}.model") for model in given]
             reward["model"] = found[0] if isinstance(reward["model"], str) else found
+
+
+def _resolve_items(data: Any, keys: tuple[str, str], name: str, beside: Path) -> None:
+    """Make the files absolute that the items of a list name as code."""
+    section = data.get(keys[0]) if isinstance(data, dict) else None
+    items = section.get(keys[1]) if isinstance(section, dict) else None
+    for index, item in enumerate(items if isinstance(items, list) else ()):
+        if isinstance(item, dict) and isinstance(item.get(name), str):
+            item[name] = _plugin_path(item[name], beside, f"{dotted(keys)}.{index}.{name}")
 
 
 def _looks_local(name: str) -> bool:

@@ -66,7 +66,7 @@ def with_rates(recipe: Recipe, parameters: int, hidden: int) -> Optimizer:
     head_lr = rates.head_lr if stated.head_lr is None else stated.head_lr
     if stated.head_lr is None and stated.lr is not None and recipe.objective.head_lr_follows:
         head_lr = lr
-    schedule = stated.schedule or ("linear" if recipe.source.name == "dataset" else "constant")
+    schedule = stated.schedule or ("constant" if recipe.source.plays else "linear")
     betas = stated.betas or recipe.objective.betas
     norm = recipe.objective.max_grad_norm if stated.max_grad_norm == "auto" else stated.max_grad_norm
     chosen = {"lr": lr, "head_lr": head_lr, "schedule": schedule, "betas": betas, "max_grad_norm": norm}

@@ -12,15 +12,16 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Tag, field_validator, model_validator
+from pydantic import Discriminator, SerializeAsAny, Tag, field_validator, model_validator
 
+from lmrl import registry
 from lmrl.recipe.base import Section
 from lmrl.recipe.combinations import mistakes
 from lmrl.recipe.evaluations import OWN_TASK, plays_to_learn
 from lmrl.recipe.model import Model
 from lmrl.recipe.objectives import OBJECTIVES, CustomObjective, ObjectiveOptions
 from lmrl.recipe.rollouts import Rollouts
-from lmrl.recipe.source import SOURCES, RolloutsSource
+from lmrl.recipe.source import SOURCES, CustomSource, RolloutsSource
 from lmrl.recipe.steps import Evaluation, Optimizer, Tracking, Training
 from lmrl.recipe.task import ENVIRONMENTS, CustomTask, PromptTask
 
@@ -29,17 +30,12 @@ STAGE_NAME = re.compile(r"[^\W_][^/\\:\x00-\x1f\x7f]{0,99}")
 """What names a folder on any system: nothing hidden, no separators, no control characters."""
 
 
-def is_plugin(name: Any) -> bool:
-    """Whether a name is code of one's own (`file.py:Name`, `package.module.Name`) and no shipped one."""
-    return isinstance(name, str) and (":" in name or "." in name)
-
-
-def _choose(key: str, shipped: dict[str, type], custom: str | None):
+def _choose(kind: registry.Kind, key: str, shipped: dict[str, type]):
     def choose(value: Any) -> str | None:
         name = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
         if isinstance(name, str) and name in shipped:
             return f"<{name}>"
-        return custom if custom and is_plugin(name) else None
+        return "<custom>" if registry.has_name(kind, name) else None
 
     return choose
 
@@ -53,13 +49,13 @@ def _choose_task(value: Any) -> str | None:
     return "<prompts>" if "environment" not in given else _choose_environment(value)
 
 
-_choose_environment = _choose("environment", ENVIRONMENTS, "<custom>")
+_choose_environment = _choose("environment", "environment", ENVIRONMENTS)
 CHOICES = {
     "task": ("environment", _choose_task, {"<prompts>": PromptTask, **_tags(ENVIRONMENTS), "<custom>": CustomTask}),
-    "source": ("name", _choose("name", SOURCES, None), _tags(SOURCES)),
+    "source": ("name", _choose("source", "name", SOURCES), {**_tags(SOURCES), "<custom>": CustomSource}),
     "objective": (
         "name",
-        _choose("name", OBJECTIVES, "<custom>"),
+        _choose("objective", "name", OBJECTIVES),
         {**_tags(OBJECTIVES), "<custom>": CustomObjective},
     ),
 }
@@ -69,7 +65,7 @@ CHOICES = {
 def _union(section: str) -> Any:
     _, choose, classes = CHOICES[section]
     arms = [Annotated[cls, Tag(tag)] for tag, cls in classes.items()]
-    return Annotated[functools.reduce(operator.or_, arms), Discriminator(choose)]
+    return SerializeAsAny[Annotated[functools.reduce(operator.or_, arms), Discriminator(choose)]]
 
 
 TaskSection = _union("task")
@@ -131,9 +127,14 @@ class Recipe(Section):
                 raise ValueError(
                     f"`{where}`: stage '{start}' trains a reward model, and leaves no policy to start from"
                 )
-        for mistake in [*mistakes(self), *self._idle_settings()]:
+        for mistake in self.mistakes():
             raise ValueError(mistake)
         return self
+
+    def mistakes(self) -> Iterator[str]:
+        """One line for each combination of settings that cannot work."""
+        yield from mistakes(self)
+        yield from self._idle_settings()
 
     def _idle_settings(self) -> Iterator[str]:
         """Settings that are stated for a reward model, and not only shared with it, although it cannot use them."""
@@ -184,10 +185,7 @@ class Recipe(Section):
 
     def arithmetic(self) -> dict[str, int]:
         """How a step's episodes become updates, as far as it is known before sampling."""
-        if isinstance(self.source, RolloutsSource):
-            prompts, samples = self.rollouts.prompts, self.rollouts.samples
-        else:  # of a mixture, what it learns from; what it plays is rollouts.prompts x rollouts.samples
-            prompts, samples = self.source.batch_size, 1
+        prompts, samples = self.source.episodes_a_step(self)
         epochs = getattr(self.objective, "epochs", 1)
         minibatches = getattr(self.objective, "minibatches", 1)
         return {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from lmrl import registry
 from lmrl.recipe.base import Section
 from lmrl.recipe.server import Server
 
@@ -34,9 +35,11 @@ class VLLM(Section):
 class Rollouts(Section):
     """How episodes are sampled."""
 
-    engine: Literal["hf", "vllm", "vllm-server"] = "hf"
+    engine: str = "hf"
     """hf: the policy's own transformers model; vllm: a copy of its weights in vLLM, in the same process; vllm-server: copies
-    in one or several vLLM servers."""
+    in one or several vLLM servers; or one of your own (docs/plugins.md)."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of an engine of your own."""
     prompts: int = Field(32, ge=1, le=1_000_000)
     """Prompts (or start states) a step."""
     samples: int = Field(1, ge=1, le=1_000_000)
@@ -77,6 +80,16 @@ class Rollouts(Section):
     """Largest such ratio."""
     vllm: VLLM = VLLM()
     server: Server = Server()
+
+    @model_validator(mode="after")
+    def _known_engine(self) -> Rollouts:
+        if not registry.has_name("engine", self.engine):
+            raise ValueError(f"`engine`: {registry.unknown('engine', self.engine)}")
+        if self.options and self.engine in registry.SHIPPED["engine"]:
+            raise ValueError(
+                f"`options` are an engine's of your own, and engine '{self.engine}' has other keys: leave it out"
+            )
+        return self
 
     @property
     def corrects(self) -> CorrectionMode | None:

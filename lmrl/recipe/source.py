@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lmrl.recipe.base import Section
+from lmrl.recipe.base import Plugin, Section
+
+if TYPE_CHECKING:
+    from lmrl.recipe.recipe import Recipe
 
 Players = str | dict[str, float]
 """A scripted player, or several with the share of the episodes that each plays."""
 
 
-class RolloutsSource(Section):
+class SourceOptions(Section):
+    """Base of all. A subclass holds a source's options, and overrides what is otherwise with it."""
+
+    name: str
+    plays: ClassVar[bool] = True
+    """True if it plays fresh episodes, which are counted in `rollouts`."""
+    has_log: ClassVar[bool] = False
+    """True if what is learned from comes from logged episodes as well."""
+    best: Any = 1.0
+    best_among: Any = "all"
+
+    def episodes_a_step(self, recipe: Recipe) -> tuple[int, int]:
+        """Prompts a step, and episodes of each, that are learned from."""
+        return recipe.rollouts.prompts, recipe.rollouts.samples
+
+
+class RolloutsSource(SourceOptions):
     """Fresh episodes by the current policy (sizes and sampling are under `rollouts`)."""
 
     name: Literal["rollouts"] = "rollouts"
@@ -26,8 +45,10 @@ class RolloutsSource(Section):
     DAPO, arXiv 2503.14476). Needs rollouts.samples of at least 2."""
 
 
-class DatasetOptions(Section):
+class DatasetOptions(SourceOptions):
     """Options of logged episodes, shared by `dataset` and `mixture`: a file or folder, or a scripted player."""
+
+    has_log = True
 
     path: str | None = None
     """JSONL or Parquet, a folder of Parquet shards, or a dataset on the hub (see lmrl/trajectories/rows.py)."""
@@ -64,11 +85,15 @@ class DatasetOptions(Section):
             raise ValueError("needs either `path` (logged episodes) or `player` (a scripted player)")
         return self
 
+    def episodes_a_step(self, recipe: Recipe) -> tuple[int, int]:
+        return self.batch_size, 1
+
 
 class DatasetSource(DatasetOptions):
     """Logged episodes, in shuffled passes."""
 
     name: Literal["dataset"]
+    plays = False
 
 
 class MixtureSource(DatasetOptions):
@@ -87,6 +112,11 @@ class MixtureSource(DatasetOptions):
     """First steps that only collect, without updates (WSRL, Zhou et al., arXiv 2412.07762)."""
     replay: int = Field(2000, ge=1)
     """Newest fresh episodes that the buffer keeps."""
+
+
+class CustomSource(SourceOptions, Plugin):
+    """A source of one's own: `file.py:Name`, a dotted path, or the name of an installed one. Its keys are checked when its code is
+    loaded."""
 
 
 SOURCES = {"rollouts": RolloutsSource, "dataset": DatasetSource, "mixture": MixtureSource}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from lmrl.recipe.base import Section
+from lmrl import registry
+from lmrl.recipe.base import Plugin, Section
 from lmrl.recipe.evaluations import OWN_TASK
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -36,6 +37,19 @@ class Optimizer(Section):
     """First steps, over which the learning rate rises from 0."""
     max_grad_norm: Annotated[float, Field(gt=0)] | Literal["auto"] | None = "auto"
     """Longer gradients are shortened to this norm (null: never; auto: 1, but 10 for Q values, which have to believe in rare returns)."""
+
+
+class CustomListener(Plugin):
+    """A listener of one's own: `file.py:Name`, a dotted path, or the name of an installed one; further keys are its options."""
+
+    name: str
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if not registry.has_name("listener", name):
+            raise ValueError(registry.unknown("listener", name))
+        return name
 
 
 class Training(Section):
@@ -71,6 +85,8 @@ class Training(Section):
     models do not know this."""
     max_nonfinite: int = Field(3, ge=1)
     """The run stops after so many updates in a row with a non-finite loss or gradient."""
+    listeners: list[CustomListener] = []
+    """Listeners of your own (docs/plugins.md), called after lmrl's."""
     threads: int | None = Field(None, ge=1)
     """CPU threads (null: torch decides)."""
 

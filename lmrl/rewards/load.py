@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lmrl import registry
 from lmrl.errors import LmrlError, PluginError, RewardError, did_you_mean
 from lmrl.foreign import foreign
-from lmrl.plugins import load_plugin
 from lmrl.recipe import STAGE_PREFIX, Reward, SpecialTokens
 from lmrl.rewards.rewards import RewardFunction
 from lmrl.rewards.scale import Scale
@@ -58,7 +58,7 @@ def local_call(spec: Reward, key: str) -> tuple[Callable[..., Any], str]:
     """
     name, options = spec.target()
     key = f"{key}.{spec.kind}"
-    found = load_plugin(name, key)
+    found = registry.load("reward", name, key)
     if inspect.isclass(found):
         found, options = _make(found, options, spec.what, key), {}
     if not callable(found):

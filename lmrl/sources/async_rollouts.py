@@ -15,13 +15,16 @@ from collections.abc import Callable
 from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lmrl import distributed
 from lmrl.errors import RunError
 from lmrl.sources.base import Source, SourceBatch
-from lmrl.sources.fresh import FreshRollouts
 from lmrl.trajectories.store import read_episodes, write_episodes
 from lmrl.trajectories.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from lmrl.sources.fresh import FreshRollouts
 
 EPISODES_FILE, STATE_FILE = "ahead.parquet", "ahead.json"
 POLL = 0.1

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lmrl.recipe import Recipe, SourceOptions
+from lmrl.rollouts.sampler import Sampler
+from lmrl.rollouts.task import Task
 from lmrl.trajectories.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -25,11 +28,38 @@ class SourceBatch:
     """Number of played ones that could not be scored."""
 
 
+@dataclass(frozen=True)
+class SourceRequest:
+    """What a source is built from.
+
+    bad_rows: where malformed rows are reported, if they are to be skipped. compares: sample logged episodes in groups of one
+    prompt.
+    """
+
+    recipe: Recipe
+    task: Task
+    sampler: Sampler
+    stage: str
+    bad_rows: Path | None = None
+    compares: bool = False
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.training.seed
+
+
 class Source:
     """Base of all sources. `next` depends only on the step, the policy and the saved state."""
 
+    Options: type[SourceOptions] | None = None
+    """Of a source of one's own: the class of its section in a recipe."""
     dataset: Dataset | None = None
     """Its logged episodes, if it has any."""
+
+    @classmethod
+    def build(cls, wanted: SourceRequest) -> Source:
+        """The source that a recipe describes. One of one's own is made with the request alone, unless it overrides this."""
+        return cls(wanted)
 
     def next(self, step: int) -> SourceBatch:
         """The trajectories of a step, counted from 1."""

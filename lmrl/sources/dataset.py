@@ -18,7 +18,7 @@ from lmrl.rollouts.collect import check_players, draw_starts, play_players
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task, starts_for
 from lmrl.seeding import stream
-from lmrl.sources.base import Source, SourceBatch
+from lmrl.sources.base import Source, SourceBatch, SourceRequest
 from lmrl.sources.best import best_of
 from lmrl.trajectories.chain import piece
 from lmrl.trajectories.store import DatasetFile
@@ -67,6 +67,12 @@ class Dataset(Source):
         self.kept = best_of(returns, best, rng, best_among) if groups is None else list(range(len(self.units)))
         self.grouped, self.turns = groups is not None, turns
         self._episode = lru_cache(CACHED)(episodes.__getitem__)
+
+    @classmethod
+    def build(cls, wanted: SourceRequest) -> Dataset:
+        return build_dataset(
+            wanted.recipe.source, wanted.task, wanted.seed, wanted.stage, wanted.bad_rows, wanted.compares
+        )
 
     def next(self, step: int) -> SourceBatch:
         return SourceBatch(self.take((step - 1) * self.batch_size, self.batch_size))

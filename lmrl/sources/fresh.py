@@ -13,7 +13,8 @@ from lmrl.rewards.scale import Scale
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import starts_for
 from lmrl.seeding import stream
-from lmrl.sources.base import Source, SourceBatch
+from lmrl.sources.async_rollouts import AsyncRollouts
+from lmrl.sources.base import Source, SourceBatch, SourceRequest
 from lmrl.sources.best import best_among_all
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -38,6 +39,18 @@ class FreshRollouts(Source):
         self.sampler, self.options, self.name = sampler, options, (seed, stage)
         self.best, self.by_prompt, self.resample = best, by_prompt, resample
         self.sampling = Sampling.of(options)
+
+    @classmethod
+    def build(cls, wanted: SourceRequest) -> Source:
+        options, recipe = wanted.recipe.source, wanted.recipe
+        if options.has_log:  # of a mixture, which chooses from what was played
+            fresh = cls(wanted.sampler, recipe.rollouts, wanted.seed, wanted.stage)
+        else:
+            by_prompt = options.best_among == "prompt"
+            fresh = cls(
+                wanted.sampler, recipe.rollouts, wanted.seed, wanted.stage, options.best, by_prompt, options.resample
+            )
+        return AsyncRollouts(fresh, recipe.training.steps) if recipe.rollouts.ahead else fresh
 
     def next(self, step: int) -> SourceBatch:
         before = self._statistics()

@@ -9,7 +9,7 @@ from lmrl import distributed
 from lmrl.recipe import MixtureSource
 from lmrl.seeding import stream
 from lmrl.sources.async_rollouts import AsyncRollouts
-from lmrl.sources.base import Source, SourceBatch
+from lmrl.sources.base import Source, SourceBatch, SourceRequest
 from lmrl.sources.dataset import Dataset
 from lmrl.sources.fresh import FreshRollouts
 from lmrl.trajectories.store import read_episodes, write_episodes
@@ -27,6 +27,13 @@ class Mixture(Source):
         self.fresh, self.dataset, self.options, self.steps = fresh, dataset, options, steps
         self.tokenizer = tokenizer
         self.replay: list[Trajectory] = []
+
+    @classmethod
+    def build(cls, wanted: SourceRequest) -> Mixture:
+        recipe = wanted.recipe
+        dataset = Dataset.build(wanted)
+        fresh = FreshRollouts.build(wanted)
+        return cls(fresh, dataset, recipe.source, recipe.training.steps, wanted.task.renderer.tokenizer)
 
     def online(self, step: int) -> int:
         """Episodes of a step's batch that come from the replay buffer."""

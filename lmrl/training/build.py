@@ -7,26 +7,25 @@ from typing import Any
 
 import torch
 
-from lmrl import distributed
+from lmrl import distributed, registry
 from lmrl import run as runs
 from lmrl.engines.base import Engine
 from lmrl.engines.build import build_engine
-from lmrl.errors import RecipeError
+from lmrl.errors import PluginError, RecipeError
 from lmrl.evaluation.evaluate import Evaluator
 from lmrl.evaluation.suites import Suite, load_suite, own_suite
 from lmrl.objectives import Objective, load_objective
 from lmrl.objectives.correction import Correction
-from lmrl.objectives.policy_gradient import PolicyGradient
 from lmrl.policy.load import load_policy, load_weights
 from lmrl.policy.policy import Policy
-from lmrl.recipe import OWN_TASK, PromptTask, Recipe
+from lmrl.recipe import OWN_TASK, CustomListener, PromptTask, Recipe
 from lmrl.recipe.evaluations import LEAST, is_imitation, own_plan, suite_interval
 from lmrl.recipe.files import locate_rewards
 from lmrl.recipe.rates import with_rates
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task, build_task, task_texts
 from lmrl.seeding import seed_everything
-from lmrl.sources.base import Source
+from lmrl.sources.base import Source, SourceRequest
 from lmrl.sources.build import build_source
 from lmrl.sources.dataset import BAD_ROWS
 from lmrl.training.checkpoint import Progress, verify
@@ -89,11 +88,11 @@ def build_stage(
     task = build_task(section, policy.tokenizer)
     task.learning = True
     task.positions = policy.max_length
-    watch_suite(task, suite, policy.tokenizer, plays=recipe.source.name != "dataset")
+    watch_suite(task, suite, policy.tokenizer, plays=recipe.source.plays)
     engine = build_engine(recipe.rollouts, policy, interrupt.check, run.folder)
     sampler_check = SamplerCheck(policy, engine, recipe.rollouts)
     sampler = Sampler(task, engine, policy.decode)
-    source = build_source(recipe, task, sampler, name, run.folder / BAD_ROWS, objective.compares)
+    source = build_source(SourceRequest(recipe, task, sampler, name, run.folder / BAD_ROWS, objective.compares))
     calibrate(recipe, objective, policy, source)
 
     if start is None:
@@ -140,7 +139,7 @@ def build_listeners(
 ) -> list[Listener]:
     """A stage's listeners, in the order they are called. watched: labels of the rewards that are not trained on."""
     listeners: list[Listener] = [Memory(policy), RewardHackingMonitor(watched)]
-    if isinstance(objective, PolicyGradient) and recipe.training.kl_band is not None:
+    if objective.kl_controlled and recipe.training.kl_band is not None:
         listeners.append(RateController(recipe.training.kl_band))
     if objective.heads is not None and recipe.evaluation.diagnostics_every:
         listeners.append(Diagnostics())
@@ -148,7 +147,23 @@ def build_listeners(
     if recipe.evaluation.gate is not None:
         listeners.append(GateMonitor(recipe.evaluation.gate, evaluation))
     listeners.append(Guard(recipe, objective, evaluation))
-    return listeners
+    return listeners + [
+        load_listener(options, f"training.listeners.{n}") for n, options in enumerate(recipe.training.listeners)
+    ]
+
+
+def load_listener(options: CustomListener, key: str) -> Listener:
+    """A listener of one's own, made with its further keys."""
+    cls = registry.load("listener", options.name, f"{key}.name")
+    try:
+        listener = cls(**options.options)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise PluginError(f"{key}: '{options.name}' cannot be made with these options: {reason}") from error
+    if not isinstance(listener, Listener):
+        raise PluginError(f"{key}.name: '{options.name}' is no lmrl.Listener")
+    listener.name = getattr(listener, "name", None) or options.name
+    return listener
 
 
 # ----------------------------------------------------------------------------------------------------------------- checks
@@ -261,6 +276,6 @@ def label_of(recipe: Recipe, objective: Objective) -> str:
     """What tables call a stage: imitation has a name for each of its sources."""
     if not recipe.objective.imitates:
         return objective.label
-    if recipe.source.name == "rollouts":
+    if not recipe.source.has_log:
         return "expert iteration"
     return "filtered BC" if recipe.source.best < 1 else "BC"

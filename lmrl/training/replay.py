@@ -22,6 +22,7 @@ from lmrl.policy.passes import ForwardRequest
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Recipe
 from lmrl.recipe.files import stages_of
+from lmrl.recipe.own import with_own_options
 from lmrl.recipe.rates import with_rates
 from lmrl.rollouts.task import task_texts
 from lmrl.run import RECIPE_FILE, describe_machine, read_recipe
@@ -75,7 +76,7 @@ def _load(folder: Path) -> _Parts:
     # Bundles of format 1 are of non-finite updates, and know neither generators nor the device.
     info = {"event": "nonfinite", "pass": "update", "weights": ".", "options": {}, "device": "cpu", "versions": {}}
     info |= json.loads((folder / INFO_FILE).read_text())
-    recipe = stages_of(read_recipe(folder))[info["stage"]]
+    recipe = with_own_options(stages_of(read_recipe(folder))[info["stage"]])
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)
     objective = load_objective(recipe.resolved_objective)

@@ -189,7 +189,7 @@ class Stage:
         self.interrupt.safe = distributed.size() == 1  # several ranks stop together, between two steps
         self.interrupt.check()
         with self.strategy.gathered_weights():
-            if self.recipe.source.name != "dataset":
+            if self.recipe.source.plays:
                 self.source.wait()
                 self.engine.refresh()
             source_batch = self.source.next(step)

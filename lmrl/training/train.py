@@ -23,6 +23,7 @@ from lmrl.errors import LmrlError, RecipeError, RunError
 from lmrl.recipe import MAIN_STAGE, OWN_TASK, PromptTask, Recipe
 from lmrl.recipe.estimates import memory
 from lmrl.recipe.files import load_recipe, stages_of
+from lmrl.recipe.own import with_own_options
 from lmrl.run import RESULTS_FILE, Run, read_recipe, write_atomically
 from lmrl.training.build import build_stage
 from lmrl.training.checkpoint import STATE
@@ -176,6 +177,7 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
     with Interrupt() as interrupt:
         try:
             for name, stage_recipe in stages_of(recipe).items():
+                stage_recipe = with_own_options(stage_recipe)
                 if distributed.broadcast(run.final(name).exists()):
                     display.say(f"stage {name} is finished: not run again")
                 else:

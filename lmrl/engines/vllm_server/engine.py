@@ -26,9 +26,10 @@ from lmrl.engines.vllm_server.dispatch import dispatch
 from lmrl.engines.vllm_server.process import ServerProcess, gpus_of
 from lmrl.engines.vllm_server.supervisor import ServerSupervisor, Target
 from lmrl.engines.vllm_server.weights import Broadcast, Member, WeightFiles
-from lmrl.errors import EngineError, ModelError
+from lmrl.errors import EngineError, ModelError, RunError
 from lmrl.policy.merged import merged_weights
 from lmrl.policy.policy import Policy
+from lmrl.recipe import Rollouts
 from lmrl.recipe.server import Server
 from lmrl.seeding import key
 
@@ -77,6 +78,22 @@ class VLLMServerEngine(Engine):
         ]
         self.closed = False
         atexit.register(self.close)
+
+    @classmethod
+    def build(
+        cls, policy: Policy, options: Rollouts, check: Callable[[], None], folder: Path | None
+    ) -> VLLMServerEngine:
+        server = options.server
+        if not server.urls and distributed.size() > int(os.environ.get("LOCAL_WORLD_SIZE", distributed.size())):
+            raise RunError(
+                "rollouts.engine=vllm-server: servers that a run starts are reached from their own machine alone, and this "
+                "launch has several: start them by hand, and name them in rollouts.server.urls (docs/rollouts_server.md)"
+            )
+        if not distributed.is_main():
+            return cls(policy, server, folder, check, shared=distributed.broadcast(None))
+        engine = cls(policy, server, folder, check)
+        distributed.broadcast(engine.shared)
+        return engine
 
     def _process(self, index: int, logs: Path) -> ServerProcess:
         options, model = self.options, self.scratch / "model"

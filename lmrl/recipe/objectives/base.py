@@ -37,8 +37,6 @@ class ObjectiveOptions(Section):
 
     name: str
 
-    implementation: ClassVar[str] = ""
-    """The `Objective` that takes these options, `module:Class`; imported when a run needs it."""
     rate_curve: ClassVar[RateCurve] = RateCurve(1e-3, 0.5, "imitation and values")
     betas: ClassVar[tuple[float, float]] = LONG_MEMORY
     """AdamW's decay rates, where the recipe states none."""

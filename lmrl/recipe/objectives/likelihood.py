@@ -17,7 +17,6 @@ class LikelihoodObjective(ObjectiveOptions):
     """Behaviour cloning: the likelihood of the action tokens."""
 
     name: Literal["likelihood"]
-    implementation = "lmrl.objectives.likelihood:Likelihood"
     uses_sampling_temperature = False
     uses_correction = False
     imitates = True
@@ -25,7 +24,7 @@ class LikelihoodObjective(ObjectiveOptions):
     """Weight of an entropy bonus (0: plain likelihood)."""
 
     def mistakes(self, recipe: Recipe) -> Iterator[str]:
-        if recipe.source.name == "rollouts" and recipe.source.best == 1:
+        if not recipe.source.has_log and recipe.source.best == 1:
             yield (
                 "objective 'likelihood' imitates, and imitating all of one's own episodes changes nothing: set source.best=0.3 "
                 "to keep the best (expert iteration), or source.name=dataset with source.path or source.player"

@@ -41,7 +41,7 @@ class PolicyGradientObjective(ObjectiveOptions):
 
     def mistakes(self, recipe: Recipe) -> Iterator[str]:
         name = self.name
-        if recipe.source.name != "rollouts":
+        if recipe.source.has_log:
             yield (
                 f"objective '{name}' learns from its own fresh episodes: set source.name=rollouts "
                 "(for logged data use objective.name=ilql or likelihood)"
@@ -66,7 +66,6 @@ class PPOObjective(PolicyGradientObjective):
     """Proximal policy optimisation over action tokens (Schulman et al., arXiv 1707.06347)."""
 
     name: Literal["ppo"]
-    implementation = "lmrl.objectives.ppo:PPO"
     head_lr_follows = False
     value_coef: float = Field(0.5, ge=0)
     """Weight of the values' loss."""
@@ -152,7 +151,6 @@ class GRPOObjective(GroupObjective):
     """Rewards standardised in the group, the mean over each episode's tokens (Shao et al., arXiv 2402.03300)."""
 
     name: Literal["grpo"]
-    implementation = "lmrl.objectives.grpo:GRPO"
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """What advantages are divided by (see above)."""
 
@@ -161,7 +159,6 @@ class DrGRPOObjective(GroupObjective):
     """Rewards less the group's mean, the sum over tokens by a constant (Liu et al., arXiv 2503.20783)."""
 
     name: Literal["dr_grpo"]
-    implementation = "lmrl.objectives.dr_grpo:DrGRPO"
     constant_length: int = Field(256, ge=1)
     """What the sum over an episode's tokens is divided by, the same for all of any length."""
 
@@ -170,7 +167,6 @@ class RLOOObjective(GroupObjective):
     """Rewards less the mean of the others in the group, the sum over tokens (Ahmadian et al., arXiv 2402.14740)."""
 
     name: Literal["rloo"]
-    implementation = "lmrl.objectives.rloo:RLOO"
     scale_rewards: Literal["group", "batch", "none"] = "batch"
     """What advantages are divided by (see above)."""
 
@@ -179,5 +175,4 @@ class ReinforcePPObjective(GroupObjective):
     """REINFORCE++: the divergence in the reward, standardised over the batch (Hu et al., arXiv 2501.03262)."""
 
     name: Literal["reinforce_pp"]
-    implementation = "lmrl.objectives.reinforce_pp:ReinforcePP"
     compares_samples = False

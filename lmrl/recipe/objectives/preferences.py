@@ -37,7 +37,6 @@ class DPOObjective(ObjectiveOptions):
     """
 
     name: Literal["dpo"]
-    implementation = "lmrl.objectives.dpo:DPO"
     rate_curve = RateCurve(2.5e-4, 0.68, "preferences")
     uses_sampling_temperature = False
     uses_correction = False
@@ -78,13 +77,13 @@ class DPOObjective(ObjectiveOptions):
         source = recipe.source
         if source.name == "mixture":
             yield "objective 'dpo' learns from pairs of one origin: set source.name=dataset (or rollouts)"
-        elif source.name == "rollouts" and recipe.rollouts.samples == 1:
+        elif not source.has_log and recipe.rollouts.samples == 1:
             yield "objective 'dpo' compares samples of the same prompt: set rollouts.samples to 2 or more"
         if source.best < 1:
             yield "objective 'dpo' learns from bad episodes as well as good ones: leave source.best at 1"
         if getattr(source, "turns", None) is not None:
             yield "objective 'dpo' compares whole episodes: leave source.turns out"
-        if self.cache_reference and source.name == "rollouts":
+        if self.cache_reference and source.plays:
             yield "`objective.cache_reference` is for logged episodes, which come again: set source.name=dataset"
 
 

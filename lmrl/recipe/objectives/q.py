@@ -119,7 +119,6 @@ class ILQLObjective(QObjective):
     """Implicit language Q-learning on logged data (Snell et al., arXiv 2206.11871)."""
 
     name: Literal["ilql"]
-    implementation = "lmrl.objectives.ilql:ILQL"
     twins, has_value = 2, True
     expectile: float = Field(0.8, gt=0, lt=1)
     """How near V comes to the best action in the data (0.5: their mean)."""
@@ -134,7 +133,6 @@ class MCObjective(QObjective):
     """Q by regression on the returns that followed (Monte Carlo returns), and decoding guided by it."""
 
     name: Literal["mc"]
-    implementation = "lmrl.objectives.mc:MCReturns"
 
     def mistakes(self, recipe: Recipe) -> Iterator[str]:
         yield from super().mistakes(recipe)
@@ -146,7 +144,6 @@ class QSFTObjective(Discounts, Guidance):
     """Q-learning by supervised fine-tuning (Hong et al., arXiv 2411.05193): no heads, a second model's probabilities."""
 
     name: Literal["q_sft"]
-    implementation = "lmrl.objectives.q_sft:QSFT"
     return_range: tuple[float, float] = (0.0, 1.0)
     """Lowest and highest return-to-go of an episode; returns are scaled from there to [0, 1]."""
     polyak: float = Field(0.005, gt=0, le=1)
@@ -159,7 +156,7 @@ class QSFTObjective(Discounts, Guidance):
         return self
 
     def mistakes(self, recipe: Recipe) -> Iterator[str]:
-        if recipe.source.name != "dataset":
+        if recipe.source.plays:
             yield (
                 "objective 'q_sft' measures values against the behaviour that made the data, which fresh episodes change: "
                 "set source.name=dataset (for online learning use objective.name=ilql)"

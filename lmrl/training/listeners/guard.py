@@ -209,7 +209,7 @@ def measured_of(metrics: dict[str, Any], recipe: Recipe, objective: Objective) -
     if "repetition" in metrics:
         failed, episodes = metrics["failed"], recipe.rollouts.prompts * recipe.rollouts.samples
         return Step(fresh(metrics, "reward"), fresh(metrics, "reward_std"), max(episodes - failed, 1))
-    loss = metrics.get(objective.loss_of_data) if recipe.source.name == "dataset" else None
+    loss = metrics.get(objective.loss_of_data) if not recipe.source.plays else None
     return None if loss is None else Step(-loss, abs(loss))
 
 

@@ -31,7 +31,7 @@ class Memory(Listener):
         wanted = stage.recipe.training.try_worst_case
         if not (self.policy.device.type != "cpu" if wanted is None else wanted):
             return
-        if stage.recipe.source.name != "dataset":  # the engine's memory counts too
+        if stage.recipe.source.plays:  # the engine's memory counts too
             with stage.strategy.gathered_weights():
                 stage.engine.refresh()
         stage.engine.release_memory()

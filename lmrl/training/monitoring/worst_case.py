@@ -37,11 +37,11 @@ def full_sequence(length: int, chain: int | None = None) -> Sequence:
 def longest_sequence(recipe: Recipe, policy: Policy, task: Task) -> int:
     """Tokens of the longest sequence that can be met; where nothing limits them, as many as a microbatch has."""
     limits: list[int | None] = []
-    if recipe.source.name != "dataset":
+    if recipe.source.plays:
         prompt = task.longest_prompt
         limits.append(None if prompt is None else prompt + recipe.rollouts.max_new_tokens)
-    if recipe.source.name != "rollouts":
-        limits.append(recipe.source.max_tokens)
+    if recipe.source.has_log:
+        limits.append(getattr(recipe.source, "max_tokens", None))
     longest = policy.microbatch_tokens if None in limits else max(limits)
     return max(min(longest, policy.max_length or longest), 2)
 

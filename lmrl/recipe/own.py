@@ -1,0 +1,42 @@
+"""Sections of a recipe that describe code of one's own: checked by that code's own schema, once it is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lmrl import registry
+from lmrl.errors import PluginError, RecipeError
+from lmrl.recipe import CustomObjective, CustomSource, Plugin, Recipe, Section
+from lmrl.recipe.files import Document, validate
+
+OWN = {"objective": CustomObjective, "source": CustomSource}
+
+
+def with_own_options(recipe: Recipe) -> Recipe:
+    """The recipe with each section of one's own replaced by an instance of its class's `Options`, so that its limits, rates and
+    estimates hold as a shipped one's do. Raises PluginError for code that cannot be loaded, RecipeError for a mistake."""
+    for section, custom in OWN.items():
+        given = getattr(recipe, section)
+        if type(given) is custom:
+            recipe = recipe.model_copy(update={section: own_options(section, given)})
+    for mistake in recipe.mistakes():
+        raise RecipeError(mistake)
+    return recipe
+
+
+def own_options(section: str, given: Plugin) -> Section:
+    """What a section's own class makes of it; the section as it is where that class has no `Options`."""
+    cls = registry.load(section, given.name, f"{section}.name")
+    schema = getattr(cls, "Options", None)
+    if schema is None:
+        return given
+    base = OWN[section].__mro__[1]
+    if not (isinstance(schema, type) and issubclass(schema, base)):
+        raise PluginError(f"{section}.name: Options of '{given.name}' is no {base.__name__}")
+    return validate(schema, Document({"name": given.name, **given.options}), prefix=(section,))
+
+
+def options_of(kind: registry.Kind, cls: Any, given: dict[str, Any], key: str) -> Any:
+    """Free-form options as an instance of a class's `Options`; a plain mapping where it has none."""
+    schema = getattr(cls, "Options", None)
+    return given if schema is None else validate(schema, Document(given), prefix=(key,))

@@ -1,0 +1,108 @@
+"""The names that recipes give to code: shipped, of installed packages, and registered in this process.
+
+    @lmrl.register("objective", "tilted")
+    class Tilted(lmrl.Objective): ...
+
+A package makes its own known by an entry point of the group `lmrl.objectives` (`lmrl.engines`, ...):
+
+    [options.entry_points]
+    lmrl.objectives =
+        tilted = my_package:Tilted
+
+Code without a name is named by where it is, `file.py:Tilted` or `my_package.Tilted`. Nothing is imported before a run needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import metadata
+from typing import Any, Literal, TypeVar
+
+from lmrl.errors import PluginError, did_you_mean
+from lmrl.plugins import load_plugin
+
+Kind = Literal["objective", "source", "engine", "environment", "reward", "listener", "suite", "tracker"]
+T = TypeVar("T")
+
+SHIPPED: dict[str, dict[str, str]] = {
+    "objective": {
+        "likelihood": "lmrl.objectives.likelihood:Likelihood",
+        "ppo": "lmrl.objectives.ppo:PPO",
+        "ilql": "lmrl.objectives.ilql:ILQL",
+        "mc": "lmrl.objectives.mc:MCReturns",
+        "q_sft": "lmrl.objectives.q_sft:QSFT",
+        "dpo": "lmrl.objectives.dpo:DPO",
+        "grpo": "lmrl.objectives.grpo:GRPO",
+        "dr_grpo": "lmrl.objectives.dr_grpo:DrGRPO",
+        "rloo": "lmrl.objectives.rloo:RLOO",
+        "reinforce_pp": "lmrl.objectives.reinforce_pp:ReinforcePP",
+    },
+    "source": {
+        "rollouts": "lmrl.sources.fresh:FreshRollouts",
+        "dataset": "lmrl.sources.dataset:Dataset",
+        "mixture": "lmrl.sources.mixture:Mixture",
+    },
+    "engine": {
+        "hf": "lmrl.engines.hf:HFEngine",
+        "vllm": "lmrl.engines.vllm:VLLMEngine",
+        "vllm-server": "lmrl.engines.vllm_server.engine:VLLMServerEngine",
+    },
+    "environment": {
+        "random_walks": "lmrl.environments.random_walks:RandomWalks",
+        "maze": "lmrl.environments.maze:Maze",
+    },
+    "reward": {},
+    "listener": {},
+    "suite": {},
+    "tracker": {},
+}
+_registered: dict[str, dict[str, Any]] = {kind: {} for kind in SHIPPED}
+
+
+def register(kind: Kind, name: str) -> Callable[[T], T]:
+    """A decorator that gives a class (of a suite: a file's path) a name in this process. Raises PluginError for a name that is taken."""
+    if kind not in SHIPPED:
+        raise PluginError(f"there is no kind '{kind}'{did_you_mean(kind, SHIPPED)}")
+    if name in SHIPPED[kind] or name in installed(kind):
+        raise PluginError(f"the {kind} '{name}' is taken: choose another name")
+
+    def keep(thing: T) -> T:
+        _registered[kind][name] = thing
+        return thing
+
+    return keep
+
+
+@cache
+def installed(kind: Kind) -> dict[str, metadata.EntryPoint]:
+    """The entry points of installed packages, by name. A shipped name cannot be taken."""
+    found = metadata.entry_points(group=f"lmrl.{kind}s")
+    return {point.name: point for point in found if point.name not in SHIPPED[kind]}
+
+
+def names(kind: Kind) -> list[str]:
+    return [*SHIPPED[kind], *installed(kind), *_registered[kind]]
+
+
+def has_name(kind: Kind, name: Any) -> bool:
+    """True for what `load` can find: a known name, `file.py:Name` or a dotted path."""
+    return isinstance(name, str) and (":" in name or "." in name or name in names(kind))
+
+
+def unknown(kind: Kind, name: Any) -> str:
+    """What to say of a name that is not known."""
+    return f"no {kind} is called '{name}'{did_you_mean(str(name), names(kind))}"
+
+
+def load(kind: Kind, name: str, key: str) -> Any:
+    """The class that a name stands for. key: of the recipe, for messages. Raises PluginError."""
+    if name in SHIPPED[kind]:
+        return load_plugin(SHIPPED[kind][name], key)
+    if name in _registered[kind]:
+        return _registered[kind][name]
+    if name in installed(kind):
+        return load_plugin(installed(kind)[name].value, f"{key}={name}")
+    if not has_name(kind, name):
+        raise PluginError(f"{key}: {unknown(kind, name)}")
+    return load_plugin(name, key)
