@@ -109,3 +109,8 @@ class _TokenLogprobs(torch.autograd.Function):
                 if grad_bias is not None:
                     grad_bias[start:end] = grad.sum(dim=0)
         return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The type, or float32 where that is wider."""
+    return torch.promote_types(dtype, torch.float32)

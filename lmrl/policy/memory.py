@@ -12,15 +12,23 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
 from lmrl.errors import MemoryShortError
 from lmrl.trajectories.batch import Batch, Microbatch
 
-if TYPE_CHECKING:
-    from lmrl.policy.policy import Policy
+
+class Cuts(Protocol):
+    """What a policy knows of microbatches."""
+
+    microbatch_tokens: int
+    pad_id: int
+    synchronized: bool
+
+    def passes(self, micros: list[Microbatch]) -> list[Microbatch]: ...
+
 
 T = TypeVar("T")
 SIGNS = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
@@ -54,7 +62,7 @@ class FailedPass:
 class Passes:
     """A batch cut into microbatches, to be gone through in order; knows which one is running."""
 
-    def __init__(self, policy: Policy, batch: Batch):
+    def __init__(self, policy: Cuts, batch: Batch):
         self.micros = batch.microbatches(policy.microbatch_tokens, policy.pad_id)
         self.all = policy.passes(self.micros)
         self.now: Microbatch | None = None
@@ -66,7 +74,7 @@ class Passes:
             yield micro, number >= len(self.micros), number + 1 == len(self.all)
 
 
-def fit(policy: Policy, batch: Batch, work: Callable[[Passes], T], kind: str = "update", **options: Any) -> T:
+def fit(policy: Cuts, batch: Batch, work: Callable[[Passes], T], kind: str = "update", **options: Any) -> T:
     """The result of `work` on a batch's microbatches. Where memory runs out, it begins once more, with smaller ones.
 
     work: goes through all passes it is given; whatever it leaves behind when it fails, it has to clear when it begins.
@@ -90,7 +98,7 @@ def fit(policy: Policy, batch: Batch, work: Callable[[Passes], T], kind: str = "
         release()  # outside of `except`, whose error holds on to every tensor of the failed pass
 
 
-def smaller(policy: Policy, batch: Batch, micro: Microbatch, error: Exception) -> int:
+def smaller(policy: Cuts, batch: Batch, micro: Microbatch, error: Exception) -> int:
     """Tokens that microbatches may have after this one did not fit; raises where it cannot be cut."""
     rows, width = micro.tokens_BT.shape
     if policy.synchronized:

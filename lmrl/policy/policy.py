@@ -17,21 +17,19 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lmrl import distributed
 from lmrl.errors import ModelError
-from lmrl.policy.attention import ATTENTION, take_attention
+from lmrl.policy.attention import take_attention
 from lmrl.policy.cache import Cache
-from lmrl.policy.heads import CHUNK, HeadsSpec, Values, guide, probability_ratio
-from lmrl.policy.logprobs import token_logprobs
+from lmrl.policy.forward import run_pass
+from lmrl.policy.heads import HeadsSpec, Values, guide, probability_ratio
+from lmrl.policy.logprobs import at_least_float32
 from lmrl.policy.memory import Passes, fit
 from lmrl.policy.passes import ForwardRequest, Guidance, Outputs, States
-from lmrl.policy.pull import bounded
+from lmrl.policy.probes import can_pack, head_is_linear
 from lmrl.recipe import Recipe
 from lmrl.trajectories.batch import Batch, Microbatch, Sequence
-from lmrl.trajectories.shared import pack, positions, visible
 
 HEADS_FILE, HEADS_CONFIG = "heads.safetensors", "heads.json"
 REFERENCE_ADAPTER = "reference"
-LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-"""Settings by which models of transformers cap or scale their logits; the probe below finds others."""
 
 
 class Policy(nn.Module):
@@ -60,7 +58,7 @@ class Policy(nn.Module):
         self.autocast_dtype: torch.dtype | None = None
         for part in (self, *(self._reference if isinstance(self._reference, list) else [])):
             take_attention(part)
-        self.splits_head = _head_is_linear(self.causal_lm)
+        self.splits_head = head_is_linear(self.causal_lm)
         self._checkpointed: list[nn.Module] = []
         super().train()  # all parts in one mode, which `train` relies on
 
@@ -164,14 +162,19 @@ class Policy(nn.Module):
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     # -------------------------------------------------------------------------------------------------------- forward
+    @cached_property
+    def packs(self) -> bool:
+        """True if packed sequences can be computed (see lmrl/trajectories/shared.py)."""
+        return can_pack(self)
+
     def forward(
         self, batch: Microbatch, request: ForwardRequest = ForwardRequest(), reference: bool = False
     ) -> Outputs:
         """reference: by the reference instead of the policy."""
         if not reference:
-            return self._run(self.causal_lm, batch, request)
+            return run_pass(self, self.causal_lm, batch, request)
         with self._reference_model() as lm:
-            return self._run(lm, batch, request)
+            return run_pass(self, lm, batch, request)
 
     def passes(self, micros: list[Microbatch]) -> list[Microbatch]:
         """These microbatches, padded with dummies to the longest rank's number if the ranks are synchronized."""
@@ -185,143 +188,6 @@ class Policy(nn.Module):
         tokens, first = torch.zeros(2, dtype=torch.long), torch.zeros(1, dtype=torch.long)
         return Batch([Sequence(tokens, first, first, {"floors": torch.zeros(1)})]).collate([0], self.pad_id)
 
-    def _run(self, lm: nn.Module, batch: Microbatch, request: ForwardRequest) -> Outputs:
-        outputs = Outputs()
-        with self._autocast():
-            inputs = self._inputs(batch)
-            separate = self.values is not None and self.values.trunk is not None
-            hidden_ND = None
-            if request.logprobs or not separate:
-                hidden_ND = self._policy_outputs(lm, inputs, batch, request, outputs)
-            if request.probability is not None:
-                self._second_model(inputs, batch, request, outputs)
-            elif request.values or request.q:
-                target_ND = hidden_ND
-                if separate:
-                    hidden_ND = self.values.trunk(**inputs).last_hidden_state[batch.rows_N, batch.cols_N]
-                    with torch.no_grad():
-                        target_ND = self.values.target_trunk(**inputs).last_hidden_state[batch.rows_N, batch.cols_N]
-                with torch.autocast(hidden_ND.device.type, enabled=False):
-                    hidden_ND = hidden_ND.detach() if request.detach_values else hidden_ND
-                    self._head_outputs(hidden_ND, target_ND, batch, request, outputs)
-        return outputs
-
-    def _inputs(self, batch: Microbatch) -> dict[str, Any]:
-        inputs = {"input_ids": batch.tokens_BT, "use_cache": False}
-        if batch.branches_BT is not None:
-            mask_B1TT = visible(batch.branches_BT)[:, None]
-            # Eager attention adds its mask to the scores.
-            if self.causal_lm.config._attn_implementation not in ("sdpa", ATTENTION):
-                dtype = self.causal_lm.dtype
-                mask_B1TT = torch.zeros_like(mask_B1TT, dtype=dtype).masked_fill(~mask_B1TT, torch.finfo(dtype).min)
-            return inputs | {"attention_mask": mask_B1TT, "position_ids": positions(batch.branches_BT)}
-        # Without padding the attention needs no mask and takes its fastest path.
-        return inputs | {"attention_mask": None if bool(batch.mask_BT.all()) else batch.mask_BT}
-
-    @cached_property
-    def packs(self) -> bool:
-        """Whether the model computes packed sequences (see trajectories/shared.py) as it computes plain ones, by trial.
-
-        Not those with a state instead of attention, with a window, or with an attention that ignores the mask.
-        """
-        config = self.causal_lm.config.get_text_config()
-        kinds = getattr(config, "layer_types", None) or ["full_attention"]
-        if set(kinds) != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
-            return False
-        tokens = torch.arange(12) % self.vocabulary.shape[0]
-        plain = [
-            Sequence(torch.cat([tokens[:4], own]), torch.arange(3, 3 + len(own)), own)
-            for own in (tokens[4:7], tokens[7:])
-        ]
-        was_training = self.training
-        try:
-            scores = [self.score(Batch(part))["logprobs"] for part in (plain, [pack(plain)])]
-        except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):
-            return False
-        finally:
-            self.train(was_training)
-        tolerance = 1e-4 if self.causal_lm.dtype == torch.float32 and self.autocast_dtype is None else 5e-2
-        return torch.allclose(torch.cat(scores[0]), torch.cat(scores[1]), atol=tolerance, rtol=0)
-
-    def _policy_outputs(
-        self, lm: nn.Module, inputs: dict[str, Any], batch: Microbatch, request: ForwardRequest, outputs: Outputs
-    ) -> torch.Tensor:
-        """Fill in log-probabilities and entropy; return the hidden states of the action tokens for the heads, (N, D)."""
-        if self.splits_head:
-            hidden_BTD = getattr(lm, lm.base_model_prefix)(**inputs).last_hidden_state
-        else:
-            result = lm(**inputs, output_hidden_states=True)
-            hidden_BTD = result.hidden_states[-1]
-        hidden_ND = values_ND = hidden_BTD[batch.rows_N, batch.cols_N]
-        if request.logprobs and request.value_pull is not None and self.splits_head and hidden_ND.requires_grad:
-            hidden_ND, values_ND = bounded(hidden_ND, request.value_pull, self.value_pull)
-        if request.logprobs and self.splits_head:
-            head = lm.get_output_embeddings()
-            bias = getattr(head, "bias", None)
-            outputs.logprobs, outputs.entropy = token_logprobs(
-                hidden_ND, head.weight, bias, batch.targets_N, self.temperature
-            )
-        elif request.logprobs:
-            logits_NV = result.logits[batch.rows_N, batch.cols_N]
-            logits_NV = logits_NV.to(at_least_float32(logits_NV.dtype)) / self.temperature
-            logprobs_NV = logits_NV.log_softmax(-1)
-            outputs.logprobs = logprobs_NV.gather(1, batch.targets_N[:, None])[:, 0]
-            outputs.entropy = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
-        return values_ND
-
-    def _head_outputs(
-        self,
-        hidden_ND: torch.Tensor,
-        target_ND: torch.Tensor,
-        batch: Microbatch,
-        request: ForwardRequest,
-        outputs: Outputs,
-    ) -> None:
-        values, actions_N, matrix = self.values, batch.targets_N, self.vocabulary
-        if request.values:
-            outputs.values, outputs.value_logits = values.value(hidden_ND)
-        if request.q:
-            taken, logits = zip(*[values.taken(q, hidden_ND, actions_N, matrix) for q in values.q], strict=True)
-            outputs.q = torch.stack(taken)
-            outputs.q_logits = torch.stack(logits) if values.spec.bins else None
-            with torch.no_grad():
-                targets = [values.taken(q, target_ND, actions_N, matrix)[0] for q in values.target_q]
-                outputs.target_q = torch.stack(targets).amin(0)
-                if values.target_v is not None:
-                    outputs.target_values = values.value(target_ND, values.target_v)[0]
-        if request.push is not None:
-            floors = batch.fields["floors"] if request.floors else None
-            pushed = [values.push_down(q, hidden_ND, actions_N, matrix, request.push, floors) for q in values.q]
-            outputs.push = torch.stack([push for push, _ in pushed])
-            outputs.bound = torch.stack([bound for _, bound in pushed]).mean(0) if request.floors else None
-
-    def _second_model(
-        self, inputs: dict[str, Any], batch: Microbatch, request: ForwardRequest, outputs: Outputs
-    ) -> None:
-        """Q-SFT: log-probabilities of the second model, and the best supported ratio of its target to the policy."""
-        rows, cols, actions_N = batch.rows_N, batch.cols_N, batch.targets_N
-        values = self.values
-        head, trunk = values.trunk.get_output_embeddings(), getattr(values.trunk, values.trunk.base_model_prefix)
-        hidden_ND = trunk(**inputs).last_hidden_state[rows, cols]
-        logprobs_N, _ = token_logprobs(hidden_ND, head.weight, getattr(head, "bias", None), actions_N)
-        taken_N = (hidden_ND * head.weight[actions_N]).sum(-1)
-        every_N = hidden_ND @ head.weight.sum(0)  # the sum of all logits, without the logits
-        if getattr(head, "bias", None) is not None:
-            taken_N, every_N = taken_N + head.bias[actions_N], every_N + head.bias.sum()
-        outputs.logprobs, outputs.vocabulary = logprobs_N, values.tokens
-        outputs.other_logprobs = every_N - values.tokens * (taken_N - logprobs_N) - logprobs_N
-        with torch.no_grad():
-            pi_ND = getattr(self.causal_lm, self.causal_lm.base_model_prefix)(**inputs).last_hidden_state[rows, cols]
-            target = values.target_trunk
-            p_ND = getattr(target, target.base_model_prefix)(**inputs).last_hidden_state[rows, cols]
-            best = []
-            for pi, p in zip(*(part.split(max(CHUNK // values.tokens, 1)) for part in (pi_ND, p_ND)), strict=True):
-                pi_logits = self.causal_lm.get_output_embeddings()(pi).float()
-                ratio = probability_ratio(target.get_output_embeddings()(p), pi_logits)
-                supported = guide(pi_logits, torch.zeros_like(pi_logits), 0.0, request.probability).isfinite()
-                best.append(ratio.masked_fill(~supported, 0).amax(-1))
-            outputs.best_ratio = torch.cat(best)
-
     @contextmanager
     def decoding(self) -> Iterator[None]:
         """Inside, passes are for sampling: without dropout or gradient."""
@@ -329,7 +195,7 @@ class Policy(nn.Module):
         self.eval()
         try:
             # One autocast region around all passes: at its end the weights that it cast are forgotten.
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), self.autocast():
                 yield
         finally:
             self.train(was_training)
@@ -362,7 +228,7 @@ class Policy(nn.Module):
         """Run the trunks that are needed; `pick` chooses states from hidden states of shape (B, T, D)."""
         lm, values = self.causal_lm, self.values
         own = {"past_key_values": cache.policy if cache else None, "use_cache": cache is not None}
-        with self._autocast():
+        with self.autocast():
             if self.splits_head:
                 hidden_ND = pick(getattr(lm, lm.base_model_prefix)(**inputs, **own).last_hidden_state)
                 logits_NV = lm.get_output_embeddings()(hidden_ND)
@@ -384,7 +250,8 @@ class Policy(nn.Module):
                     states.q_NV = values.guiding(states.features_ND, self.vocabulary)
         return states
 
-    def _autocast(self):
+    def autocast(self) -> torch.autocast:
+        """The recipe's precision, for passes."""
         dtype = self.autocast_dtype
         return torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
@@ -476,10 +343,6 @@ class Policy(nn.Module):
         self.heads_are_new = False
 
 
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Those whose names begin with the prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -499,25 +362,3 @@ def _same_heads(one: HeadsSpec, other: HeadsSpec) -> bool:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "peft_config") else model
-
-
-@torch.no_grad()
-def _head_is_linear(lm: nn.Module) -> bool:
-    """Whether the logits are a plain projection of the trunk's last hidden state.
-
-    Some models cap or scale their logits; those go through the model's own head, with more memory.
-    """
-    head, trunk = lm.get_output_embeddings(), getattr(lm, lm.base_model_prefix, None)
-    if trunk is None or trunk is lm or getattr(head, "weight", None) is None:
-        return False
-    config = lm.config.get_text_config()
-    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in LOGIT_SETTINGS):
-        return False
-    was_training = lm.training
-    lm.eval()
-    probe = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
-    expected = lm(input_ids=probe, use_cache=False).logits.float()
-    hidden = trunk(input_ids=probe, use_cache=False).last_hidden_state
-    actual = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, getattr(head, "bias", None)).float()
-    lm.train(was_training)
-    return expected.shape == actual.shape and torch.allclose(expected, actual, rtol=1e-2, atol=1e-3)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from lmrl.errors import RecipeError
+from lmrl.policy.policy import Policy
 from lmrl.recipe import Optimizer
 from lmrl.recipe.objectives.base import LONG_MEMORY
-
-if TYPE_CHECKING:
-    from lmrl.policy.policy import Policy
-    from lmrl.training.parallel.strategy import Strategy
+from lmrl.training.parallel.strategy import Strategy
 
 
 def build_optimizer(
@@ -66,18 +64,3 @@ def state_bytes(options: Optimizer, parameters: Iterable[torch.Tensor]) -> int:
     """Bytes that the optimizer will hold for these parameters, embeddings in 8 bits too."""
     each = 8 if options.name == "adamw" else 2
     return each * sum(parameter.numel() for parameter in parameters)
-
-
-# ------------------------------------------------------------------------------------------------------------------ state
-def entry_to_tensor(key: str, value: Any) -> torch.Tensor:
-    """An entry of a parameter's state as a tensor that shares no memory with another's (safetensors insists)."""
-    if not isinstance(value, torch.Tensor):
-        return torch.tensor(value)  # bitsandbytes counts steps in a plain int
-    return value.clone() if key.startswith("qmap") else value
-
-
-def entry_from_tensor(key: str, value: torch.Tensor, device: torch.device) -> Any:
-    """The entry again, on the parameter's device; the count of steps stays on the CPU."""
-    if key == "step":
-        return value.clone() if value.is_floating_point() else int(value)
-    return value.to(device, copy=True)

@@ -30,7 +30,7 @@ from lmrl.training.checkpoint import STATE
 from lmrl.training.display import Display
 from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.monitoring.measures import peak_memory_mb
-from lmrl.training.parallel.strategy import build_strategy, check_launch
+from lmrl.training.parallel.launch import build_strategy, check_launch
 
 
 @dataclass

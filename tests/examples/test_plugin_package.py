@@ -103,7 +103,9 @@ class Uniform(BaseHTTPRequestHandler):
         if "sync" in body:
             self.syncs.append(body["sync"])
         else:
-            drawn = [np.random.default_rng(seed).integers(self.vocabulary, size=body["max_tokens"]) for seed in body["seeds"]]
+            drawn = [
+                np.random.default_rng(seed).integers(self.vocabulary, size=body["max_tokens"]) for seed in body["seeds"]
+            ]
             answer = {
                 "tokens": [row.tolist() for row in drawn],
                 "logprobs": [[-float(np.log(self.vocabulary))] * len(row) for row in drawn],
@@ -153,5 +155,7 @@ def test_an_engine_samples_and_a_listener_watches(site, tmp_path):
 
 
 def test_a_name_needs_its_package(tmp_path):
-    done = lmrl(Path(os.devnull), "train", write(tmp_path, objective={"name": "tilted"}), "--output", str(tmp_path / "run"))
+    done = lmrl(
+        Path(os.devnull), "train", write(tmp_path, objective={"name": "tilted"}), "--output", str(tmp_path / "run")
+    )
     assert done.returncode == 2 and "tilted" in done.stderr and len(done.stderr.strip().splitlines()) == 1

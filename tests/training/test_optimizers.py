@@ -11,7 +11,8 @@ from lmrl.errors import RecipeError
 from lmrl.policy.load import load_policy
 from lmrl.recipe import Model, Optimizer
 from lmrl.recipe.files import load_recipe
-from lmrl.training.optimizers import entry_from_tensor, entry_to_tensor, state_bytes
+from lmrl.training.optimizers import state_bytes
+from lmrl.training.parallel.optimizer_state import entry_from_tensor, entry_to_tensor
 from lmrl.training.parallel.strategy import Strategy
 from lmrl.training.updater import Updater
 from tests.conftest import TINY_LLAMA

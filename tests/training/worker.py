@@ -23,7 +23,8 @@ from lmrl.recipe.files import load_recipe
 from lmrl.training import build
 from lmrl.training.listeners import Listener
 from lmrl.training.monitoring.bundle import keep_update
-from lmrl.training.parallel.strategy import Strategy, build_strategy
+from lmrl.training.parallel.launch import build_strategy
+from lmrl.training.parallel.strategy import Strategy
 from lmrl.training.train import join, resume_run
 from lmrl.training.updater import Updater
 from lmrl.trajectories.batch import Batch, Microbatch, to_batch

@@ -7,22 +7,18 @@ weights (sharded.py) gather them for every pass, so their ranks must run the sam
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from lmrl import distributed
-from lmrl.errors import RecipeError, RunError
 from lmrl.policy.load import load_weights
 from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.policy import Policy
-from lmrl.recipe import Recipe
-from lmrl.training.optimizers import entry_from_tensor, entry_to_tensor
+from lmrl.training.parallel.optimizer_state import entry_from_tensor, entry_to_tensor
 from lmrl.trajectories.batch import Microbatch
 
 BUCKET = 2**24
@@ -156,51 +152,3 @@ def all_reduce_gradients(parameters: list[torch.nn.Parameter]) -> None:
     dist.all_reduce(flat)
     for parameter, part in zip(held, flat.split([part.numel() for part in parts]), strict=True):
         parameter.grad = part.view_as(parameter).clone()
-
-
-# ------------------------------------------------------------------------------------------------------------- the launch
-def check_launch(accelerator: Any, recipe: Recipe) -> None:
-    """Refuse a launch that accelerate did not set up as asked, or that contradicts the recipe."""
-    kind = accelerator.distributed_type.value
-    if accelerate_uses("DEEPSPEED") and kind != "DEEPSPEED":
-        raise RunError(
-            f"this launch asks accelerate for DeepSpeed and got {kind}: launch it in processes, by `accelerate launch` or "
-            "`lmrl train --processes N --accelerate FILE`"
-        )
-    if accelerate_uses("FSDP"):
-        if distributed.size() == 1:
-            raise RunError("this launch asks accelerate for FSDP in one process: launch more, or leave FSDP out")
-        if os.environ.get("FSDP_VERSION", "1") != "2":
-            raise RunError("this launch asks accelerate for FSDP version 1: set fsdp_version: 2 in its configuration")
-        if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
-            raise RunError(
-                "fsdp_offload_params: lmrl does not offload weights; leave it out, or use DeepSpeed's ZeRO-3"
-            )
-    # DeepSpeed would take it as the precision of the weights.
-    own = "no" if accelerate_uses("DEEPSPEED") else recipe.training.precision.replace("bfloat16", "bf16")
-    if accelerator.mixed_precision not in ("no", own):
-        raise RecipeError(
-            f"accelerate was launched with mixed_precision={accelerator.mixed_precision}, but the recipe has "
-            f"training.precision={recipe.training.precision}: the recipe decides, so set it there, and `no` for accelerate"
-        )
-    if accelerator.gradient_accumulation_steps != 1:
-        raise RecipeError(
-            "accelerate was launched with gradient_accumulation_steps="
-            f"{accelerator.gradient_accumulation_steps}: batches are split by training.microbatch_tokens, set it to 1"
-        )
-
-
-def build_strategy(accelerator: Any) -> Strategy:
-    """The strategy that this launch asked accelerate for."""
-    from lmrl.training.parallel.sharded import DeepSpeedStrategy, FSDPStrategy
-
-    if accelerate_uses("DEEPSPEED"):
-        return DeepSpeedStrategy(accelerator)
-    if accelerate_uses("FSDP"):
-        return FSDPStrategy(accelerator.device, os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false")
-    return Strategy()
-
-
-def accelerate_uses(what: str) -> bool:
-    """True if accelerate was launched with this feature, such as FSDP."""
-    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"

@@ -1,0 +1,137 @@
+"""A pass through a policy: log-probabilities, values and Q of the actions of a microbatch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lmrl.policy.attention import ATTENTION
+from lmrl.policy.heads import CHUNK, guide, probability_ratio
+from lmrl.policy.logprobs import at_least_float32, token_logprobs
+from lmrl.policy.passes import ForwardRequest, Outputs
+from lmrl.policy.pull import bounded
+from lmrl.trajectories.batch import Microbatch
+from lmrl.trajectories.shared import positions, visible
+
+if TYPE_CHECKING:
+    from lmrl.policy.policy import Policy
+
+
+def run_pass(policy: Policy, lm: nn.Module, batch: Microbatch, request: ForwardRequest) -> Outputs:
+    """One pass through a policy's trunks and heads. lm: the policy's own language model, or its reference."""
+    outputs = Outputs()
+    with policy.autocast():
+        inputs = _inputs(policy, batch)
+        separate = policy.values is not None and policy.values.trunk is not None
+        hidden_ND = None
+        if request.logprobs or not separate:
+            hidden_ND = _policy_outputs(policy, lm, inputs, batch, request, outputs)
+        if request.probability is not None:
+            _second_model(policy, inputs, batch, request, outputs)
+        elif request.values or request.q:
+            target_ND = hidden_ND
+            if separate:
+                hidden_ND = policy.values.trunk(**inputs).last_hidden_state[batch.rows_N, batch.cols_N]
+                with torch.no_grad():
+                    target_ND = policy.values.target_trunk(**inputs).last_hidden_state[batch.rows_N, batch.cols_N]
+            with torch.autocast(hidden_ND.device.type, enabled=False):
+                hidden_ND = hidden_ND.detach() if request.detach_values else hidden_ND
+                _head_outputs(policy, hidden_ND, target_ND, batch, request, outputs)
+    return outputs
+
+
+def _inputs(policy: Policy, batch: Microbatch) -> dict[str, Any]:
+    inputs = {"input_ids": batch.tokens_BT, "use_cache": False}
+    if batch.branches_BT is not None:
+        mask_B1TT = visible(batch.branches_BT)[:, None]
+        # Eager attention adds its mask to the scores.
+        if policy.causal_lm.config._attn_implementation not in ("sdpa", ATTENTION):
+            dtype = policy.causal_lm.dtype
+            mask_B1TT = torch.zeros_like(mask_B1TT, dtype=dtype).masked_fill(~mask_B1TT, torch.finfo(dtype).min)
+        return inputs | {"attention_mask": mask_B1TT, "position_ids": positions(batch.branches_BT)}
+    # Without padding the attention needs no mask and takes its fastest path.
+    return inputs | {"attention_mask": None if bool(batch.mask_BT.all()) else batch.mask_BT}
+
+
+def _policy_outputs(
+    policy: Policy, lm: nn.Module, inputs: dict[str, Any], batch: Microbatch, request: ForwardRequest, outputs: Outputs
+) -> torch.Tensor:
+    """Fill in log-probabilities and entropy; return the hidden states of the action tokens for the heads, (N, D)."""
+    if policy.splits_head:
+        hidden_BTD = getattr(lm, lm.base_model_prefix)(**inputs).last_hidden_state
+    else:
+        result = lm(**inputs, output_hidden_states=True)
+        hidden_BTD = result.hidden_states[-1]
+    hidden_ND = values_ND = hidden_BTD[batch.rows_N, batch.cols_N]
+    if request.logprobs and request.value_pull is not None and policy.splits_head and hidden_ND.requires_grad:
+        hidden_ND, values_ND = bounded(hidden_ND, request.value_pull, policy.value_pull)
+    if request.logprobs and policy.splits_head:
+        head = lm.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        outputs.logprobs, outputs.entropy = token_logprobs(
+            hidden_ND, head.weight, bias, batch.targets_N, policy.temperature
+        )
+    elif request.logprobs:
+        logits_NV = result.logits[batch.rows_N, batch.cols_N]
+        logits_NV = logits_NV.to(at_least_float32(logits_NV.dtype)) / policy.temperature
+        logprobs_NV = logits_NV.log_softmax(-1)
+        outputs.logprobs = logprobs_NV.gather(1, batch.targets_N[:, None])[:, 0]
+        outputs.entropy = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+    return values_ND
+
+
+def _head_outputs(
+    policy: Policy,
+    hidden_ND: torch.Tensor,
+    target_ND: torch.Tensor,
+    batch: Microbatch,
+    request: ForwardRequest,
+    outputs: Outputs,
+) -> None:
+    values, actions_N, matrix = policy.values, batch.targets_N, policy.vocabulary
+    if request.values:
+        outputs.values, outputs.value_logits = values.value(hidden_ND)
+    if request.q:
+        taken, logits = zip(*[values.taken(q, hidden_ND, actions_N, matrix) for q in values.q], strict=True)
+        outputs.q = torch.stack(taken)
+        outputs.q_logits = torch.stack(logits) if values.spec.bins else None
+        with torch.no_grad():
+            targets = [values.taken(q, target_ND, actions_N, matrix)[0] for q in values.target_q]
+            outputs.target_q = torch.stack(targets).amin(0)
+            if values.target_v is not None:
+                outputs.target_values = values.value(target_ND, values.target_v)[0]
+    if request.push is not None:
+        floors = batch.fields["floors"] if request.floors else None
+        pushed = [values.push_down(q, hidden_ND, actions_N, matrix, request.push, floors) for q in values.q]
+        outputs.push = torch.stack([push for push, _ in pushed])
+        outputs.bound = torch.stack([bound for _, bound in pushed]).mean(0) if request.floors else None
+
+
+def _second_model(
+    policy: Policy, inputs: dict[str, Any], batch: Microbatch, request: ForwardRequest, outputs: Outputs
+) -> None:
+    """Q-SFT: log-probabilities of the second model, and the best supported ratio of its target to the policy."""
+    rows, cols, actions_N = batch.rows_N, batch.cols_N, batch.targets_N
+    values = policy.values
+    head, trunk = values.trunk.get_output_embeddings(), getattr(values.trunk, values.trunk.base_model_prefix)
+    hidden_ND = trunk(**inputs).last_hidden_state[rows, cols]
+    logprobs_N, _ = token_logprobs(hidden_ND, head.weight, getattr(head, "bias", None), actions_N)
+    taken_N = (hidden_ND * head.weight[actions_N]).sum(-1)
+    every_N = hidden_ND @ head.weight.sum(0)  # the sum of all logits, without the logits
+    if getattr(head, "bias", None) is not None:
+        taken_N, every_N = taken_N + head.bias[actions_N], every_N + head.bias.sum()
+    outputs.logprobs, outputs.vocabulary = logprobs_N, values.tokens
+    outputs.other_logprobs = every_N - values.tokens * (taken_N - logprobs_N) - logprobs_N
+    with torch.no_grad():
+        pi_ND = getattr(policy.causal_lm, policy.causal_lm.base_model_prefix)(**inputs).last_hidden_state[rows, cols]
+        target = values.target_trunk
+        p_ND = getattr(target, target.base_model_prefix)(**inputs).last_hidden_state[rows, cols]
+        best = []
+        for pi, p in zip(*(part.split(max(CHUNK // values.tokens, 1)) for part in (pi_ND, p_ND)), strict=True):
+            pi_logits = policy.causal_lm.get_output_embeddings()(pi).float()
+            ratio = probability_ratio(target.get_output_embeddings()(p), pi_logits)
+            supported = guide(pi_logits, torch.zeros_like(pi_logits), 0.0, request.probability).isfinite()
+            best.append(ratio.masked_fill(~supported, 0).amax(-1))
+        outputs.best_ratio = torch.cat(best)

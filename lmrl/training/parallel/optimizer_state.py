@@ -1,0 +1,21 @@
+"""The entries of an optimizer's state as tensors that a checkpoint can hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def entry_to_tensor(key: str, value: Any) -> torch.Tensor:
+    """An entry of a parameter's state as a tensor that shares no memory with another's (safetensors insists)."""
+    if not isinstance(value, torch.Tensor):
+        return torch.tensor(value)  # bitsandbytes counts steps in a plain int
+    return value.clone() if key.startswith("qmap") else value
+
+
+def entry_from_tensor(key: str, value: torch.Tensor, device: torch.device) -> Any:
+    """The entry again, on the parameter's device; the count of steps stays on the CPU."""
+    if key == "step":
+        return value.clone() if value.is_floating_point() else int(value)
+    return value.to(device, copy=True)
