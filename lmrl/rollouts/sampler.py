@@ -13,7 +13,8 @@ from lmrl.engines.base import Completion, Engine, Sampling
 from lmrl.foreign import foreign
 from lmrl.rollouts.task import Task
 from lmrl.seeding import key, stream
-from lmrl.trajectories.trajectory import Recorder, Trajectory, transcript
+from lmrl.trajectories.recorder import Recorder
+from lmrl.trajectories.trajectory import Trajectory, transcript
 
 
 @dataclass

@@ -39,10 +39,11 @@ from os.path import commonprefix
 from typing import Any
 
 from lmrl.trajectories.files import Malformed, Row, take
+from lmrl.trajectories.recorder import Recorder
+from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.trajectory import (
     CONTEXT,
     Messages,
-    Recorder,
     Segment,
     Trajectory,
     Turn,
@@ -119,7 +120,7 @@ def prompts_of(trajectory: Trajectory) -> list[str | Messages]:
 
 
 # --------------------------------------------------------------------------------------------------------------- reading
-def from_row(row: Row, renderer: Any, history: int | str = "all", number: int = 0) -> list[Trajectory]:
+def from_row(row: Row, renderer: Renderer, history: int | str = "all", number: int = 0) -> list[Trajectory]:
     """The episodes of a row of any format: one, or two of chosen and rejected.
 
     Stored tokens of the renderer's tokenizer are taken as they are; otherwise the text is rendered and tokenised as the
@@ -148,7 +149,7 @@ def parse(row: Row, number: int = 0, tokenizer: str | None = None) -> list[Traje
     )
 
 
-def render(trajectory: Trajectory, renderer: Any, history: int | str = "all") -> Trajectory:
+def render(trajectory: Trajectory, renderer: Renderer, history: int | str = "all") -> Trajectory:
     """Fill the segments of an episode that is known as text. One that has its tokens is returned as it is."""
     if trajectory.segments or not trajectory.turns:
         return trajectory

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from lmrl.errors import DataError, RunError
 from lmrl.trajectories.encoding import strings
 from lmrl.trajectories.files import JsonLines, Malformed, Row, Rows, open_rows, quiet_datasets
+from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.rows import fingerprint, is_dialogue, parse, prompts_of, render, to_row
 from lmrl.trajectories.trajectory import Trajectory, prompt_key, prompt_text
 
@@ -44,7 +45,7 @@ class DatasetFile:
     def __init__(
         self,
         path: str,
-        renderer: Any,
+        renderer: Renderer,
         history: int | str = "all",
         split: str = "train",
         without: Collection[str] = (),

@@ -10,10 +10,11 @@ import pytest
 from lmrl.errors import DataError, RunError
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.trajectories.files import JsonLines, open_rows, read_rows
+from lmrl.trajectories.recorder import Recorder
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.rows import fingerprint
 from lmrl.trajectories.store import DatasetFile, EpisodeWriter, dataset_texts, read_episodes, write_episodes
-from lmrl.trajectories.trajectory import Recorder, Trajectory
+from lmrl.trajectories.trajectory import Trajectory
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,82 @@
+"""Writing an episode down as it goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lmrl.trajectories.render import Renderer
+from lmrl.trajectories.trajectory import Messages, Segment, Trajectory, Turn, as_messages, prompt_text
+
+
+class Recorder:
+    """Writes an episode down as it goes on: text into the trajectory's turns, tokens into its segments.
+
+    history: what the policy sees of the episode, `all` or the last N observations with the turns between them; only
+    with `all` do turns share a segment. renderer: from text to context tokens.
+    """
+
+    def __init__(self, trajectory: Trajectory, renderer: Renderer, history: int | str):
+        self.trajectory, self.renderer, self.history = trajectory, renderer, history
+        self._observation: str | Messages = ""
+        self._recent: list[
+            tuple[str | Messages, dict, list[int]]
+        ] = []  # observation, the message that answered, its tokens
+
+    def observe(self, observation: str | Messages) -> list[int]:
+        """Put an observation into the trajectory; return the whole context of the action that follows."""
+        renderer, segments = self.renderer, self.trajectory.segments
+        if not segments:
+            self._begin(observation)
+        self._observation = observation
+        if self.history == "all" and segments:
+            said = self.trajectory.turns[-1].message
+            segments[-1].observe(renderer.next(observation, segments[-1].tokens[-1], said))
+            return list(segments[-1].tokens)
+        segment, earlier = Segment(), self._recent
+        if renderer.chat:
+            dialogue = [message for seen, said, _ in earlier for message in [*as_messages(seen), said]]
+            segment.observe(renderer.first(dialogue + as_messages(observation)))
+        elif not earlier:
+            segment.observe(renderer.first(observation))
+        else:
+            opening, _, acted = earlier[0]
+            segment.observe(renderer.first(opening) + acted)
+            for seen, _, acted in earlier[1:]:
+                segment.observe(renderer.plain(seen) + acted)
+            segment.observe(renderer.plain(observation))
+        segments.append(segment)
+        return list(segment.tokens)
+
+    def act(
+        self,
+        text: str,
+        tokens: list[int],
+        logprobs: list[float] | None = None,
+        cut: bool = False,
+        message: dict[str, Any] | None = None,
+    ) -> None:
+        """Put the action that answers the last observation into the trajectory.
+
+        cut: it ran into the token limit. message: the action, where it calls tools.
+        """
+        turns = self.trajectory.turns
+        self.trajectory.segments[-1].act(tokens, logprobs, len(turns))
+        if cut:
+            self.trajectory.cut_turns.append(len(turns))
+        turns.append(Turn(self._observation, text, message=message))
+        if self.history != "all" and self.history > 1:
+            self._recent = [*self._recent, (self._observation, message or _assistant(text), tokens)][1 - self.history :]
+
+    def truncate(self, observation: str | Messages) -> None:
+        """End with an observation that nobody answers: the state whose value the episode goes on with."""
+        self.trajectory.terminated = False
+        self.trajectory.final_observation = observation
+        self.observe(observation)
+
+    def _begin(self, observation: str | Messages) -> None:
+        self.trajectory.messages = None if isinstance(observation, str) else observation
+        self.trajectory.prompt = prompt_text(observation)
+
+
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
