@@ -42,7 +42,7 @@ ONLINE, OFFLINE = ("ppo", "grpo", "rloo"), ("ilql", "mc")
 METHODS = (*ONLINE, *OFFLINE)
 BC_LR = 2e-3
 """Of the imitation stage: the library's default learning rate is meant for adapters of pretrained models."""
-BC_STEPS, ONLINE_STEPS, OFFLINE_STEPS = 100, 100, 1000
+BC_STEPS, ONLINE_STEPS, OFFLINE_STEPS = 100, 100, 3000
 ONLINE_LOG, OFFLINE_LOG = 1000, 5000
 """Episodes of random play: to begin with, and to learn all from, where rewards that are a matter of luck need many."""
 NEW_TOKENS = 4

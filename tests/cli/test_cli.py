@@ -1,4 +1,4 @@
-"""The command line as a person meets it: every verb in a real process, from another folder."""
+"""The command line as a person meets it: every verb in a process of its own, from another folder."""
 
 import json
 import os
@@ -11,13 +11,13 @@ import pytest
 
 from lmrl.recipe import PromptTask
 from lmrl.recipe.files import load_recipe, shipped_names
+from tests import forking
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
 def lmrl(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "lmrl", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENV, cwd=cwd, timeout=300)
+    return forking.run(list(map(str, arguments)), env=ENV, cwd=cwd)
 
 
 def test_ls(tmp_path):

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from lmrl.policy.export import fold, save_adapter, save_plain
 from lmrl.policy.heads import HeadsSpec
 from lmrl.policy.load import load_policy, open_policy
 from lmrl.recipe import Model
+from tests import forking
 from tests.conftest import TINY_LLAMA, TINY_WALKS
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?"
@@ -229,9 +228,8 @@ def test_beta_0_needs_no_check(tmp_path, ilql_run, monkeypatch):
 
 def test_on_the_command_line(tmp_path, ilql_run):
     def lmrl_export(*arguments):
-        command = [sys.executable, "-m", "lmrl", "export", str(ilql_run), "out", *arguments]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+        return forking.run(["export", str(ilql_run), "out", *arguments], env=environment, cwd=tmp_path)
 
     done = lmrl_export("--beta", "8", "--max-loss=-1000")
     assert done.returncode == 2 and done.stderr.startswith("lmrl: the export scores") and done.stderr.count("\n") == 1

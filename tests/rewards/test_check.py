@@ -1,8 +1,6 @@
 """The checker: what it lets pass and what it finds."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -14,6 +12,7 @@ from lmrl.rewards.workers import close_pools
 from lmrl.training.monitoring.measures import sample_line
 from lmrl.trajectories.store import EpisodeWriter
 from lmrl.trajectories.trajectory import Trajectory, Turn
+from tests import forking
 
 REWARDS = """
 import itertools, os, time
@@ -111,7 +110,7 @@ def test_columns_are_asked_for(file):
 
 # ------------------------------------------------------------------------------------------------------------- the verbs
 def lmrl(*arguments):
-    return subprocess.run([sys.executable, "-m", "lmrl", "reward", *arguments], capture_output=True, text=True)
+    return forking.run(["reward", *arguments])
 
 
 def test_check_on_the_command_line(file, tmp_path):

@@ -20,6 +20,7 @@ from lmrl.launch import accelerate_environment
 from lmrl.recipe.files import find_launch
 from lmrl.training.replay import replay
 from lmrl.training.train import resume_run
+from tests import forking
 
 HERE = Path(__file__).parent
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -40,17 +41,16 @@ def run_two(script: list[str], strategy: str | None, extensions: Path) -> None:
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     common |= {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(extensions)}
+    file, *arguments = script
     running = [
-        subprocess.Popen(
-            [sys.executable, *script],
+        forking.Process(
+            arguments,
+            code=f"import runpy; runpy.run_path({file!r}, run_name='__main__')",
             env=environment | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=400)[0] for process in running]
+    outputs = ["".join(process.communicate(timeout=400)) for process in running]
     assert [process.returncode for process in running] == [0, 0], "\n".join(text[-3000:] for text in outputs)
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import yaml
 from lmrl.errors import RunError
 from lmrl.recipe.files import load_recipe
 from lmrl.training import resume_run, train
+from tests import forking
 
 SMALL = [
     "training.steps=6",
@@ -52,12 +52,7 @@ main()
 
 
 def launch(tmp_path: Path, stop: tuple[str, int, int], *arguments: str) -> subprocess.CompletedProcess:
-    driver = tmp_path / "driver.py"
-    driver.write_text(DRIVER)
-    command = [sys.executable, str(driver), *map(str, stop), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
-    )
+    return forking.run([*map(str, stop), *arguments], code=DRIVER, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def metrics(folder: Path) -> list[dict]:
