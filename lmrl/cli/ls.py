@@ -15,7 +15,7 @@ from lmrl import registry
 from lmrl.cli.common import Debug
 from lmrl.errors import RecipeError, did_you_mean
 from lmrl.recipe import ENVIRONMENTS, OBJECTIVES, SOURCES
-from lmrl.recipe.files import read_yaml, shipped, shipped_names
+from lmrl.recipe.files import read_yaml, shipped, shipped_file, shipped_names
 
 KINDS = {
     "recipes": None,
@@ -69,7 +69,7 @@ def listing(kind: str) -> dict[str, str]:
     if kind in ("recipes", "suites"):
         folder = "recipes" if kind == "recipes" else "eval"
         return {
-            name: str(read_yaml(shipped(folder) / f"{name}.yaml").data.get("description", ""))
+            name: str(read_yaml(shipped_file(folder, name)).data.get("description", ""))
             for name in shipped_names(folder)
         } | extra
     if kind == "rewards":

@@ -18,6 +18,8 @@ from pydantic_core import PydanticSerializationError
 from lmrl import registry
 from lmrl.errors import DataError, PluginError, RecipeError, did_you_mean
 from lmrl.recipe import CHOICES, MAIN_STAGE, REWARD_MODEL, STAGE_PREFIX, EpisodeLimits, Recipe, Reward
+from lmrl.recipe.methods import check_arguments, spelled_out, take_arguments
+from lmrl.recipe.task import as_rewards
 
 Keys = tuple[str | int, ...]
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".gz")
@@ -49,8 +51,8 @@ class Document:
 
 
 # --------------------------------------------------------------------------------------------------------------- finding
-LAUNCHES = "accelerate"
-"""Beside the shipped recipes: configuration files of accelerate."""
+LAUNCHES, METHODS = "accelerate", "methods/"
+"""Among the shipped recipes: configuration files of accelerate; and recipes for one's own data, which are named by the method alone."""
 
 
 def shipped(kind: str) -> Path:
@@ -59,10 +61,17 @@ def shipped(kind: str) -> Path:
 
 
 def shipped_names(kind: str) -> list[str]:
-    """Names of the shipped recipes (`random_walks/ppo`) or suites (`random_walks`)."""
+    """Names of the shipped recipes (`sft`, `random_walks/ppo`) or suites (`random_walks`)."""
     folder = shipped(kind)
     names = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
-    return [name for name in names if not name.startswith(f"{LAUNCHES}/")]
+    methods = [name.removeprefix(METHODS) for name in names if name.startswith(METHODS)]
+    return methods + [name for name in names if not name.startswith((f"{LAUNCHES}/", METHODS))]
+
+
+def shipped_file(kind: str, name: str) -> Path:
+    """The file of a shipped recipe or suite."""
+    own = shipped(kind) / f"{name}.yaml"
+    return own if own.exists() else shipped(kind) / f"{METHODS}{name}.yaml"
 
 
 def find_launch(name: str) -> Path:
@@ -86,7 +95,7 @@ def find_yaml(name: str | Path, kind: str) -> Path:
         raise RecipeError(f"{noun} file '{name}' does not exist")
     names = shipped_names(kind)
     if path.as_posix() in names:
-        return shipped(kind) / f"{path.as_posix()}.yaml"
+        return shipped_file(kind, path.as_posix())
     if kind == "eval" and str(name) in registry.names("suite"):
         return Path(registry.load("suite", str(name), "suite"))
     names = [*names, *(registry.names("suite") if kind == "eval" else ())]
@@ -320,8 +329,10 @@ def load_recipe(name: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
             "lmrl.recipe.Recipe.model_validate(...)"
         )
     document = read_yaml(find_yaml(name, "recipes"))
+    arguments = take_arguments(document.data)
     for override in overrides:
-        apply_override(document, override)
+        apply_override(document, spelled_out(override, arguments))
+    check_arguments(document.data, arguments, str(name))
     stages = document.data.get("stages")
     for section in [document.data, *(stages.values() if isinstance(stages, dict) else ())]:
         resolve_files(section, document.path.parent)
@@ -417,6 +428,8 @@ def resolve_files(data: Any, beside: Path) -> None:
     resolve(_suite_path, "evaluation", "suite")
     _resolve_items(data, ("training", "listeners"), "name", beside)
     task = data.get("task") if isinstance(data, dict) else None
+    if isinstance(task, dict) and "rewards" in task:
+        task["rewards"] = as_rewards(task["rewards"])
     rewards = task.get("rewards") if isinstance(task, dict) else None
     for index, reward in enumerate(rewards if isinstance(rewards, list) else ()):
         if isinstance(reward, dict) and isinstance(reward.get("function"), str):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AllowInfNan, Field, model_validator
+from pydantic import AllowInfNan, BeforeValidator, Field, model_validator
 
 from lmrl.recipe.base import Plugin, Section
 
@@ -115,11 +115,23 @@ class Reward(Section):
         return self.function, dict(self.options)
 
 
+def as_rewards(given: Any) -> Any:
+    """Rewards as a list of sections: one alone, and those that are named by text, are written out."""
+    items = given if isinstance(given, list) else [given]
+    return [
+        ({"url": one} if one.startswith(("http://", "https://")) else {"function": one})
+        if isinstance(one, str)
+        else one
+        for one in items
+    ]
+
+
 class PromptTask(Section):
     """Episodes of one step: a prompt, a completion, and rewards computed for the whole batch at once."""
 
     prompts: Prompts
-    rewards: list[Reward] = []
+    rewards: Annotated[list[Reward], BeforeValidator(as_rewards)] = []
+    """`file.py:function` (or several of them), an address, or sections with the options of each."""
     max_failed: float = Field(0.1, ge=0, le=1)
     """The run stops when a larger share of a batch could not be judged."""
     special_tokens: SpecialTokens = "text"

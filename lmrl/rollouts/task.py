@@ -147,7 +147,9 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
             raise DataError(f"{prompts.path}, row {number}: {error}") from error
     chat = prompts.chat or any(isinstance(row[prompts.column], list) for row in rows)
     renderer = Renderer(tokenizer, chat, prompts.system, section.special_tokens)
-    lengths = [len(renderer.first(row[prompts.column])) for row in rows]
+    # Plain text is no prompt: it is learned from as a whole, and only named here.
+    plain = ["text" in row and row["text"] is row[prompts.column] for row in rows]
+    lengths = [0 if text else len(renderer.first(row[prompts.column])) for row, text in zip(rows, plain, strict=True)]
     short = [row for row, length in zip(rows, lengths, strict=True) if length <= prompts.max_tokens]
     notes = [
         f"{len(rows) - len(short)} of {len(rows)} prompts are longer than task.prompts.max_tokens={prompts.max_tokens}"

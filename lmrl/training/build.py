@@ -278,4 +278,5 @@ def label_of(recipe: Recipe, objective: Objective) -> str:
         return objective.label
     if not recipe.source.has_log:
         return "expert iteration"
-    return "filtered BC" if recipe.source.best < 1 else "BC"
+    name = "SFT" if isinstance(recipe.task, PromptTask) else "BC"
+    return f"filtered {name}" if recipe.source.best < 1 else name

@@ -26,6 +26,7 @@ fields:
                          Between two actions stands one observation: several messages of the user are joined; those
                          of tools stay messages. An assistant message may have `tool_calls`.
     chosen, rejected     two episodes with rewards 1 and -1; without `prompt` it is what both begin with
+    text                 text of which every token is an action, after the token that opens a text
 """
 
 from __future__ import annotations
@@ -65,9 +66,15 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 def prompt_of(row: Row, column: str = "prompt") -> str | Messages:
-    """The prompt in a row's column; of preference data without that column what chosen and rejected begin with."""
-    if row.get(column) is None and {"chosen", "rejected"} <= set(row):
-        return preference(row)[0]
+    """The prompt in a row's column. Without that column: of preference data what chosen and rejected begin with, of a chat what comes
+    before the first answer, and of plain text all of it, which names the row."""
+    if row.get(column) is None:
+        if {"chosen", "rejected"} <= set(row):
+            return preference(row)[0]
+        if row.get("messages") is not None:
+            return _chat(row, 0).turns[0].observation
+        if row.get("text") is not None:
+            return take(row, "text", str)
     return take(row, column, str, list)
 
 
@@ -143,9 +150,11 @@ def parse(row: Row, number: int = 0, tokenizer: str | None = None) -> list[Traje
         return [_chat(row, number)]
     if "prompt" in present or "completion" in present:
         return [_completion(row, number)]
+    if "text" in present:
+        return [_episode(row, [Turn("", _not_empty(take(row, "text", str), "text"))], number)]
     raise Malformed(
-        f"is of no known format (fields: {', '.join(row)}); expected turns, prompt and completion, messages, or chosen "
-        "and rejected"
+        f"is of no known format (fields: {', '.join(row)}); expected turns, prompt and completion, messages, chosen and "
+        "rejected, or text"
     )
 
 

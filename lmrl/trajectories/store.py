@@ -154,7 +154,7 @@ class DatasetFile:
 
     def _is_among(self, keys: Collection[str], row: Row, episode: Trajectory) -> bool:
         """Whether one of its prompts has one of these keys."""
-        stated = row.get("prompt")
+        stated = row.get("text" if "prompt" not in row else "prompt")
         prompts = [*([stated] if isinstance(stated, str) else []), *prompts_of(episode)]
         return any(not self.renderer.keys(prompt).isdisjoint(keys) for prompt in prompts)
 

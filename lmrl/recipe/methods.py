@@ -1,0 +1,56 @@
+"""Recipes for one's own model and data: `lmrl train sft model.path=MODEL data.path=FILE`.
+
+Such a recipe names what it needs under `arguments`: a key of the recipe, or a short name for one, and what is expected there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lmrl.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What a recipe is to be given: by which name, for which key, and what it is."""
+
+    name: str
+    key: str
+    what: str
+
+
+def take_arguments(data: dict[str, Any]) -> list[Argument]:
+    """The arguments of a recipe's plain data, which they are taken out of."""
+    stated = data.pop("arguments", None) or {}
+    return [
+        Argument(name, one["key"], one["what"]) if isinstance(one, dict) else Argument(name, name, one)
+        for name, one in stated.items()
+    ]
+
+
+def spelled_out(override: str, arguments: list[Argument]) -> str:
+    """An override with the key that its short name stands for; one below it too (`prompts.chat=true`)."""
+    name, equals, value = override.partition("=")
+    for one in arguments:
+        if name == one.name:
+            return f"{one.key}{equals}{value}"
+        section, below = one.name.rpartition(".")[0], one.key.rpartition(".")[0]
+        if section and section != below and name.startswith(f"{section}."):
+            return f"{below}.{name.removeprefix(f'{section}.')}{equals}{value}"
+    return override
+
+
+def check_arguments(data: dict[str, Any], arguments: list[Argument], name: str) -> None:
+    """Raise RecipeError where the recipe has not been given all that it needs."""
+    missing = [one for one in arguments if _lookup(data, one.key) is None]
+    if missing:
+        example = " ".join(f"{one.name}=..." for one in arguments)
+        needs = "; ".join(f"{one.name}: {one.what}" for one in missing)
+        raise RecipeError(f"recipe '{name}' needs {needs}. For instance: lmrl train {name} {example}")
+
+
+def _lookup(data: Any, key: str) -> Any:
+    for part in key.split("."):
+        data = data.get(part) if isinstance(data, dict) else None
+    return data
