@@ -46,6 +46,8 @@ class HFEngine(Engine):
         check: called between tokens; may raise to abandon the rollout."""
         super().__init__(policy, check)
         self.slots, self.cache_tokens = slots, cache_tokens
+        self.heard: Callable[[list[int], list[int]], None] | None = None
+        """Called with the numbers of prompts and the token that each was just continued by."""
 
     @classmethod
     def build(cls, policy: Policy, options: Rollouts, check: Callable[[], None], folder: Path | None) -> HFEngine:
@@ -247,6 +249,8 @@ class _Rollout:
         rows.tokens_RT[every, rows.count_R], rows.logprobs_RT[every, rows.count_R] = tokens_R, logprobs_R
         rows.count_R += 1
         rows.length_R += 1
+        if self.engine.heard is not None:
+            self.engine.heard(rows.index_R.tolist(), tokens_R.tolist())
         eos_R = np.isin(tokens_R, self.eos)
         stop_R = np.zeros_like(eos_R)
         if self.sampling.stop:

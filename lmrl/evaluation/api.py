@@ -109,9 +109,7 @@ def evaluator_for(
     trust_remote_code: bool = False,
 ) -> Evaluator:
     """A saved policy and the suite it is scored on, loaded; see `evaluate`."""
-    path = str(policy)
-    if (Path(path) / "stages").is_dir():
-        path = str(final_checkpoint(Path(path), checkpoint))
+    path = checkpoint_of(policy, checkpoint)
     task, dtype = None, "float32"
     if (Path(path) / TASK_FILE).is_file():
         saved = saved_task(Path(path))
@@ -127,6 +125,12 @@ def evaluator_for(
     if suite is None:
         size_own(evaluator, {override.partition("=")[0] for override in overrides})
     return evaluator
+
+
+def checkpoint_of(policy: str | Path, checkpoint: str = "final") -> str:
+    """A policy's folder or name; of a run the checkpoint's folder."""
+    is_run = (Path(policy) / "stages").is_dir()
+    return str(final_checkpoint(Path(policy), checkpoint)) if is_run else str(policy)
 
 
 def size_own(evaluator: Evaluator, overridden: set[str]) -> None:

@@ -320,5 +320,6 @@ def closing_lines(run: Run) -> list[str]:
     return [
         f"checkpoint: {checkpoint}",
         f"score it:   lmrl eval {quoted}{'' if scored else ' --suite SUITE'}",
+        *([f"talk to it: lmrl chat {quoted}"] if isinstance(recipe.task, PromptTask) else []),
         f"export it:  lmrl export {quoted} FOLDER{options}",
     ]

@@ -34,7 +34,9 @@ def test_short_names(override, meant):
 
 
 def test_what_is_missing_is_named():
-    with pytest.raises(RecipeError, match=r"recipe 'sft' needs data.path: a file of rows.*lmrl train sft model.path=\.\.\. data.path"):
+    with pytest.raises(
+        RecipeError, match=r"recipe 'sft' needs data.path: a file of rows.*lmrl train sft model.path=\.\.\. data.path"
+    ):
         load_recipe("sft", ["model.path=M"])
     with pytest.raises(RecipeError, match="needs model.path: .*; prompts: .*; rewards: reward.py:function"):
         load_recipe("grpo")
@@ -42,11 +44,15 @@ def test_what_is_missing_is_named():
 
 def test_rewards_may_be_names(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
-    (tmp_path / "r.py").write_text("def f(completions, **_): return [0.0 for _ in completions]\ndef g(completions, **_): return f(completions)")
+    (tmp_path / "r.py").write_text(
+        "def f(completions, **_): return [0.0 for _ in completions]\ndef g(completions, **_): return f(completions)"
+    )
     common = ["model.path=M", f"prompts={tmp_path}/p.jsonl"]
     one = load_recipe("grpo", [*common, f"rewards={tmp_path}/r.py:f"]).task.rewards
     assert [reward.function for reward in one] == [f"{tmp_path}/r.py:f"]
-    both = load_recipe("ppo", [*common, f"rewards=['{tmp_path}/r.py:f', {{function: '{tmp_path}/r.py:g', weight: 0}}, 'http://h/s']"])
+    both = load_recipe(
+        "ppo", [*common, f"rewards=['{tmp_path}/r.py:f', {{function: '{tmp_path}/r.py:g', weight: 0}}, 'http://h/s']"]
+    )
     assert [reward.kind for reward in both.task.rewards] == ["function", "function", "url"]
     assert [reward.weight for reward in both.task.rewards] == [1, 0, 1]
 
@@ -75,10 +81,14 @@ def test_sft_takes_rows_of_every_form(tmp_path, tiny_folder, form):
 
 def test_sft_then_dpo_then_grpo(tmp_path, tiny_folder):
     """A run is the next one's model; adapters go on from adapters, and columns reach the reward."""
-    chat = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}]} for i in range(20)]
+    chat = [
+        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}]} for i in range(20)
+    ]
     pairs = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(20)]
     prompts = [{"prompt": f"{i}?", "answer": "y"} for i in range(20)]
-    (tmp_path / "r.py").write_text("def right(completions, answer, **_): return [float(a in c) for c, a in zip(completions, answer)]")
+    (tmp_path / "r.py").write_text(
+        "def right(completions, answer, **_): return [float(a in c) for c, a in zip(completions, answer)]"
+    )
     steps = [
         ("sft", tiny_folder, [f"data.path={write(tmp_path / 'chat.jsonl', chat)}"]),
         ("dpo", tmp_path / "sft", [f"data.path={write(tmp_path / 'pairs.jsonl', pairs)}"]),

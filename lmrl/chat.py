@@ -1,0 +1,57 @@
+"""Talking to policies: each goes on with its own copy of the dialogue, in the tokens that training would have seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from lmrl.engines.base import Sampling
+from lmrl.engines.hf import HFEngine
+from lmrl.policy.policy import Policy
+from lmrl.trajectories.recorder import Recorder
+from lmrl.trajectories.render import Renderer
+from lmrl.trajectories.trajectory import Messages, Trajectory
+
+
+@dataclass
+class Speaker:
+    """A policy in a dialogue. Through its chat template where it has one; else the text is continued as it is."""
+
+    name: str
+    policy: Policy
+    sampling: Sampling
+    system: str | None = None
+    seed: int = 0
+    turns: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.engine = HFEngine(self.policy)
+        self.renderer = Renderer(self.policy.tokenizer, bool(self.policy.tokenizer.chat_template))
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a new dialogue."""
+        self.recorder = Recorder(Trajectory([], "", ""), self.renderer, "all")
+
+    def say(self, text: str, heard: Callable[[str], None] = lambda answer: None) -> str:
+        """The answer to what is said. heard: called with the answer so far, whenever a token has been added."""
+        begins = not self.recorder.trajectory.segments
+        observation: str | Messages = text
+        if begins and self.system and self.renderer.chat:
+            observation = [{"role": "system", "content": self.system}, {"role": "user", "content": text}]
+        context = self.recorder.observe(observation)
+        tokens: list[int] = []
+
+        def add(indices: list[int], added: list[int]) -> None:
+            tokens.extend(added)
+            heard(self.policy.decode(tokens))
+
+        self.engine.heard = add
+        self.turns += 1
+        (done,) = self.engine.generate([context], self.sampling, [(self.seed, "chat", self.turns)])
+        answer = self.policy.decode(done.tokens)
+        self.recorder.act(answer, done.tokens, done.logprobs, cut=done.end == "length")
+        return answer
+
+    def set_temperature(self, temperature: float) -> None:
+        self.sampling = replace(self.sampling, temperature=temperature)

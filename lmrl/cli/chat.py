@@ -1,0 +1,134 @@
+"""`lmrl chat`: talk to a policy, or to two side by side."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.columns import Columns
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.text import Text
+
+from lmrl.cli.common import Debug
+from lmrl.errors import RecipeError
+from lmrl.visible import visible
+
+HELP = "/new  begin again    /system TEXT    /temperature T    /quit"
+
+
+def command(
+    policies: Annotated[list[str], typer.Argument(help="A run, a checkpoint, a folder or a name on the hub; or two")],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Say this alone, and print the answer")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message")] = None,
+    temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0: the likeliest token")] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most")] = 256,
+    beta: Annotated[
+        float | None, typer.Option("--beta", min=0.0, help="Of a policy with Q values: their weight")
+    ] = None,
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: final, best or step-N")] = "final",
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Talk to a policy, or to two side by side."""
+    if len(policies) > 2:
+        raise RecipeError(f"chat takes one policy or two, got {len(policies)}")
+    from lmrl.chat import Speaker
+    from lmrl.engines.base import Sampling
+    from lmrl.evaluation.api import checkpoint_of
+    from lmrl.policy.load import open_policy
+
+    sampling = Sampling(max_new_tokens, temperature, beta=beta)
+    speakers = []
+    for name in policies:
+        policy = open_policy(checkpoint_of(name, checkpoint), trust_remote_code=trust_remote_code)
+        if beta is not None and policy.guidance is None:
+            raise RecipeError(f"--beta weighs Q values, but '{name}' has none: leave it out")
+        if system is not None and not policy.tokenizer.chat_template:
+            raise RecipeError(f"--system needs a chat template, and '{name}' has none: leave it out")
+        speakers.append(Speaker(Path(name).name or name, policy, sampling, system, seed))
+
+    console = Console(highlight=False)
+    if prompt is not None:
+        _answer(console, speakers, prompt)
+        return
+    if sys.stdin.isatty():
+        console.print(HELP, style="dim", markup=False)
+        if not speakers[0].renderer.chat:
+            console.print("no chat template: the text is continued as it is", style="dim", markup=False)
+    while (line := _read(console)) is not None:
+        word, _, rest = line.strip().partition(" ")
+        if word == "/quit":
+            return
+        if word == "/new":
+            _each(speakers, "forget")
+        elif word == "/system":
+            for speaker in speakers:
+                speaker.system = rest or None
+            _each(speakers, "forget")
+        elif word == "/temperature":
+            try:
+                _each(speakers, "set_temperature", max(float(rest), 0.0))
+            except ValueError:
+                console.print(f"/temperature takes a number, got {rest!r}", markup=False)
+        elif word.startswith("/"):
+            console.print(HELP, style="dim", markup=False)
+        elif line.strip():
+            _answer(console, speakers, line)
+
+
+def _each(speakers: list, method: str, *arguments: float) -> None:
+    for speaker in speakers:
+        getattr(speaker, method)(*arguments)
+
+
+def _read(console: Console) -> str | None:
+    """A line of the person's; None at the end of the input."""
+    try:
+        return console.input("[bold]> [/bold]") if sys.stdin.isatty() else (sys.stdin.readline().rstrip("\n") or None)
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def _answer(console: Console, speakers: list, said: str) -> None:
+    """What each policy answers, shown as it comes."""
+    answers = [""] * len(speakers)
+
+    def shown() -> object:
+        texts = [Text(visible(answer)) for answer in answers]
+        if len(texts) == 1:
+            return texts[0]
+        half = console.width // 2 - 1
+        return Columns(
+            [Panel(text, title=speaker.name, width=half) for text, speaker in zip(texts, speakers, strict=True)]
+        )
+
+    live = (
+        Live(shown(), console=console, refresh_per_second=12, vertical_overflow="visible")
+        if console.is_terminal
+        else None
+    )
+
+    def hear(place: int, answer: str) -> None:
+        answers[place] = answer
+        if live:
+            live.update(shown())
+
+    if live:
+        live.start()
+    try:
+        for place, speaker in enumerate(speakers):
+            answers[place] = speaker.say(said, lambda answer, place=place: hear(place, answer))
+    finally:
+        if live:
+            live.update(shown())
+            live.stop()
+    if not live:
+        for speaker, answer in zip(speakers, answers, strict=True):
+            console.print(f"{speaker.name}: {visible(answer)}" if len(speakers) > 1 else visible(answer), markup=False)

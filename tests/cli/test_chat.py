@@ -1,0 +1,52 @@
+"""Talking to policies: the dialogue that the model sees, answers as they come, and the verb."""
+
+import pytest
+from typer.testing import CliRunner
+
+from lmrl.chat import Speaker
+from lmrl.cli import app
+from lmrl.engines.base import Sampling
+from lmrl.errors import RecipeError
+from lmrl.policy.load import open_policy
+
+
+def test_a_dialogue_goes_on_in_the_models_own_tokens(tiny_folder):
+    policy = open_policy(str(tiny_folder))
+    speaker = Speaker("tiny", policy, Sampling(4, temperature=0), system="Be brief.")
+    heard = []
+    answer = speaker.say("hello", heard.append)
+    assert heard[-1] == answer and len(heard) == 4 and all(answer.startswith(part) for part in heard)
+    speaker.say("again")
+    (segment,) = speaker.recorder.trajectory.segments
+    text = policy.tokenizer.decode(segment.tokens)
+    opening = "[system]Be brief.<eos>\n[user]hello<eos>\n[assistant]"
+    assert text.startswith(opening + answer) and "[user]again<eos>\n[assistant]" in text
+    assert len(segment.actions) == 8
+    speaker.forget()
+    assert speaker.say("hello") == answer  # greedy, and nothing of before is left
+
+
+def test_without_a_template_the_text_goes_on(tiny_policy):
+    speaker = Speaker("raw", tiny_policy, Sampling(3, temperature=0))
+    answer = speaker.say("ab")
+    (segment,) = speaker.recorder.trajectory.segments
+    assert tiny_policy.tokenizer.decode(segment.tokens).startswith("ab") and len(segment.actions) <= 3
+    assert isinstance(answer, str)
+
+
+def test_the_verb(tiny_folder):
+    run = CliRunner()
+    one = run.invoke(app, ["chat", str(tiny_folder), "-p", "hello", "--max-new-tokens", "4", "-t", "0"])
+    assert one.exit_code == 0 and one.output.strip()
+    two = run.invoke(
+        app, ["chat", str(tiny_folder), str(tiny_folder), "-p", "hello", "--max-new-tokens", "4", "-t", "0"]
+    )
+    lines = two.output.splitlines()
+    assert [line.partition(":")[0] for line in lines[:1]] == [tiny_folder.name] and one.output.strip() in two.output
+    talk = "hello\n/temperature 0\n/temperature hot\n/new\n/system Be brief.\nhello\n/what\n/quit\nnever said\n"
+    many = run.invoke(app, ["chat", str(tiny_folder), "--max-new-tokens", "4", "-t", "0"], input=talk)
+    assert many.exit_code == 0 and "takes a number, got 'hot'" in many.output and "/new  begin again" in many.output
+    refused = run.invoke(app, ["chat", str(tiny_folder), "--beta", "4", "-p", "a"])
+    assert isinstance(refused.exception, RecipeError) and "weighs Q values" in str(refused.exception)
+    with pytest.raises(RecipeError, match="one policy or two"):
+        run.invoke(app, ["chat", "a", "b", "c"], catch_exceptions=False)
