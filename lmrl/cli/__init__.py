@@ -11,7 +11,7 @@ import traceback
 
 import typer
 
-from lmrl.cli import chat, collect, cp, eval, export, ls, replay, reward, show, train
+from lmrl.cli import chat, collect, cp, eval, export, ls, new, replay, reward, show, train
 from lmrl.errors import LmrlError
 from lmrl.launch import leave_error
 from lmrl.visible import visible
@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (ls, cp, show, train, eval, chat, collect, export, replay):
+for verb in (ls, new, cp, show, train, eval, chat, collect, export, replay):
     app.command(name=verb.__name__.rpartition(".")[2])(verb.command)
 app.add_typer(reward.app, name="reward")
 

@@ -52,7 +52,7 @@ def load_policy(
         model, tokenizer = _from_scratch(options, texts)
         origin = None
     else:
-        origin = str(start) if start else str(_checkpoint_of(options.path))
+        origin = str(start) if start else str(newest_checkpoint(options.path))
         model, tokenizer = _open(
             origin, options.dtype, options.trust_remote_code, options.revision, trainable=options.lora is not None
         )
@@ -84,7 +84,7 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 def open_policy(path: str, dtype: str = "float32", trust_remote_code: bool = False) -> Policy:
     """Any saved policy, with its Q heads if it has any, to be used and not trained: hub name, folder, GGUF file, adapter or run."""
     model, tokenizer = _open(path, dtype, trust_remote_code)
-    folder = _checkpoint_of(path)
+    folder = newest_checkpoint(path)
     heads = saved_heads(folder)
     policy = Policy(model.requires_grad_(False), tokenizer, heads if heads is not None and heads.q else None)
     policy.load_heads(folder)
@@ -239,7 +239,7 @@ def _open(
     auto: the kind of model. key: what names it, for messages. complete: refuse a model without weights for its head.
     more: further settings of its config.
     """
-    folder = _checkpoint_of(path)
+    folder = newest_checkpoint(path)
     path = str(folder) if folder != Path(path) else path
     if (folder / ADAPTER_CONFIG).exists():
         return _open_adapter(folder, dtype, trust_remote_code, trainable, auto, key, complete, more)
@@ -352,7 +352,7 @@ def _is_classifier(config: Any) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
-def _checkpoint_of(path: str) -> Path:
+def newest_checkpoint(path: str) -> Path:
     """The folder itself, or the final checkpoint of a run."""
     folder = Path(path)
     if not (folder / "stages").is_dir():

@@ -1,0 +1,85 @@
+"""`lmrl new`: a first recipe for one's own environment or data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lmrl.cli.common import Debug
+from lmrl.errors import DataError, RecipeError, did_you_mean
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="The recipe to write, for instance mine.yaml")],
+    environment: Annotated[
+        str | None, typer.Option("--environment", "-e", help="An environment: file.py:Name, a dotted path or a name")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="A file of rows with prompts; needs --reward")
+    ] = None,
+    reward: Annotated[str | None, typer.Option("--reward", help="A reward, file.py:function")] = None,
+    pairs: Annotated[str | None, typer.Option("--pairs", help="A file of pairs, chosen and rejected")] = None,
+    messages: Annotated[
+        str | None, typer.Option("--messages", help="A file of dialogues, of prompts with completions, or of texts")
+    ] = None,
+    method: Annotated[str | None, typer.Option("--method", "-m", help="An objective (default: the usual one)")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="A hub name, a folder or a run")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A tiny model from scratch (of an environment)")] = False,
+    max_turns: Annotated[int, typer.Option("--max-turns", min=1, help="Turns of an episode at most")] = 100,
+    debug: Debug = False,
+) -> None:
+    """Write a first recipe for an environment or data of your own, after looking at it."""
+    given = {"environment": environment, "prompts": prompts, "pairs": pairs, "messages": messages}
+    named = [kind for kind, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise RecipeError("name one of --environment, --prompts, --pairs and --messages: what the recipe is for")
+    (kind,) = named
+    if file.exists():
+        raise RecipeError(f"{file} exists: choose another name")
+    if file.suffix not in (".yaml", ".yml"):
+        raise RecipeError(f"{file}: a recipe's file ends in .yaml")
+    if (reward is not None) != (kind == "prompts"):
+        raise RecipeError("--reward goes with --prompts, and --prompts with --reward: who judges what is written")
+    if model is not None and tiny:
+        raise RecipeError("--model names a model, and --tiny makes one: leave one of them out")
+    if model is None and kind != "environment":
+        raise RecipeError(f"--{kind} needs --model: a hub name, a folder or a run")
+
+    from lmrl import new
+    from lmrl.recipe.files import load_recipe
+
+    known = new.METHODS[kind]
+    method = {"sft": "likelihood", "rm": "reward_model"}.get(method or "", method) or known[0]
+    if method not in known:
+        raise RecipeError(f"--method {method} does not go with --{kind}{did_you_mean(method, known)}")
+    for option, name in (("--environment", environment), ("--reward", reward)):
+        path = (name or "").rpartition(":")[0]
+        if path.endswith(".py") and not Path(path).is_file():
+            raise DataError(f"{option}: file '{path}' does not exist")
+    if kind == "environment":
+        look = new.look_at_environment(environment, max_turns)
+        text = new.environment_recipe(environment, method, model, look, max_turns)
+    else:
+        look = new.look_at_rows(given[kind], kind, _tokenizer(model))
+        text = new.data_recipe(kind, given[kind], method, model, look, reward)
+    file.write_text(
+        f"# Written by `lmrl new`; every line may be changed, and `lmrl show {file}` prints all defaults.\n" + text
+    )
+    load_recipe(file)  # what was written is a recipe
+    for line in look.said:
+        typer.echo(line)
+    typer.echo(f"written to {file}; try it: lmrl train {file} --dry-run; then: lmrl train {file}")
+
+
+def _tokenizer(model: str) -> object | None:
+    """The tokenizer of a model that lies here; None where it would have to be downloaded."""
+    from transformers import AutoTokenizer
+
+    from lmrl.policy.load import newest_checkpoint
+
+    try:
+        return AutoTokenizer.from_pretrained(newest_checkpoint(model), local_files_only=True)
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,235 @@
+"""A first recipe for one's own environment or data: looks at it, and writes sizes that fit, with the reasons as comments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmrl.errors import DataError, RecipeError
+from lmrl.policy.tokenizers import build_tokenizer
+from lmrl.recipe import CustomTask
+from lmrl.rollouts.collect import draw_starts
+from lmrl.rollouts.sampler import Sampler
+from lmrl.rollouts.task import Task, build_task
+from lmrl.trajectories.files import Malformed, open_rows
+from lmrl.trajectories.rows import parse, prompt_of
+from lmrl.trajectories.trajectory import Trajectory
+
+EPISODES, ROWS = 64, 2000
+"""What is looked at, at most."""
+WORDS = 200
+"""Distinct words up to which a tiny model has a token for each."""
+LONGEST = 2048
+"""Tokens of a context; a longer episode is seen through its last observations."""
+METHODS = {
+    "environment": ("ppo", "grpo", "rloo", "ilql", "mc"),
+    "prompts": ("grpo", "ppo", "rloo"),
+    "pairs": ("dpo", "reward_model"),
+    "messages": ("likelihood",),
+}
+LOGGED = ("ilql", "mc")
+
+
+@dataclass
+class Look:
+    """What was found, in words and in numbers."""
+
+    said: list[str] = field(default_factory=list)
+    """Lines for the head of the recipe."""
+    texts: list[str] = field(default_factory=list)
+    """Samples of all text, for a vocabulary."""
+    context: int = 0
+    """Tokens of the longest context, as far as was seen."""
+    turn: int = 32
+    """Tokens of an action."""
+    turns: int = 1
+    players: tuple[str, ...] = ()
+    rows: int = 0
+    tokenizer: str = "char"
+
+
+def look_at_environment(name: str, max_turns: int) -> Look:
+    """Play an environment by its random player, or by none where it has none."""
+    section = CustomTask(environment=name, max_turns=max_turns)
+    probe = build_task(section, build_tokenizer("char", ["a"]))
+    environment = probe.make()
+    texts = list(environment.texts()) if hasattr(environment, "texts") else []
+    look = Look(texts=texts, players=tuple(getattr(environment, "players", ())))
+    words = {word for text in texts for word in text.split()}
+    look.tokenizer = (
+        "word" if 0 < len(words) <= WORDS and all(" ".join(text.split()) == text for text in texts) else "char"
+    )
+    task = build_task(section, build_tokenizer(look.tokenizer, texts or ["a"]))
+    if not look.players:
+        observation, _ = environment.reset(seed=0)
+        look.said.append("no scripted player: lengths of actions are a guess (rollouts.max_new_tokens)")
+        look.context = 4 * len(task.renderer.first(observation)) + 4 * look.turn
+        return look
+    player = "random" if "random" in look.players else look.players[0]
+    starts = draw_starts(task, EPISODES, ("new", "starts"))
+    played = Sampler(task).play_scripted(player, starts, ("new", player))
+    _measure(look, played, task)
+    done = [one for one in played if one.failure is None]
+    if not done:
+        raise RecipeError(f"--environment {name}: every episode failed, for instance: {played[0].failure}")
+    returns = [one.reward for one in done]
+    look.said.append(
+        f"{len(done)} episodes of player '{player}': {_range([len(one.turns) for one in done], 'turns')}, return "
+        f"{np.mean(returns):.3g} on average, {min(returns):.3g} to {max(returns):.3g}"
+    )
+    if len(done) < len(played):
+        look.said.append(
+            f"{len(played) - len(done)} episodes failed, for instance: {next(one.failure for one in played if one.failure)}"
+        )
+    return look
+
+
+def _measure(look: Look, played: Iterable[Trajectory], task: Task) -> None:
+    for one in played:
+        for segment in one.segments:
+            look.context = max(look.context, len(segment.tokens))
+        look.turns = max(look.turns, len(one.turns))
+    longest = max((len(task.renderer.action(turn.action)) for one in played for turn in one.turns), default=look.turn)
+    look.turn = longest
+
+
+def look_at_rows(path: str, kind: str, tokenizer: Any) -> Look:
+    """Read rows of data. kind: prompts, pairs or messages. tokenizer: the model's; None counts four characters as a token."""
+
+    def length(text: str) -> int:
+        return len(tokenizer(text).input_ids) if tokenizer else -(-len(text) // 4)
+
+    look, rows = Look(), open_rows(path)
+    look.rows = len(rows)
+    if not look.rows:
+        raise DataError(f"{path} holds no row")
+    lengths = []
+    for number in range(0, look.rows, max(look.rows // ROWS, 1)):
+        row = rows[number]
+        try:
+            texts = (
+                [str(prompt_of(row))]
+                if kind == "prompts"
+                else [one.prompt + one.completion for one in parse(row, number)]
+            )
+        except Malformed as error:
+            raise DataError(f"{rows.where(number)}: {error}") from error
+        lengths += [length(text) for text in texts]
+    look.context = max(lengths)
+    common = int(np.quantile(lengths, 0.99))
+    look.said.append(
+        f"{look.rows} rows; {'prompts' if kind == 'prompts' else 'texts'} of {_range(lengths, 'tokens')}, 99 in 100 up to {common}"
+    )
+    look.turn = common
+    return look
+
+
+def _range(values: list[int], unit: str) -> str:
+    low, high = min(values), max(values)
+    return f"{low} {unit}" if low == high else f"{low} to {high} {unit}"
+
+
+def rounded(value: float, to: int) -> int:
+    """The next multiple."""
+    return max(math.ceil(value / to) * to, to)
+
+
+# ------------------------------------------------------------------------------------------------------------ the recipe
+def environment_recipe(name: str, method: str, model: str | None, look: Look, max_turns: int) -> str:
+    """The recipe's text: for a tiny model from scratch, or for a model that is named."""
+    deep = look.context > LONGEST
+    context = LONGEST if deep else look.context
+    logged = method in LOGGED
+    if (logged or model is None) and not look.players:
+        raise RecipeError(
+            f"--environment {name}: {'a model from scratch first imitates' if not logged else method + ' learns from'} a scripted player, "
+            f"and it has none: give it `players` and `act` (see lmrl.TextEnvironment), or name --model"
+        )
+    player = "random" if "random" in look.players else (look.players or ("",))[0]
+    lines = [f"# {line}" for line in look.said]
+    lines += ["", f"description: {Path(name.partition(':')[0]).stem} by {method}", "", "model:"]
+    if model is None:
+        size = 2 ** math.ceil(math.log2(max(1.5 * context + look.turn, 32)))
+        lines += [
+            "  config:  # a model from scratch, small enough for a laptop",
+            "    model_type: llama",
+            "    hidden_size: 64",
+            "    intermediate_size: 128",
+            "    num_hidden_layers: 2",
+            "    num_attention_heads: 4",
+            "    num_key_value_heads: 4",
+            f"    max_position_embeddings: {size}  # the longest context seen has {look.context} tokens",
+            f"  tokenizer: {look.tokenizer}",
+        ]
+    else:
+        lines += [f"  path: {model}", "  lora: {r: 16, alpha: 32}  # null: train all weights"]
+    lines += ["", "task:", f"  environment: {name}", f"  max_turns: {max_turns}"]
+    lines += [
+        f"  history: {'4  # whole episodes are too long for a context' if deep else 'all  # what the policy sees: the whole episode'}"
+    ]
+    if model is not None:
+        lines += ["  chat: true  # observations go through the model's chat template; false for a base model"]
+    if model is None:
+        lines += [
+            "",
+            "stages:",
+            "  imitation:  # a model from scratch first learns how actions are written",
+            "    objective: {name: likelihood}",
+            f"    source: {{name: dataset, player: {player}, episodes: 1000, batch_size: 32}}",
+            "    training: {steps: 100}",
+            "    optimizer: {lr: 2e-3}",
+        ]
+    lines += [""]
+    if logged:
+        lines += [
+            f"source: {{name: dataset, player: {player}, episodes: 5000, batch_size: 32}}  # or path: FILE, logged by `lmrl collect`"
+        ]
+    else:
+        lines += ["source: {name: rollouts}"]
+    lines += [
+        "rollouts:",
+        "  prompts: 16  # start states a step",
+        f"  samples: {8}  # episodes from each",
+        f"  max_new_tokens: {look.turn + max(look.turn // 2, 2)}  # of a turn; the longest action seen has {look.turn}",
+        f"objective: {{name: {method}}}",
+        f"training: {{steps: {3000 if logged else 200}, seed: 0}}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def data_recipe(kind: str, path: str, method: str, model: str, look: Look, reward: str | None) -> str:
+    """The recipe's text for rows of prompts, pairs or messages."""
+    size = rounded(look.turn, 64)
+    batch = 16 if look.rows >= 64 else max(look.rows // 4, 1)
+    epochs = 3 if method == "likelihood" else 1
+    steps = max(math.ceil(0.9 * look.rows * epochs / batch), 1)
+    lines = [*(f"# {line}" for line in look.said), "", f"description: {Path(path).stem} by {method}", ""]
+    lines += ["model:", f"  path: {model}", "  lora: {r: 16, alpha: 32}  # null: train all weights", ""]
+    if kind == "prompts":
+        lines += [
+            "task:",
+            f"  prompts: {{path: {path}, max_tokens: {size}, holdout: 0.1}}  # a tenth is held out for evaluation",
+            f"  rewards: {reward}",
+            "",
+            "source: {name: rollouts}",
+            "rollouts:",
+            f"  prompts: {min(16, look.rows)}  # a step",
+            f"  samples: {8 if method != 'ppo' else 2}  # completions of each",
+            "  max_new_tokens: 128",
+            f"objective: {{name: {method}}}",
+            f"training: {{steps: {max(min(steps, 200), 20)}, seed: 0}}  # {steps} steps would see each prompt once",
+        ]
+        return "\n".join(lines) + "\n"
+    if method != "reward_model":
+        lines += ["task:", f"  prompts: {{max_tokens: {size}, holdout: 0.1}}  # a tenth is held out, and measured", ""]
+    lines += [
+        f"source: {{name: dataset, path: {path}, batch_size: {batch}, max_tokens: {size}}}",
+        f"objective: {{name: {method}}}",
+        f"training: {{steps: {steps}, seed: 0}}  # every row {'three times' if epochs == 3 else 'once'}",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,124 @@
+"""`lmrl new`: what it writes says what it saw, and trains."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import lmrl
+from lmrl.cli import app
+from lmrl.errors import DataError, RecipeError
+from lmrl.recipe.files import load_recipe
+from lmrl.training import dry_run
+
+GAME = '''
+from lmrl import TextEnvironment
+
+
+class Coin(TextEnvironment):
+    """Call it three times."""
+
+    players = ("random",)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.turn = 0
+        return "call it", {}
+
+    def step(self, action):
+        self.turn += 1
+        right = action.strip() == ("heads" if self.np_random.random() < 0.9 else "tails")
+        return "again", float(right), self.turn == 3, False, {}
+
+    def act(self, player, rng):
+        return str(rng.choice(["heads", "tails"]))
+
+    def texts(self):
+        return ["call it", "again", "heads", "tails"]
+
+
+class Silent(Coin):
+    players = ()
+'''
+
+
+def new(*arguments) -> str:
+    done = CliRunner().invoke(app, ["new", *map(str, arguments)])
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.output
+
+
+@pytest.mark.parametrize("method", ["ppo", "mc"])
+def test_an_environment(tmp_path, method):
+    (tmp_path / "game.py").write_text(GAME)
+    file = tmp_path / "mine.yaml"
+    said = new(file, "-e", f"{tmp_path}/game.py:Coin", "-m", method, "--tiny")
+    assert "64 episodes of player 'random': 3 turns" in said and f"lmrl train {file}" in said
+    recipe = load_recipe(file)
+    assert recipe.model.tokenizer == "word" and recipe.rollouts.max_new_tokens == 4  # a word and its end, and room
+    assert recipe.model.config["max_position_embeddings"] == 32
+    dry_run(recipe)
+
+
+def test_what_it_writes_learns(tmp_path):
+    (tmp_path / "game.py").write_text(GAME)
+    new(tmp_path / "mine.yaml", "-e", f"{tmp_path}/game.py:Coin", "--tiny")
+    changes = ["training.steps=20", "training.threads=1", "stages.imitation.training.steps=50"]
+    scores = lmrl.train(tmp_path / "mine.yaml", changes, output=tmp_path / "run").scores
+    assert scores["PPO"]["return"]["mean"] > 2.4 > 1.8 > scores["data"]["return"]["mean"]  # 2.7 is the optimum
+
+
+def test_rows(tmp_path, tiny_folder):
+    def rows(name, make):
+        (tmp_path / name).write_text("".join(json.dumps(make(i)) + "\n" for i in range(40)))
+        return tmp_path / name
+
+    (tmp_path / "r.py").write_text(
+        "def f(completions, answer, **_): return [float(a in c) for c, a in zip(completions, answer)]"
+    )
+    prompts = rows("prompts.jsonl", lambda i: {"prompt": f"{i}?", "answer": "y"})
+    pairs = rows("pairs.jsonl", lambda i: {"prompt": f"{i}?", "chosen": "yes", "rejected": "no"})
+    chats = rows(
+        "chats.jsonl",
+        lambda i: {"messages": [{"role": "user", "content": "a" * i + "?"}, {"role": "assistant", "content": "yes"}]},
+    )
+    for number, (options, objective) in enumerate(
+        [
+            (["--prompts", prompts, "--reward", f"{tmp_path}/r.py:f"], "grpo"),
+            (["--pairs", pairs], "dpo"),
+            (["--pairs", pairs, "-m", "rm"], "reward_model"),
+            (["--messages", chats], "likelihood"),
+        ]
+    ):
+        file = tmp_path / f"{number}.yaml"
+        assert "40 rows" in new(file, *options, "--model", tiny_folder)
+        recipe = load_recipe(file)
+        assert recipe.objective.name == objective
+        dry_run(recipe)
+    assert (
+        load_recipe(tmp_path / "3.yaml").source.max_tokens == 64
+        and load_recipe(tmp_path / "3.yaml").training.steps == 11
+    )
+
+
+def test_refusals(tmp_path):
+    (tmp_path / "game.py").write_text(GAME)
+    (tmp_path / "taken.yaml").touch()
+    file, game = tmp_path / "mine.yaml", f"{tmp_path}/game.py:Coin"
+    for arguments, message in [
+        ([file], "name one of --environment"),
+        ([file, "-e", game, "--pairs", "x"], "name one of --environment"),
+        ([tmp_path / "taken.yaml", "-e", game], "exists: choose another name"),
+        ([tmp_path / "mine", "-e", game], "ends in .yaml"),
+        ([file, "--prompts", "p.jsonl"], "--reward goes with --prompts"),
+        ([file, "--pairs", "p.jsonl"], "--pairs needs --model"),
+        ([file, "-e", game, "-m", "dpo"], "does not go with --environment"),
+        ([file, "-e", game, "--tiny", "--model", "m"], "leave one of them out"),
+        ([file, "-e", f"{tmp_path}/game.py:Silent", "--tiny"], "give it `players` and `act`"),
+    ]:
+        with pytest.raises(RecipeError, match=message):
+            new(*arguments)
+    with pytest.raises(DataError, match="file 'none.py' does not exist"):
+        new(file, "-e", "none.py:Game")
+    assert not file.exists()
