@@ -8,10 +8,13 @@ import faulthandler
 import signal
 import sys
 import traceback
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
 from lmrl.cli import chat, collect, cp, eval, export, ls, new, replay, reward, show, train
+from lmrl.cli.usage import UsageError, usage_text
 from lmrl.errors import LmrlError
 from lmrl.launch import leave_error
 from lmrl.visible import visible
@@ -29,13 +32,39 @@ for verb in (ls, new, cp, show, train, eval, chat, collect, export, replay):
 app.add_typer(reward.app, name="reward")
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"lmrl {metadata.version('lmrl')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 def main() -> None:
     """Entry point: a mistake of the user's is one line and exit code 2; `--debug` shows the traceback."""
     debug = "--debug" in sys.argv
     faulthandler.enable(2)  # a crash in native code says in which call
     sys.stdout.reconfigure(line_buffering=True)  # a log file should show a run as it goes on
     try:
-        app(args=[argument for argument in sys.argv[1:] if argument != "--debug"], standalone_mode=True)
+        arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+        sys.exit(app(args=arguments, standalone_mode=False))
+    except UsageError as error:
+        if (
+            type(error).__name__ == "NoArgsIsHelpError"
+        ):  # whose message is the help; newer versions have printed it already
+            print(error.format_message(), end="")
+        else:
+            print(usage_text(error), file=sys.stderr)
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(128 + signal.SIGINT)
     except LmrlError as error:
         if debug:
             raise

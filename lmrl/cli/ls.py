@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lmrl import registry
 from lmrl.cli.common import Debug
@@ -58,7 +59,7 @@ def command(
             continue
         table.add_row(f"[bold]{one}[/bold]", "")
         for name, text in found.items():
-            table.add_row(f"  {name}", text)
+            table.add_row(f"  {name}", Text(text))  # brackets in it are no markup
     Console(highlight=False).print(table)
 
 

@@ -1,0 +1,29 @@
+"""Mistakes in a command line's words and options, as one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from lmrl.errors import did_you_mean
+from lmrl.visible import visible
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+"""Of the click that typer was built on, which newer versions bring along under a name of their own."""
+
+
+def usage_text(error: Any) -> str:
+    """What was wrong, and which command tells more."""
+    words = error.ctx.command_path.split() if error.ctx else ["lmrl"]
+    command = " ".join(["lmrl", *words[1:]])  # started as `python -m lmrl` it is called by its file's name
+    return f"lmrl: {visible(_reason(error))} (see `{command} -h`)"
+
+
+def _reason(error: Any) -> str:
+    if type(error).__name__ == "NoSuchOption":
+        wrong = error.option_name
+        names = [one for parameter in error.ctx.command.params for one in parameter.opts if one.startswith("--")]
+        return f"there is no option {wrong}{did_you_mean(wrong, [*names, '--help'])}"
+    message = " ".join(error.format_message().split())
+    return (message[:1].lower() + message[1:]).rstrip(".")
