@@ -9,7 +9,7 @@ import typer
 
 from lmrl.cli.common import Debug
 from lmrl.errors import RecipeError, RunError
-from lmrl.recipe.files import find_yaml, shipped, shipped_names
+from lmrl.recipe.files import find_yaml, is_suite, shipped
 
 
 def command(
@@ -34,6 +34,4 @@ def _find(name: str) -> Path:
         if path.is_file() and path.name != "__init__.py":
             return path
         raise RecipeError(f"no shipped reward file called '{name}'")
-    if name not in shipped_names("recipes") and name in shipped_names("eval"):
-        return find_yaml(name, "eval")
-    return find_yaml(name, "recipes")
+    return find_yaml(name, "eval" if is_suite(name) else "recipes")

@@ -1,4 +1,4 @@
-"""`lmrl show`: the resolved recipe, its batch arithmetic, and an estimate of memory."""
+"""`lmrl show`: the resolved recipe, its batch arithmetic, and an estimate of memory; or a suite."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from rich.console import Console
 
 from lmrl.cli.common import Debug, Overrides
 from lmrl.recipe.estimates import arithmetic_line, evaluation_line, memory_lines, rate_line
-from lmrl.recipe.files import load_recipe, stages_of, to_yaml
+from lmrl.recipe.files import is_suite, load_recipe, stages_of, to_yaml
 
 
 def command(
-    name: Annotated[str, typer.Argument(help="A recipe's file or name")],
+    name: Annotated[str, typer.Argument(help="The file or name of a recipe or a suite")],
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Show a recipe with all defaults, what a step does, and how much memory it takes."""
-    recipe = load_recipe(name, overrides or [])
+    """Show a recipe with all defaults, what a step does, and how much memory it takes; or a suite with all defaults."""
     console = Console(highlight=False)
+    if is_suite(name):
+        from lmrl.evaluation.suites import load_suite
+
+        console.print(to_yaml(load_suite(name, overrides or [])), markup=False, soft_wrap=True)
+        return
+    recipe = load_recipe(name, overrides or [])
     console.print(to_yaml(recipe), markup=False, soft_wrap=True)
     for stage, resolved in stages_of(recipe).items():
         console.print(f"[bold]stage {stage}[/bold] ({resolved.objective.name})")

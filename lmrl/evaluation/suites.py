@@ -41,6 +41,11 @@ def load_suite(name: str | Path, overrides: list[str] = (), task: dict[str, Any]
     is then played with the run's own settings: its graph, its held-out prompts, its rewards.
     """
     document = read_yaml(find_yaml(name, "eval"))
+    if "objective" in document.data:
+        raise RecipeError(
+            f"{document.path} is a recipe, and no suite: a suite has a task, and maybe rollouts, episodes, samples and "
+            "metrics"
+        )
     resolve_files(document.data, document.path.parent)
     own = document.data.get("task")
     follows = document.data.get("follows_run") is True and task is not None and isinstance(own, dict)

@@ -19,6 +19,7 @@ from lmrl import registry
 from lmrl.errors import DataError, PluginError, RecipeError, did_you_mean
 from lmrl.recipe import CHOICES, MAIN_STAGE, REWARD_MODEL, STAGE_PREFIX, EpisodeLimits, Recipe, Reward
 from lmrl.recipe.methods import check_arguments, spelled_out, take_arguments
+from lmrl.recipe.suggestions import suggest
 from lmrl.recipe.task import as_rewards
 
 Keys = tuple[str | int, ...]
@@ -41,9 +42,14 @@ class Document:
     data: dict[str, Any]
     path: Path | None = None
     places: dict[Keys, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """For the user, once all is found to be right."""
 
     def place(self, keys: Keys) -> str:
-        """Where a key, or its nearest written parent, stands."""
+        """Where a key, what is below it, or its nearest written parent stands."""
+        below = [place for known, place in self.places.items() if known[: len(keys)] == keys]
+        if keys and keys not in self.places and below:
+            return below[0]
         for end in range(len(keys), 0, -1):
             if keys[:end] in self.places:
                 return self.places[keys[:end]]
@@ -91,6 +97,8 @@ def find_yaml(name: str | Path, kind: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
+    if path.is_dir():
+        raise RecipeError(f"'{name}' is a folder, and no {noun}: name a {noun}'s file")
     if path.suffix in (".yaml", ".yml"):
         raise RecipeError(f"{noun} file '{name}' does not exist")
     names = shipped_names(kind)
@@ -100,6 +108,15 @@ def find_yaml(name: str | Path, kind: str) -> Path:
         return Path(registry.load("suite", str(name), "suite"))
     names = [*names, *(registry.names("suite") if kind == "eval" else ())]
     raise RecipeError(f"no {noun} called '{name}'{did_you_mean(str(name), names)}")
+
+
+def is_suite(name: str) -> bool:
+    """True if a name or file is a suite: it has a task, and neither a model nor an objective, which every recipe has."""
+    path = Path(name)
+    if path.is_file():
+        keys = read_yaml(path).data.keys()
+        return "task" in keys and not keys & {"model", "objective"}
+    return name in shipped_names("eval") and name not in shipped_names("recipes")
 
 
 def find_file(name: str, beside: Path, key: str) -> str:
@@ -205,7 +222,7 @@ def apply_override(document: Document, override: str) -> None:
     last = keys[-1]
     section = keys[-2] if len(keys) > 1 else None
     if section in CHOICES and last == CHOICES[section][0] and target.get(last) != value:
-        _keep_shared(section, target, value, override)
+        _keep_shared(section, target, override, document.notes)
     _put(target, last, value, keys, override)
     document.places[keys] = f"override {override}"
 
@@ -225,7 +242,7 @@ def _check_stage(data: dict[str, Any], keys: Keys, override: str) -> None:
     )
 
 
-def _keep_shared(section: str, given: dict[str, Any], name: Any, override: str) -> None:
+def _keep_shared(section: str, given: dict[str, Any], override: str, notes: list[str]) -> None:
     """Leave out the keys that another task, source or objective cannot have, and say which; what holds for any task stays."""
     shared = EpisodeLimits.model_fields if section == "task" and "environment" in given else ()
     lost = [key for key in given if key not in shared and key != CHOICES[section][0]]
@@ -233,10 +250,7 @@ def _keep_shared(section: str, given: dict[str, Any], name: Any, override: str) 
         given.pop(key, None)
     if lost:
         left = ", ".join(f"{section}.{key}" for key in lost)
-        print(
-            f"lmrl: note: override {override} leaves out {left} of the recipe, which may not go with it",
-            file=sys.stderr,
-        )
+        notes.append(f"override {override} leaves out {left} of the recipe, which may not go with it")
 
 
 def _child(target: Any, key: str | int, keys: Keys, override: str) -> Any:
@@ -264,11 +278,14 @@ def _put(target: Any, key: str | int, value: Any, keys: Keys, override: str) -> 
 def validate(schema: type[BaseModel], document: Document, prefix: Keys = ()) -> BaseModel:
     """Check plain data against a schema; the first mistake becomes one line with its key, place and nearest name."""
     try:
-        return schema.model_validate(document.data)
+        valid = schema.model_validate(document.data)
     except ValidationError as error:
         mistakes = error.errors()
         more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
         raise RecipeError(_explain(schema, document, mistakes[0], prefix) + more) from error
+    while document.notes:
+        print(f"lmrl: note: {document.notes.pop(0)}", file=sys.stderr)
+    return valid
 
 
 def _explain(schema: type[BaseModel], document: Document, mistake: dict[str, Any], prefix: Keys) -> str:
@@ -278,9 +295,11 @@ def _explain(schema: type[BaseModel], document: Document, mistake: dict[str, Any
     kind = mistake["type"]
     if kind == "extra_forbidden":
         parent = _schema_at(schema, document.data, keys[:-1])
-        above = f"{dotted(prefix + keys[:-1])}." if prefix + keys[:-1] else ""
-        valid = [above + name for name in parent.model_fields] if parent else []
-        return f"unknown key '{name}' ({place}){did_you_mean(name, valid)}"
+        valid = list(parent.model_fields) if parent else []
+        hint = suggest(str(keys[-1]), valid, _sections(schema, document.data), dotted(keys[:-1]))
+        if prefix:
+            hint = hint.replace("mean '", f"mean '{dotted(prefix)}.")
+        return f"unknown key '{name}' ({place}){hint}"
     if kind == "missing":
         return f"missing key '{name}' ({place})"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
@@ -292,10 +311,31 @@ def _explain(schema: type[BaseModel], document: Document, mistake: dict[str, Any
         if given is None:
             return f"missing key '{name}.{key}' ({place}){did_you_mean('', valid)}"
         return f"'{name}.{key}' names no known {keys[-1]}: '{given}' ({place}){did_you_mean(str(given), valid)}"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        section = _schema_at(schema, document.data | {keys[0]: None}, keys[:1]) if len(keys) == 1 else None
+        example = f", for instance {name}.{next(iter(section.model_fields))}=..." if section else ""
+        return f"wrong value for '{name}' ({place}): expected keys with values{example}, got {_shown(mistake['input'])}"
     message = mistake["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{name + ': ' if name else ''}{message} ({place})"
-    return f"wrong value for '{name}' ({place}): {message[0].lower()}{message[1:]}, got {mistake['input']!r}"
+    return f"wrong value for '{name}' ({place}): {message[0].lower()}{message[1:]}, got {_shown(mistake['input'])}"
+
+
+def _shown(value: Any) -> str:
+    """A wrong value, as short as a line has room for."""
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _sections(schema: Any, data: Any, above: Keys = ()) -> dict[str, list[str]]:
+    """The keys of every section that `data` has or could have, by its dotted name ('' for the top level)."""
+    section = _schema_at(schema, data, above)
+    if section is None or len(above) > 2:
+        return {}
+    found = {dotted(above): list(section.model_fields)}
+    for name in section.model_fields:
+        found |= _sections(schema, data, (*above, name))
+    return found
 
 
 def _schema_at(schema: Any, data: Any, keys: Keys) -> type[BaseModel] | None:

@@ -9,6 +9,19 @@ from pydantic import Field, model_validator
 from lmrl.recipe.base import Section
 
 
+SIZES = (
+    "hidden_size",
+    "n_embd",
+    "num_hidden_layers",
+    "n_layer",
+    "num_attention_heads",
+    "n_head",
+    "num_key_value_heads",
+)
+SIZES += ("head_dim", "intermediate_size", "n_inner", "vocab_size", "max_position_embeddings", "n_positions")
+"""What transformers' configurations call sizes, which are whole numbers."""
+
+
 class Lora(Section):
     """Low-rank adapters through peft."""
 
@@ -45,6 +58,10 @@ class Model(Section):
             raise ValueError("needs `path` (hub name, folder or GGUF file) or `config` (a model built from scratch)")
         if self.path is not None:
             self.config = None  # so that one override, model.path=..., puts a real model into any recipe
+        for name in SIZES:
+            size = (self.config or {}).get(name)
+            if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+                raise ValueError(f"`config.{name}`: expected a whole number of at least 1, got {size!r:.60}")
         if self.config is not None and self.lora is not None:
             raise ValueError(
                 "`lora` adapts a pretrained model: give `path`, or train the model from scratch without it"
