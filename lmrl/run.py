@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -26,11 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from lmrl.errors import RunError
+from lmrl.local_names import MODEL_FILES, refuse_missing
 from lmrl.recipe import MAIN_STAGE, OWN_TASK, Recipe
-from lmrl.recipe.files import read_yaml, to_yaml, validate
+from lmrl.recipe.files import dotted, read_yaml, stages_of, to_yaml, validate
 
 RECIPE_FILE, VERSIONS_FILE, RESULTS_FILE = "recipe.yaml", "versions.json", "results.json"
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
+OF_A_START = {".lock", RECIPE_FILE, VERSIONS_FILE, METRICS_FILE, SAMPLES_FILE, "bad_rows.jsonl", "stages", "trackers"}
+"""What a run may leave that has not made its first step."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "gymnasium", "numpy", "tokenizers")
 FREE_TO_CHANGE = (
     ("training", "checkpoint_every"),
@@ -41,6 +45,11 @@ FREE_TO_CHANGE = (
     ("tracking",),
 )
 """Recipe keys that a resumed run may change, because they do not touch what is computed, or only its rounding."""
+STEPS = ("training", "steps")
+"""Of the recipe, or of a stage: a resumed run may have more."""
+
+
+STEP = re.compile(r"step-[0-9]+")
 
 
 class Run:
@@ -50,6 +59,8 @@ class Run:
         """writes: False for a process that leaves writing to the main one."""
         self.folder, self.recipe, self.writes = folder, recipe, writes
         self._files: dict[str, Any] = {}
+        self.new: list[Path] = []
+        """Folders that were made for this run, the innermost first."""
         self._process = os.getpid()
         if not self.writes:
             return
@@ -63,14 +74,23 @@ class Run:
     @classmethod
     def create(cls, folder: Path, recipe: Recipe) -> Run:
         """A new run in an empty or absent folder."""
-        # What a run killed while it was being created leaves behind is no reason to refuse the folder.
-        if folder.is_dir() and any(path.name not in (".lock", VERSIONS_FILE) for path in _visible(folder)):
-            raise RunError(f"{folder} exists and is not empty: resume it with --resume, or choose another --output")
+        if folder.is_dir() and not is_blank(folder):
+            if (folder / RECIPE_FILE).is_file():
+                raise RunError(f"{folder} holds a run: go on with it by --resume, or choose another --output")
+            if has_steps(folder):
+                raise RunError(
+                    f"{folder} holds a run without its {RECIPE_FILE}: put that back and resume it, or choose another "
+                    "--output"
+                )
+            raise RunError(f"{folder} exists and is not empty: choose another --output")
+        new = [one for one in (folder, *folder.parents) if not one.exists()]
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"--output: cannot make the folder {folder}: {error.strerror}") from error
         run = cls(folder, recipe)
+        run.new = new
+        run._clear()
         write_atomically(folder / VERSIONS_FILE, json.dumps(describe_machine(), indent=2) + "\n")
         write_atomically(folder / RECIPE_FILE, to_yaml(recipe))  # last: a folder with a recipe is a run
         return run
@@ -82,6 +102,7 @@ class Run:
         if recipe is not None:
             recipe = _as_before(recipe, folder)
             different = _differences(own.model_dump(mode="json"), recipe.model_dump(mode="json"))
+            _refuse_fewer_steps(folder, own, recipe)
             if different:
                 raise RunError(
                     f"{folder} was made by another recipe: '{'.'.join(different[0])}' differs"
@@ -89,6 +110,28 @@ class Run:
                     "resume it without overrides, or start a new run with another --output"
                 )
         return cls(folder, recipe or own)
+
+    def discard(self) -> None:
+        """Remove a run that was refused: all that it made, as long as nothing was sampled or learned."""
+        if not self.writes or (self.folder / SAMPLES_FILE).exists() or not is_blank(self.folder):
+            return
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        self._clear()
+        (self.folder / ".lock").unlink(missing_ok=True)
+        for folder in self.new:
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
+
+    def _clear(self) -> None:
+        """Remove what a start that came to nothing has left."""
+        for path in [*self.folder.iterdir()]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != ".lock":
+                path.unlink()
 
     # -------------------------------------------------------------------------------------------------------- writing
     def record(self, line: dict[str, Any]) -> None:
@@ -166,7 +209,7 @@ class Run:
 
     def checkpoints(self, stage: str) -> list[Path]:
         """Complete checkpoints of a stage, oldest first."""
-        return sorted((self.stage_folder(stage) / "checkpoints").glob("step-*"))
+        return checkpoints_in(self.stage_folder(stage))
 
     def write_folder(self, target: Path, write: Callable[[Path], None], anyone: bool = False) -> None:
         """Fill a folder that appears by one rename; an existing one is left as it is. anyone: also by a process that leaves
@@ -209,8 +252,22 @@ class Run:
                 shutil.rmtree(doomed)
 
 
-def _visible(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if not path.name.startswith(".writing-")]
+def is_blank(folder: Path) -> bool:
+    """True if a folder holds nothing, or only what a run leaves that was refused, or ended otherwise, before its first step."""
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".writing-")}
+    if names <= {".lock", VERSIONS_FILE}:
+        return True
+    started = {RECIPE_FILE, VERSIONS_FILE, ".lock"} <= names
+    return started and names <= OF_A_START and not has_steps(folder)
+
+
+def has_steps(folder: Path) -> bool:
+    """True if a run's folder holds a step's line, a checkpoint or a result."""
+    if any(one for pattern in ("*/checkpoints/*", "*/final") for one in (folder / "stages").glob(pattern)):
+        return True
+    path = folder / METRICS_FILE
+    lines = [_line(text) for text in path.read_bytes().splitlines()] if path.is_file() else []
+    return any(line is None or line.get("kind") == "train" for line in lines)
 
 
 def _line(text: bytes) -> dict[str, Any] | None:
@@ -227,6 +284,12 @@ def step_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
+def checkpoints_in(stage: Path) -> list[Path]:
+    """Checkpoints in a stage's folder, oldest first; folders of other names (`step-old`) are none."""
+    found = [path for path in (stage / "checkpoints").glob("step-*") if STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
 def read_recipe(folder: Path) -> Recipe:
     """The resolved recipe of a run folder."""
     if not (folder / RECIPE_FILE).is_file():
@@ -237,9 +300,7 @@ def read_recipe(folder: Path) -> Recipe:
 def final_checkpoint(folder: Path, which: str = "final") -> Path:
     """A checkpoint folder of a run's last stage: `final` (or the newest there is), `best`, or `step-N`."""
     stage = folder / "stages" / MAIN_STAGE
-    if not stage.is_dir():
-        raise RunError(f"{folder}: its last stage has no checkpoint yet; resume it with: lmrl train {folder} --resume")
-    checkpoints = sorted((stage / "checkpoints").glob("step-*"))
+    checkpoints = checkpoints_in(stage)
     if which == "best":
         newest = [stage / "final"] if (stage / "final").exists() else checkpoints[-1:]
         best = json.loads((newest[0] / "state" / "trainer.json").read_text())["best"] if newest else None
@@ -249,13 +310,50 @@ def final_checkpoint(folder: Path, which: str = "final") -> Path:
             return stage / "final"
         if checkpoints:
             return checkpoints[-1]
-        raise RunError(f"{folder}: its last stage has no checkpoint yet; resume it with: lmrl train {folder} --resume")
+        raise RunError(_no_checkpoint(folder))
     step = which.removeprefix("step-")
     found = stage / "checkpoints" / (step_name(int(step)) if step.isdigit() else which)
     if not found.exists():
+        if not checkpoints and not (stage / "final").exists():
+            raise RunError(_no_checkpoint(folder))
         names = ", ".join([path.name for path in checkpoints] + ["final", "best"])
         raise RunError(f"{folder} has no checkpoint '{which}'; there are: {names}")
     return found
+
+
+def _no_checkpoint(folder: Path) -> str:
+    resumable = (folder / RECIPE_FILE).is_file()
+    fix = f"go on with it by: lmrl train {folder} --resume" if resumable else f"its {RECIPE_FILE} is missing, too"
+    return f"{folder}: its last stage has no checkpoint yet: {fix}"
+
+
+def checkpoint_of(policy: str, which: str = "final", key: str = "policy") -> str:
+    """What a policy's name means: a checkpoint folder of a run, a model's folder or GGUF file, or a name on the hub.
+
+    which: of a run, see `final_checkpoint`. Raises DataError or RunError for what is none of these.
+    """
+    path = Path(policy).expanduser()
+    if not path.exists():
+        refuse_missing(policy, key)
+        return policy
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise RunError(
+                f"{key}: '{policy}' is a file: name a run folder, a checkpoint, a model folder or a GGUF file"
+            )
+        return str(path)
+    if (path / RECIPE_FILE).is_file() or (path / "stages").is_dir():
+        found = final_checkpoint(path, which)
+        if not any((found / name).exists() for name in MODEL_FILES):
+            raise RunError(f"checkpoint {found} is incomplete, it holds no model: choose another one, --checkpoint step-N")
+        return str(found)
+    if which != "final":
+        raise RunError(f"--checkpoint {which}: '{policy}' is no run folder, which this chooses from: leave it out")
+    if not any((path / name).exists() for name in MODEL_FILES):
+        inner = sorted(one.parent for one in path.glob(f"*/{RECIPE_FILE}"))
+        hint = f": did you mean '{inner[-1]}'?" if inner else " (a model's folder holds a config.json)"
+        raise RunError(f"{key}: '{policy}' is neither a run folder nor a checkpoint or model{hint}")
+    return str(path)
 
 
 def latest_run(root: Path = Path("runs")) -> Path:
@@ -317,9 +415,22 @@ def _as_before(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update={"evaluation": evaluation.model_copy(update={"suite": suite, "every": every})})
 
 
+def _refuse_fewer_steps(folder: Path, old: Recipe, new: Recipe) -> None:
+    after = stages_of(new)
+    for name, stage in stages_of(old).items():
+        before, now = stage.training.steps, after[name].training.steps if name in after else stage.training.steps
+        if now < before:
+            key = dotted(STEPS if name == MAIN_STAGE else ("stages", name, *STEPS))
+            raise RunError(
+                f"{folder}: {key}={now} is less than the run's {before}: a resumed run may only have more steps"
+            )
+
+
 def _differences(old: Any, new: Any, keys: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    if keys in FREE_TO_CHANGE or old == new:
+    if keys in FREE_TO_CHANGE or old == new or keys == STEPS or keys[:1] == ("stages",) and keys[2:] == STEPS:
         return []
+    if keys[:1] == ("stages",) and keys[2:] == STEPS[:1]:  # a stage that leaves all of `training` to the recipe
+        old, new = old or {}, new or {}
     if isinstance(old, dict) and isinstance(new, dict):
         names = dict.fromkeys([*old, *new])
         return [found for name in names for found in _differences(old.get(name), new.get(name), (*keys, name))]

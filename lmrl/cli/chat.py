@@ -41,8 +41,8 @@ def command(
         raise RecipeError(f"chat takes one policy or two, got {len(policies)}")
     from lmrl.chat import Speaker
     from lmrl.engines.base import Sampling
-    from lmrl.evaluation.api import checkpoint_of
     from lmrl.policy.load import open_policy
+    from lmrl.run import checkpoint_of
 
     sampling = Sampling(max_new_tokens, temperature, beta=beta)
     speakers = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ import typer
 
 from lmrl.cli.common import Debug
 from lmrl.errors import RecipeError
+from lmrl.local_names import refuse_missing
 from lmrl.recipe import Rollouts, Section, TaskSection
 from lmrl.recipe.files import Document, apply_override, merge, resolve_files, validate
 from lmrl.recipe.source import Players
@@ -101,7 +103,10 @@ def resolve(environment: str | None, overrides: list[str], saved: dict[str, Any]
         if "environment" not in saved.get("task", {}):
             document.data["task"] = {"environment": environment}  # a task of prompts has other keys
     if "task" not in document.data:
-        raise RecipeError("name what to play: --environment NAME (lmrl ls environments shows them)")
+        raise RecipeError(
+            "the policy does not say what it was trained for: name what to play, --environment NAME (lmrl ls environments "
+            "shows them)"
+        )
     for override in overrides:
         apply_override(document, override)
     resolve_files(document.data, Path.cwd())
@@ -144,6 +149,11 @@ def open_player(
 
     local = Path(policy).exists()
     path, dtype, saved = _saved(policy, checkpoint) if local else (policy, "float32", {})
+    if not local and environment is None and not any(change.startswith("task") for change in overrides):
+        raise RecipeError(
+            f"'{policy}' is no folder here; to have a scripted player or a model of the hub play, name the environment: "
+            "--environment NAME (lmrl ls environments shows them)"
+        )
     plan = resolve(environment, overrides, saved)
     make = None if local or isinstance(plan.task, PromptTask) else environment_factory(plan.task)
     players = parse_players(policy) if make else None
@@ -154,6 +164,13 @@ def open_player(
         task = build_task(plan.task.model_copy(update={"chat": False}), build_tokenizer("char", ()))
         check_players(task, players, "POLICY")
         return Player(Sampler(task), plan.rollouts, players, policy, check)
+
+    if make and (near := difflib.get_close_matches(policy, getattr(make(), "players", ()))):
+        raise RecipeError(
+            f"'{policy}' is no player of environment '{plan.task.environment}'; did you mean '{near[0]}'?"
+        )
+    if not local:
+        refuse_missing(policy, "policy")
 
     import torch
 
@@ -171,12 +188,12 @@ def open_player(
 def _saved(policy: str, checkpoint: str) -> tuple[str, str, dict[str, Any]]:
     """Checkpoint folder, dtype, and task and rollouts of the run that made it, where it says so."""
     from lmrl.evaluation.api import TASK_FILE, saved_task
-    from lmrl.run import RECIPE_FILE, final_checkpoint, read_recipe
+    from lmrl.run import RECIPE_FILE, checkpoint_of, read_recipe
 
-    path, saved, dtype = Path(policy), {}, "float32"
-    if (path / RECIPE_FILE).is_file():
-        saved["rollouts"] = read_recipe(path).rollouts.model_dump(mode="json")
-        path = final_checkpoint(path, checkpoint)
+    saved, dtype = {}, "float32"
+    path = Path(checkpoint_of(policy, checkpoint))
+    if (Path(policy) / RECIPE_FILE).is_file():
+        saved["rollouts"] = read_recipe(Path(policy)).rollouts.model_dump(mode="json")
     if (path / TASK_FILE).is_file():
         found = saved_task(path)
         saved["task"], dtype = found["task"], found["dtype"]

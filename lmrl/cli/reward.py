@@ -144,13 +144,33 @@ def _spec(reward: str, options: list[str] | None):
     import yaml
 
     from lmrl.errors import RecipeError
+    from lmrl.local_names import refuse_missing
     from lmrl.recipe import Reward
+
+    file, colon, _ = reward.rpartition(":")
+    if reward.startswith(("http://", "https://")):
+        kind = "url"
+    elif Path(reward).is_dir():
+        kind = "model"
+    elif colon and file.endswith(".py"):
+        kind = "function"
+        if not Path(file).is_file():
+            raise RecipeError(f"reward: file '{file}' does not exist (looked in {Path.cwd()})")
+    elif reward.endswith(".py"):
+        raise RecipeError(f"reward: '{reward}' does not say which function: {reward}:NAME")
+    elif "/" in reward or ":" in reward:
+        refuse_missing(reward, "reward")
+        kind = "model"
+    else:
+        kind = "function"
 
     given = {}
     for option in options or []:
         name, equals, value = option.partition("=")
-        if not equals:
+        if not equals or not name:
             raise RecipeError(f"--option {option}: expected NAME=VALUE")
-        given[name] = yaml.safe_load(value)
-    kind = "url" if reward.startswith(("http://", "https://")) else "model" if Path(reward).is_dir() else "function"
+        try:
+            given[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--option {option}: the value is not valid YAML") from error
     return Reward(**{kind: reward, "options": given})

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from lmrl.cli.common import Debug, Overrides
-from lmrl.errors import COLLAPSED, RecipeError
+from lmrl.errors import COLLAPSED, RecipeError, RunError
 from lmrl.recipe import MAIN_STAGE, DatasetOptions, Recipe
-from lmrl.recipe.files import find_launch, load_recipe, stages_of
-from lmrl.run import RECIPE_FILE, latest_run
+from lmrl.recipe.files import find_launch, load_recipe, shipped_names, stages_of
+from lmrl.run import RECIPE_FILE, is_blank, latest_run
 
 
 def command(
@@ -68,8 +68,8 @@ def command(
     if is_run and not resume:
         raise RecipeError(f"'{name}' is a run folder: go on with it by --resume")
     recipe = load_recipe(name, overrides or []) if name is not None and not is_run else None
-    if recipe is None and overrides:
-        raise RecipeError("a resumed run keeps its recipe: leave the overrides out, or name the recipe as well")
+    if recipe is None and overrides:  # of the run's own recipe, such as more steps
+        recipe = load_recipe(folder / RECIPE_FILE, overrides)
 
     if skip_bad_rows:
         _skip_bad_rows(recipe)
@@ -150,8 +150,18 @@ def _run_to_resume(name: str | None, output: Path | None) -> Path | None:
     """The run folder that --resume means, or None where there is none yet and the recipe starts over."""
     if name is not None and (Path(name) / RECIPE_FILE).is_file():
         return Path(name)
+    folder = output if output is not None else Path(name) if name is not None and Path(name).is_dir() else None
+    if folder is not None and folder.is_dir() and not (folder / RECIPE_FILE).is_file() and not is_blank(folder):
+        raise RunError(
+            f"{folder} holds no {RECIPE_FILE}, by which a run is resumed: put it back, or start a new run with another "
+            "--output"
+        )
     if output is not None:
+        if name is None and not (output / RECIPE_FILE).is_file():
+            raise RecipeError(f"there is no run in {output} to resume: name a recipe to start one there")
         return output if (output / RECIPE_FILE).is_file() else None
     if name is not None:
+        if "/" in name and name not in shipped_names("recipes") and not Path(name).is_file():
+            raise RunError(f"there is no run folder '{name}' to resume")
         raise RecipeError("--resume needs the run: lmrl train FOLDER --resume, or --output FOLDER beside the recipe")
     return latest_run()

@@ -15,7 +15,7 @@ from lmrl.evaluation.evaluate import Evaluator, Scores
 from lmrl.evaluation.suites import load_suite, own_suite
 from lmrl.policy.load import open_policy
 from lmrl.recipe.files import locate_rewards
-from lmrl.run import RECIPE_FILE, final_checkpoint, read_recipe
+from lmrl.run import RECIPE_FILE, checkpoint_of, read_recipe
 from lmrl.trajectories.trajectory import Trajectory
 
 TASK_FILE = "lmrl.json"
@@ -109,7 +109,7 @@ def evaluator_for(
     trust_remote_code: bool = False,
 ) -> Evaluator:
     """A saved policy and the suite it is scored on, loaded; see `evaluate`."""
-    path = checkpoint_of(policy, checkpoint)
+    path = checkpoint_of(str(policy), checkpoint)
     task, dtype = None, "float32"
     if (Path(path) / TASK_FILE).is_file():
         saved = saved_task(Path(path))
@@ -125,12 +125,6 @@ def evaluator_for(
     if suite is None:
         size_own(evaluator, {override.partition("=")[0] for override in overrides})
     return evaluator
-
-
-def checkpoint_of(policy: str | Path, checkpoint: str = "final") -> str:
-    """A policy's folder or name; of a run the checkpoint's folder."""
-    is_run = (Path(policy) / "stages").is_dir()
-    return str(final_checkpoint(Path(policy), checkpoint)) if is_run else str(policy)
 
 
 def size_own(evaluator: Evaluator, overridden: set[str]) -> None:

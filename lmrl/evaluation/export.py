@@ -13,7 +13,7 @@ from lmrl.evaluation.api import TASK_FILE, evaluator_for
 from lmrl.evaluation.evaluate import Evaluator, Scores
 from lmrl.policy.export import save_adapter, save_plain
 from lmrl.policy.load import open_policy
-from lmrl.run import final_checkpoint
+from lmrl.run import checkpoint_of
 
 
 @dataclass
@@ -45,8 +45,7 @@ def export(
     """
     if destination.is_file() or destination.is_dir() and any(destination.iterdir()):
         raise RunError(f"{destination} is not an empty folder: choose another destination")
-    path = Path(policy)
-    path = final_checkpoint(path, checkpoint) if (path / "stages").is_dir() else path
+    path = Path(checkpoint_of(str(policy), checkpoint))
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".export-") as scratch:
         written = Path(scratch) / "model"

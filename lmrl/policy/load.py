@@ -14,8 +14,10 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 
-from lmrl.errors import ModelError, did_you_mean
+from lmrl.errors import DataError, ModelError, did_you_mean
+from lmrl.local_names import refuse_missing as refuse_missing_path
 from lmrl.policy.classifier import Classifier
+from lmrl.policy.failures import broken_file, load_failure
 from lmrl.policy.heads import HeadsSpec
 from lmrl.policy.policy import REFERENCE_ADAPTER, Policy, saved_heads
 from lmrl.policy.tokenizers import build_tokenizer
@@ -83,7 +85,7 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 def open_policy(path: str, dtype: str = "float32", trust_remote_code: bool = False) -> Policy:
     """Any saved policy, with its Q heads if it has any, to be used and not trained: hub name, folder, GGUF file, adapter or run."""
-    model, tokenizer = _open(path, dtype, trust_remote_code)
+    model, tokenizer = _open(path, dtype, trust_remote_code, key="policy")
     folder = newest_checkpoint(path)
     heads = saved_heads(folder)
     policy = Policy(model.requires_grad_(False), tokenizer, heads if heads is not None and heads.q else None)
@@ -253,8 +255,7 @@ def _open(
             name, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **arguments, **more
         )
     except Exception as error:  # missing, torn, not a model, refused remote code: every library has kinds of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{key}: '{path}' cannot be loaded: {reason}") from error
+        raise ModelError(load_failure(path, key, error)) from error
     if auto is CAUSAL_LM and _is_classifier(model.config):
         raise ModelError(
             f"{key}: '{path}' is a sequence classifier, such as a reward model, and no language model: name it as "
@@ -316,7 +317,10 @@ def _open_adapter(
 ) -> tuple[nn.Module, Any]:
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 
-    config = PeftConfig.from_pretrained(str(folder))
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # no JSON, or a type that this version does not know
+        raise ModelError(load_failure(str(folder), key, error)) from error
     if auto is CLASSIFIER:
         labels = _labels_of_adapter(folder)
         if complete and labels is None:
@@ -327,9 +331,17 @@ def _open_adapter(
         config.task_type = None  # an adapter of a language model fits the trunk of a classifier
     elif str(config.task_type).endswith("SEQ_CLS"):
         raise ModelError(f"{key}: '{folder}' is an adapter of a sequence classifier, and of no language model")
-    base = config.base_model_name_or_path
+    base = _base_of(folder, config, key)
     model, tokenizer = _open(base, dtype, trust_remote_code, config.revision, auto=auto, key=key, **more)
-    model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
+    try:
+        model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
+    except Exception as error:  # torn weights, layers or sizes that the base does not have
+        if broken_file(folder) is None:
+            raise ModelError(
+                f"{key}: the adapter '{folder}' does not fit its base '{base}', which may have been replaced: "
+                f"{str(error).strip().splitlines()[0]}"
+            ) from error
+        raise ModelError(load_failure(str(folder), key, error)) from error
     present = set(load_peft_weights(str(folder), device="cpu"))
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     if lost := sorted(set(expected) - present):
@@ -337,6 +349,22 @@ def _open_adapter(
     if (folder / "tokenizer_config.json").exists():
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
     return model, tokenizer
+
+
+def _base_of(folder: Path, config: Any, key: str) -> str:
+    """The model that an adapter belongs to. Raises ModelError where it is not named, or no longer there."""
+    base = config.base_model_name_or_path
+    place = f"base_model_name_or_path in {folder / ADAPTER_CONFIG}"
+    if not base:
+        raise ModelError(f"{key}: the adapter '{folder}' does not say which model it belongs to: set {place}")
+    try:
+        refuse_missing_path(base, key)
+    except DataError as error:
+        raise ModelError(
+            f"{key}: the adapter '{folder}' belongs to the model '{base}', which is not there: put it back, or set {place} "
+            "to where it is now"
+        ) from error
+    return base
 
 
 def _labels_of_adapter(folder: Path) -> int | None:

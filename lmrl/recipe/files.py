@@ -17,6 +17,7 @@ from pydantic_core import PydanticSerializationError
 
 from lmrl import registry
 from lmrl.errors import DataError, PluginError, RecipeError, did_you_mean
+from lmrl.local_names import refuse_missing
 from lmrl.recipe import CHOICES, MAIN_STAGE, REWARD_MODEL, STAGE_PREFIX, EpisodeLimits, Recipe, Reward
 from lmrl.recipe.methods import check_arguments, spelled_out, take_arguments
 from lmrl.recipe.suggestions import suggest
@@ -495,12 +496,10 @@ def _looks_local(name: str) -> bool:
 
 def _model_path(name: str, beside: Path, key: str) -> str:
     name = str(Path(name).expanduser()) if name.startswith("~") else name
-    if Path(name).exists():
-        return str(Path(name).resolve())
-    if name.startswith((".", "/")) or name.endswith(".gguf"):
-        return find_file(name, beside, key)
-    if name.count("/") > 1:
-        raise DataError(f"{key}: '{name}' is no folder or file here, and no hub name (a hub name is OWNER/NAME)")
+    for place in (Path(name), beside / name):
+        if place.exists():
+            return str(place.resolve())
+    refuse_missing(name, key)
     return name
 
 
@@ -511,7 +510,10 @@ def _reward_model(name: Any, beside: Path, key: str) -> Any:
 
 def _data_path(name: str, beside: Path, key: str) -> str:
     name = str(Path(name).expanduser()) if name.startswith("~") else name
-    return find_file(name, beside, key) if _looks_local(name) or Path(name).exists() else name
+    if _looks_local(name) or Path(name).exists() or (beside / name).exists():
+        return find_file(name, beside, key)
+    refuse_missing(name, key, "dataset")
+    return name
 
 
 def _suite_path(name: str, beside: Path, key: str) -> str:

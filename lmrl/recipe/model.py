@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from lmrl.recipe.base import Section
 
-
 SIZES = (
     "hidden_size",
     "n_embd",

@@ -28,6 +28,7 @@ from lmrl.run import RESULTS_FILE, Run, read_recipe, write_atomically
 from lmrl.training.build import build_stage
 from lmrl.training.checkpoint import STATE
 from lmrl.training.display import Display
+from lmrl.training.extend import extend
 from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.monitoring.measures import peak_memory_mb
 from lmrl.training.parallel.launch import build_strategy, check_launch
@@ -79,13 +80,24 @@ def train(
 def resume_run(folder: Path, recipe: Recipe | None = None, display: Display | None = None) -> Result:
     """Go on with a run; recipe: None takes the run's own."""
     folder = folder.resolve()
-    accelerator = join(recipe or read_recipe(folder))
-    run = _open(lambda: Run.resume(folder, recipe), folder)
-    return _execute(run, accelerator, display or Display(), resumed=True)
+    before, display = read_recipe(folder), display or Display()
+    accelerator = join(recipe or before)
+    notes: list[str] = []
+
+    def reopen() -> Run:
+        run = Run.resume(folder, recipe)
+        notes.extend(extend(run, before))
+        return run
+
+    run = _open(reopen, folder)
+    for note in notes:
+        display.say(f"note: {note}")
+    return _execute(run, accelerator, display, resumed=True)
 
 
 def dry_run(recipe: Recipe, display: Display | None = None) -> None:
     """Try everything a run would do on a tiny scale: every stage, one step, a few episodes, in a temporary folder."""
+    check_trackers(recipe)
     data = recipe.model_dump(mode="json")
     for section in [data, *data["stages"].values()]:
         section.setdefault("training", {})["steps"] = 1 + recipe.rollouts.ahead
@@ -120,6 +132,13 @@ def default_output(name: str) -> Path:
     return folder
 
 
+def check_trackers(recipe: Recipe) -> None:
+    """Raise RecipeError for a tracker that is not installed."""
+    for tracker in recipe.tracking.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise RecipeError(f"tracking.trackers: '{tracker}' is not installed: pip install {tracker}")
+
+
 def join(recipe: Recipe) -> Any:
     """Meet the other processes of this launch, if there are any; returns accelerate's Accelerator."""
     if not torch.accelerator.is_available():
@@ -129,9 +148,7 @@ def join(recipe: Recipe) -> Any:
     from accelerate import Accelerator
 
     keep_freed_memory()
-    for tracker in recipe.tracking.trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise RecipeError(f"tracking.trackers: '{tracker}' is not installed: pip install {tracker}")
+    check_trackers(recipe)
     trackers = recipe.tracking.trackers or None
     accelerator = Accelerator(log_with=trackers, project_dir=".")  # the run folder, which is not known yet, replaces it
     check_launch(accelerator, recipe)
@@ -208,6 +225,10 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
                 offset += stage_recipe.training.steps
         except Interrupted:
             display.say(f"interrupted; go on with: lmrl train {run.folder} --resume")
+            raise
+        except LmrlError as error:
+            if error.exit_code == 2 and not resumed:  # refused: the folder is free for the next try
+                run.discard()
             raise
     for tracker in accelerator.trackers:
         tracker.finish()

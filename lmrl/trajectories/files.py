@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lmrl.errors import DataError
+from lmrl.local_names import refuse_missing
 
 Row = dict[str, Any]
 SCAN_ROWS = 256
@@ -155,6 +156,7 @@ def open_rows(path: str, split: str = "train") -> Rows:
             raise DataError(f"{path}: the folder holds no Parquet shards (*.parquet)")
         rows: Rows = _open_parquet(shards)
     elif not file.is_file():
+        refuse_missing(path, "data", "dataset")
         rows = _open_hub(path, split)
     elif file.name.endswith((".jsonl", ".jsonl.gz", ".json")):
         rows = JsonLines(file)
@@ -214,7 +216,9 @@ def _open_hub(name: str, split: str) -> Table:
         dataset = quiet_datasets().load_dataset(name, split=split)
     except Exception as error:  # the library raises many kinds, from network errors to unknown splits
         reason = str(error).strip().split("\n")[0]
-        raise DataError(f"dataset '{name}' (split '{split}') cannot be loaded from the hub: {reason}") from error
+        raise DataError(
+            f"dataset '{name}' (split '{split}') is no file here, and cannot be loaded from the hub: {reason}"
+        ) from error
     return Table(dataset, [(name, len(dataset))])
 
 

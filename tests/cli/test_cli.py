@@ -58,7 +58,7 @@ def test_light_verbs_never_import_torch(verb):
         (["train"], "lmrl: name a recipe"),
         (["train", "--resume"], "lmrl: there is no run to resume under runs/"),
         (["train", "random_walks/ppo", "--resume"], "lmrl: --resume needs the run"),
-        (["eval", "nowhere/at/all", "--suite", "random_walks"], "lmrl: model.path: 'nowhere/at/all' cannot be loaded"),
+        (["eval", "nowhere/at/all", "--suite", "random_walks"], "lmrl: policy: there is no 'nowhere/at/all' here"),
         (["eval", ".", "--suite", "random_walk"], "lmrl: no suite called 'random_walk'"),
         (["replay", ".", "--episode", "main/train/1/0"], "lmrl: --episode: samples.jsonl does not exist"),
         (["replay", "."], "lmrl: . is not a bundle (expected a folder below RUN/bundles/)"),

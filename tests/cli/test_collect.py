@@ -85,7 +85,7 @@ def test_a_run_knows_its_task(tmp_path, tiny_folder):
     own = run(copy, "-n", 5, "-o", "own.jsonl", *changes)
     named = run(checkpoint, "-e", "random_walks", "-n", 5, "-o", "named.jsonl", "task.graph=1003", *changes)
     assert own.split(" -> ")[0] == named.split(" -> ")[0]
-    with pytest.raises(RecipeError, match="name what to play: --environment NAME"):
+    with pytest.raises(RecipeError, match="name what to play, --environment NAME"):
         run(tiny_folder, "-n", 5)
 
 

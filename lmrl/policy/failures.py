@@ -1,0 +1,90 @@
+"""Why a model cannot be loaded, and what to do about it: libraries say it in many words, and seldom name the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from lmrl.run import RECIPE_FILE, checkpoints_in
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+TRUST = {
+    "policy": "allow it with --trust-remote-code",
+    "reward model": "allow it with trust_remote_code: true among the reward's options",
+}
+"""How each place allows a model's own code; recipes do by model.trust_remote_code."""
+
+
+def load_failure(path: str, key: str, error: Exception) -> str:
+    """One line on a model that could not be loaded. key: what named it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    folder = Path(path)
+    if "trust_remote_code" in text:
+        how = TRUST.get(key, "allow it with model.trust_remote_code=true")
+        return f"{key}: '{path}' comes with code of its own, which is not run unasked: read it, then {how}"
+    if folder.is_dir():
+        if reason := broken_file(folder):
+            return f"{key}: '{path}' cannot be loaded: {reason}: {_instead(folder)}"
+        if not any((folder / name).is_file() for name in TOKENIZERS):
+            return (
+                f"{key}: '{path}' cannot be loaded: it holds no tokenizer ({TOKENIZERS[0]}): save the one that the model "
+                "was trained with into this folder"
+            )
+        return f"{key}: '{path}' cannot be loaded: {_first_sentence(text)}"
+    if folder.exists():
+        return f"{key}: '{path}' cannot be loaded: {_first_sentence(text)}"
+    if "gated" in text.lower():
+        return f"{key}: '{path}' is gated: ask for access on its page of the hub, and log in with `hf auth login`"
+    if "not a valid model identifier" in text or "404" in text or "Repo id must" in text:
+        return f"{key}: '{path}' is no folder here, and the hub has no such model (or only after `hf auth login`)"
+    if "connect" in text.lower() or "offline" in text.lower():
+        return f"{key}: '{path}' is no folder here, and the hub cannot be reached: check the name, or your connection"
+    return f"{key}: '{path}' cannot be loaded: {_first_sentence(text)}"
+
+
+def broken_file(folder: Path) -> str | None:
+    """The first file of a model's folder that is missing or cannot be read, and why."""
+    adapter = (folder / "adapter_config.json").is_file()
+    config = "adapter_config.json" if adapter else "config.json"
+    if not (folder / config).is_file():
+        return f"'{config}' is missing"
+    for path in sorted(folder.glob("*.json")):
+        try:
+            json.loads(path.read_bytes())
+        except ValueError:
+            return f"'{path.name}' is no valid JSON (damaged, or cut off)"
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        for name in sorted(set(json.loads(index.read_bytes()).get("weight_map", {}).values())):
+            if not (folder / name).is_file():
+                return f"'{name}' is missing"
+    weights = sorted(folder.glob("*.safetensors"))
+    for path in weights:
+        try:
+            safe_open(path, "pt")
+        except (SafetensorError, OSError):
+            return f"'{path.name}' is damaged or cut off"
+    if not weights:
+        if any(folder.glob("*.bin")):
+            return "its weights are pickled (*.bin), which may run code and are not read; save them as safetensors"
+        return f"'{'adapter_model' if adapter else 'model'}.safetensors' is missing"
+    return None
+
+
+def _instead(folder: Path) -> str:
+    """What to do about a broken folder: another checkpoint of its run where there is a whole one."""
+    run = next((one for one in folder.resolve().parents if (one / RECIPE_FILE).is_file()), None)
+    if run is None:
+        return "copy or download it again"
+    stage = folder.parent if folder.name == "final" else folder.parent.parent
+    whole = [one for one in [*checkpoints_in(stage), stage / "final"] if one.is_dir() and broken_file(one) is None]
+    if not whole:
+        return f"no checkpoint of this run is whole; train it again: lmrl train {run / RECIPE_FILE}"
+    return f"{whole[-1]} is whole: use that"
+
+
+def _first_sentence(text: str) -> str:
+    end = text.find(". ")
+    return text[: end if 0 < end < 300 else 300].rstrip(" .:")

@@ -1,0 +1,104 @@
+"""Going on with a run for more steps than its recipe had: what that changes is said, and what it would falsify is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lmrl.errors import RunError
+from lmrl.recipe import MAIN_STAGE, MixtureSource, Recipe
+from lmrl.recipe.evaluations import OWN_TASK, own_plan
+from lmrl.recipe_files import stages_of, to_yaml
+from lmrl.run import RECIPE_FILE, Run, step_name, write_atomically
+from lmrl.training.checkpoint import STATE
+from lmrl.training.updater import schedule
+
+
+def extend(run: Run, before: Recipe) -> list[str]:
+    """Make a reopened run ready for the further steps of its recipe; returns a note on each stage that has any.
+
+    before: the recipe that the run was made by. A finished stage goes on from its last step. Raises RunError where it
+    cannot, before anything is changed.
+    """
+    old, new = stages_of(before), stages_of(run.recipe)
+    raised = [name for name in new if new[name].training.steps > old[name].training.steps]
+    for name in raised:
+        _refuse(run, name, old[name], new[name])
+    for name in raised:
+        _reopen(run, name)
+    if raised:
+        write_atomically(run.folder / RECIPE_FILE, to_yaml(run.recipe))
+    return [_note(name, old[name], new[name]) for name in raised]
+
+
+def _refuse(run: Run, name: str, old: Recipe, new: Recipe) -> None:
+    key = "training.steps" if name == MAIN_STAGE else f"stages.{name}.training.steps"
+    steps, final = old.training.steps, run.final(name)
+    if isinstance(old.source, MixtureSource) and old.source.online != old.source.online_end:
+        raise RunError(
+            f"{run.folder}: {key} cannot be raised: source.online changes over all steps, and those that are done went by "
+            f"{steps}: start a new run with another --output"
+        )
+    if not final.exists():
+        return
+    names = list(stages_of(run.recipe))
+    if later := [one for one in names[names.index(name) + 1 :] if run.stage_folder(one).exists()]:
+        raise RunError(
+            f"{run.folder}: {key} cannot be raised: stage {name} is finished, and {later[0]} began from it: set "
+            f"stages.{name}.training.steps={steps}"
+        )
+    state = json.loads((final / STATE / "trainer.json").read_text())
+    if state.get("ended"):
+        raise RunError(
+            f"{run.folder}: {key} cannot be raised: the stage ended early ({state['ended']}): start a new run"
+        )
+    if not _last(run, name, state).exists() and (
+        state.get("kept") not in (None, state["step"]) or "updater" not in state
+    ):
+        raise RunError(
+            f"{run.folder}: {key} cannot be raised: stage {name} is finished, and no checkpoint of its last step was kept: "
+            "start a new run, with training.checkpoint_every"
+        )
+
+
+def _last(run: Run, name: str, state: dict[str, Any]) -> Path:
+    """The checkpoint of a finished stage's last step."""
+    return run.stage_folder(name) / "checkpoints" / step_name(state["step"])
+
+
+def _reopen(run: Run, name: str) -> None:
+    """Turn a finished stage's result into the checkpoint of its last step, unless there is that already."""
+    final = run.final(name)
+    if not final.exists():
+        return
+    last = _last(run, name, json.loads((final / STATE / "trainer.json").read_text()))
+    if not last.exists():
+        last.parent.mkdir(exist_ok=True)
+        final.rename(last)
+        return
+    doomed = final.with_name(".writing-final")  # what is half deleted is no result
+    final.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _note(name: str, old: Recipe, new: Recipe) -> str:
+    """What the further steps do otherwise than if the run had been meant to be so long."""
+    before, after = old.training.steps, new.training.steps
+    changes = []
+    options = new.optimizer
+    shape = options.schedule or ("linear" if new.source.name == "dataset" else "constant")
+    if shape != "constant":
+        options = options.model_copy(update={"schedule": shape})
+        then, now = (schedule(options, min(before, one), one) for one in (before, after))
+        changes.append(
+            f"optimizer.schedule={shape} is spread over {after} steps from here on (at step {before} the learning rate was "
+            f"{then:.2g} of its height, and is {now:.2g} of it by the new length)"
+        )
+    if new.rollouts.ahead:
+        changes.append("rollouts.ahead=1 begins anew where the stage had ended")
+    if new.evaluation.suite == OWN_TASK and own_plan(old) != own_plan(new):
+        changes.append(f"evaluations are spread over {after} steps")
+    same = "the steps are those of a run that was meant to be so long"
+    return f"stage {name} goes on to step {after} instead of {before}: {'; '.join(changes) or same}"
