@@ -345,7 +345,9 @@ def checkpoint_of(policy: str, which: str = "final", key: str = "policy") -> str
     if (path / RECIPE_FILE).is_file() or (path / "stages").is_dir():
         found = final_checkpoint(path, which)
         if not any((found / name).exists() for name in MODEL_FILES):
-            raise RunError(f"checkpoint {found} is incomplete, it holds no model: choose another one, --checkpoint step-N")
+            raise RunError(
+                f"checkpoint {found} is incomplete, it holds no model: choose another one, --checkpoint step-N"
+            )
         return str(found)
     if which != "final":
         raise RunError(f"--checkpoint {which}: '{policy}' is no run folder, which this chooses from: leave it out")

@@ -12,7 +12,7 @@ import typer
 from lmrl.cli.common import Debug
 from lmrl.errors import RecipeError
 from lmrl.local_names import refuse_missing
-from lmrl.recipe import Rollouts, Section, TaskSection
+from lmrl.recipe import PromptTask, Rollouts, Section, TaskSection
 from lmrl.recipe.files import Document, apply_override, merge, resolve_files, validate
 from lmrl.recipe.source import Players
 
@@ -110,7 +110,10 @@ def resolve(environment: str | None, overrides: list[str], saved: dict[str, Any]
     for override in overrides:
         apply_override(document, override)
     resolve_files(document.data, Path.cwd())
-    return validate(Collection, document)
+    plan = validate(Collection, document)
+    if isinstance(plan.task, PromptTask) and plan.task.prompts.holdout == 1:
+        raise RecipeError("task.prompts.holdout=1 holds every prompt out, so that none is left to play: set it below 1")
+    return plan
 
 
 class Player:
@@ -142,7 +145,6 @@ def open_player(
 ) -> Player:
     """What `policy` names: scripted players where the environment has them, else a language model."""
     from lmrl.environments import environment_factory
-    from lmrl.recipe import PromptTask
     from lmrl.rollouts.collect import check_players
     from lmrl.rollouts.sampler import Sampler
     from lmrl.rollouts.task import build_task

@@ -72,7 +72,10 @@ class Evaluator:
         """What the suite plays, for people."""
         task, count, samples = self.task, len(self.starts()), self.suite.samples
         if task.judged_by == "reward":
-            what = f"{count} held-out prompts"
+            whole = not task.training  # of a suite's own file, none of which is for training
+            what = (
+                f"{'all ' if whole and count == len(task.heldout) else ''}{count} {'' if whole else 'held-out '}prompts"
+            )
             if task.heldout == task.training:
                 what = f"{count} prompts of the task itself (task.prompts.holdout keeps none aside)"
         elif task.heldout is None:

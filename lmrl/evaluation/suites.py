@@ -37,6 +37,8 @@ class Suite(Section):
 def load_suite(name: str | Path, overrides: list[str] = (), task: dict[str, Any] | None = None) -> Suite:
     """A suite by path or shipped name.
 
+    A file of prompts is scored as a whole, unless the suite says `holdout`.
+
     task: the task of a run's recipe. A suite that follows runs, of the same kind (the same environment, or prompts),
     is then played with the run's own settings: its graph, its held-out prompts, its rewards.
     """
@@ -51,10 +53,19 @@ def load_suite(name: str | Path, overrides: list[str] = (), task: dict[str, Any]
     follows = document.data.get("follows_run") is True and task is not None and isinstance(own, dict)
     if follows and own.get("environment") == task.get("environment"):
         document.data["task"] = merge(own, task)
+    else:
+        _score_whole_file(own)
     for override in overrides:
         apply_override(document, override)
     resolve_files(document.data, document.path.parent)
     return validate(Suite, document)
+
+
+def _score_whole_file(task: Any) -> None:
+    """A suite's own file of prompts is scored as a whole, unless the suite holds some of it out."""
+    prompts = task.get("prompts") if isinstance(task, dict) else None
+    if isinstance(prompts, dict):
+        prompts.setdefault("holdout", 1)
 
 
 def own_suite(task: dict[str, Any], rollouts: dict[str, Any], overrides: list[str] = ()) -> Suite:

@@ -114,6 +114,11 @@ class Recipe(Section):
                     "`task.prompts.path`: no file of prompts is named (nor logged episodes, `source.path`)"
                 )
             self.task.prompts.path, self.task.prompts.split = self.source.path, self.source.split
+        if isinstance(self.task, PromptTask) and self.task.prompts.holdout == 1:
+            raise ValueError(
+                "`task.prompts.holdout`: 1 holds all prompts out, so that none is left to train on: set it below 1, such "
+                "as 0.1"
+            )
         if MAIN_STAGE in self.stages:
             raise ValueError(f"`stages.{MAIN_STAGE}` is what the top-level keys describe: choose another name")
         names = list(self.stages)

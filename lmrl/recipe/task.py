@@ -31,8 +31,9 @@ class Prompts(Section):
     """System message, with the chat template only."""
     max_tokens: int = Field(512, ge=1)
     """Prompts with more tokens are left out, and counted."""
-    holdout: float = Field(0.1, ge=0, lt=1)
-    """Share of the rows, drawn by a fixed seed, that is never trained on and serves evaluation."""
+    holdout: float = Field(0.1, ge=0, le=1)
+    """Share of the rows, drawn by a fixed seed, that is never trained on and serves evaluation. 1: all of them, for suites, whose
+    default it is."""
     limit: int | None = Field(None, ge=1)
     """Use only the first rows."""
 

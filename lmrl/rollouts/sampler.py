@@ -181,10 +181,19 @@ def unpacked(method: str, result: Any, names: tuple[str, ...]) -> tuple:
     """What a method of an environment returned, checked to be as many values as gymnasium asks for."""
     if not isinstance(result, tuple | list) or len(result) != len(names):
         count = f"{len(result)} values" if isinstance(result, tuple | list) else f"a {type(result).__name__}"
-        raise TypeError(f"{method}() returned {count}; expected {', '.join(names)}")
+        old = (
+            " (older gym returns four: its `done` is `terminated` here)"
+            if method == "step" and len(names) - 1 == _len(result)
+            else ""
+        )
+        raise TypeError(f"{method}() returned {count}; expected {', '.join(names)}{old}")
     if not isinstance(result[-1], dict):
         raise TypeError(f"{method}() returned the info {result[-1]!r:.60}; expected an object")
     return tuple(result)
+
+
+def _len(result: Any) -> int:
+    return len(result) if isinstance(result, tuple | list) else 0
 
 
 def checked_reward(value: Any) -> float:

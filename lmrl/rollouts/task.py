@@ -145,7 +145,13 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
                 row[prompts.column] = checked_messages(row[prompts.column], prompts.column)
         except Malformed as error:
             raise DataError(f"{prompts.path}, row {number}: {error}") from error
-    chat = prompts.chat or any(isinstance(row[prompts.column], list) for row in rows)
+    dialogue = next((number for number, row in enumerate(rows, start=1) if isinstance(row[prompts.column], list)), None)
+    if dialogue is not None and not tokenizer.chat_template:
+        raise DataError(
+            f"{prompts.path}, row {dialogue}: field '{prompts.column}' is a list of messages, but the model's tokenizer has "
+            "no chat template to write them with: take an instruct model, or give prompts as text"
+        )
+    chat = prompts.chat or dialogue is not None
     renderer = Renderer(tokenizer, chat, prompts.system, section.special_tokens)
     # Plain text is no prompt: it is learned from as a whole, and only named here.
     plain = ["text" in row and row["text"] is row[prompts.column] for row in rows]
@@ -173,6 +179,8 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
 def split_rows(count: int, prompts: Prompts) -> tuple[list[int], list[int]]:
     """Row numbers to train on and to hold out. The split depends on nothing but the number of rows."""
     held = round(prompts.holdout * count)
+    if prompts.holdout == 1:
+        return [], list(range(count))
     if prompts.holdout > 0:
         held = min(max(held, 1), count - 1)
     order = stream("holdout", count).permutation(count).tolist()

@@ -23,7 +23,7 @@ def extend(run: Run, before: Recipe) -> list[str]:
     cannot, before anything is changed.
     """
     old, new = stages_of(before), stages_of(run.recipe)
-    raised = [name for name in new if new[name].training.steps > old[name].training.steps]
+    raised = further_steps(before, run.recipe)
     for name in raised:
         _refuse(run, name, old[name], new[name])
     for name in raised:
@@ -31,6 +31,12 @@ def extend(run: Run, before: Recipe) -> list[str]:
     if raised:
         write_atomically(run.folder / RECIPE_FILE, to_yaml(run.recipe))
     return [_note(name, old[name], new[name]) for name in raised]
+
+
+def further_steps(before: Recipe, after: Recipe) -> list[str]:
+    """The stages that have more steps in the second recipe than in the first."""
+    old, new = stages_of(before), stages_of(after)
+    return [name for name in new if name in old and new[name].training.steps > old[name].training.steps]
 
 
 def _refuse(run: Run, name: str, old: Recipe, new: Recipe) -> None:

@@ -30,9 +30,10 @@ from lmrl.errors import COLLAPSED, LmrlError, RecipeError, RunError
 from lmrl.evaluation.statistics import UNLIMITED, summarize
 from lmrl.recipe import CHOICES, REWARD_MODEL, Recipe
 from lmrl.recipe.files import load_recipe
-from lmrl.run import RECIPE_FILE, RESULTS_FILE, Run, write_atomically
+from lmrl.run import RECIPE_FILE, RESULTS_FILE, Run, read_recipe, write_atomically
 from lmrl.training.build import suite_of
 from lmrl.training.display import Display, interval
+from lmrl.training.extend import further_steps
 from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.train import default_output
 
@@ -208,7 +209,7 @@ def _check(folder: Path, points: list[Point], resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise RunError(f"--output: {folder} is a file, not a folder")
     if not resume and folder.is_dir() and any(folder.iterdir()):
-        raise RunError(f"{folder} exists and is not empty: go on with it by --resume, or choose another --output")
+        raise RunError(f"{folder} exists and is not empty: resume it with --resume, or choose another --output")
     for point in points:
         if (folder / point.name / RECIPE_FILE).is_file():
             Run.resume(folder / point.name, point.recipe)  # raises where it is another's, and is closed at once
@@ -261,7 +262,8 @@ def _log(folder: Path, point: Point) -> Path:
 
 
 def _finished(folder: Path, point: Point) -> bool:
-    return (folder / point.name / RESULTS_FILE).is_file()
+    run = folder / point.name
+    return (run / RESULTS_FILE).is_file() and not further_steps(read_recipe(run), point.recipe)
 
 
 def _read(folder: Path, point: Point) -> Rows:

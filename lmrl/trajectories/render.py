@@ -26,7 +26,10 @@ class Renderer:
         self, tokenizer: Any, chat: bool = False, system: str | None = None, special_tokens: SpecialTokens = "text"
     ):
         if chat and not tokenizer.chat_template:
-            raise ModelError("the tokenizer has no chat template: set `chat: false` to use the text as it is")
+            raise ModelError(
+                "the model's tokenizer has no chat template: take an instruct model, or prompts that are text with "
+                "`chat: false`"
+            )
         self.tokenizer, self.chat, self.system = tokenizer, chat, system
         self.encoder = Encoder(tokenizer, special_tokens)
         self._encoded: dict[tuple[tuple[Part, ...], bool], list[int]] = {}
