@@ -243,8 +243,10 @@ def _arguments(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
     return arguments
 
 
-def drop_failed(trajectories: Sequence[Trajectory], max_failed: float, what: str) -> list[Trajectory]:
-    """The judged trajectories. Raises when more than `max_failed` of those of all processes, or all, could not be judged."""
+def drop_failed(
+    trajectories: Sequence[Trajectory], max_failed: float, what: str, name: str | None = None
+) -> list[Trajectory]:
+    """The judged trajectories. what: `reward` or `environment`; name: the environment's. Raises when more than `max_failed` of those of all processes, or all, could not be judged."""
     failed = [
         f"row {row} ({one.prompt!r:.40} -> {one.completion!r:.40}): {one.failure}"
         for row, one in enumerate(trajectories)
@@ -255,6 +257,6 @@ def drop_failed(trajectories: Sequence[Trajectory], max_failed: float, what: str
         first = distributed.all_gather(failed[:1])[0]
         error = RewardError if what == "reward" else EpisodeError
         raise error(
-            f"{what} failed on {lost} of {count} samples, more than task.max_failed={max_failed} allows; first, {first}"
+            f"{what}{f' {name!r}' if name else ''} failed on {lost} of {count} samples, more than task.max_failed={max_failed} allows; first, {first}"
         )
     return [trajectory for trajectory in trajectories if trajectory.reward is not None]

@@ -80,7 +80,8 @@ class Task:
 
     def keep_judged(self, trajectories: list[Trajectory]) -> list[Trajectory]:
         """The judged trajectories; stops the run where too many are not (of those that all processes hold)."""
-        return drop_failed(trajectories, self.max_failed, self.judged_by)
+        name = self.environment["name"] if self.environment else None
+        return drop_failed(trajectories, self.max_failed, self.judged_by, name)
 
 
 def task_texts(recipe: Recipe) -> list[str]:

@@ -1,12 +1,10 @@
 """Hostile and unlucky input: one clear line that names thing, place and fix, exit code 2, and nothing is written."""
 
 import json
-import re
-import sys
 
 import pytest
+from harness import check_line
 
-from lmrl.cli import main
 from lmrl.errors import LmrlError
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import Prompts, PromptTask
@@ -21,20 +19,6 @@ task: {environment: random_walks, graph: 3, history: 2}
 objective: {name: ppo}
 stages: {warmup: {source: {name: dataset, player: random}, objective: {name: likelihood}}}
 """
-
-
-@pytest.fixture
-def lmrl(monkeypatch, capsys, tmp_path):
-    """Runs a command in this process: exit code, and what it wrote to the two streams."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lmrl", *arguments])
-        with pytest.raises(SystemExit) as left:
-            main()
-        return left.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 def bomb(levels=12, width=10):
@@ -90,14 +74,6 @@ OVERRIDES = [
 def test_values_that_make_no_sense(lmrl, tmp_path, override, message):
     (tmp_path / "mine.yaml").write_text(RECIPE)
     check_line(lmrl("show", "mine.yaml", override), message)
-
-
-def check_line(result, message):
-    code, out, err = result
-    assert code == 2 and out == ""
-    assert err.startswith("lmrl: ") and err.count("\n") == 1 and "Traceback" not in err
-    assert re.search(message, err), err
-    assert len(err) < 1000
 
 
 def test_another_environment_keeps_what_holds_for_any(lmrl, tmp_path):
