@@ -54,7 +54,7 @@ def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # a log file should show a run as it goes on
     try:
         arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-        sys.exit(app(args=arguments, standalone_mode=False))
+        sys.exit(app(args=arguments, prog_name="lmrl", standalone_mode=False))
     except UsageError as error:
         if (
             type(error).__name__ == "NoArgsIsHelpError"

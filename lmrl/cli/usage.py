@@ -15,8 +15,7 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
 def usage_text(error: Any) -> str:
     """What was wrong, and which command tells more."""
-    words = error.ctx.command_path.split() if error.ctx else ["lmrl"]
-    command = " ".join(["lmrl", *words[1:]])  # started as `python -m lmrl` it is called by its file's name
+    command = error.ctx.command_path if error.ctx else "lmrl"
     return f"lmrl: {visible(_reason(error))} (see `{command} -h`)"
 
 

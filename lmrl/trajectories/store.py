@@ -140,7 +140,7 @@ class DatasetFile:
         if bad and bad_rows is not None:
             report_bad_rows(self.rows, bad, bad_rows)
         if not len(self):
-            raise DataError(f"no episode is left; {'; '.join(self.notes)}")
+            raise DataError(f"no episode is left to learn from; {'; '.join(self.notes)}")
 
     def _keep(self, number: int, part: int, episode: Trajectory) -> None:
         self._index.append(number)

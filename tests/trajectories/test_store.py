@@ -163,7 +163,7 @@ def test_malformed_rows_are_counted_and_kept_aside(tmp_path, tokenizer):
     assert second["reason"] == "holds a list, expected an object with keys" and third["line"] == 5
     assert "not valid UTF-8" in third["reason"]
     path.write_text("{}\n")
-    with pytest.raises(DataError, match="no episode is left; .*left out 1 malformed lines"):
+    with pytest.raises(DataError, match="no episode is left to learn from; .*left out 1 malformed lines"):
         DatasetFile(str(path), Renderer(tokenizer), skip_bad_rows=True)
 
 
