@@ -10,7 +10,7 @@ from typing import Any
 from lmrl.errors import RunError
 from lmrl.recipe import MAIN_STAGE, MixtureSource, Recipe
 from lmrl.recipe.evaluations import OWN_TASK, own_plan
-from lmrl.recipe_files import stages_of, to_yaml
+from lmrl.recipe.files import stages_of, to_yaml
 from lmrl.run import RECIPE_FILE, Run, step_name, write_atomically
 from lmrl.training.checkpoint import STATE
 from lmrl.training.updater import schedule

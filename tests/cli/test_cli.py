@@ -154,7 +154,12 @@ def test_train_resume_and_eval(tmp_path):
     bad = (tmp_path / "world.py").read_text().replace("float(action.count(self.letter))", "1 / 0")
     (tmp_path / "world.py").write_text(bad)
     done = lmrl("train", "echo.yaml", "--output", "bad", cwd=tmp_path)
-    assert done.returncode == 2 and "failed on" in done.stderr and "environment '" in done.stderr and "ZeroDivisionError" in done.stderr
+    assert (
+        done.returncode == 2
+        and "failed on" in done.stderr
+        and "environment '" in done.stderr
+        and "ZeroDivisionError" in done.stderr
+    )
 
 
 def test_light_verbs_answer_at_once():

@@ -35,9 +35,15 @@ OPTIONS = [
     ("train", r"name a recipe, for instance: lmrl train random_walks/ppo"),
     ("train random_walks/bc --jobs 2", r"--jobs goes with --over"),
     ("train random_walks/bc --over training.steps", r"--over"),
-    ("train random_walks/bc --over training.seed=0,1 --processes 2", r"--over makes several runs.*leave one of them out"),
+    (
+        "train random_walks/bc --over training.seed=0,1 --processes 2",
+        r"--over makes several runs.*leave one of them out",
+    ),
     ("train random_walks/bc --accelerate fsdp", r"--accelerate: there is no file 'fsdp'; did you mean 'fsdp2'\?"),
-    ("train random_walks/bc --dry-run --resume --output x", r"--dry-run tries a recipe from its start: leave --resume out"),
+    (
+        "train random_walks/bc --dry-run --resume --output x",
+        r"--dry-run tries a recipe from its start: leave --resume out",
+    ),
     ("train --resume", r"no run to resume under runs/: name its folder, lmrl train FOLDER --resume"),
     ("train random_walks/bc --resume", r"--resume needs the run: lmrl train FOLDER --resume"),
     ("train random_walks/pp", r"no recipe called 'random_walks/pp'; did you mean 'random_walks/ppo'\?"),
@@ -50,7 +56,10 @@ OPTIONS = [
     ("collect randm -e random_walks", r"'randm' is no player of environment 'random_walks'; did you mean 'random'\?"),
     ("collect random", r"'random' is no folder here.*name the environment: --environment NAME"),
     ("collect random -e random_walk", r"'random_walk'.*did you mean 'random_walks'\?"),
-    ("collect random=half -e random_walks", r"does not name players with their shares, for instance random=0.9,optimal=0.1"),
+    (
+        "collect random=half -e random_walks",
+        r"does not name players with their shares, for instance random=0.9,optimal=0.1",
+    ),
     ("collect optimum=1 -e random_walks", r"optimum"),
 ]
 
@@ -62,7 +71,10 @@ def test_wrong_options(lmrl, place, command, message):
 
 
 KEYS = [
-    ("optimizer.learning_rate=1e-4", r"unknown key 'optimizer.learning_rate' \(override .*did you mean 'optimizer.lr'\?"),
+    (
+        "optimizer.learning_rate=1e-4",
+        r"unknown key 'optimizer.learning_rate' \(override .*did you mean 'optimizer.lr'\?",
+    ),
     ("learning_rate=1e-4", r"unknown key 'learning_rate' .*did you mean 'optimizer.lr'\?"),
     ("training.lr=1e-4", r"unknown key 'training.lr' .*did you mean 'optimizer.lr'\?"),
     ("steps=5", r"unknown key 'steps' .*did you mean 'training.steps'\?"),
@@ -92,7 +104,10 @@ KEYS = [
     ("rollouts.engine=sglang", r"wrong value for 'rollouts.engine' .*'hf'"),
     ("model.dtype=fp16", r"wrong value for 'model.dtype' .*'float32' or 'bfloat16'"),
     ("model.config.hidden_size=-16", r"`config.hidden_size`: expected a whole number of at least 1, got -16"),
-    ("model.config.num_hidden_layers=two", r"`config.num_hidden_layers`: expected a whole number of at least 1, got 'two'"),
+    (
+        "model.config.num_hidden_layers=two",
+        r"`config.num_hidden_layers`: expected a whole number of at least 1, got 'two'",
+    ),
     ("model.config.vocab_size=0", r"`config.vocab_size`: expected a whole number of at least 1, got 0"),
     ("model.lora.r=8", r"`lora` adapts a pretrained model: give `path`"),
     ("task.rewards.0.weight=2", r"unknown key 'task.rewards' \(override task.rewards.0.weight=2\)"),
@@ -101,7 +116,10 @@ KEYS = [
     ("objective={name: grpo}", r"'grpo' compares samples of the same prompt: set rollouts.samples to 2 or more"),
     ("objective={name: dpo}", r"'dpo' compares samples of the same prompt: set rollouts.samples"),
     ("source={name: dataset}", r"needs either `path` \(logged episodes\) or `player`"),
-    ("source={name: dataset, path: data/log}", r"source.path: there is no 'data/log' here \(a dataset of the hub is named"),
+    (
+        "source={name: dataset, path: data/log}",
+        r"source.path: there is no 'data/log' here \(a dataset of the hub is named",
+    ),
     ("source={name: dataset, path: log.jsonl}", r"source.path: file 'log.jsonl' does not exist \(looked in "),
     ("model.path=./nowhere", r"model.path: there is no './nowhere' here"),
     ("model.path=runs/nowhere", r"model.path: there is no 'runs/nowhere' here"),
@@ -128,10 +146,16 @@ FILES = [
     (written("mine.yaml", b"\xff\xfem\x00"), r"mine.yaml: not valid YAML: .*utf-8"),
     (written("mine.yaml", ""), r"missing key 'model' \(mine.yaml\)"),
     (written("mine.yaml", "model:\n\tpath: x\n"), r"mine.yaml, line 2: not valid YAML: .*'\\t'"),
-    (written("mine.yaml", RECIPE + "training: {steps: 2}\n"), r"key 'training' stands twice \(mine.yaml, line 6 and .*keep one"),
+    (
+        written("mine.yaml", RECIPE + "training: {steps: 2}\n"),
+        r"key 'training' stands twice \(mine.yaml, line 6 and .*keep one",
+    ),
     (folder("mine.yaml"), r"'mine.yaml' is a folder, and no recipe: name a recipe's file"),
     (written("mine.yaml", "---\na: 1\n---\nb: 2\n"), r"mine.yaml, line 3: not valid YAML"),
-    (written("mine.yaml", "model: !!python/object/apply:os.getcwd []\n"), r"mine.yaml, line 1: not valid YAML: .*constructor"),
+    (
+        written("mine.yaml", "model: !!python/object/apply:os.getcwd []\n"),
+        r"mine.yaml, line 1: not valid YAML: .*constructor",
+    ),
     (written("mine.yaml", "task: {environment: maze}\nmodel: {path: x}\n"), r"missing key 'objective' \(mine.yaml\)"),
 ]
 
@@ -147,9 +171,13 @@ def test_broken_recipe_files(lmrl, place, prepare, message):
 def test_recipes_suites_and_folders_are_told_apart(lmrl, place):
     written("mine.yaml", RECIPE)(place)
     copied("model")(place)
-    check_line(lmrl("eval", "model", "--suite", "mine.yaml"), r"mine.yaml is a recipe, and no suite: a suite has a task")
+    check_line(
+        lmrl("eval", "model", "--suite", "mine.yaml"), r"mine.yaml is a recipe, and no suite: a suite has a task"
+    )
     check_line(lmrl("show", "model"), r"'model' is a folder, and no recipe")
-    check_line(lmrl("cp", "random_walks/ppo", "mine.yaml"), r"mine.yaml exists: choose another destination, or .* --force")
+    check_line(
+        lmrl("cp", "random_walks/ppo", "mine.yaml"), r"mine.yaml exists: choose another destination, or .* --force"
+    )
     assert (place / "mine.yaml").read_text() == RECIPE
     code, out, err = lmrl("show", "maze")
     assert code == 0 and "environment: maze" in out and "metrics:" in out and "stage main" not in out and not err

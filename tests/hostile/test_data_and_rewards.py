@@ -41,11 +41,23 @@ DATA = [
     ([written("prompts.jsonl", '[{"prompt": "a"}]')], "", r"prompts.jsonl, line 1: holds a list, expected an object"),
     ([written("prompts.jsonl", b'{"prompt": "caf\xe9"}\n')], "", r"prompts.jsonl, line 1: not valid UTF-8 text"),
     ([written("prompts.jsonl", '{"prompt": "a"}\n'.encode("utf-16"))], "", r"prompts.jsonl, line 1: not valid UTF-8"),
-    ([written("prompts.jsonl", [{"prompt": "a" * 3000}])], "", r"prompts.jsonl: every prompt is longer than task.prompts.max_t"),
-    ([written("prompts.txt", "a")], "task.prompts.path=prompts.txt", r"prompts.txt: unknown kind of file; expected .jsonl"),
+    (
+        [written("prompts.jsonl", [{"prompt": "a" * 3000}])],
+        "",
+        r"prompts.jsonl: every prompt is longer than task.prompts.max_t",
+    ),
+    (
+        [written("prompts.txt", "a")],
+        "task.prompts.path=prompts.txt",
+        r"prompts.txt: unknown kind of file; expected .jsonl",
+    ),
     ([written("p.parquet", "a")], "task.prompts.path=p.parquet", r"p.parquet: cannot be read: Parquet file size"),
     ([written("p.jsonl.gz", "a")], "task.prompts.path=p.jsonl.gz", r"p.jsonl.gz: cannot be read: Not a gzipped file"),
-    ([zipped("p.jsonl.gz", '{"prompt": "a"}\n'), cut("p.jsonl.gz")], "task.prompts.path=p.jsonl.gz", r"p.jsonl.gz: cannot"),
+    (
+        [zipped("p.jsonl.gz", '{"prompt": "a"}\n'), cut("p.jsonl.gz")],
+        "task.prompts.path=p.jsonl.gz",
+        r"p.jsonl.gz: cannot",
+    ),
     ([written("p.csv", 'a,b\n"1,2\n3')], "task.prompts.path=p.csv", r"p.csv: cannot be read: CSV parse error"),
     ([folder("empty")], "task.prompts.path=empty", r"empty: the folder holds no Parquet shards"),
     ([], "task.prompts.path=promts.jsonl", r"task.prompts.path: file 'promts.jsonl' does not exist \(looked in "),
@@ -54,7 +66,11 @@ DATA = [
     ([], "task.prompts.holdout=1", r"`task.prompts.holdout`: 1 holds all prompts out.*set it below 1"),
     ([], "task.prompts.limit=0", r"wrong value for 'task.prompts.limit' .*greater than or equal to 1"),
     ([], "task.prompts.system=Hi", r"`system` needs `chat: true`"),
-    ([NO_TEMPLATE], "task.prompts.chat=true", r"tokenizer has no chat template: take an instruct model, or .* `chat: false`"),
+    (
+        [NO_TEMPLATE],
+        "task.prompts.chat=true",
+        r"tokenizer has no chat template: take an instruct model, or .* `chat: false`",
+    ),
     (
         [NO_TEMPLATE, written("prompts.jsonl", [*PROMPTS, {"prompt": [{"role": "user", "content": "a"}]}])],
         "",
@@ -97,7 +113,11 @@ def test_broken_data(lmrl, place, prepares, overrides, message):
 REWARDS = [
     ("def good(**columns): pass\n", "", r"reward.py:good returned .*None|NoneType"),
     ("def good(completions, **columns): return [1.0]\n", "", r"reward.py:good returned 1 .*2"),
-    ("def good(completions, **columns): return ['1', '2']\n", "", r"reward.py:good, row 0: returned '1' \(str\); expected a number or None"),
+    (
+        "def good(completions, **columns): return ['1', '2']\n",
+        "",
+        r"reward.py:good, row 0: returned '1' \(str\); expected a number or None",
+    ),
     ("def good(completions, **columns): return 1.0\n", "", r"reward.py:good returned"),
     ("def good(completions, **columns): return [float('nan')] * 2\n", "", r"reward.py:good returned nan"),
     ("def good(**columns): raise ValueError('no model')\n", "", r"reward.py:good raised ValueError: no model"),
@@ -133,7 +153,10 @@ def returning(text):
 
 
 ENVIRONMENTS = [
-    (returning("'x', 1.0, True, {}"), r"'.*env.py:Env' failed .*step\(\) returned 4 values; .*`done` is `terminated` here"),
+    (
+        returning("'x', 1.0, True, {}"),
+        r"'.*env.py:Env' failed .*step\(\) returned 4 values; .*`done` is `terminated` here",
+    ),
     (returning("None"), r"step\(\) returned a NoneType; expected observation, reward, terminated, truncated, info"),
     (returning("3, 1.0, True, False, {}"), r"the observation is a int, expected text"),
     (returning("'x', '1', True, False, {}"), r"step\(\) returned the reward '1' \(str\); expected a number"),
@@ -141,8 +164,14 @@ ENVIRONMENTS = [
     (returning("'x', 1.0, None, False, {}"), r"step\(\) returned terminated=None; expected true or false"),
     (returning("'x', 1.0, True, False, None"), r"step\(\) returned the info None; expected an object"),
     (returning("1 / 0"), r"'.*env.py:Env' failed on 2 of 2 .*environment raised ZeroDivisionError"),
-    ("class Env:\n    def reset(self, **_): return 'a'\n    def step(self, a): pass\n", r"reset\(\) returned a str; expected"),
-    ("class Env:\n    def reset(self): return 'a', {}\n    def step(self, a): pass\n", r"reset\(\) got an unexpected keyword"),
+    (
+        "class Env:\n    def reset(self, **_): return 'a'\n    def step(self, a): pass\n",
+        r"reset\(\) returned a str; expected",
+    ),
+    (
+        "class Env:\n    def reset(self): return 'a', {}\n    def step(self, a): pass\n",
+        r"reset\(\) got an unexpected keyword",
+    ),
     ("class Env:\n    def reset(self, **_): return 'a', {}\n", r"task.environment: '.*env.py:Env' has no step\(\)"),
     ("class Other: pass\n", r"task.environment: '.*env.py' defines no 'Env'; .*Other"),
     ("class Env(:\n", r"task.environment: importing '.*env.py' failed: SyntaxError"),
