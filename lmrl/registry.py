@@ -92,7 +92,10 @@ def has_name(kind: Kind, name: Any) -> bool:
 
 def unknown(kind: Kind, name: Any) -> str:
     """What to say of a name that is not known."""
-    return f"no {kind} is called '{name}'{did_you_mean(str(name), names(kind))}"
+    hint = did_you_mean(str(name), names(kind))
+    return (
+        f"no {kind} is called '{name}'{hint or ', and code of your own is named file.py:NAME or package.module.NAME'}"
+    )
 
 
 def load(kind: Kind, name: str, key: str) -> Any:

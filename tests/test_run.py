@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from lmrl.errors import RunError
 from lmrl.recipe.files import load_recipe
-from lmrl.run import METRICS_FILE, Run
+from lmrl.run import METRICS_FILE, RECIPE_FILE, SAMPLES_FILE, Run, checkpoints_in
 
 
 @pytest.fixture
@@ -41,3 +42,57 @@ def test_a_broken_line_is_put_aside_and_its_neighbours_stay(run, broken, capsys)
     assert f"{path}: line 2 cannot be read: kept in {METRICS_FILE}.broken" in capsys.readouterr().err
     run.cut("main", 1)  # later steps are dropped as ever, and nothing is left to be put aside
     assert path.read_text().splitlines() == fine[:2] and not capsys.readouterr().err
+
+
+def killed(run):
+    """Let go of a run's folder, as the end of its process does."""
+    run._lock.close()
+
+
+def test_a_start_that_came_to_nothing_is_replaced(run):
+    run.record({"stage": "main", "step": 0, "kind": "eval"})
+    run.record_samples([{"stage": "main", "step": 1}])
+    (run.stage_folder("main") / "start").mkdir(parents=True)
+    killed(run)
+    other = Run.create(run.folder, load_recipe("random_walks/ppo", ["training.seed=3"]))
+    assert "seed: 3" in (run.folder / RECIPE_FILE).read_text()
+    assert not (run.folder / METRICS_FILE).exists() and not (run.folder / "stages").exists()
+    with pytest.raises(RunError, match="another process is writing to this run"):
+        Run.create(run.folder, other.recipe)
+
+
+@pytest.mark.parametrize("left", ["train", "torn", "checkpoint", "file"])
+def test_what_a_run_has_made_is_not_replaced(run, left):
+    if left == "file":
+        (run.folder / "notes.txt").write_text("mine")
+    elif left == "checkpoint":
+        (run.stage_folder("main") / "checkpoints" / "step-000000").mkdir(parents=True)
+    else:
+        (run.folder / METRICS_FILE).write_text(line("main", 1) + "\n" if left == "train" else '{"stage": "ma')
+    killed(run)
+    before = sorted(run.folder.rglob("*"))
+    with pytest.raises(RunError, match="holds a run: go on with it by --resume, or choose another --output"):
+        Run.create(run.folder, run.recipe)
+    run.discard()
+    assert sorted(run.folder.rglob("*")) == before
+
+
+def test_files_that_look_like_a_run_are_nobodys_to_delete(tmp_path):
+    (tmp_path / SAMPLES_FILE).write_text("{}")
+    with pytest.raises(RunError, match="exists and is not empty: choose another --output"):
+        Run.create(tmp_path, load_recipe("random_walks/ppo"))
+    assert (tmp_path / SAMPLES_FILE).read_text() == "{}"
+
+
+def test_a_discarded_run_takes_its_new_folders_along(tmp_path):
+    (tmp_path / "kept").mkdir()
+    run = Run.create(tmp_path / "kept" / "new" / "run", load_recipe("random_walks/ppo"))
+    run.discard()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "kept"]
+
+
+def test_only_numbered_folders_are_checkpoints(tmp_path):
+    for name in ("step-000002", "step-old", "step-10", "step-000002-copy", ".writing-step-000020"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000099").write_text("a file")
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-000002", "step-10"]

@@ -161,7 +161,7 @@ def _run_to_resume(name: str | None, output: Path | None) -> Path | None:
             raise RecipeError(f"there is no run in {output} to resume: name a recipe to start one there")
         return output if (output / RECIPE_FILE).is_file() else None
     if name is not None:
-        if "/" in name and name not in shipped_names("recipes") and not Path(name).is_file():
+        if name not in shipped_names("recipes") and not Path(name).is_file():
             raise RunError(f"there is no run folder '{name}' to resume")
         raise RecipeError("--resume needs the run: lmrl train FOLDER --resume, or --output FOLDER beside the recipe")
     return latest_run()

@@ -154,7 +154,7 @@ class DPO(Objective):
         for trajectory in trajectories:
             if trajectory.reward is None:
                 raise DataError(
-                    f"logged episode {trajectory.episode} has no reward, and pairs are ranked by their rewards"
+                    f"source.path: logged episode {trajectory.episode} has no reward, and pairs are ranked by their rewards"
                 )
         pairs = best_and_worst(trajectories)
         batch = grouped_batch(pairs, policy, self.options.share_prompts, whole=True)

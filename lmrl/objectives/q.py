@@ -135,7 +135,7 @@ class QLearning(Objective):
         for number, trajectory in enumerate(trajectories):
             if trajectory.reward is None:
                 raise DataError(
-                    f"logged episode {trajectory.episode} has no reward, and '{self.options.name}' learns from rewards: "
+                    f"source.path: logged episode {trajectory.episode} has no reward, and '{self.options.name}' learns from rewards: "
                     "add them, or imitate the data with objective.name=likelihood"
                 )
             first = 0 if number == 0 else sequences[-1].chain + 1

@@ -22,7 +22,9 @@ def best_of(
         return list(range(len(returns)))
     if any(value is None for value in returns):
         row = returns.index(None)
-        raise DataError(f"source.best={share} ranks episodes by their returns, but episode {row + 1} has no reward")
+        raise DataError(
+            f"source.best={share} ranks episodes by their returns, but episode {row + 1} of the data has no reward"
+        )
     lots = rng.permutation(len(returns))
     ranked: dict[Hashable, list[int]] = {}
     for position in sorted(range(len(returns)), key=lambda position: (-returns[position], lots[position])):

@@ -98,7 +98,10 @@ class Dataset(Source):
         for row, group in enumerate(groups):
             rows.setdefault(group, []).append(row)
         if None in self.returns:
-            raise DataError(f"episode {self.returns.index(None) + 1} has no reward, and pairs are ranked by rewards")
+            raise DataError(
+                f"source.path: episode {self.returns.index(None) + 1} has no reward, and pairs are ranked by rewards: add them, or give "
+                "chosen and rejected"
+            )
         units = [unit for unit in rows.values() if len({self.returns[row] for row in unit}) > 1]
         if not units:
             raise DataError(

@@ -172,5 +172,17 @@ def roll_back(
     objective.load_state(json.loads((folder / STATE / "trainer.json").read_text())["objective"])
 
 
+def final_state(run: Run, stage: str) -> dict[str, Any]:
+    """What a finished stage's result says of its training. Raises RunError where it cannot be read."""
+    final = run.final(stage)
+    try:
+        return json.loads((final / STATE / "trainer.json").read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{final}: '{STATE}/trainer.json' is missing or damaged: delete {final} and resume again, to go on from the "
+            "newest checkpoint"
+        ) from error
+
+
 def checkpoint_path(run: Run, stage: str, step: int) -> Path:
     return run.stage_folder(stage) / "checkpoints" / step_name(step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from lmrl.recipe import MAIN_STAGE, MixtureSource, Recipe
 from lmrl.recipe.evaluations import OWN_TASK, own_plan
 from lmrl.recipe.files import stages_of, to_yaml
 from lmrl.run import RECIPE_FILE, Run, step_name, write_atomically
-from lmrl.training.checkpoint import STATE
+from lmrl.training.checkpoint import final_state
 from lmrl.training.updater import schedule
 
 
@@ -55,7 +54,7 @@ def _refuse(run: Run, name: str, old: Recipe, new: Recipe) -> None:
             f"{run.folder}: {key} cannot be raised: stage {name} is finished, and {later[0]} began from it: set "
             f"stages.{name}.training.steps={steps}"
         )
-    state = json.loads((final / STATE / "trainer.json").read_text())
+    state = final_state(run, name)
     if state.get("ended"):
         raise RunError(
             f"{run.folder}: {key} cannot be raised: the stage ended early ({state['ended']}): start a new run"
@@ -79,7 +78,7 @@ def _reopen(run: Run, name: str) -> None:
     final = run.final(name)
     if not final.exists():
         return
-    last = _last(run, name, json.loads((final / STATE / "trainer.json").read_text()))
+    last = _last(run, name, final_state(run, name))
     if not last.exists():
         last.parent.mkdir(exist_ok=True)
         final.rename(last)

@@ -26,7 +26,7 @@ from lmrl.recipe.files import load_recipe, stages_of
 from lmrl.recipe.own import with_own_options
 from lmrl.run import RESULTS_FILE, Run, read_recipe, write_atomically
 from lmrl.training.build import build_stage
-from lmrl.training.checkpoint import STATE
+from lmrl.training.checkpoint import final_state
 from lmrl.training.display import Display
 from lmrl.training.extend import extend
 from lmrl.training.interrupt import Interrupt, Interrupted
@@ -282,8 +282,7 @@ def _tracker(accelerator: Any, offset: int) -> Any:
 
 def ended_early(run: Run, stage: str) -> str | None:
     """Why a finished stage ended before its last step, with its best policy; None: it did not."""
-    state = json.loads((run.final(stage) / STATE / "trainer.json").read_text())
-    return state.get("ended")
+    return final_state(run, stage).get("ended")
 
 
 def warnings_of(run: Run) -> list[tuple[str, int, str]]:
@@ -302,7 +301,7 @@ def closing_table(run: Run) -> tuple[dict[str, dict[str, dict[str, Any]]], list[
     for number, (name, recipe) in enumerate(stages_of(run.recipe).items()):
         if not run.final(name).exists():  # an earlier stage ended the run
             break
-        state = json.loads((run.final(name) / STATE / "trainer.json").read_text())
+        state = final_state(run, name)
         scores, label = state["scores"], state["label"]
         if "data" in scores:
             rows["data"] = scores["data"]

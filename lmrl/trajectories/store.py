@@ -140,7 +140,10 @@ class DatasetFile:
         if bad and bad_rows is not None:
             report_bad_rows(self.rows, bad, bad_rows)
         if not len(self):
-            raise DataError(f"no episode is left to learn from; {'; '.join(self.notes)}")
+            reasons = "; ".join(self.notes)
+            raise DataError(
+                f"no episode is left to learn from; {reasons}: give more rows, or loosen what leaves them out"
+            )
 
     def _keep(self, number: int, part: int, episode: Trajectory) -> None:
         self._index.append(number)

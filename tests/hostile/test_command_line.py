@@ -101,7 +101,7 @@ KEYS = [
     ("optimizer.lr=1e", r"wrong value for 'optimizer.lr' .*got '1e'"),
     ("rollouts.stop=END", r"wrong value for 'rollouts.stop' .*list, got 'END'"),
     ("rollouts.temperature=hot", r"wrong value for 'rollouts.temperature' .*got 'hot'"),
-    ("rollouts.engine=sglang", r"wrong value for 'rollouts.engine' .*'hf'"),
+    ("rollouts.engine=sglang", r"no engine is called 'sglang'; valid here: hf, vllm, vllm-server"),
     ("model.dtype=fp16", r"wrong value for 'model.dtype' .*'float32' or 'bfloat16'"),
     ("model.config.hidden_size=-16", r"`config.hidden_size`: expected a whole number of at least 1, got -16"),
     (

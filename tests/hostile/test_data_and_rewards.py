@@ -85,7 +85,7 @@ DATA = [
     (
         [written("log.jsonl", [{"prompt": one, "completion": "b"} for one in "defgh"])],
         "'source={name: dataset, path: log.jsonl}' 'objective={name: ilql}'",
-        r"log.jsonl.* no reward",
+        r"source.path: logged episode \d has no reward, and 'ilql' learns from rewards: add them",
     ),
     (
         [written("log.jsonl", [{"prompt": one, "completion": "b"} for one in "defgh"])],
@@ -95,7 +95,7 @@ DATA = [
     (
         [written("log.jsonl", [{"prompt": "a", "completion": "b"}] * 3)],
         "'source={name: dataset, path: log.jsonl}' 'objective={name: likelihood}' task.prompts.path=log.jsonl",
-        r"log.jsonl: .*task.prompts.holdout",
+        r"log.jsonl: left out 3 episodes of held-out prompts: give more rows",
     ),
     (
         [written("pairs.jsonl", [{"chosen": "ab"}])],
@@ -127,7 +127,11 @@ REWARDS = [
     ("import nopackage\n", "", r"task.rewards.0.function: .* no module named 'nopackage'"),
     ("good = 3\n", "", r"task.rewards.0.function: '.*reward.py:good' is a int, not a function"),
     (GOOD, "task.rewards.0.function=rewards.py:good", r"task.rewards.0.function: file 'rewards.py' does not exist"),
-    (GOOD, "task.rewards.0.function=good", r"task.rewards.0.function: 'good' should be file.py:name or a dotted path"),
+    (
+        GOOD,
+        "task.rewards.0.function=good",
+        r"task.rewards.0.function: no reward is called 'good', and code of your own is named file.py:NAME",
+    ),
     (GOOD, "task.rewards.0.function=nopackage.f", r"task.rewards.0.function: .* no module named 'nopackage'"),
     (GOOD, "'task.rewards=[{model: judge}]'", r"task.rewards.0.model: .*'judge'.*"),
     (GOOD, "'task.rewards=[{model: model}]'", r"task.rewards.0.model: .*no weights for 'score.weight'.*train it first"),
@@ -214,7 +218,7 @@ def test_a_refused_run_leaves_its_folder_free(lmrl, place):
     written("prompts.jsonl", PROMPTS)(place)
     (place / "reward.py").write_text("def good(**columns): raise ValueError('once')\n")
     check_line(lmrl("train", "mine.yaml", "-o", "deep/out"), r"raised ValueError: once")
-    assert (place / "deep/out/samples.jsonl").exists()
+    assert not (place / "deep").exists()
     (place / "other.py").write_text(GOOD)
     code, out, err = lmrl("train", "mine.yaml", "-o", "deep/out", "task.rewards.0.function=other.py:good")
     assert code == 0 and not err and (place / "deep/out/stages/main/final").is_dir()

@@ -1,0 +1,19 @@
+"""Suites that name a file of prompts."""
+
+import lmrl
+
+
+def test_a_suite_scores_all_of_its_own_file(tmp_path, tiny_folder):
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{letter}"}}\n' for letter in "abcdef"))
+    (tmp_path / "reward.py").write_text(
+        "def long(completions, **_):\n    return [float(len(one)) for one in completions]\n"
+    )
+    (tmp_path / "suite.yaml").write_text(
+        "task: {prompts: {path: prompts.jsonl}, rewards: [{function: 'reward.py:long'}]}\n"
+        "rollouts: {max_new_tokens: 3}\nmetrics: [reward]\n"
+    )
+    suite = str(tmp_path / "suite.yaml")
+    found = lmrl.evaluate(tiny_folder, suite)
+    assert found.metrics["reward"]["n"] == 6 and found.played.startswith("all 6 prompts, ")
+    assert lmrl.evaluate(tiny_folder, suite, ["task.prompts.holdout=1"]).metrics == found.metrics
+    assert lmrl.evaluate(tiny_folder, suite, ["task.prompts.holdout=0.5"]).metrics["reward"]["n"] == 3
