@@ -27,13 +27,16 @@ def command(
         str | None, typer.Option("--suite", "-s", help="A suite's file or name (default: the run's own)")
     ] = None,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: final, best, or step-N")] = "final",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Allow a model to run its own code")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Write a run as an ordinary transformers checkpoint, which any server decodes at full speed."""
     from lmrl.evaluation.export import export
     from lmrl.training.display import Display
 
-    result = export(run, destination, beta, adapter_only, max_loss, check, checkpoint, suite)
+    result = export(run, destination, beta, adapter_only, max_loss, check, checkpoint, suite, trust_remote_code)
     if result.rows:
         Display().table(f"beta {beta:g}", result.rows)
         print(f"{result.metric}: the export loses {result.loss:.1f} points of at most {max_loss:g}")

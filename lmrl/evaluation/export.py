@@ -37,6 +37,7 @@ def export(
     check: bool = True,
     checkpoint: str = "final",
     suite: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Export:
     """Write a run or checkpoint as an ordinary transformers (or adapter) folder.
 
@@ -49,7 +50,7 @@ def export(
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".export-") as scratch:
         written = Path(scratch) / "model"
-        exported = open_policy(str(path))
+        exported = open_policy(str(path), trust_remote_code=trust_remote_code)
         if beta is None and exported.guidance is not None and not adapter_only:
             raise RunError("this policy is guided by Q heads: say how much, --beta B (0: leave them behind)")
         if adapter_only:
@@ -62,7 +63,7 @@ def export(
             save_plain(exported, written, beta)
         result = Export(destination)
         if beta and check:
-            result = compare(path, written, destination, beta, checkpoint, suite)
+            result = compare(path, written, destination, beta, checkpoint, suite, trust_remote_code)
             if result.loss > max_loss:
                 raise RunError(
                     f"the export scores {result.rows['exported'][result.metric]['mean']:.3f} on {result.metric} where the "
@@ -78,11 +79,19 @@ def export(
     return result
 
 
-def compare(guided: Path, exported: Path, destination: Path, beta: float, checkpoint: str, suite: str | None) -> Export:
+def compare(
+    guided: Path,
+    exported: Path,
+    destination: Path,
+    beta: float,
+    checkpoint: str,
+    suite: str | None,
+    trust_remote_code: bool,
+) -> Export:
     """Play the suite with both policies."""
-    evaluator = evaluator_for(guided, suite, checkpoint=checkpoint)
+    evaluator = evaluator_for(guided, suite, (), checkpoint, trust_remote_code)
     rows = {"guided": evaluator(beta)[0]}
-    plain = Evaluator(open_policy(str(exported)), evaluator.suite)
+    plain = Evaluator(open_policy(str(exported), trust_remote_code=trust_remote_code), evaluator.suite)
     rows["exported"] = plain()[0]
     metric = evaluator.suite.metrics[0]
 

@@ -117,7 +117,7 @@ def is_suite(name: str) -> bool:
     if path.is_file():
         keys = read_yaml(path).data.keys()
         return "task" in keys and not keys & {"model", "objective"}
-    return name in shipped_names("eval") and name not in shipped_names("recipes")
+    return name in {*shipped_names("eval"), *registry.names("suite")} - {*shipped_names("recipes")}
 
 
 def find_file(name: str, beside: Path, key: str) -> str:

@@ -67,7 +67,7 @@ def test_a_resolved_recipe_reads_back_as_itself(name, tmp_path):
             ("  environment: random_walks\n  graph: 3", "  environment: missing.py:Mine"),
             r"task.environment: file 'missing.py' does not exist",
         ),
-        (("  config: {model_type: llama}", "  path: ./nowhere"), r"model.path: file './nowhere' does not exist"),
+        (("  config: {model_type: llama}", "  path: ./nowhere"), r"model.path: there is no './nowhere' here"),
     ],
 )
 def test_mistakes_in_a_file(tmp_path, change, message):
