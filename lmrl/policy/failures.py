@@ -7,6 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from lmrl.local_names import HUB_NAME
 from lmrl.run import RECIPE_FILE, checkpoints_in
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -35,9 +36,11 @@ def load_failure(path: str, key: str, error: Exception) -> str:
         return f"{key}: '{path}' cannot be loaded: {_first_sentence(text)}"
     if folder.exists():
         return f"{key}: '{path}' cannot be loaded: {_first_sentence(text)}"
+    if HUB_NAME.fullmatch(path) is None:
+        return f"{key}: there is no '{path}' here"
     if "gated" in text.lower():
         return f"{key}: '{path}' is gated: ask for access on its page of the hub, and log in with `hf auth login`"
-    if "not a valid model identifier" in text or "404" in text or "Repo id must" in text:
+    if "not a valid model identifier" in text or "404" in text:
         return f"{key}: '{path}' is no folder here, and the hub has no such model (or only after `hf auth login`)"
     if "connect" in text.lower() or "offline" in text.lower():
         return f"{key}: '{path}' is no folder here, and the hub cannot be reached: check the name, or your connection"

@@ -88,10 +88,10 @@ def checksums(place: Place) -> dict[str, str]:
 
 
 def check_line(result: tuple[int, str, str], message: str, code: int = 2) -> None:
-    """One clear line on stderr, the exit code, and nothing else but where the run was going to be."""
+    """One clear line on stderr and the exit code; beside it only where the run was going to be, and notes on its data."""
     found, out, err = result
     assert found == code, (found, out, err)
     assert err.startswith("lmrl: ") and err.count("\n") == 1 and "Traceback" not in err, err
     assert re.search(message, err), err
     assert len(err) < 1000, err
-    assert all(line.startswith("run folder: ") for line in out.splitlines()), out
+    assert all(line.startswith(("run folder: ", "note: ")) for line in out.splitlines()), out

@@ -218,7 +218,7 @@ def test_training_and_evaluation_share_the_weights(classifier):
 def test_what_cannot_be_a_reward_is_refused(classifier, tiny_folder, tmp_path):
     with pytest.raises(ModelError, match="has no weights for 'score.weight', so its scores would be random: train it"):
         learned(str(tiny_folder))
-    with pytest.raises(ModelError, match="task.rewards.0.model: reward model: '.*nowhere' cannot be loaded"):
+    with pytest.raises(ModelError, match="task.rewards.0.model: reward model: there is no '.*nowhere' here"):
         learned(str(tmp_path / "nowhere"))
     with pytest.raises(PluginError, match="takes no option 'lable'; did you mean 'label'"):
         learned(classifier(), options={"lable": 1})
