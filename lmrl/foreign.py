@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import signal
 import sys
 import threading
 import time
-from types import TracebackType
+from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 FORKED = 70
 """Exit code of a process that came back from such a call beside this one (EX_SOFTWARE)."""
+
+
+GRACE = 60.0
+"""Seconds after its limit in which a call can still be interrupted; then the process ends."""
+REPEAT = 5.0
+"""Seconds between two interrupts of a call that is over its limit: it may catch the first."""
+
+
+class CallTimedOut(Exception):
+    """A call took longer than its limit. Trying again would take as long."""
+
+    temporary = False
 
 
 class foreign:  # noqa: N801 - reads as a statement
@@ -19,19 +34,43 @@ class foreign:  # noqa: N801 - reads as a statement
     Settings of torch that hold for the whole process (gradients on or off, default type, threads, deterministic kernels)
     are afterwards what they were: a reward that turns gradients off would else end the learning, without an error. A
     call that forks comes back in two processes; the new one ends here, before it writes to the run.
+
+    limit: seconds after which the call is interrupted by CallTimedOut. That takes the main thread, and code that comes back to
+    Python now and then; where it cannot be, `watch` ends the process.
     """
 
-    def __init__(self, what: str):
-        self.what = what
+    def __init__(self, what: str, limit: float | None = None):
+        self.what, self.limit = what, limit
+        self.alarm: tuple[Any, tuple[float, float]] | None = None
 
     def __enter__(self) -> None:
         self.process, self.settings = os.getpid(), _settings()
         self.began = time.monotonic()
         _running.append(self)
+        _note()
+        if self.limit is not None and threading.current_thread() is threading.main_thread():
+            self.alarm = (
+                signal.signal(signal.SIGALRM, self._late),
+                signal.setitimer(signal.ITIMER_REAL, self.limit, REPEAT),
+            )
+
+    def _late(self, _: int, __: FrameType | None) -> None:
+        raise CallTimedOut(f"timed out after {self.limit:g} s (task.call_timeout)")
+
+    def _restore_alarm(self) -> None:
+        handler, (seconds, interval) = self.alarm
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if seconds:  # someone else's, which has been waiting meanwhile
+            signal.setitimer(signal.ITIMER_REAL, max(seconds - (time.monotonic() - self.began), 0.001), interval)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.alarm is not None:
+            self._restore_alarm()
         _running.remove(self)
-        if os.getpid() != self.process:
+        if os.getpid() == self.process:
+            _note()
+        else:
             text = (
                 f"lmrl: {self.what} forked, and its second process ends here: start processes by subprocess instead\n"
             )
@@ -65,17 +104,71 @@ def _name_slow_calls() -> None:
     told: foreign | None = None
     limit = PATIENCE
     while True:
-        time.sleep(min(PATIENCE / 4, 5))
+        time.sleep(min(PATIENCE / 4, GRACE / 4, 5))
+        for call in list(_running):
+            if call.limit is not None and time.monotonic() - call.began > call.limit + GRACE:
+                _give_up(call)
         call = next(iter(_running), None)
         if call is not told:
             told, limit = call, PATIENCE
         if call is not None and time.monotonic() - call.began > limit:
+            ends = "`timeout` of a reward limits its calls"
+            if call.limit is not None:
+                ends = f"it has {call.limit:g} s (task.call_timeout)"
             print(
-                f"lmrl: still waiting for {call.what} ({time.monotonic() - call.began:.0f} s); "
-                "`timeout` of a reward limits its calls",
-                file=sys.stderr,
+                f"lmrl: still waiting for {call.what} ({time.monotonic() - call.began:.0f} s); {ends}", file=sys.stderr
             )
             limit *= 2
+
+
+def _give_up(call: foreign) -> None:
+    """End the process: a call is over its limit, and nothing in this process can stop it."""
+    from lmrl.launch import leave_error
+
+    text = (
+        f"lmrl: {call.what} has not come back for {time.monotonic() - call.began:.0f} s and cannot be interrupted, so the run ends "
+        "here: go on from its last checkpoint by --resume; a reward with `workers: 1` runs in a process that can be replaced"
+    )
+    if not leave_error(text, 1, own=True):
+        os.write(2, f"{text}\n".encode())
+    os._exit(1)
+
+
+# --------------------------------------------------------------------------------------------------------------- last words
+NOTE_BYTES = 256
+_noted: tuple[Path, mmap.mmap] | None = None
+
+
+def keep_note(path: Path) -> str | None:
+    """From now on the call that is running stands in this file, also after the process is gone.
+
+    Returns what stands there already: the call in which the process before has ended. The file is mapped into memory, so that a call
+    costs no write to the disk.
+    """
+    global _noted
+    drop_note()
+    left = path.read_bytes().rstrip(b"\0").decode(errors="replace") if path.exists() else ""
+    path.write_bytes(bytes(NOTE_BYTES))
+    with open(path, "r+b") as file:
+        _noted = path, mmap.mmap(file.fileno(), NOTE_BYTES)
+    return left or None
+
+
+def drop_note() -> None:
+    """Delete the note: the process ends with words of its own."""
+    global _noted
+    if _noted is not None:
+        path, memory = _noted
+        _noted = None
+        memory.close()
+        path.unlink(missing_ok=True)
+
+
+def _note() -> None:
+    if _noted is not None:
+        call = next(iter(_running), None)
+        text = call.what.encode(errors="replace")[:NOTE_BYTES] if call else b""
+        _noted[1][:] = text.ljust(NOTE_BYTES, b"\0")
 
 
 def _settings() -> tuple[Any, ...] | None:

@@ -33,7 +33,9 @@ from lmrl.recipe.files import dotted, read_yaml, stages_of, to_yaml, validate
 
 RECIPE_FILE, VERSIONS_FILE, RESULTS_FILE = "recipe.yaml", "versions.json", "results.json"
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
-OF_A_START = {".lock", RECIPE_FILE, VERSIONS_FILE, METRICS_FILE, SAMPLES_FILE, "bad_rows.jsonl", "stages", "trackers"}
+CALL_FILE = ".call"
+"""The reward or environment that is being called (see lmrl.foreign); gone where the run ended with words of its own."""
+OF_A_START = {".lock", CALL_FILE, RECIPE_FILE, VERSIONS_FILE, METRICS_FILE, SAMPLES_FILE, "bad_rows.jsonl", "stages", "trackers"}
 """What a run may leave that has not made its first step."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "gymnasium", "numpy", "tokenizers")
 FREE_TO_CHANGE = (
@@ -43,6 +45,7 @@ FREE_TO_CHANGE = (
     ("training", "gradient_checkpointing"),
     ("training", "try_worst_case"),
     ("tracking",),
+    ("task", "call_timeout"),
 )
 """Recipe keys that a resumed run may change, because they do not touch what is computed, or only its rounding."""
 STEPS = ("training", "steps")

@@ -1,21 +1,28 @@
 """What rewards and environments do to the process is put back."""
 
+import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from lmrl.environments import TextEnvironment
-from lmrl.foreign import FORKED, foreign
+from lmrl.errors import EpisodeError
+from lmrl.foreign import FORKED, CallTimedOut, drop_note, foreign, keep_note
 from lmrl.plugins import load_plugin
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import Reward
 from lmrl.rewards.load import load_rewards
 from lmrl.rewards.rewards import score
+from lmrl.rewards.workers import close_pools
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task
 from lmrl.trajectories.render import Renderer
+from tests.conftest import TINY_LLAMA
+from tests.launcher import launcher
 
 MEDDLE = """
 import torch
@@ -95,3 +102,131 @@ def test_an_error_passes_through():
         torch.set_grad_enabled(False)
         raise ValueError("x")
     assert untouched()
+
+
+# ------------------------------------------------------------------------------------------------------------------ limits
+HANG = """
+import os, time
+def hangs(prompts, completions):
+    if "BAD" in completions:
+        time.sleep(100)
+    return [1.0] * len(prompts)
+def leaves(prompts, completions):
+    os._exit(0)
+"""
+
+
+def test_a_call_over_its_limit_is_interrupted():
+    began = time.monotonic()
+    with pytest.raises(CallTimedOut, match=r"timed out after 0.2 s \(task.call_timeout\)"), foreign("reward f", 0.2):
+        time.sleep(100)
+    assert time.monotonic() - began < 5
+    with foreign("reward f", 0.2):
+        pass
+    time.sleep(0.3)  # the alarm went with the call
+
+
+def test_a_call_that_catches_the_first_interrupt_gets_a_second(monkeypatch):
+    monkeypatch.setattr("lmrl.foreign.REPEAT", 0.1)
+    caught = []
+    with pytest.raises(CallTimedOut), foreign("reward f", 0.1):
+        try:
+            time.sleep(100)
+        except Exception as error:
+            caught.append(error)
+        time.sleep(100)
+    assert len(caught) == 1
+
+
+def test_an_alarm_of_someone_else_still_rings():
+    rung = []
+    previous = signal.signal(signal.SIGALRM, lambda *_: rung.append(True))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with foreign("reward f", 50):
+            assert signal.getitimer(signal.ITIMER_REAL)[0] > 40
+        assert not rung
+        time.sleep(0.4)
+        assert rung
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_reward_without_a_timeout_has_that_of_the_task(tmp_path, workers):
+    (tmp_path / "hang.py").write_text(HANG)
+    (function,) = load_rewards([Reward(function=f"{tmp_path / 'hang.py'}:hangs", workers=workers)], limit=0.5)
+    found = score(function, {"prompts": ["a"] * 3, "completions": ["x", "BAD", "y"]})
+    assert found.values == [1.0, None, 1.0] and found.causes[1].startswith("hang.py:hangs timed out after 0.5 s")
+    close_pools()
+
+
+class Hanging(Meddling):
+    def reset(self, *, seed=None, options=None):
+        return "a", {}
+
+    def step(self, action):
+        time.sleep(100)
+
+
+def test_an_environment_over_its_limit_has_failed():
+    task = Task(Hanging, Renderer(build_tokenizer("char", ["ab"])), [0], [0], call_timeout=0.2)
+    (episode,) = Sampler(task).play_scripted("random", [0], ("x",))
+    assert episode.failure == "environment timed out after 0.2 s (task.call_timeout)"
+    with pytest.raises(EpisodeError, match=r"timed out after 0.2 s"):
+        task.keep_judged([episode])
+
+
+def test_a_call_that_nothing_can_interrupt_ends_the_process():
+    code = """
+import threading, time, lmrl.foreign as module
+module.PATIENCE = module.GRACE = 0.4
+module.watch()
+def hang():
+    with module.foreign("reward f", 0.2):
+        time.sleep(100)
+threading.Thread(target=hang).start()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("lmrl: reward f has not come back for 1 s and cannot be interrupted")
+    assert "go on from its last checkpoint by --resume" in done.stderr
+
+
+# -------------------------------------------------------------------------------------------------------------- last words
+def test_the_call_in_which_a_process_ended_is_known_afterwards(tmp_path):
+    code = f"""
+import os, pathlib
+from lmrl.foreign import foreign, keep_note
+assert keep_note(pathlib.Path({str(tmp_path / "note")!r})) is None
+with foreign("reward first"):
+    pass
+with foreign("reward mine.py:f"):
+    os._exit(0)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert keep_note(tmp_path / "note") == "reward mine.py:f"
+    with foreign("reward g"):
+        assert (tmp_path / "note").read_bytes().startswith(b"reward g\0")
+    assert keep_note(tmp_path / "note") is None  # the call came back
+    drop_note()
+    assert not (tmp_path / "note").exists()
+
+
+def test_a_resumed_run_names_the_call_that_ended_it(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "ab"}\n' * 4)
+    (tmp_path / "hang.py").write_text(HANG)
+    recipe = {
+        "model": {"config": dict(TINY_LLAMA)},
+        "task": {"prompts": {"path": "prompts.jsonl", "holdout": 0}, "rewards": [{"function": "hang.py:leaves"}]},
+        "rollouts": {"prompts": 2, "samples": 2, "max_new_tokens": 2},
+        "objective": {"name": "grpo"},
+        "training": {"steps": 1},
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(recipe))
+    done = launcher().run("train", str(tmp_path / "mine.yaml"), "--output", str(tmp_path / "run"))
+    assert done.returncode == 0 and "checkpoint:" not in done.stdout  # as if it had done its work
+    done = launcher().run("train", str(tmp_path / "run"), "--resume")
+    assert (
+        "note: the process before this one ended without a word in the middle of reward hang.py:leaves" in done.stdout
+    )

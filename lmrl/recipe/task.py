@@ -17,6 +17,12 @@ STAGE_PREFIX = "stages/"
 """A reward's `model` that begins so is the result of an earlier stage of the same run."""
 
 
+CallTimeout = Annotated[float, Field(gt=0)] | None
+"""Seconds that one call of a reward function or an environment may take (null: any time). Then it counts as failed: a worker is
+replaced, a call in the run's own process is interrupted, and where that is not possible the run ends with a line that names it.
+A reward's own `timeout` comes first; `url` and `model` limit themselves."""
+
+
 class Prompts(Section):
     """Where prompts come from: a JSONL, Parquet or CSV file, or a dataset on the hub."""
 
@@ -135,6 +141,8 @@ class PromptTask(Section):
     """`file.py:function` (or several of them), an address, or sections with the options of each."""
     max_failed: float = Field(0.1, ge=0, le=1)
     """The run stops when a larger share of a batch could not be judged."""
+    call_timeout: CallTimeout = 600
+    """Seconds that one call of a reward function may take; then its batch is tried row by row."""
     special_tokens: SpecialTokens = "text"
     """Inside prompts and completions: `text`, or `parse` for prompts that hold control tokens on purpose."""
 
@@ -154,6 +162,8 @@ class EpisodeLimits(Section):
     """An episode is truncated after so many turns."""
     max_failed: float = Field(0.1, ge=0, le=1)
     """The run stops when the environment fails in a larger share of a batch."""
+    call_timeout: CallTimeout = 600
+    """Seconds that one call of the environment may take; then its episode has failed."""
     chat: bool = False
     """Put observations through the model's chat template."""
     special_tokens: SpecialTokens = "text"

@@ -12,27 +12,34 @@ from typing import Any
 
 from lmrl import registry
 from lmrl.errors import LmrlError, PluginError, RewardError, did_you_mean
-from lmrl.foreign import foreign
+from lmrl.foreign import CallTimedOut, foreign
 from lmrl.recipe import STAGE_PREFIX, Reward, SpecialTokens
 from lmrl.rewards.rewards import RewardFunction
 from lmrl.rewards.scale import Scale
 from lmrl.rewards.workers import TimedOut, pool_of
 
 
-def load_rewards(specs: Sequence[Reward], special_tokens: SpecialTokens = "text") -> list[RewardFunction]:
+def load_rewards(
+    specs: Sequence[Reward], special_tokens: SpecialTokens = "text", limit: float | None = None
+) -> list[RewardFunction]:
     """The rewards of `task.rewards`, in this process or in workers of their own.
 
-    special_tokens: the task's, for reward models that do not set it in their options.
+    special_tokens: the task's, for reward models that do not set it in their options. limit: `task.call_timeout`.
     """
     own = [
         spec.model_copy(update={"options": {"special_tokens": special_tokens} | spec.options}) if spec.models else spec
         for spec in specs
     ]
-    return [load_reward(spec, f"task.rewards.{index}") for index, spec in enumerate(own)]
+    return [load_reward(spec, f"task.rewards.{index}", limit) for index, spec in enumerate(own)]
 
 
-def load_reward(spec: Reward, key: str) -> RewardFunction:
-    """One reward. Raises PluginError where it cannot be loaded, whether here or in a worker."""
+def load_reward(spec: Reward, key: str, limit: float | None = None) -> RewardFunction:
+    """One reward. Raises PluginError where it cannot be loaded, whether here or in a worker.
+
+    limit: seconds that a call of a function without a `timeout` of its own may take, wherever it runs.
+    """
+    if spec.timeout is not None or spec.kind != "function" or spec.function.startswith("lmrl."):
+        limit = None  # what is lmrl's own limits each request, or computes for as long as a batch takes
     if unknown := [model for model in spec.models if model.startswith(STAGE_PREFIX)]:
         raise RewardError(
             f"{key}.model: '{unknown[0]}' is the reward model of a run that is not at hand here: name its folder"
@@ -41,20 +48,20 @@ def load_reward(spec: Reward, key: str) -> RewardFunction:
     if spec.kind == "model" and spec.timeout is not None:
         workers = max(workers, 1)  # without a copy of its weights in this process
     if workers == 0:
-        call, origin = local_call(spec, key)
+        call, origin = local_call(spec, key, limit)
         if spec.timeout is not None and not _limits_itself(call):
             workers = 1  # nothing else can stop a function that hangs
     if workers > 0:
         origin = origin_of(spec)
-        call = pool_of(spec.model_dump(mode="json"), key, workers, spec.timeout)
+        call = pool_of(spec.model_dump(mode="json"), key, workers, spec.timeout or limit)
     scale = Scale(spec.normalize, spec.clip)
     return RewardFunction(spec.label, origin, spec.weight, call, max(workers, 1), spec.timeout, spec.retries, scale)
 
 
-def local_call(spec: Reward, key: str) -> tuple[Callable[..., Any], str]:
+def local_call(spec: Reward, key: str, limit: float | None = None) -> tuple[Callable[..., Any], str]:
     """The function, to be called with columns by name in this process, and what to call it in messages.
 
-    A class is instantiated with its `options`; a function gets them with every call.
+    A class is instantiated with its `options`; a function gets them with every call. limit: see load_reward.
     """
     name, options = spec.target()
     key = f"{key}.{spec.kind}"
@@ -70,9 +77,8 @@ def local_call(spec: Reward, key: str) -> tuple[Callable[..., Any], str]:
     if unknown:
         raise PluginError(f"{key}: '{spec.what}' takes no option '{sorted(unknown)[0]}' (it takes {', '.join(names)})")
     is_async = inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(type(found).__call__)
-    call = partial(
-        _call, found, None if takes_all else names, options, spec.timeout if is_async else None, origin_of(spec)
-    )
+    timeout = spec.timeout if is_async else None
+    call = partial(_call, found, None if takes_all else names, options, timeout, limit, origin_of(spec))
     call.limits_itself = is_async or spec.kind == "url"
     return call, origin_of(spec)
 
@@ -99,15 +105,19 @@ def _call(
     names: set[str] | None,
     options: dict[str, Any],
     timeout: float | None,
+    limit: float | None,
     origin: str,
     /,
     **columns: Any,
 ) -> Any:
     """Call a function with the columns it takes; an async one is awaited, for `timeout` seconds at most."""
     chosen = {name: value for name, value in columns.items() if names is None or name in names}
-    with foreign(f"reward {origin}"):
-        result = function(**chosen, **options)
-        return _await(result, timeout) if inspect.iscoroutine(result) else result
+    try:
+        with foreign(f"reward {origin}", limit):
+            result = function(**chosen, **options)
+            return _await(result, timeout) if inspect.iscoroutine(result) else result
+    except CallTimedOut as error:
+        raise TimedOut(str(error)) from error
 
 
 def _await(coroutine: Coroutine, timeout: float | None) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lmrl import distributed
 from lmrl.engines.base import Completion, Engine, Sampling
-from lmrl.foreign import foreign
+from lmrl.foreign import CallTimedOut, foreign
 from lmrl.rollouts.task import Task
 from lmrl.seeding import key, stream
 from lmrl.trajectories.recorder import Recorder
@@ -78,8 +78,12 @@ class Sampler:
             episode.trajectory.player = player
             while not episode.over:
                 episode.recorder.observe(episode.observation)
-                with foreign("the environment"):
-                    text = episode.environment.act(player, rng)
+                try:
+                    with foreign("the environment", self.task.call_timeout):
+                        text = episode.environment.act(player, rng)
+                except CallTimedOut as error:
+                    episode.fail(error)
+                    break
                 self._act(episode, self.task.renderer.action(text), None, text, "eos")
         return self._finish(episodes)
 
@@ -102,7 +106,7 @@ class Sampler:
                 seed = key(*name, "start", group) % 2**31
                 trajectory.seed, trajectory.start = seed, start
                 try:
-                    episode.observation, info = begin_episode(episode.environment, seed, start)
+                    episode.observation, info = begin_episode(episode.environment, seed, start, self.task.call_timeout)
                     trajectory.columns = info.get("columns", {})
                 except (Exception, SystemExit) as error:
                     episode.fail(error)
@@ -113,7 +117,9 @@ class Sampler:
         trajectory = episode.trajectory
         episode.recorder.act(text, tokens, logprobs, cut=end == "length")
         try:
-            observation, reward, terminated, truncated, metrics = take_step(episode.environment, text)
+            observation, reward, terminated, truncated, metrics = take_step(
+                episode.environment, text, self.task.call_timeout
+            )
         except (Exception, SystemExit) as error:
             episode.fail(error)
             return
@@ -144,18 +150,25 @@ class Sampler:
         return text
 
 
-def begin_episode(environment: Any, seed: int, start: int | None) -> tuple[Any, dict[str, Any]]:
-    """An environment's first observation, checked, and its info. start: number of the start state (None: drawn by the seed)."""
+def begin_episode(
+    environment: Any, seed: int, start: int | None, limit: float | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """An environment's first observation, checked, and its info. start: number of the start state (None: drawn by the seed).
+
+    limit: seconds that the call may take.
+    """
     options = None if start is None else {"start": start}
-    with foreign("the environment"):
+    with foreign("the environment", limit):
         result = environment.reset(seed=seed, options=options)
     observation, info = unpacked("reset", result, ("observation", "info"))
     return check_text(observation), info
 
 
-def take_step(environment: Any, action: str) -> tuple[Any, float, bool, bool, dict[str, float]]:
+def take_step(
+    environment: Any, action: str, limit: float | None = None
+) -> tuple[Any, float, bool, bool, dict[str, float]]:
     """A step of an environment, checked: observation, reward, terminated, truncated, metrics."""
-    with foreign("the environment"):
+    with foreign("the environment", limit):
         result = environment.step(action)
     observation, reward, terminated, truncated, info = unpacked(
         "step", result, ("observation", "reward", "terminated", "truncated", "info")
@@ -167,6 +180,8 @@ def take_step(environment: Any, action: str) -> tuple[Any, float, bool, bool, di
 
 
 def failure_text(error: BaseException) -> str:
+    if isinstance(error, CallTimedOut):
+        return f"environment {error}"
     return f"environment raised {type(error).__name__}: {error}"
 
 

@@ -48,6 +48,8 @@ class Task:
     max_turns: int = 1
     history: int | str = "all"
     max_failed: float = 0.1
+    call_timeout: float | None = None
+    """Seconds that a call of the environment may take."""
     rewards: list[RewardFunction] = field(default_factory=list)
     learning: bool = False
     """Whether what is played is learned from, so that running statistics of rewards follow it."""
@@ -127,6 +129,7 @@ def build_task(section: Any, tokenizer: Any) -> Task:
         max_turns=section.max_turns,
         history=section.history,
         max_failed=section.max_failed,
+        call_timeout=section.call_timeout,
         environment={
             "name": section.environment,
             "options": section.options,
@@ -170,7 +173,7 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
         training=training,
         heldout=heldout,
         max_failed=section.max_failed,
-        rewards=load_rewards(section.rewards, section.special_tokens),
+        rewards=load_rewards(section.rewards, section.special_tokens, section.call_timeout),
         judged_by="reward",
         longest_prompt=max(length for length in lengths if length <= prompts.max_tokens),
         notes=notes if len(short) < len(rows) else [],

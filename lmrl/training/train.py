@@ -20,11 +20,12 @@ from rich.console import Console
 from lmrl import distributed
 from lmrl.allocator import keep_freed_memory
 from lmrl.errors import LmrlError, RecipeError, RunError
+from lmrl.foreign import drop_note, keep_note
 from lmrl.recipe import MAIN_STAGE, OWN_TASK, PromptTask, Recipe
 from lmrl.recipe.estimates import memory
 from lmrl.recipe.files import load_recipe, stages_of
 from lmrl.recipe.own import with_own_options
-from lmrl.run import RESULTS_FILE, Run, read_recipe, write_atomically
+from lmrl.run import CALL_FILE, RESULTS_FILE, Run, read_recipe, write_atomically
 from lmrl.training.build import build_stage
 from lmrl.training.checkpoint import final_state
 from lmrl.training.display import Display
@@ -189,6 +190,8 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
     display.say(f"run folder: {run.folder}")
     if resumed and not any(run.final(name).exists() or run.checkpoints(name) for name in stages_of(recipe)):
         display.say("there is no checkpoint yet: starting over")
+    if run.writes and (call := keep_note(run.folder / CALL_FILE)):
+        display.say(f"note: the process before this one ended without a word in the middle of {call}")
     previous: Path | None = None
     offset, predicted = 0, 0.0
     with Interrupt() as interrupt:
@@ -230,6 +233,8 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
             if error.exit_code == 2 and not resumed:  # refused: the folder is free for the next try
                 run.discard()
             raise
+        finally:
+            drop_note()
     for tracker in accelerator.trackers:
         tracker.finish()
     scores, columns = closing_table(run)
