@@ -68,7 +68,7 @@ def main() -> None:
     except LmrlError as error:
         if debug:
             raise
-        text = f"lmrl: {visible(' '.join(str(error).split()))}"
+        text = f"lmrl: {one_line(str(error))}"
         _abandon()
         if not leave_error(text, error.exit_code, own=True):
             print(text, file=sys.stderr)
@@ -86,6 +86,18 @@ def main() -> None:
         if isinstance(error, Exception) and leave_error(traceback.format_exc(), 1, own=False):
             sys.exit(1)
         raise
+
+
+LONGEST_LINE = 1500
+
+
+def one_line(text: str) -> str:
+    """A message in one line that is safe to show; of a long one, which quotes the user's own data, the middle is left out."""
+    text = visible(" ".join(text.split()))
+    if len(text) <= LONGEST_LINE:
+        return text
+    half = LONGEST_LINE // 2
+    return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
 
 
 def _disk_full(error: BaseException | None) -> str | None:

@@ -258,8 +258,7 @@ def _child(target: Any, key: str | int, keys: Keys, override: str) -> Any:
     if isinstance(target, list):
         if not isinstance(key, int) or key >= len(target):
             raise RecipeError(f"override '{override}': the list has no item '{dotted(keys)}' (it has {len(target)})")
-        return target[key]
-    if target.get(key) is None:
+    elif target.get(key) is None:
         target[key] = {}
     if not isinstance(target[key], dict | list):
         raise RecipeError(f"override '{override}': '{dotted(keys)}' holds a single value and has no keys below it")
