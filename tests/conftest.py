@@ -56,9 +56,8 @@ def tiny_policy():
     )
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A transformers folder with a tiny character-level model and a chat template, standing in for a hub model."""
+def save_tiny_model(folder: Path) -> None:
+    """Write a transformers folder with a tiny character-level model and a chat template, standing in for a hub model."""
     from lmrl.policy.load import load_policy
     from lmrl.recipe import Model
 
@@ -69,8 +68,13 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "{% for message in messages %}[{{ message.role }}]{{ message.content }}<eos>\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    folder = tmp_path_factory.mktemp("model")
     policy.save(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_model(folder)
     return folder
 
 

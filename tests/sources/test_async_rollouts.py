@@ -25,8 +25,14 @@ from lmrl.training.stage import Stage
 from lmrl.training.updater import Updater
 from lmrl.trajectories.trajectory import Trajectory
 from tests.conftest import TINY_WALKS
+<<<<<<< HEAD:tests/sources/test_async_rollouts.py
 from tests.engines.vllm_server.fake_server import FakeServer
 from tests.training.test_resume import assert_same_run, launch, metrics
+=======
+from tests.launcher import launcher
+from tests.rollouts.fake_server import FakeServer
+from tests.runs import assert_same_run, metrics
+>>>>>>> b6e903c (Tests: fork killed runs off a process that has imported lmrl):tests/training/test_async_rollouts.py
 
 
 def recipe_of(tmp_path, overrides=(), **changes):
@@ -220,9 +226,9 @@ def test_killed_while_playing_several_turns(tmp_path):
     whole, torn, kill = tmp_path / "whole", tmp_path / "torn", int(signal.SIGKILL)
     train(load_recipe("random_walks/bc", small), output=whole)
     assert [line["staleness"] for line in trained(whole)] == [0, 1, 1, 1, 1]
-    done = launch(tmp_path, ("record", 7, kill), "train", "random_walks/bc", *small, "--output", str(torn))
+    done = launcher().run("train", "random_walks/bc", *small, "--output", str(torn), stop=("record", 7, kill))
     assert done.returncode == -kill and metrics(torn)[-1]["step"] > 2, done.stderr
-    done = launch(tmp_path, ("_fsync", 3, kill), "train", str(torn), "--resume")
+    done = launcher().run("train", str(torn), "--resume", stop=("_fsync", 3, kill))
     assert done.returncode == -kill and "resumed stage main at step 2" in done.stdout, done.stdout
     resume_run(torn)
     assert_same_run(whole, torn)

@@ -12,7 +12,8 @@ from lmrl.sources.dataset import Dataset
 from lmrl.sources.mixture import Mixture
 from lmrl.training import dry_run
 from tests.conftest import TINY_WALKS
-from tests.training.test_resume import assert_same_run, launch, metrics
+from tests.launcher import launcher
+from tests.runs import assert_same_run, metrics
 
 
 class Fresh:
@@ -95,13 +96,13 @@ def replayed(folder):
 def test_a_killed_mixture_resumes_to_the_bit(tmp_path):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     kill = int(signal.SIGKILL)
-    done = launch(tmp_path, ("record", 10**6, kill), "train", "random_walks/bc", *MIXTURE, "--output", str(whole))
+    done = launcher().run("train", "random_walks/bc", *MIXTURE, "--output", str(whole))
     assert done.returncode == 0, done.stderr
-    done = launch(tmp_path, ("record", 7, kill), "train", "random_walks/bc", *MIXTURE, "--output", str(torn))
+    done = launcher().run("train", "random_walks/bc", *MIXTURE, "--output", str(torn), stop=("record", 7, kill))
     assert done.returncode == -kill and metrics(torn)[-1]["step"] == 5
-    done = launch(tmp_path, ("_fsync", 3, kill), "train", str(torn), "--resume")  # while step 6 is written
+    done = launcher().run("train", str(torn), "--resume", stop=("_fsync", 3, kill))  # while step 6 is written
     assert done.returncode == -kill and "resumed stage main at step 4" in done.stdout, done.stdout
-    done = launch(tmp_path, ("record", 10**6, kill), "train", str(torn), "--resume")
+    done = launcher().run("train", str(torn), "--resume")
     assert done.returncode == 0 and "resumed stage main at step 4" in done.stdout, done.stderr
     assert_same_run(whole, torn)
 

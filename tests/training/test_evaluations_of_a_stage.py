@@ -19,7 +19,7 @@ from lmrl.training.listeners.evaluation import too_far
 from lmrl.training.stage import Stage
 from lmrl.training.train import closing_lines
 from tests.conftest import TINY_WALKS
-from tests.training.test_resume import metrics
+from tests.runs import metrics
 
 OWN = [*TINY_WALKS, "evaluation.suite=task", "training.checkpoint_every=0"]
 ONLINE = [*OWN, "source={name: rollouts}", "objective={name: rloo}", "rollouts.prompts=32", "rollouts.samples=4"]

@@ -9,7 +9,7 @@ from lmrl.recipe.files import load_recipe
 from lmrl.training import build, resume_run, train
 from lmrl.training.listeners import Listener
 from tests.conftest import TINY_WALKS
-from tests.training.test_resume import assert_same_run, metrics
+from tests.runs import assert_same_run, metrics
 
 QUICK = [*TINY_WALKS, "training.steps=6", "training.checkpoint_every=2", "evaluation.episodes=2", "optimizer.lr=1e-2"]
 QUICK += ["training.keep_checkpoints=9", "optimizer.schedule=constant"]

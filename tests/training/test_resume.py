@@ -1,9 +1,7 @@
 """Exact resume: however a run is stopped, its weights and metrics end up equal to the bit."""
 
 import json
-import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,8 @@ import yaml
 from lmrl.errors import RunError
 from lmrl.recipe.files import load_recipe
 from lmrl.training import resume_run, train
-from tests import forking
+from tests.launcher import launcher
+from tests.runs import assert_same_run, metrics
 
 SMALL = [
     "training.steps=6",
@@ -29,61 +28,16 @@ SMALL = [
     "evaluation.every=3",
 ]
 
-# Runs `lmrl train` and sends this very process a signal at the n-th call of a function of lmrl.run: `record` is a line
-# of metrics just written, `_fsync` the middle of writing a checkpoint, before the rename that makes it visible.
-DRIVER = """
-import os, signal, sys
-import lmrl.run
-where, count, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-home = lmrl.run.Run if where == "record" else lmrl.run
-original, calls = getattr(home, where), 0
-def stop(*args):
-    global calls
-    calls += 1
-    result = original(*args)
-    if calls == count:
-        os.kill(os.getpid(), number)
-    return result
-setattr(home, where, stop)
-sys.argv = ["lmrl", *sys.argv[4:]]
-from lmrl.cli import main
-main()
-"""
-
-
-def launch(tmp_path: Path, stop: tuple[str, int, int], *arguments: str) -> subprocess.CompletedProcess:
-    return forking.run([*map(str, stop), *arguments], code=DRIVER, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def metrics(folder: Path) -> list[dict]:
-    """All but times, what was measured of memory, and the comparison of engine and learner, which every process makes anew."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in line.items() if name != "time"}
-        for line in lines
-        if line["kind"] != "check" and "measured_mb" not in line
-    ]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    assert metrics(a) == metrics(b)
-    assert (a / "samples.jsonl").read_text() == (b / "samples.jsonl").read_text()
-    assert (a / "results.json").read_text() == (b / "results.json").read_text()
-    files = sorted(path.relative_to(a) for path in (a / "stages").glob("*/final/**/*.safetensors"))
-    assert len(files) >= 3
-    for file in files:
-        assert (a / file).read_bytes() == (b / file).read_bytes(), file
-
 
 def test_killed_again_and_again(tmp_path):
     """SIGKILL in six places, a torn line and a SIGTERM; the resumed run equals the uninterrupted one."""
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     command = ["train", "random_walks/ppo", *SMALL, "--output"]
-    done = launch(tmp_path, ("record", 10**6, signal.SIGKILL), *command, str(whole))
+    done = launcher().run(*command, str(whole))
     assert done.returncode == 0, done.stderr
 
     kill, term = int(signal.SIGKILL), int(signal.SIGTERM)
-    first = launch(tmp_path, ("record", 2, kill), *command, str(torn))  # before any checkpoint
+    first = launcher().run(*command, str(torn), stop=("record", 2, kill))  # before any checkpoint
     assert first.returncode == -kill
     stops = [
         # what stops the process, what the resumed process says first
@@ -96,14 +50,12 @@ def test_killed_again_and_again(tmp_path):
     for stop, said in stops:
         with open(torn / "metrics.jsonl", "a") as file:
             file.write('{"stage": "main", "st')  # a line the kernel had only half of
-        done = launch(tmp_path, stop, "train", str(torn), "--resume")
+        done = launcher().run("train", str(torn), "--resume", stop=stop)
         assert said in done.stdout, (stop, done.stdout, done.stderr)
         assert done.returncode == (143 if stop[2] == term else -kill), (stop, done.stdout, done.stderr)
         if stop[2] == term:
             assert "saved a checkpoint at step" in done.stdout
-    done = launch(
-        tmp_path, ("record", 10**6, kill), "train", "random_walks/ppo", *SMALL, "--output", str(torn), "--resume"
-    )
+    done = launcher().run(*command, str(torn), "--resume")
     assert done.returncode == 0, done.stderr
     assert "stage warmup is finished: not run again" in done.stdout
     assert_same_run(whole, torn)

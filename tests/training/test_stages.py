@@ -8,7 +8,7 @@ from lmrl.recipe.files import load_recipe
 from lmrl.training import train
 from lmrl.training.stage import Stage
 from tests.conftest import TINY_WALKS
-from tests.training.test_resume import metrics
+from tests.runs import metrics
 
 QUICK = ["training.steps=3", "training.checkpoint_every=0", "evaluation.episodes=2", "optimizer.lr=1e-2"]
 

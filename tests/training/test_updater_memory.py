@@ -24,7 +24,7 @@ from lmrl.training.updater import Updater
 from lmrl.trajectories.batch import Batch, to_batch
 from lmrl.trajectories.trajectory import Segment, Trajectory
 from tests.conftest import TINY_WALKS
-from tests.training.test_resume import metrics
+from tests.runs import metrics
 
 
 class Limited(torch.autograd.Function):

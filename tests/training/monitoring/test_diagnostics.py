@@ -22,7 +22,7 @@ from lmrl.training.monitoring.diagnostics import (
 from lmrl.training.stage import Stage
 from lmrl.trajectories.batch import to_batch
 from tests.conftest import TINY_WALKS
-from tests.training.test_resume import metrics
+from tests.runs import metrics
 from tests.trajectories.test_chain import episode
 
 FEATURES = {"effective_rank", "dead_units", "neighbour_products"}

@@ -18,7 +18,7 @@ from lmrl.training.monitoring.gate import GateState, breached, drop, has_given_u
 from lmrl.training.stage import Stage
 from lmrl.trajectories.trajectory import Trajectory
 from tests.conftest import TINY_WALKS
-from tests.training.test_resume import metrics
+from tests.runs import metrics
 
 
 def test_drop_by_hand():

@@ -19,7 +19,7 @@ from lmrl.training.parallel.strategy import Strategy
 from lmrl.training.stage import Stage
 from lmrl.training.train import Result, resume_run
 from tests.conftest import TINY_WALKS
-from tests.training.test_resume import metrics
+from tests.runs import metrics
 
 SIZES = [change for change in TINY_WALKS if not change.startswith("source.")]
 BROKEN_AT, STEPS = 18, 34
