@@ -30,6 +30,7 @@ from lmrl.errors import RunError
 from lmrl.local_names import MODEL_FILES, refuse_missing
 from lmrl.recipe import MAIN_STAGE, OWN_TASK, Recipe
 from lmrl.recipe.files import dotted, read_yaml, stages_of, to_yaml, validate
+from lmrl.secrets import check_no_secrets, redact
 
 RECIPE_FILE, VERSIONS_FILE, RESULTS_FILE = "recipe.yaml", "versions.json", "results.json"
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
@@ -77,6 +78,7 @@ class Run:
     @classmethod
     def create(cls, folder: Path, recipe: Recipe) -> Run:
         """A new run in an empty or absent folder."""
+        check_no_secrets(recipe)
         if folder.is_dir() and not is_blank(folder):
             if (folder / RECIPE_FILE).is_file():
                 raise RunError(f"{folder} holds a run: go on with it by --resume, or choose another --output")
@@ -388,7 +390,7 @@ def describe_machine() -> dict[str, Any]:
         "packages": versions,
         "git_commit": commit,
         "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
-        "command": sys.argv,
+        "command": [redact(argument) for argument in sys.argv],
     }
 
 

@@ -45,12 +45,12 @@ class Launcher:
         )
         atexit.register(self.close)
 
-    def start(self, *arguments: str, stop: Stop | None = None) -> Launched:
-        """Run `lmrl ARGUMENTS` in a process of its own and in this process's folder."""
-        return Launched(self, arguments, stop)
+    def start(self, *arguments: str, stop: Stop | None = None, **environment: str) -> Launched:
+        """Run `lmrl ARGUMENTS` in a process of its own and in this process's folder. environment: further variables."""
+        return Launched(self, arguments, stop, environment)
 
-    def run(self, *arguments: str, stop: Stop | None = None) -> subprocess.CompletedProcess:
-        return self.start(*arguments, stop=stop).wait()
+    def run(self, *arguments: str, stop: Stop | None = None, **environment: str) -> subprocess.CompletedProcess:
+        return self.start(*arguments, stop=stop, **environment).wait()
 
     def ask(self, request: dict[str, Any]) -> Any:
         self.server.stdin.write(json.dumps(request) + "\n")
@@ -68,10 +68,11 @@ class Launcher:
 class Launched:
     """A forked command. One at a time: the next starts after `wait`."""
 
-    def __init__(self, launcher: Launcher, arguments: Sequence[str], stop: Stop | None):
+    def __init__(self, launcher: Launcher, arguments: Sequence[str], stop: Stop | None, environment: dict[str, str]):
         self.launcher, self.arguments = launcher, list(arguments)
         self.folder = tempfile.TemporaryDirectory(prefix="lmrl-launched-")
         request = {"arguments": self.arguments, "stop": stop, "cwd": os.getcwd(), "streams": self.folder.name}
+        request["environment"] = environment
         self.pid: int = launcher.ask(request)
 
     def kill(self) -> None:
@@ -113,7 +114,7 @@ def serve() -> None:
         print(json.dumps(answer), file=replies, flush=True)
 
 
-def _child(arguments: list[str], stop: Stop | None, cwd: str, streams: str) -> None:
+def _child(arguments: list[str], stop: Stop | None, cwd: str, streams: str, environment: dict[str, str]) -> None:
     """Run the command, and end the process."""
     code = 1
     try:
@@ -121,6 +122,7 @@ def _child(arguments: list[str], stop: Stop | None, cwd: str, streams: str) -> N
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(Path(streams) / name, os.O_WRONLY | os.O_CREAT), number)
         os.chdir(cwd)
+        os.environ.update(environment)
         if stop is not None:
             _stop_at(*stop)
         sys.argv = ["lmrl", *arguments]

@@ -17,6 +17,7 @@ from lmrl.cli import chat, collect, cp, eval, export, ls, new, replay, reward, s
 from lmrl.cli.usage import UsageError, usage_text
 from lmrl.errors import LmrlError
 from lmrl.launch import leave_error
+from lmrl.secrets import redact
 from lmrl.visible import visible
 
 app = typer.Typer(
@@ -93,7 +94,7 @@ LONGEST_LINE = 1500
 
 def one_line(text: str) -> str:
     """A message in one line that is safe to show; of a long one, which quotes the user's own data, the middle is left out."""
-    text = visible(" ".join(text.split()))
+    text = visible(redact(" ".join(text.split())))
     if len(text) <= LONGEST_LINE:
         return text
     half = LONGEST_LINE // 2

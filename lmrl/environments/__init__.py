@@ -10,6 +10,7 @@ from lmrl import registry
 from lmrl.environments.base import TextEnvironment, limits_of, version_of
 from lmrl.errors import LmrlError, PluginError
 from lmrl.foreign import foreign
+from lmrl.secrets import expand
 
 __all__ = ["TextEnvironment", "environment_factory", "limits_of", "version_of"]
 
@@ -17,7 +18,7 @@ __all__ = ["TextEnvironment", "environment_factory", "limits_of", "version_of"]
 def environment_factory(task: Any) -> Callable[[], Any]:
     """A function that makes one environment of a recipe's `task` section."""
     cls = registry.load("environment", task.environment, "task.environment")
-    make = partial(_make, cls, task.environment, task.options)
+    make = partial(_make, cls, task.environment, expand(task.options, "task"))
     try:
         environment = make()
     except LmrlError:

@@ -6,6 +6,7 @@ from lmrl import registry
 from lmrl.errors import PluginError
 from lmrl.objectives.base import Loss, Objective
 from lmrl.recipe import CustomObjective, ObjectiveOptions
+from lmrl.secrets import expand
 
 __all__ = ["Loss", "Objective", "load_objective"]
 
@@ -14,7 +15,10 @@ def load_objective(options: ObjectiveOptions) -> Objective:
     """The objective of a recipe section. One of one's own without `Options` gets the section's further keys as keyword arguments."""
     cls = registry.load("objective", options.name, "objective.name")
     try:
-        objective = cls(**options.options) if isinstance(options, CustomObjective) else cls(options)
+        if isinstance(options, CustomObjective):
+            objective = cls(**expand(options.options, "objective"))
+        else:
+            objective = cls(options)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise PluginError(f"objective: '{options.name}' cannot be made with these options: {reason}") from error

@@ -8,6 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
+LARGEST = 2**63 - 1
+"""What torch and numpy take for a whole number."""
+
 
 class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, numbers are finite, and neither text nor `true` is a number."""
@@ -22,6 +25,8 @@ class Section(BaseModel):
             for one in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(one, bool) and bool not in kinds:
                     raise ValueError(f"expected a number, got {str(one).lower()}")
+                if isinstance(one, int) and abs(one) > LARGEST:
+                    raise ValueError(f"a number beyond {LARGEST} is of no use")
                 if isinstance(one, str) and str not in kinds and _reads_as_number(one):
                     raise ValueError(f"expected a number, got the text {one!r}: leave out the quotes")
         return value

@@ -22,6 +22,7 @@ from lmrl.recipe import CHOICES, MAIN_STAGE, REWARD_MODEL, STAGE_PREFIX, Episode
 from lmrl.recipe.methods import check_arguments, spelled_out, take_arguments
 from lmrl.recipe.suggestions import suggest
 from lmrl.recipe.task import as_rewards
+from lmrl.secrets import check_no_secrets
 
 Keys = tuple[str | int, ...]
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".gz")
@@ -379,6 +380,7 @@ def load_recipe(name: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     recipe = validate(Recipe, document)
     stages = {name: _stage(document, name) for name in recipe.stages}
     _check_stage_rewards(stages | {MAIN_STAGE: recipe})
+    check_no_secrets(recipe)
     return recipe
 
 

@@ -87,7 +87,7 @@ class Training(Section):
     """The run stops after so many updates in a row with a non-finite loss or gradient."""
     listeners: list[CustomListener] = []
     """Listeners of your own (docs/plugins.md), called after lmrl's."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=4096)
     """CPU threads (null: torch decides)."""
 
 

@@ -7,6 +7,7 @@ null. `lmrl reward serve` is such a scorer.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import random
@@ -15,9 +16,11 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from lmrl.errors import RecipeError, RewardError
 from lmrl.rewards.workers import Failure
+from lmrl.secrets import plain_url, remember
 
 BUSY = {408, 425, 429, 500, 502, 503, 504}
 """Answers after which a request is tried again."""
@@ -34,7 +37,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 class Client:
     """Posts JSON to one address, and tries again after failures that may pass.
 
-    timeout: seconds a request. retries: further requests, after pauses that double (or as Retry-After says). token_env:
+    A user and password in the address go into a header. timeout: seconds a request. retries: further requests, after pauses that double (or as Retry-After says). token_env:
     name of the environment variable that holds a bearer token. max_mb: a longer answer is refused.
     """
 
@@ -43,11 +46,13 @@ class Client:
     ):
         if not url.startswith(("http://", "https://")):
             raise RecipeError(f"'{url}' is no address: expected http://... or https://...")
-        self.url, self.timeout, self.retries, self.max_bytes = url, timeout, retries, int(max_mb * 2**20)
-        self.headers = {"Content-Type": "application/json"}
+        self.address, self.headers = _with_password_in_header(url)
+        self.url, self.timeout, self.retries, self.max_bytes = plain_url(url), timeout, retries, int(max_mb * 2**20)
+        self.headers["Content-Type"] = "application/json"
         if token_env is not None:
             if not os.environ.get(token_env):
                 raise RecipeError(f"token_env: the environment variable {token_env} is not set")
+            remember(os.environ[token_env])
             self.headers["Authorization"] = f"Bearer {os.environ[token_env]}"
         self.opener = urllib.request.build_opener(_NoRedirects)
 
@@ -60,7 +65,7 @@ class Client:
         for retry in range(self.retries + 1):
             wait = min(FIRST_PAUSE * 2**retry * random.uniform(0.5, 1.5), LONGEST_PAUSE)
             try:
-                request = urllib.request.Request(self.url, data=data, headers=self.headers)
+                request = urllib.request.Request(self.address, data=data, headers=self.headers)
                 with self.opener.open(request, timeout=self.timeout) as response:
                     return self._parsed(response.read(self.max_bytes + 1))
             except urllib.error.HTTPError as error:
@@ -87,6 +92,18 @@ class Client:
         if not isinstance(answer, dict):
             raise RewardError(f"{self.url} answered with a {type(answer).__name__}, expected an object")
         return answer
+
+
+def _with_password_in_header(url: str) -> tuple[str, dict[str, str]]:
+    """An address without its user and password, and the header that carries them."""
+    parts = urlsplit(url)
+    login, _, host = parts.netloc.rpartition("@")
+    if not login:
+        return url, {}
+    remember(unquote(login.partition(":")[2]))
+    secret = base64.b64encode(unquote(login).encode()).decode()
+    remember(secret)
+    return urlunsplit(parts._replace(netloc=host)), {"Authorization": f"Basic {secret}"}
 
 
 def _seconds(text: str | None) -> float | None:

@@ -17,6 +17,7 @@ from lmrl.recipe import STAGE_PREFIX, Reward, SpecialTokens
 from lmrl.rewards.rewards import RewardFunction
 from lmrl.rewards.scale import Scale
 from lmrl.rewards.workers import TimedOut, pool_of
+from lmrl.secrets import expand, plain_url, remember_named
 
 
 def load_rewards(
@@ -44,6 +45,7 @@ def load_reward(spec: Reward, key: str, limit: float | None = None) -> RewardFun
         raise RewardError(
             f"{key}.model: '{unknown[0]}' is the reward model of a run that is not at hand here: name its folder"
         )
+    remember_named({"url": spec.url, "options": spec.options})
     workers = spec.workers
     if spec.kind == "model" and spec.timeout is not None:
         workers = max(workers, 1)  # without a copy of its weights in this process
@@ -64,6 +66,7 @@ def local_call(spec: Reward, key: str, limit: float | None = None) -> tuple[Call
     A class is instantiated with its `options`; a function gets them with every call. limit: see load_reward.
     """
     name, options = spec.target()
+    options = expand(options, f"{key}.options")
     key = f"{key}.{spec.kind}"
     found = registry.load("reward", name, key)
     if inspect.isclass(found):
@@ -160,5 +163,7 @@ def origin_of(spec: Reward) -> str:
     """What messages call a reward: `file.py:function`, a dotted path, an address, or a model's name."""
     if spec.models:
         return spec.label
+    if spec.kind == "url":
+        return plain_url(spec.url) if "://" in spec.url else spec.url
     file, colon, name = spec.what.rpartition(":")
     return f"{Path(file).name}:{name}" if colon and file.endswith(".py") else spec.what

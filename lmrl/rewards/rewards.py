@@ -20,6 +20,7 @@ from lmrl import distributed
 from lmrl.errors import EpisodeError, RewardError, TemporaryError
 from lmrl.rewards.scale import Scale
 from lmrl.rewards.workers import Failure
+from lmrl.secrets import redact
 from lmrl.trajectories.trajectory import Trajectory
 
 FIRST_PAUSE = 0.5
@@ -150,7 +151,7 @@ def is_temporary(error: BaseException) -> bool:
 
 def _cause(function: RewardFunction, error: BaseException) -> str:
     how = str(error) if isinstance(error, Failure) else f"raised {type(error).__name__}: {error}"
-    return f"{function.origin} {how}"
+    return redact(f"{function.origin} {how}")
 
 
 Value = float | None | Failure | dict[str, float | None]

@@ -14,6 +14,7 @@ from lmrl.recipe import Reward
 from lmrl.rewards.load import local_call
 from lmrl.rewards.rewards import checked_values, is_temporary
 from lmrl.rewards.workers import packed, receive, send
+from lmrl.secrets import redact
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     try:
         call, origin = local_call(spec, order["key"])
     except LmrlError as error:
-        send(channel, {"plugin_error": str(error)})
+        send(channel, {"plugin_error": redact(str(error))})
         return
     send(channel, {"ready": True})
     while True:
@@ -39,9 +40,9 @@ def main() -> None:
         try:
             answer = {"values": packed(checked_values(origin, call(**arguments), len(arguments["prompts"])))}
         except RewardError as error:
-            answer = {"mistake": str(error)}
+            answer = {"mistake": redact(str(error))}
         except (Exception, SystemExit) as error:
-            answer = {"raised": f"{type(error).__name__}: {error}", "temporary": is_temporary(error)}
+            answer = {"raised": redact(f"{type(error).__name__}: {error}"), "temporary": is_temporary(error)}
         send(channel, answer)
 
 

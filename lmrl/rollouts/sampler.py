@@ -12,6 +12,7 @@ from lmrl import distributed
 from lmrl.engines.base import Completion, Engine, Sampling
 from lmrl.foreign import CallTimedOut, foreign
 from lmrl.rollouts.task import Task
+from lmrl.secrets import redact
 from lmrl.seeding import key, stream
 from lmrl.trajectories.recorder import Recorder
 from lmrl.trajectories.trajectory import Trajectory, transcript
@@ -182,7 +183,7 @@ def take_step(
 def failure_text(error: BaseException) -> str:
     if isinstance(error, CallTimedOut):
         return f"environment {error}"
-    return f"environment raised {type(error).__name__}: {error}"
+    return redact(f"environment raised {type(error).__name__}: {error}")
 
 
 def check_text(observation: Any) -> Any:
