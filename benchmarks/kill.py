@@ -1,0 +1,155 @@
+"""Runs killed by SIGKILL at random moments, and resumed until they are done: they equal the run that nobody killed, to the bit.
+
+    python benchmarks/kill.py --method ppo --kills 20 --seed 0 --out kill.jsonl [--seconds 170]   # goes on where it stopped
+    python benchmarks/kill.py --table --out kill.jsonl
+
+A method's tiny run first goes through whole. Then it is started again in another folder, killed at a moment that is drawn over the
+whole length of the run, start-up and the writing of checkpoints (every step) included, resumed, killed again, and so on until it is done;
+then its metrics, samples, results and final weights are compared, and the next run begins, until there are so many kills. A process
+is forked off one that has imported lmrl, so that kills fall into the run and not into seconds of imports, in which nothing happens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.launcher import Launcher
+from tests.runs import assert_same_run
+
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+COMMON: dict[str, Any] = {
+    "model": {"config": TINY},
+    "training": {"steps": 8, "checkpoint_every": 1, "threads": 1, "seed": 3},
+    "evaluation": {"every": 3, "episodes": 2, "diagnostics_every": 3},
+}
+WALKS = {"environment": "random_walks", "nodes": 8}
+PAIRS = {"source": {"name": "dataset", "path": "pairs.jsonl", "batch_size": 4}}
+ONLINE = COMMON | {
+    "task": WALKS,
+    "rollouts": {"prompts": 4, "samples": 4, "max_new_tokens": 8},
+    "stages": {
+        "warmup": {
+            "source": {"name": "dataset", "player": "random", "episodes": 30, "batch_size": 8},
+            "objective": {"name": "likelihood"},
+            "training": {"steps": 4},
+        }
+    },
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "ppo": ONLINE | {"objective": {"name": "ppo", "kl_coef": 0.1, "kl_target": 1.0}},
+    "grpo": ONLINE | {"objective": {"name": "grpo", "kl_coef": 0.1}},
+    "ilql": COMMON
+    | {
+        "task": WALKS,
+        "source": {"name": "dataset", "player": "random", "episodes": 40, "batch_size": 8},
+        "objective": {"name": "ilql", "q_head": "tied", "polyak": 0.1},
+    },
+    "dpo": COMMON | PAIRS | {"task": {"prompts": {"holdout": 0.2}}, "objective": {"name": "dpo"}},
+    "reward_model": COMMON | PAIRS | {"objective": {"name": "reward_model", "holdout": 0.2, "max_length": 32}},
+}
+WEIGHTS = {"ppo": 2, "grpo": 2}
+"""Files of final weights at least (else one)."""
+
+
+def write_pairs(path: Path) -> None:
+    rng = random.Random(0)
+    texts = [["".join(rng.choices(letters, k=3)) for letters in ("aeiou", "bcdfg")] for _ in range(40)]
+    rows = [{"prompt": f"{number}: ", "chosen": a, "rejected": b} for number, (a, b) in enumerate(texts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def kill_runs(method: str, kills: int, seed: int, first: int, until: float, launcher: Launcher, folder: Path):
+    """Yield a line for every run that was killed and compared. first: number of the first run."""
+    write_pairs(folder / "pairs.jsonl")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(METHODS[method]))
+    whole = folder / "whole"
+    for name in ("warm", "whole"):  # the first one imports what only this method needs
+        began = time.monotonic()
+        done = launcher.run("train", str(recipe), "--output", str(folder / name))
+        if done.returncode != 0:
+            sys.exit(f"the run that nobody kills failed: {done.stderr}")
+        length = time.monotonic() - began
+    number = first
+    while kills > 0 and time.monotonic() < until:
+        rng, torn, moments = random.Random(f"{method} {seed} {number}"), folder / f"torn-{number}", []
+        while True:
+            run = launcher.start("train", str(recipe), "--output", str(torn), "--resume")
+            if kills > 0:
+                moment = rng.uniform(0, length)
+                time.sleep(moment)
+                run.kill()
+            done = run.wait()
+            if done.returncode == 0:
+                break
+            if done.returncode != -9:
+                raise AssertionError(f"{method}, run {number}, after kills at {moments}: {done.stderr}")
+            kills -= 1
+            moments.append(round(moment, 3))
+        if moments:
+            assert_same_run(whole, torn, WEIGHTS.get(method, 1))
+            yield {"method": method, "seed": seed, "run": number, "seconds": round(length, 2), "kills": moments}
+        number += 1
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    rows = [["method", "kills", "runs", "seconds a run", "equal to the bit"], ["---"] * 5]
+    for method in METHODS:
+        own = [line for line in lines if line["method"] == method]
+        if own:
+            lengths = [line["seconds"] for line in own]
+            count = sum(len(line["kills"]) for line in own)
+            rows.append(
+                [method, str(count), str(len(own)), f"{min(lengths)} to {max(lengths)}", f"{len(own)} of {len(own)}"]
+            )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=METHODS, action="append", help="repeatable (default: all)")
+    parser.add_argument("--kills", type=int, default=20, help="of each method")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("kill.jsonl"))
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so long")
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    args = parser.parse_args()
+    lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    until = time.monotonic() + args.seconds
+    for method in [] if args.table else args.method or METHODS:
+        own = [line for line in lines if (line["method"], line["seed"]) == (method, args.seed)]
+        missing = args.kills - sum(len(line["kills"]) for line in own)
+        if missing <= 0 or time.monotonic() > until:
+            continue
+        first = max((line["run"] + 1 for line in own), default=0)
+        launcher = Launcher(["lmrl.training.reward_model"] if method == "reward_model" else [])
+        with tempfile.TemporaryDirectory(prefix="lmrl-kill-") as folder:
+            for line in kill_runs(method, missing, args.seed, first, until, launcher, Path(folder)):
+                lines.append(line)
+                with open(args.out, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+        launcher.close()
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main()
