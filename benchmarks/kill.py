@@ -110,8 +110,12 @@ def kill_runs(method: str, kills: int, seed: int, first: int, until: float, laun
             try:
                 assert_same_run(whole, torn, WEIGHTS.get(method, 1))
             except AssertionError:
-                kept = shutil.copytree(folder, Path(tempfile.gettempdir()) / f"kill-{method}-{seed}-{number}", dirs_exist_ok=True)
-                sys.exit(f"{method}, run {number}, killed at {moments}: another run than the whole one; both are in {kept}")
+                kept = shutil.copytree(
+                    folder, Path(tempfile.gettempdir()) / f"kill-{method}-{seed}-{number}", dirs_exist_ok=True
+                )
+                sys.exit(
+                    f"{method}, run {number}, killed at {moments}: another run than the whole one; both are in {kept}"
+                )
             yield {"method": method, "seed": seed, "run": number, "seconds": round(length, 2), "kills": moments}
         number += 1
 

@@ -24,7 +24,7 @@ IMPORTS = ("accelerate", "transformers.models.llama.modeling_llama", "lmrl.cli",
 
 Stop = tuple[str, int, int]
 """A function of lmrl.run, a number n, and a signal that the process sends itself after the n-th call of that function: `record` is a
-line of metrics just written, `_fsync` the middle of writing a checkpoint, before the rename that makes it visible."""
+line of metrics just written, `_fsync` the middle of writing a checkpoint, before the rename that makes it visible, `publish` just after."""
 
 
 class Launcher:
@@ -143,7 +143,7 @@ def _child(arguments: list[str], stop: Stop | None, cwd: str, streams: str, envi
 def _stop_at(where: str, count: int, number: int) -> None:
     import lmrl.run
 
-    home = lmrl.run.Run if where == "record" else lmrl.run
+    home = lmrl.run.Run if hasattr(lmrl.run.Run, where) else lmrl.run
     original, calls = getattr(home, where), 0
 
     def stopping(*args: Any) -> Any:

@@ -25,14 +25,9 @@ from lmrl.training.stage import Stage
 from lmrl.training.updater import Updater
 from lmrl.trajectories.trajectory import Trajectory
 from tests.conftest import TINY_WALKS
-<<<<<<< HEAD:tests/sources/test_async_rollouts.py
 from tests.engines.vllm_server.fake_server import FakeServer
-from tests.training.test_resume import assert_same_run, launch, metrics
-=======
 from tests.launcher import launcher
-from tests.rollouts.fake_server import FakeServer
 from tests.runs import assert_same_run, metrics
->>>>>>> b6e903c (Tests: fork killed runs off a process that has imported lmrl):tests/training/test_async_rollouts.py
 
 
 def recipe_of(tmp_path, overrides=(), **changes):

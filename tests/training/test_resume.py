@@ -10,10 +10,14 @@ import yaml
 from lmrl.errors import RunError
 from lmrl.recipe.files import load_recipe
 from lmrl.training import resume_run, train
+from tests.conftest import TINY_WALKS
 from tests.launcher import launcher
 from tests.runs import assert_same_run, metrics
 
 SMALL = [
+    "task.nodes=8",
+    "rollouts.max_new_tokens=10",
+    "evaluation.episodes=4",
     "training.steps=6",
     "training.checkpoint_every=2",
     "stages.warmup.training.steps=4",
@@ -60,6 +64,22 @@ def test_killed_again_and_again(tmp_path):
     assert "stage warmup is finished: not run again" in done.stdout
     assert_same_run(whole, torn)
     assert not list(torn.glob("stages/**/.writing-*"))
+
+
+@pytest.mark.parametrize("where", ["record", "publish"])
+def test_killed_as_a_stage_ends(tmp_path, where):
+    """Its closing lines are written once, whether the kill comes just before `final/` or just after."""
+    whole, torn, kill = tmp_path / "whole", tmp_path / "torn", int(signal.SIGKILL)
+    small = ["training.steps=2", "training.checkpoint_every=0", "evaluation.episodes=2", "evaluation.every=2"]
+    command = ["train", "random_walks/bc", *TINY_WALKS, *small, "--output"]
+    assert launcher().run(*command, str(whole)).returncode == 0
+    kinds = [json.loads(line)["kind"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    count = kinds.index("final") + 1 if where == "record" else len(list(whole.rglob("config.json")))
+    assert launcher().run(*command, str(torn), stop=(where, count, kill)).returncode == -kill
+    assert (torn / "stages/main/final").exists() == (where == "publish")
+    assert "final" in (torn / "metrics.jsonl").read_text()
+    assert launcher().run("train", str(torn), "--resume").returncode == 0
+    assert_same_run(whole, torn, weights=1)
 
 
 def prompt_recipe(tmp_path: Path, tiny_folder: Path, **changes) -> Path:

@@ -176,7 +176,7 @@ class Evaluation(Listener):
         self.reports.append((step, scores, played))
 
     def end(self, stage: Stage) -> None:
-        """Record what `finish` reported: here, where nothing is done a second time on resume."""
+        """Record what `finish` reported. A resumed run drops these lines and writes them again (see Run.cut)."""
         progress, metric = stage.progress, self._metric(stage)
         for step, scores, played in self.reports:
             stage.record(progress.step, "final", {"policy": step, "kept": step == progress.kept, **scores})

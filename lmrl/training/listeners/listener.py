@@ -47,10 +47,10 @@ class Listener:
         return False
 
     def finish(self, stage: Stage) -> None:
-        """After the last step, before the policy is saved in `final/`."""
+        """After the last step: the policy may still change."""
 
     def end(self, stage: Stage) -> None:
-        """After `final/` is written."""
+        """As the policy is about to be saved in `final/`. Where a kill comes first, `finish` and this come again on resume."""
 
     def state(self) -> dict[str, Any]:
         """State to resume from a checkpoint, as JSON."""
