@@ -39,6 +39,7 @@ TINY = {
 }
 COMMON: dict[str, Any] = {
     "model": {"config": TINY},
+    "rollouts": {"prompts": 4, "samples": 4, "max_new_tokens": 8},
     "training": {"steps": 8, "checkpoint_every": 1, "threads": 1, "seed": 3},
     "evaluation": {"every": 3, "episodes": 2, "diagnostics_every": 3},
 }
@@ -46,7 +47,6 @@ WALKS = {"environment": "random_walks", "nodes": 8}
 PAIRS = {"source": {"name": "dataset", "path": "pairs.jsonl", "batch_size": 4}}
 ONLINE = COMMON | {
     "task": WALKS,
-    "rollouts": {"prompts": 4, "samples": 4, "max_new_tokens": 8},
     "stages": {
         "warmup": {
             "source": {"name": "dataset", "player": "random", "episodes": 30, "batch_size": 8},
