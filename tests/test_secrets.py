@@ -6,10 +6,10 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from lmrl.recipe_files import load_recipe
 
 from lmrl.errors import LmrlError, RecipeError
 from lmrl.recipe import Recipe
+from lmrl.recipe.files import load_recipe
 from lmrl.run import Run
 from lmrl.secrets import expand, is_secret, plain_url, redact, remember
 from tests.conftest import TINY_LLAMA

@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from lmrl.recipe_files import load_recipe
-from lmrl.rollouts.render import Renderer
 
 from lmrl.errors import LmrlError, ModelError, RunError
 from lmrl.policy.load import open_policy
+from lmrl.recipe.files import load_recipe
 from lmrl.rewards.serve import RewardServer
+from lmrl.trajectories.render import Renderer
 from tests.conftest import TINY_LLAMA, save_tiny_model
 from tests.launcher import launcher
 
