@@ -42,6 +42,7 @@ class foreign:  # noqa: N801 - reads as a statement
     def __init__(self, what: str, limit: float | None = None):
         self.what, self.limit = what, limit
         self.alarm: tuple[Any, tuple[float, float]] | None = None
+        self.over = False
 
     def __enter__(self) -> None:
         self.process, self.settings = os.getpid(), _settings()
@@ -55,16 +56,23 @@ class foreign:  # noqa: N801 - reads as a statement
             )
 
     def _late(self, _: int, __: FrameType | None) -> None:
-        raise CallTimedOut(f"timed out after {self.limit:g} s (task.call_timeout)")
+        if not self.over:
+            raise CallTimedOut(f"timed out after {self.limit:g} s (task.call_timeout)")
 
     def _restore_alarm(self) -> None:
         handler, (seconds, interval) = self.alarm
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
         if seconds:  # someone else's, which has been waiting meanwhile
             signal.setitimer(signal.ITIMER_REAL, max(seconds - (time.monotonic() - self.began), 0.001), interval)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.over = True
+        finally:  # the alarm may ring in the line before, and in none after it
+            self._leave()
+
+    def _leave(self) -> None:
         if self.alarm is not None:
             self._restore_alarm()
         _running.remove(self)

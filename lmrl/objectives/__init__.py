@@ -14,11 +14,9 @@ __all__ = ["Loss", "Objective", "load_objective"]
 def load_objective(options: ObjectiveOptions) -> Objective:
     """The objective of a recipe section. One of one's own without `Options` gets the section's further keys as keyword arguments."""
     cls = registry.load("objective", options.name, "objective.name")
+    own = expand(options.options, "objective") if isinstance(options, CustomObjective) else None
     try:
-        if isinstance(options, CustomObjective):
-            objective = cls(**expand(options.options, "objective"))
-        else:
-            objective = cls(options)
+        objective = cls(options) if own is None else cls(**own)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise PluginError(f"objective: '{options.name}' cannot be made with these options: {reason}") from error
