@@ -207,15 +207,21 @@ def model_shape(model: Model) -> dict[str, int] | None:
     """Sizes of the model, from its config and, where it lies on disk, its file header. None: not on this machine."""
     try:
         if model.config is not None:
-            return _shape_of_config(model.config, None)
+            return _sensible(_shape_of_config(model.config, None))
         folder = Path(model.path)
         if not folder.exists():
             folder = _cached(model.path)
         if folder is None or not (folder / "config.json").is_file():
             return None
-        return _shape_of_config(json.loads((folder / "config.json").read_text()), _count_parameters(folder))
+        config = json.loads((folder / "config.json").read_text())
+        return _sensible(_shape_of_config(config, _count_parameters(folder)))
     except (TypeError, ValueError, ZeroDivisionError, struct.error):
         return None  # sizes that make no sense are the model loader's to explain
+
+
+def _sensible(shape: dict[str, int]) -> dict[str, int] | None:
+    """The sizes, or None where one is nothing or less."""
+    return shape if all(size > 0 for size in shape.values()) else None
 
 
 def _shape_of_config(config: dict[str, Any], parameters: int | None) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Hostile and unlucky input: one clear line that names thing, place and fix, exit code 2, and nothing is written."""
 
 import json
+import re
 
 import pytest
 from harness import check_line
@@ -66,6 +67,10 @@ OVERRIDES = [
     ("stages={'': {training: {steps: 1}}}", r"stages: '' cannot name a stage"),
     ("training.steps=" + "[" * 3000, r"override 'training.steps=\[+': the value is not valid YAML"),
     ("training.steps=&a [*a]", r"refers to itself by an alias"),
+    ("training.seed=9223372036854775808", r"training.seed: a number beyond 9223372036854775807 is of no use"),
+    ("training.threads=1000000000000", r"wrong value for 'training.threads'.*less than or equal to 4096"),
+    ("model.config.hidden_size=0", r"model.config: hidden_size is 0; expected 1 or more"),
+    ("model.config.num_hidden_layers=-2", r"model.config: num_hidden_layers is -2; expected 1 or more"),
     ("task.special_tokens=maybe", r"wrong value for 'task.special_tokens' .*'text' or 'parse'"),
 ]
 
@@ -74,6 +79,20 @@ OVERRIDES = [
 def test_values_that_make_no_sense(lmrl, tmp_path, override, message):
     (tmp_path / "mine.yaml").write_text(RECIPE)
     check_line(lmrl("show", "mine.yaml", override), message)
+
+
+def test_an_override_below_a_number(lmrl, tmp_path):
+    (tmp_path / "mine.yaml").write_text(RECIPE + "optimizer: {betas: [0.9, 0.95]}\n")
+    check_line(
+        lmrl("show", "mine.yaml", "optimizer.betas.1.x=2"), "'optimizer.betas.1' holds a single value and has no keys"
+    )
+
+
+def test_the_middle_of_a_long_line_is_left_out(lmrl, tmp_path):
+    (tmp_path / "mine.yaml").write_text(RECIPE + f"? {'x' * 5000}\n: 1\n")
+    code, _, err = lmrl("show", "mine.yaml")
+    assert code == 2 and len(err) < 1600
+    assert err.startswith("lmrl: unknown key 'xxx") and re.search(r"x \[\.\.\. \d+ characters \.\.\.\] ", err)
 
 
 def test_another_environment_keeps_what_holds_for_any(lmrl, tmp_path):
