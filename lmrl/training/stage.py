@@ -123,10 +123,10 @@ class Stage:
             self.display.end()
             self.source.stop()
             self.engine.close()
+        self._checkpoint(self.run.final(self.name))
+        self.strategy.close()
         for listener in self.listeners:
             listener.end(self)
-        self._checkpoint(self.run.final(self.name))  # last: a stage that has it is not run again
-        self.strategy.close()
 
     def _ready(self, resumed: bool) -> None:
         if getattr(self.recipe.objective, "cache_reference", False):

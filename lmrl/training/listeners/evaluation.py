@@ -168,6 +168,7 @@ class Evaluation(Listener):
                 stage.roll_back(progress.step)
         else:
             self._report(stage, "last", progress.step)
+        self._record(stage)
 
     def _report(self, stage: Stage, name: str, step: int) -> None:
         """Score the policy of a step, which is in place, by episodes that chose nothing."""
@@ -175,15 +176,21 @@ class Evaluation(Listener):
         stage.progress.scores[name] = scores
         self.reports.append((step, scores, played))
 
-    def end(self, stage: Stage) -> None:
-        """Record what `finish` reported. A resumed run drops these lines and writes them again (see Run.cut)."""
-        progress, metric = stage.progress, self._metric(stage)
+    def _record(self, stage: Stage) -> None:
+        """Write down what was reported, before `final/` says that the stage is finished: a run that is killed in between drops these
+        lines on resume (see Run.cut), and writes them again."""
+        progress = stage.progress
         for step, scores, played in self.reports:
             stage.record(progress.step, "final", {"policy": step, "kept": step == progress.kept, **scores})
+            stage.run.record_samples(self._samples(stage, progress.step, "final", played))
+
+    def end(self, stage: Stage) -> None:
+        """Tell trackers and people what was reported: here, where nothing is done a second time on resume."""
+        progress, metric = stage.progress, self._metric(stage)
+        for step, scores, _ in self.reports:
             if step == progress.kept:
                 means = {f"{stage.name}/final/{name}": score["mean"] for name, score in scores.items()}
                 stage.track(means, progress.step)
-            stage.run.record_samples(self._samples(stage, progress.step, "final", played))
         if len(self.reports) > 1:
             last, best = (f"{metric} {interval(scores[metric])}" for _, scores, _ in self.reports)
             step = progress.best["step"]

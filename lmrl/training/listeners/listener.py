@@ -47,10 +47,10 @@ class Listener:
         return False
 
     def finish(self, stage: Stage) -> None:
-        """After the last step: the policy may still change."""
+        """After the last step, before the policy is saved in `final/`."""
 
     def end(self, stage: Stage) -> None:
-        """As the policy is about to be saved in `final/`. Where a kill comes first, `finish` and this come again on resume."""
+        """After `final/` is written."""
 
     def state(self) -> dict[str, Any]:
         """State to resume from a checkpoint, as JSON."""
