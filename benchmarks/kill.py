@@ -12,9 +12,11 @@ is forked off one that has imported lmrl, so that kills fall into the run and no
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -25,7 +27,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.launcher import Launcher
+from tests import forking
+from tests.launcher import launch, start
 from tests.runs import assert_same_run
 
 TINY = {
@@ -78,7 +81,7 @@ def write_pairs(path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def kill_runs(method: str, kills: int, seed: int, first: int, until: float, launcher: Launcher, folder: Path):
+def kill_runs(method: str, kills: int, seed: int, first: int, until: float, folder: Path):
     """Yield a line for every run that was killed and compared. first: number of the first run."""
     write_pairs(folder / "pairs.jsonl")
     recipe = folder / "recipe.yaml"
@@ -86,7 +89,7 @@ def kill_runs(method: str, kills: int, seed: int, first: int, until: float, laun
     whole = folder / "whole"
     for name in ("warm", "whole"):  # the first one imports what only this method needs
         began = time.monotonic()
-        done = launcher.run("train", str(recipe), "--output", str(folder / name))
+        done = launch("train", str(recipe), "--output", str(folder / name))
         if done.returncode != 0:
             sys.exit(f"the run that nobody kills failed: {done.stderr}")
         length = time.monotonic() - began
@@ -94,16 +97,17 @@ def kill_runs(method: str, kills: int, seed: int, first: int, until: float, laun
     while kills > 0 and time.monotonic() < until:
         rng, torn, moments = random.Random(f"{method} {seed} {number}"), folder / f"torn-{number}", []
         while True:
-            run = launcher.start("train", str(recipe), "--output", str(torn), "--resume")
+            run = start("train", str(recipe), "--output", str(torn), "--resume")
             if kills > 0:
                 moment = rng.uniform(0, length)
                 time.sleep(moment)
-                run.kill()
-            done = run.wait()
-            if done.returncode == 0:
+                with contextlib.suppress(ProcessLookupError):  # it is done already
+                    run.kill()
+            _, said = run.communicate()
+            if run.returncode == 0:
                 break
-            if done.returncode != -9:
-                raise AssertionError(f"{method}, run {number}, after kills at {moments}: {done.stderr}")
+            if run.returncode != -signal.SIGKILL:
+                sys.exit(f"{method}, run {number}, after kills at {moments}: {said}")
             kills -= 1
             moments.append(round(moment, 3))
         if moments:
@@ -144,19 +148,18 @@ def main() -> None:
     args = parser.parse_args()
     lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     until = time.monotonic() + args.seconds
+    forking.IMPORTS.append("lmrl.training.reward_model")
     for method in [] if args.table else args.method or METHODS:
         own = [line for line in lines if (line["method"], line["seed"]) == (method, args.seed)]
         missing = args.kills - sum(len(line["kills"]) for line in own)
         if missing <= 0 or time.monotonic() > until:
             continue
         first = max((line["run"] + 1 for line in own), default=0)
-        launcher = Launcher(["lmrl.training.reward_model"] if method == "reward_model" else [])
         with tempfile.TemporaryDirectory(prefix="lmrl-kill-") as folder:
-            for line in kill_runs(method, missing, args.seed, first, until, launcher, Path(folder)):
+            for line in kill_runs(method, missing, args.seed, first, until, Path(folder)):
                 lines.append(line)
                 with open(args.out, "a") as file:
                     file.write(json.dumps(line) + "\n")
-        launcher.close()
     print(table(lines))
 
 

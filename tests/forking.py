@@ -15,9 +15,19 @@ import tempfile
 import threading
 from pathlib import Path
 
+IMPORTS = [
+    "lmrl.cli",
+    "lmrl.training",
+    "lmrl.evaluation",
+    "accelerate",
+    "peft",
+    "datasets",
+    "transformers.models.llama.modeling_llama",
+]
+"""Modules that the server holds ready."""
 SERVER = r"""
 import atexit, importlib, json, os, select, signal, sys, threading, traceback
-for name in ("lmrl.cli", "lmrl.training", "lmrl.evaluation", "accelerate", "peft", "datasets", "transformers.models.llama.modeling_llama"):
+for name in sys.argv[1:]:
     importlib.import_module(name)
 
 def child(job):
@@ -77,7 +87,7 @@ class Server:
     def __init__(self) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-c", SERVER, *IMPORTS], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         self.changed = threading.Condition()
         self.pids: dict[int, int] = {}

@@ -22,7 +22,7 @@ from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task
 from lmrl.trajectories.render import Renderer
 from tests.conftest import TINY_LLAMA
-from tests.launcher import launcher
+from tests.launcher import launch
 
 MEDDLE = """
 import torch
@@ -224,9 +224,9 @@ def test_a_resumed_run_names_the_call_that_ended_it(tmp_path):
         "training": {"steps": 1},
     }
     (tmp_path / "mine.yaml").write_text(json.dumps(recipe))
-    done = launcher().run("train", str(tmp_path / "mine.yaml"), "--output", str(tmp_path / "run"))
+    done = launch("train", str(tmp_path / "mine.yaml"), "--output", str(tmp_path / "run"))
     assert done.returncode == 0 and "checkpoint:" not in done.stdout  # as if it had done its work
-    done = launcher().run("train", str(tmp_path / "run"), "--resume")
+    done = launch("train", str(tmp_path / "run"), "--resume")
     assert (
         "note: the process before this one ended without a word in the middle of reward hang.py:leaves" in done.stdout
     )

@@ -13,7 +13,7 @@ from lmrl.recipe.files import load_recipe
 from lmrl.run import Run
 from lmrl.secrets import expand, is_secret, plain_url, redact, remember
 from tests.conftest import TINY_LLAMA
-from tests.launcher import launcher
+from tests.launcher import launch
 
 
 # ---------------------------------------------------------------------------------------------------------------- masking
@@ -136,7 +136,7 @@ def test_a_recipe_holds_no_secret(tmp_path, reward, line):
     ],
 )
 def test_refusals_do_not_repeat_a_secret(tmp_path, override):
-    done = launcher().run("show", str(write(tmp_path)), override)
+    done = launch("show", str(write(tmp_path)), override)
     assert done.returncode == 2 and done.stderr.startswith("lmrl: ") and HIDDEN not in done.stdout + done.stderr
 
 
@@ -195,9 +195,7 @@ def test_no_secret_is_left_by_a_run(tmp_path, end):
     path = write(tmp_path, rewards=rewards)
     secrets = PLANTED | {"SCORER_URL": f"http://me:planted-password@{address}/?x=planted-query"}
     lr = "optimizer.lr=1e30" if end == "nonfinite" else "optimizer.lr=1e-3"
-    done = launcher().run(
-        "train", str(path), lr, "training.max_nonfinite=1", "--output", str(tmp_path / "run"), **secrets
-    )
+    done = launch("train", str(path), lr, "training.max_nonfinite=1", "--output", str(tmp_path / "run"), **secrets)
     server.shutdown()
     files = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
     names = {file.name for file in files}

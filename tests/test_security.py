@@ -10,7 +10,7 @@ from lmrl.recipe.files import load_recipe
 from lmrl.rewards.serve import RewardServer
 from lmrl.trajectories.render import Renderer
 from tests.conftest import TINY_LLAMA, save_tiny_model
-from tests.launcher import launcher
+from tests.launcher import launch
 
 RECIPE = {
     "model": {"config": dict(TINY_LLAMA)},
@@ -25,9 +25,9 @@ def test_show_imports_nothing_that_a_recipe_names(tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
     (tmp_path / "evil.py").write_text(EVIL)
     (tmp_path / "mine.yaml").write_text(json.dumps(RECIPE))
-    assert launcher().run("show", str(tmp_path / "mine.yaml")).returncode == 0
+    assert launch("show", str(tmp_path / "mine.yaml")).returncode == 0
     assert not (tmp_path / "ran").exists()
-    launcher().run("train", str(tmp_path / "mine.yaml"), "--dry-run")
+    launch("train", str(tmp_path / "mine.yaml"), "--dry-run")
     assert (tmp_path / "ran").exists()  # which training does, of course
 
 

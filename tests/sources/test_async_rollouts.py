@@ -26,7 +26,7 @@ from lmrl.training.updater import Updater
 from lmrl.trajectories.trajectory import Trajectory
 from tests.conftest import TINY_WALKS
 from tests.engines.vllm_server.fake_server import FakeServer
-from tests.launcher import launcher
+from tests.launcher import launch
 from tests.runs import assert_same_run, metrics
 
 
@@ -221,9 +221,9 @@ def test_killed_while_playing_several_turns(tmp_path):
     whole, torn, kill = tmp_path / "whole", tmp_path / "torn", int(signal.SIGKILL)
     train(load_recipe("random_walks/bc", small), output=whole)
     assert [line["staleness"] for line in trained(whole)] == [0, 1, 1, 1, 1]
-    done = launcher().run("train", "random_walks/bc", *small, "--output", str(torn), stop=("record", 7, kill))
+    done = launch("train", "random_walks/bc", *small, "--output", str(torn), stop=("record", 7, kill))
     assert done.returncode == -kill and metrics(torn)[-1]["step"] > 2, done.stderr
-    done = launcher().run("train", str(torn), "--resume", stop=("_fsync", 3, kill))
+    done = launch("train", str(torn), "--resume", stop=("_fsync", 3, kill))
     assert done.returncode == -kill and "resumed stage main at step 2" in done.stdout, done.stdout
     resume_run(torn)
     assert_same_run(whole, torn)

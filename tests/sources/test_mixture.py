@@ -12,7 +12,7 @@ from lmrl.sources.dataset import Dataset
 from lmrl.sources.mixture import Mixture
 from lmrl.training import dry_run
 from tests.conftest import TINY_WALKS
-from tests.launcher import launcher
+from tests.launcher import launch
 from tests.runs import assert_same_run, metrics
 
 
@@ -96,13 +96,13 @@ def replayed(folder):
 def test_a_killed_mixture_resumes_to_the_bit(tmp_path):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     kill = int(signal.SIGKILL)
-    done = launcher().run("train", "random_walks/bc", *MIXTURE, "--output", str(whole))
+    done = launch("train", "random_walks/bc", *MIXTURE, "--output", str(whole))
     assert done.returncode == 0, done.stderr
-    done = launcher().run("train", "random_walks/bc", *MIXTURE, "--output", str(torn), stop=("record", 7, kill))
+    done = launch("train", "random_walks/bc", *MIXTURE, "--output", str(torn), stop=("record", 7, kill))
     assert done.returncode == -kill and metrics(torn)[-1]["step"] == 5
-    done = launcher().run("train", str(torn), "--resume", stop=("_fsync", 3, kill))  # while step 6 is written
+    done = launch("train", str(torn), "--resume", stop=("_fsync", 3, kill))  # while step 6 is written
     assert done.returncode == -kill and "resumed stage main at step 4" in done.stdout, done.stdout
-    done = launcher().run("train", str(torn), "--resume")
+    done = launch("train", str(torn), "--resume")
     assert done.returncode == 0 and "resumed stage main at step 4" in done.stdout, done.stderr
     assert_same_run(whole, torn)
 

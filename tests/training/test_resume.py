@@ -11,7 +11,7 @@ from lmrl.errors import RunError
 from lmrl.recipe.files import load_recipe
 from lmrl.training import resume_run, train
 from tests.conftest import TINY_WALKS
-from tests.launcher import launcher
+from tests.launcher import launch
 from tests.runs import assert_same_run, metrics
 
 SMALL = [
@@ -37,11 +37,11 @@ def test_killed_again_and_again(tmp_path):
     """SIGKILL in six places, a torn line and a SIGTERM; the resumed run equals the uninterrupted one."""
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     command = ["train", "random_walks/ppo", *SMALL, "--output"]
-    done = launcher().run(*command, str(whole))
+    done = launch(*command, str(whole))
     assert done.returncode == 0, done.stderr
 
     kill, term = int(signal.SIGKILL), int(signal.SIGTERM)
-    first = launcher().run(*command, str(torn), stop=("record", 2, kill))  # before any checkpoint
+    first = launch(*command, str(torn), stop=("record", 2, kill))  # before any checkpoint
     assert first.returncode == -kill
     stops = [
         # what stops the process, what the resumed process says first
@@ -54,12 +54,12 @@ def test_killed_again_and_again(tmp_path):
     for stop, said in stops:
         with open(torn / "metrics.jsonl", "a") as file:
             file.write('{"stage": "main", "st')  # a line the kernel had only half of
-        done = launcher().run("train", str(torn), "--resume", stop=stop)
+        done = launch("train", str(torn), "--resume", stop=stop)
         assert said in done.stdout, (stop, done.stdout, done.stderr)
         assert done.returncode == (143 if stop[2] == term else -kill), (stop, done.stdout, done.stderr)
         if stop[2] == term:
             assert "saved a checkpoint at step" in done.stdout
-    done = launcher().run(*command, str(torn), "--resume")
+    done = launch(*command, str(torn), "--resume")
     assert done.returncode == 0, done.stderr
     assert "stage warmup is finished: not run again" in done.stdout
     assert_same_run(whole, torn)
@@ -72,13 +72,13 @@ def test_killed_as_a_stage_ends(tmp_path, where):
     whole, torn, kill = tmp_path / "whole", tmp_path / "torn", int(signal.SIGKILL)
     small = ["training.steps=2", "training.checkpoint_every=0", "evaluation.episodes=2", "evaluation.every=2"]
     command = ["train", "random_walks/bc", *TINY_WALKS, *small, "--output"]
-    assert launcher().run(*command, str(whole)).returncode == 0
+    assert launch(*command, str(whole)).returncode == 0
     kinds = [json.loads(line)["kind"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
     count = kinds.index("final") + 1 if where == "record" else len(list(whole.rglob("config.json")))
-    assert launcher().run(*command, str(torn), stop=(where, count, kill)).returncode == -kill
+    assert launch(*command, str(torn), stop=(where, count, kill)).returncode == -kill
     assert (torn / "stages/main/final").exists() == (where == "publish")
     assert "final" in (torn / "metrics.jsonl").read_text()
-    assert launcher().run("train", str(torn), "--resume").returncode == 0
+    assert launch("train", str(torn), "--resume").returncode == 0
     assert_same_run(whole, torn, weights=1)
 
 
