@@ -69,8 +69,8 @@ OVERRIDES = [
     ("training.steps=&a [*a]", r"refers to itself by an alias"),
     ("training.seed=9223372036854775808", r"training.seed: a number beyond 9223372036854775807 is of no use"),
     ("training.threads=1000000000000", r"wrong value for 'training.threads'.*less than or equal to 4096"),
-    ("model.config.hidden_size=0", r"model.config: hidden_size is 0; expected 1 or more"),
-    ("model.config.num_hidden_layers=-2", r"model.config: num_hidden_layers is -2; expected 1 or more"),
+    ("model.config.hidden_size=0", "config.hidden_size.*at least 1, got 0"),
+    ("model.config.num_hidden_layers=-2", "config.num_hidden_layers.*at least 1, got -2"),
     ("task.special_tokens=maybe", r"wrong value for 'task.special_tokens' .*'text' or 'parse'"),
 ]
 
