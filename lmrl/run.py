@@ -36,7 +36,17 @@ RECIPE_FILE, VERSIONS_FILE, RESULTS_FILE = "recipe.yaml", "versions.json", "resu
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 CALL_FILE = ".call"
 """The reward or environment that is being called (see lmrl.foreign); gone where the run ended with words of its own."""
-OF_A_START = {".lock", CALL_FILE, RECIPE_FILE, VERSIONS_FILE, METRICS_FILE, SAMPLES_FILE, "bad_rows.jsonl", "stages", "trackers"}
+OF_A_START = {
+    ".lock",
+    CALL_FILE,
+    RECIPE_FILE,
+    VERSIONS_FILE,
+    METRICS_FILE,
+    SAMPLES_FILE,
+    "bad_rows.jsonl",
+    "stages",
+    "trackers",
+}
 """What a run may leave that has not made its first step."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "gymnasium", "numpy", "tokenizers")
 FREE_TO_CHANGE = (

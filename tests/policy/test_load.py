@@ -190,7 +190,9 @@ def copied(folder, target, change):
 @pytest.mark.parametrize("load", [lambda path: load_policy(Model(path=path)), open_policy, lambda path: load_classifier(Model(path=path))])  # fmt: skip
 def test_a_model_without_all_its_weights_is_refused(tmp_path, tiny_folder, name, load):
     folder = copied(tiny_folder, tmp_path / "model", lambda tensors: tensors.pop(name))
-    with pytest.raises(ModelError, match=f"(model.path|policy): '{folder}' has no weights for '{name}', which would be random"):
+    with pytest.raises(
+        ModelError, match=f"(model.path|policy): '{folder}' has no weights for '{name}', which would be random"
+    ):
         load(str(folder))
 
 

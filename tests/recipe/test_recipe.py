@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from lmrl.errors import LmrlError
-from lmrl.recipe.files import load_recipe, shipped_names, stages_of, to_yaml
+from lmrl.recipe.files import load_recipe, read_yaml, shipped_file, shipped_names, stages_of, to_yaml
 
 
 def write(tmp_path, text):
@@ -33,7 +33,11 @@ def test_defaults_overrides_and_numbers(tmp_path):
 
 @pytest.mark.parametrize("name", shipped_names("recipes"))
 def test_a_resolved_recipe_reads_back_as_itself(name, tmp_path):
-    recipe = load_recipe(name)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "r.py").write_text("def f(completions, **_): return [0.0 for _ in completions]")
+    values = {"model.path": "owner/model", "rewards": f"{tmp_path}/r.py:f"}
+    arguments = read_yaml(shipped_file("recipes", name)).data.get("arguments", {})
+    recipe = load_recipe(name, [f"{one}={values.get(one, tmp_path / 'rows.jsonl')}" for one in arguments])
     assert load_recipe(write(tmp_path, to_yaml(recipe))) == recipe
 
 
