@@ -15,29 +15,35 @@ from lmrl.trajectories.trajectory import Messages, Trajectory
 
 @dataclass
 class Speaker:
-    """A policy in a dialogue. Through its chat template where it has one; else the text is continued as it is."""
+    """A policy in a dialogue. Through its chat template where it has one; else the text is continued as it is.
+
+    chat: whether to use the template (None: where there is one). history: what it sees of the dialogue, see Recorder.
+    """
 
     name: str
     policy: Policy
     sampling: Sampling
     system: str | None = None
     seed: int = 0
+    chat: bool | None = None
+    history: int | str = "all"
     turns: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.engine = HFEngine(self.policy)
-        self.renderer = Renderer(self.policy.tokenizer, bool(self.policy.tokenizer.chat_template))
+        template = bool(self.policy.tokenizer.chat_template)
+        self.renderer = Renderer(self.policy.tokenizer, template if self.chat is None else self.chat)
         self.forget()
 
     def forget(self) -> None:
         """Begin a new dialogue."""
-        self.recorder = Recorder(Trajectory([], "", ""), self.renderer, "all")
+        self.recorder = Recorder(Trajectory([], "", ""), self.renderer, self.history)
 
-    def say(self, text: str, heard: Callable[[str], None] = lambda answer: None) -> str:
+    def say(self, text: str | Messages, heard: Callable[[str], None] = lambda answer: None) -> str:
         """The answer to what is said. heard: called with the answer so far, whenever a token has been added."""
         begins = not self.recorder.trajectory.segments
         observation: str | Messages = text
-        if begins and self.system and self.renderer.chat:
+        if begins and self.system and self.renderer.chat and isinstance(text, str):
             observation = [{"role": "system", "content": self.system}, {"role": "user", "content": text}]
         context = self.recorder.observe(observation)
         tokens: list[int] = []

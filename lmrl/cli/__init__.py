@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from lmrl.cli import chat, collect, cp, eval, export, ls, new, replay, reward, show, train
+from lmrl.cli import chat, collect, cp, env, eval, export, ls, new, play, replay, reward, show, train
 from lmrl.cli.usage import UsageError, usage_text
 from lmrl.errors import LmrlError
 from lmrl.launch import leave_error
@@ -28,8 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (ls, new, cp, show, train, eval, chat, collect, export, replay):
+for verb in (ls, new, cp, show, train, eval, chat, play, collect, export, replay):
     app.command(name=verb.__name__.rpartition(".")[2])(verb.command)
+app.add_typer(env.app, name="env")
 app.add_typer(reward.app, name="reward")
 
 

@@ -34,23 +34,12 @@ def check(
     debug: Debug = False,
 ) -> None:
     """Try a reward before training: protocol, purity, odd completions, speed, distribution. Exit code 1: a check failed."""
-    from rich.console import Console
-    from rich.text import Text
-
+    from lmrl.findings import show
     from lmrl.rewards.check import check_reward
     from lmrl.rewards.rescore import columns_of, read_samples
 
     columns = columns_of(read_samples(data)) if data else None
-    console, findings = Console(highlight=False), []
-    for finding in check_reward(_spec(reward, option), columns, timeout):
-        findings.append(finding)
-        mark, style = {True: ("ok", "green"), False: ("FAILED", "bold red"), None: ("note", "yellow")}[finding.passed]
-        console.print(Text.assemble((f"{mark:7}", style), f"{finding.name}: {visible(finding.detail)}"), soft_wrap=True)
-    failed = [finding for finding in findings if finding.passed is False]
-    if to_json:
-        to_json.write_text(json.dumps([vars(finding) for finding in findings], indent=2) + "\n")
-    console.print(f"{len(failed)} of {len(findings)} checks failed" if failed else "fit for training")
-    if failed:
+    if show(check_reward(_spec(reward, option), columns, timeout), to_json):
         raise typer.Exit(1)
 
 

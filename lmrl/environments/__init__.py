@@ -12,13 +12,20 @@ from lmrl.errors import LmrlError, PluginError
 from lmrl.foreign import foreign
 from lmrl.secrets import expand
 
+ADAPTERS = {
+    "gymnasium": "lmrl.environments.gymnasium_text:GymnasiumText",
+    "reasoning_gym": "lmrl.environments.reasoning:ReasoningGym",
+}
+"""Of other libraries, by the name before the colon."""
+
 __all__ = ["TextEnvironment", "environment_factory", "limits_of", "version_of"]
 
 
 def environment_factory(task: Any) -> Callable[[], Any]:
     """A function that makes one environment of a recipe's `task` section."""
-    cls = registry.load("environment", task.environment, "task.environment")
-    make = partial(_make, cls, task.environment, expand(task.options, "task"))
+    name, options = adapted(task.environment, expand(task.options, "task"))
+    cls = registry.load("environment", name, "task.environment")
+    make = partial(_make, cls, task.environment, options)
     try:
         environment = make()
     except LmrlError:
@@ -34,6 +41,12 @@ def environment_factory(task: Any) -> Callable[[], Any]:
                 f"task.environment: '{task.environment}' has no {method}(): it is no gymnasium environment"
             )
     return make
+
+
+def adapted(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The class that plays an environment of another library, named LIBRARY:ID, and its options; others as they are."""
+    library, colon, id = name.partition(":")
+    return (ADAPTERS[library], options | {"id": id}) if colon and library in ADAPTERS else (name, options)
 
 
 def _make(cls: type, name: str, options: dict[str, Any]) -> Any:

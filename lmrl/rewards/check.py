@@ -6,10 +6,11 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from lmrl.errors import LmrlError, RewardError
+from lmrl.findings import Finding
 from lmrl.recipe import Reward
 from lmrl.rewards.load import load_reward
 from lmrl.rewards.rewards import RewardFunction, Scores, score
@@ -39,15 +40,6 @@ INVENTED = [
     ("Is this good?", "No, it is terrible and I hate it."),
     ("Is this good?", "Yes, it is wonderful, I love it!"),
 ]
-
-
-@dataclass
-class Finding:
-    """What one check found. passed: None where there is nothing to pass, only something to know."""
-
-    name: str
-    passed: bool | None
-    detail: str
 
 
 def check_reward(spec: Reward, data: Columns | None = None, timeout: float = 30.0) -> Iterator[Finding]:

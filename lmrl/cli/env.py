@@ -1,0 +1,49 @@
+"""`lmrl env`: check an environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lmrl.cli.common import Debug, Overrides
+
+app = typer.Typer(help="Check environments.", no_args_is_help=True)
+Named = Annotated[
+    str,
+    typer.Argument(
+        help="A name, file.py:Name, a dotted path, gymnasium:ID or reasoning_gym:TASK", metavar="ENVIRONMENT"
+    ),
+]
+
+
+@app.command()
+def check(
+    environment: Named,
+    options: Overrides = None,
+    episodes: Annotated[int, typer.Option("--episodes", min=2, help="Episodes to play")] = 20,
+    to_json: Annotated[Path | None, typer.Option("--json", help="Write the findings there as well")] = None,
+    debug: Debug = False,
+) -> None:
+    """Try an environment before training: seeds, five values, ends, rewards, players, odd actions, speed. Exit code 1: a check failed."""
+    from lmrl.environments.check import check_environment
+    from lmrl.findings import show
+
+    if show(check_environment(task_section(environment, options), episodes), to_json):
+        raise typer.Exit(1)
+
+
+def task_section(environment: str, options: list[str] | None) -> object:
+    """The `task` of an environment with options as a recipe would have them."""
+    from lmrl.recipe import Section, TaskSection
+    from lmrl.recipe.files import Document, apply_override, resolve_files, validate
+
+    class Named(Section):
+        task: TaskSection
+
+    document = Document({"task": {"environment": environment}}, places={("task", "environment"): "ENVIRONMENT"})
+    for option in options or ():
+        apply_override(document, option if option.startswith("task.") else f"task.{option}")
+    resolve_files(document.data, Path.cwd())
+    return validate(Named, document).task

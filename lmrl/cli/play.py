@@ -1,0 +1,96 @@
+"""`lmrl play`: play an environment in the terminal, or watch who plays it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from lmrl.cli.common import Debug, Overrides
+from lmrl.cli.env import Named, task_section
+from lmrl.errors import RecipeError, did_you_mean
+from lmrl.visible import visible
+
+
+def command(
+    environment: Named,
+    options: Overrides = None,
+    player: Annotated[str | None, typer.Option("--player", help="Watch a scripted player")] = None,
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="Watch a policy: a run, a folder or a hub name")
+    ] = None,
+    temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="Of the policy")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of the policy, a turn")] = 64,
+    beta: Annotated[
+        float | None, typer.Option("--beta", min=0.0, help="Of a policy with Q values: their weight")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    debug: Debug = False,
+) -> None:
+    """Play an environment, or watch a scripted player or a policy. Ctrl-D ends the game."""
+    if player is not None and policy is not None:
+        raise RecipeError("--player and --policy: one of them plays, leave the other out")
+    from rich.console import Console
+
+    from lmrl.environments import environment_factory
+    from lmrl.rollouts.sampler import begin_episode, take_step
+    from lmrl.seeding import stream
+
+    task = task_section(environment, options)
+    game, console = environment_factory(task)(), Console(highlight=False)
+    players = tuple(getattr(game, "players", ()))
+    if player is not None and player not in players:
+        raise RecipeError(
+            f"--player {player}: the environment has {', '.join(players) or 'no players'}{did_you_mean(player, players)}"
+        )
+    speaker = _speaker(policy, task, temperature, max_new_tokens, beta, seed) if policy else None
+    rng, total = stream(seed, "play"), 0.0
+    observation, _ = begin_episode(game, seed, None)
+    for turn in range(task.max_turns):
+        console.print(visible(str(observation)), style="cyan", markup=False)
+        if speaker is not None:
+            action = speaker.say(observation)
+        elif player is not None:
+            action = game.act(player, rng)
+        else:
+            action = _ask(console)
+        if action is None:
+            console.print(f"left after {turn} turns: return {total:g}", markup=False)
+            return
+        if speaker is not None or player is not None:
+            console.print(f"> {visible(action)}", markup=False)
+        observation, reward, terminated, truncated, metrics = take_step(game, action)
+        total += reward
+        if reward:
+            console.print(f"  {reward:+g}", style="dim", markup=False)
+        if terminated or truncated:
+            break
+    if observation:
+        console.print(visible(str(observation)), style="cyan", markup=False)
+    ended = "over" if terminated else "cut off"
+    measured = "".join(f", {name} {value:g}" for name, value in metrics.items())
+    console.print(f"{ended} after {turn + 1} turns: return {total:g}{measured}", markup=False)
+
+
+def _ask(console: object) -> str | None:
+    """A person's action; None at the end of the input."""
+    try:
+        line = console.input("> ") if sys.stdin.isatty() else sys.stdin.readline()
+    except (EOFError, KeyboardInterrupt):
+        return None
+    return line.rstrip("\n") if line or sys.stdin.isatty() else None
+
+
+def _speaker(
+    policy: str, task: object, temperature: float, max_new_tokens: int, beta: float | None, seed: int
+) -> object:
+    from lmrl.chat import Speaker
+    from lmrl.engines.base import Sampling
+    from lmrl.policy.load import open_policy
+    from lmrl.run import checkpoint_of
+
+    opened = open_policy(str(checkpoint_of(policy)))
+    return Speaker(
+        policy, opened, Sampling(max_new_tokens, temperature, beta=beta), None, seed, task.chat, task.history
+    )

@@ -1,0 +1,216 @@
+"""Trying an environment out before anything is trained on it."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from lmrl.environments import environment_factory, limits_of
+from lmrl.errors import LmrlError
+from lmrl.findings import Finding
+from lmrl.recipe import EpisodeLimits
+from lmrl.rollouts.sampler import begin_episode, take_step
+from lmrl.seeding import stream
+from lmrl.visible import visible
+
+EPISODES = 20
+NONSENSE = ("", "nonsense \x00", "A" * 10_000)
+"""Actions that a model may come to write."""
+
+
+def check_environment(task: EpisodeLimits, episodes: int = EPISODES) -> Iterator[Finding]:
+    """Check the environment of a recipe's `task`. Findings come as they are made; one that makes the others meaningless is the last."""
+    try:
+        make = environment_factory(task)
+        environment = make()
+    except LmrlError as error:
+        yield Finding("can be made", False, str(error))
+        return
+    yield Finding("can be made", True, type(environment).__name__)
+    yield _picklable(environment)
+    try:
+        first, _ = begin_episode(environment, 1, None)
+        again, _ = begin_episode(environment, 1, None)
+    except (Exception, SystemExit) as error:
+        yield Finding("reset", False, f"{type(error).__name__}: {error}")
+        return
+    yield Finding("reset", True, f"begins with {visible(str(first))[:80]!r}")
+    yield Finding(
+        "the seed decides the start",
+        first == again,
+        "same seed, same start" if first == again else "same seed, other start",
+    )
+    yield _starts(environment)
+    player = _player(environment)
+    try:
+        played = [_play(make(), seed, player, task.max_turns) for seed in range(episodes)]
+        repeated = _play(make(), 0, player, task.max_turns)
+    except (Exception, SystemExit) as error:
+        yield Finding("step", False, f"{type(error).__name__}: {error}")
+        return
+    yield Finding("step", True, f"five values of the right kinds in {sum(len(one.rewards) for one in played)} steps")
+    same = repeated.trace == played[0].trace
+    yield Finding(
+        "the seed decides the episode",
+        same,
+        "same seed and actions, same episode"
+        if same
+        else "same seed and actions, another episode: draw from self.np_random",
+    )
+    ended = sum(one.ended for one in played)
+    yield Finding(
+        "ends by itself",
+        True if ended else None,
+        f"{ended} of {episodes} episodes, the others after task.max_turns={task.max_turns}",
+    )
+    returns = [sum(one.rewards) for one in played]
+    spread = len(set(returns)) > 1
+    yield Finding(
+        "rewards differ",
+        True if spread else None,
+        f"returns of {'random play' if player == 'random' else player} {min(returns):.3g} to {max(returns):.3g}, mean {np.mean(returns):.3g}"
+        + ("" if spread else ": where all episodes earn the same, nothing can be learned"),
+    )
+    yield _within_limits(environment, returns)
+    yield from _scripted(make, environment, task)
+    yield _nonsense(make)
+    yield _texts(environment, played)
+    yield _speed(played)
+
+
+class _Played:
+    def __init__(self) -> None:
+        self.rewards: list[float] = []
+        self.trace: list[Any] = []
+        self.texts: list[str] = []
+        self.ended, self.seconds = False, 0.0
+
+
+def _player(environment: Any) -> str:
+    players = tuple(getattr(environment, "players", ()))
+    return "random" if "random" in players else players[0] if players else "texts"
+
+
+def _play(environment: Any, seed: int, player: str, turns: int) -> _Played:
+    played, rng = _Played(), stream("check", seed)
+    observation, _ = begin_episode(environment, seed, None)
+    words = None
+    if player == "texts":
+        words = list(environment.texts()) if hasattr(environment, "texts") else []
+        words = words or ["a"]
+    for _ in range(turns):
+        action = str(rng.choice(words)) if words else environment.act(player, rng)
+        begun = time.perf_counter()
+        after, reward, terminated, truncated, _ = take_step(environment, action)
+        played.seconds += time.perf_counter() - begun
+        played.rewards.append(reward)
+        played.texts += [str(observation), action]
+        played.trace.append((observation, action, reward, terminated, truncated, after))
+        observation = after
+        if terminated or truncated:
+            played.ended = True
+            break
+    return played
+
+
+def _picklable(environment: Any) -> Finding:
+    try:
+        pickle.loads(pickle.dumps(environment))
+    except Exception as error:
+        return Finding(
+            "can be pickled", None, f"no ({type(error).__name__}: {error}): it cannot move to another process"
+        )
+    return Finding("can be pickled", True, "for other processes")
+
+
+def _starts(environment: Any) -> Finding:
+    count = getattr(environment, "num_starts", None)
+    if count is None:
+        return Finding(
+            "start states",
+            None,
+            "drawn by the seed; with `num_starts` rollouts and evaluation would go through all of them",
+        )
+    try:
+        pairs = [begin_episode(environment, seed, count - 1)[0] for seed in (1, 2)]
+    except (Exception, SystemExit) as error:
+        return Finding(
+            "start states",
+            False,
+            f"num_starts is {count}, but start {count - 1} raises {type(error).__name__}: {error}",
+        )
+    same = pairs[0] == pairs[1]
+    detail = (
+        f"{count} of them"
+        if same
+        else f"start {count - 1} depends on the seed: reset(options={{'start': i}}) is to begin in the i-th"
+    )
+    return Finding("start states", same, detail)
+
+
+def _within_limits(environment: Any, returns: list[float]) -> Finding:
+    limits = limits_of(environment).get("return")
+    if limits is None:
+        return Finding(
+            "limits of the return",
+            None,
+            "unknown; `metric_limits = {'return': (LOW, HIGH)}` keeps intervals within them",
+        )
+    inside = all(limits[0] <= value <= limits[1] for value in returns)
+    return Finding("limits of the return", inside, f"{limits}; seen {min(returns):.3g} to {max(returns):.3g}")
+
+
+def _scripted(make: Any, environment: Any, task: EpisodeLimits) -> Iterator[Finding]:
+    players = tuple(getattr(environment, "players", ()))
+    if not players:
+        yield Finding(
+            "scripted players",
+            None,
+            "none; with `players` and `act` it can be collected from, imitated, and its scores compared",
+        )
+    for player in players:
+        try:
+            returns = [sum(_play(make(), seed, player, task.max_turns).rewards) for seed in range(5)]
+        except (Exception, SystemExit) as error:
+            yield Finding(f"player '{player}'", False, f"{type(error).__name__}: {error}")
+            continue
+        yield Finding(f"player '{player}'", True, f"mean return {np.mean(returns):.3g} in 5 episodes")
+
+
+def _nonsense(make: Any) -> Finding:
+    for action in NONSENSE:
+        environment = make()
+        try:
+            begin_episode(environment, 0, None)
+            take_step(environment, action)
+        except (Exception, SystemExit) as error:
+            return Finding("bears nonsense", False, f"action {action[:12]!r} raises {type(error).__name__}: {error}")
+    return Finding("bears nonsense", True, "empty, odd and very long actions")
+
+
+def _texts(environment: Any, played: list[_Played]) -> Finding:
+    known = list(environment.texts()) if hasattr(environment, "texts") else []
+    if not known:
+        return Finding("texts", None, "none; a model from scratch takes its vocabulary from `texts()`")
+    letters = {letter for text in known for letter in text}
+    missing = {letter for one in played for text in one.texts for letter in text} - letters
+    detail = (
+        f"cover the letters of {len(played)} episodes"
+        if not missing
+        else f"lack {visible(''.join(sorted(missing)))[:40]!r}"
+    )
+    return Finding("texts", not missing, detail)
+
+
+def _speed(played: list[_Played]) -> Finding:
+    steps = sum(len(one.rewards) for one in played)
+    each = sum(one.seconds for one in played) / max(steps, 1)
+    return Finding(
+        "speed",
+        True if each < 0.1 else None,
+        f"{each * 1000:.3g} ms a step" + ("" if each < 0.1 else ": rollouts wait for it"),
+    )

@@ -1,0 +1,36 @@
+"""What checks of rewards and environments find, and how a terminal shows it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmrl.visible import visible
+
+
+@dataclass
+class Finding:
+    """What one check found. passed: None where there is nothing to pass, only something to know."""
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+def show(findings: Iterable[Finding], to_json: Path | None = None) -> int:
+    """Print findings as they are made; returns how many failed. to_json: a file for them."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console, made = Console(highlight=False), []
+    for finding in findings:
+        made.append(finding)
+        mark, style = {True: ("ok", "green"), False: ("FAILED", "bold red"), None: ("note", "yellow")}[finding.passed]
+        console.print(Text.assemble((f"{mark:7}", style), f"{finding.name}: {visible(finding.detail)}"), soft_wrap=True)
+    failed = sum(finding.passed is False for finding in made)
+    if to_json:
+        to_json.write_text(json.dumps([vars(finding) for finding in made], indent=2) + "\n")
+    console.print(f"{failed} of {len(made)} checks failed" if failed else "fit for training")
+    return failed

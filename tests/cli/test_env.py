@@ -1,0 +1,111 @@
+"""`lmrl env check` and `lmrl play`."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from lmrl.cli import app
+from lmrl.errors import RecipeError
+
+GAME = """
+import random
+from lmrl import TextEnvironment
+
+
+class Good(TextEnvironment):
+    num_starts, players, metric_limits = 3, ("random",), {"return": (0, 2)}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.turn = 0
+        return f"start {(options or {}).get('start', self.np_random.integers(3))}", {}
+
+    def step(self, action):
+        self.turn += 1
+        return "go on", float(action == "yes"), self.turn == 2, False, {"metrics": {"turns": self.turn}}
+
+    def act(self, player, rng):
+        return str(rng.choice(["yes", "no"]))
+
+    def texts(self):
+        return ["start 0 1 2", "go on", "yes", "no"]
+
+
+class Unseeded(Good):
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        return observation, reward + random.random(), *rest
+
+
+class Fragile(Good):
+    def step(self, action):
+        return super().step({"yes": "yes", "no": "no"}[action])
+
+
+class Four(Good):
+    def step(self, action):
+        return super().step(action)[:4]
+
+
+class Beyond(Good):
+    metric_limits = {"return": (0, 0.5)}
+
+    def texts(self):
+        return ["start", "yes", "no"]
+"""
+
+
+@pytest.fixture
+def game(tmp_path):
+    (tmp_path / "game.py").write_text(GAME)
+    return lambda name: f"{tmp_path}/game.py:{name}"
+
+
+def run(*arguments, **options):
+    done = CliRunner().invoke(app, list(map(str, arguments)), **options)
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
+
+
+def test_a_good_environment_is_fit(game, tmp_path):
+    done = run("env", "check", game("Good"), "--json", tmp_path / "found.json")
+    assert done.exit_code == 0 and "fit for training" in done.output
+    assert {one["passed"] for one in json.loads((tmp_path / "found.json").read_text())} == {True}
+
+
+@pytest.mark.parametrize(
+    ("name", "failed"),
+    [
+        ("Unseeded", {"the seed decides the episode", "limits of the return"}),
+        ("Fragile", {"bears nonsense"}),
+        ("Four", {"step"}),
+        ("Beyond", {"limits of the return", "texts"}),
+        ("Missing", {"can be made"}),
+    ],
+)
+def test_what_is_wrong_is_found(game, tmp_path, name, failed):
+    done = run("env", "check", game(name), "--json", tmp_path / "found.json")
+    assert done.exit_code == 1
+    found = {one["name"] for one in json.loads((tmp_path / "found.json").read_text()) if one["passed"] is False}
+    assert found >= failed if name == "Unseeded" else found == failed
+
+
+def test_playing(game):
+    mine = run("play", game("Good"), input="yes\nno\n").output
+    assert "start" in mine and "over after 2 turns: return 1, turns 2" in mine
+    left = run("play", game("Good"), input="yes\n").output
+    assert "left after 1 turns: return 1" in left
+    watched = run("play", game("Good"), "--player", "random", "--seed", 3).output
+    assert (
+        watched == run("play", game("Good"), "--player", "random", "--seed", 3).output
+        and "over after 2 turns" in watched
+    )
+    with pytest.raises(RecipeError, match="--player optimal: the environment has random"):
+        run("play", game("Good"), "--player", "optimal")
+
+
+def test_watching_a_policy(game, tiny_folder):
+    watched = run("play", game("Good"), "--policy", tiny_folder, "--max-new-tokens", 3).output
+    assert watched.count("> ") == 2 and "over after 2 turns: return 0" in watched
