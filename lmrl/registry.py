@@ -55,7 +55,17 @@ SHIPPED: dict[str, dict[str, str]] = {
     "reward": {},
     "listener": {},
     "suite": {},
-    "tracker": {},
+    "tracker": {
+        "aim": "accelerate.tracking:AimTracker",
+        "clearml": "accelerate.tracking:ClearMLTracker",
+        "comet_ml": "accelerate.tracking:CometMLTracker",
+        "dvclive": "accelerate.tracking:DVCLiveTracker",
+        "mlflow": "accelerate.tracking:MLflowTracker",
+        "swanlab": "accelerate.tracking:SwanLabTracker",
+        "tensorboard": "accelerate.tracking:TensorBoardTracker",
+        "trackio": "accelerate.tracking:TrackioTracker",
+        "wandb": "accelerate.tracking:WandBTracker",
+    },
 }
 _registered: dict[str, dict[str, Any]] = {kind: {} for kind in SHIPPED}
 
@@ -75,9 +85,15 @@ def register(kind: Kind, name: str) -> Callable[[T], T]:
 
 
 @cache
+def _entry_points() -> metadata.EntryPoints:
+    """Of all installed packages, whose metadata is read once."""
+    return metadata.entry_points()
+
+
+@cache
 def installed(kind: Kind) -> dict[str, metadata.EntryPoint]:
     """The entry points of installed packages, by name. A shipped name cannot be taken."""
-    found = metadata.entry_points(group=f"lmrl.{kind}s")
+    found = _entry_points().select(group=f"lmrl.{kind}s")
     return {point.name: point for point in found if point.name not in SHIPPED[kind]}
 
 

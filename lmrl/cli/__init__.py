@@ -1,4 +1,4 @@
-"""The command line: one file a verb. Nothing here imports torch before a verb needs it."""
+"""The command line: one file a verb, imported when it is called."""
 
 from __future__ import annotations
 
@@ -8,34 +8,30 @@ import faulthandler
 import signal
 import sys
 import traceback
-from importlib import metadata
 from typing import Annotated
 
 import typer
 
-from lmrl.cli import chat, collect, cp, env, eval, export, ls, new, play, replay, reward, show, train
 from lmrl.cli.usage import UsageError, usage_text
+from lmrl.cli.verbs import PLAIN, Verbs
 from lmrl.errors import LmrlError
-from lmrl.launch import leave_error
-from lmrl.secrets import redact
 from lmrl.visible import visible
 
 app = typer.Typer(
     name="lmrl",
     help="Fine-tune language models with reinforcement learning, online and from logged data.",
+    cls=Verbs,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    **PLAIN,
 )
-for verb in (ls, new, cp, show, train, eval, chat, play, collect, export, replay):
-    app.command(name=verb.__name__.rpartition(".")[2])(verb.command)
-app.add_typer(env.app, name="env")
-app.add_typer(reward.app, name="reward")
 
 
 def _version(wanted: bool) -> None:
     if wanted:
+        from importlib import metadata
+
         print(f"lmrl {metadata.version('lmrl')}")
         raise typer.Exit
 
@@ -72,7 +68,7 @@ def main() -> None:
             raise
         text = f"lmrl: {one_line(str(error))}"
         _abandon()
-        if not leave_error(text, error.exit_code, own=True):
+        if not _leave_error(text, error.exit_code, own=True):
             print(text, file=sys.stderr)
         sys.exit(error.exit_code)
     except BaseException as error:
@@ -82,10 +78,10 @@ def main() -> None:
         _abandon()
         if not debug and (full := _disk_full(error)):
             text = f"lmrl: {full}: free some space, then resume; checkpoints that were written before are whole"
-            if not leave_error(text, 1, own=True):
+            if not _leave_error(text, 1, own=True):
                 print(text, file=sys.stderr)
             sys.exit(1)
-        if isinstance(error, Exception) and leave_error(traceback.format_exc(), 1, own=False):
+        if isinstance(error, Exception) and _leave_error(traceback.format_exc(), 1, own=False):
             sys.exit(1)
         raise
 
@@ -95,11 +91,19 @@ LONGEST_LINE = 1500
 
 def one_line(text: str) -> str:
     """A message in one line that is safe to show; of a long one, which quotes the user's own data, the middle is left out."""
+    from lmrl.secrets import redact  # only a failure needs it
+
     text = visible(redact(" ".join(text.split())))
     if len(text) <= LONGEST_LINE:
         return text
     half = LONGEST_LINE // 2
     return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
+
+
+def _leave_error(text: str, code: int, own: bool) -> bool:
+    from lmrl.launch import leave_error  # only a failure needs it
+
+    return leave_error(text, code, own)
 
 
 def _disk_full(error: BaseException | None) -> str | None:

@@ -9,7 +9,8 @@ import typer
 
 from lmrl.cli.common import Debug
 from lmrl.errors import RecipeError, RunError
-from lmrl.recipe.files import find_yaml, is_suite, shipped
+from lmrl.recipe.files import find_yaml, is_suite
+from lmrl.shipped import shipped
 
 
 def command(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import typer
@@ -15,8 +14,7 @@ from rich.text import Text
 from lmrl import registry
 from lmrl.cli.common import Debug
 from lmrl.errors import RecipeError, did_you_mean
-from lmrl.recipe import ENVIRONMENTS, OBJECTIVES, SOURCES
-from lmrl.recipe.files import read_yaml, shipped, shipped_file, shipped_names
+from lmrl.shipped import descriptions, reward_docs, section_docs
 
 KINDS = {
     "recipes": None,
@@ -35,6 +33,29 @@ ENGINES = {
     "vllm": "A copy of the weights in vLLM, in the same process.",
     "vllm-server": "Copies in one or several vLLM servers.",
 }
+TRACKERS = {
+    "aim": "A repository in the run folder, for `aim up`.",
+    "clearml": "A task of a ClearML server.",
+    "comet_ml": "An experiment at Comet.",
+    "dvclive": "Files in the run folder, for `dvc` and its extension of VS Code.",
+    "mlflow": "A run of an MLflow server, or of the folder that MLFLOW_TRACKING_URI names.",
+    "swanlab": "An experiment at SwanLab.",
+    "tensorboard": "Files in the run folder, for `tensorboard --logdir`.",
+    "trackio": "A local dashboard, `trackio show`.",
+    "wandb": "A run at Weights & Biases.",
+}
+SHIPPED: dict[str, Callable[[], dict[str, str]]] = {
+    "recipes": lambda: descriptions("recipes"),
+    "environments": lambda: section_docs("task.py", "environment"),
+    "rewards": reward_docs,
+    "objectives": lambda: section_docs("objectives", "name"),
+    "sources": lambda: section_docs("source.py", "name"),
+    "engines": lambda: ENGINES,
+    "listeners": dict,
+    "trackers": lambda: TRACKERS,
+    "suites": lambda: descriptions("eval"),
+}
+"""What lmrl itself has of each kind, read from its files."""
 
 
 def command(
@@ -64,25 +85,15 @@ def command(
 
 
 def listing(kind: str) -> dict[str, str]:
-    """Names of that kind, each with one line about it; reads files, imports nothing of the user's."""
+    """Names of that kind, each with one line about it; reads files, imports neither pydantic nor anything of the user's."""
     own = KINDS[kind]
     extra = {} if own is None else {name: _origin(point) for name, point in registry.installed(own).items()}
-    if kind in ("recipes", "suites"):
-        folder = "recipes" if kind == "recipes" else "eval"
-        return {
-            name: str(read_yaml(shipped_file(folder, name)).data.get("description", ""))
-            for name in shipped_names(folder)
-        } | extra
-    if kind == "rewards":
-        return dict(sorted(_rewards().items())) | extra
-    if kind == "engines":
-        return ENGINES | extra
-    classes = {"environments": ENVIRONMENTS, "objectives": OBJECTIVES, "sources": SOURCES}.get(kind, {})
-    return {name: (cls.__doc__ or "").split("\n")[0] for name, cls in classes.items()} | extra
+    return SHIPPED[kind]() | extra
 
 
 def details(kind: str, name: str, width: int) -> Iterator[str]:
     """One thing of a kind: its docstring and its keys; imports it where an installed package has it."""
+    from lmrl.recipe import ENVIRONMENTS, OBJECTIVES, SOURCES
     from lmrl.recipe.documentation import describe
 
     known = listing(kind)
@@ -104,20 +115,3 @@ def _origin(point: registry.metadata.EntryPoint) -> str:
     """The package that an entry point belongs to."""
     package = point.dist
     return f"of package {package.name} {package.version}" if package else point.value
-
-
-def _rewards() -> dict[str, str]:
-    """Functions that take completions, and classes that can be called, with the first lines of their docstrings."""
-    found = {}
-    for path in sorted(shipped("reward_models").glob("[!_]*.py")):
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                is_reward = any(argument.arg == "completions" for argument in node.args.args)
-            else:
-                is_reward = isinstance(node, ast.ClassDef) and any(
-                    getattr(part, "name", "") == "__call__" for part in node.body
-                )
-            if is_reward:
-                text = (ast.get_docstring(node) or "").split("\n")[0]
-                found[f"lmrl.reward_models.{path.stem}.{node.name}"] = text
-    return found

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lmrl.cli.common import Debug
+from lmrl.cli.verbs import PLAIN, VERBS
 from lmrl.visible import visible
 
 Named = Annotated[
@@ -21,7 +22,7 @@ Data = Annotated[
     str | None, typer.Option("--data", "-d", help="Samples: JSONL or Parquet with prompt, completion and other columns")
 ]
 
-app = typer.Typer(help="Check, score and serve rewards.", no_args_is_help=True)
+app = typer.Typer(help=VERBS["reward"], no_args_is_help=True, **PLAIN)
 
 
 @app.command()

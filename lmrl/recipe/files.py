@@ -7,7 +7,6 @@ import sys
 import types
 import typing
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from lmrl.recipe.methods import check_arguments, spelled_out, take_arguments
 from lmrl.recipe.suggestions import suggest
 from lmrl.recipe.task import as_rewards
 from lmrl.secrets import check_no_secrets
+from lmrl.shipped import LAUNCHES, shipped, shipped_file, shipped_names
 
 Keys = tuple[str | int, ...]
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".gz")
@@ -59,29 +59,6 @@ class Document:
 
 
 # --------------------------------------------------------------------------------------------------------------- finding
-LAUNCHES, METHODS = "accelerate", "methods/"
-"""Among the shipped recipes: configuration files of accelerate; and recipes for one's own data, which are named by the method alone."""
-
-
-def shipped(kind: str) -> Path:
-    """Folder of shipped content: `recipes`, `reward_models` or `eval`."""
-    return Path(str(files(f"lmrl.{kind}")))
-
-
-def shipped_names(kind: str) -> list[str]:
-    """Names of the shipped recipes (`sft`, `random_walks/ppo`) or suites (`random_walks`)."""
-    folder = shipped(kind)
-    names = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
-    methods = [name.removeprefix(METHODS) for name in names if name.startswith(METHODS)]
-    return methods + [name for name in names if not name.startswith((f"{LAUNCHES}/", METHODS))]
-
-
-def shipped_file(kind: str, name: str) -> Path:
-    """The file of a shipped recipe or suite."""
-    own = shipped(kind) / f"{name}.yaml"
-    return own if own.exists() else shipped(kind) / f"{METHODS}{name}.yaml"
-
-
 def find_launch(name: str) -> Path:
     """A configuration file of accelerate by path, or by name among those beside the shipped recipes."""
     if Path(name).is_file():

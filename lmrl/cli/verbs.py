@@ -1,0 +1,53 @@
+"""The verbs by name, each imported when it is called: `lmrl --help` loads none of them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+VERBS = {
+    "ls": "List recipes, environments, rewards, objectives, suites and more, of lmrl and of installed packages.",
+    "new": "Write a first recipe for an environment or data of your own, after looking at it.",
+    "cp": "Copy a recipe (or a suite, or a reward) to edit.",
+    "show": "Show a recipe with all defaults, what a step does, and how much memory it takes.",
+    "train": "Train a recipe.",
+    "eval": "Score a policy: a table of means with 95 % confidence intervals.",
+    "chat": "Talk to a policy, or to two side by side.",
+    "collect": "Play episodes and keep them as rows (see lmrl/trajectories/rows.py), for source.path=FOLDER.",
+    "export": "Write a run as an ordinary transformers checkpoint, which any server decodes at full speed.",
+    "replay": "Compute an update or pass that went wrong again, or play an episode again; exit code 1 where it comes out differently.",
+    "reward": "Check, score and serve rewards.",
+}
+"""The help of each verb, written down here as well so that listing them imports none."""
+PLAIN = {"add_completion": False, "rich_markup_mode": None}
+"""Help without rich, whose Markdown renderer takes longer to import than the rest of the command line."""
+
+
+class Verbs(TyperGroup):
+    """The group of all verbs."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return load_verb(cmd_name) if cmd_name in VERBS else None
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+def load_verb(name: str) -> Any:
+    """The click command of a verb: its module's `app`, or its function `command`."""
+    module = importlib.import_module(f"lmrl.cli.{name}")
+    app = getattr(module, "app", None)
+    if app is None:
+        app = typer.Typer(**PLAIN)
+        app.command(name=name)(module.command)
+    command = get_command(app)
+    command.name = name
+    return command
