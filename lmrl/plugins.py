@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lmrl.errors import PluginError, did_you_mean
+from lmrl.extras import EXTRAS, fix_of
 from lmrl.foreign import foreign
 
 
@@ -30,7 +31,8 @@ def load_plugin(name: str, key: str) -> Any:
     except FileNotFoundError as error:
         raise PluginError(f"{key}: file '{target}' does not exist") from error
     except ModuleNotFoundError as error:
-        raise PluginError(f"{key}: '{name}' cannot be imported: no module named '{error.name}'") from error
+        fix = f": {fix_of(error.name)}" if (error.name or "").partition(".")[0] in EXTRAS else ""
+        raise PluginError(f"{key}: '{name}' cannot be imported: no module named '{error.name}'{fix}") from error
     except (Exception, SystemExit) as error:
         raise PluginError(f"{key}: importing '{target}' failed: {type(error).__name__}: {error}") from error
     found = module

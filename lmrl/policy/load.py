@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from lmrl.errors import DataError, ModelError, did_you_mean
+from lmrl.extras import need
 from lmrl.local_names import refuse_missing as refuse_missing_path
 from lmrl.policy.classifier import Classifier
 from lmrl.policy.failures import broken_file, load_failure
@@ -248,6 +249,7 @@ def _open(
     arguments = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     name = path
     if path.endswith(".gguf"):
+        need("gguf", f"{key}: '{path}'", ModelError)
         name, arguments = str(folder.parent), {"gguf_file": folder.name}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **arguments)

@@ -113,7 +113,8 @@ class Recipe(Section):
                 raise ValueError(
                     "`task.prompts.path`: no file of prompts is named (nor logged episodes, `source.path`)"
                 )
-            self.task.prompts.path, self.task.prompts.split = self.source.path, self.source.split
+            for name in ("path", "split", "config", "revision"):
+                setattr(self.task.prompts, name, getattr(self.source, name, getattr(self.task.prompts, name)))
         if isinstance(self.task, PromptTask) and self.task.prompts.holdout == 1:
             raise ValueError(
                 "`task.prompts.holdout`: 1 holds all prompts out, so that none is left to train on: set it below 1, such "

@@ -53,6 +53,11 @@ class DatasetOptions(SourceOptions):
     path: str | None = None
     """JSONL or Parquet, a folder of Parquet shards, or a dataset on the hub (see lmrl/trajectories/rows.py)."""
     split: str = "train"
+    """Of a dataset on the hub, as are `config` and `revision`."""
+    config: str | None = None
+    """Name of its configuration (null: its only or default one)."""
+    revision: str | None = None
+    """Branch, tag or commit (null: main)."""
     player: Players | None = None
     """A scripted player of the environment, for instance `random`, or shares: `{random: 0.9, optimal: 0.1}`."""
     episodes: int = Field(1000, ge=1, le=100_000_000)
@@ -83,6 +88,10 @@ class DatasetOptions(SourceOptions):
     def _one_origin(self) -> DatasetOptions:
         if (self.path is None) == (self.player is None):
             raise ValueError("needs either `path` (logged episodes) or `player` (a scripted player)")
+        if self.player is not None and (self.config or self.revision):
+            raise ValueError(
+                "`config` and `revision` choose from a dataset on the hub, and a player has none: leave them out"
+            )
         return self
 
     def episodes_a_step(self, recipe: Recipe) -> tuple[int, int]:

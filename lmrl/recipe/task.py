@@ -31,6 +31,11 @@ class Prompts(Section):
     column: str = "prompt"
     """Of preference data without such a column the prompt is what chosen and rejected begin with."""
     split: str = "train"
+    """Of a dataset on the hub, as are `config` and `revision`."""
+    config: str | None = None
+    """Name of its configuration (null: its only or default one)."""
+    revision: str | None = None
+    """Branch, tag or commit (null: main)."""
     chat: bool = False
     """Put each prompt through the model's chat template (columns holding message lists always are)."""
     system: str | None = None

@@ -20,14 +20,14 @@ OF_RUNS += ("group", "episode", "seed", "start", "turns", "final_observation", "
 """Fields of a run's samples.jsonl that are no columns for rewards."""
 
 
-def read_samples(path: str, split: str = "train") -> list[Row]:
+def read_samples(path: str) -> list[Row]:
     """Rows with `prompt`, `completion`, maybe `reward`, and further columns: of a run's samples or any logged data.
 
     Columns that lmrl has kept aside (`columns` of a run's samples and of collected episodes) are columns again.
 
     Raises DataError with file, line and what was expected; episodes of several turns have no single completion.
     """
-    rows, samples = open_rows(path, split), []
+    rows, samples = open_rows(path), []
     for number in range(len(rows)):
         row = rows[number]
         if row.get("prompt") is not None and row.get("completion") is not None:

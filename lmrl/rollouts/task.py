@@ -14,7 +14,7 @@ from lmrl.recipe import Prompts, PromptTask, Recipe
 from lmrl.rewards.load import load_rewards
 from lmrl.rewards.rewards import RewardFunction, drop_failed, judge
 from lmrl.seeding import stream
-from lmrl.trajectories.files import Malformed, read_rows
+from lmrl.trajectories.files import HubPart, Malformed, read_rows
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.rows import checked_messages, prompt_of
 from lmrl.trajectories.store import dataset_texts
@@ -90,11 +90,11 @@ def task_texts(recipe: Recipe) -> list[str]:
     """Text samples of a task and of logged data, from which a model built from scratch takes its vocabulary."""
     section, source, texts = recipe.task, recipe.source, []
     if getattr(source, "path", None):
-        texts += dataset_texts(source.path, source.split)
+        texts += dataset_texts(source.path, HubPart.of(source))
     if section is None:
         return texts
     if isinstance(section, PromptTask):
-        return texts + _strings(read_rows(section.prompts.path, section.prompts.split, section.prompts.limit))
+        return texts + _strings(_prompt_rows(section.prompts))
     environment = environment_factory(section)()
     texts += list(environment.texts()) if hasattr(environment, "texts") else []
     if not texts:
@@ -139,9 +139,13 @@ def build_task(section: Any, tokenizer: Any) -> Task:
     )
 
 
+def _prompt_rows(prompts: Prompts) -> list[dict[str, Any]]:
+    return read_rows(prompts.path, HubPart.of(prompts), prompts.limit)
+
+
 def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
     prompts = section.prompts
-    rows = read_rows(prompts.path, prompts.split, prompts.limit)
+    rows = _prompt_rows(prompts)
     for number, row in enumerate(rows, start=1):
         try:
             row[prompts.column] = prompt_of(row, prompts.column)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lmrl.errors import RecipeError
+from lmrl.extras import fix_of
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Optimizer
 from lmrl.recipe.objectives.base import LONG_MEMORY
@@ -30,7 +31,8 @@ def build_optimizer(
     try:
         from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
     except ImportError as error:
-        raise RecipeError("optimizer.name=adamw_8bit needs bitsandbytes: pip install bitsandbytes") from error
+        fix = fix_of("bitsandbytes")
+        raise RecipeError(f"optimizer.name=adamw_8bit needs bitsandbytes ({error}): {fix}") from error
     optimizer = AdamW8bit(groups, **settings)
     # A manager of its own in place of the process's, which knows parameters by ids that live longer than they do.
     optimizer.mng = GlobalOptimManager.__new__(GlobalOptimManager)

@@ -36,7 +36,7 @@ from lmrl.training.display import Display
 from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.monitoring.measures import SAMPLES_KEPT, peak_memory_mb
 from lmrl.training.updater import schedule
-from lmrl.trajectories.files import Malformed, open_rows, quiet_datasets
+from lmrl.trajectories.files import HubPart, Malformed, open_rows, quiet_datasets
 from lmrl.trajectories.rows import preference
 from lmrl.trajectories.store import UNMATCHED, report_bad_rows
 from lmrl.trajectories.trajectory import Messages, prompt_key
@@ -59,13 +59,13 @@ class Pair:
 
 # ------------------------------------------------------------------------------------------------------------------ data
 def read_pairs(
-    path: str, split: str = "train", skip_bad_rows: bool = False, bad_rows: Path | None = None
+    path: str, part: HubPart = HubPart(), skip_bad_rows: bool = False, bad_rows: Path | None = None
 ) -> tuple[list[Pair], list[str]]:
     """The preferences in a file of any format of rows.py that has them, and notes on what was left out.
 
     Raises DataError with file, line, field and what was expected, unless malformed rows are to be skipped.
     """
-    rows, pairs, bad = open_rows(path, split), [], []
+    rows, pairs, bad = open_rows(path, part), [], []
     for number, row in enumerate(rows.scan()):
         try:
             if isinstance(row, Malformed):
@@ -158,7 +158,9 @@ class RewardModelStage:
         self.seed, source, options = recipe.training.seed, recipe.source, recipe.objective
         if recipe.training.threads is not None:
             torch.set_num_threads(recipe.training.threads)
-        self.pairs, self.notes = read_pairs(source.path, source.split, source.skip_bad_rows, run.folder / BAD_ROWS)
+        self.pairs, self.notes = read_pairs(
+            source.path, HubPart.of(source), source.skip_bad_rows, run.folder / BAD_ROWS
+        )
         seed_everything(self.seed, name, "build")
         self.classifier = load_classifier(recipe.model, start, lambda: task_texts(recipe), options.max_length)
         self.training, self.heldout = split_pairs(self.pairs, options.holdout, self._reserved())

@@ -11,6 +11,7 @@ import json
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +24,25 @@ from lmrl.local_names import refuse_missing
 Row = dict[str, Any]
 SCAN_ROWS = 256
 """Rows of a table that a scan holds at a time."""
+
+
+@dataclass(frozen=True)
+class HubPart:
+    """Which rows of a dataset on the hub: its split, configuration (None: the only or default one) and revision (None: main)."""
+
+    split: str = "train"
+    config: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def of(cls, section: Any) -> HubPart:
+        """What a recipe's `source` or `task.prompts` says."""
+        given = {name: getattr(section, name, None) for name in ("split", "config", "revision")}
+        return cls(**{name: value for name, value in given.items() if value is not None})
+
+    def __str__(self) -> str:
+        named = {"config": self.config, "split": self.split, "revision": self.revision}
+        return ", ".join(f"{name} '{value}'" for name, value in named.items() if value is not None)
 
 
 class Malformed(ValueError):
@@ -147,9 +167,13 @@ class Table(Rows):
         return self._dataset[int(index)]
 
 
-def open_rows(path: str, split: str = "train") -> Rows:
-    """The rows of a file, of a folder of Parquet shards, or (with its `split`) of a dataset on the hub."""
+def open_rows(path: str, part: HubPart = HubPart()) -> Rows:
+    """The rows of a file, of a folder of Parquet shards, or (the `part` of it) of a dataset on the hub."""
     file = Path(path)
+    if file.exists() and (given := next((name for name in ("config", "revision") if getattr(part, name)), None)):
+        raise DataError(
+            f"{path}: `{given}` chooses from a dataset on the hub, but this is a file or folder: leave it out"
+        )
     if file.is_dir():
         shards = sorted(file.glob("*.parquet"))
         if not shards:
@@ -157,7 +181,7 @@ def open_rows(path: str, split: str = "train") -> Rows:
         rows: Rows = _open_parquet(shards)
     elif not file.is_file():
         refuse_missing(path, "data", "dataset")
-        rows = _open_hub(path, split)
+        rows = _open_hub(path, part)
     elif file.name.endswith((".jsonl", ".jsonl.gz", ".json")):
         rows = JsonLines(file)
     elif file.suffix == ".parquet":
@@ -171,9 +195,9 @@ def open_rows(path: str, split: str = "train") -> Rows:
     return rows
 
 
-def read_rows(path: str, split: str = "train", limit: int | None = None) -> list[Row]:
-    """All rows (at most `limit`) at once. A malformed line names file and line; `split` applies to hub datasets."""
-    rows = open_rows(path, split)
+def read_rows(path: str, part: HubPart = HubPart(), limit: int | None = None) -> list[Row]:
+    """All rows (at most `limit`) at once. A malformed line names file and line; `part` applies to hub datasets."""
+    rows = open_rows(path, part)
     return [rows[index] for index in range(min(len(rows), limit if limit is not None else len(rows)))]
 
 
@@ -211,13 +235,13 @@ def _open_csv(file: Path) -> Table:
     return Table(quiet_datasets().Dataset(table), [(str(file), len(table))])
 
 
-def _open_hub(name: str, split: str) -> Table:
+def _open_hub(name: str, part: HubPart) -> Table:
     try:
-        dataset = quiet_datasets().load_dataset(name, split=split)
+        dataset = quiet_datasets().load_dataset(name, part.config, split=part.split, revision=part.revision)
     except Exception as error:  # the library raises many kinds, from network errors to unknown splits
         reason = str(error).strip().split("\n")[0]
         raise DataError(
-            f"dataset '{name}' (split '{split}') is no file here, and cannot be loaded from the hub: {reason}"
+            f"dataset '{name}' ({part}) is no file here, and cannot be loaded from the hub: {reason}"
         ) from error
     return Table(dataset, [(name, len(dataset))])
 

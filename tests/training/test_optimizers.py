@@ -94,7 +94,7 @@ def test_entries_of_the_state():
 def test_it_is_not_there(tiny_policy, monkeypatch):
     for name in ("bitsandbytes", "bitsandbytes.optim"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(RecipeError, match="optimizer.name=adamw_8bit needs bitsandbytes: pip install bitsandbytes"):
+    with pytest.raises(RecipeError, match="optimizer.name=adamw_8bit needs bitsandbytes .* the extra 'quantization'"):
         Updater(tiny_policy, EIGHT, 10)
 
 

@@ -1,0 +1,34 @@
+"""Packages that an extra of lmrl's installs, and what to say where one is missing."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from lmrl.errors import LmrlError
+
+EXTRAS = {
+    "vaderSentiment": "vader",
+    "gguf": "gguf",
+    "math_verify": "rewards",
+    "reasoning_gym": "rewards",
+    "bitsandbytes": "quantization",
+    "deepspeed": "deepspeed",
+    "tensorboard": "tracking",
+    "trackio": "tracking",
+    "wandb": "tracking",
+}
+"""Modules by the extra that installs them."""
+
+
+def fix_of(module: str) -> str:
+    """How to install a module: by lmrl's extra, else by its own name."""
+    extra = EXTRAS.get(module.partition(".")[0])
+    if extra is None:
+        return f"pip install {module.partition('.')[0].replace('_', '-')}"
+    return f"install the extra '{extra}', pip install -e '.[{extra}]' in the clone of lmrl"
+
+
+def need(module: str, what: str, error: type[LmrlError]) -> None:
+    """Raise `error` with the fix where a module is not installed. what: needs it."""
+    if find_spec(module) is None:
+        raise error(f"{what} needs {module}, which is not installed: {fix_of(module)}")
