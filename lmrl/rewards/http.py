@@ -12,11 +12,12 @@ import json
 import os
 import random
 import time
-import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
+
+import urllib3
 
 from lmrl.errors import RecipeError, RewardError
 from lmrl.rewards.workers import Failure
@@ -27,22 +28,22 @@ BUSY = {408, 425, 429, 500, 502, 503, 504}
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the token to another host."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
 class Client:
-    """Posts JSON to one address, and tries again after failures that may pass.
+    """Posts JSON to one address over connections that stay open, and tries again after failures that may pass.
 
-    A user and password in the address go into a header. timeout: seconds a request. retries: further requests, after pauses that double (or as Retry-After says). token_env:
+    A user and password in the address go into a header. timeout: seconds a request. connections: as many as may post at a
+    time. retries: further requests, after pauses that double (or as Retry-After says). token_env:
     name of the environment variable that holds a bearer token. max_mb: a longer answer is refused.
     """
 
     def __init__(
-        self, url: str, timeout: float = 60, retries: int = 2, token_env: str | None = None, max_mb: float = 16
+        self,
+        url: str,
+        timeout: float = 60,
+        retries: int = 2,
+        token_env: str | None = None,
+        max_mb: float = 16,
+        connections: int = 1,
     ):
         if not url.startswith(("http://", "https://")):
             raise RecipeError(f"'{url}' is no address: expected http://... or https://...")
@@ -54,7 +55,7 @@ class Client:
                 raise RecipeError(f"token_env: the environment variable {token_env} is not set")
             remember(os.environ[token_env])
             self.headers["Authorization"] = f"Bearer {os.environ[token_env]}"
-        self.opener = urllib.request.build_opener(_NoRedirects)
+        self.pool = _pool(self.address, connections)
 
     def post(self, payload: Any) -> dict[str, Any]:
         """The answer to a request. Failure: none came, for reasons that may pass; RewardError: the address is no such scorer."""
@@ -65,22 +66,44 @@ class Client:
         for retry in range(self.retries + 1):
             wait = min(FIRST_PAUSE * 2**retry * random.uniform(0.5, 1.5), LONGEST_PAUSE)
             try:
-                request = urllib.request.Request(self.address, data=data, headers=self.headers)
-                with self.opener.open(request, timeout=self.timeout) as response:
-                    return self._parsed(response.read(self.max_bytes + 1))
-            except urllib.error.HTTPError as error:
-                said = " ".join(error.read(300).decode(errors="replace").split())
-                if error.code not in BUSY:
-                    raise RewardError(f"{self.url} answered {error.code} {error.reason}: {said}") from error
-                failure = Failure(f"answered {error.code} {error.reason}: {said}")
-                wait = _seconds(error.headers.get("Retry-After")) or wait
-            except (TimeoutError, ConnectionError, urllib.error.URLError, OSError) as error:
-                reason = getattr(error, "reason", error)
-                late = isinstance(reason, TimeoutError)
-                failure = Failure(f"timed out after {self.timeout:g} s" if late else f"cannot be reached: {reason}")
+                code, reason, answer_headers, body = self._request(data)
+            except (urllib3.exceptions.HTTPError, OSError) as error:
+                failure = Failure(
+                    f"timed out after {self.timeout:g} s" if _late(error) else f"cannot be reached: {_root(error)}"
+                )
+            else:
+                if 200 <= code < 300:
+                    return self._parsed(body)
+                said = " ".join(body[:300].decode(errors="replace").split())
+                if code not in BUSY:
+                    raise RewardError(f"{self.url} answered {code} {reason}: {said}")
+                failure = Failure(f"answered {code} {reason}: {said}")
+                wait = _seconds(answer_headers.get("Retry-After")) or wait
             if retry < self.retries:
                 time.sleep(min(wait, LONGEST_PAUSE))
         raise failure
+
+    def _request(self, data: bytes) -> tuple[int, str, Any, bytes]:
+        """One request's code, reason, headers and body, of which no more is read than max_bytes and a little."""
+        response = self.pool.request(
+            "POST",
+            self.address,
+            body=data,
+            headers=self.headers,
+            timeout=self.timeout,
+            retries=False,  # they follow pauses of ours; and a redirect would carry the token to another host
+            redirect=False,
+            preload_content=False,
+        )
+        body = b""
+        try:
+            while len(body) <= self.max_bytes and (part := response.read(self.max_bytes + 1 - len(body))):
+                body += part
+            if len(body) > self.max_bytes:
+                response.close()  # with its connection: the rest of the answer is still on it
+            return response.status, response.reason or "", response.headers, body
+        finally:
+            response.release_conn()
 
     def _parsed(self, data: bytes) -> dict[str, Any]:
         if len(data) > self.max_bytes:
@@ -106,6 +129,30 @@ def _with_password_in_header(url: str) -> tuple[str, dict[str, str]]:
     return urlunsplit(parts._replace(netloc=host)), {"Authorization": f"Basic {secret}"}
 
 
+def _pool(url: str, connections: int) -> urllib3.PoolManager:
+    """Connections to the host of an address, through the proxy that the environment names for it (http_proxy, no_proxy)."""
+    settings = {"num_pools": 1, "maxsize": connections, "block": True}
+    host, proxy = urlsplit(url).hostname or "", urllib.request.getproxies().get(urlsplit(url).scheme)
+    if proxy is None or urllib.request.proxy_bypass(host):
+        return urllib3.PoolManager(**settings)
+    login = urlsplit(proxy)
+    known = unquote(f"{login.username}:{login.password or ''}") if login.username else None
+    remember(unquote(login.password or ""))
+    return urllib3.ProxyManager(proxy, proxy_headers=urllib3.make_headers(proxy_basic_auth=known), **settings)
+
+
+def _late(error: BaseException) -> bool:
+    refused = isinstance(error, urllib3.exceptions.NewConnectionError)  # which urllib3 counts among the timeouts
+    return isinstance(error, urllib3.exceptions.TimeoutError) and not refused
+
+
+def _root(error: BaseException) -> BaseException:
+    """What the operating system said, below urllib3's own words."""
+    while error.__cause__ is not None or (error.__context__ is not None and not error.__suppress_context__):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def _seconds(text: str | None) -> float | None:
     try:
         return max(float(text), 0.0)
@@ -126,7 +173,7 @@ class Scorer:
         token_env: str | None = None,
         max_mb: float = 16,
     ):
-        self.client = Client(url, timeout, retries, token_env, max_mb)
+        self.client = Client(url, timeout, retries, token_env, max_mb, connections=concurrency)
         self.batch_size, self.concurrency = batch_size, concurrency
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[Any]:

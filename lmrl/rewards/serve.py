@@ -45,6 +45,10 @@ class RewardServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: RewardServer
+    protocol_version = "HTTP/1.1"  # connections stay open
+    disable_nagle_algorithm = (
+        True  # else the body of each further answer waits for the client to acknowledge its headers
+    )
 
     def setup(self) -> None:
         self.timeout = self.server.read_seconds
@@ -54,20 +58,20 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/health":
             self._answer(200, {"reward": self.server.function.origin})
         else:
-            self._answer(404, {"error": "GET /health, or POST a batch"})
+            self._answer(404, {"error": "GET /health, or POST a batch"}, close=True)
 
     def do_POST(self) -> None:
         token = self.server.token
         if token and not hmac.compare_digest(
             self.headers.get("Authorization", "").encode(), f"Bearer {token}".encode()
         ):
-            return self._answer(401, {"error": "a bearer token is needed"})
+            return self._answer(401, {"error": "a bearer token is needed"}, close=True)
         try:
             size = int(self.headers.get("Content-Length", ""))
         except ValueError:
-            return self._answer(411, {"error": "a Content-Length is needed"})
+            return self._answer(411, {"error": "a Content-Length is needed"}, close=True)
         if not 0 <= size <= self.server.max_bytes:
-            return self._answer(413, {"error": f"more than {self.server.max_bytes / 2**20:g} MB"})
+            return self._answer(413, {"error": f"more than {self.server.max_bytes / 2**20:g} MB"}, close=True)
         try:
             columns = _columns(json.loads(self.rfile.read(size)))
         except ValueError as error:
@@ -79,14 +83,16 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(422, {"error": str(error)})
         self._answer(200, {"scores": found.values, "causes": found.causes})
 
-    def _answer(self, code: int, content: dict[str, Any]) -> None:
+    def _answer(self, code: int, content: dict[str, Any], close: bool = False) -> None:
+        """close: end the connection, because the request's body has not been read."""
         data = json.dumps(content).encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        if close:
+            self.send_header("Connection", "close")  # sets close_connection as well
         self.end_headers()
         self.wfile.write(data)
-        self.close_connection = True
 
     def log_message(self, *_: Any) -> None:
         pass

@@ -172,6 +172,45 @@ def test_a_scorer_that_hangs_or_is_not_there():
     assert found.values == [None] and "cannot be reached" in found.causes[0]
 
 
+def test_connections_stay_open(monkeypatch):
+    """40 batches go through no more connections than may post at a time; an error that leaves a body unread ends its own."""
+    opened = []
+
+    class Counting(RewardServer):
+        def get_request(self):
+            opened.append(1)
+            return super().get_request()
+
+    function = RewardFunction("lengths", "here:lengths", 1.0, lambda **columns: lengths(**columns))
+    with running(Counting(function, port=0, max_mb=0.001)) as url:
+        reward = remote(url, options={"batch_size": 1, "concurrency": 2})
+        for _ in range(4):
+            assert ask(reward, ["a"] * 10).values == [1.0] * 10
+        assert len(opened) <= 2
+        client = http.Client(url)
+        with pytest.raises(RewardError, match="answered 413"):
+            client.post({"prompts": ["a" * 2000]})
+        assert client.post({"prompts": ["a"], "completions": ["bb"]})["scores"] == [2.0]
+
+
+def test_a_connection_that_the_scorer_has_closed_is_replaced():
+    function = RewardFunction("lengths", "here:lengths", 1.0, lambda **columns: lengths(**columns))
+    with running(RewardServer(function, port=0, read_seconds=0.05)) as url:
+        reward = remote(url, retries=0)
+        assert ask(reward, ["a"]).values == [1.0]
+        time.sleep(0.3)
+        assert ask(reward, ["bb"]).values == [2.0]
+
+
+def test_the_proxy_of_the_environment_is_used(monkeypatch):
+    with answering(FINE) as (proxy, seen):
+        monkeypatch.setenv("http_proxy", proxy.replace("http://", "http://me:secret@"))
+        monkeypatch.setenv("no_proxy", "10.0.0.9")
+        assert http.Client("http://scorer.invalid/x").post({}) == {"scores": [1.5]}
+        assert len(seen) == 1
+        assert type(http.Client("http://10.0.0.9:80/x").pool).__name__ == "PoolManager"
+
+
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
