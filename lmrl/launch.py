@@ -67,13 +67,13 @@ def launch(arguments: Sequence[str], processes: int | None, config: Path | None)
 
 def accelerate_environment(processes: int | None, config: Path | None) -> tuple[dict[str, str], int]:
     """The environment of the processes, as `accelerate launch` would set it, and their number."""
-    import torch
+    from lmrl.accelerators import has_memory
 
     environment = dict(os.environ)
     if config is not None:
         environment, processes = _configured(processes, config)
     # On a CPU accelerate wants to be told so, and with DeepSpeed it wants not to: it would take plain processes instead.
-    if not torch.cuda.is_available() and environment.get("ACCELERATE_USE_DEEPSPEED") != "true":
+    if not has_memory() and environment.get("ACCELERATE_USE_DEEPSPEED") != "true":
         environment["ACCELERATE_USE_CPU"] = "true"
     return environment, processes or 1
 
@@ -81,6 +81,7 @@ def accelerate_environment(processes: int | None, config: Path | None) -> tuple[
 def _configured(processes: int | None, config: Path) -> tuple[dict[str, str], int]:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+    from yaml import YAMLError
 
     given = ["--config_file", str(config), "--main_process_port", "0"]
     given += ["--num_processes", str(processes)] if processes else []
@@ -89,7 +90,7 @@ def _configured(processes: int | None, config: Path) -> tuple[dict[str, str], in
         try:
             args = launch_command_parser().parse_args([*given, "lmrl"])
             args, defaults, from_config = _validate_launch_command(args)
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, YAMLError) as error:
             raise RecipeError(f"--accelerate: {config}: {' '.join(str(error).split())}") from error
         if (args.num_machines or 1) > 1:
             raise RecipeError(

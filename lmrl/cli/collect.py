@@ -174,14 +174,12 @@ def open_player(
     if not local:
         refuse_missing(policy, "policy")
 
-    import torch
-
+    from lmrl.accelerators import default_device
     from lmrl.engines.build import build_engine
     from lmrl.policy.load import open_policy
 
     model = open_policy(path, dtype, trust_remote_code)
-    if torch.cuda.is_available():
-        model.to("cuda")
+    model.to(default_device())
     task = build_task(plan.task, model.tokenizer)
     engine = build_engine(plan.rollouts, model, check)
     return Player(Sampler(task, engine, model.decode), plan.rollouts, None, path, check)

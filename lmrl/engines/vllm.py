@@ -132,8 +132,8 @@ class VLLMEngine(Engine):
         destroy_model_parallel()
         destroy_distributed_environment()
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
 
     # ------------------------------------------------------------------------------------------------------- sampling
     def sample(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:

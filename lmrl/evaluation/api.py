@@ -84,12 +84,11 @@ def evaluate(
     `task.graph=7` or `samples=4` change the suite. checkpoint: of a run, `final`, `best` or `step-N`.
     betas: weights of Q to try one after the other, of a policy with Q heads (0: without Q).
     """
-    import torch
+    from lmrl.accelerators import default_device
 
     keep_freed_memory()
     evaluator = evaluator_for(policy, suite, overrides, checkpoint, trust_remote_code)
-    if torch.cuda.is_available():
-        evaluator.policy.to("cuda")
+    evaluator.policy.to(default_device())
     if betas and evaluator.policy.guidance is None:
         raise RecipeError(f"--beta weighs Q values, but '{policy}' has no Q heads: train one, for instance maze/ilql")
     rows = {}

@@ -127,8 +127,8 @@ def reason(error: BaseException) -> str:
 def release() -> None:
     """Give back what a failed pass held."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def free_frames(error: BaseException) -> None:

@@ -7,6 +7,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from lmrl.accelerators import default_device
 from lmrl.errors import RecipeError, did_you_mean
 from lmrl.policy.classifier import BATCH_TOKENS, Classifier
 from lmrl.policy.load import open_classifier
@@ -62,7 +63,7 @@ class RewardModel:
             raise RecipeError(f"'combine' cannot be '{combine}'{did_you_mean(str(combine), COMBINE)}")
         if dtype not in ("float32", "bfloat16"):
             raise RecipeError(f"'dtype' cannot be '{dtype}': choose float32 or bfloat16")
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or default_device()
         paths = [model] if isinstance(model, str) else model
         self.members = [_open(path, dtype, max_tokens, revision, trust_remote_code, device) for path in paths]
         self.outputs = [output_of(member, label, path) for member, path in zip(self.members, paths, strict=True)]

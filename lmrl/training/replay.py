@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from lmrl.accelerators import default_device
 from lmrl.engines.base import Sampling
 from lmrl.engines.hf import HFEngine
 from lmrl.errors import MemoryShortError, RunError
@@ -85,7 +86,7 @@ def _load(folder: Path) -> _Parts:
     policy = load_policy(
         recipe.model, _weights(folder, info), lambda: task_texts(recipe), heads=objective.heads, reference=reference
     )
-    policy.to(info["device"] if info["device"] != "cuda" or torch.cuda.is_available() else "cpu")
+    policy.to(default_device() if info["device"] != "cpu" else "cpu")
     policy.configure(recipe)
     policy.microbatch_tokens = info.get("microbatch_tokens", policy.microbatch_tokens)
     objective.load_state(info["objective"])

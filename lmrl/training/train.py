@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from lmrl import distributed
+from lmrl.accelerators import has_memory
 from lmrl.allocator import keep_freed_memory
 from lmrl.errors import LmrlError, RecipeError, RunError
 from lmrl.foreign import drop_note, keep_note
@@ -278,7 +279,7 @@ def compare_memory(run: Run, stage: str, recipe: Recipe, predicted: float, displ
 
 def predicted_memory_mb(recipe: Recipe) -> float:
     """Of this process, or of its accelerator where it has one; 0 where that is unknown."""
-    return sum((memory(recipe, accelerator=torch.cuda.is_available()) or {}).values())
+    return sum((memory(recipe, accelerator=has_memory()) or {}).values())
 
 
 def _tracker(accelerator: Any, offset: int) -> Any:

@@ -7,7 +7,7 @@ from lmrl.objectives import load_objective
 from lmrl.policy import cache, heads
 from lmrl.policy.load import load_policy
 from lmrl.recipe import ILQLObjective, LikelihoodObjective, MCObjective, Model, PPOObjective, QSFTObjective, estimates
-from lmrl.recipe.estimates import arithmetic_line, evaluation_line, memory, memory_lines
+from lmrl.recipe.estimates import arithmetic_line, evaluation_line, memory, memory_lines, model_shape
 from lmrl.recipe.files import load_recipe
 from lmrl.recipe.objectives.base import BINS
 from tests.conftest import TINY_LLAMA
@@ -158,3 +158,21 @@ def test_arithmetic_of_a_mixture():
 )
 def test_evaluation_line(name, changes, expected):
     assert evaluation_line(load_recipe(name, changes)) == expected
+
+
+def test_a_hub_model_is_looked_up_in_the_cache_by_revision(tmp_path, monkeypatch):
+    """As huggingface_hub lays it out: refs/BRANCH holds the commit that names a snapshot."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--someone--tiny"
+    for commit, width in (("aaa", 32), ("bbb", 64)):
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        (folder / "snapshots" / commit / "config.json").write_text(f'{{"hidden_size": {width}}}')
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("aaa")
+    (folder / "refs" / "v2").write_text("bbb\n")
+    found = {revision: model_shape(Model(path="someone/tiny", revision=revision)) for revision in (None, "v2", "bbb")}
+    assert {name: shape["hidden"] for name, shape in found.items()} == {None: 32, "v2": 64, "bbb": 64}
+    assert model_shape(Model(path="someone/tiny", revision="v3")) is None
+    assert model_shape(Model(path="someone/other")) is None

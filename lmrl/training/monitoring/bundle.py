@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from lmrl import distributed
+from lmrl.accelerators import has_memory
 from lmrl.objectives.groups import gathered
 from lmrl.policy.memory import FailedPass, free_frames
 from lmrl.recipe.files import to_yaml
@@ -165,9 +166,9 @@ def newest_weights(stage: Stage) -> str | None:
 
 def memory_limits(device: torch.device) -> dict[str, Any]:
     """What memory there is on a device and what was used of it, in MB; null: no limit."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        name = torch.cuda.get_device_name(device)
+    if device.type != "cpu" and has_memory():
+        free, total = torch.accelerator.get_memory_info(device)
+        name = torch.get_device_module(device).get_device_name(device)
         return {"device": name, "total_mb": total >> 20, "free_mb": free >> 20, "peak_mb": peak_memory_mb()}
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -177,15 +178,17 @@ def memory_limits(device: torch.device) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------------------ generators
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """torch's random generators, of the CPU and of a CUDA device."""
+    """torch's random generators, of the CPU and of the device, by its type."""
     own = {"cpu": torch.get_rng_state()}
-    return own | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    if device.type in ("cpu", "mps"):  # Apple's has one for the whole process, under another signature
+        return own
+    return own | {device.type: torch.get_device_module(device).get_rng_state(device)}
 
 
 def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    if device.type in state and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state[device.type], device)
 
 
 # ------------------------------------------------------------------------------------------------------------ minibatches

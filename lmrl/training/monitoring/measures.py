@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lmrl import distributed
+from lmrl.accelerators import has_memory
 from lmrl.training.monitoring.reward_hacking import repetition
 from lmrl.trajectories.rows import to_row
 from lmrl.trajectories.trajectory import Trajectory
@@ -101,7 +102,7 @@ def sample_line(
 
 def peak_memory_mb() -> int:
     """Largest resident size of this process so far, or of the accelerator's memory where there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() // 2**20
+    if has_memory():
+        return torch.accelerator.max_memory_allocated() // 2**20
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
