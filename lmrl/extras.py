@@ -13,9 +13,6 @@ EXTRAS = {
     "reasoning_gym": "rewards",
     "bitsandbytes": "quantization",
     "deepspeed": "deepspeed",
-    "tensorboard": "tracking",
-    "trackio": "tracking",
-    "wandb": "tracking",
 }
 """Modules by the extra that installs them."""
 

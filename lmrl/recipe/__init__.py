@@ -29,7 +29,7 @@ from lmrl.recipe.source import (
     RolloutsSource,
     SourceOptions,
 )
-from lmrl.recipe.steps import CustomListener, Evaluation, Gate, Optimizer, Tracking, Training
+from lmrl.recipe.steps import CustomListener, CustomTracker, Evaluation, Gate, Optimizer, Tracking, Training
 from lmrl.recipe.task import (
     ENVIRONMENTS,
     STAGE_PREFIX,

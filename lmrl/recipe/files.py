@@ -446,6 +446,7 @@ def resolve_files(data: Any, beside: Path) -> None:
     resolve(_plugin_path, "rollouts", "engine")
     resolve(_suite_path, "evaluation", "suite")
     _resolve_items(data, ("training", "listeners"), "name", beside)
+    _resolve_items(data, ("tracking", "trackers"), "name", beside)
     task = data.get("task") if isinstance(data, dict) else None
     if isinstance(task, dict) and "rewards" in task:
         task["rewards"] = as_rewards(task["rewards"])
@@ -466,6 +467,8 @@ def _resolve_items(data: Any, keys: tuple[str, str], name: str, beside: Path) ->
     for index, item in enumerate(items if isinstance(items, list) else ()):
         if isinstance(item, dict) and isinstance(item.get(name), str):
             item[name] = _plugin_path(item[name], beside, f"{dotted(keys)}.{index}.{name}")
+        elif isinstance(item, str):
+            items[index] = _plugin_path(item, beside, f"{dotted(keys)}.{index}")
 
 
 def _looks_local(name: str) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from lmrl import registry
 from lmrl.recipe.base import Plugin, Section
@@ -134,10 +134,40 @@ class Gate(Section):
     """After so many, the stage ends with the best checkpoint."""
 
 
-class Tracking(Section):
-    """Experiment trackers, through accelerate."""
+class CustomTracker(Plugin):
+    """A tracker by name, or one of your own: `file.py:Name` or a dotted path, a class derived from accelerate.tracking.GeneralTracker.
+    Further keys are arguments of what it starts, for instance wandb's `entity` and `tags`."""
 
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    """Those to write to, beside the run folder."""
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, given: Any) -> Any:
+        return {"name": given} if isinstance(given, str) else given
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if not registry.has_name("tracker", name):
+            raise ValueError(registry.unknown("tracker", name))
+        return name
+
+
+class Tracking(Section):
+    """Experiment trackers, beside the run folder."""
+
+    trackers: list[CustomTracker] = []
+    """aim, clearml, comet_ml, dvclive, mlflow, swanlab, tensorboard, trackio, wandb, or one of your own (docs/plugins.md); with
+    options as `{name: wandb, entity: TEAM}`."""
+
+    @field_validator("trackers")
+    @classmethod
+    def _distinct(cls, trackers: list[CustomTracker]) -> list[CustomTracker]:
+        names = [tracker.name for tracker in trackers]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"'{name}' is named twice: name each tracker once")
+        return trackers
+
     project: str = "lmrl"
     """The project's name there."""

@@ -44,6 +44,7 @@ from lmrl.training.listeners import (
 from lmrl.training.monitoring.sampler_check import SamplerCheck
 from lmrl.training.parallel.strategy import Strategy
 from lmrl.training.stage import Stage
+from lmrl.training.tracking import StageTracking
 from lmrl.training.updater import Updater
 
 CALIBRATION_EPISODES = 1000
@@ -58,13 +59,12 @@ def build_stage(
     device: torch.device,
     display: Display,
     interrupt: Interrupt,
-    track: Any = None,
+    track: StageTracking = StageTracking(),
     strategy: Strategy | None = None,
 ) -> Stage:
     """A stage ready to train, or to go on with from its newest checkpoint.
 
-    start: the checkpoint folder it begins from (None: the recipe's model). track: takes metrics and their step to where
-    people follow them. strategy: None for one process. Raises RecipeError where parts of the recipe do not go together.
+    start: the checkpoint folder it begins from (None: the recipe's model). track: where people follow it. strategy: None for one process. Raises RecipeError where parts of the recipe do not go together.
     """
     strategy = strategy or Strategy()
     section = task_of(recipe, run.folder)
@@ -116,7 +116,7 @@ def build_stage(
         recipe=recipe,
         display=display,
         interrupt=interrupt,
-        track=track or (lambda metrics, step: None),
+        track=track,
         objective=objective,
         policy=policy,
         task=task,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -74,8 +75,7 @@ class Display:
 
     def samples(self, trajectories: list[Trajectory], count: int) -> None:
         """Show some of these episodes, from different prompts where there are several."""
-        stride = max(len(trajectories) // max(count, 1), 1)
-        for trajectory in trajectories[::stride][:count]:
+        for trajectory in spread_out(trajectories, count):
             reward = "not judged" if trajectory.reward is None else f"{trajectory.reward:.3f}"
             line = Text(f"  [{reward}] ", style="cyan")
             line.append(shorten(trajectory.prompt, 200), style="dim")
@@ -96,6 +96,12 @@ class Display:
         for name, values in rows.items():
             table.add_row(name, *("" if math.isnan(value) else f"{value:.3g}" for value in values))
         self.console.print(table)
+
+
+def spread_out(trajectories: Sequence[Trajectory], count: int) -> list[Trajectory]:
+    """Some of these episodes, from different prompts where there are several."""
+    stride = max(len(trajectories) // max(count, 1), 1)
+    return list(trajectories[::stride][:count])
 
 
 def score_table(title: str, rows: dict[str, dict[str, dict[str, Any]]]) -> Table:

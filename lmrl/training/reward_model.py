@@ -35,6 +35,7 @@ from lmrl.training.checkpoint import STATE, checkpoint_path, verify, write_check
 from lmrl.training.display import Display
 from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.monitoring.measures import SAMPLES_KEPT, peak_memory_mb
+from lmrl.training.tracking import StageTracking
 from lmrl.training.updater import schedule
 from lmrl.trajectories.files import HubPart, Malformed, open_rows, quiet_datasets
 from lmrl.trajectories.rows import preference
@@ -150,11 +151,11 @@ class RewardModelStage:
         device: torch.device,
         display: Display,
         interrupt: Interrupt,
-        track: Any = None,
+        track: StageTracking = StageTracking(),
     ):
         self.run, self.name, self.recipe, self.device = run, name, recipe, device
         self.display, self.interrupt = display, interrupt
-        self.track = track or (lambda metrics, step: None)
+        self.track = track
         self.seed, source, options = recipe.training.seed, recipe.source, recipe.objective
         if recipe.training.threads is not None:
             torch.set_num_threads(recipe.training.threads)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from lmrl.seeding import seed_everything, stream
 from lmrl.sources.base import Source, SourceBatch
 from lmrl.training import checkpoint
 from lmrl.training.checkpoint import Progress
-from lmrl.training.display import Display
+from lmrl.training.display import Display, spread_out
 from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.listeners import Listener
 from lmrl.training.monitoring.bundle import Attempt, keep_pass, rng_state
@@ -35,6 +34,7 @@ from lmrl.training.monitoring.measures import (
 from lmrl.training.monitoring.nonfinite import stop_on_nonfinite
 from lmrl.training.monitoring.sampler_check import SamplerCheck
 from lmrl.training.parallel.strategy import Strategy
+from lmrl.training.tracking import StageTracking
 from lmrl.training.updater import Updater
 
 
@@ -51,7 +51,7 @@ class Stage:
     recipe: Recipe
     display: Display
     interrupt: Interrupt
-    track: Callable[[dict[str, Any], int], None]
+    track: StageTracking
     objective: Objective
     policy: Policy
     task: Task
@@ -153,12 +153,6 @@ class Stage:
             round,
             distributed.all_sum([len(source_batch.played), len(judged), len(source_batch.learn), source_batch.failed]),
         )
-        self._compare(step, source_batch)
-        judged = [one for one in source_batch.played if one.reward is not None]
-        played, played_well, learned, failed = map(
-            round,
-            distributed.all_sum([len(source_batch.played), len(judged), len(source_batch.learn), source_batch.failed]),
-        )
         metrics = self._learn(step, source_batch) if learned else {"updates": 0}
         finished = time.monotonic()
         # Trained on logged data, or on a subset of the fresh episodes: these get metrics of their own.
@@ -183,7 +177,9 @@ class Stage:
         for listener in self.listeners:
             listener.recorded(self, step, source_batch, metrics)
         if step % self.recipe.evaluation.show_every == 0:
-            self.display.samples(source_batch.played, self.recipe.evaluation.show_samples)
+            shown = spread_out(source_batch.played, self.recipe.evaluation.show_samples)
+            self.display.samples(shown, len(shown))
+            self.track.samples(shown, step)
 
     def _next_batch(self, step: int) -> SourceBatch:
         self.interrupt.safe = distributed.size() == 1  # several ranks stop together, between two steps

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import importlib.util
 import json
 import os
 import shlex
@@ -20,7 +19,7 @@ from rich.console import Console
 from lmrl import distributed
 from lmrl.accelerators import has_memory
 from lmrl.allocator import keep_freed_memory
-from lmrl.errors import LmrlError, RecipeError, RunError
+from lmrl.errors import LmrlError, RunError
 from lmrl.foreign import drop_note, keep_note
 from lmrl.recipe import MAIN_STAGE, OWN_TASK, PromptTask, Recipe
 from lmrl.recipe.estimates import memory
@@ -34,6 +33,7 @@ from lmrl.training.extend import extend
 from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.monitoring.measures import peak_memory_mb
 from lmrl.training.parallel.launch import build_strategy, check_launch
+from lmrl.training.tracking import SCORE_COLUMNS, StageTracking, Trackers, check_trackers, open_trackers, score_rows
 
 
 @dataclass
@@ -151,8 +151,7 @@ def join(recipe: Recipe) -> Any:
 
     keep_freed_memory()
     check_trackers(recipe)
-    trackers = recipe.tracking.trackers or None
-    accelerator = Accelerator(log_with=trackers, project_dir=".")  # the run folder, which is not known yet, replaces it
+    accelerator = Accelerator()
     check_launch(accelerator, recipe)
     atexit.register(distributed.shutdown)
     # Else transformers would read weights in the first process of a machine alone, and leave zeros to be filled by a wrapper
@@ -181,76 +180,82 @@ def _open(make: Callable[[], Run], folder: Path) -> Run:
 
 def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False, keeps: bool = True) -> Result:
     """keeps: False where the run's folder is about to be deleted."""
-    recipe = run.recipe
     if not run.writes:
         display = Display(Console(quiet=True))
-    if recipe.tracking.trackers:
-        folders = accelerator.project_configuration
-        folders.project_dir = folders.logging_dir = str(run.folder / "trackers")
-        accelerator.init_trackers(recipe.tracking.project, init_kwargs={"wandb": {"name": run.folder.name}})
-    display.say(f"run folder: {run.folder}")
-    if resumed and not any(run.final(name).exists() or run.checkpoints(name) for name in stages_of(recipe)):
-        display.say("there is no checkpoint yet: starting over")
-    if run.writes and (call := keep_note(run.folder / CALL_FILE)):
-        display.say(f"note: the process before this one ended without a word in the middle of {call}")
-    previous: Path | None = None
-    offset, predicted = 0, 0.0
-    with Interrupt() as interrupt:
-        try:
-            for name, stage_recipe in stages_of(recipe).items():
-                stage_recipe = with_own_options(stage_recipe)
-                if distributed.broadcast(run.final(name).exists()):
-                    display.say(f"stage {name} is finished: not run again")
-                else:
-                    track = _tracker(accelerator, offset) if recipe.tracking.trackers else None
-                    start = previous
-                    if stage_recipe.start != "previous":
-                        start = None if stage_recipe.start == "model" else run.final(stage_recipe.start)
-                    parts = (run, name, stage_recipe, start, accelerator.device, display, interrupt, track)
-                    shared = False
-                    if not stage_recipe.objective.leaves_policy:
-                        stage = _reward_model_stage(*parts)
-                    else:
-                        strategy = build_strategy(accelerator)
-                        shared = strategy.synchronized
-                        stage = build_stage(*parts, strategy)
-                    for note in stage.notes:
-                        display.say(f"note: {note}")
-                    stage.train()
-                    del stage
-                    distributed.barrier()
-                    predicted = max(predicted, predicted_memory_mb(stage_recipe))
-                    if not shared:
-                        compare_memory(run, name, stage_recipe, predicted, display)
-                    if ended_early(run, name):
-                        break
-                if stage_recipe.objective.leaves_policy:
-                    previous = run.final(name)
-                offset += stage_recipe.training.steps
-        except Interrupted:
-            display.say(f"interrupted; go on with: lmrl train {run.folder} --resume")
-            raise
-        except LmrlError as error:
-            if error.exit_code == 2 and not resumed:  # refused: the folder is free for the next try
-                run.discard()
-            raise
-        finally:
-            drop_note()
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    scores, columns = closing_table(run)
-    shown = {label: {name: row[name] for name in columns if name in row} for label, row in scores.items()}
+    try:
+        with open_trackers(run, display) as trackers:
+            display.say(f"run folder: {run.folder}")
+            if resumed and not any(run.final(name).exists() or run.checkpoints(name) for name in stages_of(run.recipe)):
+                display.say("there is no checkpoint yet: starting over")
+            if run.writes and (call := keep_note(run.folder / CALL_FILE)):
+                display.say(f"note: the process before this one ended without a word in the middle of {call}")
+            with Interrupt() as interrupt:
+                steps = _train_stages(run, accelerator, display, interrupt, trackers)
+            scores, columns = closing_table(run)
+            shown = {label: {name: row[name] for name in columns if name in row} for label, row in scores.items()}
+            trackers.table("result", SCORE_COLUMNS, score_rows(shown), MAIN_STAGE, steps)
+    except Interrupted:
+        display.say(f"interrupted; go on with: lmrl train {run.folder} --resume")
+        raise
+    except LmrlError as error:
+        if error.exit_code == 2 and not resumed:  # refused: the folder is free for the next try
+            run.discard()
+        raise
+    finally:
+        drop_note()
     if any(shown.values()):
         display.table("Result", {label: row for label, row in shown.items() if row})
     for name, step, text in warnings_of(run):
         display.say(f"warning at step {step} of stage {name}: {text}")
-    ended = ended_early(run, [name for name in stages_of(recipe) if run.final(name).exists()][-1])
+    ended = ended_early(run, [name for name in stages_of(run.recipe) if run.final(name).exists()][-1])
     if ended:
         display.say(f"ended early: {ended}")
     if keeps and run.final(MAIN_STAGE).exists():
         for line in closing_lines(run):
             display.say(line)
     return Result(run.folder, scores, ended)
+
+
+def _train_stages(run: Run, accelerator: Any, display: Display, interrupt: Interrupt, trackers: Trackers) -> int:
+    """Train the stages that are not finished, until one ends early; returns the steps of the finished ones."""
+    previous: Path | None = None
+    steps, predicted = 0, 0.0
+    for name, recipe in stages_of(run.recipe).items():
+        recipe = with_own_options(recipe)
+        if distributed.broadcast(run.final(name).exists()):
+            display.say(f"stage {name} is finished: not run again")
+        else:
+            start = previous
+            if recipe.start != "previous":
+                start = None if recipe.start == "model" else run.final(recipe.start)
+            track = StageTracking(trackers, name, steps)
+            parts = (run, name, recipe, start, accelerator.device, display, interrupt, track)
+            shared = _train_stage(parts, recipe, accelerator, display)
+            distributed.barrier()
+            predicted = max(predicted, predicted_memory_mb(recipe))
+            if not shared:
+                compare_memory(run, name, recipe, predicted, display)
+            if ended_early(run, name):
+                return steps + recipe.training.steps
+        if recipe.objective.leaves_policy:
+            previous = run.final(name)
+        steps += recipe.training.steps
+    return steps
+
+
+def _train_stage(parts: tuple[Any, ...], recipe: Recipe, accelerator: Any, display: Display) -> bool:
+    """Build a stage of these parts and train it; returns True where processes shared out its policy."""
+    shared = False
+    if not recipe.objective.leaves_policy:
+        stage = _reward_model_stage(*parts)
+    else:
+        strategy = build_strategy(accelerator)
+        shared = strategy.synchronized
+        stage = build_stage(*parts, strategy)
+    for note in stage.notes:
+        display.say(f"note: {note}")
+    stage.train()
+    return shared
 
 
 def _reward_model_stage(*parts: Any) -> Any:
@@ -280,10 +285,6 @@ def compare_memory(run: Run, stage: str, recipe: Recipe, predicted: float, displ
 def predicted_memory_mb(recipe: Recipe) -> float:
     """Of this process, or of its accelerator where it has one; 0 where that is unknown."""
     return sum((memory(recipe, accelerator=has_memory()) or {}).values())
-
-
-def _tracker(accelerator: Any, offset: int) -> Any:
-    return lambda metrics, step: accelerator.log(metrics, step=offset + step)
 
 
 def ended_early(run: Run, stage: str) -> str | None:
