@@ -32,7 +32,9 @@ def command(
             "--over", metavar="KEY=VALUE,...", help="Run every combination of these keys' values (repeatable)"
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option("--jobs", help="With --over: runs at a time")] = 1,
+    jobs: Annotated[
+        int, typer.Option("--jobs", help="With --over: runs at a time, which share out the accelerators")
+    ] = 1,
     processes: Annotated[
         int | None, typer.Option("--processes", min=1, help="Train in so many processes on this machine")
     ] = None,

@@ -32,6 +32,7 @@ from lmrl.recipe import CHOICES, REWARD_MODEL, Recipe
 from lmrl.recipe.files import load_recipe
 from lmrl.run import RECIPE_FILE, RESULTS_FILE, Run, read_recipe, write_atomically
 from lmrl.training.build import suite_of
+from lmrl.training.devices import slots_here
 from lmrl.training.display import Display, interval
 from lmrl.training.extend import further_steps
 from lmrl.training.interrupt import Interrupt, Interrupted
@@ -80,7 +81,7 @@ def sweep(
     """Run a recipe (a file or a shipped name) over values, `jobs` runs at a time; returns what results.json holds.
 
     over: `KEY=VALUE,VALUE`, one for each key. output: the sweep's folder (default: a new one under `runs/`). resume:
-    keep the finished runs in that folder and go on with the others. Raises RecipeError or RunError before anything
+    keep the finished runs in that folder and go on with the others. Where there are accelerators, runs at a time share them out. Raises RecipeError or RunError before anything
     runs, and SweepError at the end where runs failed. SIGTERM and Ctrl-C let every run save a checkpoint.
     """
     display = display or Display()
@@ -95,7 +96,7 @@ def sweep(
     def start(point: Point) -> subprocess.Popen:
         command = [sys.executable, "-m", "lmrl", "train", recipe, *point.overrides]
         command += ["--output", str(folder / point.name), "--resume"]
-        environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
+        environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {}) | slots.take(point.name)
         with open(_log(folder, point), "w", encoding="utf-8") as log:
             # A group of its own: Ctrl-C reaches the sweep alone, which passes it on once (a second one would not save).
             return subprocess.Popen(
@@ -103,12 +104,14 @@ def sweep(
             )
 
     def report(point: Point, code: int, seconds: float) -> None:
+        slots.free(point.name)
         if code and not (code == COLLAPSED and _finished(folder, point)):
             failed[point.name] = failure(_log(folder, point).read_text(encoding="utf-8", errors="replace"), code)
             display.say(f"{point.name} failed: {failed[point.name]}")
         else:
             display.say(f"{finished_line(point, _read(folder, point))}  ({seconds:.0f} s)")
 
+    slots = slots_here(jobs)
     failed: dict[str, str] = {}
     waiting = []
     for point in points:

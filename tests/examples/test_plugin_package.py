@@ -1,4 +1,4 @@
-"""examples/plugin: an outside package's objective, engine, environment and listener, installed and used from recipes."""
+"""examples/plugin: an outside package's objective, engine, environment, listener and tracker, installed and used from recipes."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def lines(run: Path, kind: str = "train") -> list[dict]:
 
 def test_ls_names_what_is_installed(site):
     listed = lmrl(site, "ls").stdout
-    for name in ("tilted", "completions", "parity", "length_log"):
+    for name in ("tilted", "completions", "parity", "length_log", "json_log"):
         assert any(name in line and "lmrl-example" in line for line in listed.splitlines()), listed
     details = lmrl(site, "ls", "objectives", "tilted").stdout
     assert "Imitation, weighted by exp(return / temperature)" in details
@@ -72,12 +72,17 @@ def test_an_objective_learns_and_its_rules_hold(site, tmp_path):
         training={"steps": 150, "checkpoint_every": 0, "threads": 1},
         optimizer={"lr": 1e-2},
         evaluation={"suite": "task", "every": 0, "episodes": 64},
+        tracking={"trackers": [{"name": "json_log", "file": "mine.jsonl"}]},
     )
     run = tmp_path / "run"
     done = lmrl(site, "train", recipe, "--output", str(run))
     assert done.returncode == 0, done.stderr
     rows = json.loads((run / "results.json").read_text())
     assert rows["tilted"]["return"]["mean"] > 0.9 > 0.6 > rows["data"]["return"]["mean"]
+    config, *logged, result = map(json.loads, (run / "trackers" / "mine.jsonl").read_text().splitlines())
+    assert config["config"]["objective.temperature"] == 0.1
+    assert [line["step"] for line in logged if "main/nll" in line] == list(range(1, 151))
+    assert ["tilted", "return"] in [[row["row"], row["metric"]] for row in result["result"]]
     saved = (run / "recipe.yaml").read_text()
     assert "name: tilted" in saved and "temperature: 0.1" in saved
 

@@ -1,5 +1,6 @@
 """Trackers: what they are given, that a resumed run continues theirs, and that none of them ends a run."""
 
+import importlib.util
 import json
 import textwrap
 from io import StringIO
@@ -130,6 +131,17 @@ def test_a_resumed_run_is_continued_and_a_broken_tracker_left_out(tmp_path, note
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4]
     lmrl.train("random_walks/bc", changes, output=run, resume=True, display=quiet())
     assert len(notes.read(run, "start")) == 2 and len(notes.read(run, "config")) == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+def test_wandb_goes_on_in_its_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    changes = [*WALKS, "training.steps=2", "tracking.trackers=[wandb]"]
+    for resume in (False, True):
+        lmrl.train("random_walks/bc", changes, output=tmp_path / "run", resume=resume, display=quiet())
+    folders = list((tmp_path / "run" / "trackers" / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2 and len({folder.name.rpartition("-")[2] for folder in folders}) == 1
+    assert all(list(folder.rglob("result_*.table.json")) for folder in folders)
 
 
 # ----------------------------------------------------------------------------------------------------------- one by one
