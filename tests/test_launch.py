@@ -36,7 +36,10 @@ def test_ddp_takes_the_number_of_its_file(tmp_path):
     [
         ("distributed_type: [", "--accelerate: .*bad.yaml"),
         ("no_such_key: 3", "--accelerate: .*bad.yaml: .*distributed_type"),
-        ("distributed_type: MULTI_CPU\nnum_machines: 2\nnum_processes: 4\n", "start several machines by accelerate launch"),
+        (
+            "distributed_type: MULTI_CPU\nnum_machines: 2\nnum_processes: 4\n",
+            "start several machines by accelerate launch",
+        ),
     ],
 )
 def test_a_file_that_is_none_is_one_line(tmp_path, text, message):
