@@ -134,13 +134,6 @@ def default_output(name: str) -> Path:
     return folder
 
 
-def check_trackers(recipe: Recipe) -> None:
-    """Raise RecipeError for a tracker that is not installed."""
-    for tracker in recipe.tracking.trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise RecipeError(f"tracking.trackers: '{tracker}' is not installed: pip install {tracker}")
-
-
 def join(recipe: Recipe) -> Any:
     """Meet the other processes of this launch, if there are any; returns accelerate's Accelerator."""
     if not torch.accelerator.is_available():
