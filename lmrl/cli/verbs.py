@@ -9,11 +9,13 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from lmrl.errors import did_you_mean
+
 VERBS = {
     "ls": "List recipes, environments, rewards, objectives, suites and more, of lmrl and of installed packages.",
     "new": "Write a first recipe for an environment or data of your own, after looking at it.",
     "cp": "Copy a recipe (or a suite, or a reward) to edit.",
-    "show": "Show a recipe with all defaults, what a step does, and how much memory it takes.",
+    "show": "Show a recipe with all defaults, what a step does, and how much memory it takes; or a suite with all defaults.",
     "train": "Train a recipe.",
     "eval": "Score a policy: a table of means with 95 % confidence intervals.",
     "chat": "Talk to a policy, or to two side by side.",
@@ -35,6 +37,11 @@ class Verbs(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         return load_verb(cmd_name) if cmd_name in VERBS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in VERBS and not args[0].startswith("-"):
+            ctx.fail(f"No such command '{args[0]}'{did_you_mean(args[0], VERBS)}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):

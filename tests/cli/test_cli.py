@@ -70,7 +70,7 @@ def test_help_lists_each_verb_with_its_own_text():
         assert f"  {name} " in listed
     assert "--skip-bad-rows" in lmrl("train", "--help").stdout and "serve" in lmrl("reward", "-h").stdout
     unknown = lmrl("trian")
-    assert unknown.returncode == 2 and "no such command 'trian'" in unknown.stderr
+    assert unknown.returncode == 2 and "no such command 'trian'; did you mean 'train'?" in unknown.stderr
 
 
 @pytest.mark.parametrize(

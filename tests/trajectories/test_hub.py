@@ -32,9 +32,11 @@ def test_config_and_split_choose_the_rows(two_configs):
 
 
 def test_errors_name_config_split_and_revision(two_configs):
-    with pytest.raises(DataError, match=r"\(config 'long', split 'train'\) is no file here, and cannot be loaded from the hub: .*train"):
+    with pytest.raises(
+        DataError, match=r"\(config 'long', split 'train'\) is no file here, and cannot be loaded from the hub: .*train"
+    ):
         files._open_hub(str(two_configs), HubPart("train", "long"))
-    with pytest.raises(DataError, match=r"\(config 'none', split 'train', revision 'v2'\) cannot be loaded"):
+    with pytest.raises(DataError, match=r"\(config 'none', split 'train', revision 'v2'\) is no file here"):
         files._open_hub(str(two_configs), HubPart("train", "none", "v2"))
 
 
