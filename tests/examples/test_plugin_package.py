@@ -160,7 +160,6 @@ def test_an_engine_samples_and_a_listener_watches(site, tmp_path):
 
 
 def test_a_name_needs_its_package(tmp_path):
-    done = lmrl(
-        Path(os.devnull), "train", write(tmp_path, objective={"name": "tilted"}), "--output", str(tmp_path / "run")
-    )
+    recipe = write(tmp_path, task={"environment": "maze"}, objective={"name": "tilted"})
+    done = lmrl(Path(os.devnull), "train", recipe, "--output", str(tmp_path / "run"))
     assert done.returncode == 2 and "tilted" in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 import lmrl
 from lmrl import cli
+from lmrl.engines import hf
 from lmrl.errors import MemoryShortError, RunError
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Optimizer
 from lmrl.recipe.files import load_recipe
-from lmrl.rollouts import hf
 from lmrl.training import train
 from lmrl.training.monitoring.bundle import batch_of, batch_tensors, memory_limits
 from lmrl.training.monitoring.collapse import Tracker
