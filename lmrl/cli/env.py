@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from lmrl.cli.common import Debug, Overrides
+from lmrl.cli.verbs import PLAIN, VERBS
 
-app = typer.Typer(help="Check environments.", no_args_is_help=True)
+app = typer.Typer(help=VERBS["env"], no_args_is_help=True, **PLAIN)
 Named = Annotated[
     str,
     typer.Argument(
