@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lmrl.errors import MemoryShortError
 from lmrl.objectives.likelihood import Likelihood
-from lmrl.policy.policy import Policy
+from lmrl.policy import policy as policy_module
 from lmrl.recipe import LikelihoodObjective, Optimizer
 from lmrl.recipe.files import load_recipe
 from lmrl.rollouts.task import Task
@@ -192,14 +192,14 @@ SHORT = [
 
 def short_of_memory(monkeypatch, tokens):
     """Let every policy have memory for passes of so many tokens."""
-    original = Policy._run
+    original = policy_module.run_pass
 
-    def run(self, lm, micro, want):
+    def run(policy, lm, micro, want):
         if micro.tokens_BT.numel() > tokens:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return original(self, lm, micro, want)
+        return original(policy, lm, micro, want)
 
-    monkeypatch.setattr(Policy, "_run", run)
+    monkeypatch.setattr(policy_module, "run_pass", run)
 
 
 def lines_of(folder, kind):

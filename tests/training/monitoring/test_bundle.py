@@ -16,7 +16,7 @@ import lmrl
 from lmrl import cli
 from lmrl.engines import hf
 from lmrl.errors import MemoryShortError, RunError
-from lmrl.policy.policy import Policy
+from lmrl.policy import policy as policy_module
 from lmrl.recipe import Optimizer
 from lmrl.recipe.files import load_recipe
 from lmrl.training import train
@@ -144,14 +144,14 @@ def stopped_by_memory(folder, *changes, recipe=PPO):
 
 def memory_for(monkeypatch, tokens, gradient):
     """Memory for passes of so many tokens, of those with gradient or of those without."""
-    original = Policy._run
+    original = policy_module.run_pass
 
-    def run(self, lm, micro, want):
+    def run(policy, lm, micro, want):
         if micro.tokens_BT.numel() > tokens and torch.is_grad_enabled() == gradient:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return original(self, lm, micro, want)
+        return original(policy, lm, micro, want)
 
-    monkeypatch.setattr(Policy, "_run", run)
+    monkeypatch.setattr(policy_module, "run_pass", run)
 
 
 @pytest.mark.parametrize(("gradient", "kind"), [(True, "update"), (False, "score")])
