@@ -204,14 +204,14 @@ def evaluation_of(recipe: Recipe, suite: Suite | None, policy: Policy, engine: E
 
 def check_gate(recipe: Recipe, suite: Suite | None, strategy: Strategy) -> None:
     """Refuse what a gate, or going back to the best policy at the end, does not go with."""
-    if strategy.synchronized and recipe.training.final == "best":
+    if not strategy.can_reload_weights and recipe.training.final == "best":
         raise RecipeError(
             f"training.final=best takes the policy back at the end of a stage, which does not go with {strategy.name}: launch "
             "without --accelerate, or set training.final=last and take the checkpoint `best`"
         )
     if recipe.evaluation.gate is None:
         return
-    if strategy.synchronized:
+    if not strategy.can_reload_weights:
         raise RecipeError(
             f"evaluation.gate takes the policy back in the middle of a stage, which does not go with {strategy.name}: "
             "launch without --accelerate, or leave the gate out"

@@ -81,6 +81,8 @@ def test_two_processes_do_what_one_does(tmp_path, extensions, strategy):
 
     if strategy not in (None, "fsdp2"):  # DeepSpeed cannot go back
         return
+    gated = json.loads((tmp_path / "gated/stages/main/final/state/trainer.json").read_text())
+    assert gated["ended"].startswith("gate:") and "ends with the policy of step" in gated["ended"]
     replayed = replay(tmp_path / "back/bundles/main-step-000002-collapse")  # of all processes' sequences, by this one
     assert replayed.same and any("computed by 2 processes" in line for line in replayed.lines), replayed.lines
     assert not any(line.startswith("grad_norm 0,") for line in replayed.lines)

@@ -21,7 +21,7 @@ from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.recipe import LikelihoodObjective, Lora, Model, Optimizer
 from lmrl.recipe.files import load_recipe
 from lmrl.training import build
-from lmrl.training.listeners import Listener
+from lmrl.training.listeners import Listener, gate
 from lmrl.training.monitoring.bundle import keep_update
 from lmrl.training.parallel.launch import build_strategy
 from lmrl.training.parallel.strategy import Strategy
@@ -162,6 +162,7 @@ def main(folder: Path) -> None:
 
     if build_strategy(accelerator).can_reload_weights:
         go_back(folder)
+        give_up(folder)
     if distributed.is_main():
         (folder / "found.json").write_text(json.dumps(found))
     distributed.barrier()
@@ -178,6 +179,14 @@ def go_back(folder: Path) -> None:
         ),
         output=folder / "back",
     )
+
+
+def give_up(folder: Path) -> None:
+    """A run whose gate finds a loss at once: it is taken back, and ends with the policy that it began with."""
+    breached, gate.breached = gate.breached, lambda *_: True
+    changes = ["training.steps=3", "evaluation.gate={every: 1, max_rollbacks: 1}", "stages.warmup.evaluation.gate=null"]
+    lmrl.train(load_recipe("random_walks/ppo", [*STEPS, *changes, "evaluation.episodes=4"]), output=folder / "gated")
+    gate.breached = breached
 
 
 class GoesBack(Listener):

@@ -150,7 +150,7 @@ class Evaluation(Listener):
             self.evaluate(stage, progress.step)
         last, best = self.values, progress.best
         rival = best is not None and best["step"] != progress.step and self.best_values not in ({}, last)
-        if rival and stage.strategy.synchronized:
+        if rival and not stage.strategy.can_reload_weights:
             stage.display.say(
                 f"the best policy is that of step {best['step']}; {stage.strategy.name} cannot go back to it"
             )
