@@ -52,7 +52,7 @@ class RunError(LmrlError):
 
 
 class EngineError(LmrlError):
-    """What samples for a run was lost, and did not come back."""
+    """The engine that samples for a run was lost, and did not come back."""
 
     exit_code = 1
 

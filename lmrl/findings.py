@@ -1,4 +1,4 @@
-"""What checks of rewards and environments find, and how a terminal shows it."""
+"""Findings of checks of rewards and environments, and their display in a terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lmrl.visible import visible
 
 @dataclass
 class Finding:
-    """What one check found. passed: None where there is nothing to pass, only something to know."""
+    """The finding of one check. passed: None for a note that is neither good nor bad."""
 
     name: str
     passed: bool | None

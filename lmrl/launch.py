@@ -157,8 +157,8 @@ def _report(failed: list[int], running: list[subprocess.Popen], errors: Path) ->
 
 
 def _failure(rank: int, running: list[subprocess.Popen], errors: Path) -> dict[str, Any]:
-    """What became of a process. What died without a word explains more than an error, and lmrl's own errors more than
-    those of a library, which may only say that another process has gone."""
+    """The end of a process. One that died silently explains more than an error, and an error of lmrl's more than one of a
+    library, which may only say that another process is gone."""
     code = running[rank].returncode
     left = errors / f"{rank}.json"
     if left.exists():

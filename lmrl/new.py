@@ -21,7 +21,7 @@ from lmrl.trajectories.rows import parse, prompt_of
 from lmrl.trajectories.trajectory import Trajectory
 
 EPISODES, ROWS = 64, 2000
-"""What is looked at, at most."""
+"""Most episodes and rows that are looked at."""
 WORDS = 200
 """Distinct words up to which a tiny model has a token for each."""
 LONGEST = 2048
@@ -37,7 +37,7 @@ LOGGED = ("ilql", "mc")
 
 @dataclass
 class Look:
-    """What was found, in words and in numbers."""
+    """The findings, in words and in numbers."""
 
     said: list[str] = field(default_factory=list)
     """Lines for the head of the recipe."""

@@ -86,7 +86,7 @@ def register(kind: Kind, name: str) -> Callable[[T], T]:
 
 @cache
 def _entry_points() -> metadata.EntryPoints:
-    """Of all installed packages, whose metadata is read once."""
+    """Entry points of all installed packages, read once."""
     return metadata.entry_points()
 
 
@@ -107,7 +107,7 @@ def has_name(kind: Kind, name: Any) -> bool:
 
 
 def unknown(kind: Kind, name: Any) -> str:
-    """What to say of a name that is not known."""
+    """The message about an unknown name."""
     hint = did_you_mean(str(name), names(kind))
     return (
         f"no {kind} is called '{name}'{hint or ', and code of your own is named file.py:NAME or package.module.NAME'}"

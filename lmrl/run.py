@@ -47,7 +47,7 @@ OF_A_START = {
     "stages",
     "trackers",
 }
-"""What a run may leave that has not made its first step."""
+"""Files that a run may leave before its first step."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "gymnasium", "numpy", "tokenizers")
 FREE_TO_CHANGE = (
     ("training", "checkpoint_every"),
@@ -60,7 +60,7 @@ FREE_TO_CHANGE = (
 )
 """Recipe keys that a resumed run may change, because they do not touch what is computed, or only its rounding."""
 STEPS = ("training", "steps")
-"""Of the recipe, or of a stage: a resumed run may have more."""
+"""The key of the recipe, or of a stage, that a resumed run may raise."""
 
 
 STEP = re.compile(r"step-[0-9]+")
@@ -343,7 +343,7 @@ def _no_checkpoint(folder: Path) -> str:
 
 
 def checkpoint_of(policy: str, which: str = "final", key: str = "policy") -> str:
-    """What a policy's name means: a checkpoint folder of a run, a model's folder or GGUF file, or a name on the hub.
+    """Resolve a policy's name: a checkpoint folder of a run, a model's folder or GGUF file, or a name on the hub.
 
     which: of a run, see `final_checkpoint`. Raises DataError or RunError for what is none of these.
     """

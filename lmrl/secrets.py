@@ -29,7 +29,7 @@ VARIABLE = re.compile(r".*(?:_|\b)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL
 SHAPES = re.compile(
     r"\b(?:sk-[\w-]{16,}|hf_[A-Za-z0-9]{16,}|gh[opsu]_[A-Za-z0-9]{20,}|xox[abp]-[\w-]{10,}|AKIA[0-9A-Z]{16})"
 )
-"""What the tokens of well-known services look like."""
+"""Patterns of the tokens of well-known services."""
 HEADER = re.compile(r"(?:bearer\s+\S{8,}|basic\s+[A-Za-z0-9+/]{6,}={1,2})", re.IGNORECASE)
 IN_TEXT = re.compile(
     rf"(?i)(\b(?:[\w.-]*[-_.])?(?:{NAMED})\b[\"']?\s*[=:]\s*[\"']?|\btoken=|\bbearer\s+)(?!\$\{{)[^\s\"',;}}&)]{{4,}}"

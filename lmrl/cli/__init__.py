@@ -107,7 +107,7 @@ def _leave_error(text: str, code: int, own: bool) -> bool:
 
 
 def _disk_full(error: BaseException | None) -> str | None:
-    """What an error says of a full disk, or None."""
+    """A message about a full disk if that caused the error, else None."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"no space is left on the disk{f' for {error.filename}' if error.filename else ''}"

@@ -97,7 +97,7 @@ def _read(console: Console) -> str | None:
 
 
 def _answer(console: Console, speakers: list, said: str) -> None:
-    """What each policy answers, shown as it comes."""
+    """Show each policy's answer as it comes."""
     answers = [""] * len(speakers)
 
     def shown() -> object:

@@ -18,7 +18,7 @@ from lmrl.recipe.source import Players
 
 
 class Collection(Section):
-    """What is played, and how."""
+    """The task to play, and how."""
 
     task: TaskSection
     rollouts: Rollouts = Rollouts()
@@ -143,7 +143,7 @@ class Player:
 def open_player(
     policy: str, environment: str | None, overrides: list[str], checkpoint: str, trust_remote_code: bool, check: Any
 ) -> Player:
-    """What `policy` names: scripted players where the environment has them, else a language model."""
+    """The player named by `policy`: scripted players if the environment has them, else a language model."""
     from lmrl.environments import environment_factory
     from lmrl.rollouts.collect import check_players
     from lmrl.rollouts.sampler import Sampler
@@ -201,13 +201,13 @@ def _saved(policy: str, checkpoint: str) -> tuple[str, str, dict[str, Any]]:
 
 
 class Totals:
-    """What was collected, for the closing line."""
+    """Summary of the collected episodes, for the closing line."""
 
     def __init__(self) -> None:
         self.episodes, self.turns, self.tokens = 0, 0, 0
         self.returns: list[float] = []
         self.groups: list[int] = []
-        """Of each return, its start state or prompt."""
+        """Start state or prompt of each return."""
 
     def add(self, played: list[Any]) -> None:
         self.episodes += len(played)

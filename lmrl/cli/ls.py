@@ -27,7 +27,7 @@ KINDS = {
     "trackers": "tracker",
     "suites": "suite",
 }
-"""What can be listed, and the kind of its names."""
+"""The things that can be listed, and the registry's kind of each."""
 ENGINES = {
     "hf": "The policy's own transformers model.",
     "vllm": "A copy of the weights in vLLM, in the same process.",
@@ -55,7 +55,7 @@ SHIPPED: dict[str, Callable[[], dict[str, str]]] = {
     "trackers": lambda: TRACKERS,
     "suites": lambda: descriptions("eval"),
 }
-"""What lmrl itself has of each kind, read from its files."""
+"""Shipped things of each kind, read from lmrl's files."""
 
 
 def command(

@@ -130,7 +130,7 @@ def serve(
 
 
 def _spec(reward: str, options: list[str] | None):
-    """What the command line names, as a section of a recipe."""
+    """The reward named on the command line, as a section of a recipe."""
     import yaml
 
     from lmrl.errors import RecipeError

@@ -10,11 +10,11 @@ from lmrl.errors import did_you_mean
 from lmrl.visible import visible
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[2]
-"""Of the click that typer was built on, which newer versions bring along under a name of their own."""
+"""The click that typer was built on; newer versions of typer carry it under a name of their own."""
 
 
 def usage_text(error: Any) -> str:
-    """What was wrong, and which command tells more."""
+    """The mistake, and the command that tells more."""
     command = error.ctx.command_path if error.ctx else "lmrl"
     return f"lmrl: {visible(_reason(error))} (see `{command} -h`)"
 

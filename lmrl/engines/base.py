@@ -24,7 +24,7 @@ class Sampling:
     top_k: int = 0
     stop: tuple[str, ...] = ()
     beta: float | None = None
-    """Of a policy with Q heads: weight of Q, and the least behaviour support of a token (None: as the policy says)."""
+    """Weight of Q, and the least behaviour support of a token, for a policy with Q heads (None: as the policy says)."""
     support: float | None = None
 
     @classmethod
@@ -43,7 +43,7 @@ class Sampling:
 
 @dataclass
 class Completion:
-    """What an engine sampled. `tokens` are exactly the sampled ones, an end-of-sequence token included."""
+    """A sampled completion. `tokens` are exactly the sampled ones, an end-of-sequence token included."""
 
     tokens: list[int]
     logprobs: list[float]

@@ -133,7 +133,7 @@ class _Rollout:
         self._compute_beginning()
 
     def due(self) -> bool:
-        """Whether to take in waiting prompts now: enough places are free, or nobody is under way."""
+        """True if waiting prompts should join now: enough places are free, or no row is under way."""
         if not self.waiting or not len(self.rows):
             return bool(self.waiting)
         places = self._places()

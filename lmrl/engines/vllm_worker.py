@@ -1,4 +1,4 @@
-"""What lmrl adds to the workers of a vLLM server: loading weights from a file, and saying which weights they hold.
+"""lmrl's extension of a vLLM server's workers: they load weights from a file, and tell which weights they hold.
 
 A server takes it by `--worker-extension-cls lmrl.engines.vllm_worker.PolicyWorker`; its methods are then called over
 HTTP, by `/collective_rpc`. They answer `{"error": ...}` instead of raising, so that the cause reaches the caller.
@@ -37,7 +37,7 @@ class PolicyWorker:
 
     @_told
     def lmrl_describe(self) -> dict[str, Any]:
-        """What a run has to know of this worker."""
+        """Facts about this worker for the run."""
         model, device = self.vllm_config.model_config, torch.device(self.device)
         transfer = self.vllm_config.weight_transfer_config
         return {

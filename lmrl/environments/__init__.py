@@ -16,7 +16,7 @@ ADAPTERS = {
     "gymnasium": "lmrl.environments.gymnasium_text:GymnasiumText",
     "reasoning_gym": "lmrl.environments.reasoning:ReasoningGym",
 }
-"""Of other libraries, by the name before the colon."""
+"""Adapters for environments of other libraries, by the name before the colon."""
 
 __all__ = ["TextEnvironment", "environment_factory", "limits_of", "version_of"]
 

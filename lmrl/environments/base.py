@@ -1,4 +1,4 @@
-"""What lmrl asks of an environment, beyond gymnasium's `reset` and `step`."""
+"""The environment interface, beyond gymnasium's `reset` and `step`."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def _late(error: BaseException) -> bool:
 
 
 def _root(error: BaseException) -> BaseException:
-    """What the operating system said, below urllib3's own words."""
+    """The operating system's message, without urllib3's own words."""
     while error.__cause__ is not None or (error.__context__ is not None and not error.__suppress_context__):
         error = error.__cause__ or error.__context__
     return error

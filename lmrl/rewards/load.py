@@ -160,7 +160,7 @@ def _limits_itself(call: Callable[..., Any]) -> bool:
 
 
 def origin_of(spec: Reward) -> str:
-    """What messages call a reward: `file.py:function`, a dotted path, an address, or a model's name."""
+    """A reward's name in messages: `file.py:function`, a dotted path, an address, or a model's name."""
     if spec.models:
         return spec.label
     if spec.kind == "url":

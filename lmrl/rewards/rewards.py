@@ -145,7 +145,7 @@ def _attempt(function: RewardFunction, columns: dict[str, list[Any]]) -> list[Va
 
 
 def is_temporary(error: BaseException) -> bool:
-    """Whether it may go better the next time."""
+    """True if another attempt may succeed."""
     return isinstance(error, TemporaryError | ConnectionError | TimeoutError) or getattr(error, "temporary", False)
 
 

@@ -25,7 +25,7 @@ from lmrl.errors import PluginError, RewardError
 START_SECONDS = 120.0
 """A worker has so long to load its function."""
 LOG_BYTES = 1 << 20
-"""What a worker has printed is forgotten between two batches beyond this."""
+"""Characters of a worker's output that are kept between two batches."""
 TAIL = 200
 
 
@@ -66,7 +66,7 @@ def packed(values: list[Any]) -> list[Any]:
 
 
 def unpacked(values: list[Any]) -> list[Any]:
-    """What `packed` has packed."""
+    """The values that `packed` has packed."""
     return [
         Raised(value["failure"], value["temporary"]) if isinstance(value, dict) and "failure" in value else value
         for value in values

@@ -98,7 +98,7 @@ def differences(environment: Any, line: Line) -> Iterator[str]:
 
 
 def _observation(line: Line, number: int) -> str | Messages:
-    """What was observed at a turn: messages, where they were messages."""
+    """The observation of a turn, as messages where it was given so."""
     turn = line["turns"][number]
     first = number == 0 and isinstance(line["prompt"], list)
     return line["prompt"] if first else turn.get("messages", turn["observation"])

@@ -194,7 +194,7 @@ def check_text(observation: Any) -> Any:
 
 
 def unpacked(method: str, result: Any, names: tuple[str, ...]) -> tuple:
-    """What a method of an environment returned, checked to be as many values as gymnasium asks for."""
+    """The values that an environment's method returned, checked for their number."""
     if not isinstance(result, tuple | list) or len(result) != len(names):
         count = f"{len(result)} values" if isinstance(result, tuple | list) else f"a {type(result).__name__}"
         old = (

@@ -39,7 +39,7 @@ class PromptEnvironment(TextEnvironment):
 
 @dataclass
 class Task:
-    """What the sampler plays. `training` and `heldout` list start states (None: drawn by seed)."""
+    """The task as the sampler plays it. `training` and `heldout` list start states (None: drawn by seed)."""
 
     make: Callable[[], Any]
     renderer: Renderer
@@ -52,10 +52,10 @@ class Task:
     """Seconds that a call of the environment may take."""
     rewards: list[RewardFunction] = field(default_factory=list)
     learning: bool = False
-    """Whether what is played is learned from, so that running statistics of rewards follow it."""
+    """True if episodes are learned from, so that running statistics of rewards follow them."""
     judged_by: str = "environment"
     environment: dict[str, Any] | None = None
-    """What makes the environment, and its version: `{"name", "options", "max_turns", "version", "source"}`; None for prompts."""
+    """How to make the environment again, and its version: `{"name", "options", "max_turns", "version", "source"}`; None for prompts."""
     longest_prompt: int | None = None
     """Tokens of the longest prompt (None: known only when it is played)."""
     notes: list[str] = field(default_factory=list)

@@ -30,7 +30,7 @@ class SourceBatch:
 
 @dataclass(frozen=True)
 class SourceRequest:
-    """What a source is built from.
+    """The arguments of a source.
 
     bad_rows: where malformed rows are reported, if they are to be skipped. compares: sample logged episodes in groups of one
     prompt.
@@ -52,7 +52,7 @@ class Source:
     """Base of all sources. `next` depends only on the step, the policy and the saved state."""
 
     Options: type[SourceOptions] | None = None
-    """Of a source of one's own: the class of its section in a recipe."""
+    """The class of its section in a recipe, for a source of one's own."""
     dataset: Dataset | None = None
     """Its logged episodes, if it has any."""
 

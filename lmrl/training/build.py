@@ -273,7 +273,7 @@ def task_of(recipe: Recipe, run: Path) -> Any:
 
 
 def label_of(recipe: Recipe, objective: Objective) -> str:
-    """What tables call a stage: imitation has a name for each of its sources."""
+    """A stage's name in tables; imitation has one for each kind of source."""
     if not recipe.objective.imitates:
         return objective.label
     if not recipe.source.has_log:

@@ -30,7 +30,7 @@ from lmrl.training.updater import Updater
 STATE = "state"
 CHECKSUMS = Path(STATE) / "checksums.json"
 NEEDED = (Path(STATE) / "trainer.json", Path(STATE) / "optimizer.safetensors")
-"""What a stage goes on from, beside the weights."""
+"""The state that a stage resumes from, beside the weights."""
 
 
 @dataclass
@@ -43,12 +43,12 @@ class Progress:
     kept: int | None = None
     """The step whose policy the stage leaves, once that is decided."""
     scores: dict[str, Any] = field(default_factory=dict)
-    """Of the policy at the `start`, at its `best` and of the `last` step, of the `data` and the `optimum`: for the closing table."""
+    """Scores for the closing table: of the policy at the `start`, at its `best` and at the `last` step, of the `data` and of the `optimum`."""
     gate: dict[str, Any] = field(default_factory=dict)
     """See gate.GateState."""
     label: str = ""
     columns: list[str] = field(default_factory=list)
-    """What the closing table calls this stage, and which scores it shows."""
+    """This stage's name in the closing table, and the scores to show."""
     ended: str | None = None
     """Why the stage ended with its best policy before its last step."""
     listeners: dict[str, Any] = field(default_factory=dict)
@@ -135,7 +135,7 @@ def verify(folder: Path, older: Sequence[Path] = (), needed: Sequence[Path] = NE
 
 
 def damage(folder: Path, needed: Sequence[Path] = NEEDED) -> str | None:
-    """What is wrong with a checkpoint's files; None: nothing is. One from before there were checksums is only opened."""
+    """The first problem with a checkpoint's files, or None. A checkpoint without checksums (of an older version) is only opened."""
     for name in needed:
         if not (folder / name).is_file():
             return f"'{name}' is missing"
@@ -173,7 +173,7 @@ def roll_back(
 
 
 def final_state(run: Run, stage: str) -> dict[str, Any]:
-    """What a finished stage's result says of its training. Raises RunError where it cannot be read."""
+    """The training state in a finished stage's result. Raises RunError if it cannot be read."""
     final = run.final(stage)
     try:
         return json.loads((final / STATE / "trainer.json").read_text())

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live display on a terminal, plain lines elsewhere."""
+"""The terminal while a run goes on: a live display, or plain lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def score_table(title: str, rows: dict[str, dict[str, dict[str, Any]]]) -> Table
 
 
 def scope_of(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """What the intervals of a table generalise to, by row where rows differ; scores of older runs do not say."""
+    """Scope of a table's intervals, by row where rows differ; scores of older runs do not say."""
     scopes = {
         label: " or ".join(dict.fromkeys(score["holds_for"] for score in scores.values() if "holds_for" in score))
         for label, scores in rows.items()
@@ -150,7 +150,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def time_left(seconds: float, done: int, left: int) -> str:
-    """What `left` steps take, if each takes as long as those done so far: `0:07`, `1:02:03`."""
+    """Time for `left` more steps at the pace so far: `0:07`, `1:02:03`."""
     hours, rest = divmod(round(seconds / max(done, 1) * left), 3600)
     minutes, seconds = divmod(rest, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

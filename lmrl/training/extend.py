@@ -89,7 +89,7 @@ def _reopen(run: Run, name: str) -> None:
 
 
 def _note(name: str, old: Recipe, new: Recipe) -> str:
-    """What the further steps do otherwise than if the run had been meant to be so long."""
+    """How the further steps differ from those of a run that was planned this long."""
     before, after = old.training.steps, new.training.steps
     changes = []
     options = new.optimizer

@@ -46,7 +46,7 @@ TOLERANCE = 1e-4
 
 @dataclass
 class Replayed:
-    """What people are told of a replay, and whether it came out as it was recorded (None: nothing to compare with)."""
+    """The report of a replay. same: True if it came out as recorded (None: there is nothing to compare with)."""
 
     lines: list[str]
     same: bool | None
@@ -157,7 +157,7 @@ def _update(parts: _Parts) -> Replayed:
 
 
 def alike(one: float, other: float) -> bool:
-    """Whether two numbers are the same up to TOLERANCE; any two that are not finite are."""
+    """True if two numbers are equal up to TOLERANCE, or neither is finite."""
     if not (math.isfinite(one) and math.isfinite(other)):
         return math.isfinite(one) == math.isfinite(other)
     return math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=1e-7)
@@ -180,7 +180,7 @@ def not_finite(parts: _Parts) -> list[str]:
 
 
 def _memory(parts: _Parts) -> Replayed:
-    """Whether the pass runs out of memory again."""
+    """True if the pass runs out of memory again."""
     info, limits = parts.info, memory_limits(parts.policy.device)
     rows, width = info["shape"]
     lines = [

@@ -44,7 +44,7 @@ from lmrl.trajectories.trajectory import Messages, prompt_key
 
 LABEL = "reward model"
 COLUMNS = ["accuracy", "margin", "ece", "brier"]
-"""What the closing table shows of held-out pairs; see `agreement`."""
+"""Metrics of held-out pairs in the closing table; see `agreement`."""
 ECE_BINS = 10
 BOOTSTRAP = 1000
 
@@ -174,7 +174,7 @@ class RewardModelStage:
         )
 
     def _reserved(self) -> Callable[[str | Messages], bool]:
-        """Whether the task holds a prompt out for evaluation."""
+        """True if the task holds a prompt out for evaluation."""
         if not isinstance(self.recipe.task, PromptTask):
             return lambda prompt: False
         task = build_task(self.recipe.task.model_copy(update={"rewards": []}), self.classifier.tokenizer)
@@ -358,7 +358,7 @@ class _Trainer(RewardTrainer):
 
 
 class _Loop(TrainerCallback):
-    """What the stage does between the trainer's steps."""
+    """The stage's own work between the trainer's steps."""
 
     def __init__(self, stage: RewardModelStage):
         self.stage, self.began = stage, 0.0

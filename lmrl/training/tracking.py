@@ -32,7 +32,7 @@ CELL = 4000
 # ------------------------------------------------------------------------------------------------------------- starting
 @dataclass(frozen=True)
 class Start:
-    """What a tracker is started with. id: of the run there; known: it has an earlier part of this run, under that id."""
+    """Arguments to start a tracker. id: the run's id there. known: the tracker holds an earlier part of this run under that id."""
 
     label: str
     id: str
@@ -211,7 +211,7 @@ class Trackers:
 
 @dataclass(frozen=True)
 class StageTracking:
-    """What a stage writes to. offset: steps of the stages before it. trackers: None for none."""
+    """A stage's view of the trackers. offset: steps of the stages before it. trackers: None for none."""
 
     trackers: Trackers | None = None
     stage: str = ""

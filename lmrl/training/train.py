@@ -38,7 +38,7 @@ from lmrl.training.tracking import SCORE_COLUMNS, StageTracking, Trackers, check
 
 @dataclass
 class Result:
-    """What a finished run left: its folder, the closing table and the final checkpoint."""
+    """The result of a finished run: its folder, the closing table and the final checkpoint."""
 
     folder: Path
     scores: dict[str, dict[str, dict[str, Any]]]
@@ -276,7 +276,7 @@ def compare_memory(run: Run, stage: str, recipe: Recipe, predicted: float, displ
 
 
 def predicted_memory_mb(recipe: Recipe) -> float:
-    """Of this process, or of its accelerator where it has one; 0 where that is unknown."""
+    """Predicted memory of this process, or of its accelerator where it has one, in MB; 0 if unknown."""
     return sum((memory(recipe, accelerator=has_memory()) or {}).values())
 
 

@@ -25,7 +25,7 @@ SERVE_OPTIONS = (
     "--generation-config=vllm",
     "--worker-extension-cls=lmrl.engines.vllm_worker.PolicyWorker",
 )
-"""What every server has to be started with: its options, and VLLM_SERVER_DEV_MODE=1 in its environment."""
+"""Options that every server must be started with, beside VLLM_SERVER_DEV_MODE=1 in its environment."""
 
 
 class ServerLost(Exception):
@@ -46,7 +46,7 @@ class RequestRefused(RequestFailed):
 
 @dataclass(frozen=True)
 class Description:
-    """What a server says of itself. `version` is the name of its weights, None where its workers do not agree."""
+    """A server's status. `version` is the name of its weights, None where its workers do not agree."""
 
     version: str | None
     group: str | None

@@ -109,7 +109,7 @@ class VLLMServerEngine(Engine):
 
     @property
     def shared(self) -> dict[str, Any]:
-        """What the engines of other ranks need: plain data, to be broadcast."""
+        """Plain data to broadcast to the engines of other ranks."""
         return {"run": self.run_id, "urls": [supervisor.client.url for supervisor in self.supervisors]}
 
     # --------------------------------------------------------------------------------------------------------- weights
@@ -162,7 +162,7 @@ class VLLMServerEngine(Engine):
         return self.files.write(self.weights, names, version)
 
     def _broadcasts(self) -> bool:
-        """Whether weights go from GPU to GPU. Raises ModelError where they should and cannot."""
+        """True if weights go from GPU to GPU. Raises ModelError if they should and cannot."""
         if self.options.transfer == "files" or (self.options.transfer == "auto" and self.policy.device.type != "cuda"):
             return False
         self._wait(lambda: all(supervisor.described for supervisor in self._alive()))

@@ -61,7 +61,7 @@ class ServerProcess:
         return self.process is not None and self.process.poll() is not None
 
     def ends_within(self, seconds: float) -> bool:
-        """Whether it has ended or does so now: a connection breaks a moment before the exit code is there."""
+        """True if it has ended or is ending: a connection breaks a moment before the exit code is there."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
         return self.ended

@@ -38,17 +38,17 @@ class Evaluation(Listener):
         self.gated, self.choosing = gated, gated or every > 0
         self.step: int | None = None
         self.played: list[Trajectory] = []
-        """Of the newest evaluation: its step, and the episodes played."""
+        """Step and episodes of the newest evaluation."""
         self.values: dict[str, float] = {}
         self.best_values: dict[str, float] = {}
-        """What the newest and the best policy scored, see `paired_values`."""
+        """Scores of the newest and of the best policy, see `paired_values`."""
         self.tries = 0
         """Policies that the best was chosen from."""
         self.reports: list[tuple[int, Scores, list[Trajectory]]] = []
         """Steps, scores and episodes of what is reported at the end."""
 
     def begin(self, stage: Stage, resumed: bool) -> None:
-        """What the stage's result is to be compared with: the data, the optimum and the policy as it begins."""
+        """Baselines for the stage's result: the data, the optimum and the policy as it begins."""
         if resumed:
             return
         scores = stage.progress.scores
@@ -121,7 +121,7 @@ class Evaluation(Listener):
         return scores
 
     def _metric(self, stage: Stage) -> str | None:
-        """What names the best policy; without a suite only where the recipe says so."""
+        """The metric that decides which policy is best; without a suite only the one in the recipe."""
         return stage.recipe.evaluation.metric or (self.evaluator.suite.metrics[0] if self.evaluator else None)
 
     # ------------------------------------------------------------------------------------------------------- the choice

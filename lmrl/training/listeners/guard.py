@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lmrl.training.stage import Stage
 
 LR_FACTOR, MAX_ROLLBACKS = 0.3, 3
-"""What the learning rate is multiplied by after a rollback, and how many of them a stage may take."""
+"""Factor on the learning rate after a rollback, and the most rollbacks of a stage."""
 CHECKPOINTS = 20
 """Times in a stage, about, that the guard may ask for a checkpoint."""
 FRESH = {"reward_std": "reward_std", "length": "length", "cut": "cut"}
@@ -51,7 +51,7 @@ class Guard(Listener):
         self.on_collapse = training.on_collapse
         self.tracker = Tracker(every=max(KEEP, training.steps // CHECKPOINTS))
         self.first: list[Row] = []
-        """Of each measure the first START values; and the last WIDE steps since the stage began or was taken back."""
+        """The first START values of each measure, and the last WIDE steps since the stage began or was rolled back."""
         self.last: list[Row] = []
         self.said: list[str] = []
         self.rollbacks, self.lr_factor = 0, 1.0
@@ -192,7 +192,7 @@ def settings_of(stage: Stage) -> Settings:
 
 
 def row_of(metrics: dict[str, Any], recipe: Recipe, step: int) -> Row:
-    """What the detectors look at, of a step's metrics."""
+    """The part of a step's metrics that the detectors use."""
     row = {name: metrics[own] for name, own in OWN.items() if own in metrics}
     if "repetition" in metrics:  # something was played
         row |= {name: value for name, own in FRESH.items() if (value := fresh(metrics, own)) is not None}
@@ -205,7 +205,7 @@ def row_of(metrics: dict[str, Any], recipe: Recipe, step: int) -> Row:
 
 
 def measured_of(metrics: dict[str, Any], recipe: Recipe, objective: Objective) -> Step | None:
-    """What a collapse would show in: fresh episodes' reward, or of logged data a loss, as a Step of which more is better."""
+    """The measure that a collapse shows in: the reward of fresh episodes, or the negative loss on logged data."""
     if "repetition" in metrics:
         failed, episodes = metrics["failed"], recipe.rollouts.prompts * recipe.rollouts.samples
         return Step(fresh(metrics, "reward"), fresh(metrics, "reward_std"), max(episodes - failed, 1))

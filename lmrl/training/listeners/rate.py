@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 EPISODES, TOKENS = 64, 512
 """Episodes that are compared at most, and their tokens in all, over all processes."""
 LOWEST_CUT, RAISE = 0.25, 1.1
-"""What a step multiplies the factor by at least, and by what the factor is raised again."""
+"""Lowest multiplier of the factor in one step, and the multiplier that raises it again."""
 
 
 def controlled(factor: float, moved: float, band: float) -> float:

@@ -1,4 +1,4 @@
-"""What listeners do about what they find: say it, take the stage back to an earlier checkpoint, end it with its best policy."""
+"""A listener's reactions: warn, go back to an earlier checkpoint, end the stage with its best policy."""
 
 from __future__ import annotations
 

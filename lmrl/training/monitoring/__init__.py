@@ -1,1 +1,1 @@
-"""What watches a run: collapse, reward hacking, sampler mismatch, diagnostics; and what it leaves for a replay."""
+"""Monitoring a run: collapse, reward hacking, sampler mismatch, diagnostics, and bundles for a replay."""

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 BUNDLES, INFO_FILE, BATCH_FILE, RNG_FILE = "bundles", "info.json", "batch.safetensors", "rng.safetensors"
 CHAIN, BRANCHES, ZERO_GRADIENT = "chain", "branches", "weightless"
-"""Of the sequences of a kept minibatch, next to its fields."""
+"""Attributes of the sequences of a kept minibatch, next to its fields."""
 
 
 @dataclass
@@ -165,7 +165,7 @@ def newest_weights(stage: Stage) -> str | None:
 
 
 def memory_limits(device: torch.device) -> dict[str, Any]:
-    """What memory there is on a device and what was used of it, in MB; null: no limit."""
+    """A device's memory and the most that was used of it, in MB; null: no limit."""
     if device.type != "cpu" and has_memory():
         free, total = torch.accelerator.get_memory_info(device)
         name = torch.get_device_module(device).get_device_name(device)

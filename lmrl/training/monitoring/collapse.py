@@ -40,7 +40,7 @@ CLOSING = 3
 
 @dataclass(frozen=True)
 class Step:
-    """What a step measured: mean over its episodes, their standard deviation, and how many there were (0: unknown)."""
+    """A step's measurement: mean over its episodes, their standard deviation, and their number (0: unknown)."""
 
     mean: float
     spread: float = 0.0
@@ -62,7 +62,7 @@ class Noise:
 
     squares: float = 0.0
     products: float = 0.0
-    """Of each residual with itself, and with the next."""
+    """Sums of products of each residual with itself, and with the next."""
     steps: int = 0
     recent: list[float] = field(default_factory=list)
     """Means of the last two windows."""
@@ -91,12 +91,12 @@ class Noise:
 
     @property
     def variance(self) -> float:
-        """Of a step around its window's line; a line costs two degrees of freedom."""
+        """Variance of a step around its window's line; a line costs two degrees of freedom."""
         return self.squares / self.steps * WINDOW / (WINDOW - 2) if self.steps else 0.0
 
     @property
     def correlation(self) -> float:
-        """Of neighbouring steps, in [0, MOST_CORRELATED]. Residuals of a line are correlated by about -2 / WINDOW where steps are not."""
+        """Correlation of neighbouring steps, in [0, MOST_CORRELATED]. Residuals of a line are correlated by about -2 / WINDOW where steps are not."""
         if self.steps < 2 * WINDOW or self.squares == 0:
             return 0.0
         found = self.products / self.squares * WINDOW / (WINDOW - 1)
@@ -104,7 +104,7 @@ class Noise:
 
 
 def scatter(values: Sequence[float]) -> list[float]:
-    """What is left of values when their line is taken away; of fewer than three values, their mean."""
+    """Values minus their fitted line, or minus their mean where there are fewer than three."""
     count, middle = len(values), (len(values) - 1) / 2
     centre = math.fsum(values) / count
     slope = 0.0
@@ -163,7 +163,7 @@ class Tracker:
     last: list[Step] = field(default_factory=list)
     """The first START steps, and the last WINDOW since the stage began or was taken back."""
     windows: list[Window] = field(default_factory=list)
-    """Those that still overlap with the last one."""
+    """The windows that still overlap with the last one."""
     best: Window | None = None
     noise: Noise = field(default_factory=Noise)
     older: list[float] = field(default_factory=list)
@@ -219,7 +219,7 @@ class Tracker:
         return has_collapsed(self.start, best, last, wander) or has_collapsed(begun, None, last, wander)
 
     def loss(self) -> str:
-        """What has been lost, in words."""
+        """The loss, in words."""
         last = window_of(self.last[-WINDOW:], self.noise)
         best = max((one for one in (self.best, *self.windows) if one), key=lambda one: one.mean, default=self.start)
         return f"collapse from {best.mean:.3g} to {last.mean:.3g} (at the start {self.start.mean:.3g})"

@@ -18,7 +18,7 @@ from lmrl.training.monitoring.reward_hacking import difference
 WIDE = 30
 """Steps that detectors see at most."""
 Row = dict[str, float]
-"""What a step measured, by name: see `lmrl.training.listeners.guard.row_of`."""
+"""A step's measurements by name: see `lmrl.training.listeners.guard.row_of`."""
 
 STILL_STEPS = 20
 STILL = 0.1
@@ -44,7 +44,7 @@ HELD, STEEP = 0.2, 100.0
 
 @dataclass(frozen=True)
 class Settings:
-    """What the warnings know of the recipe, to name a value to try."""
+    """Settings of the recipe that warnings need to name a value to try."""
 
     steps: int
     lr: float

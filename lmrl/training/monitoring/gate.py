@@ -16,10 +16,10 @@ from lmrl.recipe import Gate
 
 @dataclass
 class GateState:
-    """What the gate remembers, as part of a checkpoint."""
+    """The gate's state, as part of a checkpoint."""
 
     before: list[float] = field(default_factory=list)
-    """Of each start state, the normalised score as the stage began."""
+    """Normalised score of each start state as the stage began."""
     worst: float = 0.0
     """Largest mean drop measured so far, in points."""
     rollbacks: int = 0
@@ -33,15 +33,15 @@ def drop(before: Sequence[float], now: Sequence[float]) -> dict[str, Any]:
 
 
 def is_due(gate: Gate, step: int) -> bool:
-    """Whether a step, counted from 1, is measured."""
+    """True if a step, counted from 1, is measured."""
     return step % gate.every == 0 and (gate.steps is None or step <= gate.steps)
 
 
 def has_given_up(gate: Gate, state: dict[str, Any]) -> bool:
-    """Whether a stage with this state of the gate has been rolled back as often as it may be."""
+    """True if a stage with this state of the gate may not be rolled back again."""
     return GateState(**state).rollbacks >= gate.max_rollbacks
 
 
 def breached(gate: Gate, lost: dict[str, Any]) -> bool:
-    """Whether the interval says that more was lost than allowed."""
+    """True if even the low end of the interval is more than the allowed loss."""
     return lost["ci95"][0] > gate.drop

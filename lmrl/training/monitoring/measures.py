@@ -18,7 +18,7 @@ from lmrl.trajectories.trajectory import Trajectory
 SAMPLES_KEPT, FAILED_KEPT = 8, 64
 """Samples a step that go to samples.jsonl with their text; and of those that could not be judged, with the cause."""
 EPISODE = ("group", "episode", "seed", "start", "turns", "final_observation", "terminated")
-"""Of an environment's episode, fields of lmrl's own format (see lmrl/trajectories/rows.py) that a sample has as well."""
+"""Fields of lmrl's own format (see lmrl/trajectories/rows.py) that a sample of an environment's episode keeps."""
 
 
 def measure(trajectories: Sequence[Trajectory]) -> dict[str, float]:
