@@ -13,6 +13,8 @@ EXTRAS = {
     "reasoning_gym": "rewards",
     "bitsandbytes": "quantization",
     "deepspeed": "deepspeed",
+    "vllm": "vllm",
+    "wandb": "tracking",
 }
 """Modules by the extra that installs them."""
 

@@ -19,8 +19,8 @@ class Finding:
     detail: str
 
 
-def show(findings: Iterable[Finding], to_json: Path | None = None) -> int:
-    """Print findings as they are made; returns how many failed. to_json: a file for them."""
+def show(findings: Iterable[Finding], to_json: Path | None = None, well: str = "fit for training") -> int:
+    """Print findings as they are made; returns how many failed. to_json: a file for them. well: said where none has."""
     from rich.console import Console
     from rich.text import Text
 
@@ -32,5 +32,5 @@ def show(findings: Iterable[Finding], to_json: Path | None = None) -> int:
     failed = sum(finding.passed is False for finding in made)
     if to_json:
         to_json.write_text(json.dumps([vars(finding) for finding in made], indent=2) + "\n")
-    console.print(f"{failed} of {len(made)} checks failed" if failed else "fit for training")
+    console.print(f"{failed} of {len(made)} checks failed" if failed else well)
     return failed

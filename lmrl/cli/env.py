@@ -19,6 +19,11 @@ Named = Annotated[
 ]
 
 
+@app.callback()
+def group() -> None:
+    """Check environments."""
+
+
 @app.command()
 def check(
     environment: Named,

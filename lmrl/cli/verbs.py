@@ -24,6 +24,7 @@ VERBS = {
     "export": "Write a run as an ordinary transformers checkpoint, which any server decodes at full speed.",
     "replay": "Compute an update or pass that went wrong again, or play an episode again; exit code 1 where it comes out differently.",
     "env": "Check environments.",
+    "doctor": "Look at versions, devices, memory, disk and optional parts, and say how to repair what is wrong. Exit code 1: something is.",
     "reward": "Check, score and serve rewards.",
 }
 """The help of each verb, written down here as well so that listing them imports none."""

@@ -25,7 +25,7 @@ from lmrl.errors import PluginError, RewardError
 START_SECONDS = 120.0
 """A worker has so long to load its function."""
 LOG_BYTES = 1 << 20
-"""Characters of a worker's output that are kept between two batches."""
+"""Bytes of a worker's output that are kept between two batches."""
 TAIL = 200
 
 

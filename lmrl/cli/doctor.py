@@ -1,0 +1,23 @@
+"""`lmrl doctor`: is this machine ready?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lmrl.cli.common import Debug
+
+
+def command(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where runs will be written")] = Path("runs"),
+    to_json: Annotated[Path | None, typer.Option("--json", help="Write the findings there as well")] = None,
+    debug: Debug = False,
+) -> None:
+    """Look at versions, devices, memory, disk and optional parts, and say how to repair what is wrong. Exit code 1: something is."""
+    from lmrl.doctor import examine
+    from lmrl.findings import show
+
+    if show(examine(output), to_json, well="ready"):
+        raise typer.Exit(1)
