@@ -146,6 +146,9 @@ def reference() -> str:
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, with the docstrings as descriptions."""
     schema = Recipe.model_json_schema()
+    for key, _, by_tag in CHOICES.values():  # code of one's own has any name but the shipped ones
+        taken = [tag.strip("<>") for tag in by_tag if tag != "<custom>"]
+        schema["$defs"][by_tag["<custom>"].__name__]["properties"][key]["not"] = {"enum": taken}
     classes = {cls.__name__: cls for _, _, cls in sections()} | {"Recipe": Recipe}
     for name, part in [*schema["$defs"].items(), ("Recipe", schema)]:
         for key in keys_of(classes[name]) if name in classes else ():
