@@ -12,6 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from tests.fast import is_fast
+
 torch.set_num_threads(1)
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -36,6 +38,12 @@ TINY_WALKS = [
     "training.threads=1",
 ]
 """Overrides that make a recipe like random_walks/bc a matter of a second."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_fast(item):
+            item.add_marker("fast")
 
 
 @pytest.fixture

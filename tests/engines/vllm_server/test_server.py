@@ -16,6 +16,7 @@ import torch
 from lmrl import distributed
 from lmrl.engines.base import Sampling
 from lmrl.engines.build import build_engine
+from lmrl.engines.vllm_server import client as server_client
 from lmrl.engines.vllm_server.client import ServerLost
 from lmrl.engines.vllm_server.dispatch import TRIES
 from lmrl.engines.vllm_server.engine import VLLMServerEngine
@@ -25,7 +26,6 @@ from lmrl.policy.merged import merged_weights
 from lmrl.recipe import Rollouts
 from lmrl.recipe.files import load_recipe
 from lmrl.recipe.server import Server
-from lmrl.rollouts import server_client
 from tests.conftest import needs_vllm
 from tests.engines.vllm_server import fake_server
 from tests.engines.vllm_server.fake_server import FakeServer

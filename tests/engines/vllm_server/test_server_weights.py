@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lmrl.engines.vllm_server import weights as server_weights
 from lmrl.engines.vllm_server.weights import ControlPlane, Member, WeightFiles, weight_source, write_safetensors
 from lmrl.errors import EngineError
 from lmrl.policy.merged import merged_weights
-from lmrl.rollouts import server_weights
 from tests.conftest import needs_vllm
 
 
