@@ -146,6 +146,7 @@ def reference() -> str:
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, with the docstrings as descriptions."""
     schema = Recipe.model_json_schema()
+    schema["properties"]["arguments"] = {"type": "object", "description": "What a recipe by method has to be given."}
     for key, _, by_tag in CHOICES.values():  # code of one's own has any name but the shipped ones
         taken = [tag.strip("<>") for tag in by_tag if tag != "<custom>"]
         schema["$defs"][by_tag["<custom>"].__name__]["properties"][key]["not"] = {"enum": taken}
