@@ -6,8 +6,10 @@ python docs/generate.py --check    # exit code 1 if one of them is out of date
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
+import pkgutil
 import re
 import sys
 import typing
@@ -20,7 +22,7 @@ import typer
 import yaml
 from typer.models import ArgumentInfo, OptionInfo
 
-from lmrl.cli import app
+from lmrl import cli
 from lmrl.recipe.documentation import json_schema, reference
 
 DOCS = Path(__file__).resolve().parent
@@ -97,7 +99,7 @@ def commands() -> str:
         "",
         "Every command with its arguments and options; `lmrl COMMAND -h` prints the same in the terminal.",
     ]
-    for name, function in _functions("lmrl", app):
+    for name, function in _functions():
         parameters = _parameters(function)
         options = ["[OPTIONS]"] * any(not one.is_argument for one in parameters)
         usage = " ".join([name, *options, *(one.usage for one in parameters if one.is_argument)])
@@ -106,12 +108,15 @@ def commands() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _functions(path: str, group: typer.Typer) -> Iterator[tuple[str, Callable[..., None]]]:
-    """The commands of a group and of those below it: the words that call each, and its function."""
-    for command in group.registered_commands:
-        yield f"{path} {command.name or command.callback.__name__}", command.callback
-    for inner in group.registered_groups:
-        yield from _functions(f"{path} {inner.name}", inner.typer_instance)
+def _functions() -> Iterator[tuple[str, Callable[..., None]]]:
+    """The words that call each command, and its function: one module a verb, or a group of them."""
+    for found in pkgutil.iter_modules(cli.__path__):
+        module = importlib.import_module(f"lmrl.cli.{found.name}")
+        if hasattr(module, "command"):
+            yield f"lmrl {found.name}", module.command
+        elif isinstance(getattr(module, "app", None), typer.Typer):
+            for one in module.app.registered_commands:
+                yield f"lmrl {found.name} {one.name or one.callback.__name__}", one.callback
 
 
 def _parameters(function: Callable[..., None]) -> list[Parameter]:
