@@ -113,9 +113,9 @@ def evaluator_for(
     if (Path(path) / TASK_FILE).is_file():
         saved = saved_task(Path(path))
         task, dtype, suite = saved["task"], saved["dtype"], suite or saved["suite"]
-    if suite is None and task is None:
-        raise RecipeError(f"'{policy}' does not say what it was trained for: name a suite, --suite NAME")
     if suite is None:
+        if task is None:
+            raise RecipeError(f"'{policy}' does not say what it was trained for: name a suite, --suite NAME")
         loaded = own_suite(task, saved.get("rollouts") or run_rollouts(Path(path)), list(overrides))
     else:
         loaded = load_suite(suite, list(overrides), task)
@@ -137,7 +137,7 @@ def size_own(evaluator: Evaluator, overridden: set[str]) -> None:
 def saved_task(checkpoint: Path) -> dict[str, Any]:
     """`{"task", "suite", "dtype", "rollouts"}` as a checkpoint was saved with, its run's reward models found where they
     lie now. Checkpoints of older versions lack `rollouts`."""
-    saved = json.loads((checkpoint / TASK_FILE).read_text())
+    saved: dict[str, Any] = json.loads((checkpoint / TASK_FILE).read_text())
     run = run_of(checkpoint)
     return saved | ({"task": locate_rewards(saved["task"], run)} if run else {})
 

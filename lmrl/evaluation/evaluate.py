@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from math import inf
 from statistics import mean
-from typing import Any
+from typing import Any, cast
 
 from lmrl import distributed
 from lmrl.engines.base import Engine, Sampling
@@ -46,11 +46,12 @@ class Evaluator:
         """Episodes to play side by side (None: all)."""
 
     def starts(self) -> list[int | None]:
-        starts = self.task.heldout
-        if starts is None:
+        heldout = self.task.heldout
+        if heldout is None:
             return [None] * (self.suite.episodes or 100)
+        starts: list[int | None] = [*heldout]
         if self.suite.shuffled:
-            starts = stream("suite", self.suite.seed, "starts").permutation(starts).tolist()
+            starts = stream("suite", self.suite.seed, "starts").permutation(heldout).tolist()
         return starts[: self.suite.episodes or len(starts)]
 
     @property
@@ -73,9 +74,7 @@ class Evaluator:
         task, count, samples = self.task, len(self.starts()), self.suite.samples
         if task.judged_by == "reward":
             whole = not task.training  # of a suite's own file, none of which is for training
-            what = (
-                f"{'all ' if whole and count == len(task.heldout) else ''}{count} {'' if whole else 'held-out '}prompts"
-            )
+            what = f"{'all ' if whole and count == len(task.heldout or ()) else ''}{count} {'' if whole else 'held-out '}prompts"
             if task.heldout == task.training:
                 what = f"{count} prompts of the task itself (task.prompts.holdout keeps none aside)"
         elif task.heldout is None:
@@ -207,7 +206,7 @@ def values_of(trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
 
 def named_values(trajectory: Trajectory) -> Iterator[tuple[str, float]]:
     """What one episode scored: `return` (of prompts, `reward`), components, metrics, length in tokens."""
-    yield "reward" if trajectory.components else "return", trajectory.reward
+    yield "reward" if trajectory.components else "return", cast(float, trajectory.reward)
     for name, value in {**trajectory.components, **trajectory.metrics}.items():
         if value is not None:
             yield f"component/{name}" if name in RESERVED else name, value

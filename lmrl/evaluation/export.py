@@ -64,7 +64,7 @@ def export(
         result = Export(destination)
         if beta and check:
             result = compare(path, written, destination, beta, checkpoint, suite, trust_remote_code)
-            if result.loss > max_loss:
+            if (result.loss or 0.0) > max_loss:
                 raise RunError(
                     f"the export scores {result.rows['exported'][result.metric]['mean']:.3f} on {result.metric} where the "
                     f"guided policy scores {result.rows['guided'][result.metric]['mean']:.3f}: a loss of {result.loss:.1f} "

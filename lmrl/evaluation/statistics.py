@@ -63,7 +63,8 @@ def summarize(
     # Without a second sample of any cluster, the spread between clusters stands in: it holds that of samples too.
     within = fixed and data.values > data.clusters
     if math.isfinite(high - low):
-        bounds = [low + share * (high - low) for share in limited_interval(data.scaled(low, high), within)]
+        below, above = limited_interval(data.scaled(low, high), within)
+        bounds = low + below * (high - low), low + above * (high - low)
     else:
         bounds = unlimited_interval(data, within)
     return {
@@ -161,7 +162,8 @@ class Clustered:
 
     @property
     def means_G(self) -> np.ndarray:
-        return self.sums_G / self.sizes_G
+        means_G: np.ndarray = self.sums_G / self.sizes_G
+        return means_G
 
     def scaled(self, low: float, high: float) -> Clustered:
         """The same values as shares of the way from `low` to `high`."""

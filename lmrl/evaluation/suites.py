@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Suite(Section):
     seed: int = Field(0, ge=0)
 
 
-def load_suite(name: str | Path, overrides: list[str] = (), task: dict[str, Any] | None = None) -> Suite:
+def load_suite(name: str | Path, overrides: Sequence[str] = (), task: dict[str, Any] | None = None) -> Suite:
     """A suite by path or shipped name.
 
     A file of prompts is scored as a whole, unless the suite says `holdout`.
@@ -48,16 +49,16 @@ def load_suite(name: str | Path, overrides: list[str] = (), task: dict[str, Any]
             f"{document.path} is a recipe, and no suite: a suite has a task, and maybe rollouts, episodes, samples and "
             "metrics"
         )
-    resolve_files(document.data, document.path.parent)
+    resolve_files(document.data, document.folder)
     own = document.data.get("task")
     follows = document.data.get("follows_run") is True and task is not None and isinstance(own, dict)
-    if follows and own.get("environment") == task.get("environment"):
+    if follows and own is not None and task is not None and own.get("environment") == task.get("environment"):
         document.data["task"] = merge(own, task)
     else:
         _score_whole_file(own)
     for override in overrides:
         apply_override(document, override)
-    resolve_files(document.data, document.path.parent)
+    resolve_files(document.data, document.folder)
     return validate(Suite, document)
 
 
@@ -68,7 +69,7 @@ def _score_whole_file(task: Any) -> None:
         prompts.setdefault("holdout", 1)
 
 
-def own_suite(task: dict[str, Any], rollouts: dict[str, Any], overrides: list[str] = ()) -> Suite:
+def own_suite(task: dict[str, Any], rollouts: dict[str, Any], overrides: Sequence[str] = ()) -> Suite:
     """The suite that a run's own task makes: fresh episodes of an environment, or prompts, sampled as the run sampled.
 
     task, rollouts: of the run's recipe, as plain data. Raises RecipeError for a task of prompts that nothing judges.
@@ -77,7 +78,7 @@ def own_suite(task: dict[str, Any], rollouts: dict[str, Any], overrides: list[st
     document = Document({"task": task, "rollouts": sampling})
     for override in overrides:
         apply_override(document, override)
-    resolve_files(document.data, Path.cwd())
+    resolve_files(document.data, document.folder)
     suite = validate(Suite, document)
     if not isinstance(suite.task, PromptTask):
         return suite

@@ -102,8 +102,8 @@ def best_and_worst(trajectories: List[Trajectory]) -> list[list[Trajectory]]:
     """Of each group the episodes with the highest and the lowest reward; groups whose rewards are all equal have none."""
     pairs = []
     for group in groups_of(trajectories):
-        ranked = sorted((trajectories[position] for position in group), key=lambda one: -one.reward)
-        if ranked[0].reward > ranked[-1].reward:
+        ranked = sorted((trajectories[position] for position in group), key=lambda one: -(one.reward or 0.0))
+        if (ranked[0].reward or 0.0) > (ranked[-1].reward or 0.0):
             pairs.append([ranked[0], ranked[-1]])
     return pairs
 
@@ -129,9 +129,9 @@ class DPO(Objective):
         """Compute what the cache of the reference lacks, while the policy still is the reference."""
         if not self.options.cache_reference:
             return
-        self.cache = ReferenceCache(self.cache_key)
+        self.cache = cache = ReferenceCache(self.cache_key or model_key(policy))
         for part in dataset:
-            lacking = self.cache.missing(part)
+            lacking = cache.missing(part)
             if lacking and not fresh:
                 raise RunError(
                     f"{self.cache.path}: {len(lacking)} episodes of this run are missing in the reference's cache, and the "

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from lmrl.objectives.group import GroupPolicyGradient
+from lmrl.recipe.objectives.policy_gradient import DrGRPOObjective
 
 
 class DrGRPO(GroupPolicyGradient):
     """A = R - mean of the group, not divided by the group's deviation; the sum over tokens by a constant."""
 
+    options: DrGRPOObjective
     label = "Dr. GRPO"
 
     def weights(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,6 +35,7 @@ class ILQL(QLearning):
     share a trunk, a V' that moves with every update of Q sets both swinging.
     """
 
+    options: ILQLObjective
     label = "ILQL"
 
     def __init__(self, options: ILQLObjective):

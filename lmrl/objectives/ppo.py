@@ -113,6 +113,7 @@ class Warmup:
 
 # -------------------------------------------------------------------------------------------------------------- objective
 class PPO(PolicyGradient):
+    options: PPOObjective
     label = "PPO"
 
     def __init__(self, options: PPOObjective):

@@ -13,7 +13,7 @@ from lmrl.policy.heads import BINS, HeadsSpec, category_loss
 from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.policy import Policy
 from lmrl.recipe import QObjective
-from lmrl.trajectories.batch import Batch, Microbatch
+from lmrl.trajectories.batch import Batch, Microbatch, Sequence
 from lmrl.trajectories.chain import discounts, has_known_return, returns_to_go, rewards_and_turns, to_chains
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -56,11 +56,12 @@ class QLearning(Objective):
         self.options, self.minibatches = options, options.minibatches
         self.needs_returns = options.calibrated
         self.range, self.unit, self.returns_unit = (0.0, 1.0), 1.0, (0.0, 1.0)
+        self.has_value = value
         self.heads = HeadsSpec(
             value=value,
             q=options.q_head,
             twins=twins,
-            trunk=options.trunk,
+            trunk="shared" if options.trunk == "auto" else options.trunk,
             bins=BINS if options.value_loss == "hl_gauss" else 0,
             beta=options.beta,
             support=options.support,
@@ -82,7 +83,8 @@ class QLearning(Objective):
             size = 1.0
         extremes = torch.stack([returns_N.min(), returns_N.max(), returns_N.mean()])
         low, high, middle = values.to_values(extremes).tolist()
-        start = {"lowest": low, "mean": middle}.get(options.start_value, options.start_value)
+        stated = options.start_value
+        start = stated if isinstance(stated, float | int) else {"lowest": low, "mean": middle}[stated]
         # Bootstrapped values may pass what was realised, and a Gaussian's mass at an end needs bins on both sides.
         margin = 0.1 * (high - low) or size
         values.calibrate(
@@ -119,7 +121,7 @@ class QLearning(Objective):
         options = self.options
         return ForwardRequest(
             logprobs=options.bc_coef > 0,
-            values=self.heads.value,
+            values=self.has_value,
             detach_values=options.trunk == "detached",
             q=True,
             push=options.cql_temperature if options.cql_coef > 0 else None,
@@ -131,14 +133,14 @@ class QLearning(Objective):
         self.range = float(values.low), float(values.high)
         self.unit = float(values.scale) ** 2
         self.returns_unit = float(values.mean), float(values.std)
-        sequences = []
+        sequences: list[Sequence] = []
         for number, trajectory in enumerate(trajectories):
             if trajectory.reward is None:
                 raise DataError(
                     f"source.path: logged episode {trajectory.episode} has no reward, and '{self.options.name}' learns from rewards: "
                     "add them, or imitate the data with objective.name=likelihood"
                 )
-            first = 0 if number == 0 else sequences[-1].chain + 1
+            first = 0 if number == 0 else (sequences[-1].chain or 0) + 1
             chains = to_chains(
                 trajectory, self.options.gamma, self.options.gamma_token, policy.microbatch_tokens, first
             )
@@ -155,7 +157,8 @@ class QLearning(Objective):
         """
         if outputs.q_logits is None:
             return ((outputs.q - targets_N) ** 2).sum(0) / self.unit
-        return sum(self.category_loss(logits, targets_N) for logits in outputs.q_logits)
+        losses = [self.category_loss(logits, targets_N) for logits in outputs.q_logits]
+        return torch.stack(losses).sum(0)
 
     def category_loss(self, logits_NK: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         return category_loss(logits_NK, targets_N, *self.range)

@@ -22,7 +22,7 @@ from lmrl.policy.heads import HeadsSpec
 from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.policy import Policy
 from lmrl.recipe import QSFTObjective
-from lmrl.trajectories.batch import Batch, Microbatch
+from lmrl.trajectories.batch import Batch, Microbatch, Sequence
 from lmrl.trajectories.chain import to_chains
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -42,9 +42,9 @@ class QSFT(Objective):
 
     def prepare(self, policy: Policy, trajectories: list[Trajectory]) -> Batch:
         low, high = self.options.return_range
-        sequences = []
+        sequences: list[Sequence] = []
         for trajectory in trajectories:
-            first = sequences[-1].chain + 1 if sequences else 0
+            first = (sequences[-1].chain or 0) + 1 if sequences else 0
             options = self.options
             chains = to_chains(trajectory, options.gamma, options.gamma_token, policy.microbatch_tokens, first)
             own = [sequence for chain in chains for sequence in chain]

@@ -85,10 +85,11 @@ def _over_groups(turns: Turns) -> torch.Tensor:
         for own in (torch.ones_like(counted_K), counted_K)
     )
     sums = torch.tensor(distributed.all_sum([*count_T.tolist(), *total_T.tolist()]), dtype=torch.float64)
-    count_K, total_K = (part[turns.index_K] for part in sums.split(deepest))
+    count_K, total_K = (part[turns.index_K] for part in (sums[:deepest], sums[deepest:]))
     gap_K = counted_K - (total_K - counted_K) / (count_K - 1).clamp(min=1)
     equal_K = gap_K.abs() <= ROUNDING * turns.to_go_K.abs()
-    return gap_K.masked_fill((count_K < 2) | equal_K, 0.0)
+    masked_K: torch.Tensor = gap_K.masked_fill((count_K < 2) | equal_K, 0.0)
+    return masked_K
 
 
 def group_scales(turns: Turns) -> torch.Tensor:

@@ -134,6 +134,17 @@ class Values(nn.Module):
     a gradient's size then has to step by 1 / gain, see `Updater`.
     """
 
+    offset: torch.Tensor
+    scale: torch.Tensor
+    v_offset: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
+    gain: torch.Tensor
+    shift: torch.Tensor
+    peak: torch.Tensor
+
     def __init__(self, spec: HeadsSpec, width: int, tokens: int, lm: nn.Module):
         super().__init__()
         self.spec, self.tokens = spec, tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -27,26 +28,30 @@ class ForwardRequest:
     """The outputs that Q-SFT needs, at this behaviour support."""
 
 
+ABSENT: Any = None
+"""An output that was not requested."""
+
+
 @dataclass
 class Outputs:
     """Per action token, flat over the microbatch: shape (N,), or (H, N) for H Q heads, (..., K) for K categories."""
 
-    logprobs: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None
-    values: torch.Tensor | None = None
+    logprobs: torch.Tensor = ABSENT
+    entropy: torch.Tensor = ABSENT
+    values: torch.Tensor = ABSENT
     value_logits: torch.Tensor | None = None
-    q: torch.Tensor | None = None
+    q: torch.Tensor = ABSENT
     q_logits: torch.Tensor | None = None
-    target_q: torch.Tensor | None = None
+    target_q: torch.Tensor = ABSENT
     """The lower of the target twins."""
-    target_values: torch.Tensor | None = None
+    target_values: torch.Tensor = ABSENT
     push: torch.Tensor | None = None
     bound: torch.Tensor | None = None
     """Share of the vocabulary that the floor lifted."""
-    other_logprobs: torch.Tensor | None = None
+    other_logprobs: torch.Tensor = ABSENT
     """Of the second model: sum of the log-probabilities of all tokens except the action."""
     vocabulary: int = 0
-    best_ratio: torch.Tensor | None = None
+    best_ratio: torch.Tensor = ABSENT
     """Highest Q of a supported token, by the target of the second model."""
 
     def zero_loss(self) -> torch.Tensor:

@@ -23,7 +23,7 @@ from lmrl.policy.forward import run_pass
 from lmrl.policy.heads import HeadsSpec, Values, guide, probability_ratio
 from lmrl.policy.logprobs import at_least_float32
 from lmrl.policy.memory import Passes, fit
-from lmrl.policy.passes import ForwardRequest, Guidance, Outputs, States
+from lmrl.policy.passes import ABSENT, ForwardRequest, Guidance, Outputs, States
 from lmrl.policy.probes import can_pack, head_is_linear
 from lmrl.recipe import Recipe
 from lmrl.trajectories.batch import Batch, Microbatch, Sequence
@@ -44,7 +44,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self.values = self._build_values(heads) if heads is not None else None
+        self.values: Values = self._build_values(heads) if heads is not None else ABSENT
         self._reference = reference if reference is None or isinstance(reference, str) else [reference]  # not a child
         self.heads_are_new = True
         """Whether the heads have yet to learn anything."""

@@ -37,7 +37,7 @@ def mistakes(recipe: Recipe) -> Iterator[str]:
         )
     yield from objective.mistakes(recipe)
     if source.plays and not source.has_log and recipe.rollouts.samples == 1:
-        if source.resample:
+        if getattr(source, "resample", 0):
             yield "`source.resample` replaces prompts whose samples all earned the same: set rollouts.samples to 2 or more"
         if source.best_among == "prompt":
             yield "`source.best_among=prompt` ranks samples of the same prompt: set rollouts.samples to 2 or more"

@@ -46,13 +46,13 @@ def docstrings(cls: type) -> dict[str, str]:
         (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     except (OSError, TypeError, SyntaxError, ValueError):
         return {}
-    found = {}
+    found: dict[str, str] = {}
+    if not isinstance(node, ast.ClassDef):
+        return {}
     for part, after in zip(node.body, node.body[1:], strict=False):
-        is_text = (
-            isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
-        )
-        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name) and is_text:
-            found[part.target.id] = " ".join(after.value.value.split())
+        text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else None
+        if isinstance(text, str) and isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+            found[part.target.id] = " ".join(text.split())
     return found
 
 
@@ -133,7 +133,8 @@ def reference() -> str:
         "Every key of a recipe, generated from the schema. Where a section depends on a name in it (`objective.name: ppo`), each name "
         "has its own table. `lmrl show RECIPE` prints a recipe with all defaults; `lmrl ls objectives ppo` prints one section.",
     ]
-    for key, name, cls in [("", None, Recipe), *sections()]:
+    top: tuple[str, str | None, type[BaseModel]] = ("", None, Recipe)
+    for key, name, cls in [top, *sections()]:
         title = f"`{key}`" + (f": {name}" if name else "") if key else "Top level"
         lines += ["", f"## {title}", "", " ".join(inspect.cleandoc(cls.__doc__ or "").split()), ""]
         lines += ["| key | type | default | |", "|---|---|---|---|"]
@@ -150,9 +151,9 @@ def json_schema() -> dict[str, Any]:
     for key, _, by_tag in CHOICES.values():  # code of one's own has any name but the shipped ones
         taken = [tag.strip("<>") for tag in by_tag if tag != "<custom>"]
         schema["$defs"][by_tag["<custom>"].__name__]["properties"][key]["not"] = {"enum": taken}
-    classes = {cls.__name__: cls for _, _, cls in sections()} | {"Recipe": Recipe}
+    classes: dict[str, type[BaseModel]] = {cls.__name__: cls for _, _, cls in sections()} | {"Recipe": Recipe}
     for name, part in [*schema["$defs"].items(), ("Recipe", schema)]:
-        for key in keys_of(classes[name]) if name in classes else ():
-            if key.text and key.name in part.get("properties", {}):
-                part["properties"][key.name]["description"] = key.text
+        for one in keys_of(classes[name]) if name in classes else ():
+            if one.text and one.name in part.get("properties", {}):
+                part["properties"][one.name]["description"] = one.text
     return schema

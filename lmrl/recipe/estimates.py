@@ -38,8 +38,9 @@ def arithmetic_line(recipe: Recipe) -> str:
     """Prompts x samples -> minibatches -> microbatches -> updates."""
     a = recipe.arithmetic()
     if not recipe.objective.leaves_policy:
+        longest = (recipe.objective.tokens_a_row() or 0) // 2
         return (
-            f"a step: {a['episodes']} pairs of texts of at most {recipe.objective.max_length} tokens each -> microbatches of "
+            f"a step: {a['episodes']} pairs of texts of at most {longest} tokens each -> microbatches of "
             f"about {recipe.training.microbatch_tokens} tokens -> 1 update; {a['steps']} steps = {a['updates']} updates"
         )
     width = _tokens_an_episode(recipe)
@@ -129,7 +130,7 @@ def memory(recipe: Recipe, accelerator: bool = False) -> dict[str, float] | None
     if recipe.rollouts.engine == "vllm":
         vllm = recipe.rollouts.vllm
         copied = total * (4 if vllm.dtype == "float32" else 2)
-        items["vLLM's copy and cache"] = copied + (vllm.memory or VLLM_CACHE_GIB) * 2**30
+        items["vLLM's copy and cache"] = copied + round((vllm.memory or VLLM_CACHE_GIB) * 2**30)
     update, sampling = _update_bytes(recipe, shape), _sampling_bytes(recipe, shape)
     # Not at the same time, and what the one has freed the other takes.
     passes = update if sum(update.values()) >= sum(sampling.values()) else sampling
@@ -197,7 +198,7 @@ def _tokens_an_episode(recipe: Recipe) -> int:
         return stated
     logged = getattr(recipe.source, "max_tokens", None)
     if not recipe.source.plays and logged is not None:
-        return logged * recipe.objective.episodes_a_row
+        return int(logged) * recipe.objective.episodes_a_row
     prompt = recipe.task.prompts.max_tokens if isinstance(recipe.task, PromptTask) else 16
     return recipe.rollouts.max_new_tokens + prompt
 
@@ -207,9 +208,10 @@ def model_shape(model: Model) -> dict[str, int] | None:
     try:
         if model.config is not None:
             return _sensible(_shape_of_config(model.config, None))
-        folder = Path(model.path)
-        if not folder.exists():
-            folder = _cached(model.path, model.revision)
+        path = model.path or ""
+        folder: Path | None = Path(path)
+        if folder is not None and not folder.exists():
+            folder = _cached(path, model.revision)
         if folder is None or not (folder / "config.json").is_file():
             return None
         config = json.loads((folder / "config.json").read_text())

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lmrl.recipe.recipe import Recipe
 
 OWN_TASK = "task"
 """In place of a suite's name: the stage's own task."""
@@ -31,12 +34,12 @@ class Plan:
     episodes: int
 
 
-def plays_to_learn(recipe: Any) -> bool:
+def plays_to_learn(recipe: Recipe) -> bool:
     """True if a stage learns from fresh episodes, alone or beside logged ones."""
     return recipe.source.plays
 
 
-def room(recipe: Any) -> float:
+def room(recipe: Recipe) -> float:
     """Episodes that all evaluations of a stage may play together."""
     steps, rollouts = recipe.training.steps, recipe.rollouts
     if plays_to_learn(recipe):
@@ -71,7 +74,7 @@ def own_plan(recipe: Any) -> Plan | None:
     return Plan(every if stated.every is None else stated.every, stated.episodes or max(size, LEAST))
 
 
-def suite_interval(recipe: Any, size: int) -> int:
+def suite_interval(recipe: Recipe, size: int) -> int:
     """Steps between evaluations on a suite of `size` episodes (0: at the start and the end)."""
     if recipe.evaluation.every is not None:
         return recipe.evaluation.every

@@ -6,9 +6,10 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -25,6 +26,7 @@ from lmrl.secrets import check_no_secrets
 from lmrl.shipped import LAUNCHES, shipped, shipped_file, shipped_names
 
 Keys = tuple[str | int, ...]
+Schema = TypeVar("Schema", bound=BaseModel)
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".gz")
 
 
@@ -46,6 +48,11 @@ class Document:
     places: dict[Keys, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """For the user, once all is found to be right."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative files are named from."""
+        return Path.cwd() if self.path is None else self.path.parent
 
     def place(self, keys: Keys) -> str:
         """Where a key, what is below it, or its nearest written parent stands."""
@@ -253,7 +260,7 @@ def _put(target: Any, key: str | int, value: Any, keys: Keys, override: str) -> 
 
 
 # ------------------------------------------------------------------------------------------------------------ validating
-def validate(schema: type[BaseModel], document: Document, prefix: Keys = ()) -> BaseModel:
+def validate(schema: type[Schema], document: Document, prefix: Keys = ()) -> Schema:
     """Check plain data against a schema; the first mistake becomes one line with its key, place and nearest name."""
     try:
         valid = schema.model_validate(document.data)
@@ -266,7 +273,7 @@ def validate(schema: type[BaseModel], document: Document, prefix: Keys = ()) -> 
     return valid
 
 
-def _explain(schema: type[BaseModel], document: Document, mistake: dict[str, Any], prefix: Keys) -> str:
+def _explain(schema: type[BaseModel], document: Document, mistake: Mapping[str, Any], prefix: Keys) -> str:
     keys: Keys = tuple(key for key in mistake["loc"] if not str(key).startswith("<"))
     place = document.place(prefix + keys)
     name = dotted(prefix + keys)
@@ -281,10 +288,12 @@ def _explain(schema: type[BaseModel], document: Document, mistake: dict[str, Any
     if kind == "missing":
         return f"missing key '{name}' ({place})"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
-        key, _, classes = CHOICES[keys[-1]]
+        choice = str(keys[-1])
+        key, _, classes = CHOICES[choice]
         given = mistake["input"].get(key) if isinstance(mistake["input"], dict) else mistake["input"]
         valid = [tag.strip("<>") for tag in classes if tag not in ("<custom>", "<prompts>")]
-        valid += [name for name in registry.names(keys[-1] if key == "name" else "environment") if name not in valid]
+        which = typing.cast(registry.Kind, choice if key == "name" else "environment")
+        valid += [name for name in registry.names(which) if name not in valid]
         place = document.place((*prefix, *keys, key))
         if given is None:
             return f"missing key '{name}.{key}' ({place}){did_you_mean('', valid)}"
@@ -329,7 +338,7 @@ def _schema_at(schema: Any, data: Any, keys: Keys) -> type[BaseModel] | None:
             schema = annotation
         elif typing.get_origin(schema) is list:
             schema = typing.get_args(schema)[0]
-            data = data[key] if isinstance(data, list) else None
+            data = data[key] if isinstance(data, list) and isinstance(key, int) else None
         if typing.get_origin(schema) in (types.UnionType, typing.Union):
             schema = next((arm for arm in typing.get_args(schema) if arm is not type(None)), None)
     return schema if isinstance(schema, type) and issubclass(schema, BaseModel) else None
@@ -353,7 +362,7 @@ def load_recipe(name: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     check_arguments(document.data, arguments, str(name))
     stages = document.data.get("stages")
     for section in [document.data, *(stages.values() if isinstance(stages, dict) else ())]:
-        resolve_files(section, document.path.parent)
+        resolve_files(section, document.folder)
     recipe = validate(Recipe, document)
     stages = {name: _stage(document, name) for name in recipe.stages}
     _check_stage_rewards(stages | {MAIN_STAGE: recipe})
@@ -430,7 +439,7 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def resolve_files(data: Any, beside: Path) -> None:
     """Make the files that plain recipe data name absolute, in place, so that a run resumes from any folder."""
 
-    def resolve(resolver, *keys: str) -> None:
+    def resolve(resolver: Callable[[str, Path, str], str], *keys: str) -> None:
         section = data
         for key in keys[:-1]:
             section = section.get(key) if isinstance(section, dict) else None
@@ -523,4 +532,5 @@ def to_yaml(recipe: BaseModel) -> str:
             f"the recipe holds what no file can hold ({str(error).splitlines()[0]}): name functions as 'file.py:name', "
             "and give numbers, text, lists and mappings as options"
         ) from error
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+    text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+    return text

@@ -16,8 +16,13 @@ SIZES = (
     "num_attention_heads",
     "n_head",
     "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "n_inner",
+    "vocab_size",
+    "max_position_embeddings",
+    "n_positions",
 )
-SIZES += ("head_dim", "intermediate_size", "n_inner", "vocab_size", "max_position_embeddings", "n_positions")
 """What transformers' configurations call sizes, which are whole numbers."""
 
 

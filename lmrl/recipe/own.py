@@ -6,10 +6,10 @@ from typing import Any
 
 from lmrl import registry
 from lmrl.errors import PluginError, RecipeError
-from lmrl.recipe import CustomObjective, CustomSource, Plugin, Recipe, Section
+from lmrl.recipe import CustomObjective, CustomSource, Recipe, Section
 from lmrl.recipe.files import Document, validate
 
-OWN = {"objective": CustomObjective, "source": CustomSource}
+OWN: dict[registry.Kind, type[CustomObjective | CustomSource]] = {"objective": CustomObjective, "source": CustomSource}
 
 
 def with_own_options(recipe: Recipe) -> Recipe:
@@ -24,14 +24,14 @@ def with_own_options(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def own_options(section: str, given: Plugin) -> Section:
+def own_options(section: registry.Kind, given: CustomObjective | CustomSource) -> Section:
     """What a section's own class makes of it; the section as it is where that class has no `Options`."""
     cls = registry.load(section, given.name, f"{section}.name")
     schema = getattr(cls, "Options", None)
     if schema is None:
         return given
     base = OWN[section].__mro__[1]
-    if not (isinstance(schema, type) and issubclass(schema, base)):
+    if not (isinstance(schema, type) and issubclass(schema, base) and issubclass(schema, Section)):
         raise PluginError(f"{section}.name: Options of '{given.name}' is no {base.__name__}")
     return validate(schema, Document({"name": given.name, **given.options}), prefix=(section,))
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Iterator
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import Discriminator, SerializeAsAny, Tag, field_validator, model_validator
 
@@ -21,16 +21,16 @@ from lmrl.recipe.evaluations import OWN_TASK, plays_to_learn
 from lmrl.recipe.model import Model
 from lmrl.recipe.objectives import OBJECTIVES, CustomObjective, ObjectiveOptions
 from lmrl.recipe.rollouts import Rollouts
-from lmrl.recipe.source import SOURCES, CustomSource, RolloutsSource
+from lmrl.recipe.source import SOURCES, CustomSource, DatasetOptions, RolloutsSource, SourceOptions
 from lmrl.recipe.steps import Evaluation, Optimizer, Tracking, Training
-from lmrl.recipe.task import ENVIRONMENTS, CustomTask, PromptTask
+from lmrl.recipe.task import ENVIRONMENTS, CustomTask, MazeTask, PromptTask, RandomWalksTask
 
 MAIN_STAGE, REWARD_MODEL = "main", "reward_model"
 STAGE_NAME = re.compile(r"[^\W_][^/\\:\x00-\x1f\x7f]{0,99}")
 """What names a folder on any system: nothing hidden, no separators, no control characters."""
 
 
-def _choose(kind: registry.Kind, key: str, shipped: dict[str, type]):
+def _choose(kind: registry.Kind, key: str, shipped: Mapping[str, type]) -> Callable[[Any], str | None]:
     def choose(value: Any) -> str | None:
         name = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
         if isinstance(name, str) and name in shipped:
@@ -40,7 +40,7 @@ def _choose(kind: registry.Kind, key: str, shipped: dict[str, type]):
     return choose
 
 
-def _tags(classes: dict[str, type]) -> dict[str, type]:
+def _tags(classes: Mapping[str, type[Section]]) -> dict[str, type[Section]]:
     return {f"<{name}>": cls for name, cls in classes.items()}
 
 
@@ -50,7 +50,7 @@ def _choose_task(value: Any) -> str | None:
 
 
 _choose_environment = _choose("environment", "environment", ENVIRONMENTS)
-CHOICES = {
+CHOICES: dict[str, tuple[str, Callable[[Any], str | None], dict[str, type[Section]]]] = {
     "task": ("environment", _choose_task, {"<prompts>": PromptTask, **_tags(ENVIRONMENTS), "<custom>": CustomTask}),
     "source": ("name", _choose("source", "name", SOURCES), {**_tags(SOURCES), "<custom>": CustomSource}),
     "objective": (
@@ -64,13 +64,18 @@ CHOICES = {
 
 def _union(section: str) -> Any:
     _, choose, classes = CHOICES[section]
-    arms = [Annotated[cls, Tag(tag)] for tag, cls in classes.items()]
-    return SerializeAsAny[Annotated[functools.reduce(operator.or_, arms), Discriminator(choose)]]
+    arms: list[Any] = [Annotated[cls, Tag(tag)] for tag, cls in classes.items()]
+    union: Any = functools.reduce(operator.or_, arms)
+    serialized: Any = SerializeAsAny
+    return serialized[Annotated[union, Discriminator(choose)]]
 
 
-TaskSection = _union("task")
-SourceSection = _union("source")
-ObjectiveSection = _union("objective")
+if TYPE_CHECKING:
+    TaskSection: TypeAlias = PromptTask | RandomWalksTask | MazeTask | CustomTask
+    SourceSection: TypeAlias = SourceOptions
+    ObjectiveSection: TypeAlias = ObjectiveOptions
+else:
+    TaskSection, SourceSection, ObjectiveSection = (_union(section) for section in CHOICES)
 
 
 class Recipe(Section):
@@ -109,12 +114,13 @@ class Recipe(Section):
             if "tracking" in changes:
                 raise ValueError(f"`stages.{name}.tracking`: trackers belong to the whole run, set `tracking` itself")
         if isinstance(self.task, PromptTask) and self.task.prompts.path is None:
-            if getattr(self.source, "path", None) is None:
+            source = self.source
+            if not isinstance(source, DatasetOptions) or source.path is None:
                 raise ValueError(
                     "`task.prompts.path`: no file of prompts is named (nor logged episodes, `source.path`)"
                 )
             for name in ("path", "split", "config", "revision"):
-                setattr(self.task.prompts, name, getattr(self.source, name, getattr(self.task.prompts, name)))
+                setattr(self.task.prompts, name, getattr(source, name, getattr(self.task.prompts, name)))
         if isinstance(self.task, PromptTask) and self.task.prompts.holdout == 1:
             raise ValueError(
                 "`task.prompts.holdout`: 1 holds all prompts out, so that none is left to train on: set it below 1, such "
@@ -153,8 +159,9 @@ class Recipe(Section):
             if section.get("rollouts"):
                 yield f"`{place}rollouts`: a reward model is trained on pairs, and plays nothing: leave it out"
             evaluation = section.get("evaluation")
-            for name in ("suite", "gate", "metric") if isinstance(evaluation, dict) else ():
-                if evaluation.get(name) not in (None, OWN_TASK):
+            given = evaluation if isinstance(evaluation, dict) else {}
+            for name in ("suite", "gate", "metric"):
+                if given.get(name) not in (None, OWN_TASK):
                     yield (
                         f"`{place}evaluation.{name}`: a reward model plays no suite; it is measured on the pairs that "
                         "objective.holdout keeps aside: leave it out"

@@ -128,4 +128,8 @@ class CustomSource(SourceOptions, Plugin):
     loaded."""
 
 
-SOURCES = {"rollouts": RolloutsSource, "dataset": DatasetSource, "mixture": MixtureSource}
+SOURCES: dict[str, type[SourceOptions]] = {
+    "rollouts": RolloutsSource,
+    "dataset": DatasetSource,
+    "mixture": MixtureSource,
+}

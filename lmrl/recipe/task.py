@@ -103,7 +103,7 @@ class Reward(Section):
     @property
     def what(self) -> str:
         """The function, address or model(s), as given."""
-        return ", ".join(self.models) or self.url or self.function
+        return ", ".join(self.models) or self.url or self.function or ""
 
     @property
     def models(self) -> list[str]:
@@ -115,7 +115,7 @@ class Reward(Section):
             return self.name or self.kind
         if self.models:
             return self.models[0].rstrip("/").rsplit("/", 1)[-1]
-        return self.function.replace(":", ".").rsplit(".", 1)[-1]
+        return (self.function or "").replace(":", ".").rsplit(".", 1)[-1]
 
     def target(self) -> tuple[str, dict[str, Any]]:
         """The function or class that does the work, and its options."""
@@ -124,7 +124,7 @@ class Reward(Section):
             return "lmrl.rewards.http.Scorer", {"url": self.url, "retries": self.retries} | limits | self.options
         if self.kind == "model":
             return "lmrl.rewards.model.RewardModel", {"model": self.model} | self.options
-        return self.function, dict(self.options)
+        return self.function or "", dict(self.options)
 
 
 def as_rewards(given: Any) -> Any:
@@ -210,4 +210,4 @@ class CustomTask(EpisodeLimits, Plugin):
     environment: str
 
 
-ENVIRONMENTS = {"random_walks": RandomWalksTask, "maze": MazeTask}
+ENVIRONMENTS: dict[str, type[EpisodeLimits]] = {"random_walks": RandomWalksTask, "maze": MazeTask}

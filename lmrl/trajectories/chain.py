@@ -112,7 +112,8 @@ def to_chains(
 
 
 def _cut(sequences: list[Sequence], max_tokens: int) -> list[list[Sequence]]:
-    chains, widest = [[]], 0
+    chains: list[list[Sequence]] = [[]]
+    widest = 0
     for sequence in sequences:
         widest = max(widest, len(sequence.tokens))
         if chains[-1] and widest * (len(chains[-1]) + 2) > max_tokens:  # padded, and with a pseudo-action's sequence

@@ -54,7 +54,7 @@ class Encoder:
         if not self.parses and any(map(self._any_case.search, strings(messages))):
             mark = absent("lmrl", strings(messages))
 
-            def hide(match: re.Match) -> str:
+            def hide(match: re.Match[str]) -> str:
                 stand_in = f"{mark}x{len(hidden)}x"
                 hidden[stand_in] = match[0]
                 return stand_in
@@ -72,7 +72,8 @@ class Encoder:
         if not self.tokenizer.chat_template:
             raise ModelError("the prompts are dialogues, but the tokenizer has no chat template")
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
+            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
+            return text
         except Exception as error:  # a template may raise anything
             roles = ", ".join(str(message["role"]) for message in messages)
             raise ModelError(
@@ -87,7 +88,8 @@ class Encoder:
         if not any(self._any_case.search(part.text) for part in parts if not part.control):
             limits = {} if max_length is None else {"truncation": True, "max_length": max_length}
             text = "".join(part.text for part in parts)
-            return self.tokenizer(text, add_special_tokens=opening, **limits).input_ids
+            found: list[int] = self.tokenizer(text, add_special_tokens=opening, **limits).input_ids
+            return found
         if not self.tokenizer.is_fast:
             return self._encode_in_pieces(parts, opening, max_length)
         ids, leaked = self._literal.encode(parts, opening, max_length)
@@ -136,7 +138,7 @@ class _LiteralTokenizer:
     stand-ins are drawn anew in every process: no text can hold them.
     """
 
-    def __init__(self, tokenizer: Any, special: dict[str, int], pattern: re.Pattern):
+    def __init__(self, tokenizer: Any, special: dict[str, int], pattern: re.Pattern[str]):
         from tokenizers import AddedToken, Tokenizer
 
         self.pattern, self.side = pattern, tokenizer.truncation_side
@@ -183,7 +185,7 @@ def pattern_of(words: Iterable[str]) -> str:
 
     Tokenizers may have thousands of special tokens: one after the other, they would be tried at every character.
     """
-    root: dict[str, dict] = {}
+    root: dict[str, Any] = {}
     for word in words:
         node = root
         for letter in word:
@@ -192,7 +194,7 @@ def pattern_of(words: Iterable[str]) -> str:
     return _branches(root) or r"(?!)"
 
 
-def _branches(node: dict[str, dict]) -> str:
+def _branches(node: dict[str, Any]) -> str:
     options = [re.escape(letter) + _branches(inner) for letter, inner in node.items() if letter]
     body = options[0] if len(options) == 1 else f"(?:{'|'.join(options)})" if options else ""
     return f"(?:{body})?" if body and "" in node else body

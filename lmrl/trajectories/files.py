@@ -164,7 +164,8 @@ class Table(Rows):
                 yield dict(zip(columns, values, strict=True))
 
     def _read(self, index: int) -> Row:
-        return self._dataset[int(index)]
+        row: Row = self._dataset[int(index)]
+        return row
 
 
 def open_rows(path: str, part: HubPart = HubPart()) -> Rows:

@@ -19,7 +19,7 @@ class Recorder:
         self.trajectory, self.renderer, self.history = trajectory, renderer, history
         self._observation: str | Messages = ""
         self._recent: list[
-            tuple[str | Messages, dict, list[int]]
+            tuple[str | Messages, dict[str, Any], list[int]]
         ] = []  # observation, the message that answered, its tokens
 
     def observe(self, observation: str | Messages) -> list[int]:
@@ -42,8 +42,8 @@ class Recorder:
             opening, _, acted = earlier[0]
             segment.observe(renderer.first(opening) + acted)
             for seen, _, acted in earlier[1:]:
-                segment.observe(renderer.plain(seen) + acted)
-            segment.observe(renderer.plain(observation))
+                segment.observe(renderer.plain(prompt_text(seen)) + acted)
+            segment.observe(renderer.plain(prompt_text(observation)))
         segments.append(segment)
         return list(segment.tokens)
 
@@ -64,7 +64,7 @@ class Recorder:
         if cut:
             self.trajectory.cut_turns.append(len(turns))
         turns.append(Turn(self._observation, text, message=message))
-        if self.history != "all" and self.history > 1:
+        if isinstance(self.history, int) and self.history > 1:
             self._recent = [*self._recent, (self._observation, message or _assistant(text), tokens)][1 - self.history :]
 
     def truncate(self, observation: str | Messages) -> None:

@@ -145,7 +145,7 @@ class Renderer:
     def _start_token(self) -> int:
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
-                return token
+                return int(token)
         raise ModelError("a prompt is empty, and the tokenizer has neither a bos nor an eos token to start from")
 
 

@@ -74,8 +74,9 @@ def prompt_of(row: Row, column: str = "prompt") -> str | Messages:
         if row.get("messages") is not None:
             return _chat(row, 0).turns[0].observation
         if row.get("text") is not None:
-            return take(row, "text", str)
-    return take(row, column, str, list)
+            return str(take(row, "text", str))
+    found: str | Messages = take(row, column, str, list)
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- writing
@@ -331,7 +332,7 @@ def _preference(row: Row, number: int) -> list[Trajectory]:
     episodes = []
     for side, (answer, reward) in enumerate(zip(answers, (1.0, -1.0), strict=True)):
         name = ("chosen", "rejected")[side]
-        turns = [Turn(prompt, answer)] if isinstance(answer, str) else _dialogue(answer, name, prompt)[0]
+        turns = [Turn(prompt, answer)] if isinstance(answer, str) else _dialogue(answer, name, as_messages(prompt))[0]
         episode = _episode({"reward": reward}, turns, number)
         episode.episode = 2 * number + side
         episodes.append(episode)
@@ -341,14 +342,14 @@ def _preference(row: Row, number: int) -> list[Trajectory]:
 def preference(row: Row) -> tuple[str | Messages, str | Messages, str | Messages]:
     """Prompt, chosen and rejected completion of a row: all text, or all messages. Raises Malformed."""
     chosen, rejected = _text_or_messages(row, "chosen"), _text_or_messages(row, "rejected")
-    if type(chosen) is not type(rejected):
-        raise Malformed("fields 'chosen' and 'rejected' differ in kind; expected text in both, or messages in both")
     prompt = None if row.get("prompt") is None else _text_or_messages(row, "prompt")
-    if isinstance(chosen, str):
+    if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is None:
             prompt = common_prompt(chosen, rejected)
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         return prompt, _not_empty(chosen, "chosen"), _not_empty(rejected, "rejected")
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        raise Malformed("fields 'chosen' and 'rejected' differ in kind; expected text in both, or messages in both")
     shared = common_messages(chosen, rejected)
     stated = [] if prompt is None else as_messages(prompt)
     opening = shared if all(message in shared for message in stated) else stated + shared
@@ -462,7 +463,7 @@ def _messages(row: Row, name: str) -> Messages:
     return checked_messages(take(row, name, list), name)
 
 
-def checked_messages(messages: list, name: str) -> Messages:
+def checked_messages(messages: list[Any], name: str) -> Messages:
     """Messages with what chat templates read of them. Raises Malformed."""
     if not messages:
         raise Malformed(f"field '{name}' is empty; expected messages")

@@ -60,9 +60,9 @@ class DatasetFile:
         self.tokenizer = fingerprint(renderer.tokenizer)
         self.rows = open_rows(path, part)
         self.returns: list[float | None] = []
-        self.measures: dict[str, array] = {}
+        self.measures: dict[str, array[Any]] = {}
         """Components and metrics by name, of the episodes that have them."""
-        self.measured: dict[str, array] = {}
+        self.measured: dict[str, array[Any]] = {}
         """Of each such number, its episode."""
         self.notes: list[str] = []
         self.needs_template = False
@@ -174,7 +174,7 @@ class DatasetFile:
             return False
         texts = strings([[turn.observation, turn.action, turn.message] for turn in episode.turns])
         size = sum(len(text.encode("utf-8", "replace")) for text in texts)
-        return size + self._frame * (len(episode.turns) + 1) <= self.positions
+        return size + self._frame * (len(episode.turns) + 1) <= (self.positions or 0)
 
     @cached_property
     def _frame(self) -> int:

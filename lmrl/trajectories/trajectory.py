@@ -69,7 +69,7 @@ class Trajectory:
     """Return of the episode, undiscounted; None: not judged."""
     components: dict[str, float | None] = field(default_factory=dict)
     """Rewards by function, before weighting."""
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float | None] = field(default_factory=dict)
     """What the environment measured."""
     failure: str | None = None
     """Why the episode could not be judged."""

@@ -14,7 +14,7 @@ from lmrl.recipe.objectives.policy_gradient import (
 from lmrl.recipe.objectives.preferences import DPOObjective, RewardModelObjective
 from lmrl.recipe.objectives.q import Guidance, ILQLObjective, MCObjective, QObjective, QSFTObjective
 
-OBJECTIVES = {
+OBJECTIVES: dict[str, type[ObjectiveOptions]] = {
     "likelihood": LikelihoodObjective,
     "ppo": PPOObjective,
     "ilql": ILQLObjective,

@@ -107,11 +107,13 @@ class RewardModelObjective(ObjectiveOptions):
     """Weight of the squared sum of a pair's rewards, which keeps their mean at zero (Eisenstein et al., arXiv 2312.09244)."""
 
     def mistakes(self, recipe: Recipe) -> Iterator[str]:
+        from lmrl.recipe.source import DatasetSource
+
         source = recipe.source
         if recipe.optimizer.name != "adamw":
             yield f"`optimizer.name={recipe.optimizer.name}`: a reward model is trained by adamw, set that for its stage"
         learns = "objective 'reward_model' learns from pairs of a chosen and a rejected completion"
-        if source.name != "dataset" or source.path is None:
+        if not isinstance(source, DatasetSource) or source.path is None:
             yield f"{learns}: set source.name=dataset and source.path (and leave source.player out)"
             return
         if source.best < 1:
