@@ -103,7 +103,7 @@ def _configured(processes: int | None, config: Path) -> tuple[dict[str, str], in
         return prepare_deepspeed_cmd_env(args)[1], args.num_processes
 
 
-def _watch(running: list[subprocess.Popen], errors: Path, interrupt: Interrupt) -> int:
+def _watch(running: list[subprocess.Popen[bytes]], errors: Path, interrupt: Interrupt) -> int:
     """Wait for the processes; end them all where one fails, or where the launcher is told to."""
     told: int | None = None
     fine = {0, COLLAPSED}
@@ -124,19 +124,19 @@ def _watch(running: list[subprocess.Popen], errors: Path, interrupt: Interrupt) 
     return COLLAPSED if any(process.returncode == COLLAPSED for process in running) else 0
 
 
-def _failed(running: list[subprocess.Popen], fine: set[int]) -> list[int]:
+def _failed(running: list[subprocess.Popen[bytes]], fine: set[int]) -> list[int]:
     """Ranks of the processes that have ended otherwise than is fine."""
     return [rank for rank, process in enumerate(running) if process.poll() not in (None, *fine)]
 
 
-def _wait_for_last_words(running: list[subprocess.Popen]) -> None:
+def _wait_for_last_words(running: list[subprocess.Popen[bytes]]) -> None:
     """Where one has failed, give the others time to fail by themselves."""
     until = time.monotonic() + LAST_WORDS_SECONDS
     while time.monotonic() < until and any(process.poll() is None for process in running):
         time.sleep(POLL_SECONDS)
 
 
-def _end(running: list[subprocess.Popen]) -> None:
+def _end(running: list[subprocess.Popen[bytes]]) -> None:
     until = time.monotonic() + GRACE_SECONDS
     for process in running:
         process.terminate()
@@ -148,7 +148,7 @@ def _end(running: list[subprocess.Popen]) -> None:
             process.wait()
 
 
-def _report(failed: list[int], running: list[subprocess.Popen], errors: Path) -> int:
+def _report(failed: list[int], running: list[subprocess.Popen[bytes]], errors: Path) -> int:
     """Print the failure that explains the others, and return its exit code."""
     found = [_failure(rank, running, errors) for rank in failed]
     cause = min(found, key=lambda one: (one["order"], one["time"]))
@@ -156,7 +156,7 @@ def _report(failed: list[int], running: list[subprocess.Popen], errors: Path) ->
     return cause["code"]
 
 
-def _failure(rank: int, running: list[subprocess.Popen], errors: Path) -> dict[str, Any]:
+def _failure(rank: int, running: list[subprocess.Popen[bytes]], errors: Path) -> dict[str, Any]:
     """The end of a process. One that died silently explains more than an error, and an error of lmrl's more than one of a
     library, which may only say that another process is gone."""
     code = running[rank].returncode

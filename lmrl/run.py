@@ -383,7 +383,7 @@ def latest_run(root: Path = Path("runs")) -> Path:
 
 def describe_machine() -> dict[str, Any]:
     """Versions and machine, for versions.json."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("lmrl", *PACKAGES):
         try:
             versions[package] = version(package)

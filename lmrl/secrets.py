@@ -106,7 +106,7 @@ def check_no_secrets(recipe: Any) -> None:
         raise RecipeError(f"{'.'.join(map(str, keys))}: {advice}")
 
 
-def _found(value: Any, keys: tuple) -> Iterator[tuple[tuple, str]]:
+def _found(value: Any, keys: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], str]]:
     if isinstance(value, dict):
         for key, one in value.items():
             yield from _found(one, (*keys, key))
@@ -120,7 +120,7 @@ def _found(value: Any, keys: tuple) -> Iterator[tuple[tuple, str]]:
         yield keys, f"this is a secret, and a run folder holds its recipe: {fix}"
 
 
-def _expanded(keys: tuple) -> bool:
+def _expanded(keys: tuple[Any, ...]) -> bool:
     """True for keys in which `${NAME}` is replaced: a reward's address, and options of rewards, environments and objectives."""
     own = keys[2:] if keys[:1] == ("stages",) else keys
     if own[:2] == ("task", "rewards"):

@@ -100,13 +100,13 @@ class GymnasiumText(TextEnvironment):
             return partial(_cell, columns=self.env.unwrapped.ncol)
         return DESCRIPTIONS.get(game, as_text)
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[str, dict]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
         observation, _ = self.env.reset(seed=seed)
         self.illegal, self.shown = 0, self._text(observation)
         return self.shown, {}
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         word = " ".join(action.split())
         if word not in self.words:
             self.illegal += 1

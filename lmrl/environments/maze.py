@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -60,14 +60,14 @@ class Maze(TextEnvironment):
         self.distance = _distances_to_goal()
 
     # ------------------------------------------------------------------------------------------------------ gymnasium
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[str, dict]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
         index = (options or {}).get("start")
         self.position = STARTS[self.np_random.integers(self.num_starts) if index is None else index]
         self.steps = 0
         return self._describe(self.position), {}
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         move = MOVES.get(action.strip())
         if move is not None:
             self.position = _after(self.position, move)

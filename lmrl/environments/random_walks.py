@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -60,14 +61,15 @@ class RandomWalks(TextEnvironment):
         self.num_starts = len(self.starts)
 
     # ------------------------------------------------------------------------------------------------------ gymnasium
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[str, dict]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
         index = (options or {}).get("start")
-        self.start = self.starts[self.np_random.integers(self.num_starts) if index is None else index]
-        self.walked, self.plan = "", None
+        self.start = self.starts[self.np_random.integers(len(self.starts)) if index is None else index]
+        self.walked = ""
+        self.plan: str | None = None
         return _name(self.start), {}
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         if not self.stepwise:
             optimality, metrics = self._judge(action)
             return "", optimality, True, False, {"metrics": metrics}
@@ -116,7 +118,7 @@ class RandomWalks(TextEnvironment):
 
     def _walk(self, rng: np.random.Generator, shortest: bool = False) -> str:
         """Nodes after the start, along random edges (shortest: of those that bring the goal nearer)."""
-        node, walk = self.start, []
+        node, walk = self.start, list[str]()
         while node != GOAL and len(walk) < self.max_length - 1:
             following = np.nonzero(self.edges[node])[0]
             if shortest:
@@ -153,5 +155,5 @@ def _distances_to_goal(edges: np.ndarray) -> np.ndarray:
         for before in np.nonzero(edges[:, node])[0]:
             if distance[before] > distance[node] + 1:
                 distance[before] = distance[node] + 1
-                queue.append(before)
+                queue.append(int(before))
     return distance

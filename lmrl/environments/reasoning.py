@@ -30,13 +30,13 @@ class ReasoningGym(TextEnvironment):
         self.num_starts, self.answer_tag = size, answer_tag
         self.version = f"reasoning-gym {reasoning_gym.__version__}" if hasattr(reasoning_gym, "__version__") else None
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[str, dict]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
         drawn = int(self.np_random.integers(self.num_starts))
         self.entry = self.data[(options or {}).get("start", drawn)]
         return self.entry["question"], {}
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         score = float(self.data.score_answer(self._answer(action), self.entry))
         return "", score, True, False, {"metrics": {"correct": float(score >= 1.0)}}
 

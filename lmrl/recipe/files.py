@@ -136,7 +136,9 @@ def read_yaml(path: Path) -> Document:
     if root is None:
         return document
     if not isinstance(root, yaml.MappingNode):
-        raise RecipeError(f"{path}: holds a {root.id}, but a recipe is a mapping of keys to values")
+        raise RecipeError(
+            f"{path}: holds a {type(root).__name__.removesuffix('Node').lower()}, but a recipe is a mapping of keys to values"
+        )
     _note_places(root, (), document)
     document.data = data
     return document
@@ -473,7 +475,9 @@ def _resolve_items(data: Any, keys: tuple[str, str], name: str, beside: Path) ->
     """Make the files absolute that the items of a list name as code."""
     section = data.get(keys[0]) if isinstance(data, dict) else None
     items = section.get(keys[1]) if isinstance(section, dict) else None
-    for index, item in enumerate(items if isinstance(items, list) else ()):
+    if not isinstance(items, list):
+        return
+    for index, item in enumerate(items):
         if isinstance(item, dict) and isinstance(item.get(name), str):
             item[name] = _plugin_path(item[name], beside, f"{dotted(keys)}.{index}.{name}")
         elif isinstance(item, str):

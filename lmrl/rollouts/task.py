@@ -27,13 +27,13 @@ class PromptEnvironment(TextEnvironment):
     def __init__(self, rows: list[dict[str, Any]], column: str):
         self.rows, self.column, self.num_starts = rows, column, len(rows)
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
-        row = self.rows[options["start"]]
+        row = self.rows[(options or {})["start"]]
         columns = {name: value for name, value in row.items() if name != self.column}
         return row[self.column], {"columns": columns}
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         return "", 0.0, True, False, {}
 
 
@@ -68,7 +68,7 @@ class Task:
         """Keys of the prompts that serve evaluation alone (see Renderer.keys)."""
         if self.judged_by != "reward" or self.heldout == self.training:
             return set()
-        return self.keys(self.heldout)
+        return self.keys(self.heldout or [])
 
     def keys(self, starts: list[int]) -> set[str]:
         """Keys of the prompts with these numbers."""
