@@ -63,7 +63,9 @@ class Judge:
     ):
         if not low < high:
             raise ValueError("'low' has to be below 'high'")
-        self.client = Client(f"{url.rstrip('/')}/chat/completions", timeout, retries, token_env, connections=concurrency)
+        self.client = Client(
+            f"{url.rstrip('/')}/chat/completions", timeout, retries, token_env, connections=concurrency
+        )
         self.model, self.rubric, self.pattern, self.low, self.high = model, rubric, re.compile(pattern), low, high
         self.settings = {"max_tokens": max_tokens, "temperature": temperature}
         self.concurrency = concurrency
