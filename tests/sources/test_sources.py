@@ -96,7 +96,7 @@ def test_a_file_without_rewards(tmp_path, walks):
         tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b", "reward": 1}, {"prompt": "a", "completion": "c"}]
     )
     assert build_dataset(dataset(path=path), walks, 0, "main").scores()["return"]["n"] == 1
-    with pytest.raises(DataError, match="source.best=0.5 ranks episodes .* episode 2 has no reward"):
+    with pytest.raises(DataError, match="source.best=0.5 ranks episodes .* episode 2 of the data has no reward"):
         build_dataset(dataset(path=path, best=0.5), walks, 0, "main")
     path = lines(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}])
     assert build_dataset(dataset(path=path), walks, 0, "main").scores() is None

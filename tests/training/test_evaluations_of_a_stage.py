@@ -196,7 +196,11 @@ def test_the_kl_limit_leaves_policies_out():
         (
             "dialogues/dpo",
             ["task.rewards=[]", "evaluation.suite=null"],
-            ["score it:   lmrl eval runs/a --suite SUITE", "export it:  lmrl export runs/a FOLDER"],
+            [
+                "score it:   lmrl eval runs/a --suite SUITE",
+                "talk to it: lmrl chat runs/a",
+                "export it:  lmrl export runs/a FOLDER",
+            ],
         ),
         (
             "dialogues/reward_model",
