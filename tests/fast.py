@@ -21,9 +21,9 @@ UNITS = (
 )
 """Folders below tests/ that hold unit tests, and the files beside them."""
 SLOW = re.compile(
-    r"\b(train|dry_run|resume_run|Updater|simulate\w*)\(|\b(subprocess|multiprocessing|Popen|fork|kill)\b|\bworkers="
+    r"\b(train|dry_run|resume_run|Updater|simulate\w*)\(|\b(subprocess|multiprocessing|Popen|fork|kill|fuzz)\b|\bworkers="
 )
-"""What the source of a test has that trains a policy or starts a process."""
+"""What the source of a test has that trains a policy, starts a process, or tries hundreds of inputs."""
 SLOW_FIXTURES = {"ilql_run", "tiny_folder"}
 SLOW_MARKS = {"smollm2", "vllm"}
 
