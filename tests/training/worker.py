@@ -30,8 +30,8 @@ from lmrl.training.updater import Updater
 from lmrl.trajectories.batch import Batch, Microbatch, to_batch
 from lmrl.trajectories.trajectory import Segment, Trajectory
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import TINY_LLAMA, TINY_WALKS  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.conftest import TINY_LLAMA, TINY_WALKS  # noqa: E402
 
 STEPS = [
     *(change for change in TINY_WALKS if not change.startswith("source.")),
