@@ -29,7 +29,9 @@ from typing import Any
 from lmrl.errors import RunError
 from lmrl.local_names import MODEL_FILES, refuse_missing
 from lmrl.recipe import MAIN_STAGE, OWN_TASK, Recipe
-from lmrl.recipe.files import dotted, read_yaml, stages_of, to_yaml, validate
+from lmrl.recipe.document import dotted, read_yaml
+from lmrl.recipe.files import stages_of, to_yaml
+from lmrl.recipe.validation import validate
 from lmrl.secrets import check_no_secrets, redact
 
 RECIPE_FILE, VERSIONS_FILE, RESULTS_FILE = "recipe.yaml", "versions.json", "results.json"

@@ -13,8 +13,12 @@ from lmrl.cli.common import Debug
 from lmrl.errors import RecipeError
 from lmrl.local_names import refuse_missing
 from lmrl.recipe import PromptTask, Rollouts, Section, TaskSection
-from lmrl.recipe.files import Document, apply_override, merge, resolve_files, validate
+from lmrl.recipe.document import Document
+from lmrl.recipe.files import merge
+from lmrl.recipe.overrides import apply_override
+from lmrl.recipe.paths import resolve_files
 from lmrl.recipe.source import Players
+from lmrl.recipe.validation import validate
 
 
 class Collection(Section):

@@ -43,7 +43,10 @@ def check(
 def task_section(environment: str, options: list[str] | None) -> object:
     """The `task` of an environment with options as a recipe would have them."""
     from lmrl.recipe import Section, TaskSection
-    from lmrl.recipe.files import Document, apply_override, resolve_files, validate
+    from lmrl.recipe.document import Document
+    from lmrl.recipe.overrides import apply_override
+    from lmrl.recipe.paths import resolve_files
+    from lmrl.recipe.validation import validate
 
     class Named(Section):
         task: TaskSection

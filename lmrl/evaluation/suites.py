@@ -10,7 +10,11 @@ from pydantic import Field
 
 from lmrl.errors import RecipeError
 from lmrl.recipe import PromptTask, Rollouts, Section, TaskSection
-from lmrl.recipe.files import Document, apply_override, find_yaml, merge, read_yaml, resolve_files, validate
+from lmrl.recipe.document import Document, read_yaml
+from lmrl.recipe.files import find_yaml, merge
+from lmrl.recipe.overrides import apply_override
+from lmrl.recipe.paths import resolve_files
+from lmrl.recipe.validation import validate
 
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "slots", "cache_tokens", "beta", "support")
 """What of a run's `rollouts` its own task is sampled with; the engine is `hf`."""

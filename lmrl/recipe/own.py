@@ -7,7 +7,8 @@ from typing import Any
 from lmrl import registry
 from lmrl.errors import PluginError, RecipeError
 from lmrl.recipe import CustomObjective, CustomSource, Recipe, Section
-from lmrl.recipe.files import Document, validate
+from lmrl.recipe.document import Document
+from lmrl.recipe.validation import validate
 
 OWN: dict[registry.Kind, type[CustomObjective | CustomSource]] = {"objective": CustomObjective, "source": CustomSource}
 

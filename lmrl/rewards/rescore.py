@@ -9,8 +9,9 @@ import numpy as np
 
 from lmrl.errors import DataError
 from lmrl.rewards.rewards import RewardFunction, Scores, score
+from lmrl.trajectories.fields import json_of
 from lmrl.trajectories.files import Malformed, Row, open_rows
-from lmrl.trajectories.rows import json_of, parse
+from lmrl.trajectories.rows import parse
 
 BATCH = 64
 FORMATS = ("prompt", "completion", "messages", "chosen", "rejected", "reward", "rewards", "terminated")

@@ -14,9 +14,10 @@ from lmrl.recipe import Prompts, PromptTask, Recipe
 from lmrl.rewards.load import load_rewards
 from lmrl.rewards.rewards import RewardFunction, drop_failed, judge
 from lmrl.seeding import stream
+from lmrl.trajectories.fields import checked_messages
 from lmrl.trajectories.files import HubPart, Malformed, read_rows
+from lmrl.trajectories.formats import prompt_of
 from lmrl.trajectories.render import Renderer
-from lmrl.trajectories.rows import checked_messages, prompt_of
 from lmrl.trajectories.store import dataset_texts
 from lmrl.trajectories.trajectory import Trajectory
 

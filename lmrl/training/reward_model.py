@@ -38,7 +38,7 @@ from lmrl.training.monitoring.measures import SAMPLES_KEPT, peak_memory_mb
 from lmrl.training.tracking import StageTracking
 from lmrl.training.updater import schedule
 from lmrl.trajectories.files import HubPart, Malformed, open_rows, quiet_datasets
-from lmrl.trajectories.rows import preference
+from lmrl.trajectories.formats import preference
 from lmrl.trajectories.store import UNMATCHED, report_bad_rows
 from lmrl.trajectories.trajectory import Messages, prompt_key
 

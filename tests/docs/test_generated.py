@@ -11,7 +11,7 @@ import yaml
 
 import lmrl
 from lmrl.recipe import Recipe
-from lmrl.recipe.files import read_yaml
+from lmrl.recipe.document import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"

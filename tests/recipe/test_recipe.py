@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from lmrl.errors import LmrlError
-from lmrl.recipe.files import load_recipe, read_yaml, shipped_file, shipped_names, stages_of, to_yaml
+from lmrl.recipe.document import read_yaml
+from lmrl.recipe.files import load_recipe, shipped_file, shipped_names, stages_of, to_yaml
 
 
 def write(tmp_path, text):

@@ -11,7 +11,8 @@ from rich.console import Console
 
 import lmrl
 from lmrl.errors import RunError
-from lmrl.recipe.files import load_recipe, read_yaml
+from lmrl.recipe.document import read_yaml
+from lmrl.recipe.files import load_recipe
 from lmrl.run import Run, read_recipe
 from lmrl.training import dry_run, resume_run, train
 from lmrl.training.display import Display

@@ -1,0 +1,80 @@
+"""Overrides of a recipe's keys: `a.b.c=value`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from lmrl.errors import RecipeError, did_you_mean
+from lmrl.recipe import CHOICES, MAIN_STAGE, EpisodeLimits
+from lmrl.recipe.document import Document, Keys, Loader, check_size, dotted
+
+
+def apply_override(document: Document, override: str) -> None:
+    """Apply `a.b.c=value`; the value is read as YAML. A list is reached into by index: `task.rewards.0.weight=2`."""
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise RecipeError(f"override '{override}' is not of the form key=value, for instance training.steps=50")
+    try:
+        check_size(yaml.compose(text, Loader=Loader), f"override '{override[:60]}'")
+        value = yaml.load(text, Loader=Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(f"override '{override[:200]}': the value is not valid YAML") from error
+    keys: Keys = tuple(int(part) if part.isdigit() else part for part in name.split("."))
+    _check_stage(document.data, keys, override)
+    target: Any = document.data
+    for depth, key in enumerate(keys[:-1]):
+        target = _child(target, key, keys[: depth + 1], override)
+    last = keys[-1]
+    section = keys[-2] if len(keys) > 1 else None
+    if section in CHOICES and last == CHOICES[section][0] and target.get(last) != value:
+        _keep_shared(section, target, override, document.notes)
+    _put(target, last, value, keys, override)
+    document.places[keys] = f"override {override}"
+
+
+def _check_stage(data: dict[str, Any], keys: Keys, override: str) -> None:
+    """An override changes stages that there are; a new one is written as a whole: `stages.NAME={...}`."""
+    stages = data.get("stages") or {}
+    if keys[0] != "stages" or len(keys) < 3 or not isinstance(stages, dict) or str(keys[1]) in map(str, stages):
+        return
+    if keys[1] == MAIN_STAGE:
+        raise RecipeError(
+            f"override '{override}': stages.{MAIN_STAGE} is what the top-level keys describe: set {dotted(keys[2:])}"
+        )
+    raise RecipeError(
+        f"override '{override}': the recipe has no stage '{keys[1]}'{did_you_mean(str(keys[1]), map(str, stages))}"
+        f"{' ' if stages else '; '}a new one is written as a whole: stages.{keys[1]}={{...}}"
+    )
+
+
+def _keep_shared(section: str, given: dict[str, Any], override: str, notes: list[str]) -> None:
+    """Leave out the keys that another task, source or objective cannot have, and say which; what holds for any task stays."""
+    shared = EpisodeLimits.model_fields if section == "task" and "environment" in given else ()
+    lost = [key for key in given if key not in shared and key != CHOICES[section][0]]
+    for key in [*lost, CHOICES[section][0]]:
+        given.pop(key, None)
+    if lost:
+        left = ", ".join(f"{section}.{key}" for key in lost)
+        notes.append(f"override {override} leaves out {left} of the recipe, which may not go with it")
+
+
+def _child(target: Any, key: str | int, keys: Keys, override: str) -> Any:
+    if isinstance(target, list):
+        if not isinstance(key, int) or key >= len(target):
+            raise RecipeError(f"override '{override}': the list has no item '{dotted(keys)}' (it has {len(target)})")
+    elif target.get(key) is None:
+        target[key] = {}
+    if not isinstance(target[key], dict | list):
+        raise RecipeError(f"override '{override}': '{dotted(keys)}' holds a single value and has no keys below it")
+    return target[key]
+
+
+def _put(target: Any, key: str | int, value: Any, keys: Keys, override: str) -> None:
+    if not isinstance(target, list):
+        target[key] = value
+    elif isinstance(key, int) and key < len(target):
+        target[key] = value
+    else:
+        raise RecipeError(f"override '{override}': the list has no item '{dotted(keys)}' (it has {len(target)})")

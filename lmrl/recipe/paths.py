@@ -1,0 +1,115 @@
+"""Files and folders that a recipe names, made absolute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lmrl.errors import DataError, PluginError
+from lmrl.local_names import refuse_missing
+from lmrl.recipe import STAGE_PREFIX
+from lmrl.recipe.document import dotted
+from lmrl.recipe.task import as_rewards
+from lmrl.shipped import shipped
+
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".gz")
+
+
+def find_file(name: str, beside: Path, key: str) -> str:
+    """Absolute path of a file that a recipe names: from the current folder, the recipe's, or the shipped recipes'."""
+    folders = [Path.cwd(), beside, shipped("recipes")]
+    for folder in folders:
+        if (folder / name).exists():
+            return str((folder / name).resolve())
+    looked = ", ".join(dict.fromkeys(str(folder) for folder in folders))
+    raise DataError(f"{key}: file '{name}' does not exist (looked in {looked})")
+
+
+def resolve_files(data: Any, beside: Path) -> None:
+    """Make the files that plain recipe data name absolute, in place, so that a run resumes from any folder."""
+
+    def resolve(resolver: Callable[[str, Path, str], str], *keys: str) -> None:
+        section = data
+        for key in keys[:-1]:
+            section = section.get(key) if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(section.get(keys[-1]), str):
+            section[keys[-1]] = resolver(section[keys[-1]], beside, dotted(keys))
+
+    resolve(_model_path, "model", "path")
+    resolve(_data_path, "task", "prompts", "path")
+    resolve(_data_path, "source", "path")
+    resolve(_plugin_path, "task", "environment")
+    resolve(_plugin_path, "objective", "name")
+    resolve(_plugin_path, "source", "name")
+    resolve(_plugin_path, "rollouts", "engine")
+    resolve(_suite_path, "evaluation", "suite")
+    _resolve_items(data, ("training", "listeners"), "name", beside)
+    _resolve_items(data, ("tracking", "trackers"), "name", beside)
+    task = data.get("task") if isinstance(data, dict) else None
+    if isinstance(task, dict) and "rewards" in task:
+        task["rewards"] = as_rewards(task["rewards"])
+    rewards = task.get("rewards") if isinstance(task, dict) else None
+    for index, reward in enumerate(rewards if isinstance(rewards, list) else ()):
+        if isinstance(reward, dict) and isinstance(reward.get("function"), str):
+            reward["function"] = _plugin_path(reward["function"], beside, f"task.rewards.{index}.function")
+        if isinstance(reward, dict) and isinstance(reward.get("model"), str | list):
+            given = [reward["model"]] if isinstance(reward["model"], str) else reward["model"]
+            found = [_reward_model(model, beside, f"task.rewards.{index}.model") for model in given]
+            reward["model"] = found[0] if isinstance(reward["model"], str) else found
+
+
+def _resolve_items(data: Any, keys: tuple[str, str], name: str, beside: Path) -> None:
+    """Make the files absolute that the items of a list name as code."""
+    section = data.get(keys[0]) if isinstance(data, dict) else None
+    items = section.get(keys[1]) if isinstance(section, dict) else None
+    if not isinstance(items, list):
+        return
+    for index, item in enumerate(items):
+        if isinstance(item, dict) and isinstance(item.get(name), str):
+            item[name] = _plugin_path(item[name], beside, f"{dotted(keys)}.{index}.{name}")
+        elif isinstance(item, str):
+            items[index] = _plugin_path(item, beside, f"{dotted(keys)}.{index}")
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.endswith(DATA_SUFFIXES)
+
+
+def _model_path(name: str, beside: Path, key: str) -> str:
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    for place in (Path(name), beside / name):
+        if place.exists():
+            return str(place.resolve())
+    refuse_missing(name, key)
+    return name
+
+
+def _reward_model(name: Any, beside: Path, key: str) -> Any:
+    is_path = isinstance(name, str) and not name.startswith(STAGE_PREFIX)
+    return _model_path(name, beside, key) if is_path else name
+
+
+def _data_path(name: str, beside: Path, key: str) -> str:
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    if _looks_local(name) or Path(name).exists() or (beside / name).exists():
+        return find_file(name, beside, key)
+    refuse_missing(name, key, "dataset")
+    return name
+
+
+def _suite_path(name: str, beside: Path, key: str) -> str:
+    """A suite's file beside the caller or the recipe; anything else is a shipped name."""
+    return find_file(name, beside, key) if name.endswith((".yaml", ".yml")) else name
+
+
+def _plugin_path(name: str, beside: Path, key: str) -> str:
+    file, colon, attribute = name.rpartition(":")
+    if colon and file.endswith(".py"):
+        try:
+            return f"{find_file(file, beside, key)}:{attribute}"
+        except DataError as error:
+            raise PluginError(str(error)) from error
+    if colon and "/" in file:
+        raise PluginError(f"{key}: '{name}' should be file.py:name or a dotted path")
+    return name

@@ -1,0 +1,96 @@
+"""Fields of rows of logged data, checked: what is wrong with one names the field and what was expected."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from lmrl.trajectories.files import Malformed, Row, take
+from lmrl.trajectories.trajectory import (
+    Messages,
+)
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def json_of(row: Row, name: str) -> Any:
+    """A field that Parquet holds as JSON text."""
+    if not isinstance(row.get(name), str):
+        return row.get(name)
+    try:
+        return json.loads(row[name])
+    except json.JSONDecodeError as error:
+        raise Malformed(f"field '{name}' is {row[name]!r:.60}; expected JSON") from error
+
+
+def optional(row: Row, name: str, kind: type, default: Any = None) -> Any:
+    return default if row.get(name) is None else take(row, name, kind)
+
+
+def number_in(row: Row, name: str) -> float | None:
+    return None if row.get(name) is None else finite(row[name], name)
+
+
+def finite(value: Any, name: str) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            if math.isfinite(value):
+                return float(value)
+        except OverflowError:
+            pass
+    raise Malformed(f"field '{name}' holds {value!r:.60}; expected a finite number")
+
+
+def not_empty(text: str, name: str) -> str:
+    if not text:
+        raise Malformed(f"field '{name}' is empty after the prompt; expected text")
+    return text
+
+
+def text_or_messages(row: Row, name: str) -> str | Messages:
+    return row[name] if isinstance(take(row, name, str, list), str) else messages_in(row, name)
+
+
+def messages_in(row: Row, name: str) -> Messages:
+    return checked_messages(take(row, name, list), name)
+
+
+def checked_messages(messages: list[Any], name: str) -> Messages:
+    """Messages with what chat templates read of them. Raises Malformed."""
+    if not messages:
+        raise Malformed(f"field '{name}' is empty; expected messages")
+    return [checked_message(message, name) for message in messages]
+
+
+def checked_message(message: Any, name: str) -> dict[str, Any]:
+    """A message with what chat templates read of it: a call of tools may be without content. Raises Malformed."""
+    given = message if isinstance(message, dict) else {}
+    role, content, calls = given.get("role"), given.get("content"), json_of(given, "tool_calls")
+    if calls and content is None:
+        content = ""
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise Malformed(f"field '{name}' holds {message!r:.60}; expected messages with text in 'role' and 'content'")
+    if role not in ROLES:
+        raise Malformed(f"field '{name}' has a message of the role {role!r:.40}; expected one of {', '.join(ROLES)}")
+    if calls and role != "assistant":
+        raise Malformed(f"field '{name}' has 'tool_calls' in a message of the role '{role}'; expected 'assistant'")
+    others = {key: given[key] for key in ("name", "tool_call_id") if isinstance(given.get(key), str)}
+    return {"role": role, "content": content} | ({"tool_calls": _checked_calls(calls, name)} if calls else {}) | others
+
+
+def _checked_calls(calls: Any, name: str) -> list[dict[str, Any]]:
+    """Calls of tools, with arguments as objects: templates write these out as JSON themselves."""
+    found = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Malformed(
+                f"field '{name}' has the tool call {call!r:.60}; expected an object with function.name and "
+                "function.arguments"
+            )
+        arguments = json_of(function, "arguments")
+        if not isinstance(arguments, dict):
+            raise Malformed(f"field '{name}' has the tool arguments {arguments!r:.60}; expected an object")
+        found.append({"type": "function"} | call | {"function": function | {"arguments": arguments}})
+    return found
