@@ -30,7 +30,7 @@ class Objective:
     """Base of all objectives. Subclasses implement `loss`, and `prepare` where they need more than the tokens."""
 
     Options: type[ObjectiveOptions] | None = None
-    """Of an objective of one's own: the class of its section in a recipe, which is checked before anything is built; the
+    """The class of its section in a recipe, for an objective of one's own. It is checked before anything is built; the
     objective is made with an instance of it."""
     label = "objective"
     """Name in tables."""
@@ -96,7 +96,7 @@ class Objective:
         return False
 
     def divergence(self, policy: Policy, minibatch: Batch) -> dict[str, float]:
-        """What `rejects` asks for of the statistics that `loss` reports, without a gradient; nothing where it asks for none. For
+        """The statistics of `loss` that `rejects` needs, computed without a gradient; {} if it needs none. For
         strategies that cannot take a gradient back."""
         return {}
 

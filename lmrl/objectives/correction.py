@@ -45,7 +45,7 @@ def importance_weights(
 
 @dataclass(frozen=True)
 class Correction:
-    """What a recipe says about it."""
+    """The correction that a recipe asks for."""
 
     mode: CorrectionMode
     cap: float

@@ -30,7 +30,7 @@ DISCOPOP_TEMPERATURE = 0.05
 
 @dataclass
 class Pairs:
-    """What the losses compute on, per pair, (P, 2): chosen first. Log-probabilities are sums over action tokens."""
+    """Inputs of the losses for each pair, (P, 2): chosen first. Log-probabilities are sums over action tokens."""
 
     logprobs_P2: torch.Tensor
     reference_P2: torch.Tensor
@@ -99,7 +99,7 @@ def log1mexp(values: torch.Tensor) -> torch.Tensor:
 
 
 def best_and_worst(trajectories: List[Trajectory]) -> list[list[Trajectory]]:
-    """Of each group the episodes with the highest and the lowest reward; groups whose rewards are all equal have none."""
+    """The episodes with the highest and the lowest reward of each group; groups whose rewards are all equal have none."""
     pairs = []
     for group in groups_of(trajectories):
         ranked = sorted((trajectories[position] for position in group), key=lambda one: -(one.reward or 0.0))
@@ -185,7 +185,7 @@ class DPO(Objective):
         return len(batch.fields[EPISODE].unique()) / 2
 
     def measures(self, pairs: Pairs) -> dict[str, torch.Tensor]:
-        """What is reported of each pair, (P,): implicit rewards, their margin, and whether it has the right sign."""
+        """Reported measures of each pair, (P,): implicit rewards, their margin, and whether it has the right sign."""
         scores_P2 = self.options.beta * (pairs.means_P2 if self.options.reference_free else pairs.ratios_P2)
         margin = scores_P2[:, 0] - scores_P2[:, 1]
         return {

@@ -47,7 +47,7 @@ class GroupPolicyGradient(PolicyGradient):
 
     # ---------------------------------------------------------------------------------------- what the methods differ in
     def baseline(self, turns: Turns) -> torch.Tensor:
-        """What each turn earned less what it is compared with, (K,), double."""
+        """Each turn's return less its baseline, (K,), in double."""
         return less_group_mean(turns)
 
     def token_advantages(self, advantages_N: torch.Tensor) -> torch.Tensor:
@@ -55,7 +55,7 @@ class GroupPolicyGradient(PolicyGradient):
         return advantages_N
 
     def weights(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each token its weight in the loss, and its weight in what is reported, (N,); see `count`.
+        """Weight of each token in the loss, and in reported means, (N,); see `count`.
 
         fields: `share` is 1 by the number of the episode's tokens.
         """
@@ -170,6 +170,6 @@ class GroupPolicyGradient(PolicyGradient):
         return Loss((loss_N * losses_N).sum(), sums)
 
     def count(self, batch: Microbatch) -> float:
-        """What weighs 1 in what is reported: as much of each episode, or each token, as is in the microbatch."""
+        """Total weight in reported means: the share of each episode, or each token, that is in the microbatch."""
         _, stat_N = self.weights(batch.fields)
         return float((stat_N * batch.fields["kept"] if "kept" in batch.fields else stat_N).sum())

@@ -1,4 +1,4 @@
-"""What policy gradients share, with a critic or without: the surrogate and its bounds, and the mathematics of advantages."""
+"""Policy gradients, with a critic or without: the surrogate and its bounds, and the mathematics of advantages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What objectives with Q heads share: chains of action tokens, the push-down, and the likelihood beside them."""
+"""Base of objectives with Q heads: chains of action tokens, the push-down, and the likelihood beside them."""
 
 from __future__ import annotations
 

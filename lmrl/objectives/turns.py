@@ -21,7 +21,7 @@ class Turns:
     """The turns of a batch's episodes, one after the other, K in all. Groups are numbered within this process."""
 
     to_go_K: torch.Tensor
-    """What the episode earned from this turn on, double; of the whole episode where rewards fall at its end alone."""
+    """Return from this turn on, in double; the whole episode's where rewards fall at its end alone."""
     index_K: torch.Tensor
     """Which turn of its episode it is; 0 for all where rewards fall at the end of episodes alone."""
     group_K: torch.Tensor
@@ -33,12 +33,12 @@ class Turns:
 
 
 def sums_to_go(values_A: torch.Tensor) -> torch.Tensor:
-    """Of each entry, itself and all that follow, (A,)."""
+    """Sum of each entry and all that follow, (A,)."""
     return values_A.flip(0).cumsum(0).flip(0)
 
 
 def cell_means(values_K: torch.Tensor, cell_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each entry the mean of its cell, and how many entries that has, both (K,)."""
+    """Mean of each entry's cell, and the cell's size, both (K,)."""
     cells, place_K = cell_K.unique(return_inverse=True)
     count_C = values_K.new_zeros(len(cells)).index_add(0, place_K, torch.ones_like(values_K))
     mean_C = values_K.new_zeros(len(cells)).index_add(0, place_K, values_K) / count_C
@@ -54,7 +54,7 @@ def centred(values_K: torch.Tensor, cell_K: torch.Tensor) -> torch.Tensor:
 
 
 def less_group_mean(turns: Turns, leave_one_out: bool = False) -> torch.Tensor:
-    """What each turn earned less the mean of its group at the same turn, (K,). leave_one_out: the mean of the others alone.
+    """Each turn's return less the mean of its group at the same turn, (K,). leave_one_out: the mean of the others alone.
 
     A turn that but one episode of the group has reached is compared with the other groups at that turn (of all processes);
     where there is none, its advantage is 0.

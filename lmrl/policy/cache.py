@@ -130,12 +130,12 @@ class Cache:
 
     @property
     def takes_rows(self) -> bool:
-        """Whether rows can join and leave; else all rows that a cache holds begin and end together."""
+        """True if rows can join and leave; else all rows of a cache begin and end together."""
         return all(isinstance(layer, RowsLayer) for cache in self.caches for layer in cache.layers)
 
     @property
     def takes_gaps(self) -> bool:
-        """Whether masked columns may lie inside of a row: not where a window is measured in columns."""
+        """True if masked columns may lie inside a row: not where a window is measured in columns."""
         return self.takes_rows and all(layer.full for layer in self._layers())
 
     def expect(self, rows: int) -> None:

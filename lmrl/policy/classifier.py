@@ -33,7 +33,7 @@ class Classifier:
         tokenizer.model_max_length, tokenizer.truncation_side = self.max_tokens, "left"
         closes = tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]
         self.end = "" if closes else tokenizer.eos_token or ""
-        """What ends a whole text: nothing where the tokenizer itself ends it, or has no end-of-sequence token."""
+        """Tokens that end a text: none if the tokenizer adds its own, or has no end-of-sequence token."""
 
     @property
     def config(self) -> Any:

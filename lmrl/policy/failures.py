@@ -77,7 +77,7 @@ def broken_file(folder: Path) -> str | None:
 
 
 def _instead(folder: Path) -> str:
-    """What to do about a broken folder: another checkpoint of its run where there is a whole one."""
+    """The fix for a broken folder: another checkpoint of its run, if there is a whole one."""
     run = next((one for one in folder.resolve().parents if (one / RECIPE_FILE).is_file()), None)
     if run is None:
         return "copy or download it again"

@@ -21,7 +21,7 @@ from lmrl.trajectories.batch import Batch, Microbatch
 
 
 class Cuts(Protocol):
-    """What a policy knows of microbatches."""
+    """The part of a policy that cuts batches."""
 
     microbatch_tokens: int
     pad_id: int
@@ -32,11 +32,11 @@ class Cuts(Protocol):
 
 T = TypeVar("T")
 SIGNS = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
-"""What allocators say that have no exception of their own."""
+"""Messages of allocators that have no exception of their own."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on an accelerator or on a CPU."""
+    """True if an allocation failed, on an accelerator or on a CPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
@@ -56,7 +56,7 @@ class FailedPass:
     shape: tuple[int, ...]
     """Sequences and tokens of the microbatch under way; of the longest context and the new tokens for `generate`."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Of that kind, as JSON."""
+    """Options of that kind, as JSON."""
 
 
 class Passes:
@@ -120,7 +120,7 @@ def smaller(policy: Cuts, batch: Batch, micro: Microbatch, error: Exception) -> 
 
 
 def reason(error: BaseException) -> str:
-    """What the allocator said first."""
+    """The first line of the allocator's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 

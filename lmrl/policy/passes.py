@@ -49,7 +49,7 @@ class Outputs:
     bound: torch.Tensor | None = None
     """Share of the vocabulary that the floor lifted."""
     other_logprobs: torch.Tensor = ABSENT
-    """Of the second model: sum of the log-probabilities of all tokens except the action."""
+    """Sum of the second model's log-probabilities of all tokens except the action."""
     vocabulary: int = 0
     best_ratio: torch.Tensor = ABSENT
     """Highest Q of a supported token, by the target of the second model."""

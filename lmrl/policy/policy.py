@@ -47,7 +47,7 @@ class Policy(nn.Module):
         self.values: Values = self._build_values(heads) if heads is not None else ABSENT
         self._reference = reference if reference is None or isinstance(reference, str) else [reference]  # not a child
         self.heads_are_new = True
-        """Whether the heads have yet to learn anything."""
+        """True until the heads have learned something."""
         self.temperature = 1.0
         self.microbatch_tokens = 4096
         """Tokens of a pass at most; becomes less where memory runs out (see memory.py)."""
@@ -130,7 +130,7 @@ class Policy(nn.Module):
 
     @property
     def precision(self) -> torch.dtype:
-        """What losses are computed in: float32, or float64 where the policy has been cast to it."""
+        """The precision of losses: float32, or float64 if the policy has been cast to it."""
         return at_least_float32(self.vocabulary.dtype)
 
     @property
@@ -344,7 +344,7 @@ class Policy(nn.Module):
 
 
 def below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Those whose names begin with the prefix, without it."""
+    """The tensors whose names begin with the prefix, named without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 

@@ -1,4 +1,4 @@
-"""What a model can do, found out by trying it."""
+"""Abilities of a model, found by trial."""
 
 from __future__ import annotations
 

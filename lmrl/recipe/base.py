@@ -1,4 +1,4 @@
-"""What every section of a recipe is: a strict, torch-free pydantic model."""
+"""The base of all sections of a recipe: a strict, torch-free pydantic model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 LARGEST = 2**63 - 1
-"""What torch and numpy take for a whole number."""
+"""Range of whole numbers in torch and numpy."""
 
 
 class Section(BaseModel):

@@ -1,4 +1,4 @@
-"""What a recipe will take, computed without torch: batch arithmetic and memory."""
+"""Estimates of a recipe, computed without torch: batch arithmetic and memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lmrl.recipe.rates import UNKNOWN_SIZE, default_rates, with_rates
 PROCESS_MB = 450
 """Python with torch and transformers imported, before any model."""
 VLLM_PROCESS_MB = 300
-"""What vLLM imports, beside its copy and cache."""
+"""Memory of vLLM's imports in MB, beside its copy and cache."""
 CPU_BFLOAT16 = 4
 """How many times the tensors of its passes a CPU comes to hold where it computes in bfloat16. oneDNN keeps prepared kernels for
 every new shape; what else there is was not found. Fitted to long runs (see docs/memory.md); float32 shows nothing of it."""
@@ -163,7 +163,7 @@ def _moments_bytes(recipe: Recipe, shape: dict[str, int]) -> Callable[..., int]:
 
 
 def _update_bytes(recipe: Recipe, shape: dict[str, int]) -> dict[str, int]:
-    """What a pass of an update keeps for its backward pass."""
+    """Bytes that a pass of an update keeps for its backward pass."""
     tokens = min(recipe.training.microbatch_tokens, recipe.arithmetic()["episodes"] * _tokens_an_episode(recipe))
     width = 2 if "bfloat16" in (recipe.model.dtype, recipe.training.precision) else 4
     # Attention input, q, k, v, output, two norms and three feed-forward maps are kept for the backward pass.
@@ -177,7 +177,7 @@ def _update_bytes(recipe: Recipe, shape: dict[str, int]) -> dict[str, int]:
 
 
 def _sampling_bytes(recipe: Recipe, shape: dict[str, int]) -> dict[str, int]:
-    """What engine `hf` holds while it samples."""
+    """Bytes that engine `hf` holds while it samples."""
     options = recipe.rollouts
     if not recipe.source.plays or options.engine != "hf":
         return {}

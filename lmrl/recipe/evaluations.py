@@ -21,7 +21,7 @@ episodes, which takes less time than playing one as well."""
 BETWEEN = 8
 """Evaluations between a stage's start and its end, at most."""
 AROUND = 4
-"""Those at the start and the end, and of the last and the best policy afresh."""
+"""Evaluations at the start and the end, and the fresh ones of the last and the best policy."""
 LEAST, ENOUGH, MOST, MOST_OFFLINE = 16, 32, 256, 64
 """Episodes of an evaluation: below LEAST nothing is measured, and below ENOUGH no policies are compared."""
 

@@ -13,7 +13,7 @@ from lmrl.errors import RecipeError
 
 @dataclass(frozen=True)
 class Argument:
-    """What a recipe is to be given: by which name, for which key, and what it is."""
+    """An argument of a recipe: its name, the key it sets, and what is expected."""
 
     name: str
     key: str

@@ -23,7 +23,7 @@ SIZES = (
     "max_position_embeddings",
     "n_positions",
 )
-"""What transformers' configurations call sizes, which are whole numbers."""
+"""Names of sizes in transformers' configurations; all are whole numbers."""
 
 
 class Lora(Section):
@@ -46,13 +46,13 @@ class Model(Section):
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     config: dict[str, Any] | None = None
-    """What transformers' configuration of a model from scratch says: `model_type` and its sizes."""
+    """Transformers' configuration of a model from scratch: `model_type` and its sizes."""
     tokenizer: Literal["char", "word"] = "char"
-    """Of a model from scratch: a token for each character, or each word, of the task's texts."""
+    """Tokenizer of a model from scratch: a token for each character, or each word, of the task's texts."""
     lora: Lora | None = None
     """Train adapters and leave the model as it is (null: train all weights)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of frozen weights; trained ones are float32."""
+    """Precision of frozen weights; trained ones are float32."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
 

@@ -26,7 +26,7 @@ def with_own_options(recipe: Recipe) -> Recipe:
 
 
 def own_options(section: registry.Kind, given: CustomObjective | CustomSource) -> Section:
-    """What a section's own class makes of it; the section as it is where that class has no `Options`."""
+    """The section checked by its own class's `Options`; as it is if that class has none."""
     cls = registry.load(section, given.name, f"{section}.name")
     schema = getattr(cls, "Options", None)
     if schema is None:

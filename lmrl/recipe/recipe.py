@@ -27,7 +27,7 @@ from lmrl.recipe.task import ENVIRONMENTS, CustomTask, MazeTask, PromptTask, Ran
 
 MAIN_STAGE, REWARD_MODEL = "main", "reward_model"
 STAGE_NAME = re.compile(r"[^\W_][^/\\:\x00-\x1f\x7f]{0,99}")
-"""What names a folder on any system: nothing hidden, no separators, no control characters."""
+"""Names that are folder names on any system: nothing hidden, no separators, no control characters."""
 
 
 def _choose(kind: registry.Kind, key: str, shipped: Mapping[str, type]) -> Callable[[Any], str | None]:
@@ -84,7 +84,7 @@ class Recipe(Section):
     description: str = ""
     model: Model
     task: TaskSection | None = None
-    """What the policy plays. Only a reward model on its own does without."""
+    """The task that the policy plays; needed by all but a reward model."""
     source: SourceSection = RolloutsSource()
     rollouts: Rollouts = Rollouts()
     objective: ObjectiveSection
@@ -169,7 +169,7 @@ class Recipe(Section):
 
     @property
     def judges(self) -> bool:
-        """Whether a stage plays its task, and so needs the task's rewards."""
+        """True if a stage plays its task, and so needs the task's rewards."""
         return self.objective.name != REWARD_MODEL and (
             plays_to_learn(self) or self.evaluation.suite not in (None, OWN_TASK) or self.scores_own_task
         )
@@ -192,7 +192,7 @@ class Recipe(Section):
         return self.objective.resolved(self)
 
     def _objective_name(self, changes: dict[str, Any]) -> str:
-        """Of a stage, given what it does differently."""
+        """The objective's name of a stage, given its changes."""
         objective = changes.get("objective")
         return (objective.get("name") if isinstance(objective, dict) else None) or self.objective.name
 

@@ -17,7 +17,7 @@ class VLLM(Section):
     """Settings of engine `vllm` (see docs/rollouts.md)."""
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of vLLM's own copy of the weights, whatever the learner's are."""
+    """Precision of vLLM's own copy of the weights, whatever the learner's is."""
     max_model_len: int | None = Field(None, ge=1)
     """Tokens of context and completion at most (null: what the model has positions for)."""
     memory: float | None = Field(None, gt=0)
@@ -63,9 +63,9 @@ class Rollouts(Section):
     """1: the episodes of a step are played while the step before is learned from, with weights one step old (engine
     `vllm-server` does both at once; the others play first). Of stages that play; for one process."""
     beta: float | None = Field(None, ge=0)
-    """Of a policy with Q heads: weight of Q beside the log-probabilities (null: as its objective said; 0: none)."""
+    """Weight of Q beside the log-probabilities, for a policy with Q heads (null: its objective's; 0: none)."""
     support: float | None = Field(None, ge=0, lt=1)
-    """Of a policy with Q heads: tokens less likely than this under the policy without Q are never drawn (null: as its
+    """Tokens less likely than this under the policy without Q are never drawn, for a policy with Q heads (null: as its
     objective said)."""
     check_every: int = Field(50, ge=0)
     """Weight syncs between comparisons of sampled and learner's log-probabilities, beside the one after the first sync

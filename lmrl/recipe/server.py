@@ -31,7 +31,7 @@ class Server(Section):
     """How weights travel: `nccl` broadcasts them from GPU to GPU, `files` puts them in shared memory on the same machine;
     `auto` takes nccl where both sides have GPUs of their own."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Of the servers' weights and arithmetic, whatever the learner's are."""
+    """Precision of the servers' weights and arithmetic, whatever the learner's is."""
     max_model_len: int | None = Field(None, ge=1)
     """Tokens of context and completion at most (null: what the model has positions for)."""
     memory: float = Field(4, gt=0)

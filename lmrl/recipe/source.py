@@ -38,7 +38,7 @@ class RolloutsSource(SourceOptions):
     best: float = Field(1.0, gt=0, le=1)
     """Share of each step's episodes, those with the highest returns, that is learned from."""
     best_among: Literal["all", "prompt"] = "all"
-    """What `best` is a share of: all of a step's episodes, or those of each prompt (at least one of them).
+    """The episodes that `best` is a share of: all of a step's, or those of each prompt (at least one of them).
     Which of equal returns is kept is drawn."""
     resample: int = Field(0, ge=0)
     """Rounds of further prompts at most, drawn in place of those whose samples all earned the same (dynamic sampling,
@@ -53,7 +53,7 @@ class DatasetOptions(SourceOptions):
     path: str | None = None
     """JSONL or Parquet, a folder of Parquet shards, or a dataset on the hub (see lmrl/trajectories/rows.py)."""
     split: str = "train"
-    """Of a dataset on the hub, as are `config` and `revision`."""
+    """Split of a dataset on the hub; `config` and `revision` are the hub's too."""
     config: str | None = None
     """Name of its configuration (null: its only or default one)."""
     revision: str | None = None
@@ -67,12 +67,12 @@ class DatasetOptions(SourceOptions):
     max_tokens: int | None = Field(None, ge=1)
     """Episodes with more tokens are left out, and counted."""
     turns: int | None = Field(None, ge=1)
-    """Of each episode that is drawn, learn from a piece of so many turns, drawn as well (null: from all of it). Many
+    """Learn from a random piece of so many turns of each episode (null: from all of it). Many
     pieces of many episodes make steadier updates than a few whole ones. Needs `task.history: N`."""
     best: float = Field(1.0, gt=0, le=1)
     """Share of the episodes, those with the highest returns, that is learned from (below 1: filtered)."""
     best_among: Literal["all", "prompt"] = "all"
-    """What `best` is a share of: all episodes, or those of each prompt (at least one of them).
+    """The episodes that `best` is a share of: all, or those of each prompt (at least one of them).
     Which of equal returns is kept is drawn."""
     skip_bad_rows: bool = False
     """Count malformed rows and keep them aside, in the run's bad_rows.jsonl, instead of stopping."""

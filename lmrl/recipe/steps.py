@@ -31,7 +31,7 @@ class Optimizer(Section):
     weight_decay: float = Field(0.0, ge=0)
     """Share of each weight, times `lr`, that every update takes away."""
     schedule: Literal["constant", "linear", "cosine"] | None = None
-    """What the learning rate does after warm-up: stays, or falls to 0 over the stage (null: linear where a stage learns from logged
+    """The learning rate after warm-up: it stays, or falls to 0 over the stage (null: linear where a stage learns from logged
     data alone, whose noise a falling rate averages out; else constant)."""
     warmup_steps: int = Field(0, ge=0)
     """First steps, over which the learning rate rises from 0."""
@@ -77,7 +77,7 @@ class Training(Section):
     earlier one was certainly better, on the same episodes. With `objective.kl_target`, earlier ones beyond it are left out. Reward
     models do not know this."""
     kl_band: float | None = Field(0.03, gt=0)
-    """Of policy gradients: nats a token by which a step may move the policy. Where it has moved further, the learning rate is
+    """Nats a token by which a step of policy gradients may move the policy. Where it has moved further, the learning rate is
     lowered at once, and raised again, up to the recipe's, where it moves less than half as far (null: the rate is left alone)."""
     on_collapse: Literal["rollback", "stop", "warn"] = "rollback"
     """When a stage has certainly lost most of what it gained (see docs/guard.md). rollback: go back to the best checkpoint with a lower
@@ -92,7 +92,7 @@ class Training(Section):
 
 
 class Evaluation(Section):
-    """What a stage is scored on, and when."""
+    """Scoring of a stage: on what, and when."""
 
     suite: str | None = OWN_TASK
     """A suite's name or file. task: the stage's own task: an environment with evaluation's own seeds, or held-out prompts; prompts

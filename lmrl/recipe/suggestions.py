@@ -1,4 +1,4 @@
-"""What a key that no section has was probably meant to be: a near name, the right section, or another tool's name for it."""
+"""The likely meaning of an unknown key: a near name, the right section, or another tool's name for it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ELSEWHERE = {
     "warmup": ("optimizer.warmup_steps",),
     "warmup_ratio": ("optimizer.warmup_steps",),
 }
-"""What trl, transformers, verl and stable-baselines call some keys, and the keys here, the likeliest first."""
+"""Names of keys in trl, transformers, verl and stable-baselines, and the keys here, the likeliest first."""
 
 
 def suggest(name: str, section: Iterable[str], sections: Mapping[str, Iterable[str]], above: str = "") -> str:

@@ -9,7 +9,7 @@ from pydantic import AllowInfNan, BeforeValidator, Field, model_validator
 from lmrl.recipe.base import Plugin, Section
 
 SpecialTokens = Literal["text", "parse"]
-"""What a special token's name, such as `<|im_end|>`, is inside prompts, observations, tool results and logged actions:
+"""Reading of a special token's name, such as `<|im_end|>`, inside prompts, observations, tool results and logged actions:
 text like any other, or that token (`parse`: for prompts that come rendered). A chat template's own are always tokens."""
 
 OpenEnd = Annotated[float, AllowInfNan(True)]
@@ -29,9 +29,9 @@ class Prompts(Section):
     path: str | None = None
     """Null: the prompts of the logged episodes, `source.path`."""
     column: str = "prompt"
-    """Of preference data without such a column the prompt is what chosen and rejected begin with."""
+    """Column of the prompt. In preference data without it, the prompt is the common beginning of chosen and rejected."""
     split: str = "train"
-    """Of a dataset on the hub, as are `config` and `revision`."""
+    """Split of a dataset on the hub; `config` and `revision` are the hub's too."""
     config: str | None = None
     """Name of its configuration (null: its only or default one)."""
     revision: str | None = None
@@ -162,7 +162,7 @@ class PromptTask(Section):
 
 class EpisodeLimits(Section):
     history: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
-    """What the policy sees of an episode: everything, or the last N observations with the turns between them."""
+    """The part of an episode that the policy sees: everything, or the last N observations with the turns between them."""
     max_turns: int = Field(100, ge=1)
     """An episode is truncated after so many turns."""
     max_failed: float = Field(0.1, ge=0, le=1)

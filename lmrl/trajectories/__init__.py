@@ -1,1 +1,1 @@
-"""What flows: trajectories, and the batches that objectives make of them."""
+"""Trajectories, and the batches that objectives make of them."""

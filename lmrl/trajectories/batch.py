@@ -28,7 +28,7 @@ class Sequence:
     chain: int | None = None
     """Sequences of one chain (see chain.py) stay together, in order."""
     branches: torch.Tensor | None = None
-    """Of a packed sequence (see shared.py): 0 for the shared beginning, n for its nth continuation, (T,)."""
+    """Branch of each token of a packed sequence (see shared.py): 0 for the shared beginning, n for its nth continuation, (T,)."""
     zero_gradient: bool = False
     """True if its gradient is exactly zero: it is counted in the loss and skipped in the forward pass."""
 

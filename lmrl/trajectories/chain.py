@@ -29,7 +29,7 @@ def to_sequences(trajectory: Trajectory) -> list[Sequence]:
 
 
 def rewards_and_turns(trajectory: Trajectory, cut_penalty: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each action token earned, in double, and the turn it belongs to, both (A,).
+    """Reward of each action token, in double, and its turn, both (A,).
 
     cut_penalty: taken from what the last token of each turn earned that ran into the token limit.
     """
@@ -53,7 +53,7 @@ def discounts(turns_A: torch.Tensor, gamma: float, gamma_token: float) -> torch.
 
 
 def returns_to_go(rewards_A: torch.Tensor, discounts_A: torch.Tensor) -> torch.Tensor:
-    """What each action token and all after it earned, discounted: G_t = r_t + discount_t G_{t+1}, (A,)."""
+    """Discounted return of each action token: G_t = r_t + discount_t G_{t+1}, (A,)."""
     result, carried = [], 0.0
     # Python's numbers: a tensor operation a token is tens of times slower.
     for reward, discount in zip(reversed(rewards_A.tolist()), reversed(discounts_A.tolist()), strict=True):
@@ -70,7 +70,7 @@ def hidden_shares(trajectory: Trajectory, discounts_A: torch.Tensor) -> torch.Te
 
 
 def has_known_return(trajectory: Trajectory, gamma: float, gamma_token: float) -> bool:
-    """Whether the log holds the return of any action token (see `floors` in to_chains)."""
+    """True if the log holds the return of any action token (see `floors` in to_chains)."""
     _, turns_A = rewards_and_turns(trajectory)
     return bool((hidden_shares(trajectory, discounts(turns_A, gamma, gamma_token)) <= NEGLIGIBLE).any())
 

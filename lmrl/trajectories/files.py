@@ -36,7 +36,7 @@ class HubPart:
 
     @classmethod
     def of(cls, section: Any) -> HubPart:
-        """What a recipe's `source` or `task.prompts` says."""
+        """The dataset named by a recipe's `source` or `task.prompts`."""
         given = {name: getattr(section, name, None) for name in ("split", "config", "revision")}
         return cls(**{name: value for name, value in given.items() if value is not None})
 
@@ -46,7 +46,7 @@ class HubPart:
 
 
 class Malformed(ValueError):
-    """What is wrong with a row; who reads the file adds its place."""
+    """A mistake in a row; the reader of the file adds its place."""
 
 
 class Rows:

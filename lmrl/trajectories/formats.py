@@ -92,7 +92,7 @@ def preference(row: Row) -> tuple[str | Messages, str | Messages, str | Messages
 
 
 def common_prompt(chosen: str, rejected: str) -> str:
-    """What both texts begin with, cut back to the last HH_MARKER, else to before the last white space."""
+    """The common beginning of both texts, cut back to the last HH_MARKER, else to before the last white space."""
     shared = commonprefix([chosen, rejected])
     marker = shared.rfind(HH_MARKER)
     if marker >= 0:
@@ -128,7 +128,7 @@ def _dialogue(messages: Messages, name: str, opening: Messages) -> tuple[list[Tu
 
 
 def _observed(messages: Messages) -> str | Messages:
-    """What comes between two actions: the user's words as one text, results of tools as messages."""
+    """The observation between two actions: the user's words as one text, results of tools as messages."""
     if any(message["role"] != "user" for message in messages):
         return messages
     return "\n\n".join(message["content"] for message in messages)
@@ -141,7 +141,7 @@ def said_text(message: dict[str, Any]) -> str:
 
 
 def episode_of(row: Row, turns: list[Turn], number: int, rewards: list[float | None] | None = None) -> Trajectory:
-    """What all formats share. rewards: of each turn; without them `reward` of the row falls in the last turn."""
+    """An episode of any format. rewards: of each turn; without them `reward` of the row falls in the last turn."""
     total = number_in(row, "reward")
     if rewards is not None:
         for turn, reward in zip(turns, rewards, strict=True):

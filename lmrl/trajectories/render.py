@@ -93,7 +93,7 @@ class Renderer:
         return tokens[: closing[-1] + 1] if closing else tokens
 
     def _headers(self, opening: Messages, plain: str, sentinel: str) -> list[str]:
-        """What may stand before what the assistant says."""
+        """Text that may stand before the assistant's words."""
         before, found, _ = plain.rpartition(sentinel)
         return ([before] if found else []) + [self.encoder.template(opening)]
 

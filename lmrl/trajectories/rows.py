@@ -103,7 +103,7 @@ def to_row(trajectory: Trajectory, tokenizer: str | None = None) -> Row:
 
 
 def prompts_of(trajectory: Trajectory) -> list[str | Messages]:
-    """What the policy answered: the prompt, and in a dialogue all of it up to each later turn."""
+    """The prompts that the policy answered: the first, and in a dialogue everything up to each later turn."""
     first = trajectory.turns[0].observation
     prompts = [first]
     if is_dialogue(trajectory):
@@ -174,7 +174,7 @@ def render(trajectory: Trajectory, renderer: Renderer, history: int | str = "all
 
 
 def is_dialogue(trajectory: Trajectory) -> bool:
-    """Whether there are messages, which only a chat template can render."""
+    """True if there are messages, which only a chat template can render."""
     return any(not isinstance(turn.observation, str) or turn.message for turn in trajectory.turns)
 
 

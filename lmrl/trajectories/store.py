@@ -63,12 +63,12 @@ class DatasetFile:
         self.measures: dict[str, array[Any]] = {}
         """Components and metrics by name, of the episodes that have them."""
         self.measured: dict[str, array[Any]] = {}
-        """Of each such number, its episode."""
+        """The episode of each such number."""
         self.notes: list[str] = []
         self.needs_template = False
         """True if there are dialogues to render."""
         self.groups = array("q")
-        """Of each episode a number that it shares with those that can be compared with it: of the same prompt."""
+        """Group number of each episode: episodes of one prompt share it, and can be compared."""
         self._index, self._parts = array("q"), array("b")
         self._heldout: list[tuple[int, int, int]] = []
         self._scan(without, skip_bad_rows, bad_rows, scored)
@@ -156,7 +156,7 @@ class DatasetFile:
                 self.measured.setdefault(name, array("q")).append(len(self) - 1)
 
     def _is_among(self, keys: Collection[str], row: Row, episode: Trajectory) -> bool:
-        """Whether one of its prompts has one of these keys."""
+        """True if one of its prompts has one of these keys."""
         stated = row.get("text" if "prompt" not in row else "prompt")
         prompts = [*([stated] if isinstance(stated, str) else []), *prompts_of(episode)]
         return any(not self.renderer.keys(prompt).isdisjoint(keys) for prompt in prompts)
@@ -169,7 +169,7 @@ class DatasetFile:
         return max((len(segment.tokens) for segment in segments), default=0)
 
     def _surely_fits(self, episode: Trajectory) -> bool:
-        """Whether its characters are so few that it need not be tokenised: a token has at least one byte."""
+        """True if it is too short to need tokenising: a token has at least one byte."""
         if episode.segments:
             return False
         texts = strings([[turn.observation, turn.action, turn.message] for turn in episode.turns])

@@ -70,7 +70,7 @@ class Trajectory:
     components: dict[str, float | None] = field(default_factory=dict)
     """Rewards by function, before weighting."""
     metrics: dict[str, float | None] = field(default_factory=dict)
-    """What the environment measured."""
+    """Measurements of the environment."""
     failure: str | None = None
     """Why the episode could not be judged."""
     cut_turns: list[int] = field(default_factory=list)
@@ -85,14 +85,14 @@ class Trajectory:
     turns: list[Turn] = field(default_factory=list)
     """The episode as text."""
     final_observation: str | Messages | None = None
-    """Of a truncated episode: what would have come next."""
+    """The observation that would have come next, in a truncated episode."""
     player: str | None = None
-    """Who played: a policy or a scripted player, where it is known."""
+    """The player: a policy or a scripted player, if known."""
     seed: int | None = field(default=None, compare=False)
     start: int | None = field(default=None, compare=False)
-    """What the environment's `reset` was given, where it is known: the seed, and `options["start"]` (None: drawn by the seed)."""
+    """Arguments of the environment's `reset`, if known: the seed, and `options["start"]` (None: drawn by the seed)."""
     version: int | None = field(default=None, compare=False)
-    """Of the weights it was played with: the number of the engine's weight sync (None: not played by this process)."""
+    """Version of the weights that played: the number of the engine's weight sync (None: not played by this process)."""
 
     @property
     def num_actions(self) -> int:
@@ -124,7 +124,7 @@ def prompt_key(prompt: str | Messages) -> str:
 
 
 def transcript(turns: list[Turn]) -> str:
-    """What followed the prompt, for people: actions and the observations between them, one a line."""
+    """The text after the prompt, for people: actions and the observations between them, one a line."""
     lines = [line for turn in turns for line in (prompt_text(turn.observation), turn.action)]
     return "\n".join(lines[1:])
 

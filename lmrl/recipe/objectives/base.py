@@ -1,4 +1,4 @@
-"""What every objective's section of a recipe is: its options, and what the rest of lmrl asks of it before there are tensors."""
+"""The base of all objectives' sections: options, and the answers that the rest of lmrl needs before there are tensors."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class PolicyGradientObjective(ObjectiveOptions):
-    """What policy gradients share, and how far an update may go."""
+    """Options of all policy gradients, with the limits of an update."""
 
     epochs: int = Field(2, ge=1)
     """Passes over a step's episodes."""
@@ -124,13 +124,13 @@ class PPOObjective(PolicyGradientObjective):
 
 
 class GroupObjective(PolicyGradientObjective):
-    """What policy gradients share whose baseline is the episodes of the same prompt (or the batch), and no critic.
+    """Options of policy gradients without a critic: their baseline is the other episodes of the prompt, or the batch.
 
     `kl_coef` weighs the divergence in the reward with rloo and reinforce_pp, and a term of the loss (k3) with grpo and dr_grpo.
     """
 
     scale_rewards: Literal["group", "batch", "none"] = "none"
-    """What advantages are divided by: the group's standard deviation, the batch's, or nothing, which leaves the step's size to the
+    """Divisor of advantages: the group's standard deviation, the batch's, or nothing, which leaves the step's size to the
     size of rewards. Where rewards fall at turns it is one number for all turns."""
     mask_cut: bool = False
     """Leave episodes with a turn that was cut off by the token limit out of the loss (overlong filtering, DAPO, arXiv
@@ -152,7 +152,7 @@ class GRPOObjective(GroupObjective):
 
     name: Literal["grpo"]
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What advantages are divided by (see above)."""
+    """Divisor of advantages (see above)."""
 
 
 class DrGRPOObjective(GroupObjective):
@@ -160,7 +160,7 @@ class DrGRPOObjective(GroupObjective):
 
     name: Literal["dr_grpo"]
     constant_length: int = Field(256, ge=1)
-    """What the sum over an episode's tokens is divided by, the same for all of any length."""
+    """Divisor of the sum over an episode's tokens, the same for every length."""
 
 
 class RLOOObjective(GroupObjective):
@@ -168,7 +168,7 @@ class RLOOObjective(GroupObjective):
 
     name: Literal["rloo"]
     scale_rewards: Literal["group", "batch", "none"] = "batch"
-    """What advantages are divided by (see above)."""
+    """Divisor of advantages (see above)."""
 
 
 class ReinforcePPObjective(GroupObjective):

@@ -48,7 +48,7 @@ class DPOObjective(ObjectiveOptions):
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """Share of the pairs that is taken to be labelled the wrong way round (sigmoid, robust, exo_pair)."""
     target_margin: float = Field(0.5, ge=0)
-    """Of simpo: how much better a token of the chosen episode has to be, times beta."""
+    """Margin of simpo: how much better a token of the chosen episode has to be, times beta."""
     sft_coef: float | None = Field(None, ge=0)
     """Weight of the likelihood of the chosen episodes, a token (null: 1 with orpo, else 0)."""
     minibatches: int = Field(1, ge=1)

@@ -41,7 +41,7 @@ class Guidance(ObjectiveOptions):
 
 
 class QObjective(Discounts, Guidance):
-    """What objectives with Q heads share."""
+    """Options of all objectives with Q heads."""
 
     minibatches: int = Field(1, ge=1)
     """Updates a step, each on a part of its episodes."""
@@ -55,7 +55,7 @@ class QObjective(Discounts, Guidance):
     """returns: values are learned, and `beta` and `start_value` are given, in units of the log's returns: their mean, and their
     deviation or the size of a reward, whichever is less. none: in the unit of the reward."""
     start_value: float | Literal["lowest", "mean"] = "mean"
-    """What Q is before anything is learned, and stays for tokens never seen: `mean` is the mean return in the data, from where
+    """Value of Q before anything is learned, which it keeps for tokens never seen: `mean` is the mean return in the data, from where
     values have the least way to go; `lowest` is the lowest, so that what is unknown looks bad even without `support`."""
     value_loss: Literal["squared", "hl_gauss"] = "squared"
     """hl_gauss: values as categories over the returns in the data (Farebrother et al., arXiv 2403.03950)."""
