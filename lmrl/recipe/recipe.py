@@ -119,7 +119,7 @@ class Recipe(Section):
                 raise ValueError(
                     "`task.prompts.path`: no file of prompts is named (nor logged episodes, `source.path`)"
                 )
-            for name in ("path", "split", "config", "revision"):
+            for name in ("path", "split", "config", "revision", "columns"):
                 setattr(self.task.prompts, name, getattr(source, name, getattr(self.task.prompts, name)))
         if isinstance(self.task, PromptTask) and self.task.prompts.holdout == 1:
             raise ValueError(

@@ -58,6 +58,8 @@ class DatasetOptions(SourceOptions):
     """Name of its configuration (null: its only or default one)."""
     revision: str | None = None
     """Branch, tag or commit (null: main)."""
+    columns: dict[str, str] = {}
+    """Fields of the formats whose columns have other names in the file: `{prompt: question, completion: answer}`."""
     player: Players | None = None
     """A scripted player of the environment, for instance `random`, or shares: `{random: 0.9, optimal: 0.1}`."""
     episodes: int = Field(1000, ge=1, le=100_000_000)

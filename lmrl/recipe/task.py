@@ -36,6 +36,8 @@ class Prompts(Section):
     """Name of its configuration (null: its only or default one)."""
     revision: str | None = None
     """Branch, tag or commit (null: main)."""
+    columns: dict[str, str] = {}
+    """Fields whose columns have other names in the file; those of the prompt's messages or pairs, as under `source`."""
     chat: bool = False
     """Put each prompt through the model's chat template (columns holding message lists always are)."""
     system: str | None = None

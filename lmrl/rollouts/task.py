@@ -15,7 +15,7 @@ from lmrl.rewards.load import load_rewards
 from lmrl.rewards.rewards import RewardFunction, drop_failed, judge
 from lmrl.seeding import stream
 from lmrl.trajectories.fields import checked_messages
-from lmrl.trajectories.files import HubPart, Malformed, read_rows
+from lmrl.trajectories.files import Malformed, Selection, read_rows
 from lmrl.trajectories.formats import prompt_of
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.store import dataset_texts
@@ -91,7 +91,7 @@ def task_texts(recipe: Recipe) -> list[str]:
     """Text samples of a task and of logged data, from which a model built from scratch takes its vocabulary."""
     section, source, texts = recipe.task, recipe.source, []
     if getattr(source, "path", None):
-        texts += dataset_texts(source.path, HubPart.of(source))
+        texts += dataset_texts(source.path, Selection.of(source))
     if section is None:
         return texts
     if isinstance(section, PromptTask):
@@ -141,7 +141,7 @@ def build_task(section: Any, tokenizer: Any) -> Task:
 
 
 def _prompt_rows(prompts: Prompts) -> list[dict[str, Any]]:
-    return read_rows(prompts.path, HubPart.of(prompts), prompts.limit)
+    return read_rows(prompts.path, Selection.of(prompts), prompts.limit)
 
 
 def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:

@@ -21,7 +21,7 @@ from lmrl.seeding import stream
 from lmrl.sources.base import Source, SourceBatch, SourceRequest
 from lmrl.sources.best import best_of
 from lmrl.trajectories.chain import piece
-from lmrl.trajectories.files import HubPart
+from lmrl.trajectories.files import Selection
 from lmrl.trajectories.store import DatasetFile
 from lmrl.trajectories.trajectory import Trajectory, prompt_key
 
@@ -188,7 +188,7 @@ def open_dataset_file(source: DatasetOptions, task: Task, bad_rows: Path | None 
         source.path,
         task.renderer,
         task.history,
-        HubPart.of(source),
+        Selection.of(source),
         task.heldout_prompts(),
         source.skip_bad_rows,
         bad_rows,

@@ -37,7 +37,7 @@ from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.monitoring.measures import SAMPLES_KEPT, peak_memory_mb
 from lmrl.training.tracking import StageTracking
 from lmrl.training.updater import schedule
-from lmrl.trajectories.files import HubPart, Malformed, open_rows, quiet_datasets
+from lmrl.trajectories.files import Malformed, Selection, open_rows, quiet_datasets
 from lmrl.trajectories.formats import preference
 from lmrl.trajectories.store import UNMATCHED, report_bad_rows
 from lmrl.trajectories.trajectory import Messages, prompt_key
@@ -60,7 +60,7 @@ class Pair:
 
 # ------------------------------------------------------------------------------------------------------------------ data
 def read_pairs(
-    path: str, part: HubPart = HubPart(), skip_bad_rows: bool = False, bad_rows: Path | None = None
+    path: str, part: Selection = Selection(), skip_bad_rows: bool = False, bad_rows: Path | None = None
 ) -> tuple[list[Pair], list[str]]:
     """The preferences in a file of any format of rows.py that has them, and notes on what was left out.
 
@@ -160,7 +160,7 @@ class RewardModelStage:
         if recipe.training.threads is not None:
             torch.set_num_threads(recipe.training.threads)
         self.pairs, self.notes = read_pairs(
-            source.path, HubPart.of(source), source.skip_bad_rows, run.folder / BAD_ROWS
+            source.path, Selection.of(source), source.skip_bad_rows, run.folder / BAD_ROWS
         )
         seed_everything(self.seed, name, "build")
         self.classifier = load_classifier(recipe.model, start, lambda: task_texts(recipe), options.max_length)

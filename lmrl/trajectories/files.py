@@ -27,18 +27,21 @@ SCAN_ROWS = 256
 
 
 @dataclass(frozen=True)
-class HubPart:
-    """Which rows of a dataset on the hub: its split, configuration (None: the only or default one) and revision (None: main)."""
+class Selection:
+    """How rows are read: of a dataset on the hub its split, configuration (None: the only or default one) and revision (None:
+    main); and names of fields with the columns that hold them."""
 
     split: str = "train"
     config: str | None = None
     revision: str | None = None
+    columns: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def of(cls, section: Any) -> HubPart:
+    def of(cls, section: Any) -> Selection:
         """The dataset named by a recipe's `source` or `task.prompts`."""
         given = {name: getattr(section, name, None) for name in ("split", "config", "revision")}
-        return cls(**{name: value for name, value in given.items() if value is not None})
+        columns = tuple(sorted((getattr(section, "columns", None) or {}).items()))
+        return cls(columns=columns, **{name: value for name, value in given.items() if value is not None})
 
     def __str__(self) -> str:
         named = {"config": self.config, "split": self.split, "revision": self.revision}
@@ -88,6 +91,40 @@ class Rows:
 
     def _read(self, index: int) -> Row:
         raise NotImplementedError
+
+
+class Renamed(Rows):
+    """Rows whose fields have other names in their file. columns: of each field the file's name for it."""
+
+    def __init__(self, rows: Rows, columns: dict[str, str]):
+        self.rows, self.columns, self.unit = rows, columns, rows.unit
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def place(self, index: int) -> tuple[str, int]:
+        return self.rows.place(index)
+
+    def text(self, index: int) -> str:
+        return self.rows.text(index)
+
+    def scan(self) -> Iterator[Row | Malformed]:
+        for row in self.rows.scan():
+            try:
+                yield row if isinstance(row, Malformed) else self._renamed(row)
+            except Malformed as error:
+                yield error
+
+    def _read(self, index: int) -> Row:
+        return self._renamed(self.rows._read(index))
+
+    def _renamed(self, row: Row) -> Row:
+        missing = [column for column in self.columns.values() if column not in row]
+        if missing:
+            raise Malformed(f"has no column '{missing[0]}', which `columns` names (columns: {', '.join(row)})")
+        taken = set(self.columns.values())
+        rest = {name: value for name, value in row.items() if name not in taken and name not in self.columns}
+        return {field: row[column] for field, column in self.columns.items()} | rest
 
 
 class JsonLines(Rows):
@@ -168,7 +205,7 @@ class Table(Rows):
         return row
 
 
-def open_rows(path: str, part: HubPart = HubPart()) -> Rows:
+def open_rows(path: str, part: Selection = Selection()) -> Rows:
     """The rows of a file, of a folder of Parquet shards, or (the `part` of it) of a dataset on the hub."""
     file = Path(path)
     if file.exists() and (given := next((name for name in ("config", "revision") if getattr(part, name)), None)):
@@ -193,10 +230,10 @@ def open_rows(path: str, part: HubPart = HubPart()) -> Rows:
         raise DataError(f"{path}: unknown kind of file; expected .jsonl, .jsonl.gz, .parquet or .csv")
     if not len(rows):
         raise DataError(f"{path}: holds no rows")
-    return rows
+    return Renamed(rows, dict(part.columns)) if part.columns else rows
 
 
-def read_rows(path: str, part: HubPart = HubPart(), limit: int | None = None) -> list[Row]:
+def read_rows(path: str, part: Selection = Selection(), limit: int | None = None) -> list[Row]:
     """All rows (at most `limit`) at once. A malformed line names file and line; `part` applies to hub datasets."""
     rows = open_rows(path, part)
     return [rows[index] for index in range(min(len(rows), limit if limit is not None else len(rows)))]
@@ -236,7 +273,7 @@ def _open_csv(file: Path) -> Table:
     return Table(quiet_datasets().Dataset(table), [(str(file), len(table))])
 
 
-def _open_hub(name: str, part: HubPart) -> Table:
+def _open_hub(name: str, part: Selection) -> Table:
     try:
         dataset = quiet_datasets().load_dataset(name, part.config, split=part.split, revision=part.revision)
     except Exception as error:  # the library raises many kinds, from network errors to unknown splits

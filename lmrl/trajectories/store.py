@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from lmrl.errors import DataError, RunError
 from lmrl.trajectories.encoding import strings
-from lmrl.trajectories.files import HubPart, JsonLines, Malformed, Row, Rows, open_rows, quiet_datasets
+from lmrl.trajectories.files import JsonLines, Malformed, Row, Rows, Selection, open_rows, quiet_datasets
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.rows import fingerprint, is_dialogue, parse, prompts_of, render, to_row
 from lmrl.trajectories.trajectory import Trajectory, prompt_key, prompt_text
@@ -47,7 +47,7 @@ class DatasetFile:
         path: str,
         renderer: Renderer,
         history: int | str = "all",
-        part: HubPart = HubPart(),
+        part: Selection = Selection(),
         without: Collection[str] = (),
         skip_bad_rows: bool = False,
         bad_rows: Path | None = None,
@@ -193,7 +193,7 @@ def report_bad_rows(rows: Rows, bad: list[tuple[int, str]], target: Path) -> Non
             file.write(_json_line({"file": name, "line": line, "reason": reason, "row": rows.text(number)}))
 
 
-def dataset_texts(path: str, part: HubPart = HubPart()) -> list[str]:
+def dataset_texts(path: str, part: Selection = Selection()) -> list[str]:
     """Observations and actions of the first VOCABULARY_ROWS rows; DatasetFile reports malformed rows."""
     texts: list[str] = []
     for number, row in enumerate(islice(open_rows(path, part).scan(), VOCABULARY_ROWS)):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import lmrl
-from lmrl.errors import RecipeError
+from lmrl.errors import DataError, RecipeError
 from lmrl.recipe.files import load_recipe
 from lmrl.recipe.methods import Argument, spelled_out
 
@@ -100,3 +100,19 @@ def test_sft_then_dpo_then_grpo(tmp_path, tiny_folder):
         recipe = load_recipe(method, [f"model.path={model}", *changes, *TINY])
         result = lmrl.train(recipe, output=tmp_path / method)
         assert result.checkpoint.is_dir()
+
+
+def test_columns_may_have_other_names(tmp_path, tiny_folder):
+    """Training and held-out rows are found by the file's own names; a misspelt one is named with its place."""
+    rows = [{"question": f"{i}?", "answer": "yes", "source": "mine"} for i in range(40)]
+    data = write(tmp_path / "rows.jsonl", rows)
+    changes = [f"model.path={tiny_folder}", f"data.path={data}", *TINY]
+    recipe = load_recipe("sft", [*changes, "data.columns={prompt: question, completion: answer}"])
+    assert recipe.task.prompts.columns == {"prompt": "question", "completion": "answer"}
+    result = lmrl.train(recipe, output=tmp_path / "run")
+    assert result.scores["SFT"]["heldout/nll"]["n"] == 2
+    wrong = load_recipe("sft", [*changes, "data.columns={prompt: question, completion: anser}"])
+    with pytest.raises(
+        DataError, match=r"rows.jsonl, line 1: has no column 'anser'.*columns: question, answer, source"
+    ):
+        lmrl.train(wrong, output=tmp_path / "wrong")

@@ -9,7 +9,7 @@ from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe.files import load_recipe
 from lmrl.rollouts.task import build_task
 from lmrl.trajectories import files
-from lmrl.trajectories.files import HubPart, open_rows
+from lmrl.trajectories.files import Selection, open_rows
 
 
 @pytest.fixture
@@ -27,17 +27,17 @@ def two_configs(tmp_path, monkeypatch):
 
 
 def test_config_and_split_choose_the_rows(two_configs):
-    assert list(files._open_hub(str(two_configs), HubPart("train", "short")).scan()) == [{"prompt": "short"}]
-    assert list(files._open_hub(str(two_configs), HubPart("test", "long")).scan()) == [{"prompt": "long"}]
+    assert list(files._open_hub(str(two_configs), Selection("train", "short")).scan()) == [{"prompt": "short"}]
+    assert list(files._open_hub(str(two_configs), Selection("test", "long")).scan()) == [{"prompt": "long"}]
 
 
 def test_errors_name_config_split_and_revision(two_configs):
     with pytest.raises(
         DataError, match=r"\(config 'long', split 'train'\) is no file here, and cannot be loaded from the hub: .*train"
     ):
-        files._open_hub(str(two_configs), HubPart("train", "long"))
+        files._open_hub(str(two_configs), Selection("train", "long"))
     with pytest.raises(DataError, match=r"\(config 'none', split 'train', revision 'v2'\) is no file here"):
-        files._open_hub(str(two_configs), HubPart("train", "none", "v2"))
+        files._open_hub(str(two_configs), Selection("train", "none", "v2"))
 
 
 class Asked(Exception):
@@ -51,13 +51,13 @@ def test_recipe_keys_reach_the_hub(monkeypatch):
     monkeypatch.setattr(files.quiet_datasets(), "load_dataset", asked)
     more = ["source.path=nobody/pairs", "source.config=main", "source.revision=v1", "source.split=test"]
     recipe = load_recipe("dialogues/dpo", ["model.path=.", *more])
-    assert HubPart.of(recipe.source) == HubPart.of(recipe.task.prompts) == HubPart("test", "main", "v1")
+    assert Selection.of(recipe.source) == Selection.of(recipe.task.prompts) == Selection("test", "main", "v1")
     with pytest.raises(DataError) as error:
         build_task(recipe.task, build_tokenizer("char", ["a"]))
     assert error.value.__cause__.args == ("nobody/pairs", "main", {"split": "test", "revision": "v1"})
     prompts = ["task.prompts.path=nobody/prompts", "task.prompts.config=hard"]
     own = load_recipe("sentiment/ppo", ["model.path=.", *prompts])
-    assert HubPart.of(own.task.prompts) == HubPart("train", "hard")
+    assert Selection.of(own.task.prompts) == Selection("train", "hard")
 
 
 def test_a_file_or_a_player_has_neither(tmp_path):
@@ -66,6 +66,6 @@ def test_a_file_or_a_player_has_neither(tmp_path):
         with pytest.raises(
             DataError, match=f"a.jsonl: `{given}` chooses from a dataset on the hub, but this is a file"
         ):
-            open_rows(str(tmp_path / "a.jsonl"), HubPart(**{given: "x"}))
+            open_rows(str(tmp_path / "a.jsonl"), Selection(**{given: "x"}))
     with pytest.raises(RecipeError, match="source: `config` and `revision` choose .* a player has none"):
         load_recipe("random_walks/bc", ["source.config=x"])
