@@ -20,16 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from lmrl.evaluation.student import t95, upper_tail
 from lmrl.seeding import stream
 
 Limits = tuple[float, float]
 UNLIMITED: Limits = (-math.inf, math.inf)
 UNIT: Limits = (0.0, 1.0)
-
-# Two-sided 95 % quantiles of Student's t; beyond 30 degrees of freedom 1.96 + 2.4 / df is right to three digits.
-_T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
-_T95 += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
-_INVERSE_DF = 1 / np.arange(len(_T95), 0, -1.0)
 
 ROUNDING = 1e-28
 """Variance that equal values in [0, 1] may have by rounding."""
@@ -56,12 +52,9 @@ def summarize(
     there is no value, or where values and clusters differ in number.
     """
     data = Clustered.of(values, clusters)
-    low, high = limits or (UNIT if data.is_binary else UNLIMITED)
-    if not (low <= data.lowest and data.highest <= high):
-        low, high = UNLIMITED
+    low, high = limits_for(data, limits)
     fixed = fixed or data.clusters == 1
-    # Without a second sample of any cluster, the spread between clusters stands in: it holds that of samples too.
-    within = fixed and data.values > data.clusters
+    within = is_within(data, fixed)
     if math.isfinite(high - low):
         below, above = limited_interval(data.scaled(low, high), within)
         bounds = low + below * (high - low), low + above * (high - low)
@@ -76,19 +69,79 @@ def summarize(
     }
 
 
+def p_value(
+    values: Sequence[float],
+    clusters: Sequence[Hashable] | None = None,
+    limits: Limits | None = None,
+    fixed: bool = False,
+) -> float:
+    """Two-sided p-value of the hypothesis that the mean is 0; arguments and errors as for `summarize`.
+
+    It inverts the interval of `summarize`: below 0.05 where that leaves 0 out. A single value proves nothing: 1.
+    """
+    data = Clustered.of(values, clusters)
+    low, high = limits_for(data, limits)
+    within = is_within(data, fixed or data.clusters == 1)
+    variance, df = within_clusters(data) if within else between_clusters(data)
+    if data.mean == 0 or data.values == 1:
+        return 1.0
+    if math.isfinite(high - low):
+        return limited_p_value(data.scaled(low, high), -low / (high - low), variance / (high - low) ** 2, df, within)
+    if variance == 0:
+        return 0.0
+    if not within and is_skewed(data):
+        # The share of resamples that lie as far out on the side that makes the observed mean unlikely.
+        t, ts_B = data.mean / math.sqrt(variance), bootstrap_ts(data)
+        share = (1 + min(int((ts_B >= t).sum()), int((ts_B <= t).sum()))) / (1 + len(ts_B))
+        return min(1.0, 2 * share)
+    return 2 * upper_tail(abs(data.mean) / math.sqrt(variance), df)
+
+
+def limited_p_value(data: Clustered, null: float, variance: float, df: float, within: bool) -> float:
+    """Of values in [0, 1], that their mean is `null`: the interval of `limited_interval`, inverted."""
+    share = min(max(data.mean, 0.0), 1.0)
+    if share * (1 - share) <= ROUNDING or variance <= ROUNDING:
+        # `unanimous` reaches as far as `null` with the quantile q, if q^2 / (count + q^2) is this part of the way.
+        part = abs(share - null) / (share if share > null else 1 - share)
+        count = data.values if within else data.clusters
+        return 2 * upper_tail(math.sqrt(count * part / (1 - part)) if part < 1 else math.inf, max(count - 1, 1))
+    effective, df = effective_number(data, share, variance, df, within)
+    if null * (1 - null) == 0:
+        return 0.0
+    return 2 * upper_tail(abs(share - null) * math.sqrt(effective / (null * (1 - null))), df)
+
+
+def limits_for(data: Clustered, limits: Limits | None) -> Limits:
+    """The limits of these values: 0 and 1 by themselves where all are one of them, and none where a value refutes them."""
+    low, high = limits or (UNIT if data.is_binary else UNLIMITED)
+    return (low, high) if low <= data.lowest and data.highest <= high else UNLIMITED
+
+
+def is_within(data: Clustered, fixed: bool) -> bool:
+    """True if the spread within clusters is what counts: they are fixed. Without a second sample of any, the spread between
+    clusters stands in, which holds that of samples too."""
+    return fixed and data.values > data.clusters
+
+
 def limited_interval(data: Clustered, within: bool) -> tuple[float, float]:
     """Of values in [0, 1]. within: for new samples of the same clusters."""
     variance, df = within_clusters(data) if within else between_clusters(data)
     share = min(max(data.mean, 0.0), 1.0)
     if share * (1 - share) <= ROUNDING or variance <= ROUNDING:
         return unanimous(share, data.values if within else data.clusters)
+    effective, df = effective_number(data, share, variance, df, within)
+    return wilson(share, effective, t95(df))
+
+
+def effective_number(data: Clustered, share: float, variance: float, df: float, within: bool) -> tuple[float, float]:
+    """Of values in [0, 1]: the number of independent ones with the same variance of the mean, and degrees of freedom."""
     effective = share * (1 - share) / variance
     if not within and not data.is_independent:
         rare = rare_clusters(data)
         df = min(df, 0.5 + 2 * rare)
         if data.is_binary:
             effective = cautious(effective, data, rare)
-    return wilson(share, effective, t95(df))
+    return effective, df
 
 
 def unlimited_interval(data: Clustered, within: bool) -> tuple[float, float]:
@@ -219,13 +272,6 @@ def within_clusters(data: Clustered) -> tuple[float, float]:
 
 
 # ------------------------------------------------------------------------------------------------------------ intervals
-def t95(df: float) -> float:
-    """Two-sided 95 % quantile of Student's t; between whole degrees of freedom interpolated in 1 / df."""
-    if df > len(_T95):
-        return 1.96 + 2.4 / df
-    return float(np.interp(1 / df, _INVERSE_DF, _T95[::-1]))
-
-
 def wilson(share: float, effective: float, quantile: float) -> tuple[float, float]:
     """Wilson's score interval (JASA 22, 1927) of a share of `effective` independent values.
 
@@ -290,6 +336,13 @@ def is_skewed(data: Clustered) -> bool:
 
 def bootstrap_t(data: Clustered, variance: float) -> tuple[float, float]:
     """The studentised bootstrap over clusters (Hall, Annals of Statistics 16, 1988): the same draws every time."""
+    low, high = np.quantile(bootstrap_ts(data), [0.025, 0.975])
+    error = math.sqrt(variance)
+    return float(data.mean - high * error), float(data.mean - low * error)
+
+
+def bootstrap_ts(data: Clustered) -> np.ndarray:
+    """The t statistics of resamples of clusters around the mean."""
     count = len(data.sizes_G)
     chosen_BG = stream("bootstrap-t", count).integers(count, size=(RESAMPLES, count))
     sizes_BG, sums_BG = data.sizes_G[chosen_BG], data.sums_G[chosen_BG]
@@ -298,9 +351,7 @@ def bootstrap_t(data: Clustered, variance: float) -> tuple[float, float]:
     squares_BG = (shares_BG * (sums_BG / sizes_BG - means_B[:, None])) ** 2
     errors_B = np.sqrt((squares_BG / (1 - shares_BG)).sum(1))
     moved_B = errors_B > 0
-    low, high = np.quantile((means_B - data.mean)[moved_B] / errors_B[moved_B], [0.025, 0.975])
-    error = math.sqrt(variance)
-    return float(data.mean - high * error), float(data.mean - low * error)
+    return (means_B - data.mean)[moved_B] / errors_B[moved_B]
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], count: int, draws: int) -> dict[str, Any]:

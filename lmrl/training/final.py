@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from lmrl.evaluation.evaluate import named_values
+from lmrl.evaluation.student import upper_tail
 from lmrl.trajectories.trajectory import Trajectory
 
 LEVEL = 0.025
@@ -45,24 +46,4 @@ def chance(gains: Sequence[float]) -> float:
     variance = math.fsum((gain - mean) ** 2 for gain in gains) / (count - 1)
     if variance == 0:
         return 0.0 if mean > 0 else 1.0
-    inside = _central(abs(mean) / math.sqrt(variance / count), count - 1)
-    return (1 - inside) / 2 if mean > 0 else (1 + inside) / 2
-
-
-def _central(t: float, freedom: int) -> float:
-    """P(|T| < t) of Student's t with that many degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(freedom))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    if freedom % 2 == 0:
-        term = total = 1.0
-        for number in range(1, freedom - 1, 2):
-            term *= cosine**2 * number / (number + 1)
-            total += term
-        return sine * total
-    if freedom == 1:
-        return 2 * angle / math.pi
-    term = total = cosine
-    for number in range(2, freedom - 1, 2):
-        term *= cosine**2 * number / (number + 1)
-        total += term
-    return 2 / math.pi * (angle + sine * total)
+    return upper_tail(mean / math.sqrt(variance / count), count - 1)

@@ -10,17 +10,18 @@ from lmrl.evaluation.statistics import (
     UNLIMITED,
     Clustered,
     between_clusters,
+    p_value,
     summarize,
-    t95,
     wilson,
     within_clusters,
 )
+from lmrl.evaluation.student import t95
 
 
 def test_interval_by_hand():
-    # mean 2, standard deviation 1, t(2) = 4.303: half width 4.303 / sqrt(3)
+    # mean 2, standard deviation 1, t(2) = 4.302653: half width 4.302653 / sqrt(3)
     summary = summarize([1.0, 2.0, 3.0])
-    half = 4.303 / math.sqrt(3)
+    half = 4.302653 / math.sqrt(3)
     assert summary == {
         "mean": 2,
         "ci95": pytest.approx([2 - half, 2 + half]),
@@ -140,12 +141,37 @@ def test_skewed_values_reach_further_to_the_long_side():
     assert mirrored == pytest.approx([-high, -low], rel=0.01)
 
 
-def test_t_between_whole_degrees_of_freedom():
-    assert t95(2) == 4.303 and t95(30) == 2.042 and t95(1e9) == pytest.approx(1.96)
-    assert 2.776 < t95(3.5) < 3.182
-    assert [t95(df) for df in np.linspace(1, 60, 200)] == sorted(
-        (t95(df) for df in np.linspace(1, 60, 200)), reverse=True
-    )
+# -------------------------------------------------------------------------------------------------------------- p-values
+def test_p_value_by_hand():
+    # mean 2, standard error 1 / sqrt(3): t = 3.4641 with two degrees of freedom, p = 1 - t / sqrt(t^2 + 2)
+    assert p_value([1.0, 2.0, 3.0]) == pytest.approx(1 - math.sqrt(12 / 14))
+    assert p_value([1.0, -1.0]) == 1 and p_value([5.0]) == 1 and p_value([5.0, 5.0]) == 0
+
+
+@pytest.mark.parametrize("limits", [UNLIMITED, (-4.0, 4.0), (-1e3, 1e3)])
+@pytest.mark.parametrize("shape", ["even", "skewed", "clusters", "fixed"])
+def test_p_value_agrees_with_the_interval(limits, shape):
+    """Shifted until an end of the interval is 0, values have a p-value of 0.05."""
+    values = np.array([0.1, 0.5, 0.2, 0.9, 0.4, 0.6, 0.3, 0.8, 0.7, 1.9 if shape == "skewed" else 0.0])
+    clusters = [number // 2 for number in range(10)] if shape in ("clusters", "fixed") else None
+    fixed = shape == "fixed"
+
+    def low(shift):
+        return summarize(values - shift, clusters, limits, fixed)["ci95"][0]
+
+    bottom, top = 0.0, 1.0
+    for _ in range(40):
+        middle = (bottom + top) / 2
+        bottom, top = (middle, top) if low(middle) > 0 else (bottom, middle)
+    tolerance = 2e-3 if shape == "skewed" and limits == UNLIMITED else 1e-6  # counted in 999 resamples
+    assert p_value(values - bottom, clusters, limits, fixed) == pytest.approx(0.05, abs=tolerance)
+
+
+def test_p_value_of_equal_differences():
+    # 60 pairs that differ by 1 of at most 1: q^2 / (60 + q^2) has to reach 1/2 before 0 is in, so q^2 = 60 with 59 df.
+    assert p_value([1.0] * 60, limits=(-1.0, 1.0)) < 1e-9 and p_value([0.0] * 60, limits=(-1.0, 1.0)) == 1
+    low = summarize([0.1] * 9, limits=(-1.0, 1.0))["ci95"][0]
+    assert low < 0 and p_value([0.1] * 9, limits=(-1.0, 1.0)) > 0.05
 
 
 @pytest.mark.parametrize("kind", ["normal", "0/1"])
