@@ -21,6 +21,7 @@ __all__ = [
     "TemporaryError",
     "TextEnvironment",
     "evaluate",
+    "load_eval",
     "load_recipe",
     "register",
     "train",
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from lmrl.engines.base import Engine
     from lmrl.environments import TextEnvironment
     from lmrl.errors import TemporaryError
-    from lmrl.evaluation import evaluate
+    from lmrl.evaluation import evaluate, load_eval
     from lmrl.objectives import Objective
     from lmrl.recipe import ObjectiveOptions, Recipe, SourceOptions
     from lmrl.recipe.files import load_recipe
@@ -50,6 +51,7 @@ _HOMES = {
     "TemporaryError": "lmrl.errors",
     "TextEnvironment": "lmrl.environments",
     "evaluate": "lmrl.evaluation",
+    "load_eval": "lmrl.evaluation",
     "load_recipe": "lmrl.recipe.files",
     "register": "lmrl.registry",
     "train": "lmrl.training",

@@ -307,6 +307,12 @@ def checkpoints_in(stage: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
+def checkpoint_names(folder: Path) -> list[str]:
+    """What `final_checkpoint` may be asked for of a run's last stage, oldest first; [] for what is no run."""
+    stage = folder / "stages" / MAIN_STAGE
+    return [path.name for path in checkpoints_in(stage)] + (["final"] if (stage / "final").exists() else [])
+
+
 def read_recipe(folder: Path) -> Recipe:
     """The resolved recipe of a run folder."""
     if not (folder / RECIPE_FILE).is_file():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,3 +13,19 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes, for instance training.steps=50", metavar="[KEY=VALUE]...")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
+
+Policies = Annotated[
+    list[str],
+    typer.Argument(
+        help="Run folders, checkpoints, model folders, GGUF files or hub names; then changes of the suite",
+        metavar="POLICY... [KEY=VALUE]...",
+        show_default=False,
+    ),
+]
+OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
+
+
+def split_policies(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Policies, and the overrides among them: what begins with `KEY=` and is no file here."""
+    overrides = [one for one in arguments if OVERRIDE.match(one) and not Path(one).expanduser().exists()]
+    return [one for one in arguments if one not in overrides], overrides

@@ -1,4 +1,4 @@
-"""`lmrl eval`: score a policy on a suite."""
+"""`lmrl eval`: score policies on a suite."""
 
 from __future__ import annotations
 
@@ -8,20 +8,33 @@ from typing import Annotated
 
 import typer
 
-from lmrl.cli.common import Debug, Overrides
+from lmrl.cli.common import Debug, Policies, split_policies
 from lmrl.errors import RecipeError, RunError
 
 
 def command(
-    policy: Annotated[
-        str, typer.Argument(help="A run folder, a checkpoint, a model folder, a GGUF file or a hub name")
-    ],
-    overrides: Overrides = None,
+    policies: Policies = None,
     suite: Annotated[
         str | None, typer.Option("--suite", "-s", help="A suite's file or name (default: the run's own, else its task)")
     ] = None,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: final, best, or step-N")] = "final",
+    checkpoints: Annotated[
+        str | None, typer.Option("--checkpoints", help="Several of each run: all, or for instance step-20,best,final")
+    ] = None,
+    log: Annotated[
+        Path | None, typer.Option("--log", help="Keep every episode in this folder, and go on with what is there")
+    ] = None,
+    part: Annotated[
+        int | None, typer.Option("--log-every", min=1, help="Episodes that are played and logged at a time")
+    ] = None,
+    rescore: Annotated[
+        Path | None, typer.Option("--rescore", help="Score the episodes of this log again; nothing is generated")
+    ] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the scores to this file")] = None,
+    export: Annotated[
+        list[Path] | None,
+        typer.Option("--export", help="Write a table of all episodes: a name in .csv, .json, .jsonl or .parquet"),
+    ] = None,
     beta: Annotated[
         str | None, typer.Option("--beta", help="Of a policy with Q heads: weights of Q to try, for instance 1,4,16,64")
     ] = None,
@@ -35,19 +48,33 @@ def command(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Score a policy: a table of means with 95 % confidence intervals."""
+    """Score policies: a table of means with 95 % confidence intervals."""
+    from lmrl.evaluation.frames import check_table_name, frame_of, records_of, write_table
     from lmrl.evaluation.suites import load_suite
 
+    names, overrides = split_policies(policies or [])
     if json is not None and json.is_dir():
         raise RunError(f"--json: {json} is a folder, name a file")
+    for path in export or ():
+        check_table_name(path)
     betas, floors = _numbers(beta), _floors(fail_under or [])
-    if suite is not None:
-        load_suite(suite, overrides or [])  # a mistake in the suite should not wait for the model to load
+    if (rescore is None) == (not names):
+        raise RecipeError(
+            "name a policy to score, or a log to score again: lmrl eval POLICY, or lmrl eval --rescore LOG"
+        )
+    if part is not None and log is None:
+        raise RecipeError("--log-every says how a log is written: name its folder, --log FOLDER")
+    if suite is not None and rescore is None:
+        load_suite(suite, overrides)  # a mistake in the suite should not wait for the model to load
 
-    from lmrl.evaluation import evaluate
+    from lmrl.evaluation.api import evaluate, rescored
     from lmrl.training.display import Display
 
-    report = evaluate(policy, suite, overrides or [], checkpoint, trust_remote_code, betas)
+    if rescore is not None:
+        report = rescored(rescore, suite, overrides, log)
+    else:
+        chosen = [one.strip() for one in checkpoints.split(",")] if checkpoints else []
+        report = evaluate(names, suite, overrides, checkpoint, trust_remote_code, betas, log, chosen, part)
     display = Display()
     display.samples(report.trajectories, samples)
     display.table(f"{report.policy} on {report.suite}", report.rows)
@@ -56,6 +83,11 @@ def command(
         json.parent.mkdir(parents=True, exist_ok=True)
         json.write_text(report.to_json())
         print(f"scores written to {json}")
+    for path in export or ():
+        write_table(frame_of(list(records_of(report.episodes))), path)
+        print(f"episodes written to {path}")
+    if log is not None:
+        print(f"log: {log}")
     report.require(floors)
 
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lmrl.allocator import keep_freed_memory
-from lmrl.errors import RecipeError, ScoreError
-from lmrl.evaluation.evaluate import Evaluator, Scores
+from lmrl.errors import RecipeError, RunError, ScoreError
+from lmrl.evaluation.contenders import Contender, contenders, folder_name
+from lmrl.evaluation.evaluate import Evaluator
+from lmrl.evaluation.log import in_order, is_log, logs_in, play_into_log
+from lmrl.evaluation.rescoring import rescore_log
+from lmrl.evaluation.scoring import Scores, check_metrics
 from lmrl.evaluation.suites import load_suite, own_suite
 from lmrl.policy.load import open_policy
 from lmrl.recipe.files import locate_rewards
-from lmrl.run import RECIPE_FILE, checkpoint_of, read_recipe
+from lmrl.run import RECIPE_FILE, read_recipe
 from lmrl.trajectories.trajectory import Trajectory
 
 TASK_FILE = "lmrl.json"
@@ -39,6 +43,9 @@ class Report:
     """Of the last row."""
     played: str = ""
     """What was played: how many start states or prompts, which, and how often."""
+
+    episodes: dict[str, list[Trajectory]] = field(default_factory=dict)
+    """The judged episodes of each row."""
 
     @property
     def metrics(self) -> Scores:
@@ -69,60 +76,127 @@ class Report:
 
 
 def evaluate(
-    policy: str | Path,
+    policy: str | Path | Sequence[str | Path],
     suite: str | Path | None = None,
     overrides: Sequence[str] = (),
     checkpoint: str = "final",
     trust_remote_code: bool = False,
     betas: Sequence[float] = (),
+    log: str | Path | None = None,
+    checkpoints: Sequence[str] = (),
+    part: int | None = None,
 ) -> Report:
     """Score a policy: a run folder, a checkpoint, any transformers or peft folder, a GGUF file, or a hub name.
 
-    suite: a file or a shipped name (default: the suite of the policy's own recipe; without one the recipe's own task:
-    fresh episodes of its environment, or its held-out prompts). A suite that follows runs, as the shipped ones do,
-    scores a policy made by lmrl on the task it was trained for (its graph, its held-out prompts); `overrides` such as
-    `task.graph=7` or `samples=4` change the suite. checkpoint: of a run, `final`, `best` or `step-N`.
+    policy: or several, which then all play the suite of the first, with the same random numbers. suite: a file or a shipped
+    name (default: the suite of the policy's own recipe; without one the recipe's own task: fresh episodes of its environment, or
+    its held-out prompts). A suite that follows runs, as the shipped ones do, scores a policy made by lmrl on the task it was
+    trained for (its graph, its held-out prompts); `overrides` such as `task.graph=7` or `samples=4` change the suite.
+    checkpoint: of a run, `final`, `best` or `step-N`; checkpoints: several of these, or `["all"]`.
     betas: weights of Q to try one after the other, of a policy with Q heads (0: without Q).
+    log: a folder for every episode (see lmrl/evaluation/log.py), with a subfolder each where there are several rows; an
+    evaluation that was stopped goes on with it. part: of a log, episodes played side by side and written at once.
     """
     from lmrl.accelerators import default_device
 
     keep_freed_memory()
-    evaluator = evaluator_for(policy, suite, overrides, checkpoint, trust_remote_code)
-    evaluator.policy.to(default_device())
+    policies = [policy] if isinstance(policy, str | Path) else list(policy)
+    found = contenders(policies, checkpoint, checkpoints)
+    rows, episodes, last = {}, {}, None
+    for contender in found:
+        evaluator = evaluator_for(contender, suite, overrides, trust_remote_code, like=last)
+        evaluator.policy.to(default_device())
+        for label, scores, played in score_rows(evaluator, contender, betas, log, len(found) > 1, part):
+            rows[label], episodes[label] = scores, played
+        last = evaluator
+    named = ", ".join(map(str, policies))
+    return Report(last.name, named, rows, last.suite.metrics, played, last.played, episodes)
+
+
+def rescored(
+    log: str | Path, suite: str | Path | None = None, overrides: Sequence[str] = (), target: str | Path | None = None
+) -> Report:
+    """Score the episodes of a log, or of all logs in a folder, again, without playing anything; see `rescore_log`.
+
+    target: a folder for a new log with the new scores, or for as many as there are.
+    """
+    logs = logs_in(log)
+    rows, episodes, suites = {}, {}, []
+    for label, one in in_order(logs):
+        folder = None if target is None else Path(target) / one.folder.name if len(logs) > 1 else Path(target)
+        found, rows[label], episodes[label] = rescore_log(one, suite, overrides, folder)
+        suites.append(found)
+    name = one.header["suite"]["name"] if suite is None else str(suite)
+    return Report(name, str(log), rows, suites[-1].metrics, episodes[label], one.header["played"], episodes)
+
+
+def score_rows(
+    evaluator: Evaluator,
+    contender: Contender,
+    betas: Sequence[float] = (),
+    log: str | Path | None = None,
+    several: bool = False,
+    part: int | None = None,
+) -> Iterator[tuple[str, Scores, list[Trajectory]]]:
+    """A policy's rows of a report: label, scores and judged episodes at each beta. The engine is closed at the end.
+
+    several: the policy is one of several.
+    """
     if betas and evaluator.policy.guidance is None:
-        raise RecipeError(f"--beta weighs Q values, but '{policy}' has no Q heads: train one, for instance maze/ilql")
-    rows = {}
+        raise RecipeError(
+            f"--beta weighs Q values, but '{contender.name}' has no Q heads: train one, for instance maze/ilql"
+        )
     try:
         for beta in betas or (None,):
-            rows["policy" if beta is None else f"beta {beta:g}"], trajectories = evaluator(beta)
+            weight = [] if beta is None else [f"beta {beta:g}"]
+            label = " ".join(([contender.label] if several or beta is None else []) + weight)
+            if log is None:
+                yield label, *evaluator(beta)
+                continue
+            alone = not several and len(betas) < 2
+            if not alone and is_log(Path(log)):
+                raise RunError(f"--log: {log} holds the log of a single policy: choose another folder for several")
+            folder = Path(log) if alone else Path(log) / folder_name(label)
+            who = {"name": contender.name, "label": label, "path": contender.path}
+            yield label, *play_into_log(evaluator, folder, who, beta, part)
     finally:
         evaluator.engine.close()
-    return Report(evaluator.name, str(policy), rows, evaluator.suite.metrics, trajectories, evaluator.played)
 
 
 def evaluator_for(
-    policy: str | Path,
+    policy: str | Path | Contender,
     suite: str | Path | None = None,
     overrides: Sequence[str] = (),
-    checkpoint: str = "final",
     trust_remote_code: bool = False,
+    checkpoint: str = "final",
+    like: Evaluator | None = None,
 ) -> Evaluator:
-    """A saved policy and the suite it is scored on, loaded; see `evaluate`."""
-    path = checkpoint_of(str(policy), checkpoint)
+    """A saved policy and the suite it is scored on, loaded; see `evaluate`. like: play the suite of this evaluator, whose
+    policy is let go."""
+    if not isinstance(policy, Contender):
+        (policy,) = contenders([policy], checkpoint)
+    path = policy.path
     task, dtype = None, "float32"
     if (Path(path) / TASK_FILE).is_file():
         saved = saved_task(Path(path))
-        task, dtype, suite = saved["task"], saved["dtype"], suite or saved["suite"]
-    if suite is None:
-        if task is None:
-            raise RecipeError(f"'{policy}' does not say what it was trained for: name a suite, --suite NAME")
-        loaded = own_suite(task, saved.get("rollouts") or run_rollouts(Path(path)), list(overrides))
+        task, dtype, own = saved["task"], saved["dtype"], saved["suite"]
+        suite = suite or own
+    if like is not None:
+        loaded, name = like.suite, like.name
+        like.policy = like.engine = like.sampler = None  # one model in memory at a time
     else:
-        loaded = load_suite(suite, list(overrides), task)
+        if suite is None and task is None:
+            raise RecipeError(f"'{policy.name}' does not say what it was trained for: name a suite, --suite NAME")
+        if suite is None:
+            loaded = own_suite(task, saved.get("rollouts") or run_rollouts(Path(path)), list(overrides))
+        else:
+            loaded = load_suite(suite, list(overrides), task)
+        name = OWN_TASK if suite is None else str(suite)
     evaluator = Evaluator(open_policy(path, dtype, trust_remote_code), loaded)
-    evaluator.name = OWN_TASK if suite is None else str(suite)
-    if suite is None:
+    evaluator.name = name
+    if like is None and suite is None:
         size_own(evaluator, {override.partition("=")[0] for override in overrides})
+    check_metrics(loaded.metrics, loaded.samples)
     return evaluator
 
 

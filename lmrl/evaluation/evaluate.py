@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from math import inf
 from statistics import mean
-from typing import Any, cast
 
 from lmrl import distributed
 from lmrl.engines.base import Engine, Sampling
 from lmrl.engines.build import build_engine
 from lmrl.environments import limits_of
-from lmrl.errors import RecipeError, did_you_mean
-from lmrl.evaluation.statistics import UNLIMITED, Limits, summarize
+from lmrl.evaluation.best_of import several_samples
+from lmrl.evaluation.scoring import Scores, Scoring, check_metrics, exact, named_values, values_of
+from lmrl.evaluation.statistics import Limits
 from lmrl.evaluation.suites import Suite
 from lmrl.policy.policy import Policy
 from lmrl.rollouts.sampler import Sampler
@@ -23,13 +22,8 @@ from lmrl.seeding import stream
 from lmrl.trajectories.batch import to_batch
 from lmrl.trajectories.trajectory import Trajectory
 
-Scores = dict[str, dict[str, Any]]
 RANDOM_EPISODES = 8
 """Of the random player from each start, for the low end of normalised scores."""
-LIMITS: dict[str, Limits] = {"length": (0.0, inf), "kl": UNLIMITED}
-"""Of lmrl's own metrics."""
-RESERVED = ("reward", "return", "length", "kl", "normalized")
-"""Metrics of lmrl's own; a reward function or environment metric of that name is reported as `component/NAME`."""
 
 
 class Evaluator:
@@ -96,29 +90,48 @@ class Evaluator:
         chosen by; its own score is then from episodes that did not choose it. Several processes share the episodes, and have the
         same result.
         """
-        name = ("suite", self.suite.seed, *(("choosing",) if choosing else ()))
-        before = self.policy.temperature
-        sampling = self.sampling if beta is None else replace(self.sampling, beta=beta)
+        check_metrics(self.suite.metrics, self.suite.samples)
         starts, played = self.starts(), []
         width = len(starts) if self.at_once is None else max(self.at_once // self.suite.samples, 1)
         for first in range(0, len(starts), width):
-            part = starts[first : first + width]
-            played += self.sampler.play(part, self.suite.samples, sampling, name, shared=True, first=first)
+            played += self.play(starts[first : first + width], first, beta, choosing)
         trajectories = self.task.keep_judged(played)
-        extra = {}
-        if self.policy.has_reference:
-            self.policy.temperature = self.sampling.temperature or 1.0
-            extra["kl"] = distributed.all_gather(divergences(self.policy, trajectories))
-        self.policy.temperature = before
+        extra = {name: distributed.all_gather(values) for name, values in self.extra(trajectories).items()}
         trajectories = distributed.all_gather(trajectories)
         return self.report(trajectories, extra), trajectories
+
+    def play(
+        self, starts: Sequence[int | None], first: int, beta: float | None = None, choosing: bool = False
+    ) -> list[Trajectory]:
+        """This process's share of the episodes from some of the suite's start states, failed ones among them.
+
+        first: number of the first of them in the suite. beta, choosing: see `__call__`.
+        """
+        name = ("suite", self.suite.seed, *(("choosing",) if choosing else ()))
+        return self.sampler.play(starts, self.suite.samples, self.sampling_at(beta), name, shared=True, first=first)
+
+    def sampling_at(self, beta: float | None) -> Sampling:
+        """How the suite samples, with this weight of Q (None: its own)."""
+        return self.sampling if beta is None else replace(self.sampling, beta=beta)
+
+    def extra(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
+        """What is measured of judged episodes beside their scores: `kl`, where the policy has a reference."""
+        if not self.policy.has_reference:
+            return {}
+        before = self.policy.temperature
+        self.policy.temperature = self.sampling.temperature or 1.0
+        try:
+            return {"kl": divergences(self.policy, trajectories)}
+        finally:
+            self.policy.temperature = before
 
     def optimum(self) -> Scores | None:
         """The exact optimum, where the environment has a player for it."""
         played = self._play("optimal", self.starts())
         if not played:
             return None
-        scores = self.report(played)
+        single = [metric for metric in self.suite.metrics if several_samples(metric) is None]
+        scores = replace(self.scoring(), metrics=single).report(played)
         # From all the starts there are, each played as well as it can be: nothing is left to chance.
         return {name: exact(score) for name, score in scores.items()} if self.plays_all else scores
 
@@ -154,63 +167,14 @@ class Evaluator:
             groups.setdefault(trajectory.group, []).append(self.normalize(value))
         return [mean(values) for values in groups.values()]
 
+    def scoring(self) -> Scoring:
+        """How its episodes become scores."""
+        scale = self.scale if "normalized" in self.suite.metrics else None
+        return Scoring(self.suite.metrics, self.unit, self.limits, self.plays_all, scale)
+
     def report(self, trajectories: Sequence[Trajectory], extra: dict[str, list[float]] = {}) -> Scores:
         """Every metric of these episodes, the suite's own first."""
-        scores = summarize_trajectories(trajectories, self.unit, self.limits, self.plays_all)
-        groups = [trajectory.group for trajectory in trajectories]
-        scores |= {
-            name: summarize(values, groups, LIMITS.get(name), self.plays_all, self.unit)
-            for name, values in extra.items()
-        }
-        main = self.suite.metrics[0]
-        if main not in scores:
-            raise RecipeError(f"suite: there is no metric '{main}'{did_you_mean(main, scores)}")
-        if "normalized" in self.suite.metrics and self.scale is not None:
-            score = scores[main]
-            points = {"mean": self.normalize(score["mean"]), "ci95": [self.normalize(one) for one in score["ci95"]]}
-            scores["normalized"] = score | points
-        return {name: scores[name] for name in dict.fromkeys([*self.suite.metrics, *scores]) if name in scores}
-
-
-def exact(score: dict[str, Any]) -> dict[str, Any]:
-    """A score whose mean is known and not estimated."""
-    return {name: value for name, value in score.items() if name != "holds_for"} | {"ci95": [score["mean"]] * 2}
-
-
-def summarize_trajectories(
-    trajectories: Sequence[Trajectory], unit: str, limits: dict[str, Limits] = {}, fixed: bool = False
-) -> Scores:
-    """Return (or reward), every component and metric, and length in tokens, each with its interval over groups.
-
-    unit: the name of a group. limits: of metrics, by name. fixed: the groups are all there are, see `summarize`.
-    """
-    groups: dict[str, list[int]] = {}
-    for trajectory in trajectories:
-        for name, _ in named_values(trajectory):
-            groups.setdefault(name, []).append(trajectory.group)
-    limits = limits | LIMITS
-    return {
-        name: summarize(values, groups[name], limits.get(name), fixed, unit)
-        for name, values in values_of(trajectories).items()
-    }
-
-
-def values_of(trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
-    """What the episodes scored, by metric."""
-    columns: dict[str, list[float]] = {}
-    for trajectory in trajectories:
-        for name, value in named_values(trajectory):
-            columns.setdefault(name, []).append(value)
-    return columns
-
-
-def named_values(trajectory: Trajectory) -> Iterator[tuple[str, float]]:
-    """What one episode scored: `return` (of prompts, `reward`), components, metrics, length in tokens."""
-    yield "reward" if trajectory.components else "return", cast(float, trajectory.reward)
-    for name, value in {**trajectory.components, **trajectory.metrics}.items():
-        if value is not None:
-            yield f"component/{name}" if name in RESERVED else name, value
-    yield "length", trajectory.num_actions
+        return self.scoring().report(trajectories, extra)
 
 
 def divergences(policy: Policy, trajectories: Sequence[Trajectory]) -> list[float]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from lmrl.errors import RunError
 from lmrl.evaluation.api import TASK_FILE, evaluator_for
-from lmrl.evaluation.evaluate import Evaluator, Scores
+from lmrl.evaluation.evaluate import Evaluator
+from lmrl.evaluation.scoring import Scores
 from lmrl.policy.export import save_adapter, save_plain
 from lmrl.policy.load import open_policy
 from lmrl.run import checkpoint_of
@@ -63,7 +64,7 @@ def export(
             save_plain(exported, written, beta)
         result = Export(destination)
         if beta and check:
-            result = compare(path, written, destination, beta, checkpoint, suite, trust_remote_code)
+            result = compare(path, written, destination, beta, suite, trust_remote_code)
             if (result.loss or 0.0) > max_loss:
                 raise RunError(
                     f"the export scores {result.rows['exported'][result.metric]['mean']:.3f} on {result.metric} where the "
@@ -84,12 +85,11 @@ def compare(
     exported: Path,
     destination: Path,
     beta: float,
-    checkpoint: str,
     suite: str | None,
     trust_remote_code: bool,
 ) -> Export:
     """Play the suite with both policies."""
-    evaluator = evaluator_for(guided, suite, (), checkpoint, trust_remote_code)
+    evaluator = evaluator_for(guided, suite, (), trust_remote_code)
     rows = {"guided": evaluator(beta)[0]}
     plain = Evaluator(open_policy(str(exported), trust_remote_code=trust_remote_code), evaluator.suite)
     rows["exported"] = plain()[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 from lmrl import distributed
 from lmrl.environments import limits_of
 from lmrl.errors import DataError, ModelError
-from lmrl.evaluation.evaluate import RESERVED, Scores, summarize_trajectories
+from lmrl.evaluation.scoring import RESERVED, Scores, summarize_trajectories
 from lmrl.evaluation.statistics import summarize
 from lmrl.recipe import DatasetOptions
 from lmrl.recipe.source import Players

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from lmrl.evaluation.evaluate import named_values
+from lmrl.evaluation.scoring import named_values
 from lmrl.evaluation.student import upper_tail
 from lmrl.trajectories.trajectory import Trajectory
 

@@ -21,7 +21,7 @@ from trl import RewardConfig, RewardTrainer
 
 from lmrl import run as runs
 from lmrl.errors import DataError, NonFiniteError
-from lmrl.evaluation.evaluate import Scores
+from lmrl.evaluation.scoring import Scores
 from lmrl.evaluation.statistics import UNIT, UNLIMITED, bootstrap, summarize
 from lmrl.policy.classifier import Classifier
 from lmrl.policy.load import load_classifier

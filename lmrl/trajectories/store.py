@@ -327,54 +327,57 @@ def _json_line(row: Row) -> str:
     return json.dumps(row, ensure_ascii=False, default=str) + "\n"
 
 
-def _write_parquet(path: Path, rows: list[Row]) -> None:
-    """One schema for all episodes: what is free-form in a row becomes JSON text."""
-    texts = [
-        {name: json.dumps(row[name], default=str) for name in ("metrics", "components", "columns")}
-        | _message_texts(row)
-        for row in rows
-    ]
-    datasets = quiet_datasets()
+def flat_row(row: Row) -> Row:
+    """A row that fits one schema with those of all other episodes: what is free-form in it becomes JSON text."""
+    texts = {name: json.dumps(row[name], default=str) for name in ("metrics", "components", "columns")}
+    return row | texts | _message_texts(row)
+
+
+def episode_features(datasets: Any) -> dict[str, Any]:
+    """The columns of flat rows, for `datasets`."""
     value, many = datasets.Value, datasets.List
-    features = datasets.Features(
-        {
-            "group": value("int64"),
-            "episode": value("int64"),
-            "seed": value("int64"),
-            "start": value("int64"),
-            "player": value("string"),
-            "prompt_messages": many(
-                {name: value("string") for name in ("role", "content", "tool_calls", "tool_call_id", "name")}
-            ),
-            "turns": many(
-                {
-                    "observation": value("string"),
-                    "action": value("string"),
-                    "reward": value("float64"),
-                    "cut": value("bool"),
-                    "messages": value("string"),
-                    "message": value("string"),
-                }
-            ),
-            "final_observation": value("string"),
-            "terminated": value("bool"),
-            "reward": value("float64"),
-            "metrics": value("string"),
-            "components": value("string"),
-            "failure": value("string"),
-            "columns": value("string"),
-            "tokenizer": value("string"),
-            "segments": many(
-                {
-                    "tokens": many(value("int32")),
-                    "turns": many(value("int32")),
-                    "logprobs": many(value("float64")),
-                    "rewards": many(value("float64")),
-                }
-            ),
-        }
-    )
-    whole = [row | text for row, text in zip(rows, texts, strict=True)]
+    return {
+        "group": value("int64"),
+        "episode": value("int64"),
+        "seed": value("int64"),
+        "start": value("int64"),
+        "player": value("string"),
+        "prompt_messages": many(
+            {name: value("string") for name in ("role", "content", "tool_calls", "tool_call_id", "name")}
+        ),
+        "turns": many(
+            {
+                "observation": value("string"),
+                "action": value("string"),
+                "reward": value("float64"),
+                "cut": value("bool"),
+                "messages": value("string"),
+                "message": value("string"),
+            }
+        ),
+        "final_observation": value("string"),
+        "terminated": value("bool"),
+        "reward": value("float64"),
+        "metrics": value("string"),
+        "components": value("string"),
+        "failure": value("string"),
+        "columns": value("string"),
+        "tokenizer": value("string"),
+        "segments": many(
+            {
+                "tokens": many(value("int32")),
+                "turns": many(value("int32")),
+                "logprobs": many(value("float64")),
+                "rewards": many(value("float64")),
+            }
+        ),
+    }
+
+
+def _write_parquet(path: Path, rows: list[Row]) -> None:
+    datasets = quiet_datasets()
+    features = datasets.Features(episode_features(datasets))
+    whole = list(map(flat_row, rows))
     columns = {name: [row[name] for row in whole] for name in features}
     datasets.Dataset.from_dict(columns, features=features).to_parquet(str(path))
 

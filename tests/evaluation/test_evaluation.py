@@ -32,7 +32,7 @@ def test_a_suite_that_does_not_follow_runs_stays_as_it_is(tmp_path):
 
 
 def test_names_of_lmrls_own_metrics_stay_its_own():
-    from lmrl.evaluation.evaluate import summarize_trajectories
+    from lmrl.evaluation.scoring import summarize_trajectories
     from lmrl.trajectories.trajectory import Trajectory
 
     scores = summarize_trajectories([Trajectory([], "", "", reward=0.5, components={"reward": 3.0})], "prompt")

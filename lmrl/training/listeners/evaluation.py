@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from lmrl import distributed
 from lmrl.errors import RecipeError, did_you_mean
-from lmrl.evaluation.evaluate import Evaluator, Scores
+from lmrl.evaluation.evaluate import Evaluator
+from lmrl.evaluation.scoring import Scores
 from lmrl.evaluation.statistics import summarize
 from lmrl.objectives.groups import groups_of
 from lmrl.training.display import interval

@@ -1,0 +1,115 @@
+"""Metrics of several samples of a prompt: pass@k, maj@k and best@k.
+
+All are what k samples are expected to give, estimated from the n >= k that were drawn: the mean over all subsets of k,
+which is unbiased and varies less than one subset does.
+
+    pass@4          share of prompts that at least one of 4 samples solves (Chen et al., arXiv 2107.03374)
+    maj@4           the score of the answer that most of 4 samples give (Wang et al., arXiv 2203.11171)
+    best@4          the score of the sample with the highest reward of 4
+    best@4/NAME     that sample's NAME; likewise pass@4/NAME and maj@4/NAME
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+
+from lmrl.errors import RecipeError
+from lmrl.reward_models.answers import FINAL
+from lmrl.seeding import stream
+
+FORM = re.compile(r"(pass|maj|best)@([1-9][0-9]*)(?:/(.+))?")
+MOST_SUBSETS = 2000
+"""For maj@k, which has no closed form: with more subsets than these, as many are drawn, the same every time."""
+
+
+@dataclass(frozen=True)
+class SeveralSamples:
+    """A metric of `count` samples. metric: what it is of (None: the reward or return)."""
+
+    name: str
+    kind: str
+    count: int
+    metric: str | None
+
+    def __call__(
+        self, rewards: Sequence[float], values: Sequence[float | None], completions: Sequence[str]
+    ) -> float | None:
+        """Of the judged samples of one prompt; None where fewer than `count` have a value.
+
+        rewards: what the best is chosen by. values: of the metric. Raises RecipeError for a pass that is not 0 or 1.
+        """
+        rows = [row for row, value in enumerate(values) if value is not None]
+        if len(rows) < self.count:
+            return None
+        scored = [values[row] for row in rows]
+        if self.kind == "best":
+            return best_at(self.count, [rewards[row] for row in rows], scored)
+        if self.kind == "maj":
+            return majority_at(self.count, [answer_of(completions[row]) for row in rows], scored)
+        if other := next((value for value in scored if value not in (0, 1)), None):
+            raise RecipeError(
+                f"metrics: '{self.name}' counts scores of 0 and 1, but there is {other:g}: name such a one, pass@{self.count}/NAME"
+            )
+        return pass_at(self.count, len(scored), int(sum(scored)))
+
+
+@lru_cache
+def several_samples(name: str) -> SeveralSamples | None:
+    """The metric of that name, None where it is of one sample."""
+    match = FORM.fullmatch(name)
+    return SeveralSamples(name, match[1], int(match[2]), match[3]) if match else None
+
+
+def pass_at(k: int, n: int, right: int) -> float:
+    """Share of the subsets of k of n samples that hold one of the `right` ones."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def best_at(k: int, rewards: Sequence[float], values: Sequence[float]) -> float:
+    """Mean over subsets of k: the value of the sample with the highest reward; of equally high ones, their mean."""
+    order = sorted(range(len(rewards)), key=rewards.__getitem__)
+    subsets, total, first = math.comb(len(order), k), 0.0, 0
+    while first < len(order):
+        last = first
+        while last < len(order) and rewards[order[last]] == rewards[order[first]]:
+            last += 1
+        share = (math.comb(last, k) - math.comb(first, k)) / subsets  # subsets whose highest reward is this one
+        total += share * math.fsum(values[row] for row in order[first:last]) / (last - first)
+        first = last
+    return total
+
+
+def majority_at(k: int, answers: Sequence[str], values: Sequence[float]) -> float:
+    """Mean over subsets of k: the value of the most frequent answer; of equally frequent ones, the mean of theirs."""
+    count = len(answers)
+    if math.comb(count, k) <= MOST_SUBSETS:
+        subsets = combinations(range(count), k)
+    else:
+        rng = stream("maj", count, k)
+        subsets = (rng.choice(count, k, replace=False).tolist() for _ in range(MOST_SUBSETS))
+    found = [_majority([answers[row] for row in rows], [values[row] for row in rows]) for rows in subsets]
+    return math.fsum(found) / len(found)
+
+
+def _majority(answers: Sequence[str], values: Sequence[float]) -> float:
+    counts = Counter(answers)
+    most = max(counts.values())
+    of_answer: dict[str, list[float]] = {}
+    for answer, value in zip(answers, values, strict=True):
+        if counts[answer] == most:
+            of_answer.setdefault(answer, []).append(value)
+    means = [math.fsum(given) / len(given) for given in of_answer.values()]
+    return math.fsum(means) / len(means)
+
+
+def answer_of(completion: str) -> str:
+    r"""What a completion votes for: what follows its last `####` or stands in its last `\boxed{}`, else all of it; white
+    space, case and a final stop do not count."""
+    marked = [one or other for one, other in FINAL.findall(completion)]
+    return " ".join((marked[-1] if marked else completion).split()).rstrip(".").casefold()

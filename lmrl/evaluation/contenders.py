@@ -1,0 +1,60 @@
+"""Which policies an evaluation scores: names, checkpoints of runs, weights of Q."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmrl.errors import RecipeError, RunError
+from lmrl.run import checkpoint_names, checkpoint_of
+
+ALONE = "policy"
+"""The label of a policy that is scored alone."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A policy to score. name: as the user wrote it. path: what is loaded. label: of its row in tables."""
+
+    label: str
+    name: str
+    path: str
+
+
+def contenders(
+    policies: Sequence[str | Path], checkpoint: str = "final", checkpoints: Sequence[str] = ()
+) -> list[Contender]:
+    """The policies in order. checkpoint: of every run, see `checkpoint_of`. checkpoints: several of each run instead, or
+    `all`. Raises DataError or RunError for what is no policy, RecipeError for a policy that is named twice."""
+    found: list[tuple[str, str, str]] = []
+    for name in map(str, policies):
+        for which in _expanded(name, checkpoints) or [checkpoint]:
+            found.append((name, which, checkpoint_of(name, which)))
+    if len(found) == 1:
+        return [Contender(ALONE, found[0][0], found[0][2])]
+    several_policies, several_checkpoints = len(policies) > 1, bool(checkpoints)
+    labels = [
+        " ".join(part for part, shown in ((name, several_policies), (which, several_checkpoints)) if shown)
+        for name, which, _ in found
+    ]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise RecipeError(f"policy: '{label}' is there twice: name each once")
+    return [Contender(label, name, path) for label, (name, _, path) in zip(labels, found, strict=True)]
+
+
+def _expanded(name: str, checkpoints: Sequence[str]) -> list[str]:
+    """`all` as the names of a run's checkpoints."""
+    if list(checkpoints) != ["all"]:
+        return list(checkpoints)
+    found = checkpoint_names(Path(name).expanduser())
+    if not found:
+        raise RunError(f"--checkpoints all: '{name}' is no run with checkpoints: leave it out")
+    return found
+
+
+def folder_name(label: str) -> str:
+    """A label as the name of a folder."""
+    return re.sub(r"[^\w.=@-]+", "-", label).strip("-.") or ALONE

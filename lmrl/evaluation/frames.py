@@ -1,0 +1,85 @@
+"""Episodes of an evaluation as a table: one row each, for pandas, CSV, JSON and Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmrl.errors import RunError
+from lmrl.evaluation.log import in_order, logs_in
+from lmrl.evaluation.scoring import named_values
+from lmrl.trajectories.rows import json_of
+from lmrl.trajectories.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+KINDS = (".csv", ".json", ".jsonl", ".parquet")
+LISTS = ("tokens", "logprobs")
+"""Columns that CSV has no room for."""
+
+
+def load_eval(log: str | Path) -> DataFrame:
+    """The episodes of an evaluation log, or of all logs in a folder: one row each.
+
+    Columns: policy, group, episode, prompt, completion, reward (or return), components, metrics and what else was measured,
+    length, turns, failure, tokens and logprobs (of what was sampled), began, seconds. Raises RunError where there is no log.
+    """
+    records: list[dict[str, Any]] = []
+    for label, one in in_order(logs_in(log)):
+        for row, trajectory in zip(one.rows(), one.trajectories(), strict=True):
+            times = {name: row.get(name) for name in ("began", "seconds")}
+            records.append(record(label, trajectory, json_of(row, "extra") or {}) | times)
+    return frame_of(records)
+
+
+def frame_of(records: Sequence[Mapping[str, Any]]) -> DataFrame:
+    """Records as a table, with every column that any of them has."""
+    import pandas
+
+    return pandas.DataFrame.from_records(list(records))
+
+
+def records_of(episodes: Mapping[str, Sequence[Trajectory]]) -> Iterator[dict[str, Any]]:
+    """The rows of a table of episodes by policy."""
+    for label, trajectories in episodes.items():
+        for trajectory in trajectories:
+            yield record(label, trajectory)
+
+
+def record(policy: str, trajectory: Trajectory, extra: Mapping[str, float] = {}) -> dict[str, Any]:
+    """An episode as a row of a table."""
+    sampled = [(one, place) for one in trajectory.segments for place in one.actions]
+    return {
+        "policy": policy,
+        "group": trajectory.group,
+        "episode": trajectory.episode,
+        "prompt": trajectory.prompt,
+        "completion": trajectory.completion,
+        **dict(named_values(trajectory)),
+        **extra,
+        "turns": len(trajectory.turns),
+        "failure": trajectory.failure,
+        "tokens": [one.tokens[place] for one, place in sampled],
+        "logprobs": [one.logprobs[place] for one, place in sampled],
+    }
+
+
+def write_table(frame: DataFrame, path: Path) -> None:
+    """Write a table as CSV, JSON (a list of objects), JSON lines or Parquet, by the name's ending."""
+    check_table_name(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        frame.drop(columns=[name for name in LISTS if name in frame]).to_csv(path, index=False)
+    elif path.suffix == ".parquet":
+        frame.to_parquet(path, index=False)
+    else:
+        lines = path.suffix == ".jsonl"
+        frame.to_json(path, orient="records", lines=lines, force_ascii=False, double_precision=15)
+
+
+def check_table_name(path: Path) -> None:
+    """Raise RunError for a name that no table can be written to."""
+    if path.suffix not in KINDS or path.is_dir():
+        raise RunError(f"--export: '{path}' is no name for a table: end it in {', '.join(KINDS)}")

@@ -1,0 +1,76 @@
+"""What a suite and a policy are, as hashes: of their content, and not of where they lie."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from lmrl.evaluation.suites import SAMPLING, Suite
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf", ".json", ".model", ".txt", ".jinja")
+"""Files of a model's folder that make the policy: weights, configuration, tokenizer, heads."""
+NO_WEIGHTS = ("lmrl.json",)
+"""What lmrl puts beside them for people and for itself."""
+OF_THE_ENGINE = ("slots", "cache_tokens")
+"""Sampling options that change the speed alone."""
+BLOCK = 1 << 20
+
+
+def suite_version(suite: Suite, environment: dict[str, Any] | None = None) -> str:
+    """A hash of what is played, how it is sampled and what judges it: 16 hexadecimal digits.
+
+    Files that it names count by their content. environment: what plays it, see `Task.environment`, whose version and source
+    count. Columns of tables, the engine and limits of time do not.
+    """
+    data = suite.model_dump(mode="json", exclude_defaults=True)
+    sampling = data.pop("rollouts", {})
+    data = {name: value for name, value in data.items() if name not in ("description", "metrics", "follows_run")}
+    data["rollouts"] = {name: sampling[name] for name in SAMPLING if name in sampling and name not in OF_THE_ENGINE}
+    data["task"] = {
+        name: value for name, value in data["task"].items() if name not in ("call_timeout", "max_failed", "environment")
+    } | {"environment": environment}
+    text = json.dumps(_by_content(data), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def policy_hash(path: str, commit: str | None = None) -> str | None:
+    """A hash of a policy's files: 16 hexadecimal digits. Of a name on the hub its commit (None: unknown)."""
+    place = Path(path)
+    if not place.exists():
+        return commit
+    digest = hashlib.sha256()
+    for file in [place] if place.is_file() else policy_files(place):
+        digest.update(file.name.encode() + b"\0" + _file_hash(file).encode())
+    return digest.hexdigest()[:16]
+
+
+def policy_files(folder: Path) -> list[Path]:
+    """The files of a model's folder that make the policy, by name."""
+    files = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    return sorted(file for file in files if file.suffix in WEIGHT_SUFFIXES and file.name not in NO_WEIGHTS)
+
+
+def _file_hash(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _by_content(value: Any) -> Any:
+    """Plain data in which absolute names of files became hashes of what they hold."""
+    if isinstance(value, dict):
+        return {name: _by_content(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_by_content(one) for one in value]
+    if not isinstance(value, str) or not value.startswith("/"):
+        return value
+    file, colon, attribute = value.rpartition(":")
+    if colon and file.endswith(".py") and Path(file).is_file():
+        return f"{_file_hash(Path(file))}:{attribute}"
+    if Path(value).is_file():
+        return _file_hash(Path(value))
+    return policy_hash(value) if Path(value).is_dir() else value

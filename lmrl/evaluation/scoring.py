@@ -1,0 +1,168 @@
+"""From episodes to scores: every metric of a suite with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import inf, isfinite
+from typing import Any, cast
+
+from lmrl.errors import RecipeError, did_you_mean
+from lmrl.evaluation.best_of import SeveralSamples, several_samples
+from lmrl.evaluation.statistics import UNIT, UNLIMITED, Limits, summarize
+from lmrl.trajectories.trajectory import Trajectory
+
+Scores = dict[str, dict[str, Any]]
+LIMITS: dict[str, Limits] = {"length": (0.0, inf), "kl": UNLIMITED}
+"""Of lmrl's own metrics."""
+RESERVED = ("reward", "return", "length", "kl", "normalized")
+"""Metrics of lmrl's own; a reward function or environment metric of that name is reported as `component/NAME`."""
+
+
+@dataclass
+class Scoring:
+    """How the episodes of a suite become scores; plain data, so that a log can be scored again without its policy."""
+
+    metrics: list[str]
+    """Of the suite; the first is the main one."""
+    unit: str = "prompt"
+    """The name of what episodes of one group have in common."""
+    limits: dict[str, Limits] = field(default_factory=dict)
+    """Lowest and highest possible value, by metric."""
+    fixed: bool = False
+    """True if the groups are all there are, see `summarize`."""
+    scale: tuple[float, float] | None = None
+    """The main metric of the environment's players `random` and `optimal`."""
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> Scoring:
+        """From `to_plain`, as JSON has kept it."""
+        limits = {
+            name: (-inf if low is None else low, inf if high is None else high)
+            for name, (low, high) in data["limits"].items()
+        }
+        return cls(**{**data, "limits": limits, "scale": tuple(data["scale"]) if data["scale"] else None})
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON can hold it: None for a limit that there is not."""
+        limits = {name: [one if isfinite(one) else None for one in pair] for name, pair in self.limits.items()}
+        return asdict(self) | {"limits": limits}
+
+    def report(self, trajectories: Sequence[Trajectory], extra: Mapping[str, Sequence[float]] = {}) -> Scores:
+        """Every metric of these episodes, the suite's own first. extra: further values of each episode, by metric."""
+        scores = summarize_trajectories(trajectories, self.unit, self.limits, self.fixed)
+        for name in [*extra, *filter(several_samples, self.metrics)]:
+            values, groups = self.values(name, trajectories, extra)
+            scores[name] = summarize(values, groups, self.limits_of(name, trajectories), self.fixed, self.unit)
+        main = self.metrics[0]
+        if main not in scores:
+            raise RecipeError(f"suite: there is no metric '{main}'{did_you_mean(main, scores)}")
+        if "normalized" in self.metrics and self.scale is not None:
+            low, high = self.scale
+            score = scores[main]
+            mean, *ends = (100 * (value - low) / (high - low) for value in (score["mean"], *score["ci95"]))
+            scores["normalized"] = score | {"mean": mean, "ci95": ends}
+        return {name: scores[name] for name in dict.fromkeys([*self.metrics, *scores]) if name in scores}
+
+    def values(
+        self, metric: str, trajectories: Sequence[Trajectory], extra: Mapping[str, Sequence[float]] = {}
+    ) -> tuple[list[float], list[int]]:
+        """A metric's values and the group of each: one of each episode that has it, or of each group for pass@k and its like."""
+        several = several_samples(metric)
+        if several is not None:
+            return self._of_groups(several, trajectories)
+        if metric in extra:
+            return list(extra[metric]), [one.group for one in trajectories]
+        found = [(dict(named_values(one)).get(metric), one.group) for one in trajectories]
+        return [value for value, _ in found if value is not None], [
+            group for value, group in found if value is not None
+        ]
+
+    def _of_groups(self, several: SeveralSamples, trajectories: Sequence[Trajectory]) -> tuple[list[float], list[int]]:
+        groups: dict[int, list[Trajectory]] = {}
+        for one in trajectories:
+            groups.setdefault(one.group, []).append(one)
+        found = {}
+        for group, samples in groups.items():
+            scored = [value_of(one, several.metric) for one in samples]
+            value = several([one.reward for one in samples], scored, [one.completion for one in samples])
+            if value is not None:
+                found[group] = value
+        if not found:
+            raise RecipeError(
+                f"metrics: '{several.name}' needs {several.count} judged samples of a {self.unit}: set samples={several.count}"
+            )
+        return list(found.values()), list(found)
+
+    def limits_of(self, metric: str, trajectories: Sequence[Trajectory]) -> Limits | None:
+        """The lowest and highest value that a metric can have (None: values say it themselves, see `summarize`)."""
+        several = several_samples(metric)
+        if several is None:
+            return (self.limits | LIMITS).get(metric)
+        if several.kind == "pass":
+            return UNIT
+        single = several.metric or ("reward" if trajectories[0].components else "return")
+        values, _ = self.values(single, trajectories)
+        return (self.limits | LIMITS).get(single) or (UNIT if all(value in (0, 1) for value in values) else None)
+
+
+def check_metrics(metrics: Sequence[str], samples: int) -> None:
+    """Raise RecipeError for a metric of several samples that a suite cannot have."""
+    for place, metric in enumerate(metrics):
+        several = several_samples(metric)
+        if several is None:
+            continue
+        if place == 0:
+            raise RecipeError(
+                f"metrics: '{metric}' is of several samples, and the first metric has to be of one: put reward or return first"
+            )
+        if several.count > samples:
+            raise RecipeError(
+                f"metrics: '{metric}' takes {several.count} samples of a prompt: set samples={several.count}"
+            )
+
+
+def exact(score: dict[str, Any]) -> dict[str, Any]:
+    """A score whose mean is known and not estimated."""
+    return {name: value for name, value in score.items() if name != "holds_for"} | {"ci95": [score["mean"]] * 2}
+
+
+def summarize_trajectories(
+    trajectories: Sequence[Trajectory], unit: str, limits: dict[str, Limits] = {}, fixed: bool = False
+) -> Scores:
+    """Return (or reward), every component and metric, and length in tokens, each with its interval over groups.
+
+    unit: the name of a group. limits: of metrics, by name. fixed: the groups are all there are, see `summarize`.
+    """
+    groups: dict[str, list[int]] = {}
+    for trajectory in trajectories:
+        for name, _ in named_values(trajectory):
+            groups.setdefault(name, []).append(trajectory.group)
+    limits = limits | LIMITS
+    return {
+        name: summarize(values, groups[name], limits.get(name), fixed, unit)
+        for name, values in values_of(trajectories).items()
+    }
+
+
+def values_of(trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
+    """What the episodes scored, by metric."""
+    columns: dict[str, list[float]] = {}
+    for trajectory in trajectories:
+        for name, value in named_values(trajectory):
+            columns.setdefault(name, []).append(value)
+    return columns
+
+
+def named_values(trajectory: Trajectory) -> Iterator[tuple[str, float]]:
+    """What one episode scored: `return` (of prompts, `reward`), components, metrics, length in tokens."""
+    yield "reward" if trajectory.components else "return", cast(float, trajectory.reward)
+    for name, value in {**trajectory.components, **trajectory.metrics}.items():
+        if value is not None:
+            yield f"component/{name}" if name in RESERVED else name, value
+    yield "length", trajectory.num_actions
+
+
+def value_of(trajectory: Trajectory, metric: str | None) -> float | None:
+    """An episode's value of a metric (None: its reward or return), None where it has none."""
+    return trajectory.reward if metric is None else dict(named_values(trajectory)).get(metric)

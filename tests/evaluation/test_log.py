@@ -1,0 +1,267 @@
+"""Evaluation logs: what they hold, resuming, rescoring, tables."""
+
+import json
+import shutil
+import time
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import lmrl
+from lmrl.errors import RecipeError, RunError
+from lmrl.evaluation.api import rescored
+from lmrl.evaluation.identity import policy_hash, suite_version
+from lmrl.evaluation.log import EvalLog
+from lmrl.evaluation.suites import load_suite
+from tests import forking
+
+
+@pytest.fixture(scope="module")
+def prompts_suite(tmp_path_factory):
+    """A suite of nine prompts with two rewards."""
+    folder = tmp_path_factory.mktemp("suite")
+    rows = [{"prompt": f"say {number}", "answer": number, "note": [1] if number else "text"} for number in range(9)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "judge.py").write_text(
+        "def even(completions, **columns):\n    return [float(len(text) % 2 == 0) for text in completions]\n\n\n"
+        "def letters(completions, **columns):\n    return [{'score': float(len(text)), 'half': len(text) / 2} for text in completions]\n"
+    )
+    (folder / "suite.yaml").write_text(
+        "task:\n  prompts: {path: prompts.jsonl}\n"
+        "  rewards: [{function: judge.py:even}, {function: judge.py:letters, weight: 0}]\n"
+        "rollouts: {max_new_tokens: 4}\nsamples: 2\nmetrics: [reward, letters]\n"
+    )
+    (folder / "longer.yaml").write_text(
+        "task:\n  prompts: {path: prompts.jsonl}\n  rewards: [{function: judge.py:letters}]\nmetrics: [reward, best@2]\n"
+    )
+    return folder / "suite.yaml"
+
+
+@pytest.fixture(scope="module")
+def logged(tiny_folder, prompts_suite, tmp_path_factory):
+    """A finished log, and its report."""
+    folder = tmp_path_factory.mktemp("logs") / "log"
+    return folder, lmrl.evaluate(tiny_folder, prompts_suite, log=folder, part=4)
+
+
+def lines_of(folder):
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in ("began", "seconds")} for row in rows]
+
+
+def test_log_holds_what_was_played(logged, tiny_folder, prompts_suite):
+    folder, report = logged
+    log = EvalLog(folder)
+    assert log.is_complete and log.header["part"] == 2 and log.header["engine"]["name"] == "hf"
+    assert log.header["policy"]["hash"] == policy_hash(str(tiny_folder))
+    assert log.header["suite"]["version"] == suite_version(load_suite(prompts_suite))
+    row = lines_of(folder)[5]
+    assert row["episode"] == 5 and row["prompt"] == "say 2" and json.loads(row["columns"])["answer"] == 2
+    assert set(json.loads(row["components"])) == {"even", "letters", "letters/half"}
+    trajectories = log.trajectories()
+    assert trajectories == report.trajectories
+    assert all(one.segments[0].logprobs[place] < 0 for one in trajectories for place in one.segments[0].actions)
+    assert json.loads((folder / "scores.json").read_text()) == report.metrics
+
+
+def test_a_log_changes_no_score(logged, tiny_folder, prompts_suite):
+    plain = lmrl.evaluate(tiny_folder, prompts_suite)
+    assert plain.metrics["reward"] == logged[1].metrics["reward"]
+
+
+@pytest.mark.parametrize(
+    ("left", "torn"),
+    [(0, b""), (1, b""), (4, b""), (5, b""), (17, b""), (18, b""), (3, b'{"group": 2, "epis'), (18, b"\xff\n")],
+)
+def test_stopped_log_goes_on(logged, tiny_folder, prompts_suite, tmp_path, left, torn, monkeypatch):
+    """Stopped after some lines, and within one: the same command ends with the same bytes, and plays no more than it has to."""
+    folder, _ = logged
+    shutil.copytree(folder, tmp_path / "log")
+    (tmp_path / "log" / "scores.json").unlink()
+    lines = (folder / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "log" / "samples.jsonl").write_bytes(b"".join(lines[:left]) + torn)
+    from lmrl.evaluation.evaluate import Evaluator
+
+    played, play = [], Evaluator.play
+    monkeypatch.setattr(
+        Evaluator, "play", lambda self, starts, *args: played.extend(starts) or play(self, starts, *args)
+    )
+    lmrl.evaluate(tiny_folder, prompts_suite, log=tmp_path / "log")
+    assert (tmp_path / "log" / "scores.json").read_bytes() == (folder / "scores.json").read_bytes()
+    assert lines_of(tmp_path / "log") == lines_of(folder)
+    whole = left if left == 18 else left // 4 * 4  # parts of two prompts, two samples each
+    assert played == list(range(whole // 2, 9))
+
+
+def test_another_evaluation_is_refused(logged, tiny_folder, prompts_suite, tmp_path):
+    folder, _ = logged
+    for overrides, key in ((["rollouts.temperature=0.5"], "suite.version"), (["seed=1"], "suite.version")):
+        with pytest.raises(RunError, match=f"holds another evaluation, its {key} differs"):
+            lmrl.evaluate(tiny_folder, prompts_suite, overrides, log=folder)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="is no evaluation log: choose another folder"):
+        lmrl.evaluate(tiny_folder, prompts_suite, log=tmp_path)
+    shutil.copytree(tiny_folder, tmp_path / "other")
+    (tmp_path / "other" / "extra.txt").write_text("changed")
+    with pytest.raises(RunError, match="its policy.hash differs"):
+        lmrl.evaluate(tmp_path / "other", prompts_suite, log=folder)
+
+
+def test_version_follows_content_and_not_place(prompts_suite, tmp_path):
+    shutil.copytree(prompts_suite.parent, tmp_path / "moved")
+    moved, version = tmp_path / "moved" / "suite.yaml", suite_version(load_suite(prompts_suite))
+    assert suite_version(load_suite(moved)) == version
+    assert suite_version(load_suite(moved, ["rollouts.slots=3", "metrics=[reward]", "task.call_timeout=5"])) == version
+    assert suite_version(load_suite(moved, ["rollouts.top_k=3"])) != version
+    judge = tmp_path / "moved" / "judge.py"
+    judge.write_text(judge.read_text().replace("== 0", "== 1"))
+    assert suite_version(load_suite(moved)) != version
+
+
+# -------------------------------------------------------------------------------------------------------------- rescoring
+def test_rescoring_by_the_same_rewards_changes_nothing(logged, tmp_path):
+    folder, report = logged
+    again = rescored(folder, target=tmp_path / "again")
+    assert again.metrics == report.metrics and lines_of(tmp_path / "again") == lines_of(folder)
+    assert EvalLog(tmp_path / "again").scores()[0] == report.metrics
+
+
+def test_rescoring_by_another_suite(logged, prompts_suite, tmp_path):
+    folder, report = logged
+    again = rescored(folder, prompts_suite.parent / "longer.yaml", target=tmp_path / "again")
+    assert again.metrics["reward"]["mean"] == report.metrics["letters"]["mean"]
+    pairs = zip(report.trajectories[::2], report.trajectories[1::2], strict=True)
+    best = [max(len(one.completion), len(other.completion)) for one, other in pairs]
+    assert again.metrics["best@2"]["mean"] == pytest.approx(sum(best) / 9)
+    log = EvalLog(tmp_path / "again")
+    assert (
+        log.header["rescored"]["from"] == EvalLog(folder).header["suite"]["version"] != log.header["suite"]["version"]
+    )
+    assert [one.segments[0].tokens for one in log.trajectories()] == [
+        one.segments[0].tokens for one in EvalLog(folder).trajectories()
+    ]
+    assert all(sum(one.segments[0].rewards) == one.reward == len(one.completion) for one in log.trajectories())
+
+
+def test_rescoring_needs_rewards(logged, ilql_run, tmp_path):
+    with pytest.raises(RecipeError, match="has no rewards to score completions by"):
+        rescored(logged[0], "maze")
+    lmrl.evaluate(ilql_run, overrides=["samples=1"], log=tmp_path / "log")
+    with pytest.raises(RecipeError, match="were judged by their environment"):
+        rescored(tmp_path / "log")
+    assert EvalLog(tmp_path / "log").scores()[0] == lmrl.evaluate(ilql_run, overrides=["samples=1"]).metrics
+
+
+# ------------------------------------------------------------------------------------------------------------------ tables
+def test_log_as_a_data_frame(logged):
+    folder, report = logged
+    frame = lmrl.load_eval(folder)
+    assert len(frame) == 18 and frame["reward"].mean() == report.metrics["reward"]["mean"]
+    one = report.trajectories[3]
+    row = frame.iloc[3]
+    assert (row["policy"], row["group"], row["completion"], row["length"]) == (
+        "policy",
+        1,
+        one.completion,
+        one.num_actions,
+    )
+    assert row["tokens"] == [one.segments[0].tokens[place] for place in one.segments[0].actions]
+    with pytest.raises(RunError, match="is not an evaluation log"):
+        lmrl.load_eval(folder.parent / "nowhere")
+
+
+def test_log_is_read_by_datasets(logged, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    found = datasets.load_dataset(
+        "json", data_files=str(logged[0] / "samples.jsonl"), split="train", cache_dir=str(tmp_path)
+    )
+    assert found["prompt"][:3] == ["say 0", "say 0", "say 1"] and len(found) == 18
+    assert found[4]["segments"][0]["tokens"] == logged[1].trajectories[4].segments[0].tokens
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "jsonl", "parquet"])
+def test_tables_hold_every_episode(logged, tmp_path, kind):
+    import pandas
+
+    from lmrl.evaluation.frames import frame_of, records_of, write_table
+
+    report, path = logged[1], tmp_path / f"table.{kind}"
+    write_table(frame_of(list(records_of(report.episodes))), path)
+    read = {"csv": pandas.read_csv, "parquet": pandas.read_parquet, "json": pandas.read_json}.get(
+        kind, lambda file: pandas.read_json(file, lines=True)
+    )
+    found = read(path)
+    assert found["letters"].tolist() == [one.components["letters"] for one in report.trajectories]
+    assert ("tokens" in found) == (kind != "csv")
+
+
+def test_a_table_needs_a_known_ending(tmp_path):
+    from lmrl.evaluation.frames import check_table_name
+
+    with pytest.raises(RunError, match="end it in .csv, .json"):
+        check_table_name(tmp_path / "table.xls")
+
+
+# --------------------------------------------------------------------------------------------------------- the command line
+@pytest.fixture(scope="module")
+def slow_suite(prompts_suite):
+    """The suite with rewards that take their time, so that an evaluation can be killed in its course."""
+    folder = prompts_suite.parent
+    judge = (folder / "judge.py").read_text().replace("    return [float", "    time.sleep(0.1)\n    return [float")
+    (folder / "slow.py").write_text("import time\n\n\n" + judge)
+    (folder / "slow.yaml").write_text(prompts_suite.read_text().replace("judge.py", "slow.py"))
+    return folder / "slow.yaml"
+
+
+def test_killed_evaluation_goes_on(tiny_folder, slow_suite, tmp_path):
+    """SIGKILL as soon as some parts are on disk, twice; then the same command comes to its end."""
+
+    def command(name):
+        return ["eval", tiny_folder, "--suite", slow_suite, "--log", tmp_path / name, "--log-every", "2"]
+
+    def lines():
+        path = tmp_path / "killed" / "samples.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    assert forking.run(command("whole")).returncode == 0
+    for least in (2, 8):
+        process, end = forking.Process(command("killed")), time.monotonic() + 60
+        while lines() < least and time.monotonic() < end:
+            time.sleep(0.01)
+        process.kill()
+        process.wait(60)
+        assert least <= lines() < 18 and not (tmp_path / "killed" / "scores.json").exists()
+    done = forking.run([*command("killed"), "--export", tmp_path / "table.csv", "--json", tmp_path / "scores.json"])
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "killed" / "scores.json").read_bytes() == (tmp_path / "whole" / "scores.json").read_bytes()
+    assert lines_of(tmp_path / "killed") == lines_of(tmp_path / "whole")
+    assert (tmp_path / "table.csv").read_text().count("say ") == 18
+    scores = json.loads((tmp_path / "scores.json").read_text())["metrics"]
+    assert scores == json.loads((tmp_path / "whole" / "scores.json").read_text())
+
+
+def test_rescoring_by_command(logged, prompts_suite, tmp_path):
+    suite = prompts_suite.parent / "longer.yaml"
+    done = forking.run(["eval", "--rescore", logged[0], "--suite", suite, "--json", tmp_path / "scores.json"])
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "scores.json").read_text())["metrics"]
+    assert scores["reward"]["mean"] == logged[1].metrics["letters"]["mean"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a policy to score, or a log to score again"),
+        (["some/model", "--rescore", "log"], "name a policy to score, or a log to score again"),
+        (["some/model", "--log-every", "4"], "--log-every says how a log is written: name its folder"),
+        (["some/model", "--export", "table.xls"], "--export: 'table.xls' is no name for a table"),
+    ],
+)
+def test_mistakes_of_the_command(arguments, message):
+    from lmrl.cli.eval import command
+
+    app = typer.Typer()
+    app.command()(command)
+    found = CliRunner().invoke(app, arguments)
+    assert isinstance(found.exception, RecipeError | RunError) and message in str(found.exception)
