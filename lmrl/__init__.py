@@ -20,6 +20,7 @@ __all__ = [
     "SourceOptions",
     "TemporaryError",
     "TextEnvironment",
+    "compare",
     "evaluate",
     "load_eval",
     "load_recipe",
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from lmrl.engines.base import Engine
     from lmrl.environments import TextEnvironment
     from lmrl.errors import TemporaryError
-    from lmrl.evaluation import evaluate, load_eval
+    from lmrl.evaluation import compare, evaluate, load_eval
     from lmrl.objectives import Objective
     from lmrl.recipe import ObjectiveOptions, Recipe, SourceOptions
     from lmrl.recipe.files import load_recipe
@@ -50,6 +51,7 @@ _HOMES = {
     "SourceOptions": "lmrl.recipe",
     "TemporaryError": "lmrl.errors",
     "TextEnvironment": "lmrl.environments",
+    "compare": "lmrl.evaluation",
     "evaluate": "lmrl.evaluation",
     "load_eval": "lmrl.evaluation",
     "load_recipe": "lmrl.recipe.files",

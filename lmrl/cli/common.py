@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from lmrl.errors import RecipeError
+
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes, for instance training.steps=50", metavar="[KEY=VALUE]...")
 ]
@@ -29,3 +31,19 @@ def split_policies(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Policies, and the overrides among them: what begins with `KEY=` and is no file here."""
     overrides = [one for one in arguments if OVERRIDE.match(one) and not Path(one).expanduser().exists()]
     return [one for one in arguments if one not in overrides], overrides
+
+
+def weights(text: str | None) -> list[float]:
+    """`--beta 1,4,16` as numbers. Raises RecipeError."""
+    try:
+        numbers = [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        numbers = [-1.0]
+    if any(not 0 <= number < float("inf") for number in numbers):
+        raise RecipeError(f"--beta: '{text}' is no list of weights, for instance 1,4,16,64")
+    return numbers
+
+
+def listed(text: str | None) -> list[str]:
+    """`a, b` as a list."""
+    return [part.strip() for part in text.split(",")] if text else []

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lmrl.cli.common import Debug, Policies, split_policies
+from lmrl.cli.common import Debug, Policies, listed, split_policies, weights
 from lmrl.errors import RecipeError, RunError
 
 
@@ -57,7 +57,7 @@ def command(
         raise RunError(f"--json: {json} is a folder, name a file")
     for path in export or ():
         check_table_name(path)
-    betas, floors = _numbers(beta), _floors(fail_under or [])
+    betas, floors = weights(beta), _floors(fail_under or [])
     if (rescore is None) == (not names):
         raise RecipeError(
             "name a policy to score, or a log to score again: lmrl eval POLICY, or lmrl eval --rescore LOG"
@@ -73,8 +73,7 @@ def command(
     if rescore is not None:
         report = rescored(rescore, suite, overrides, log)
     else:
-        chosen = [one.strip() for one in checkpoints.split(",")] if checkpoints else []
-        report = evaluate(names, suite, overrides, checkpoint, trust_remote_code, betas, log, chosen, part)
+        report = evaluate(names, suite, overrides, checkpoint, trust_remote_code, betas, log, listed(checkpoints), part)
     display = Display()
     display.samples(report.trajectories, samples)
     display.table(f"{report.policy} on {report.suite}", report.rows)
@@ -89,17 +88,6 @@ def command(
     if log is not None:
         print(f"log: {log}")
     report.require(floors)
-
-
-def _numbers(text: str | None) -> list[float]:
-    """`1,4,16` as numbers."""
-    try:
-        numbers = [float(part) for part in text.split(",")] if text else []
-    except ValueError:
-        numbers = [-1.0]
-    if any(not 0 <= number < float("inf") for number in numbers):
-        raise RecipeError(f"--beta: '{text}' is no list of weights, for instance 1,4,16,64")
-    return numbers
 
 
 def _floors(texts: list[str]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from lmrl.evaluation.evaluate import Evaluator
 from lmrl.evaluation.log import in_order, is_log, logs_in, play_into_log
 from lmrl.evaluation.rescoring import rescore_log
 from lmrl.evaluation.scoring import Scores, check_metrics
-from lmrl.evaluation.suites import load_suite, own_suite
+from lmrl.evaluation.suites import Suite, load_suite, own_suite
 from lmrl.policy.load import open_policy
 from lmrl.recipe.files import locate_rewards
 from lmrl.run import RECIPE_FILE, read_recipe
@@ -28,6 +28,14 @@ OWN_TASK = "its own task"
 """Stands for a suite where a policy is scored on the task of its own run."""
 OWN_EPISODES, OWN_STARTS = 100, 500
 """Of an own task: the fewest episodes that score it (several from each start state if need be), and the most starts."""
+
+
+@dataclass(frozen=True)
+class NamedSuite:
+    """A suite as it is played, and what it is called."""
+
+    suite: Suite
+    name: str
 
 
 @dataclass
@@ -97,20 +105,16 @@ def evaluate(
     log: a folder for every episode (see lmrl/evaluation/log.py), with a subfolder each where there are several rows; an
     evaluation that was stopped goes on with it. part: of a log, episodes played side by side and written at once.
     """
-    from lmrl.accelerators import default_device
-
-    keep_freed_memory()
     policies = [policy] if isinstance(policy, str | Path) else list(policy)
     found = contenders(policies, checkpoint, checkpoints)
-    rows, episodes, last = {}, {}, None
+    rows, episodes, given = {}, {}, None
     for contender in found:
-        evaluator = evaluator_for(contender, suite, overrides, trust_remote_code, like=last)
-        evaluator.policy.to(default_device())
+        evaluator = evaluator_for(contender, suite, overrides, trust_remote_code, given=given)
+        given = NamedSuite(evaluator.suite, evaluator.name)
         for label, scores, played in score_rows(evaluator, contender, betas, log, len(found) > 1, part):
             rows[label], episodes[label] = scores, played
-        last = evaluator
-    named = ", ".join(map(str, policies))
-    return Report(last.name, named, rows, last.suite.metrics, played, last.played, episodes)
+    names = ", ".join(map(str, policies))
+    return Report(given.name, names, rows, given.suite.metrics, played, evaluator.played, episodes)
 
 
 def rescored(
@@ -138,15 +142,18 @@ def score_rows(
     several: bool = False,
     part: int | None = None,
 ) -> Iterator[tuple[str, Scores, list[Trajectory]]]:
-    """A policy's rows of a report: label, scores and judged episodes at each beta. The engine is closed at the end.
+    """A policy's rows of a report: label, scores and judged episodes at each beta. At the end the policy is let go.
 
     several: the policy is one of several.
     """
+    from lmrl.accelerators import default_device
+
     if betas and evaluator.policy.guidance is None:
         raise RecipeError(
             f"--beta weighs Q values, but '{contender.name}' has no Q heads: train one, for instance maze/ilql"
         )
     try:
+        evaluator.policy.to(default_device())
         for beta in betas or (None,):
             weight = [] if beta is None else [f"beta {beta:g}"]
             label = " ".join(([contender.label] if several or beta is None else []) + weight)
@@ -160,7 +167,7 @@ def score_rows(
             who = {"name": contender.name, "label": label, "path": contender.path}
             yield label, *play_into_log(evaluator, folder, who, beta, part)
     finally:
-        evaluator.engine.close()
+        evaluator.close()
 
 
 def evaluator_for(
@@ -169,10 +176,10 @@ def evaluator_for(
     overrides: Sequence[str] = (),
     trust_remote_code: bool = False,
     checkpoint: str = "final",
-    like: Evaluator | None = None,
+    given: NamedSuite | None = None,
 ) -> Evaluator:
-    """A saved policy and the suite it is scored on, loaded; see `evaluate`. like: play the suite of this evaluator, whose
-    policy is let go."""
+    """A saved policy and the suite it is scored on, loaded; see `evaluate`. given: play this suite, as it is."""
+    keep_freed_memory()
     if not isinstance(policy, Contender):
         (policy,) = contenders([policy], checkpoint)
     path = policy.path
@@ -181,9 +188,8 @@ def evaluator_for(
         saved = saved_task(Path(path))
         task, dtype, own = saved["task"], saved["dtype"], saved["suite"]
         suite = suite or own
-    if like is not None:
-        loaded, name = like.suite, like.name
-        like.policy = like.engine = like.sampler = None  # one model in memory at a time
+    if given is not None:
+        loaded, name = given.suite, given.name
     else:
         if suite is None and task is None:
             raise RecipeError(f"'{policy.name}' does not say what it was trained for: name a suite, --suite NAME")
@@ -194,7 +200,7 @@ def evaluator_for(
         name = OWN_TASK if suite is None else str(suite)
     evaluator = Evaluator(open_policy(path, dtype, trust_remote_code), loaded)
     evaluator.name = name
-    if like is None and suite is None:
+    if given is None and suite is None:
         size_own(evaluator, {override.partition("=")[0] for override in overrides})
     check_metrics(loaded.metrics, loaded.samples)
     return evaluator

@@ -22,6 +22,10 @@ class Contender:
     name: str
     path: str
 
+    @property
+    def is_alone(self) -> bool:
+        return self.label == ALONE
+
 
 def contenders(
     policies: Sequence[str | Path], checkpoint: str = "final", checkpoints: Sequence[str] = ()

@@ -39,6 +39,11 @@ class Evaluator:
         self.at_once: int | None = None
         """Episodes to play side by side (None: all)."""
 
+    def close(self) -> None:
+        """Close the engine, and let go of the policy, so that another finds room in memory."""
+        self.engine.close()
+        self.policy = self.engine = self.sampler = None
+
     def starts(self) -> list[int | None]:
         heldout = self.task.heldout
         if heldout is None:

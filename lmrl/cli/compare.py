@@ -1,0 +1,131 @@
+"""`lmrl compare`: policies, or logs of evaluations, on the same episodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lmrl.cli.common import Debug, Policies, listed, split_policies, weights
+from lmrl.errors import RecipeError, RunError
+
+if TYPE_CHECKING:
+    from lmrl.evaluation.paired import Comparison, Difference
+
+WIDTH = 300
+"""Characters of a prompt or completion to show."""
+
+
+def command(
+    policies: Policies = None,
+    suite: Annotated[
+        str | None, typer.Option("--suite", "-s", help="A suite's file or name (default: the first policy's own)")
+    ] = None,
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: final, best, or step-N")] = "final",
+    checkpoints: Annotated[
+        str | None, typer.Option("--checkpoints", help="Several of each run: all, or for instance step-20,best,final")
+    ] = None,
+    beta: Annotated[
+        str | None, typer.Option("--beta", help="Of policies with Q heads: weights of Q, each a policy of its own")
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", "-m", help="What to compare (default: the suite's metrics)")
+    ] = None,
+    log: Annotated[Path | None, typer.Option("--log", help="Keep every episode that is played in this folder")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Also write the comparison to this file")] = None,
+    fail_under: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail-under", metavar="CLAIM", help="Exit with 1 unless the 95 % interval shows it, e.g. 'B - A > -0.01'"
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", help="Samples to show, those that changed most")] = 3,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Allow a hub model to run its own code")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Compare policies, or logs of evaluations, with the first: the same episodes, paired differences, p-values."""
+    from lmrl.evaluation.paired import read_claim
+    from lmrl.evaluation.suites import load_suite
+
+    names, overrides = split_policies(policies or [])
+    if json is not None and json.is_dir():
+        raise RunError(f"--json: {json} is a folder, name a file")
+    if not names:
+        raise RecipeError("name the policies or logs to compare: lmrl compare A B --suite NAME")
+    claims, betas = [read_claim(text) for text in fail_under or ()], weights(beta)
+    if suite is not None:
+        load_suite(suite, overrides)  # a mistake in the suite should not wait for the models to load
+
+    from lmrl.evaluation.compare import compare
+
+    found = compare(
+        names,
+        suite,
+        overrides,
+        checkpoint,
+        listed(checkpoints),
+        betas,
+        metric or (),
+        [claim.text for claim in claims],
+        log,
+        samples,
+        trust_remote_code,
+    )
+    _show(found)
+    if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        json.write_text(found.to_json())
+        print(f"comparison written to {json}")
+    found.require(claims)
+
+
+def _show(found: Comparison) -> None:
+    from rich.table import Table
+
+    from lmrl.training.display import Display, shorten
+
+    display = Display()
+    display.table(f"Scores on {found.suite}", {f"{key}: {name}": found.rows[key] for key, name in found.names.items()})
+    display.say(f"played: {found.played}")
+    table = Table(title="Differences of the same samples", title_justify="left")
+    heads = (
+        "",
+        "metric",
+        "difference",
+        "95 % interval",
+        "p",
+        "Holm",
+        "wins / ties / losses",
+        "correlation",
+        "to settle it",
+    )
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("", "metric") else "right")
+    for one in found.differences:
+        table.add_row(*_cells(one))
+    display.console.print(table)
+    for change in found.changes:
+        display.say(f"\n  {shorten(change.prompt, WIDTH)}")
+        for key, completion in change.completions.items():
+            display.say(f"    {key} [{change.scores[key]:.3f}] {shorten(completion, WIDTH)}")
+
+
+def _cells(one: Difference) -> list[str]:
+    low, high = one.ci95
+    more = "no difference" if one.more is None else "settled" if one.more == 0 else f"{one.more} more {one.unit}s"
+    if one.more and one.is_fixed:
+        more = f"{one.needed / one.prompts:.1f} times the samples"
+    return [
+        f"{one.first} - {one.second}",
+        one.metric,
+        f"{one.mean:+.4f}",
+        f"[{low:+.4f}, {high:+.4f}]",
+        f"{one.p:.2g}",
+        f"{one.adjusted:.2g}",
+        f"{one.wins} / {one.ties} / {one.losses}",
+        "" if one.correlation is None else f"{one.correlation:.2f}",
+        more,
+    ]

@@ -1,0 +1,348 @@
+"""Comparing policies by the same episodes: prompts and start states, and the random numbers of sampling, are those of all.
+
+What differs between two policies is paired before anything is computed: the difference of each sample with that of the same
+number, clustered by prompt. What makes a prompt hard for both then cancels. With a correlation r between the two scores of a
+prompt, a comparison needs 1 - r of the prompts that it needs unpaired (benchmarks/compare.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lmrl.errors import RecipeError, RunError, ScoreError, did_you_mean
+from lmrl.evaluation.best_of import several_samples
+from lmrl.evaluation.scoring import Scores, Scoring, value_of
+from lmrl.evaluation.statistics import Clustered, Limits, between_clusters, p_value, summarize, within_clusters
+from lmrl.trajectories.trajectory import Trajectory
+
+SETTLED, POWER = 1.959963984540054, 0.8416212335729143
+"""Normal quantiles: of a two-sided p-value of 0.05, and of finding a difference with probability 0.8."""
+CLAIM = re.compile(
+    r"\s*(?:(?P<metric>[^:]+?)\s*:)?\s*(?P<first>[A-Z])\s*-\s*(?P<second>[A-Z])\s*(?P<sign>[<>])\s*(?P<margin>[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*"
+)
+ROUNDING = 1e-12
+"""Relative difference up to which two scores are a tie."""
+
+
+@dataclass
+class Played:
+    """What a policy has played of a suite: judged episodes, and what else was measured of each, by metric."""
+
+    label: str
+    trajectories: list[Trajectory]
+    extra: dict[str, list[float]] = field(default_factory=dict)
+    key: str = ""
+    """A letter, for people."""
+
+
+@dataclass
+class Difference:
+    """How much higher a policy scores than another on one metric. first, second: their keys; the difference is first - second."""
+
+    first: str
+    second: str
+    metric: str
+    mean: float
+    ci95: list[float]
+    p: float
+    """Two-sided."""
+    adjusted: float
+    """The same by Holm's step-down method over all differences of the comparison."""
+    wins: int
+    ties: int
+    losses: int
+    """Prompts (or start states) on which the first scores higher, equal and lower."""
+    pairs: int
+    prompts: int
+    correlation: float | None
+    """Of the two scores of a prompt."""
+    needed: int | None
+    """Prompts with which a difference as large as this one would be found 4 times in 5; None: there is none to find."""
+    holds_for: str
+    unit: str = "prompt"
+    is_fixed: bool = False
+    """True if the prompts are all there are: more samples of each settle it, and not more prompts."""
+
+    @property
+    def more(self) -> int | None:
+        """Further prompts that would settle it; 0 where it is settled, None where there is no difference."""
+        if self.p < 0.05:
+            return 0
+        return None if self.needed is None else max(self.needed - self.prompts, 1)
+
+
+@dataclass
+class Change:
+    """A sample that two policies did differently: its prompt, and score and completion of each, by key."""
+
+    prompt: str
+    scores: dict[str, float]
+    completions: dict[str, str]
+
+
+@dataclass
+class Comparison:
+    suite: str
+    names: dict[str, str]
+    """Policies by key."""
+    rows: dict[str, Scores]
+    """Every policy's own scores, by key."""
+    differences: list[Difference]
+    changes: list[Change]
+    """The samples whose main metric differs most between the first policy and another."""
+    played: str = ""
+
+    def require(self, claims: Sequence[Claim]) -> None:
+        """Raise ScoreError where an interval does not exclude what a claim excludes."""
+        failed = []
+        for claim in claims:
+            found = self.difference(claim)
+            low, high = found.ci95
+            if not (low > claim.margin if claim.sign == ">" else high < claim.margin):
+                end, value = ("from", low) if claim.sign == ">" else ("to", high)
+                failed.append(
+                    f"{claim.text}: {found.metric} is {found.mean:+.4g}, and its 95 % interval goes {end} {value:+.4g}"
+                )
+        if failed:
+            raise ScoreError("not shown: " + "; ".join(failed))
+
+    def difference(self, claim: Claim) -> Difference:
+        wanted = claim.metric or self.differences[0].metric
+        for one in self.differences:
+            if (one.first, one.second, one.metric) == (claim.first, claim.second, wanted):
+                return one
+        raise AssertionError(claim)
+
+    def to_json(self) -> str:
+        differences = [vars(one) | {"more": one.more} for one in self.differences]
+        changes = list(map(vars, self.changes))
+        data = {"suite": self.suite, "policies": self.names, "scores": self.rows}
+        return json.dumps(data | {"differences": differences, "changes": changes}, indent=2, ensure_ascii=False) + "\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------- claims
+@dataclass(frozen=True)
+class Claim:
+    """`B - A > -0.01`: what the interval of a difference has to exclude. metric: None for the main one."""
+
+    text: str
+    first: str
+    second: str
+    sign: str
+    margin: float
+    metric: str | None = None
+
+
+def read_claim(text: str) -> Claim:
+    """`B - A > -0.01`, or `METRIC: B - A > -0.01`. Raises RecipeError."""
+    match = CLAIM.fullmatch(text)
+    try:
+        margin = float(match["margin"]) if match else math.nan
+    except ValueError:
+        margin = math.nan
+    if math.isnan(margin) or match["first"] == match["second"]:
+        raise RecipeError(
+            f"--fail-under: '{text}' compares no two policies: write 'B - A > -0.01', maybe with a metric, 'length: B - A < 20'"
+        )
+    return Claim(text.strip(), match["first"], match["second"], match["sign"], margin, match["metric"])
+
+
+def check_claims(claims: Sequence[Claim], keys: Sequence[str]) -> None:
+    """Raise RecipeError for a claim on a policy that there is not."""
+    for claim in claims:
+        for key in (claim.first, claim.second):
+            if key not in keys:
+                raise RecipeError(f"--fail-under: '{claim.text}' names {key}, but the policies are {', '.join(keys)}")
+
+
+# ------------------------------------------------------------------------------------------------------------- comparing
+def compare_played(
+    suite: str,
+    policies: Sequence[Played],
+    scoring: Scoring,
+    metrics: Sequence[str] = (),
+    claims: Sequence[Claim] = (),
+    shown: int = 5,
+    played: str = "",
+) -> Comparison:
+    """Compare every policy with the first, and those that claims are about.
+
+    metrics: what to compare (none: the suite's own that every policy has). shown: changed samples to keep.
+    Raises RunError for policies that did not play the same, RecipeError for an unknown metric.
+    """
+    for number, one in enumerate(policies):
+        one.key = key_of(number)
+    check_claims(claims, [one.key for one in policies])
+    check_same_prompts(policies)
+    rows = {one.key: scoring.report(one.trajectories, one.extra) for one in policies}
+    shared = [name for name in rows["A"] if all(name in row for row in rows.values()) and name != "normalized"]
+    wanted = list(metrics) or [name for name in scoring.metrics if name in shared]
+    for name in [*wanted, *(claim.metric for claim in claims if claim.metric)]:
+        if name not in shared:
+            raise RecipeError(
+                f"metrics: there is no metric '{name}' that all policies have{did_you_mean(name, shared)}"
+            )
+    wanted = list(dict.fromkeys([*wanted, *(claim.metric for claim in claims if claim.metric)]))
+    by_key = {one.key: one for one in policies}
+    pairs = [(one.key, "A") for one in policies[1:]]
+    pairs += [pair for claim in claims if (pair := (claim.first, claim.second)) not in pairs]
+    found = [
+        difference(by_key[first], by_key[second], metric, scoring)
+        for first, second in dict.fromkeys(pairs)
+        for metric in wanted
+    ]
+    for one, adjusted in zip(found, holm([one.p for one in found]), strict=True):
+        one.adjusted = adjusted
+    names = {one.key: one.label for one in policies}
+    changes = changed_samples(policies, wanted[0], scoring, shown)
+    return Comparison(suite, names, rows, found, changes, played)
+
+
+def key_of(number: int) -> str:
+    """The letter of a policy. Raises RecipeError beyond Z."""
+    if number >= 26:
+        raise RecipeError("policies: at most 26 are compared at a time")
+    return chr(ord("A") + number)
+
+
+def check_same_prompts(policies: Sequence[Played]) -> None:
+    """Raise RunError for policies whose episodes of one number began with different prompts, or that share none."""
+    prompts: dict[int, tuple[str, str]] = {}
+    for one in policies:
+        for trajectory in one.trajectories:
+            label, prompt = prompts.setdefault(trajectory.group, (one.label, trajectory.prompt))
+            if prompt != trajectory.prompt:
+                raise RunError(
+                    f"{label} and {one.label} have not played the same prompts: number {trajectory.group} is {prompt!r:.60} "
+                    f"for one and {trajectory.prompt!r:.60} for the other (prompts longer than task.prompts.max_tokens are left "
+                    "out, by each policy's own tokenizer): play one suite with both"
+                )
+    sets = [{trajectory.group for trajectory in one.trajectories} for one in policies]
+    if not set.intersection(*sets):
+        raise RunError("the policies have no prompt in common: play one suite with all")
+
+
+def difference(first: Played, second: Played, metric: str, scoring: Scoring) -> Difference:
+    """first - second on a metric, over the samples that both have; `adjusted` is still the p-value itself."""
+    one, other = (keyed_values(each, metric, scoring) for each in (first, second))
+    keys = [key for key in one if key in other]
+    if not keys:
+        raise RunError(f"{first.label} and {second.label} have no episode with a value of {metric} in common")
+    groups = [group for group, _ in keys]
+    gaps = [one[key] - other[key] for key in keys]
+    limits = gap_limits(scoring.limits_of(metric, first.trajectories), [*one.values(), *other.values()])
+    summary = summarize(gaps, groups, limits, scoring.fixed, scoring.unit)
+    by_group = [group_means(groups, [side[key] for key in keys]) for side in (one, other)]
+    signs = [_sign(a, b) for a, b in zip(*by_group, strict=True)]
+    p = p_value(gaps, groups, limits, scoring.fixed)
+    return Difference(
+        first.key,
+        second.key,
+        metric,
+        summary["mean"],
+        summary["ci95"],
+        p,
+        p,
+        signs.count(1),
+        signs.count(0),
+        signs.count(-1),
+        len(keys),
+        summary["clusters"],
+        correlation(*by_group),
+        prompts_needed(gaps, groups, scoring.fixed),
+        summary["holds_for"],
+        scoring.unit,
+        scoring.fixed,
+    )
+
+
+def keyed_values(played: Played, metric: str, scoring: Scoring) -> dict[tuple[int, int], float]:
+    """A metric's values by group and episode (of pass@k and its like, by group and 0)."""
+    if several_samples(metric) is not None:
+        values, groups = scoring.values(metric, played.trajectories)
+        return {(group, 0): value for group, value in zip(groups, values, strict=True)}
+    extra = played.extra.get(metric)
+    found = {}
+    for place, trajectory in enumerate(played.trajectories):
+        value = value_of(trajectory, metric) if extra is None else extra[place]
+        if value is not None:
+            found[trajectory.group, trajectory.episode] = value
+    return found
+
+
+def gap_limits(limits: Limits | None, values: Sequence[float]) -> Limits:
+    """The limits of a difference of two values. 0 and 1 are those of values that are all one of them."""
+    if limits is None:
+        limits = (0.0, 1.0) if all(value in (0, 1) for value in values) else (-math.inf, math.inf)
+    span = limits[1] - limits[0]
+    return -span, span
+
+
+def group_means(groups: Sequence[int], values: Sequence[float]) -> list[float]:
+    """The mean of each group, in order of appearance."""
+    found: dict[int, list[float]] = {}
+    for group, value in zip(groups, values, strict=True):
+        found.setdefault(group, []).append(value)
+    return [math.fsum(each) / len(each) for each in found.values()]
+
+
+def _sign(a: float, b: float) -> int:
+    return 0 if math.isclose(a, b, rel_tol=ROUNDING, abs_tol=ROUNDING) else 1 if a > b else -1
+
+
+def correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Pearson's, None where a side does not vary."""
+    a, b = (math.fsum(side) / len(side) for side in (one, other))
+    spread = math.fsum((x - a) ** 2 for x in one) * math.fsum((y - b) ** 2 for y in other)
+    if spread <= 0:
+        return None
+    return math.fsum((x - a) * (y - b) for x, y in zip(one, other, strict=True)) / math.sqrt(spread)
+
+
+def prompts_needed(gaps: Sequence[float], groups: Sequence[int], fixed: bool = False) -> int | None:
+    """Prompts with which a mean as large as that of `gaps` has a p-value below 0.05 in 4 of 5 comparisons; None where it
+    is 0. Of fixed prompts: as many times the samples of each as this is the number of prompts."""
+    data = Clustered.of(gaps, groups)
+    within = fixed and data.values > data.clusters
+    variance, _ = within_clusters(data) if within else between_clusters(data)
+    if data.mean == 0:
+        return None
+    return math.ceil(data.clusters * variance * ((SETTLED + POWER) / data.mean) ** 2)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """P-values adjusted for their number by Holm's step-down method (Scandinavian Journal of Statistics 6, 1979)."""
+    order, adjusted, highest = sorted(range(len(ps)), key=ps.__getitem__), [0.0] * len(ps), 0.0
+    for place, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(ps) - place) * ps[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def changed_samples(policies: Sequence[Played], metric: str, scoring: Scoring, shown: int) -> list[Change]:
+    """The samples whose metric differs most between the first policy and any other, one of each prompt; of a metric of several
+    samples, by the reward."""
+    if several_samples(metric) is not None:
+        metric = "reward" if policies[0].trajectories[0].components else "return"
+    values = [keyed_values(one, metric, scoring) for one in policies]
+    episodes = [{(each.group, each.episode): each for each in one.trajectories} for one in policies]
+    common = [key for key in values[0] if all(key in other for other in values[1:])]
+    gaps = {key: max((abs(other[key] - values[0][key]) for other in values[1:]), default=0.0) for key in common}
+    best: dict[int, tuple[int, int]] = {}
+    for key in common:
+        if gaps[key] > 0 and (key[0] not in best or gaps[key] > gaps[best[key[0]]]):
+            best[key[0]] = key
+    chosen = sorted(best.values(), key=lambda key: -gaps[key])[:shown]
+    keys = [one.key for one in policies]
+    return [
+        Change(
+            episodes[0][key].prompt,
+            {name: each[key] for name, each in zip(keys, values, strict=True)},
+            {name: each[key].completion for name, each in zip(keys, episodes, strict=True)},
+        )
+        for key in chosen
+    ]
