@@ -17,7 +17,7 @@ Overrides = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
 
 Policies = Annotated[
-    list[str],
+    list[str] | None,
     typer.Argument(
         help="Run folders, checkpoints, model folders, GGUF files or hub names; then changes of the suite",
         metavar="POLICY... [KEY=VALUE]...",

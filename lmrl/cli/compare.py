@@ -46,7 +46,7 @@ def command(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Compare policies, or logs of evaluations, with the first: the same episodes, paired differences, p-values."""
+    """Compare policies, or logs of evaluations, on the same episodes: paired differences with p-values."""
     from lmrl.evaluation.paired import read_claim
     from lmrl.evaluation.suites import load_suite
 
