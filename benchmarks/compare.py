@@ -2,11 +2,12 @@
 
     python benchmarks/compare.py [--trials 4000] [--output FILE]
 
-Simulated scores of two policies on the same prompts, of variance 1 and correlation .3, .6 and .8. `needed` is the number of
-prompts with which a difference of 0.25 has a p-value below 0.05 in 80 % of comparisons, searched for by simulation: paired,
-and unpaired (Welch's t-test of the same two samples). Their ratio should be 1 - correlation, within 10 %. `estimate` is the
-mean of what `lmrl compare` says from 100 prompts is needed. `false positives` are p-values below 0.05 of policies that are equal,
-which should be 4 to 6 %: of 40 prompts, and of 40 prompts with 4 samples each that share a prompt's difficulty.
+Simulated scores of two policies on the same prompts, of variance 1 and correlation .3, .6 and .8. `needed` is the
+number of prompts with which a difference of 0.25 has a p-value below 0.05 in 80 % of comparisons, searched for by
+simulation: paired, and unpaired (Welch's t-test of the same two samples). Their ratio should be 1 - correlation, within
+10 %. `estimate` is the mean of what `lmrl compare` says from 100 prompts is needed. `false positives` are p-values
+below 0.05 of policies that are equal, which should be 4 to 6 %: of 40 prompts, and of 40 prompts with 4 samples each
+that share a prompt's difficulty.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ def estimated(correlation: float, trials: int) -> float:
 
 
 def false_positives(correlation: float, samples: int, trials: int) -> float:
-    """Share of comparisons of equal policies with a p-value below LEVEL; all samples of a prompt share half of the variance
-    that the two policies do not."""
+    """Share of comparisons of equal policies with a p-value below LEVEL; all samples of a prompt share half of the
+    variance that the two policies do not."""
     rng, clusters, wrong = stream("compare", "equal", str(correlation), samples), np.repeat(np.arange(FEW), samples), 0
     for _ in range(trials):
         one, other = scores(rng, FEW, correlation)

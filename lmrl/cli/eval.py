@@ -25,7 +25,8 @@ def command(
         Path | None, typer.Option("--log", help="Keep every episode in this folder, and go on with what is there")
     ] = None,
     part: Annotated[
-        int | None, typer.Option("--log-every", min=1, help="Episodes that are played and logged at a time")
+        int | None,
+        typer.Option("--log-every", min=1, help="Of a new log: episodes that are played and written at a time"),
     ] = None,
     rescore: Annotated[
         Path | None, typer.Option("--rescore", help="Score the episodes of this log again; nothing is generated")
@@ -62,6 +63,15 @@ def command(
         raise RecipeError(
             "name a policy to score, or a log to score again: lmrl eval POLICY, or lmrl eval --rescore LOG"
         )
+    unused = {
+        "--checkpoint": checkpoint != "final",
+        "--checkpoints": checkpoints,
+        "--beta": beta,
+        "--log-every": part,
+        "--trust-remote-code": trust_remote_code,
+    }
+    if rescore is not None and (idle := [name for name, given in unused.items() if given]):
+        raise RecipeError(f"{idle[0]}: --rescore loads no policy and plays nothing: leave it out")
     if part is not None and log is None:
         raise RecipeError("--log-every says how a log is written: name its folder, --log FOLDER")
     if suite is not None and rescore is None:

@@ -96,10 +96,12 @@ def evaluate(
 ) -> Report:
     """Score a policy: a run folder, a checkpoint, any transformers or peft folder, a GGUF file, or a hub name.
 
-    policy: or several, which then all play the suite of the first, with the same random numbers. suite: a file or a shipped
-    name (default: the suite of the policy's own recipe; without one the recipe's own task: fresh episodes of its environment, or
-    its held-out prompts). A suite that follows runs, as the shipped ones do, scores a policy made by lmrl on the task it was
-    trained for (its graph, its held-out prompts); `overrides` such as `task.graph=7` or `samples=4` change the suite.
+    policy: or several, which then all play the suite of the first, with the same random numbers. suite: a file or a
+    shipped
+    name (default: the suite of the policy's own recipe; without one the recipe's own task: fresh episodes of its
+    environment, or its held-out prompts). A suite that follows runs, as the shipped ones do, scores a policy made by
+    lmrl on the task it was trained for (its graph, its held-out prompts); `overrides` such as `task.graph=7` or
+    `samples=4` change the suite.
     checkpoint: of a run, `final`, `best` or `step-N`; checkpoints: several of these, or `["all"]`.
     betas: weights of Q to try one after the other, of a policy with Q heads (0: without Q).
     log: a folder for every episode (see lmrl/evaluation/log.py), with a subfolder each where there are several rows; an

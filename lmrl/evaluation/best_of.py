@@ -109,7 +109,7 @@ def _majority(answers: Sequence[str], values: Sequence[float]) -> float:
 
 
 def answer_of(completion: str) -> str:
-    r"""What a completion votes for: what follows its last `####` or stands in its last `\boxed{}`, else all of it; white
-    space, case and a final stop do not count."""
+    r"""What a completion votes for: what follows its last `####` or stands in its last `\boxed{}`, else all of it;
+    white space, case and a final stop do not count."""
     marked = [one or other for one, other in FINAL.findall(completion)]
     return " ".join((marked[-1] if marked else completion).split()).rstrip(".").casefold()

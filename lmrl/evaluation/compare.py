@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lmrl.errors import RecipeError, RunError
 from lmrl.evaluation.api import NamedSuite, evaluator_for, score_rows
 from lmrl.evaluation.contenders import contenders
+from lmrl.evaluation.evaluate import Evaluator
 from lmrl.evaluation.log import EvalLog, is_log, logs_in
 from lmrl.evaluation.paired import Comparison, Played, check_claims, compare_played, key_of, read_claim
 from lmrl.evaluation.scoring import Scoring
@@ -31,8 +33,9 @@ def compare(
 ) -> Comparison:
     """Compare policies with the first of them: differences of the same samples, with intervals and p-values.
 
-    policies: as of `lmrl.evaluate`, and evaluation logs, of which nothing is played again. suite: what is played (default: that of
-    the logs, else of the first policy). claims: `B - A > -0.01` and its like, to be held to by `Comparison.require`.
+    policies: as of `lmrl.evaluate`, and evaluation logs, of which nothing is played again. suite: what is played
+    (default: that of the logs, else of the first policy). claims: `B - A > -0.01` and its like, to be held to by
+    `Comparison.require`.
     metrics: what to compare (default: the suite's). log: a folder to keep what is played.
     Raises RunError for logs of different suites, RecipeError for a metric or policy that there is not.
     """
@@ -47,26 +50,44 @@ def compare(
         )
     names = [str(name) for name in policies if str(name) not in logs]
     fresh = contenders(names, checkpoint, checkpoints) if names else []
-    several = len(fresh) * max(len(betas), 1) + len(given)
-    if several < 2:
+    if not fresh and (checkpoints or betas or log is not None or checkpoint != "final"):
+        raise RecipeError(
+            "compare: logs are not played again, so no --checkpoint, --beta or --log goes with them alone"
+        )
+    count = len(fresh) * max(len(betas), 1) + len(given)
+    if count < 2:
         raise RecipeError("compare: two policies or more are needed, or several checkpoints of one: --checkpoints all")
-    check_claims(wanted, [key_of(number) for number in range(several)])
-    played: dict[str, list[Played]] = {
-        name: [_played(one, name, found) for one in found] for name, found in logs.items()
-    }
-    named = NamedSuite(given[0].suite, given[0].header["suite"]["name"]) if given else None
-    scoring: Scoring | None = given[0].scoring if given else None
-    what = given[0].header["played"] if given else ""
+    check_claims(wanted, [key_of(number) for number in range(count)])  # before anything is played
+    played = {name: [_logged(one, name, len(found) > 1) for one in found] for name, found in logs.items()}
+    common = Common.of_log(given[0]) if given else None
     for contender in fresh:
-        evaluator = evaluator_for(contender, suite, overrides, trust_remote_code, given=named)
-        named, what = named or NamedSuite(evaluator.suite, evaluator.name), what or evaluator.played
-        scoring = scoring or evaluator.scoring()
-        label = contender.name if contender.is_alone else contender.label
+        evaluator = evaluator_for(
+            contender, suite, overrides, trust_remote_code, given=common.suite if common else None
+        )
+        common = common or Common.of(evaluator)
         for row, _, episodes in score_rows(evaluator, contender, betas, log, several=len(fresh) > 1):
-            own = label if contender.is_alone and not betas else f"{label} {row}" if contender.is_alone else row
-            played.setdefault(contender.name, []).append(Played(own, episodes))
+            label = row if not contender.is_alone else f"{contender.name} {row}" if betas else contender.name
+            played.setdefault(contender.name, []).append(Played(label, episodes))
     ordered = [one for name in dict.fromkeys(map(str, policies)) for one in played[name]]
-    return compare_played(named.name, ordered, scoring, metrics, wanted, shown, what)
+    return compare_played(common.suite.name, ordered, common.scoring, metrics, wanted, shown, common.played)
+
+
+@dataclass(frozen=True)
+class Common:
+    """What all policies of a comparison share."""
+
+    suite: NamedSuite
+    scoring: Scoring
+    played: str
+    """What is played, for people."""
+
+    @classmethod
+    def of(cls, evaluator: Evaluator) -> Common:
+        return cls(NamedSuite(evaluator.suite, evaluator.name), evaluator.scoring(), evaluator.played)
+
+    @classmethod
+    def of_log(cls, log: EvalLog) -> Common:
+        return cls(NamedSuite(log.suite, log.header["suite"]["name"]), log.scoring, log.header["played"])
 
 
 def has_logs(folder: Path) -> bool:
@@ -77,16 +98,24 @@ def has_logs(folder: Path) -> bool:
 def check_same_suite(logs: Sequence[EvalLog]) -> None:
     """Raise RunError for logs whose episodes cannot be paired: of other suites, or other start states."""
     for one in logs[1:]:
-        for key, value in (("version", one.header["suite"]["version"]), ("starts", one.header["starts"])):
-            first = logs[0].header["suite"]["version"] if key == "version" else logs[0].header["starts"]
-            if value != first:
-                raise RunError(
-                    f"{logs[0].folder} and {one.folder} are not of the same suite (its {key} differs), so their episodes "
-                    "make no pairs: play one suite with both policies, or score both logs by the same rewards, lmrl eval --rescore"
-                )
+        first, other = logs[0].header, one.header
+        differs = [
+            name
+            for name, same in (
+                ("version", first["suite"]["version"] == other["suite"]["version"]),
+                ("starts", first["starts"] == other["starts"]),
+            )
+            if not same
+        ]
+        if differs:
+            raise RunError(
+                f"{logs[0].folder} and {one.folder} are not of the same suite (its {differs[0]} differs), so their "
+                "episodes make no pairs: play one suite with both policies, or score both logs by the same rewards, "
+                "lmrl eval --rescore"
+            )
 
 
-def _played(log: EvalLog, name: str, all_of_name: Sequence[EvalLog]) -> Played:
+def _logged(log: EvalLog, name: str, several: bool) -> Played:
+    """What a log holds. several: the user named a folder with more than one."""
     trajectories, extra = log.judged()
-    label = name if len(all_of_name) == 1 else f"{name} {log.folder.name}"
-    return Played(label, trajectories, extra)
+    return Played(f"{name} {log.folder.name}" if several else name, trajectories, extra)

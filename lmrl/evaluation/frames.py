@@ -23,8 +23,9 @@ LISTS = ("tokens", "logprobs")
 def load_eval(log: str | Path) -> DataFrame:
     """The episodes of an evaluation log, or of all logs in a folder: one row each.
 
-    Columns: policy, group, episode, prompt, completion, reward (or return), components, metrics and what else was measured,
-    length, turns, failure, tokens and logprobs (of what was sampled), began, seconds. Raises RunError where there is no log.
+    Columns: policy, group, episode, prompt, completion, reward (or return), components, metrics and what else was
+    measured, length, turns, failure, tokens and logprobs (of what was sampled), began, seconds. Raises RunError where
+    there is no log.
     """
     records: list[dict[str, Any]] = []
     for label, one in in_order(logs_in(log)):

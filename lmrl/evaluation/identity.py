@@ -21,8 +21,8 @@ BLOCK = 1 << 20
 def suite_version(suite: Suite, environment: dict[str, Any] | None = None) -> str:
     """A hash of what is played, how it is sampled and what judges it: 16 hexadecimal digits.
 
-    Files that it names count by their content. environment: what plays it, see `Task.environment`, whose version and source
-    count. Columns of tables, the engine and limits of time do not.
+    Files that it names count by their content. environment: what plays it, see `Task.environment`, whose version and
+    source count. Columns of tables, the engine and limits of time do not.
     """
     data = suite.model_dump(mode="json", exclude_defaults=True)
     sampling = data.pop("rollouts", {})
@@ -35,11 +35,11 @@ def suite_version(suite: Suite, environment: dict[str, Any] | None = None) -> st
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def policy_hash(path: str, commit: str | None = None) -> str | None:
-    """A hash of a policy's files: 16 hexadecimal digits. Of a name on the hub its commit (None: unknown)."""
+def policy_hash(path: str, commit: str | None = None) -> str:
+    """A hash of a policy's files: 16 hexadecimal digits. Of a name on the hub its commit, or the name."""
     place = Path(path)
     if not place.exists():
-        return commit
+        return commit or path
     digest = hashlib.sha256()
     for file in [place] if place.is_file() else policy_files(place):
         digest.update(file.name.encode() + b"\0" + _file_hash(file).encode())

@@ -7,8 +7,8 @@
                     began, seconds        when its part was played, and how long that took
     scores.json     every metric with its interval, once all is played
 
-Episodes are played and written in parts. A part is written at once and brought to disk; what a killed evaluation has left of
-a torn one is cut off, and the part is played again with the same random numbers.
+Episodes are played and written in parts. A part is written at once and brought to disk; what a killed evaluation has
+left of a torn one is cut off, and the part is played again with the same random numbers.
 """
 
 from __future__ import annotations
@@ -224,8 +224,8 @@ def play_into_log(
 ) -> tuple[Scores, list[Trajectory]]:
     """Play a suite part by part into a log, or what is left of it; scores and judged episodes come from the log.
 
-    policy: `{"name", "label", "path"}`. part_episodes: of a new log, about how many episodes are played side by side and written
-    at once. Raises RunError for a log of another evaluation.
+    policy: `{"name", "label", "path"}`. part_episodes: of a new log, about how many episodes are played side by side
+    and written at once. Raises RunError for a log of another evaluation.
     """
     header = header_of(evaluator, policy, beta, part_episodes)
     writer = LogWriter(folder, header) if distributed.is_main() else None

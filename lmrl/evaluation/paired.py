@@ -1,8 +1,9 @@
-"""Comparing policies by the same episodes: prompts and start states, and the random numbers of sampling, are those of all.
+"""Comparing policies by the same episodes: prompts and start states, and the random numbers of sampling, are those of
+all.
 
-What differs between two policies is paired before anything is computed: the difference of each sample with that of the same
-number, clustered by prompt. What makes a prompt hard for both then cancels. With a correlation r between the two scores of a
-prompt, a comparison needs 1 - r of the prompts that it needs unpaired (benchmarks/compare.py).
+What differs between two policies is paired before anything is computed: the difference of each sample with that of the
+same number, clustered by prompt. What makes a prompt hard for both then cancels. With a correlation r between the two
+scores of a prompt, a comparison needs 1 - r of the prompts that it needs unpaired (benchmarks/compare.py).
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Played:
 
 @dataclass
 class Difference:
-    """How much higher a policy scores than another on one metric. first, second: their keys; the difference is first - second."""
+    """How much higher a policy scores than another on one metric. first, second: their keys; the difference is first -
+    second."""
 
     first: str
     second: str
@@ -304,8 +306,8 @@ def correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
 
 
 def prompts_needed(gaps: Sequence[float], groups: Sequence[int], fixed: bool = False) -> int | None:
-    """Prompts with which a mean as large as that of `gaps` has a p-value below 0.05 in 4 of 5 comparisons; None where it
-    is 0. Of fixed prompts: as many times the samples of each as this is the number of prompts."""
+    """Prompts with which a mean as large as that of `gaps` has a p-value below 0.05 in 4 of 5 comparisons; None where
+    it is 0. Of fixed prompts: as many times the samples of each as this is the number of prompts."""
     data = Clustered.of(gaps, groups)
     within = fixed and data.values > data.clusters
     variance, _ = within_clusters(data) if within else between_clusters(data)
@@ -324,8 +326,8 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def changed_samples(policies: Sequence[Played], metric: str, scoring: Scoring, shown: int) -> list[Change]:
-    """The samples whose metric differs most between the first policy and any other, one of each prompt; of a metric of several
-    samples, by the reward."""
+    """The samples whose metric differs most between the first policy and any other, one of each prompt; of a metric of
+    several samples, by the reward."""
     if several_samples(metric) is not None:
         metric = "reward" if policies[0].trajectories[0].components else "return"
     values = [keyed_values(one, metric, scoring) for one in policies]

@@ -26,8 +26,8 @@ def rescore_log(
 ) -> tuple[Suite, Scores, list[Trajectory]]:
     """Score a log's episodes by the rewards of a suite (None: of the log's own), changed by overrides.
 
-    Only rewards and metrics of the suite count: prompts, completions and sampling are the log's. target: a folder for a new
-    log with the new scores; the old one stays as it is. Raises RecipeError where there are no rewards to score by.
+    Only rewards and metrics of the suite count: prompts, completions and sampling are the log's. target: a folder for a
+    new log with the new scores; the old one stays as it is. Raises RecipeError where there are no rewards to score by.
     """
     judged_by = judging_suite(log, suite, overrides)
     task = judged_by.task

@@ -112,14 +112,15 @@ def limited_p_value(data: Clustered, null: float, variance: float, df: float, wi
 
 
 def limits_for(data: Clustered, limits: Limits | None) -> Limits:
-    """The limits of these values: 0 and 1 by themselves where all are one of them, and none where a value refutes them."""
+    """The limits of these values: 0 and 1 by themselves where all are one of them, and none where a value refutes
+    them."""
     low, high = limits or (UNIT if data.is_binary else UNLIMITED)
     return (low, high) if low <= data.lowest and data.highest <= high else UNLIMITED
 
 
 def is_within(data: Clustered, fixed: bool) -> bool:
-    """True if the spread within clusters is what counts: they are fixed. Without a second sample of any, the spread between
-    clusters stands in, which holds that of samples too."""
+    """True if the spread within clusters is what counts: they are fixed. Without a second sample of any, the spread
+    between clusters stands in, which holds that of samples too."""
     return fixed and data.values > data.clusters
 
 
@@ -134,7 +135,8 @@ def limited_interval(data: Clustered, within: bool) -> tuple[float, float]:
 
 
 def effective_number(data: Clustered, share: float, variance: float, df: float, within: bool) -> tuple[float, float]:
-    """Of values in [0, 1]: the number of independent ones with the same variance of the mean, and degrees of freedom."""
+    """Of values in [0, 1]: the number of independent ones with the same variance of the mean, and degrees of
+    freedom."""
     effective = share * (1 - share) / variance
     if not within and not data.is_independent:
         rare = rare_clusters(data)

@@ -38,6 +38,8 @@ def test_checkpoints_of_a_run_make_one_table(run, tmp_path):
     assert report.rows["step-000002"] == lmrl.evaluate(run, overrides=SUITE, checkpoint="step-2").metrics
     frame = lmrl.load_eval(tmp_path / "log")
     assert set(frame["policy"]) == set(report.rows) and list(json.loads(report.to_json())["rows"]) == list(report.rows)
+    with pytest.raises(RecipeError, match="--checkpoint best: --checkpoints names the checkpoints already"):
+        lmrl.evaluate(run, checkpoint="best", checkpoints=["all"])
     with pytest.raises(RunError, match="is no run with checkpoints"):
         lmrl.evaluate(run / "stages" / "main" / "final", checkpoints=["all"])
 
@@ -77,6 +79,8 @@ def test_policies_and_logs_compare_alike(run, tmp_path):
     lmrl.evaluate(run, overrides=[*SUITE, "seed=1"], log=tmp_path / "other")
     with pytest.raises(RunError, match=r"are not of the same suite \(its version differs\)"):
         lmrl.compare([tmp_path / "old", tmp_path / "other"])
+    with pytest.raises(RecipeError, match="logs are not played again, so no --checkpoint"):
+        lmrl.compare([tmp_path / "old", tmp_path / "new"], betas=[1])
     with pytest.raises(RecipeError, match="two policies or more are needed"):
         lmrl.compare([tmp_path / "old"])
 

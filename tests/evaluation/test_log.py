@@ -75,7 +75,8 @@ def test_a_log_changes_no_score(logged, tiny_folder, prompts_suite):
     [(0, b""), (1, b""), (4, b""), (5, b""), (17, b""), (18, b""), (3, b'{"group": 2, "epis'), (18, b"\xff\n")],
 )
 def test_stopped_log_goes_on(logged, tiny_folder, prompts_suite, tmp_path, left, torn, monkeypatch):
-    """Stopped after some lines, and within one: the same command ends with the same bytes, and plays no more than it has to."""
+    """Stopped after some lines, and within one: the same command ends with the same bytes, and plays no more than it
+    has to."""
     folder, _ = logged
     shutil.copytree(folder, tmp_path / "log")
     (tmp_path / "log" / "scores.json").unlink()
@@ -254,6 +255,7 @@ def test_rescoring_by_command(logged, prompts_suite, tmp_path):
     [
         ([], "name a policy to score, or a log to score again"),
         (["some/model", "--rescore", "log"], "name a policy to score, or a log to score again"),
+        (["--rescore", "log", "--beta", "2"], "--beta: --rescore loads no policy and plays nothing: leave it out"),
         (["some/model", "--log-every", "4"], "--log-every says how a log is written: name its folder"),
         (["some/model", "--export", "table.xls"], "--export: 'table.xls' is no name for a table"),
     ],
