@@ -36,6 +36,9 @@ def command(
         list[Path] | None,
         typer.Option("--export", help="Write a table of all episodes: a name in .csv, .json, .jsonl or .parquet"),
     ] = None,
+    inspect: Annotated[
+        Path | None, typer.Option("--inspect", help="Also write the log for inspect_ai, into this folder")
+    ] = None,
     beta: Annotated[
         str | None, typer.Option("--beta", help="Of a policy with Q heads: weights of Q to try, for instance 1,4,16,64")
     ] = None,
@@ -51,6 +54,7 @@ def command(
 ) -> None:
     """Score policies: a table of means with 95 % confidence intervals."""
     from lmrl.evaluation.frames import check_table_name, frame_of, records_of, write_table
+    from lmrl.evaluation.inspect_log import export_inspect
     from lmrl.evaluation.suites import load_suite
 
     names, overrides = split_policies(policies or [])
@@ -74,6 +78,8 @@ def command(
         raise RecipeError(f"{idle[0]}: --rescore loads no policy and plays nothing: leave it out")
     if part is not None and log is None:
         raise RecipeError("--log-every says how a log is written: name its folder, --log FOLDER")
+    if inspect is not None and log is None:
+        raise RecipeError("--inspect writes what a log holds: name its folder, --log FOLDER")
     if suite is not None and rescore is None:
         load_suite(suite, overrides)  # a mistake in the suite should not wait for the model to load
 
@@ -97,6 +103,8 @@ def command(
         print(f"episodes written to {path}")
     if log is not None:
         print(f"log: {log}")
+    if inspect is not None:
+        print(f"written for inspect_ai: {', '.join(map(str, export_inspect(log, inspect)))}")
     report.require(floors)
 
 

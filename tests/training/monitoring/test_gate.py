@@ -22,8 +22,8 @@ from tests.runs import metrics
 
 
 def test_drop_by_hand():
-    lost = drop([50.0, 60.0], [40.0, 60.0])  # 10 and 0: mean 5, standard deviation sqrt(50), t(1) = 12.706
-    half = 12.706 * math.sqrt(50) / math.sqrt(2)
+    lost = drop([50.0, 60.0], [40.0, 60.0])  # 10 and 0: mean 5, standard deviation sqrt(50), t(1) = 12.7062
+    half = 12.70620 * math.sqrt(50) / math.sqrt(2)
     assert lost["mean"] == 5 and lost["n"] == 2 and lost["ci95"] == pytest.approx([5 - half, 5 + half])
     assert drop([1.0, 2.0], [3.0, 4.0])["mean"] == -2
     with pytest.raises(ValueError):
