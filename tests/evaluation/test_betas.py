@@ -42,8 +42,8 @@ def test_on_the_command_line(tmp_path, ilql_run):
 
 @pytest.mark.parametrize("text", ["1,x", "-1", "1,,2", "inf", "nan"])
 def test_weights_are_numbers(text):
-    from lmrl.cli.eval import _numbers
+    from lmrl.cli.common import weights
 
     with pytest.raises(RecipeError, match="is no list of weights, for instance 1,4,16,64"):
-        _numbers(text)
-    assert _numbers("0,4.5") == [0.0, 4.5] and _numbers(None) == []
+        weights(text)
+    assert weights("0,4.5") == [0.0, 4.5] and weights(None) == []
