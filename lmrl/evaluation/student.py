@@ -19,9 +19,14 @@ def upper_tail(t: float, df: float) -> float:
     return half if t >= 0 else 1 - half
 
 
-@lru_cache(maxsize=4096)
 def t95(df: float) -> float:
-    """Two-sided 95 % quantile: P(T > t) is 0.025. By Newton's method, which converges from below on a convex tail."""
+    """Two-sided 95 % quantile: P(T > t) is 0.025."""
+    return _t95(float(df))  # not a scalar of numpy, which would be remembered for equal numbers of Python
+
+
+@lru_cache(maxsize=4096)
+def _t95(df: float) -> float:
+    """By Newton's method, which converges from below on a convex tail."""
     t = NORMAL
     for _ in range(100):
         step = (upper_tail(t, df) - 0.025) / density(t, df)

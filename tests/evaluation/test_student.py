@@ -35,3 +35,8 @@ def test_quantile_falls_between_whole_degrees_of_freedom():
     found = [t95(df) for df in np.linspace(1, 60, 60)]
     assert found == sorted(found, reverse=True) and t95(4) < t95(3.5) < t95(3)
     assert all(upper_tail(t95(df), df) == pytest.approx(0.025, rel=1e-9) for df in (1.0, 2.7, 9.3, 41.5))
+
+
+def test_quantile_is_a_plain_number():
+    """Whatever it is asked with: a scalar of numpy is no number to JSON."""
+    assert type(t95(np.float64(17))) is float and type(t95(17)) is float
