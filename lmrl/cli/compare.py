@@ -117,7 +117,7 @@ def _cells(one: Difference) -> list[str]:
     low, high = one.ci95
     more = "no difference" if one.more is None else "settled" if one.more == 0 else f"{one.more} more {one.unit}s"
     if one.more and one.is_fixed:
-        more = f"{one.needed / one.prompts:.1f} times the samples"
+        more = f"{(one.prompts + one.more) / one.prompts:.1f} times the samples"
     return [
         f"{one.first} - {one.second}",
         one.metric,

@@ -22,7 +22,7 @@ def command(
         str | None, typer.Option("--checkpoints", help="Several of each run: all, or for instance step-20,best,final")
     ] = None,
     log: Annotated[
-        Path | None, typer.Option("--log", help="Keep every episode in this folder, and go on with what is there")
+        Path | None, typer.Option("--log", help="Keep every episode in this folder, and resume what is there")
     ] = None,
     part: Annotated[
         int | None,
@@ -103,7 +103,7 @@ def command(
         print(f"episodes written to {path}")
     if log is not None:
         print(f"log: {log}")
-    if inspect is not None:
+    if log is not None and inspect is not None:
         print(f"written for inspect_ai: {', '.join(map(str, export_inspect(log, inspect)))}")
     report.require(floors)
 

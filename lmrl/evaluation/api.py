@@ -105,18 +105,20 @@ def evaluate(
     checkpoint: of a run, `final`, `best` or `step-N`; checkpoints: several of these, or `["all"]`.
     betas: weights of Q to try one after the other, of a policy with Q heads (0: without Q).
     log: a folder for every episode (see lmrl/evaluation/log.py), with a subfolder each where there are several rows; an
-    evaluation that was stopped goes on with it. part: of a log, episodes played side by side and written at once.
+    evaluation that was stopped resumes there. part: of a log, episodes played side by side and written at once.
     """
     policies = [policy] if isinstance(policy, str | Path) else list(policy)
     found = contenders(policies, checkpoint, checkpoints)
-    rows, episodes, given = {}, {}, None
+    rows: dict[str, Scores] = {}
+    episodes: dict[str, list[Trajectory]] = {}
+    given: NamedSuite | None = None
     for contender in found:
         evaluator = evaluator_for(contender, suite, overrides, trust_remote_code, given=given)
         given = NamedSuite(evaluator.suite, evaluator.name)
         for label, scores, played in score_rows(evaluator, contender, betas, log, len(found) > 1, part):
             rows[label], episodes[label] = scores, played
     names = ", ".join(map(str, policies))
-    return Report(given.name, names, rows, given.suite.metrics, played, evaluator.played, episodes)
+    return Report(evaluator.name, names, rows, evaluator.suite.metrics, played, evaluator.played, episodes)
 
 
 def rescored(
@@ -193,9 +195,9 @@ def evaluator_for(
     if given is not None:
         loaded, name = given.suite, given.name
     else:
-        if suite is None and task is None:
-            raise RecipeError(f"'{policy.name}' does not say what it was trained for: name a suite, --suite NAME")
         if suite is None:
+            if task is None:
+                raise RecipeError(f"'{policy.name}' does not say what it was trained for: name a suite, --suite NAME")
             loaded = own_suite(task, saved.get("rollouts") or run_rollouts(Path(path)), list(overrides))
         else:
             loaded = load_suite(suite, list(overrides), task)

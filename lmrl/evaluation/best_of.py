@@ -14,15 +14,16 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 
 from lmrl.errors import RecipeError
-from lmrl.reward_models.answers import FINAL
 from lmrl.seeding import stream
 
+FINAL = re.compile(r"####\s*(.+)|\\boxed\{([^{}]*)\}", re.MULTILINE)
+"""Where a final answer stands, as in GSM8K and MATH."""
 FORM = re.compile(r"(pass|maj|best)@([1-9][0-9]*)(?:/(.+))?")
 MOST_SUBSETS = 2000
 """For maj@k, which has no closed form: with more subsets than these, as many are drawn, the same every time."""
@@ -47,7 +48,7 @@ class SeveralSamples:
         rows = [row for row, value in enumerate(values) if value is not None]
         if len(rows) < self.count:
             return None
-        scored = [values[row] for row in rows]
+        scored = [value for value in values if value is not None]
         if self.kind == "best":
             return best_at(self.count, [rewards[row] for row in rows], scored)
         if self.kind == "maj":
@@ -89,7 +90,7 @@ def majority_at(k: int, answers: Sequence[str], values: Sequence[float]) -> floa
     """Mean over subsets of k: the value of the most frequent answer; of equally frequent ones, the mean of theirs."""
     count = len(answers)
     if math.comb(count, k) <= MOST_SUBSETS:
-        subsets = combinations(range(count), k)
+        subsets: Iterable[Sequence[int]] = combinations(range(count), k)
     else:
         rng = stream("maj", count, k)
         subsets = (rng.choice(count, k, replace=False).tolist() for _ in range(MOST_SUBSETS))

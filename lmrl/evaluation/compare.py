@@ -68,6 +68,7 @@ def compare(
         for row, _, episodes in score_rows(evaluator, contender, betas, log, several=len(fresh) > 1):
             label = row if not contender.is_alone else f"{contender.name} {row}" if betas else contender.name
             played.setdefault(contender.name, []).append(Played(label, episodes))
+    assert common is not None  # there are two policies, logs or fresh ones
     ordered = [one for name in dict.fromkeys(map(str, policies)) for one in played[name]]
     return compare_played(common.suite.name, ordered, common.scoring, metrics, wanted, shown, common.played)
 

@@ -42,7 +42,7 @@ class Evaluator:
     def close(self) -> None:
         """Close the engine, and let go of the policy, so that another finds room in memory."""
         self.engine.close()
-        self.policy = self.engine = self.sampler = None
+        del self.policy, self.engine, self.sampler
 
     def starts(self) -> list[int | None]:
         heldout = self.task.heldout
@@ -91,9 +91,9 @@ class Evaluator:
     def __call__(self, beta: float | None = None, choosing: bool = False) -> tuple[Scores, list[Trajectory]]:
         """Play the suite. Episodes draw the same random numbers every time, so two scores are paired.
 
-        beta: weight of Q instead of the suite's or the policy's own. choosing: play other episodes, for scores that a policy is
-        chosen by; its own score is then from episodes that did not choose it. Several processes share the episodes, and have the
-        same result.
+        beta: weight of Q instead of the suite's or the policy's own. choosing: play other episodes, for scores that a
+        policy is chosen by; its own score is then from episodes that did not choose it. Several processes share the
+        episodes, and have the same result.
         """
         check_metrics(self.suite.metrics, self.suite.samples)
         starts, played = self.starts(), []

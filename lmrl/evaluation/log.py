@@ -42,7 +42,7 @@ FORMAT = 1
 PART_ON_CPU, PART = 64, 256
 """Episodes of a part, which are played side by side: fewer where they are slow, as a kill costs no more than a part."""
 SAME = ("suite.version", "policy.hash", "engine", "sampling", "starts", "samples", "seed", "tokenizer")
-"""What a log that is gone on with has to have in common with the evaluation."""
+"""What a log that is resumed has to have in common with the evaluation."""
 
 
 class EvalLog:
@@ -63,7 +63,7 @@ class EvalLog:
     @property
     def episodes(self) -> int:
         """How many there are once all is played."""
-        return len(self.header["starts"]) * self.header["samples"]
+        return len(self.header["starts"]) * int(self.header["samples"])
 
     @property
     def is_complete(self) -> bool:
@@ -71,7 +71,7 @@ class EvalLog:
 
     @property
     def policy(self) -> str:
-        return self.header["policy"]["label"]
+        return str(self.header["policy"]["label"])
 
     @property
     def suite(self) -> Suite:
@@ -101,7 +101,7 @@ class EvalLog:
         rows, trajectories = self.rows(), self.trajectories()
         if len(rows) != self.episodes:
             raise RunError(
-                f"{self.folder} holds {len(rows)} of {self.episodes} episodes: go on with it by the command that began it"
+                f"{self.folder} holds {len(rows)} of {self.episodes} episodes: resume it by the command that began it"
             )
         judged = [one.reward is not None for one in trajectories]
         extras = [json_of(row, "extra") or {} for row, fine in zip(rows, judged, strict=True) if fine]
@@ -135,7 +135,7 @@ def logs_in(folder: str | Path) -> list[EvalLog]:
 
 # --------------------------------------------------------------------------------------------------------------- writing
 class LogWriter:
-    """Appends parts of an evaluation to a log, which is new or goes on. Only one process may."""
+    """Appends parts of an evaluation to a log, new or resumed. Only one process may."""
 
     def __init__(self, folder: Path, header: dict[str, Any]):
         """Raises RunError for a log of another evaluation, and for a folder that holds something else."""
@@ -229,7 +229,7 @@ def play_into_log(
     """
     header = header_of(evaluator, policy, beta, part_episodes)
     writer = LogWriter(folder, header) if distributed.is_main() else None
-    done, width = distributed.broadcast((writer.parts_done, writer.part) if writer else None)
+    done, width = distributed.broadcast((writer.parts_done, writer.part) if writer else (0, 0))
     starts = evaluator.starts()
     for first in range(done * width, len(starts), width):
         began, clock = datetime.now(UTC), time.monotonic()
@@ -239,8 +239,7 @@ def play_into_log(
         if writer:
             times = {"began": began.isoformat(timespec="milliseconds"), "seconds": time.monotonic() - clock}
             writer.write([row | times for row in rows])
-    log = EvalLog(folder) if writer else None
-    scores, trajectories = distributed.broadcast(log.scores() if log else None)
+    scores, trajectories = distributed.broadcast(EvalLog(folder).scores() if writer else ({}, []))
     if writer:
         write_scores(folder, scores)
         writer.close()

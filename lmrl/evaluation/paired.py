@@ -142,15 +142,20 @@ class Claim:
 def read_claim(text: str) -> Claim:
     """`B - A > -0.01`, or `METRIC: B - A > -0.01`. Raises RecipeError."""
     match = CLAIM.fullmatch(text)
-    try:
-        margin = float(match["margin"]) if match else math.nan
-    except ValueError:
-        margin = math.nan
-    if math.isnan(margin) or match["first"] == match["second"]:
+    margin = _number(match["margin"]) if match else None
+    if match is None or margin is None or match["first"] == match["second"]:
         raise RecipeError(
-            f"--fail-under: '{text}' compares no two policies: write 'B - A > -0.01', maybe with a metric, 'length: B - A < 20'"
+            f"--fail-under: '{text}' compares no two policies: write 'B - A > -0.01', maybe with a metric, "
+            "'length: B - A < 20'"
         )
     return Claim(text.strip(), match["first"], match["second"], match["sign"], margin, match["metric"])
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def check_claims(claims: Sequence[Claim], keys: Sequence[str]) -> None:
@@ -197,8 +202,8 @@ def compare_played(
         for first, second in dict.fromkeys(pairs)
         for metric in wanted
     ]
-    for one, adjusted in zip(found, holm([one.p for one in found]), strict=True):
-        one.adjusted = adjusted
+    for each, adjusted in zip(found, holm([each.p for each in found]), strict=True):
+        each.adjusted = adjusted
     names = {one.key: one.label for one in policies}
     changes = changed_samples(policies, wanted[0], scoring, shown)
     return Comparison(suite, names, rows, found, changes, played)

@@ -29,8 +29,7 @@ def rescore_log(
     Only rewards and metrics of the suite count: prompts, completions and sampling are the log's. target: a folder for a
     new log with the new scores; the old one stays as it is. Raises RecipeError where there are no rewards to score by.
     """
-    judged_by = judging_suite(log, suite, overrides)
-    task = judged_by.task
+    judged_by, task = judging_suite(log, suite, overrides)
     rewards = load_rewards(task.rewards, task.special_tokens, task.call_timeout)
     rows, trajectories = log.rows(), [cleared(one) for one in log.trajectories()]
     width = log.header["part"] * log.header["samples"]
@@ -57,8 +56,8 @@ def rescore_log(
     return judged_by, scores, kept
 
 
-def judging_suite(log: EvalLog, suite: str | Path | None, overrides: Sequence[str] = ()) -> Suite:
-    """The log's suite with the rewards and metrics of another, and with overrides."""
+def judging_suite(log: EvalLog, suite: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Suite, PromptTask]:
+    """The log's suite with the rewards and metrics of another, and with overrides; and its task."""
     data = json.loads(json.dumps(log.header["suite"]["resolved"]))
     if log.header["judged_by"] != "reward":
         raise RecipeError(
@@ -75,10 +74,11 @@ def judging_suite(log: EvalLog, suite: str | Path | None, overrides: Sequence[st
         apply_override(document, override)
     resolve_files(document.data, Path.cwd())
     found = validate(Suite, document)
-    if not any(reward.weight for reward in found.task.rewards):
+    task = found.task
+    if not isinstance(task, PromptTask) or not any(reward.weight for reward in task.rewards):
         raise RecipeError("task.rewards: there is none with a weight to score by: name a suite, --suite NAME")
     check_metrics(found.metrics, log.header["samples"])
-    return found
+    return found, task
 
 
 def cleared(trajectory: Trajectory) -> Trajectory:

@@ -74,10 +74,9 @@ class Scoring:
             return self._of_groups(several, trajectories)
         if metric in extra:
             return list(extra[metric]), [one.group for one in trajectories]
-        found = [(dict(named_values(one)).get(metric), one.group) for one in trajectories]
-        return [value for value, _ in found if value is not None], [
-            group for value, group in found if value is not None
-        ]
+        named = [(value_of(one, metric), one.group) for one in trajectories]
+        found = [(value, group) for value, group in named if value is not None]
+        return [value for value, _ in found], [group for _, group in found]
 
     def _of_groups(self, several: SeveralSamples, trajectories: Sequence[Trajectory]) -> tuple[list[float], list[int]]:
         groups: dict[int, list[Trajectory]] = {}
@@ -86,7 +85,7 @@ class Scoring:
         found = {}
         for group, samples in groups.items():
             scored = [value_of(one, several.metric) for one in samples]
-            value = several([one.reward for one in samples], scored, [one.completion for one in samples])
+            value = several([cast(float, one.reward) for one in samples], scored, [one.completion for one in samples])
             if value is not None:
                 found[group] = value
         if not found:

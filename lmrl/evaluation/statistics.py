@@ -353,7 +353,8 @@ def bootstrap_ts(data: Clustered) -> np.ndarray:
     squares_BG = (shares_BG * (sums_BG / sizes_BG - means_B[:, None])) ** 2
     errors_B = np.sqrt((squares_BG / (1 - shares_BG)).sum(1))
     moved_B = errors_B > 0
-    return (means_B - data.mean)[moved_B] / errors_B[moved_B]
+    ts_B: np.ndarray = (means_B - data.mean)[moved_B] / errors_B[moved_B]
+    return ts_B
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], count: int, draws: int) -> dict[str, Any]:
