@@ -9,15 +9,29 @@ one, and rows that were computed elsewhere join: no other row moves.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 SPARE = 64
 """Columns that are allocated ahead of need."""
+
+
+def cache_arguments(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """How a model's forward is given a cache (None: no cache)."""
+    return {_cache_argument(type(model)): cache, "use_cache": cache is not None}
+
+
+@functools.cache
+def _cache_argument(model: type[nn.Module]) -> str:
+    """The keyword for the cache; transformers 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class RowsLayer(CacheLayerMixin):

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lmrl import distributed
 from lmrl.errors import ModelError
 from lmrl.policy.attention import take_attention
-from lmrl.policy.cache import Cache
+from lmrl.policy.cache import Cache, cache_arguments
 from lmrl.policy.forward import run_pass
 from lmrl.policy.heads import HeadsSpec, Values, guide, probability_ratio
 from lmrl.policy.logprobs import at_least_float32
@@ -227,22 +227,23 @@ class Policy(nn.Module):
     def _states(self, inputs: dict[str, Any], pick: Callable, with_q: bool, cache: Cache | None = None) -> States:
         """Run the trunks that are needed; `pick` chooses states from hidden states of shape (B, T, D)."""
         lm, values = self.causal_lm, self.values
-        own = {"past_key_values": cache.policy if cache else None, "use_cache": cache is not None}
+        kept = cache.policy if cache else None
         with self.autocast():
             if self.splits_head:
-                hidden_ND = pick(getattr(lm, lm.base_model_prefix)(**inputs, **own).last_hidden_state)
+                trunk = getattr(lm, lm.base_model_prefix)
+                hidden_ND = pick(trunk(**inputs, **cache_arguments(trunk, kept)).last_hidden_state)
                 logits_NV = lm.get_output_embeddings()(hidden_ND)
             else:
-                result = lm(**inputs, **own, output_hidden_states=True)
+                result = lm(**inputs, **cache_arguments(lm, kept), output_hidden_states=True)
                 hidden_ND, logits_NV = pick(result.hidden_states[-1]), pick(result.logits)
             states = States(hidden_ND, logits_NV)
             if not with_q:
                 return states
-            own = own | {"past_key_values": cache.values if cache else None}
             if values.trunk is not None:
                 target = values.target_trunk
                 trunk = getattr(target, target.base_model_prefix) if values.spec.q == "probability" else target
-                states.features_ND = pick(trunk(**inputs, **own).last_hidden_state)
+                arguments = cache_arguments(trunk, cache.values if cache else None)
+                states.features_ND = pick(trunk(**inputs, **arguments).last_hidden_state)
             if values.spec.q == "probability":
                 states.q_NV = probability_ratio(target.get_output_embeddings()(states.features_ND), logits_NV)
             else:

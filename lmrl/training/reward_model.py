@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,9 @@ from lmrl.trajectories.files import Malformed, Selection, open_rows, quiet_datas
 from lmrl.trajectories.formats import preference
 from lmrl.trajectories.store import UNMATCHED, report_bad_rows
 from lmrl.trajectories.trajectory import Messages, prompt_key
+
+# trl 1.16 calls by their old names what transformers 5.24 renamed.
+warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
 
 LABEL = "reward model"
 COLUMNS = ["accuracy", "margin", "ece", "brier"]

@@ -200,5 +200,5 @@ def test_a_dry_run_wants_the_trackers_of_the_real_one(lmrl, place, monkeypatch):
     (place / "mine.yaml").write_text(RECIPE)
     real = util.find_spec
     monkeypatch.setattr(util, "find_spec", lambda name, *more: None if name == "wandb" else real(name, *more))
-    message = r"tracking.trackers.0: 'wandb' is not installed: pip install wandb"
+    message = r"tracking.trackers.0: 'wandb' is not installed: install the extra 'tracking'"
     check_line(lmrl("train", "mine.yaml", "--dry-run", "tracking.trackers=[wandb]"), message)
