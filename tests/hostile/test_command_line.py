@@ -21,7 +21,7 @@ OPTIONS = [
     ("train random_walks/bc --jobs two", r"--jobs.*integer"),
     ("train random_walks/bc --processes 0", r"--processes.*greater than or equal to 1"),
     ("train random_walks/bc --output", r"--output.*requires an argument"),
-    ("eval", r"missing argument 'policy' \(see `lmrl eval -h`\)"),
+    ("eval", "name a policy to score, or a log to score again: lmrl eval POLICY"),
     ("export run", r"missing argument 'destination'"),
     ("collect random --episodes 0", r"--episodes.*greater than or equal to 1"),
     ("collect random --seed -1", r"--seed.*greater than or equal to 0"),

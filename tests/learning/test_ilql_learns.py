@@ -1,5 +1,7 @@
 """Value-based learning from logged data provably does better than the data, and knows where it must not go."""
 
+import pytest
+
 import lmrl
 from lmrl.evaluation.evaluate import Evaluator
 from lmrl.evaluation.statistics import summarize
@@ -46,6 +48,7 @@ COLLAPSE = [
 ]
 
 
+@pytest.mark.slow
 def test_without_push_down_decoding_collapses_and_the_support_mask_cures_it(tmp_path):
     """Tokens never seen keep Q = 0, above all that is legal, where every step costs 1: -4 for each illegal move."""
     result = lmrl.train(lmrl.load_recipe("maze/ilql", COLLAPSE), output=tmp_path / "run")
@@ -60,6 +63,7 @@ def test_without_push_down_decoding_collapses_and_the_support_mask_cures_it(tmp_
     assert returns[0.01] > -110, returns
 
 
+@pytest.mark.slow
 def test_a_pessimistic_start_cures_it_too(tmp_path):
     overrides = [*COLLAPSE, "objective.start_value=lowest", "training.steps=30"]
     result = lmrl.train(lmrl.load_recipe("maze/ilql", overrides), output=tmp_path / "run")

@@ -56,7 +56,12 @@ def run_two(script: list[str], strategy: str | None, extensions: Path) -> None:
 
 @pytest.mark.parametrize(
     "strategy",
-    [None, "fsdp2", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)],
+    [
+        None,
+        "fsdp2",
+        pytest.param("zero2", marks=[needs_deepspeed, pytest.mark.slow]),
+        pytest.param("zero3", marks=needs_deepspeed),
+    ],
 )
 def test_two_processes_do_what_one_does(tmp_path, extensions, strategy):
     run_two([str(HERE / "worker.py"), str(tmp_path)], strategy, extensions)

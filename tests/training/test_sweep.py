@@ -96,8 +96,8 @@ def test_scores_over_runs_by_hand():
     found = rows["BC"]["optimality"]
     assert found["mean"] == pytest.approx(0.3) and found["n"] == 2 and found["lowest"] == 0.2
     assert found["values"] == {"a": 0.2, "b": 0.4}
-    # sample standard deviation 0.1414, over sqrt(2) runs, times t(0.975, 1) = 12.706
-    assert found["ci95"] == pytest.approx([0.3 - 1.2706, 0.3 + 1.2706])
+    # sample standard deviation 0.1414, over sqrt(2) runs, times t(0.975, 1) = 12.70620
+    assert found["ci95"] == pytest.approx([0.3 - 1.270620, 0.3 + 1.270620])
     assert rows["PPO"]["optimality"]["n"] == 1 and "values" in rows["BC"]["length"]
     table = sweep_table(rows, ["optimality", "nothing"])
     assert [column.header for column in table.columns] == ["", "optimality", "lowest", "n"]

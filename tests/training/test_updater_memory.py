@@ -355,6 +355,7 @@ print(policy.microbatch_tokens, stats["loss"])
 """
 
 
+@pytest.mark.slow
 def test_a_cpu_that_is_really_short(tmp_path):
     """With an address space that holds no pass over the whole minibatch: real failures, in real allocations."""
     found = {}
