@@ -3,6 +3,7 @@
     python benchmarks/zoo.py run --half first --jobs 2 --out zoo.jsonl     # goes on where it stopped
     python benchmarks/zoo.py table --out zoo.jsonl
     python benchmarks/zoo.py references
+    python benchmarks/zoo.py decoding                                       # what exact Q values earn at a beta
 
 Every cell is the same recipe but for the task, the method and the source that the method needs: a small model imitates
 episodes of random play, 1,000 online and 5,000 offline, and is then improved, online by fresh episodes or offline by the same 5,000.
@@ -35,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo_games import GAMES, Game, State
-from zoo_references import improved, optimum, random_play, within
+from zoo_references import decoded, improved, optimum, random_play, within
 
 HERE = Path(__file__).resolve().parent
 ONLINE, OFFLINE = ("ppo", "grpo", "rloo"), ("ilql", "mc")
@@ -344,6 +345,18 @@ def references() -> str:
     return "\n".join(lines)
 
 
+def decoding(betas: Sequence[float] = (4, 16, 64, 256)) -> str:
+    """Markdown: of each task the score of decoding by the exact Q of random play, beside one step of improvement on it."""
+    lines = [f"| task | half | {' | '.join(f'beta {beta:g}' for beta in betas)} |", "|---|---|" + "---|" * len(betas)]
+    for which in ("first", "second"):
+        for task in half(which):
+            game = GAMES[task]
+            low, high = random_play(game).value, improved(game).value
+            scores = [(decoded(game, random_play(game), beta) - low) / (high - low) for beta in betas]
+            lines.append(f"| {task} | {which} | {' | '.join(f'{score:.2f}' for score in scores)} |")
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -361,6 +374,7 @@ def main() -> None:
     tables.add_argument("--out", type=Path, default=Path("zoo.jsonl"))
     tables.add_argument("--tree", metavar="HASH", help="version of lmrl/ (default: that of the last result)")
     commands.add_parser("references", help="print what can be reached on each task")
+    commands.add_parser("decoding", help="print what exact Q values earn, by beta")
     cell = commands.add_parser("cell", help="one cell in this process (what `run` calls)")
     cell.add_argument("task", choices=GAMES)
     cell.add_argument("method", choices=METHODS)
@@ -374,6 +388,8 @@ def main() -> None:
         print(table(read(args.out), args.tree))
     elif args.command == "references":
         print(references())
+    elif args.command == "decoding":
+        print(decoding())
     else:
         found = run_cell(args.task, args.method, args.seed, args.folder)
         (args.folder / "result.json").write_text(json.dumps(found))

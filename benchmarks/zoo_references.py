@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import random
+import statistics
 from collections.abc import Collection
 from functools import cache
+from itertools import accumulate
 
 from zoo_games import Game, Solution, State, evaluate, greedy, optimum, uniform
 
@@ -21,6 +25,34 @@ def improved(game: type[Game]) -> Solution:
     return evaluate(game(), lambda turn, state, worth: greedy(turn, state, base[turn][state]))
 
 
+def decoded(game: type[Game], known: Solution, beta: float) -> float:
+    """The expected return of play in proportion to exp(beta Q), with the exact Q of a policy in units of the deviation of random
+    play's returns-to-go."""
+    unit = deviation(game)
+
+    def play(turn: int, state: State, worth: dict[str, float]) -> dict[str, float]:
+        values = known.actions[turn][state]
+        best = max(values.values())
+        weights = {action: math.exp(beta * (value - best) / unit) for action, value in values.items()}
+        return {action: weight / sum(weights.values()) for action, weight in weights.items()}
+
+    return evaluate(game(), play).value
+
+
+@cache
+def deviation(game: type[Game], episodes: int = 800) -> float:
+    """Deviation of the rewards that follow a turn, over turns of random play (by simulation)."""
+    environment, rng, following = game(), random.Random(0), []
+    for seed in range(episodes):
+        environment.reset(seed=seed)
+        rewards, over = [], False
+        while not over:
+            _, reward, over, _, _ = environment.step(rng.choice(environment.actions(environment.state)))
+            rewards.append(reward)
+        following += accumulate(reversed(rewards))
+    return statistics.pstdev(following)
+
+
 def within(game: type[Game], pairs: Collection[tuple[State, str]]) -> Solution:
     """The optimum among actions that data hold for a state, at whatever turn; random play where they hold none."""
     known: dict[State, set[str]] = {}
@@ -34,4 +66,4 @@ def within(game: type[Game], pairs: Collection[tuple[State, str]]) -> Solution:
     return evaluate(game(), best_known)
 
 
-__all__ = ["improved", "optimum", "random_play", "within"]
+__all__ = ["decoded", "improved", "optimum", "random_play", "within"]

@@ -19,7 +19,7 @@ from lmrl.rollouts.task import Task, build_task
 from lmrl.trajectories.files import Malformed, open_rows
 from lmrl.trajectories.formats import prompt_of
 from lmrl.trajectories.rows import parse
-from lmrl.trajectories.trajectory import Trajectory
+from lmrl.trajectories.trajectory import Trajectory, prompt_text
 
 EPISODES, ROWS = 64, 2000
 """Most episodes and rows that are looked at."""
@@ -27,6 +27,8 @@ WORDS = 200
 """Distinct words up to which a tiny model has a token for each."""
 LONGEST = 2048
 """Tokens of a context; a longer episode is seen through its last observations."""
+TEMPLATE = 64
+"""Tokens that a chat template may add to a row, beside a quarter of its own."""
 METHODS = {
     "environment": ("ppo", "grpo", "rloo", "ilql", "mc"),
     "prompts": ("grpo", "ppo", "rloo"),
@@ -42,15 +44,14 @@ class Look:
 
     said: list[str] = field(default_factory=list)
     """Lines for the head of the recipe."""
-    texts: list[str] = field(default_factory=list)
-    """Samples of all text, for a vocabulary."""
     context: int = 0
     """Tokens of the longest context, as far as was seen."""
     turn: int = 32
     """Tokens of an action."""
-    turns: int = 1
     players: tuple[str, ...] = ()
     rows: int = 0
+    tokens: int = 0
+    """Tokens that rows of data may have, with room for what a chat template adds."""
     tokenizer: str = "char"
 
 
@@ -60,7 +61,7 @@ def look_at_environment(name: str, max_turns: int) -> Look:
     probe = build_task(section, build_tokenizer("char", ["a"]))
     environment = probe.make()
     texts = list(environment.texts()) if hasattr(environment, "texts") else []
-    look = Look(texts=texts, players=tuple(getattr(environment, "players", ())))
+    look = Look(players=tuple(getattr(environment, "players", ())))
     words = {word for text in texts for word in text.split()}
     look.tokenizer = (
         "word" if 0 < len(words) <= WORDS and all(" ".join(text.split()) == text for text in texts) else "char"
@@ -94,7 +95,6 @@ def _measure(look: Look, played: Iterable[Trajectory], task: Task) -> None:
     for one in played:
         for segment in one.segments:
             look.context = max(look.context, len(segment.tokens))
-        look.turns = max(look.turns, len(one.turns))
     longest = max((len(task.renderer.action(turn.action)) for one in played for turn in one.turns), default=look.turn)
     look.turn = longest
 
@@ -114,19 +114,18 @@ def look_at_rows(path: str, kind: str, tokenizer: Any) -> Look:
         row = rows[number]
         try:
             texts = (
-                [str(prompt_of(row))]
+                [prompt_text(prompt_of(row))]
                 if kind == "prompts"
                 else [one.prompt + one.completion for one in parse(row, number)]
             )
         except Malformed as error:
             raise DataError(f"{rows.where(number)}: {error}") from error
         lengths += [length(text) for text in texts]
-    look.context = max(lengths)
-    common = int(np.quantile(lengths, 0.99))
+    longest, common = max(lengths), int(np.quantile(lengths, 0.99))
     look.said.append(
         f"{look.rows} rows; {'prompts' if kind == 'prompts' else 'texts'} of {_range(lengths, 'tokens')}, 99 in 100 up to {common}"
     )
-    look.turn = common
+    look.tokens = rounded(1.25 * (longest if longest <= LONGEST else common) + TEMPLATE, 64)
     return look
 
 
@@ -205,7 +204,7 @@ def environment_recipe(name: str, method: str, model: str | None, look: Look, ma
 
 def data_recipe(kind: str, path: str, method: str, model: str, look: Look, reward: str | None) -> str:
     """The recipe's text for rows of prompts, pairs or messages."""
-    size = rounded(look.turn, 64)
+    size = look.tokens
     batch = 16 if look.rows >= 64 else max(look.rows // 4, 1)
     epochs = 3 if method == "likelihood" else 1
     steps = max(math.ceil(0.9 * look.rows * epochs / batch), 1)

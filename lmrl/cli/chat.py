@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from lmrl.cli.common import Debug
+from lmrl.cli.common import Debug, TrustRemoteCode
 from lmrl.errors import RecipeError
 from lmrl.visible import visible
 
@@ -31,9 +31,7 @@ def command(
     ] = None,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: final, best or step-N")] = "final",
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
     """Talk to a policy, or to two side by side."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lmrl.cli.common import Debug
+from lmrl.cli.common import Debug, TrustRemoteCode
 from lmrl.errors import RecipeError
 from lmrl.local_names import refuse_missing
 from lmrl.recipe import PromptTask, Rollouts, Section, TaskSection
@@ -52,9 +52,7 @@ def command(
     ] = None,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: final, best, or step-N")] = "final",
     force: Annotated[bool, typer.Option("--force", help="Overwrite collected episodes")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Allow a hub model to run its own code")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
     """Play episodes and keep them as rows (see lmrl/trajectories/rows.py), for source.path=FOLDER."""

@@ -14,6 +14,7 @@ from lmrl.errors import RecipeError
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes, for instance training.steps=50", metavar="[KEY=VALUE]...")
 ]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Allow a hub model to run its own code")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
 
 Policies = Annotated[

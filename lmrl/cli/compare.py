@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmrl.cli.common import Debug, Policies, listed, split_policies, weights
+from lmrl.cli.common import Debug, Policies, TrustRemoteCode, listed, split_policies, weights
 from lmrl.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -41,9 +41,7 @@ def command(
         ),
     ] = None,
     samples: Annotated[int, typer.Option("--samples", help="Samples to show, those that changed most")] = 3,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Allow a hub model to run its own code")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
     """Compare policies, or logs of evaluations, on the same episodes: paired differences with p-values."""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lmrl.cli.common import Debug, Policies, listed, split_policies, weights
+from lmrl.cli.common import Debug, Policies, TrustRemoteCode, listed, split_policies, weights
 from lmrl.errors import RecipeError, RunError
 
 
@@ -47,9 +47,7 @@ def command(
         typer.Option("--fail-under", metavar="METRIC=VALUE", help="Exit with 1 if the mean is lower, e.g. return=-3"),
     ] = None,
     samples: Annotated[int, typer.Option("--samples", help="Completions to show")] = 3,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Allow a hub model to run its own code")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
     """Score policies: a table of means with 95 % confidence intervals."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lmrl.cli.common import Debug
+from lmrl.cli.common import Debug, TrustRemoteCode
 
 
 def command(
@@ -27,9 +27,7 @@ def command(
         str | None, typer.Option("--suite", "-s", help="A suite's file or name (default: the run's own)")
     ] = None,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: final, best, or step-N")] = "final",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Allow a model to run its own code")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
     """Write a run as an ordinary transformers checkpoint, which any server decodes at full speed."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lmrl import registry
 from lmrl.errors import PluginError, RecipeError
 from lmrl.recipe import CustomObjective, CustomSource, Recipe, Section
@@ -35,9 +33,3 @@ def own_options(section: registry.Kind, given: CustomObjective | CustomSource) -
     if not (isinstance(schema, type) and issubclass(schema, base) and issubclass(schema, Section)):
         raise PluginError(f"{section}.name: Options of '{given.name}' is no {base.__name__}")
     return validate(schema, Document({"name": given.name, **given.options}), prefix=(section,))
-
-
-def options_of(kind: registry.Kind, cls: Any, given: dict[str, Any], key: str) -> Any:
-    """Free-form options as an instance of a class's `Options`; a plain mapping where it has none."""
-    schema = getattr(cls, "Options", None)
-    return given if schema is None else validate(schema, Document(given), prefix=(key,))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -39,17 +39,24 @@ class Optimizer(Section):
     """Longer gradients are shortened to this norm (null: never; auto: 1, but 10 for Q values, which have to believe in rare returns)."""
 
 
-class CustomListener(Plugin):
-    """A listener of one's own: `file.py:Name`, a dotted path, or the name of an installed one; further keys are its options."""
+class Named(Plugin):
+    """A part by name: `file.py:Name`, a dotted path, or the name of a shipped or installed one; further keys are its options."""
 
+    kind: ClassVar[registry.Kind]
     name: str
 
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        if not registry.has_name("listener", name):
-            raise ValueError(registry.unknown("listener", name))
+        if not registry.has_name(cls.kind, name):
+            raise ValueError(registry.unknown(cls.kind, name))
         return name
+
+
+class CustomListener(Named):
+    """A listener of one's own, with its options."""
+
+    kind = "listener"
 
 
 class Training(Section):
@@ -134,23 +141,16 @@ class Gate(Section):
     """After so many, the stage ends with the best checkpoint."""
 
 
-class CustomTracker(Plugin):
+class CustomTracker(Named):
     """A tracker by name, or one of your own: `file.py:Name` or a dotted path, a class derived from accelerate.tracking.GeneralTracker.
     Further keys are arguments of what it starts, for instance wandb's `entity` and `tags`."""
 
-    name: str
+    kind = "tracker"
 
     @model_validator(mode="before")
     @classmethod
     def _name_alone(cls, given: Any) -> Any:
         return {"name": given} if isinstance(given, str) else given
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if not registry.has_name("tracker", name):
-            raise ValueError(registry.unknown("tracker", name))
-        return name
 
 
 class Tracking(Section):

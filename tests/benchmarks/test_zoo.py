@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import zoo
 from zoo_games import GAMES, Bandit, Blackjack, Guess, Lock, TwoArms, _reachable, evaluate, greedy, optimum, uniform
-from zoo_references import improved, random_play, within
+from zoo_references import decoded, deviation, improved, random_play, within
 
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import Recipe
@@ -202,6 +202,17 @@ def test_halves_depend_on_names_alone():
     random.Random(0).shuffle(names)
     assert zoo.split(names) == zoo.half("all") == zoo.half("first") + zoo.half("second")
     assert zoo.half("first") == "bandit stock two_arms lock taxi recall cliff_walking code".split()
+
+
+def test_decoding_goes_from_random_play_to_its_improvement():
+    game, base = GAMES["bandit"], random_play(GAMES["bandit"])
+    assert decoded(game, base, 0) == pytest.approx(base.value) and decoded(game, base, 1e6) == pytest.approx(
+        improved(game).value
+    )
+    assert base.value < decoded(game, base, 4) < decoded(game, base, 16) < improved(game).value
+    # returns-to-go of n pulls, n from 1 to 6 as likely, of arms that win with 0.2 or 0.8: mean n / 2, pulls as if independent
+    chance = sum(n / 4 + n**2 / 4 for n in range(1, 7)) / 6 - 3.5**2 / 4
+    assert deviation(game) == pytest.approx(chance**0.5, rel=0.2)
 
 
 @pytest.mark.parametrize("method", zoo.METHODS)

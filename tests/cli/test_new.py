@@ -97,7 +97,7 @@ def test_rows(tmp_path, tiny_folder):
         assert recipe.objective.name == objective
         dry_run(recipe)
     assert (
-        load_recipe(tmp_path / "3.yaml").source.max_tokens == 64
+        load_recipe(tmp_path / "3.yaml").source.max_tokens == 128
         and load_recipe(tmp_path / "3.yaml").training.steps == 11
     )
 
