@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 
@@ -14,3 +16,10 @@ def has_memory() -> bool:
     """True if there is an accelerator with memory of its own, which is counted, and with processes that can meet on it. Apple's
     MPS has neither."""
     return default_device().type not in ("cpu", "mps")
+
+
+def default_precision(device: torch.device) -> Literal["float32", "bfloat16"]:
+    """The precision of passes where the recipe names none: bfloat16 on an accelerator that computes in it."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bfloat16" if device.type in ("xpu", "npu") else "float32"

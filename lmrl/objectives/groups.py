@@ -54,7 +54,7 @@ def grouped_batch(groups: List[List[Trajectory]], policy: Policy, share: bool, w
                 sequence.fields[EPISODE] = torch.full(sequence.targets.shape, number)
             number += 1
             singles += own
-        packable = share and len(group) > 1 and len(singles) == len(group) and policy.packs
+        packable = share and len(group) > 1 and len(singles) == len(group) and policy.shares_prompts
         parts = _packed(singles, policy.microbatch_tokens) if packable else singles
         if whole:
             for part in parts:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lmrl.policy.attention import ATTENTION
+from lmrl.policy.attention import ATTENTION, PLACEHOLDER, packed_arguments, packed_branches_mask
 from lmrl.policy.heads import CHUNK, guide, probability_ratio
 from lmrl.policy.logprobs import at_least_float32, token_logprobs
 from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.pull import bounded
 from lmrl.trajectories.batch import Microbatch
-from lmrl.trajectories.shared import positions, visible
+from lmrl.trajectories.shared import visible
 
 if TYPE_CHECKING:
     from lmrl.policy.policy import Policy
@@ -43,16 +43,22 @@ def run_pass(policy: Policy, lm: nn.Module, batch: Microbatch, request: ForwardR
 
 
 def _inputs(policy: Policy, batch: Microbatch) -> dict[str, Any]:
-    inputs = {"input_ids": batch.tokens_BT, "use_cache": False}
+    inputs = {"input_ids": batch.tokens_BT, "position_ids": batch.positions_BT, "use_cache": False}
+    own = policy.causal_lm.config._attn_implementation == ATTENTION
+    if batch.sizes is not None and batch.branches_BT is not None:
+        return inputs | {"attention_mask": packed_branches_mask(batch.branches_BT, batch.sizes)}
+    if batch.sizes is not None:
+        mask = PLACEHOLDER.to(batch.tokens_BT.device) if own else None
+        return inputs | {"attention_mask": mask, **packed_arguments(batch.sizes, batch.tokens_BT.device)}
     if batch.branches_BT is not None:
         mask_B1TT = visible(batch.branches_BT)[:, None]
         # Eager attention adds its mask to the scores.
         if policy.causal_lm.config._attn_implementation not in ("sdpa", ATTENTION):
             dtype = policy.causal_lm.dtype
             mask_B1TT = torch.zeros_like(mask_B1TT, dtype=dtype).masked_fill(~mask_B1TT, torch.finfo(dtype).min)
-        return inputs | {"attention_mask": mask_B1TT, "position_ids": positions(batch.branches_BT)}
-    # Without padding the attention needs no mask and takes its fastest path.
-    return inputs | {"attention_mask": None if bool(batch.mask_BT.all()) else batch.mask_BT}
+        return inputs | {"attention_mask": mask_B1TT}
+    # Padding stands on the right, where no token of a causal model sees it; without a mask attention takes its fastest path.
+    return {"input_ids": batch.tokens_BT, "attention_mask": None, "use_cache": False}
 
 
 def _policy_outputs(

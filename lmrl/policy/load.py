@@ -52,12 +52,17 @@ def load_policy(
     from a bare base model, a second adapter where it begins from an adapter, a frozen copy otherwise.
     """
     if start is None and options.path is None:
-        model, tokenizer = _from_scratch(options, texts)
+        model, tokenizer = _from_scratch(options, texts, **attention_of(options))
         origin = None
     else:
         origin = str(start) if start else str(newest_checkpoint(options.path))
         model, tokenizer = _open(
-            origin, options.dtype, options.trust_remote_code, options.revision, trainable=options.lora is not None
+            origin,
+            options.dtype,
+            options.trust_remote_code,
+            options.revision,
+            trainable=options.lora is not None,
+            **attention_of(options),
         )
     kind = None
     if options.lora is not None:
@@ -76,6 +81,11 @@ def load_policy(
     if start is not None:
         policy.load_heads(start)
     return policy
+
+
+def attention_of(options: Model) -> dict[str, str]:
+    """The attention that transformers is to build a model with; nothing where its own choice is kept."""
+    return {} if options.attention in ("auto", "varlen") else {"attn_implementation": options.attention}
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -204,6 +214,7 @@ def _from_scratch(
     """A model of the kind `auto`; more: further settings of its config."""
     tokenizer = build_tokenizer(options.tokenizer, texts())
     settings = dict(options.config)
+    attention = {name: more.pop(name) for name in ("attn_implementation",) if name in more}
     kind = settings.pop("model_type", None)
     if kind is None:
         raise ModelError("model.config: needs a `model_type` of transformers, for instance llama or gpt2")
@@ -214,7 +225,7 @@ def _from_scratch(
         for name in set(settings) - names:  # transformers would keep an unknown setting and ignore it
             raise ModelError(f"model.config: '{kind}' has no setting '{name}'{did_you_mean(name, names)}")
         config = transformers.AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **ids, **settings, **more})
-        model = auto.from_config(config, dtype=torch.float32)
+        model = auto.from_config(config, dtype=torch.float32, **attention)
     except ModelError:
         raise
     except Exception as error:  # transformers raises many kinds for sizes that do not fit together

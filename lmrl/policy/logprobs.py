@@ -8,14 +8,19 @@ arXiv 2411.09009).
 Where the vocabulary matrix W is frozen, nothing is recomputed: d log p(a) / d hidden = W_a - sum_v p_v W_v, and that sum is
 attention with W as keys and values, so the forward pass keeps it with the same running maximum (Milakov and Gimelshein,
 "Online normalizer calculation for softmax", arXiv 1805.02867).
+
+Under autocast on an accelerator the products are of bfloat16 numbers with sums in float32, and all else is float32; what is done to a
+slice between its products is one kernel then (logprobs_kernels.py).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
+from lmrl.policy import logprobs_kernels
 from lmrl.recipe.estimates import SLICE
 
 
@@ -34,11 +39,83 @@ def token_logprobs(
     return _TokenLogprobs.apply(hidden_ND, weight_VD, bias_V, targets_N, temperature, slice_size)
 
 
-def _logits(hidden, weight, bias, temperature, start, end) -> torch.Tensor:
-    logits = hidden @ weight[start:end].T
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The type, or float32 where that is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass
+class Totals:
+    """Running sums over the slices so far, of shape (N,), in float32 at least.
+
+    top: the largest logit. total: sum of exp(logit - top). weighted: sum of exp(logit - top) * logit. picked: the target's logit.
+    """
+
+    top: torch.Tensor
+    total: torch.Tensor
+    weighted: torch.Tensor
+    picked: torch.Tensor
+
+    @classmethod
+    def none(cls, hidden_ND: torch.Tensor) -> Totals:
+        top_N = hidden_ND.new_full(hidden_ND.shape[:1], -math.inf, dtype=at_least_float32(hidden_ND.dtype))
+        return cls(top_N, *(torch.zeros_like(top_N) for _ in range(3)))
+
+
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """A product of two matrices in their own precision, with its result in float32 at least."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left, right, out_dtype=torch.float32)  # without it, sums are rounded to what they are made of
+    result = left @ right
+    return result.to(at_least_float32(result.dtype))
+
+
+def _logits(hidden, weight, bias, temperature, dtype) -> torch.Tensor:
+    logits = product(hidden, weight.to(dtype).T)
     if bias is not None:
-        logits = logits + bias[start:end]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
+        logits += bias
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+def add_slice(logits_NS: torch.Tensor, targets_N: torch.Tensor, totals: Totals) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add a slice of logits to the totals. targets_N: counted from the slice's first column.
+
+    Returns exp(logit - top), (N, S), in the memory of the logits, and the factor that earlier sums were scaled by, (N,).
+    """
+    inside_N = (targets_N >= 0) & (targets_N < logits_NS.shape[1])
+    found_N = logits_NS.gather(1, targets_N.clamp(0, logits_NS.shape[1] - 1)[:, None])[:, 0]
+    totals.picked = torch.where(inside_N, found_N, totals.picked)
+    top_N = torch.maximum(totals.top, logits_NS.amax(dim=1))
+    shrink_N = (totals.top - top_N).exp()
+    exp_NS = (logits_NS - top_N[:, None]).exp_()
+    totals.total = totals.total * shrink_N + exp_NS.sum(dim=1)
+    totals.weighted = totals.weighted * shrink_N + logits_NS.mul_(exp_NS).sum(dim=1)
+    totals.top = top_N
+    return exp_NS, shrink_N
+
+
+def slice_gradient(
+    logits_NS: torch.Tensor,
+    targets_N: torch.Tensor,
+    lse_N: torch.Tensor,
+    entropy_N: torch.Tensor,
+    grad_logprob_N: torch.Tensor,
+    grad_entropy_N: torch.Tensor | None,
+    temperature: float,
+) -> torch.Tensor:
+    """Gradient with respect to a slice of logits before the temperature, (N, S). targets_N: counted from its first column."""
+    # d logprob / d logit = 1[target] - p;  d entropy / d logit = -p (log p + H)
+    logprob_NS = logits_NS.sub_(lse_N[:, None])
+    if grad_entropy_N is None:
+        grad_NS = logprob_NS.exp_().mul_(grad_logprob_N[:, None]).neg_()
+    else:
+        slope_NS = grad_entropy_N[:, None] * (logprob_NS + entropy_N[:, None]) + grad_logprob_N[:, None]
+        grad_NS = logprob_NS.exp_().mul_(slope_NS).neg_()
+    inside_N = (targets_N >= 0) & (targets_N < logits_NS.shape[1])
+    grad_NS.scatter_add_(
+        1, targets_N.clamp(0, logits_NS.shape[1] - 1)[:, None], torch.where(inside_N, grad_logprob_N, 0)[:, None]
+    )
+    return grad_NS.div_(temperature)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -46,71 +123,62 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, temperature, slice_size):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         mean_wanted = need_hidden and not (need_weight or need_bias)
-        with torch.autocast(hidden.device.type, enabled=False):
-            hidden = hidden.to(weight.dtype)
-            top = hidden.new_full(targets.shape, -math.inf, dtype=torch.promote_types(hidden.dtype, torch.float32))
-            total, weighted, picked = (torch.zeros_like(top) for _ in range(3))
-            mean = torch.zeros_like(hidden, dtype=top.dtype) if mean_wanted else None
+        device = hidden.device.type
+        dtype = weight.dtype
+        if device != "cpu" and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        kernels = logprobs_kernels.available(hidden.device, dtype)
+        with torch.autocast(device, enabled=False):
+            hidden = hidden.to(dtype)
+            totals = Totals.none(hidden)
+            mean = torch.zeros_like(hidden, dtype=totals.top.dtype) if mean_wanted else None
             for start in range(0, weight.shape[0], slice_size):
                 end = min(start + slice_size, weight.shape[0])
-                logits = _logits(hidden, weight, bias, temperature, start, end)
-                inside = (targets >= start) & (targets < end)
-                found = logits.gather(1, (targets - start).clamp(0, end - start - 1)[:, None])[:, 0]
-                picked = torch.where(inside, found, picked)
-                new_top = torch.maximum(top, logits.amax(dim=1))
-                shrink = (top - new_top).exp()
-                exp = (logits - new_top[:, None]).exp_()
-                total = total * shrink + exp.sum(dim=1)
+                own = weight[start:end].to(dtype)
+                logits = _logits(hidden, own, None if bias is None else bias[start:end], temperature, dtype)
+                if kernels:
+                    exp, shrink = logprobs_kernels.add_slice(logits, targets - start, totals, dtype if mean_wanted else None)
+                else:
+                    exp, shrink = add_slice(logits, targets - start, totals)
                 if mean_wanted:
-                    mean.mul_(shrink[:, None]).add_(exp.to(weight.dtype) @ weight[start:end])
-                weighted = weighted * shrink + exp.mul_(logits).sum(dim=1)
-                top = new_top
-            lse = top + total.log()
-            entropy = lse - weighted / total
+                    mean.mul_(shrink[:, None]).add_(product(exp.to(dtype), own))
+            lse = totals.top + totals.total.log()
+            entropy = lse - totals.weighted / totals.total
             if mean_wanted:
-                mean.div_(total[:, None])
+                mean.div_(totals.total[:, None])
         # Not the parameter itself: where weights are shared out over processes, that is empty by then.
         ctx.save_for_backward(
             hidden, weight.detach(), None if bias is None else bias.detach(), targets, lse, entropy, mean
         )
-        ctx.temperature, ctx.slice_size = temperature, slice_size
-        return picked - lse, entropy
+        ctx.temperature, ctx.slice_size, ctx.dtype, ctx.kernels = temperature, slice_size, dtype, kernels
+        ctx.set_materialize_grads(False)
+        return totals.picked - lse, entropy
 
     @staticmethod
     def backward(ctx, grad_logprob, grad_entropy):
         hidden, weight, bias, targets, lse, entropy, mean = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        has_entropy = bool(grad_entropy.any())
-        if mean is not None and not has_entropy:
-            with torch.autocast(hidden.device.type, enabled=False):
-                slope = (weight[targets] - mean).mul_(grad_logprob[:, None] / ctx.temperature)
+        if grad_logprob is None and grad_entropy is None:
+            return None, None, None, None, None, None
+        grad_logprob = torch.zeros_like(lse) if grad_logprob is None else grad_logprob
+        if mean is not None and grad_entropy is None:
+            slope = (weight[targets] - mean).mul_(grad_logprob[:, None] / ctx.temperature)
             return slope.to(hidden.dtype), None, None, None, None, None
-        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if need_hidden else None
         grad_weight = torch.empty_like(weight) if need_weight else None
         grad_bias = torch.empty_like(bias) if need_bias and bias is not None else None
+        gradient_of = logprobs_kernels.slice_gradient if ctx.kernels else slice_gradient
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, weight.shape[0], ctx.slice_size):
                 end = min(start + ctx.slice_size, weight.shape[0])
-                logprob = _logits(hidden, weight, bias, ctx.temperature, start, end).sub_(lse[:, None])
-                prob = logprob.exp()
-                # d logprob / d logit = 1[target] - p;  d entropy / d logit = -p (log p + H)
-                if has_entropy:
-                    slope = grad_entropy[:, None] * (logprob + entropy[:, None]) + grad_logprob[:, None]
-                    grad = prob.mul_(slope).neg_()
-                else:
-                    grad = prob.mul_(grad_logprob[:, None]).neg_()
-                inside = ((targets >= start) & (targets < end)).nonzero()[:, 0]
-                grad[inside, targets[inside] - start] += grad_logprob[inside]
-                grad = grad.div_(ctx.temperature).to(weight.dtype)
-                if need_hidden:
-                    grad_hidden += grad @ weight[start:end]
-                if need_weight:
-                    grad_weight[start:end] = grad.T @ hidden
+                own = weight[start:end].to(ctx.dtype)
+                logits = _logits(hidden, own, None if bias is None else bias[start:end], ctx.temperature, ctx.dtype)
+                grad = gradient_of(logits, targets - start, lse, entropy, grad_logprob, grad_entropy, ctx.temperature)
                 if grad_bias is not None:
-                    grad_bias[start:end] = grad.sum(dim=0)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The type, or float32 where that is wider."""
-    return torch.promote_types(dtype, torch.float32)
+                    grad_bias[start:end] = grad.sum(dim=0, dtype=lse.dtype)
+                grad = grad.to(ctx.dtype)
+                if need_hidden:
+                    grad_hidden += product(grad, own)
+                if need_weight:
+                    grad_weight[start:end] = product(grad.T, hidden)
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None

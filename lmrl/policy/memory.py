@@ -17,6 +17,8 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 
 from lmrl.errors import MemoryShortError
+from lmrl.recipe import Recipe
+from lmrl.recipe.estimates import memory
 from lmrl.trajectories.batch import Batch, Microbatch
 
 
@@ -27,10 +29,15 @@ class Cuts(Protocol):
     pad_id: int
     synchronized: bool
 
+    @property
+    def packs(self) -> bool: ...
+
     def passes(self, micros: list[Microbatch]) -> list[Microbatch]: ...
 
 
 T = TypeVar("T")
+FILLED = 0.9
+"""Share of an accelerator's memory that an estimate may fill."""
 SIGNS = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
 """Messages of allocators that have no exception of their own."""
 
@@ -59,11 +66,20 @@ class FailedPass:
     """Options of that kind, as JSON."""
 
 
+def needs_checkpointing(recipe: Recipe, device: torch.device) -> bool:
+    """True if activations are to be computed again: as the recipe says, else on an accelerator whose memory they would not fit."""
+    if recipe.training.gradient_checkpointing is not None or device.type != "cuda":
+        return bool(recipe.training.gradient_checkpointing)
+    estimate = memory(recipe, accelerator=True)
+    available = torch.cuda.get_device_properties(device).total_memory / 2**20
+    return estimate is not None and sum(estimate.values()) > FILLED * available
+
+
 class Passes:
     """A batch cut into microbatches, to be gone through in order; knows which one is running."""
 
     def __init__(self, policy: Cuts, batch: Batch):
-        self.micros = batch.microbatches(policy.microbatch_tokens, policy.pad_id)
+        self.micros = batch.microbatches(policy.microbatch_tokens, policy.pad_id, policy.packs)
         self.all = policy.passes(self.micros)
         self.now: Microbatch | None = None
 
@@ -91,7 +107,7 @@ def fit(policy: Cuts, batch: Batch, work: Callable[[Passes], T], kind: str = "up
             try:
                 policy.microbatch_tokens = smaller(policy, batch, passes.now, error)
             except MemoryShortError as short:
-                shape = tuple(passes.now.tokens_BT.shape)
+                shape = passes.now.shape
                 short.failed = FailedPass(kind, batch, policy.microbatch_tokens, shape, options)
                 raise
         del passes
@@ -100,7 +116,7 @@ def fit(policy: Cuts, batch: Batch, work: Callable[[Passes], T], kind: str = "up
 
 def smaller(policy: Cuts, batch: Batch, micro: Microbatch, error: Exception) -> int:
     """Tokens that microbatches may have after this one did not fit; raises where it cannot be cut."""
-    rows, width = micro.tokens_BT.shape
+    rows, width = micro.shape
     if policy.synchronized:
         raise MemoryShortError(
             f"a pass over {rows} sequences of {width} tokens does not fit into memory, and where processes share out the "
@@ -116,7 +132,7 @@ def smaller(policy: Cuts, batch: Batch, micro: Microbatch, error: Exception) -> 
             f"{lower}set training.gradient_checkpointing=true or training.precision=bfloat16, or shorten the longest sequences "
             f"(task.prompts.max_tokens, rollouts.max_new_tokens, source.max_tokens, task.history) ({reason(error)})"
         ) from error
-    return min(policy.microbatch_tokens, rows * width) // 2
+    return min(policy.microbatch_tokens, micro.tokens_BT.numel()) // 2
 
 
 def reason(error: BaseException) -> str:

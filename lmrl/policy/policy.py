@@ -16,15 +16,16 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lmrl import distributed
+from lmrl.accelerators import default_precision
 from lmrl.errors import ModelError
 from lmrl.policy.attention import take_attention
 from lmrl.policy.cache import Cache, cache_arguments
 from lmrl.policy.forward import run_pass
 from lmrl.policy.heads import HeadsSpec, Values, guide, probability_ratio
 from lmrl.policy.logprobs import at_least_float32
-from lmrl.policy.memory import Passes, fit
+from lmrl.policy.memory import Passes, fit, needs_checkpointing
 from lmrl.policy.passes import ABSENT, ForwardRequest, Guidance, Outputs, States
-from lmrl.policy.probes import can_pack, head_is_linear
+from lmrl.policy.probes import can_pack, can_share_prompts, head_is_linear
 from lmrl.recipe import Recipe
 from lmrl.trajectories.batch import Batch, Microbatch, Sequence
 
@@ -56,6 +57,10 @@ class Policy(nn.Module):
         self.synchronized = False
         """True if all ranks must run every pass together, because the weights are sharded."""
         self.autocast_dtype: torch.dtype | None = None
+        self.attention: str = "auto"
+        """The recipe's `model.attention`."""
+        self._compiled: dict[nn.Module, Callable] = {}
+        """Layers by what runs them in passes of an update."""
         for part in (self, *(self._reference if isinstance(self._reference, list) else [])):
             take_attention(part)
         self.splits_head = head_is_linear(self.causal_lm)
@@ -75,17 +80,40 @@ class Policy(nn.Module):
         sampled = recipe.objective.uses_sampling_temperature and not recipe.source.has_log
         self.temperature = recipe.rollouts.temperature if sampled else 1.0
         self.microbatch_tokens = recipe.training.microbatch_tokens
-        if recipe.training.precision == "bfloat16":
+        self.attention = recipe.model.attention
+        if (recipe.training.precision or default_precision(self.device)) == "bfloat16":
             self.autocast_dtype = torch.bfloat16
-        if recipe.training.gradient_checkpointing:
-            trunks = [self.causal_lm, *([self.values.trunk] if self.values and self.values.trunk else [])]
-            for trunk in trunks:
-                if not trunk.supports_gradient_checkpointing:
-                    kind = type(trunk).__name__
-                    raise ModelError(f"training.gradient_checkpointing: {kind} does not support it; leave it out")
-                trunk.gradient_checkpointing_enable()
-                layers = (module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer))
-                self._checkpointed += [layer for layer in layers if layer.gradient_checkpointing]
+        if self.device.type != "cpu":  # what autocast leaves in float32 need not be more exact than what it does not
+            torch.set_float32_matmul_precision("highest" if self.autocast_dtype is None else "high")
+        trunks = [self.causal_lm, *([self.values.trunk] if self.values and self.values.trunk else [])]
+        if needs_checkpointing(recipe, self.device):
+            self._checkpoint(trunks, asked=bool(recipe.training.gradient_checkpointing))
+        if recipe.training.compile:
+            layers = [layer for trunk in trunks for layer in decoder_layers(trunk)]
+            self._compiled = {layer: torch.compile(layer.forward, dynamic=True) for layer in layers}
+
+    def _checkpoint(self, trunks: list[nn.Module], asked: bool) -> None:
+        """Let the layers of these trunks compute their activations again. asked: refuse trunks that cannot."""
+        for trunk in trunks:
+            if not trunk.supports_gradient_checkpointing:
+                if not asked:
+                    continue
+                kind = type(trunk).__name__
+                raise ModelError(f"training.gradient_checkpointing: {kind} does not support it; leave it out")
+            trunk.gradient_checkpointing_enable()
+            layers = (module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer))
+            self._checkpointed += [layer for layer in layers if layer.gradient_checkpointing]
+
+    @contextmanager
+    def _compiled_layers(self) -> Iterator[None]:
+        """Inside, layers run compiled. Not while sampling, whose passes are of another kind."""
+        for layer, compiled in self._compiled.items():
+            layer.forward = compiled
+        try:
+            yield
+        finally:
+            for layer in self._compiled:
+                del layer.forward
 
     def begin_update(self, dropout: bool) -> None:
         """Make ready for passes with gradient, with the model's dropout or without."""
@@ -164,15 +192,21 @@ class Policy(nn.Module):
     # -------------------------------------------------------------------------------------------------------- forward
     @cached_property
     def packs(self) -> bool:
-        """True if packed sequences can be computed (see lmrl/trajectories/shared.py)."""
+        """True if microbatches are packed end to end, without padding."""
         return can_pack(self)
+
+    @cached_property
+    def shares_prompts(self) -> bool:
+        """True if sequences that begin alike can be computed as one (see lmrl/trajectories/shared.py)."""
+        return can_share_prompts(self)
 
     def forward(
         self, batch: Microbatch, request: ForwardRequest = ForwardRequest(), reference: bool = False
     ) -> Outputs:
         """reference: by the reference instead of the policy."""
         if not reference:
-            return run_pass(self, self.causal_lm, batch, request)
+            with self._compiled_layers():
+                return run_pass(self, self.causal_lm, batch, request)
         with self._reference_model() as lm:
             return run_pass(self, lm, batch, request)
 
@@ -186,7 +220,7 @@ class Policy(nn.Module):
     def dummy_microbatch(self) -> Microbatch:
         """A microbatch with which this rank joins the collectives of a pass."""
         tokens, first = torch.zeros(2, dtype=torch.long), torch.zeros(1, dtype=torch.long)
-        return Batch([Sequence(tokens, first, first, {"floors": torch.zeros(1)})]).collate([0], self.pad_id)
+        return Batch([Sequence(tokens, first, first, {"floors": torch.zeros(1)})]).collate([0], self.pad_id, self.packs)
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
@@ -359,6 +393,13 @@ def _same_heads(one: HeadsSpec, other: HeadsSpec) -> bool:
     parts = ("value", "q", "twins", "bins")
     same_trunk = (one.trunk == "separate") == (other.trunk == "separate")
     return same_trunk and all(getattr(one, part) == getattr(other, part) for part in parts)
+
+
+def decoder_layers(module: nn.Module) -> list[nn.Module]:
+    """The layers of a module that transformers says are not to be split."""
+    parts = list(module.modules())
+    kinds = {kind for part in parts for kind in getattr(part, "_no_split_modules", None) or ()}
+    return [part for part in parts if type(part).__name__ in kinds]
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

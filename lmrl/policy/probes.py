@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +18,43 @@ LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "l
 """Settings by which models of transformers cap or scale their logits; the probe below finds others."""
 
 
+LONGEST_PROBE = 8192
+"""Tokens of a window that the probe of packing goes beyond."""
+
+
 def can_pack(policy: Policy) -> bool:
-    """True if the model computes packed sequences (see lmrl/trajectories/shared.py) as it computes plain ones.
+    """True if sequences that stand end to end in one row are computed as each is alone, and that is faster: on an accelerator in
+    bfloat16, by an attention that takes them. With `model.attention` named, wherever it is right."""
+    if policy.attention in (None, "auto"):
+        computed = torch.bfloat16 in (policy.autocast_dtype, policy.causal_lm.dtype)
+        if policy.device.type != "cuda" or not computed or find_spec("torch.nn.attention.varlen") is None:
+            return False
+    if policy.attention in ("sdpa", "eager"):
+        return False
+    config = policy.causal_lm.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    longer = min(window, LONGEST_PROBE) + 8  # a window that is not applied shows only beyond it
+    tokens = torch.arange(longer + 6) % policy.vocabulary.shape[0]
+    parts = (tokens[:5], tokens[:longer], tokens[longer:])
+    plain = [Sequence(own, torch.arange(len(own) - 1), own[1:]) for own in parts]
+    was_training = policy.training
+    policy.eval()
+    try:
+        with torch.no_grad():
+            scores = [
+                torch.cat([policy(Batch(plain).collate(one, policy.pad_id, packed).to(policy.device)).logprobs for one in rows])
+                for packed, rows in ((False, ([0], [1], [2])), (True, ([0, 1, 2],)))
+            ]
+    except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError, ImportError):
+        return False
+    finally:
+        policy.train(was_training)
+    ends = zip(*(part.split([len(own) - 1 for own in parts]) for part in scores), strict=True)
+    return all(float((one - other)[-4:].abs().mean()) < _tolerance(policy) for one, other in ends)
+
+
+def can_share_prompts(policy: Policy) -> bool:
+    """True if the model computes sequences with a shared beginning (see lmrl/trajectories/shared.py) as it computes plain ones.
 
     Not those with a state instead of attention, with a window, or with an attention that ignores the mask.
     """
@@ -37,8 +73,12 @@ def can_pack(policy: Policy) -> bool:
         return False
     finally:
         policy.train(was_training)
-    tolerance = 1e-4 if policy.causal_lm.dtype == torch.float32 and policy.autocast_dtype is None else 5e-2
-    return torch.allclose(torch.cat(scores[0]), torch.cat(scores[1]), atol=tolerance, rtol=0)
+    return torch.allclose(torch.cat(scores[0]), torch.cat(scores[1]), atol=_tolerance(policy), rtol=0)
+
+
+def _tolerance(policy: Policy) -> float:
+    """Nats by which two ways to compute a log-probability may differ by rounding."""
+    return 1e-4 if policy.causal_lm.dtype == torch.float32 and policy.autocast_dtype is None else 5e-2
 
 
 @torch.no_grad()

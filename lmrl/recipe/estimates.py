@@ -131,7 +131,8 @@ def memory(recipe: Recipe, accelerator: bool = False) -> dict[str, float] | None
         vllm = recipe.rollouts.vllm
         copied = total * (4 if vllm.dtype == "float32" else 2)
         items["vLLM's copy and cache"] = copied + round((vllm.memory or VLLM_CACHE_GIB) * 2**30)
-    update, sampling = _update_bytes(recipe, shape), _sampling_bytes(recipe, shape)
+    width = 2 if "bfloat16" in (recipe.model.dtype, recipe.training.precision or (accelerator and "bfloat16")) else 4
+    update, sampling = _update_bytes(recipe, shape, width), _sampling_bytes(recipe, shape, width)
     # Not at the same time, and what the one has freed the other takes.
     passes = update if sum(update.values()) >= sum(sampling.values()) else sampling
     megabytes = {name: size / 2**20 for name, size in (items | passes).items() if size}
@@ -162,10 +163,9 @@ def _moments_bytes(recipe: Recipe, shape: dict[str, int]) -> Callable[..., int]:
     return moments
 
 
-def _update_bytes(recipe: Recipe, shape: dict[str, int]) -> dict[str, int]:
-    """Bytes that a pass of an update keeps for its backward pass."""
+def _update_bytes(recipe: Recipe, shape: dict[str, int], width: int) -> dict[str, int]:
+    """Bytes that a pass of an update keeps for its backward pass. width: bytes of a number in it."""
     tokens = min(recipe.training.microbatch_tokens, recipe.arithmetic()["episodes"] * _tokens_an_episode(recipe))
-    width = 2 if "bfloat16" in (recipe.model.dtype, recipe.training.precision) else 4
     # Attention input, q, k, v, output, two norms and three feed-forward maps are kept for the backward pass.
     per_token = shape["layers"] * (10 * shape["hidden"] + 4 * shape["intermediate"]) * width
     # With checkpointing only the layers' inputs are kept, and one layer is computed again at a time.
@@ -176,8 +176,8 @@ def _update_bytes(recipe: Recipe, shape: dict[str, int]) -> dict[str, int]:
     return items
 
 
-def _sampling_bytes(recipe: Recipe, shape: dict[str, int]) -> dict[str, int]:
-    """Bytes that engine `hf` holds while it samples."""
+def _sampling_bytes(recipe: Recipe, shape: dict[str, int], width: int) -> dict[str, int]:
+    """Bytes that engine `hf` holds while it samples. width: bytes of a number."""
     options = recipe.rollouts
     if not recipe.source.plays or options.engine != "hf":
         return {}
@@ -185,7 +185,6 @@ def _sampling_bytes(recipe: Recipe, shape: dict[str, int]) -> dict[str, int]:
     tokens = rows * (_tokens_an_episode(recipe) + SPARE)
     if options.cache_tokens is not None:
         tokens = min(tokens, options.cache_tokens)
-    width = 2 if "bfloat16" in (recipe.model.dtype, recipe.training.precision) else 4
     return {
         "keys and values": tokens * 2 * shape["layers"] * shape["keys"] * width,
         "logits of sampling": 3 * rows * shape["vocabulary"] * 4,

@@ -53,6 +53,10 @@ class Model(Section):
     """Train adapters and leave the model as it is (null: train all weights)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of frozen weights; trained ones are float32."""
+    attention: str = "auto"
+    """How attention is computed. auto: sequences end to end without padding where the device and the model can, else `sdpa`. Or `sdpa`,
+    `eager`, `varlen` (end to end), flash_attention_2, flash_attention_3, flex_attention, or a kernel of the hub (`owner/name`), as
+    transformers takes them."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
 

@@ -71,10 +71,14 @@ class Training(Section):
     try_worst_case: bool | None = None
     """Before the first step, try an update's passes on the longest sequences that the recipe allows, so that what does not fit
     fails at once (null: on an accelerator). Reward models do not know this."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast. Trainable weights stay float32."""
-    gradient_checkpointing: bool = False
-    """Keep no activations inside the model's layers for the backward pass, but compute them again: less memory, more time."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """bfloat16: autocast, and the product with the vocabulary in bfloat16 with sums in float32. Trainable weights stay float32. null:
+    bfloat16 on an accelerator that computes in it, else float32."""
+    gradient_checkpointing: bool | None = None
+    """Keep no activations inside the model's layers for the backward pass, but compute them again: less memory, more time. null: on an
+    accelerator whose memory the recipe would not fit otherwise, by the estimate that `lmrl show` prints."""
+    compile: bool = False
+    """Compile the model's layers for the passes of an update (torch.compile): a minute at the start, faster steps on an accelerator."""
     checkpoint_every: int = Field(50, ge=0)
     """Steps between checkpoints (0: only at the end of a stage)."""
     keep_checkpoints: int = Field(2, ge=1)

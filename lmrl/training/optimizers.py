@@ -22,7 +22,8 @@ def build_optimizer(
     """AdamW over these groups of a policy's parameters. Raises RecipeError where it cannot be had here."""
     settings = {"betas": options.betas or LONG_MEMORY, "eps": options.eps, "weight_decay": options.weight_decay}
     if options.name == "adamw":
-        return torch.optim.AdamW(groups, **settings)
+        # One kernel for all weights. On a CPU it would only round otherwise.
+        return torch.optim.AdamW(groups, fused=policy.device.type == "cuda" or None, **settings)
     if strategy.synchronized:
         raise RecipeError(
             f"optimizer.name=adamw_8bit: its 8-bit state cannot be shared out by {strategy.name}, which saves more: set "

@@ -21,6 +21,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
 from lmrl import run as runs
+from lmrl.accelerators import default_precision
 from lmrl.errors import DataError, NonFiniteError
 from lmrl.evaluation.scoring import Scores
 from lmrl.evaluation.statistics import UNIT, UNLIMITED, bootstrap, summarize
@@ -218,7 +219,8 @@ class RewardModelStage:
 
     @property
     def _in_bfloat16(self) -> bool:
-        return "bfloat16" in (self.recipe.model.dtype, self.recipe.training.precision)
+        precision = self.recipe.training.precision or default_precision(self.device)
+        return "bfloat16" in (self.recipe.model.dtype, precision)
 
     def _trainer(self) -> RewardTrainer:
         recipe, tokens = self.recipe, self.tokens

@@ -32,10 +32,24 @@ class Sequence:
     zero_gradient: bool = False
     """True if its gradient is exactly zero: it is counted in the loss and skipped in the forward pass."""
 
+    @property
+    def positions(self) -> torch.Tensor:
+        """Position of each token, within its own continuation where there are several, (T,)."""
+        places = torch.arange(self.tokens.numel())
+        if self.branches is None:
+            return places
+        starts = torch.ones_like(self.branches, dtype=torch.bool)
+        starts[1:] = self.branches[1:] != self.branches[:-1]
+        begins = torch.where(starts, places, 0).cummax(0).values
+        return places - begins + torch.where(self.branches > 0, (self.branches == 0).sum(), 0)
+
 
 @dataclass
 class Microbatch:
-    """Right-padded sequences for one pass. Suffixes: B sequences, T tokens, N action tokens in all."""
+    """Sequences for one pass, each in a row of its own and padded on the right, or all in one row end to end (`sizes`).
+
+    Suffixes: B rows, T tokens, N action tokens in all.
+    """
 
     tokens_BT: torch.Tensor
     mask_BT: torch.Tensor
@@ -48,14 +62,32 @@ class Microbatch:
     lengths: list[int]
     """Action tokens of each."""
     branches_BT: torch.Tensor | None = None
-    """Where there are packed sequences: the continuation each token belongs to; -1 for padding."""
+    """Where sequences share a beginning: the continuation each token belongs to; -1 for padding."""
+    positions_BT: torch.Tensor | None = None
+    """Position of each token, where its column does not tell."""
+    sizes: list[int] | None = None
+    """Tokens of each sequence, where they stand end to end in one row."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Sequences, and tokens of the longest."""
+        return len(self.indices), max(self.sizes) if self.sizes else self.tokens_BT.shape[1]
 
     def to(self, device: torch.device) -> Microbatch:
+        """Move to a device, by copies that run beside other work on an accelerator."""
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            if device.type == "cuda" and tensor.device.type == "cpu":
+                return tensor.pin_memory().to(device, non_blocking=True)
+            return tensor.to(device)
+
         for name in ("tokens_BT", "mask_BT", "rows_N", "cols_N", "targets_N"):
-            setattr(self, name, getattr(self, name).to(device))
+            setattr(self, name, moved(getattr(self, name)))
         if self.branches_BT is not None:
-            self.branches_BT = self.branches_BT.to(device)
-        self.fields = {name: value.to(device) for name, value in self.fields.items()}
+            self.branches_BT = moved(self.branches_BT)
+        if self.positions_BT is not None:
+            self.positions_BT = moved(self.positions_BT)
+        self.fields = {name: moved(value) for name, value in self.fields.items()}
         return self
 
 
@@ -111,48 +143,63 @@ class Batch:
                 chains.append([index])
         return chains
 
-    def microbatches(self, max_tokens: int, pad_id: int) -> list[Microbatch]:
-        """Sort by length and cut wherever the padded size would pass `max_tokens`; a long chain may stand alone."""
+    def microbatches(self, max_tokens: int, pad_id: int, packed: bool = False) -> list[Microbatch]:
+        """Sort by length and cut wherever the size would pass `max_tokens`, padding included; a long chain may stand alone.
 
+        packed: sequences end to end, without padding.
+        """
         sizes = [sequence.tokens.numel() for sequence in self.sequences]
 
         def width(chain: list[int]) -> int:
             return max(sizes[index] for index in chain)
 
         parts: list[list[int]] = []
-        widest = 0
+        size = widest = 0
         for chain in sorted(self._chains(), key=width):
-            widest = max(widest, width(chain))
-            if parts and widest * (len(parts[-1]) + len(chain)) <= max_tokens:
+            widest, own = max(widest, width(chain)), sum(sizes[index] for index in chain)
+            larger = size + own if packed else widest * (len(parts[-1]) + len(chain)) if parts else 0
+            if parts and larger <= max_tokens:
                 parts[-1] += chain
+                size += own
             else:
                 parts.append(list(chain))
-                widest = width(chain)
-        return [self.collate(part, pad_id) for part in parts]
+                widest, size = width(chain), own
+        return [self.collate(part, pad_id, packed) for part in parts]
 
-    def collate(self, indices: list[int], pad_id: int) -> Microbatch:
+    def collate(self, indices: list[int], pad_id: int, packed: bool = False) -> Microbatch:
+        """One microbatch of these sequences."""
         chosen = [self.sequences[index] for index in indices]
-        tokens = pad_sequence([sequence.tokens for sequence in chosen], batch_first=True, padding_value=pad_id)
-        sizes_B = torch.tensor([sequence.tokens.numel() for sequence in chosen])
-        mask = (torch.arange(tokens.shape[1]) < sizes_B[:, None]).long()
-        branches = None
-        if any(sequence.branches is not None for sequence in chosen):
-            branches = torch.where(mask.bool(), 0, -1)
-            for row, sequence in enumerate(chosen):
-                if sequence.branches is not None:
-                    branches[row, : sequence.branches.numel()] = sequence.branches
         lengths = [sequence.targets.numel() for sequence in chosen]
-        names = chosen[0].fields
+        sizes = [sequence.tokens.numel() for sequence in chosen]
+        rows_N = torch.repeat_interleave(torch.arange(len(chosen)), torch.tensor(lengths))
+        cols_N = torch.cat([sequence.states for sequence in chosen])
+        branches = positions = None
+        if any(sequence.branches is not None for sequence in chosen):
+            own = [torch.zeros_like(one.tokens) if one.branches is None else one.branches for one in chosen]
+            branches = torch.cat(own)[None] if packed else pad_sequence(own, batch_first=True, padding_value=-1)
+        if packed or branches is not None:
+            places = [sequence.positions for sequence in chosen]
+            positions = torch.cat(places)[None] if packed else pad_sequence(places, batch_first=True)
+        if packed:
+            tokens = torch.cat([sequence.tokens for sequence in chosen])[None]
+            mask = torch.ones_like(tokens)
+            starts = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)
+            rows_N, cols_N = torch.zeros_like(rows_N), cols_N + starts[rows_N]
+        else:
+            tokens = pad_sequence([sequence.tokens for sequence in chosen], batch_first=True, padding_value=pad_id)
+            mask = (torch.arange(tokens.shape[1]) < torch.tensor(sizes)[:, None]).long()
         return Microbatch(
             tokens_BT=tokens,
             mask_BT=mask,
-            rows_N=torch.repeat_interleave(torch.arange(len(chosen)), torch.tensor(lengths)),
-            cols_N=torch.cat([sequence.states for sequence in chosen]),
+            rows_N=rows_N,
+            cols_N=cols_N,
             targets_N=torch.cat([sequence.targets for sequence in chosen]),
-            fields={name: torch.cat([sequence.fields[name] for sequence in chosen]) for name in names},
+            fields={name: torch.cat([sequence.fields[name] for sequence in chosen]) for name in chosen[0].fields},
             indices=indices,
             lengths=lengths,
             branches_BT=branches,
+            positions_BT=positions,
+            sizes=sizes if packed else None,
         )
 
 

@@ -45,11 +45,6 @@ def pack(sequences: list[Sequence]) -> Sequence | None:
     )
 
 
-def positions(branches_BT: torch.Tensor) -> torch.Tensor:
-    """Position of each token within its own continuation, (B, T)."""
-    return visible(branches_BT).sum(-1) - 1
-
-
 def visible(branches_BT: torch.Tensor) -> torch.Tensor:
     """Which tokens each token sees: earlier ones of the beginning (branch 0) or of its own branch, (B, T, T)."""
     size = branches_BT.shape[1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lmrl.trajectories.batch import Batch, Sequence
-from lmrl.trajectories.shared import pack, positions, shared_length, visible
+from lmrl.trajectories.shared import pack, shared_length, visible
 
 
 def sequence(tokens, first, **fields):
@@ -28,14 +28,14 @@ def test_packing_by_hand():
     assert packed.states.tolist() == [1, 2, 1]  # 5 follows the shared 2, not the 4 before it
     assert packed.targets.tolist() == [3, 4, 5]
     torch.testing.assert_close(packed.fields["x"], torch.tensor([0.1, 0.2, 0.3]))
-    assert positions(packed.branches[None])[0].tolist() == [0, 1, 2, 3, 2]
+    assert packed.positions.tolist() == [0, 1, 2, 3, 2]
     assert visible(packed.branches[None])[0, 4].tolist() == [True, True, False, False, True]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_equals_plain(tiny_policy, attention):
     tiny_policy.causal_lm.config._attn_implementation = attention
-    assert tiny_policy.packs
+    assert tiny_policy.shares_prompts
     pairs = [
         [sequence([3, 4, 5, 6, 7, 8], 4), sequence([3, 4, 5, 6, 9], 4), sequence([3, 4, 5, 6, 2, 1, 2], 4)],
         [sequence([5, 5, 1], 2), sequence([5, 5, 2, 3, 4], 2)],
@@ -77,4 +77,4 @@ def test_models_that_cannot_pack_are_found(config, packs):
         config = config | {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
         config |= {"num_attention_heads": 2, "num_key_value_heads": 2}
     torch.manual_seed(0)
-    assert load_policy(Model(config=config), texts=lambda: ["abcdefghijklm"]).packs is packs
+    assert load_policy(Model(config=config), texts=lambda: ["abcdefghijklm"]).shares_prompts is packs

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from lmrl import distributed
+from lmrl.accelerators import default_precision
 from lmrl.errors import RecipeError, RunError
 from lmrl.recipe import Recipe
 from lmrl.training.parallel.sharded import DeepSpeedStrategy, FSDPStrategy
@@ -30,11 +31,12 @@ def check_launch(accelerator: Any, recipe: Recipe) -> None:
                 "fsdp_offload_params: lmrl does not offload weights; leave it out, or use DeepSpeed's ZeRO-3"
             )
     # DeepSpeed would take it as the precision of the weights.
-    own = "no" if accelerate_uses("DEEPSPEED") else recipe.training.precision.replace("bfloat16", "bf16")
+    precision = recipe.training.precision or default_precision(accelerator.device)
+    own = "no" if accelerate_uses("DEEPSPEED") else precision.replace("bfloat16", "bf16")
     if accelerator.mixed_precision not in ("no", own):
         raise RecipeError(
             f"accelerate was launched with mixed_precision={accelerator.mixed_precision}, but the recipe has "
-            f"training.precision={recipe.training.precision}: the recipe decides, so set it there, and `no` for accelerate"
+            f"training.precision={precision}: the recipe decides, so set it there, and `no` for accelerate"
         )
     if accelerator.gradient_accumulation_steps != 1:
         raise RecipeError(

@@ -22,7 +22,7 @@ from lmrl import distributed
 from lmrl.errors import NonFiniteError, RecipeError
 from lmrl.policy.load import load_weights
 from lmrl.policy.passes import ForwardRequest, Outputs
-from lmrl.policy.policy import Policy
+from lmrl.policy.policy import Policy, decoder_layers
 from lmrl.training.parallel.strategy import Strategy, entries_of
 from lmrl.trajectories.batch import Microbatch
 
@@ -303,7 +303,7 @@ def prepare_for_sharding(policy: Policy, shares_weights: bool) -> None:
             "objectives with Q values update full target weights, but this launch shards them over its processes: launch it "
             "with --accelerate zero2, or without"
         )
-    _ = policy.packs
+    _ = policy.packs, policy.shares_prompts
 
 
 def put_piece(own: torch.Tensor, whole: torch.Tensor) -> None:
@@ -324,9 +324,3 @@ def used_outside_of_modules(policy: Policy) -> list[nn.Parameter]:
     the projection to the vocabulary, and of the heads."""
     heads = [] if policy.values is None else [policy.values]
     return [one for module in [policy.causal_lm.get_output_embeddings(), *heads] for one in module.parameters()]
-
-
-def decoder_layers(policy: Policy) -> list[nn.Module]:
-    """The layers of the policy's trunks that transformers says are not to be split."""
-    kinds = set(getattr(policy.causal_lm, "_no_split_modules", None) or ())
-    return [module for module in policy.modules() if type(module).__name__ in kinds]
