@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lmrl.policy.attention import ATTENTION, PLACEHOLDER, packed_arguments, packed_branches_mask
+from lmrl.policy.attention import ATTENTION, PLACEHOLDER, packed_arguments
 from lmrl.policy.heads import CHUNK, guide, probability_ratio
 from lmrl.policy.logprobs import at_least_float32, token_logprobs
 from lmrl.policy.passes import ForwardRequest, Outputs
@@ -45,11 +45,9 @@ def run_pass(policy: Policy, lm: nn.Module, batch: Microbatch, request: ForwardR
 def _inputs(policy: Policy, batch: Microbatch) -> dict[str, Any]:
     inputs = {"input_ids": batch.tokens_BT, "position_ids": batch.positions_BT, "use_cache": False}
     own = policy.causal_lm.config._attn_implementation == ATTENTION
-    if batch.sizes is not None and batch.branches_BT is not None:
-        return inputs | {"attention_mask": packed_branches_mask(batch.branches_BT, batch.sizes)}
-    if batch.sizes is not None:
+    if batch.packing is not None:
         mask = PLACEHOLDER.to(batch.tokens_BT.device) if own else None
-        return inputs | {"attention_mask": mask, **packed_arguments(batch.sizes, batch.tokens_BT.device)}
+        return inputs | {"attention_mask": mask, **packed_arguments(batch.packing)}
     if batch.branches_BT is not None:
         mask_B1TT = visible(batch.branches_BT)[:, None]
         # Eager attention adds its mask to the scores.

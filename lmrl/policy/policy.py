@@ -22,7 +22,7 @@ from lmrl.policy.attention import take_attention
 from lmrl.policy.cache import Cache, cache_arguments
 from lmrl.policy.forward import run_pass
 from lmrl.policy.heads import HeadsSpec, Values, guide, probability_ratio
-from lmrl.policy.logprobs import at_least_float32
+from lmrl.policy.logprobs import at_least_float32, product
 from lmrl.policy.memory import Passes, fit, needs_checkpointing
 from lmrl.policy.passes import ABSENT, ForwardRequest, Guidance, Outputs, States
 from lmrl.policy.probes import can_pack, can_share_prompts, head_is_linear
@@ -59,8 +59,11 @@ class Policy(nn.Module):
         self.autocast_dtype: torch.dtype | None = None
         self.attention: str = "auto"
         """The recipe's `model.attention`."""
+        self._is_decoding = False
+        self._projection: torch.Tensor | None = None
+        """While decoding: the vocabulary's matrix in the precision of passes."""
         self._compiled: dict[nn.Module, Callable] = {}
-        """Layers by what runs them in passes of an update."""
+        """Layers by what runs them, except while sampling."""
         for part in (self, *(self._reference if isinstance(self._reference, list) else [])):
             take_attention(part)
         self.splits_head = head_is_linear(self.causal_lm)
@@ -91,6 +94,8 @@ class Policy(nn.Module):
         if recipe.training.compile:
             layers = [layer for trunk in trunks for layer in decoder_layers(trunk)]
             self._compiled = {layer: torch.compile(layer.forward, dynamic=True) for layer in layers}
+            for layer, compiled in self._compiled.items():
+                layer.forward = compiled
 
     def _checkpoint(self, trunks: list[nn.Module], asked: bool) -> None:
         """Let the layers of these trunks compute their activations again. asked: refuse trunks that cannot."""
@@ -103,17 +108,6 @@ class Policy(nn.Module):
             trunk.gradient_checkpointing_enable()
             layers = (module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer))
             self._checkpointed += [layer for layer in layers if layer.gradient_checkpointing]
-
-    @contextmanager
-    def _compiled_layers(self) -> Iterator[None]:
-        """Inside, layers run compiled. Not while sampling, whose passes are of another kind."""
-        for layer, compiled in self._compiled.items():
-            layer.forward = compiled
-        try:
-            yield
-        finally:
-            for layer in self._compiled:
-                del layer.forward
 
     def begin_update(self, dropout: bool) -> None:
         """Make ready for passes with gradient, with the model's dropout or without."""
@@ -205,8 +199,7 @@ class Policy(nn.Module):
     ) -> Outputs:
         """reference: by the reference instead of the policy."""
         if not reference:
-            with self._compiled_layers():
-                return run_pass(self, self.causal_lm, batch, request)
+            return run_pass(self, self.causal_lm, batch, request)
         with self._reference_model() as lm:
             return run_pass(self, lm, batch, request)
 
@@ -227,12 +220,18 @@ class Policy(nn.Module):
         """Inside, passes are for sampling: without dropout or gradient."""
         was_training = self.training
         self.eval()
+        for layer in self._compiled:  # they are compiled for passes over whole sequences
+            del layer.forward
         try:
             # One autocast region around all passes: at its end the weights that it cast are forgotten.
+            self._is_decoding = True
             with torch.no_grad(), self.autocast():
                 yield
         finally:
+            self._is_decoding, self._projection = False, None
             self.train(was_training)
+            for layer, compiled in self._compiled.items():
+                layer.forward = compiled
 
     def new_cache(self, guidance: Guidance | None = None) -> Cache:
         two = guidance is not None and self.values.trunk is not None
@@ -266,7 +265,7 @@ class Policy(nn.Module):
             if self.splits_head:
                 trunk = getattr(lm, lm.base_model_prefix)
                 hidden_ND = pick(trunk(**inputs, **cache_arguments(trunk, kept)).last_hidden_state)
-                logits_NV = lm.get_output_embeddings()(hidden_ND)
+                logits_NV = self._logits(hidden_ND)
             else:
                 result = lm(**inputs, **cache_arguments(lm, kept), output_hidden_states=True)
                 hidden_ND, logits_NV = pick(result.hidden_states[-1]), pick(result.logits)
@@ -284,6 +283,17 @@ class Policy(nn.Module):
                 with torch.autocast(hidden_ND.device.type, enabled=False):
                     states.q_NV = values.guiding(states.features_ND, self.vocabulary)
         return states
+
+    def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Logits over the vocabulary, computed on an accelerator as `token_logprobs` does: not rounded to bfloat16."""
+        head = self.causal_lm.get_output_embeddings()
+        if self.autocast_dtype is None or hidden_ND.device.type != "cuda" or hidden_ND.dim() != 2:
+            return head(hidden_ND)
+        matrix = head.weight.to(self.autocast_dtype) if self._projection is None else self._projection
+        if self._is_decoding:
+            self._projection = matrix
+        logits_NV = product(hidden_ND.to(self.autocast_dtype), matrix.T)
+        return logits_NV if getattr(head, "bias", None) is None else logits_NV + head.bias
 
     def autocast(self) -> torch.autocast:
         """The recipe's precision, for passes."""

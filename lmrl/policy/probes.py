@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from lmrl.policy.attention import ATTENTION, HAS_VARLEN
 from lmrl.trajectories.batch import Batch, Sequence
 from lmrl.trajectories.shared import pack
 
@@ -27,7 +27,7 @@ def can_pack(policy: Policy) -> bool:
     bfloat16, by an attention that takes them. With `model.attention` named, wherever it is right."""
     if policy.attention in (None, "auto"):
         computed = torch.bfloat16 in (policy.autocast_dtype, policy.causal_lm.dtype)
-        if policy.device.type != "cuda" or not computed or find_spec("torch.nn.attention.varlen") is None:
+        if policy.device.type != "cuda" or not computed or not HAS_VARLEN:
             return False
     if policy.attention in ("sdpa", "eager"):
         return False
@@ -59,6 +59,8 @@ def can_share_prompts(policy: Policy) -> bool:
     Not those with a state instead of attention, with a window, or with an attention that ignores the mask.
     """
     config = policy.causal_lm.config.get_text_config()
+    if policy.packs:
+        return policy.causal_lm.config._attn_implementation == ATTENTION
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     if set(kinds) != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
         return False

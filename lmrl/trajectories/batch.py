@@ -45,8 +45,42 @@ class Sequence:
 
 
 @dataclass
+class Packing:
+    """Where sequences stand in a row, end to end, as attention needs it: part by part, each part's queries see its keys up to
+    themselves. A part is a sequence, or one continuation of several that share a beginning, with the beginning among its keys."""
+
+    query_ends: torch.Tensor
+    """Where each part's queries end, after a 0, int32."""
+    key_ends: torch.Tensor
+    longest_query: int
+    longest_key: int
+    key_tokens: torch.Tensor | None
+    """The token of the row that each key is of; None: as they stand."""
+
+    @classmethod
+    def of(cls, sequences: list[Sequence]) -> Packing:
+        queries, keys, tokens, first = [], [], [], 0
+        for sequence in sequences:
+            size = sequence.tokens.numel()
+            own = torch.zeros(size, dtype=torch.long) if sequence.branches is None else sequence.branches
+            parts = own.unique_consecutive(return_counts=True)[1].tolist()
+            shared = torch.arange(first, first + parts[0])
+            begins = first
+            for part in parts:
+                before = shared[: begins - first]  # all of the beginning, except for the beginning itself
+                queries.append(part)
+                keys.append(len(before) + part)
+                tokens += [before, torch.arange(begins, begins + part)]
+                begins += part
+            first += size
+        plain = queries == keys
+        ends = (torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (queries, keys))
+        return cls(*ends, max(queries), max(keys), None if plain else torch.cat(tokens))
+
+
+@dataclass
 class Microbatch:
-    """Sequences for one pass, each in a row of its own and padded on the right, or all in one row end to end (`sizes`).
+    """Sequences for one pass, each in a row of its own and padded on the right, or all in one row end to end (`packing`).
 
     Suffixes: B rows, T tokens, N action tokens in all.
     """
@@ -65,13 +99,12 @@ class Microbatch:
     """Where sequences share a beginning: the continuation each token belongs to; -1 for padding."""
     positions_BT: torch.Tensor | None = None
     """Position of each token, where its column does not tell."""
-    sizes: list[int] | None = None
-    """Tokens of each sequence, where they stand end to end in one row."""
+    packing: Packing | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Sequences, and tokens of the longest."""
-        return len(self.indices), max(self.sizes) if self.sizes else self.tokens_BT.shape[1]
+        """Sequences, and tokens of the longest, or about so where some share a beginning."""
+        return len(self.indices), self.packing.longest_key if self.packing else self.tokens_BT.shape[1]
 
     def to(self, device: torch.device) -> Microbatch:
         """Move to a device, by copies that run beside other work on an accelerator."""
@@ -87,6 +120,9 @@ class Microbatch:
             self.branches_BT = moved(self.branches_BT)
         if self.positions_BT is not None:
             self.positions_BT = moved(self.positions_BT)
+        if (packing := self.packing) is not None:
+            packing.query_ends, packing.key_ends = moved(packing.query_ends), moved(packing.key_ends)
+            packing.key_tokens = None if packing.key_tokens is None else moved(packing.key_tokens)
         self.fields = {name: moved(value) for name, value in self.fields.items()}
         return self
 
@@ -199,7 +235,7 @@ class Batch:
             lengths=lengths,
             branches_BT=branches,
             positions_BT=positions,
-            sizes=sizes if packed else None,
+            packing=Packing.of(chosen) if packed else None,
         )
 
 

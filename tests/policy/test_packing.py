@@ -76,8 +76,9 @@ def test_padded_rows_equal_single_ones():
         torch.testing.assert_close(together[index], policy.score(Batch([sequence]))["logprobs"][0], rtol=0, atol=1e-12)
 
 
-def test_shared_beginnings_in_a_packed_row_equal_plain_sequences():
-    policy = policy_of("llama").double()
+@pytest.mark.parametrize("kind", MODELS)
+def test_shared_beginnings_in_a_packed_row_equal_plain_sequences(kind):
+    policy = policy_of(kind).double()
     assert policy.packs and policy.shares_prompts
     plain = [
         Sequence(torch.tensor(tokens), torch.arange(2, len(tokens) - 1), torch.tensor(tokens[3:]))
@@ -85,18 +86,28 @@ def test_shared_beginnings_in_a_packed_row_equal_plain_sequences():
     ]
     expected = torch.cat([policy.score(Batch([one]))["logprobs"][0] for one in plain])
     [micro] = Batch([pack(plain[:2]), plain[2]]).microbatches(100, policy.pad_id, packed=True)
-    assert micro.sizes == [5, 6] and micro.positions_BT.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 3]]
+    assert micro.positions_BT.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 3]]
+    assert micro.packing.query_ends.tolist() == [0, 5, 8, 10, 11]  # the last three: a beginning and its continuations
+    assert micro.packing.key_ends.tolist() == [0, 5, 8, 13, 17]
+    assert micro.packing.key_tokens.tolist() == [*range(5), 5, 6, 7, 5, 6, 7, 8, 9, 5, 6, 7, 10]
     found = policy(micro).logprobs
     assert micro.indices == [1, 0]
-    assert found.requires_grad
-    torch.testing.assert_close(found, torch.cat([expected[3:], expected[:3]]), rtol=0, atol=1e-10)
+    torch.testing.assert_close(found, torch.cat([expected[3:], expected[:3]]), rtol=0, atol=1e-6)
+    found.sum().backward()
+    gradients = {name: one.grad.clone() for name, one in policy.named_parameters() if one.grad is not None}
+    policy.zero_grad()
+    for one in plain:
+        policy(Batch([one]).collate([0], policy.pad_id)).logprobs.sum().backward()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, policy.get_parameter(name).grad, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_a_packed_row_is_laid_out_by_hand():
     one = Sequence(torch.tensor([5, 6, 7]), torch.tensor([1]), torch.tensor([7]))
     other = Sequence(torch.tensor([8, 9]), torch.tensor([0]), torch.tensor([9]))
     [micro] = Batch([one, other]).microbatches(5, pad_id=0, packed=True)  # shortest first
-    assert micro.tokens_BT.tolist() == [[8, 9, 5, 6, 7]] and micro.sizes == [2, 3] and micro.shape == (2, 3)
+    assert micro.tokens_BT.tolist() == [[8, 9, 5, 6, 7]] and micro.shape == (2, 3)
+    assert micro.packing.query_ends.tolist() == [0, 2, 5] and micro.packing.key_tokens is None
     assert micro.positions_BT.tolist() == [[0, 1, 0, 1, 2]]
     assert micro.rows_N.tolist() == [0, 0] and micro.cols_N.tolist() == [0, 3] and micro.targets_N.tolist() == [9, 7]
     assert len(Batch([one, other]).microbatches(4, pad_id=0, packed=True)) == 2
