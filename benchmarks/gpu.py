@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,34 @@ HERE = Path(__file__).resolve().parent
 PEAK = 989e12
 VOCABULARY = 151936
 SHAPES = {
-    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2},
-    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2},
-    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
+    "tiny": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    },
+    "1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+    "7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
 }
 WHEELS = (
     "pydantic==2.14.4", "pydantic-core==2.50.5", "annotated-types", "typing-inspection", "gymnasium>=1.2,<2",
@@ -70,7 +94,13 @@ def recipe_of(options: argparse.Namespace, shape: str, objective: dict[str, Any]
     sizes = SHAPES["tiny" if options.tiny else shape]
     vocabulary = 256 if options.tiny else VOCABULARY
     task = {"prompts": {"path": prompts(options)}, "rewards": [f"{HERE / 'gpu.py'}:length_reward"]}
-    config = {"model_type": "qwen2", "vocab_size": vocabulary, "max_position_embeddings": 32768, "tie_word_embeddings": True, **sizes}
+    config = {
+        "model_type": "qwen2",
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+        **sizes,
+    }
     lora = training.pop("lora", None)
     return Recipe.model_validate(
         {
@@ -103,7 +133,11 @@ def prompts(options: argparse.Namespace) -> str:
 
 
 def policy_of(
-    options: argparse.Namespace, recipe: Any, lora: dict[str, Any] | None = None, spread: float = 0.02, reference: bool = False
+    options: argparse.Namespace,
+    recipe: Any,
+    lora: dict[str, Any] | None = None,
+    spread: float = 0.02,
+    reference: bool = False,
 ) -> Any:
     """A policy with random weights on the device, built there; the frozen base of an adapter in bfloat16."""
     import transformers
@@ -160,7 +194,9 @@ def drawn_lengths(options: argparse.Namespace, groups: int, samples: int) -> lis
 
 def matrix_parameters(policy: Any) -> int:
     """Parameters of a token's products: all of the layers, and the projection to the vocabulary."""
-    own = sum(one.numel() for name, one in policy.causal_lm.named_parameters() if "layers." in name and ".lora_" not in name)
+    own = sum(
+        one.numel() for name, one in policy.causal_lm.named_parameters() if "layers." in name and ".lora_" not in name
+    )
     return own + policy.vocabulary.numel()
 
 
@@ -169,7 +205,13 @@ def flops(policy: Any, tokens: int, squares: float, actions: int, trained: bool 
     config = policy.causal_lm.config
     layers = matrix_parameters(policy) - policy.vocabulary.numel()
     each = 6 if trained else 4
-    attention = 6 * config.num_hidden_layers * config.num_attention_heads * (config.hidden_size // config.num_attention_heads) * squares
+    attention = (
+        6
+        * config.num_hidden_layers
+        * config.num_attention_heads
+        * (config.hidden_size // config.num_attention_heads)
+        * squares
+    )
     return each * (layers * tokens + policy.vocabulary.numel() * actions) + attention
 
 
@@ -212,70 +254,77 @@ def length_reward(completions: list[str], **_: Any) -> list[float]:
 # ----------------------------------------------------------------------------------------------------------- measurements
 @measurement
 def parity(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    from lmrl.trajectories.batch import to_batch
     from lmrl.objectives.groups import grouped_batch
+    from lmrl.trajectories.batch import to_batch
 
     recipe, _ = recipe_of(options, "0.5b", {"name": "grpo"}, precision="float32")
     samples, groups = 4, 2
-    lengths = [(48 // (4 if options.tiny else 1), 40 + 30 * n if not options.tiny else 5 + n) for n in range(samples * groups)]
-    vocabulary = recipe.model.config["vocab_size"]
+    lengths = [(12, 5 + n) if options.tiny else (48, 40 + 30 * n) for n in range(samples * groups)]
+    cpu = torch.device("cpu")
+    base = policy_of(argparse.Namespace(**vars(options) | {"device": cpu}), recipe, spread=0.03)
+    start = flat([one.detach() for one in base.parameters()], options.device)
 
-    base = policy_of(argparse.Namespace(**vars(options) | {"device": torch.device("cpu")}), recipe, spread=0.06)
-
-    def measured(way: str, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        own = argparse.Namespace(**vars(options) | {"device": torch.device(device)})
-        policy = copy.deepcopy(base).to(own.device)
+    def measured(way: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the actions, the gradient of PPO's surrogate, and the weights' change by one step of AdamW."""
+        policy = copy.deepcopy(base).to(device)
         policy.autocast_dtype = torch.bfloat16 if "bfloat16" in way else None
-        torch.set_float32_matmul_precision("high" if way != "float32" and "padded" not in way[:7] else "highest")
-        if "end to end" not in way and "shared" not in way:
-            policy.attention = "sdpa"
-        elif device == "cpu":
-            policy.attention = "varlen"
-        if way.endswith("compiled"):
+        torch.set_float32_matmul_precision("highest" if way == "float32" else "high")
+        packed = "end to end" in way or "shared" in way
+        policy.attention = "sdpa" if not packed else "auto" if device.type == "cuda" else "varlen"
+        assert policy.packs == packed
+        if "compiled" in way:
             from lmrl.policy.policy import decoder_layers
 
-            policy._compiled = {layer: torch.compile(layer.forward, dynamic=True) for layer in decoder_layers(policy.causal_lm)}
-        trajectories = trajectories_of(lengths, groups, samples, vocabulary)
-        if "shared" in way:
-            split = [trajectories[:samples], trajectories[samples:]]
-            policy.__dict__["shares_prompts"] = True
-            batch = grouped_batch(split, policy, share=True, whole=False)
-        else:
-            batch = to_batch(trajectories)
-        generator = torch.Generator().manual_seed(2)
+            for layer in decoder_layers(policy.causal_lm):
+                layer.forward = torch.compile(layer.forward, dynamic=True)
+        trajectories = trajectories_of(lengths, groups, samples, recipe.model.config["vocab_size"])
+        split = [trajectories[:samples], trajectories[samples:]]
+        batch = grouped_batch(split, policy, share=True, whole=False) if "shared" in way else to_batch(trajectories)
         count = batch.num_actions
-        batch.set("advantages", torch.randn(count, generator=generator))
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4, fused=own.device.type == "cuda" or None)
+        batch.set("advantages", torch.randn(count, generator=torch.Generator().manual_seed(2)))
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4, fused=device.type == "cuda" or None)
         policy.begin_update(False)
-        flat = torch.zeros(count)
-        offsets = torch.tensor(batch.lengths).cumsum(0) - torch.tensor(batch.lengths)
+        logprobs = [torch.zeros(0)] * len(batch.lengths)
         for micro in batch.microbatches(policy.microbatch_tokens, policy.pad_id, policy.packs):
-            micro.to(own.device)
+            micro.to(device)
             logprobs_N = policy(micro).logprobs
             (-(logprobs_N - logprobs_N.detach()).exp() * micro.fields["advantages"]).sum().div(count).backward()
-            for index, part in zip(micro.indices, logprobs_N.detach().float().cpu().split(micro.lengths), strict=True):
-                flat[offsets[index] : offsets[index] + batch.lengths[index]] = part
-        gradient = torch.cat([one.grad.flatten().cpu() for one in policy.parameters() if one.grad is not None])
-        before = torch.cat([one.detach().flatten().cpu() for one in policy.parameters()])
+            for index, part in zip(micro.indices, logprobs_N.detach().float().split(micro.lengths), strict=True):
+                logprobs[index] = part
+        gradient = flat([one.grad for one in policy.parameters()], options.device)
         optimizer.step()
-        after = torch.cat([one.detach().flatten().cpu() for one in policy.parameters()])
-        return flat, gradient, after - before
+        moved = flat([one.detach() for one in policy.parameters()], options.device) - start
+        return torch.cat(logprobs).to(options.device), gradient, moved
 
-    reference = measured("float32", "cpu")
-    ways = ["float32", "float32 with TF32", "bfloat16 padded", "bfloat16 end to end", "bfloat16 shared prompts", "bfloat16 end to end, compiled"]
-    if options.device.type == "cpu":
-        ways = ["float32 end to end", "bfloat16 padded"]
-    for way in ways:
-        logprobs, gradient, moved = measured(way, str(options.device))
+    reference = measured("float32", cpu)
+    ways = ["float32", "float32 with TF32", "bfloat16 padded", "bfloat16 end to end", "bfloat16 shared prompts"]
+    ways.append("bfloat16 end to end, compiled")
+    for way in ways if options.device.type == "cuda" else ["float32 shared prompts", "bfloat16 padded"]:
+        logprobs, gradient, moved = measured(way, options.device)
         yield {
             "way": way,
             "logprob_mean_abs": float((logprobs - reference[0]).abs().mean()),
             "logprob_max_abs": float((logprobs - reference[0]).abs().max()),
-            "logprob_spread": float(reference[0].std()),
+            "logprob_std": float(reference[0].std()),
             "gradient_relative": float((gradient - reference[1]).norm() / reference[1].norm()),
-            "gradient_cosine": float(torch.nn.functional.cosine_similarity(gradient, reference[1], dim=0)),
-            "update_cosine": float(torch.nn.functional.cosine_similarity(moved, reference[2], dim=0)),
+            "gradient_cosine": cosine(gradient, reference[1]),
+            "update_cosine": cosine(moved, reference[2]),
         }
+        torch._dynamo.reset()
+
+
+def flat(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    return torch.cat([one.to(device).flatten() for one in tensors])
+
+
+def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Of long vectors, with sums in double."""
+
+    def dot(a: torch.Tensor, b: torch.Tensor) -> float:
+        parts = zip(a.split(2**24), b.split(2**24), strict=True)
+        return sum(float(x.double() @ y.double()) for x, y in parts)
+
+    return dot(one, other) / (dot(one, one) * dot(other, other)) ** 0.5
 
 
 @measurement
@@ -290,10 +339,21 @@ def head(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     product = 2 * rows * width * vocabulary
     half = weight.detach().bfloat16()[:8192]
     plain = seconds(options, lambda: [hidden.detach() @ half.T for _ in range(8)], 10) / 8
-    yield {"way": "a plain product of 8,192 columns", "seconds": plain, "tflops": 2 * rows * width * len(half) / plain / 1e12}
+    yield {
+        "way": "a plain product of 8,192 columns",
+        "seconds": plain,
+        "tflops": 2 * rows * width * len(half) / plain / 1e12,
+    }
     if options.device.type == "cuda":
-        wide = seconds(options, lambda: [torch.mm(hidden.detach(), half.T, out_dtype=torch.float32) for _ in range(8)], 10) / 8
-        yield {"way": "the same with its result in float32", "seconds": wide, "tflops": 2 * rows * width * len(half) / wide / 1e12}
+        wide = (
+            seconds(options, lambda: [torch.mm(hidden.detach(), half.T, out_dtype=torch.float32) for _ in range(8)], 10)
+            / 8
+        )
+        yield {
+            "way": "the same with its result in float32",
+            "seconds": wide,
+            "tflops": 2 * rows * width * len(half) / wide / 1e12,
+        }
     coefficients = torch.randn(rows, device=options.device)
 
     def chunked(slice_size: int, entropy: bool = False, frozen: bool = False) -> None:
@@ -317,7 +377,11 @@ def head(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     sizes = (128,) if options.tiny else (8192, 16384, 32768)
     ways = {f"chunks of {size:,}": lambda size=size: chunked(size) for size in sizes}
     ways |= {"chunks, with an entropy term": lambda: chunked(sizes[0], entropy=True)}
-    ways |= {"chunks, the matrix frozen": lambda: chunked(sizes[0], frozen=True), "chunks, forward alone": forward_only, "full logits": full}
+    ways |= {
+        "chunks, the matrix frozen": lambda: chunked(sizes[0], frozen=True),
+        "chunks, forward alone": forward_only,
+        "full logits": full,
+    }
     counted = {"chunks, forward alone": 1, "chunks, the matrix frozen": 2}
     for name, work in ways.items():
         reset_peak(options)
@@ -341,9 +405,11 @@ def attention(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for way in ("padded", "end to end", "shared prompts"):
         policy.attention = "sdpa" if way == "padded" else "varlen" if options.device.type == "cpu" else "auto"
         policy.__dict__.pop("packs", None)
-        policy.__dict__["shares_prompts"] = True
+        policy.__dict__.pop("shares_prompts", None)
         split = [trajectories[start : start + samples] for start in range(0, len(trajectories), samples)]
-        batch = grouped_batch(split, policy, share=True, whole=False) if way == "shared prompts" else to_batch(trajectories)
+        batch = (
+            grouped_batch(split, policy, share=True, whole=False) if way == "shared prompts" else to_batch(trajectories)
+        )
         policy.begin_update(False)
         micros = batch.microbatches(policy.microbatch_tokens, policy.pad_id, policy.packs)
         for micro in micros:
@@ -370,58 +436,60 @@ def attention(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 @measurement
 def update(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    from lmrl.objectives import load_objective
-    from lmrl.objectives.correction import Correction
-    from lmrl.recipe.rates import with_rates
-    from lmrl.training.updater import Updater
-
     cases = [
         ("1.5b", "grpo", 16384, {"gradient_checkpointing": True}),
         ("1.5b", "grpo", 16384, {"gradient_checkpointing": True, "compile": True}),
+        ("1.5b", "grpo", 16384, {"gradient_checkpointing": True, "liger": True}),
         ("1.5b", "grpo", 8192, {}),
         ("1.5b", "grpo", 8192, {"compile": True}),
-        ("1.5b", "dpo", 8192, {"compile": True}),
-        ("0.5b", "grpo", 16384, {"compile": True}),
+        ("1.5b", "dpo", 8192, {}),
+        ("0.5b", "grpo", 16384, {}),
         ("7b", "grpo", 8192, {"gradient_checkpointing": True, "lora": {"r": 16, "lora_alpha": 32}}),
     ]
     if options.tiny:
         cases = [("tiny", "grpo", 512, {}), ("tiny", "dpo", 512, {"gradient_checkpointing": True})]
     for shape, name, micro, training in cases:
-        recipe, lora = recipe_of(options, shape, {"name": name}, precision="bfloat16", microbatch_tokens=micro, **training)
-        policy = policy_of(options, recipe, lora, reference=name == "dpo")
-        objective = load_objective(recipe.resolved_objective)
-        objective.correction = Correction.of(recipe.rollouts)
-        length = 64 if options.tiny else 2048
-        lengths = [(length // 32, length - length // 32)] * 16
-        trajectories = trajectories_of(lengths, 8, 2, recipe.model.config["vocab_size"])
-        if name == "dpo":
-            for one in trajectories:
-                one.chosen = one.reward > 0
-        updater = Updater(policy, with_rates(recipe, *policy.size), 10)
-        updater.begin(1)
-        started = time.perf_counter()
-        batch = objective.prepare(policy, trajectories)
-        synchronize(options.device)
-        prepared = time.perf_counter() - started
         reset_peak(options)
-        taken = seconds(options, lambda: updater.step(policy, objective, batch), 3)
-        tokens = length * len(lengths)
-        actions = sum(new for _, new in lengths)
-        done = flops(policy, tokens, tokens * length, actions, trained=lora is None)
-        yield {
-            "case": f"{shape} {name}" + (" LoRA" if lora else ""),
-            "tokens": tokens,
-            "microbatch_tokens": policy.microbatch_tokens,
-            "checkpointing": bool(training.get("gradient_checkpointing")),
-            "compiled": bool(training.get("compile")),
-            "seconds": taken,
-            "prepare_s": prepared,
-            "tokens_per_s": tokens / taken,
-            "mfu": done / taken / PEAK,
-            "peak_gib": peak_gib(options),
-        }
-        del policy, updater, objective, batch
-        reset_peak(options)
+        yield update_of(options, shape, name, micro, training)
+
+
+def update_of(
+    options: argparse.Namespace, shape: str, name: str, micro: int, training: dict[str, Any]
+) -> dict[str, Any]:
+    """An update of 16 sequences of 2,048 tokens. training: options of that section, and `lora`."""
+    from lmrl.objectives import load_objective
+    from lmrl.objectives.correction import Correction
+    from lmrl.recipe.rates import with_rates
+    from lmrl.training.updater import Updater
+
+    recipe, lora = recipe_of(options, shape, {"name": name}, precision="bfloat16", microbatch_tokens=micro, **training)
+    policy = policy_of(options, recipe, lora, reference=name == "dpo")
+    objective = load_objective(recipe.resolved_objective)
+    objective.correction = Correction.of(recipe.rollouts)
+    length = 64 if options.tiny else 2048
+    lengths = [(length // 32, length - length // 32)] * 16
+    trajectories = trajectories_of(lengths, 8, 2, recipe.model.config["vocab_size"])
+    for one in trajectories:
+        one.chosen = one.reward > 0 if name == "dpo" else None
+    updater = Updater(policy, with_rates(recipe, *policy.size), 10)
+    updater.begin(1)
+    prepared = seconds(options, lambda: objective.prepare(policy, trajectories), 1)
+    batch = objective.prepare(policy, trajectories)
+    taken = seconds(options, lambda: updater.step(policy, objective, batch), 3)
+    tokens, actions = length * len(lengths), sum(new for _, new in lengths)
+    done = flops(policy, tokens, tokens * length, actions, trained=lora is None)
+    return {
+        "case": f"{shape} {name}" + (" LoRA" if lora else ""),
+        "microbatch_tokens": policy.microbatch_tokens,
+        "checkpointing": bool(training.get("gradient_checkpointing")),
+        "layers": "compiled" if training.get("compile") else "liger" if training.get("liger") else "plain",
+        "packs": policy.packs,
+        "prepare_s": prepared,
+        "seconds": taken,
+        "tokens_per_s": tokens / taken,
+        "mfu": done / taken / PEAK,
+        "peak_gib": peak_gib(options),
+    }
 
 
 @measurement
@@ -439,20 +507,38 @@ def decode(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         engine = HFEngine(policy, slots=rows)
         keys = [("gpu", index) for index in range(rows)]
         reset_peak(options)
-        taken = seconds(options, lambda: engine.generate(prompts, Sampling(new), keys), 2, 1)
-        drawn = sum(len(one.tokens) for one in engine.generate(prompts, Sampling(new), keys))
-        yield {"way": "hf engine", "rows": rows, "tokens_per_s": drawn / taken, "seconds": taken, "peak_gib": peak_gib(options)}
+        sample = partial(engine.generate, prompts, Sampling(new), keys)
+        taken = seconds(options, sample, 2, 1)
+        drawn = sum(len(one.tokens) for one in sample())
+        yield {
+            "way": "hf engine",
+            "rows": rows,
+            "tokens_per_s": drawn / taken,
+            "seconds": taken,
+            "peak_gib": peak_gib(options),
+        }
         batch = torch.tensor(prompts, device=options.device)
 
         def generate(batch: torch.Tensor = batch) -> None:
             with torch.no_grad(), torch.autocast(options.device.type, dtype=torch.bfloat16):
                 policy.causal_lm.generate(
-                    batch, attention_mask=torch.ones_like(batch), max_new_tokens=new, min_new_tokens=new, do_sample=True, top_k=0
+                    batch,
+                    attention_mask=torch.ones_like(batch),
+                    max_new_tokens=new,
+                    min_new_tokens=new,
+                    do_sample=True,
+                    top_k=0,
                 )
 
         reset_peak(options)
         taken = seconds(options, generate, 2, 1)
-        yield {"way": "generate", "rows": rows, "tokens_per_s": rows * new / taken, "seconds": taken, "peak_gib": peak_gib(options)}
+        yield {
+            "way": "generate",
+            "rows": rows,
+            "tokens_per_s": rows * new / taken,
+            "seconds": taken,
+            "peak_gib": peak_gib(options),
+        }
 
 
 @measurement
@@ -474,39 +560,42 @@ def step(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def fsdp1(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     import torch.distributed as dist
 
-    from lmrl.objectives import load_objective
-    from lmrl.objectives.correction import Correction
-    from lmrl.recipe.rates import with_rates
     from lmrl.training.parallel.sharded import FSDPStrategy
     from lmrl.training.parallel.strategy import Strategy
-    from lmrl.training.updater import Updater
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "RANK": "0", "WORLD_SIZE": "1"}
     dist.init_process_group("nccl" if options.device.type == "cuda" else "gloo")
     try:
         for name, build in (("one process", Strategy), ("FSDP2, one rank", lambda: FSDPStrategy(options.device))):
-            recipe, _ = recipe_of(options, "0.5b", {"name": "grpo"}, precision="bfloat16", microbatch_tokens=8192)
-            policy = policy_of(options, recipe)
-            objective = load_objective(recipe.resolved_objective)
-            objective.correction = Correction.of(recipe.rollouts)
-            length = 32 if options.tiny else 1024
-            trajectories = trajectories_of([(length // 4, length)] * 16, 4, 4, recipe.model.config["vocab_size"])
-            updater = Updater(policy, with_rates(recipe, *policy.size), 10, build())
-            updater.begin(1)
-            batch = objective.prepare(policy, trajectories)
             reset_peak(options)
-            stats = [updater.step(policy, objective, batch) for _ in range(3)]
-            taken = seconds(options, lambda: updater.step(policy, objective, batch), 3, 1)
-            yield {
-                "way": name,
-                "losses": [one["loss"] for one in stats],
-                "grad_norms": [one["grad_norm"] for one in stats],
-                "seconds": taken,
-                "peak_gib": peak_gib(options),
-            }
-            del policy, updater, objective, batch
+            yield {"way": name} | sharded_updates(options, build())
     finally:
         dist.destroy_process_group()
+
+
+def sharded_updates(options: argparse.Namespace, strategy: Any) -> dict[str, Any]:
+    """Three updates of a 0.5B model by a strategy, and the time of another."""
+    from lmrl.objectives import load_objective
+    from lmrl.objectives.correction import Correction
+    from lmrl.recipe.rates import with_rates
+    from lmrl.training.updater import Updater
+
+    recipe, _ = recipe_of(options, "0.5b", {"name": "grpo"}, precision="bfloat16", microbatch_tokens=8192)
+    policy = policy_of(options, recipe)
+    objective = load_objective(recipe.resolved_objective)
+    objective.correction = Correction.of(recipe.rollouts)
+    length = 32 if options.tiny else 1024
+    trajectories = trajectories_of([(length // 4, length)] * 16, 4, 4, recipe.model.config["vocab_size"])
+    updater = Updater(policy, with_rates(recipe, *policy.size), 10, strategy)
+    updater.begin(1)
+    batch = objective.prepare(policy, trajectories)
+    stats = [updater.step(policy, objective, batch) for _ in range(3)]
+    return {
+        "losses": [one["loss"] for one in stats],
+        "grad_norms": [one["grad_norm"] for one in stats],
+        "seconds": seconds(options, lambda: updater.step(policy, objective, batch), 3, 1),
+        "peak_gib": peak_gib(options),
+    }
 
 
 @measurement
@@ -531,7 +620,12 @@ def learn(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if cpu else {})
             started = time.perf_counter()
             log = open(Path(scratch) / f"{number}.log", "w")
-            processes[name] = (folder, started, log, subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=log, stderr=log))
+            processes[name] = (
+                folder,
+                started,
+                log,
+                subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=log, stderr=log),
+            )
             if not cpu:
                 processes[name][3].wait()
         for name, (folder, started, log, process) in processes.items():
@@ -543,7 +637,12 @@ def learn(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             scores = [line for line in lines if line.get("kind") == "eval"]
             losses = [line["loss"] for line in lines if line.get("kind") == "train"]
-            yield {"case": name, "score": scores[-1] if scores else None, "loss": statistics.mean(losses[-20:]), "seconds": time.perf_counter() - started}
+            yield {
+                "case": name,
+                "score": scores[-1] if scores else None,
+                "loss": statistics.mean(losses[-20:]),
+                "seconds": time.perf_counter() - started,
+            }
 
 
 def run(recipe: Any, folder: Path) -> tuple[Any, list[dict[str, Any]]]:
@@ -574,7 +673,10 @@ def execute(options: argparse.Namespace, names: list[str]) -> int:
             import traceback
 
             failed += 1
-            write(options.out, base | {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-1500:]})
+            write(
+                options.out,
+                base | {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-1500:]},
+            )
         torch._dynamo.reset()
         reset_peak(options)
     return failed
@@ -594,7 +696,9 @@ def table(path: Path) -> None:
         rows = [line for line in lines if line["measurement"] == name and not line.get("done") and "error" not in line]
         if not rows:
             continue
-        columns = list(dict.fromkeys(key for row in rows for key in row if key not in ("measurement", "device", "torch")))
+        columns = list(
+            dict.fromkeys(key for row in rows for key in row if key not in ("measurement", "device", "torch"))
+        )
         print(f"\n### {name} ({rows[0]['device']}, torch {rows[0]['torch']})\n\n| {' | '.join(columns)} |")
         print(f"|{'---|' * len(columns)}")
         for row in rows:
@@ -605,7 +709,16 @@ def table(path: Path) -> None:
 def wheels(folder: Path) -> None:
     """Fetch the wheels for Python 3.12 on x86-64."""
     platforms = [f"--platform=manylinux{name}_x86_64" for name in ("_2_28", "_2_17", "2014")]
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--python-version=3.12"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--python-version=3.12",
+    ]
     subprocess.run([*command, *platforms, "-d", str(folder), *WHEELS], check=True)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
     print(f"{len(list(folder.iterdir()))} wheels, {size:.1f} MiB")

@@ -118,7 +118,10 @@ def packed_attention(
 
     ends, longest, key_tokens: of the queries and of the keys, as in `Packing`. window: keys that a query sees, its own included.
     """
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings have made float32 of them
+    query, key = (
+        query.to(value.dtype),
+        key.to(value.dtype),
+    )  # under autocast rotary embeddings have made float32 of them
     if key_tokens is not None:
         key, value = key.index_select(2, key_tokens), value.index_select(2, key_tokens)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:

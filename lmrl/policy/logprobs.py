@@ -137,7 +137,9 @@ class _TokenLogprobs(torch.autograd.Function):
                 own = weight[start:end].to(dtype)
                 logits = _logits(hidden, own, None if bias is None else bias[start:end], temperature, dtype)
                 if kernels:
-                    exp, shrink = logprobs_kernels.add_slice(logits, targets - start, totals, dtype if mean_wanted else None)
+                    exp, shrink = logprobs_kernels.add_slice(
+                        logits, targets - start, totals, dtype if mean_wanted else None
+                    )
                 else:
                     exp, shrink = add_slice(logits, targets - start, totals)
                 if mean_wanted:

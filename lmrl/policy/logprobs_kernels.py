@@ -17,7 +17,17 @@ if find_spec("triton") is not None:
 
     @triton.jit
     def _add_slice(
-        logits, targets, top, total, weighted, picked, exp, shrink, size: tl.constexpr, BLOCK: tl.constexpr, EXP: tl.constexpr
+        logits,
+        targets,
+        top,
+        total,
+        weighted,
+        picked,
+        exp,
+        shrink,
+        size: tl.constexpr,
+        BLOCK: tl.constexpr,
+        EXP: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
         logits += row * size
@@ -48,7 +58,17 @@ if find_spec("triton") is not None:
 
     @triton.jit
     def _slice_gradient(
-        logits, targets, lse, entropy, grad_logprob, grad_entropy, out, scale, size: tl.constexpr, BLOCK: tl.constexpr, ENTROPY: tl.constexpr
+        logits,
+        targets,
+        lse,
+        entropy,
+        grad_logprob,
+        grad_entropy,
+        out,
+        scale,
+        size: tl.constexpr,
+        BLOCK: tl.constexpr,
+        ENTROPY: tl.constexpr,
     ):
         row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
         column = part * BLOCK + tl.arange(0, BLOCK)

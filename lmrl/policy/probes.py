@@ -42,7 +42,12 @@ def can_pack(policy: Policy) -> bool:
     try:
         with torch.no_grad():
             scores = [
-                torch.cat([policy(Batch(plain).collate(one, policy.pad_id, packed).to(policy.device)).logprobs for one in rows])
+                torch.cat(
+                    [
+                        policy(Batch(plain).collate(one, policy.pad_id, packed).to(policy.device)).logprobs
+                        for one in rows
+                    ]
+                )
                 for packed, rows in ((False, ([0], [1], [2])), (True, ([0, 1, 2],)))
             ]
     except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError, ImportError):

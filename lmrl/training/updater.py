@@ -207,7 +207,9 @@ def whole_update(policy: Policy, minibatch: Batch) -> FailedPass:
 
 def weight(policy: Policy, objective: Objective, batch: Batch) -> float:
     """The weight of this rank's batch in the mean over a minibatch."""
-    return sum(objective.count(micro) for micro in batch.microbatches(policy.microbatch_tokens, policy.pad_id, policy.packs))
+    return sum(
+        objective.count(micro) for micro in batch.microbatches(policy.microbatch_tokens, policy.pad_id, policy.packs)
+    )
 
 
 def averages(sums: dict[str, Any], count: float) -> dict[str, float]:

@@ -17,7 +17,8 @@ MODELS = {
     "qwen2": GROUPED,
     "qwen3": GROUPED | {"head_dim": 8},
     "mistral": GROUPED | {"sliding_window": 4},
-    "gemma3_text": GROUPED | {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": GROUPED
+    | {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2},
 }
 

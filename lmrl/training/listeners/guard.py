@@ -68,8 +68,10 @@ class Guard(Listener):
         stage.updater.factors[self.name] = self.lr_factor
         if self.unknown:  # the checkpoint is from before there was a guard: it is the first to go back to
             self.tracker.kept = RollbackPoint(stage.progress.step)
-        if self.keeps_checkpoints and not resumed and not checkpoint_path(stage.run, stage.name, 0).exists():
-            stage.save()
+        if self.keeps_checkpoints and not resumed:
+            # Asked of one process: the main one may have written it before another looks.
+            if not distributed.broadcast(checkpoint_path(stage.run, stage.name, 0).exists()):
+                stage.save()
 
     def measure(self, stage: Stage, step: int, source_batch: SourceBatch, metrics: dict[str, Any]) -> dict[str, Any]:
         """How much of the reward's variance prompts explain, where a critic could learn it."""

@@ -220,14 +220,16 @@ class FSDPStrategy(Strategy):
         self.mesh, self.reshard = init_device_mesh(device.type, (distributed.size(),)), reshard
 
     def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         super().prepare(policy, optimizer, max_grad_norm)
         prepare_for_sharding(policy, True)
         names = {id(parameter): name for name, parameter in policy.named_parameters()}
         self.layers = decoder_layers(policy)
+        # Layers are gathered in the precision that they compute in, which halves what is sent; gradients are summed in float32.
+        precision = MixedPrecisionPolicy(policy.autocast_dtype, torch.float32, cast_forward_inputs=False)
         for layer in self.layers:
-            fully_shard(layer, mesh=self.mesh, reshard_after_forward=self.reshard)
+            fully_shard(layer, mesh=self.mesh, reshard_after_forward=self.reshard, mp_policy=precision)
         # The vocabulary, the heads and what else stands outside of layers is one more piece.
         fully_shard(policy, mesh=self.mesh, reshard_after_forward=False)
         sharded = dict(policy.named_parameters())

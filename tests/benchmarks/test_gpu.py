@@ -1,0 +1,32 @@
+"""The measurements of benchmarks/gpu.py run end to end, with tiny shapes, on a CPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+NAMES = {"parity", "head", "attention", "update", "decode", "step", "fsdp1"}
+
+
+def test_measurements_run_and_are_not_repeated(tmp_path):
+    out = tmp_path / "gpu.jsonl"
+    command = [sys.executable, str(SCRIPT), *sorted(NAMES), "--tiny", "--device", "cpu", "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {line["measurement"] for line in lines if line.get("done")} == NAMES
+    assert not [line for line in lines if "error" in line]
+    parity = {line["way"]: line for line in lines if line["measurement"] == "parity" and "way" in line}
+    assert parity["float32 shared prompts"]["logprob_max_abs"] < 1e-5
+    assert 0 < parity["bfloat16 padded"]["logprob_max_abs"] < 0.02
+    one, other = [line["losses"] for line in lines if line["measurement"] == "fsdp1" and "losses" in line]
+    assert one == other
+    computed = [line["computed_tokens"] for line in lines if "computed_tokens" in line]
+    assert computed[0] > computed[1] > computed[2]  # padded, end to end, prompts once
+
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    assert len(out.read_text().splitlines()) == len(lines)
+    table = subprocess.run(
+        [sys.executable, str(SCRIPT), "table", "--out", str(out)], check=True, capture_output=True, text=True
+    )
+    assert "### update (CPU" in table.stdout
