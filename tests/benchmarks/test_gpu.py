@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 NAMES = {"parity", "head", "attention", "update", "decode", "step", "fsdp1"}
 
@@ -20,7 +22,7 @@ def test_measurements_run_and_are_not_repeated(tmp_path):
     assert parity["float32 shared prompts"]["logprob_max_abs"] < 1e-5
     assert 0 < parity["bfloat16 padded"]["logprob_max_abs"] < 0.02
     one, other = [line["losses"] for line in lines if line["measurement"] == "fsdp1" and "losses" in line]
-    assert one == other
+    assert other == pytest.approx(one, rel=1e-2, abs=1e-4)  # norms gathered in bfloat16
     computed = [line["computed_tokens"] for line in lines if "computed_tokens" in line]
     assert computed[0] > computed[1] > computed[2]  # padded, end to end, prompts once
 
