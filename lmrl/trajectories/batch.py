@@ -74,8 +74,8 @@ class Packing:
                 begins += part
             first += size
         plain = queries == keys
-        ends = (torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (queries, keys))
-        return cls(*ends, max(queries), max(keys), None if plain else torch.cat(tokens))
+        ends = [torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (queries, keys)]
+        return cls(ends[0], ends[1], max(queries), max(keys), None if plain else torch.cat(tokens))
 
 
 @dataclass
