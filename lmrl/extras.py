@@ -12,7 +12,6 @@ EXTRAS = {
     "math_verify": "rewards",
     "reasoning_gym": "rewards",
     "bitsandbytes": "quantization",
-    "liger_kernel": "liger",
     "deepspeed": "deepspeed",
     "vllm": "vllm",
     "wandb": "tracking",

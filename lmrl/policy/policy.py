@@ -18,7 +18,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lmrl import distributed
 from lmrl.accelerators import default_precision
 from lmrl.errors import ModelError
-from lmrl.extras import need
 from lmrl.policy.attention import take_attention
 from lmrl.policy.cache import Cache, cache_arguments
 from lmrl.policy.forward import run_pass
@@ -92,8 +91,6 @@ class Policy(nn.Module):
         trunks = [self.causal_lm, *([self.values.trunk] if self.values and self.values.trunk else [])]
         if needs_checkpointing(recipe, self.device):
             self._checkpoint(trunks, asked=bool(recipe.training.gradient_checkpointing))
-        if recipe.training.liger:
-            use_liger(trunks, self.device)
         if recipe.training.compile:
             layers = [layer for trunk in trunks for layer in decoder_layers(trunk)]
             self._compiled = {layer: torch.compile(layer.forward, dynamic=True) for layer in layers}
@@ -406,26 +403,6 @@ def _same_heads(one: HeadsSpec, other: HeadsSpec) -> bool:
     parts = ("value", "q", "twins", "bins")
     same_trunk = (one.trunk == "separate") == (other.trunk == "separate")
     return same_trunk and all(getattr(one, part) == getattr(other, part) for part in parts)
-
-
-def use_liger(trunks: list[nn.Module], device: torch.device) -> None:
-    """Let models compute by Liger's kernels. Raises ModelError where these are not installed, or not for this device or model."""
-    need("liger_kernel", "training.liger", ModelError)
-    if device.type not in ("cuda", "xpu"):
-        raise ModelError(
-            f"training.liger: its kernels run on accelerators, and this run's device is {device.type}: leave it out"
-        )
-    from transformers.integrations import liger
-
-    parts = {
-        "rope": True,
-        "rms_norm": True,
-        "swiglu": True,
-        "cross_entropy": False,
-        "fused_linear_cross_entropy": False,
-    }
-    for trunk in trunks:
-        liger.apply_liger_kernel(trunk, parts)
 
 
 def decoder_layers(module: nn.Module) -> list[nn.Module]:

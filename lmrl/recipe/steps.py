@@ -79,8 +79,6 @@ class Training(Section):
     accelerator whose memory the recipe would not fit otherwise, by the estimate that `lmrl show` prints."""
     compile: bool = False
     """Compile the model's layers for the passes of an update (torch.compile): a minute at the start, faster steps on an accelerator."""
-    liger: bool = False
-    """Norms, rotary embeddings and feed-forward gates by Liger's kernels, on an accelerator (extra `liger`): less memory, faster steps."""
     checkpoint_every: int = Field(50, ge=0)
     """Steps between checkpoints (0: only at the end of a stage)."""
     keep_checkpoints: int = Field(2, ge=1)
