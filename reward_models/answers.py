@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 from functools import cache
 
 from lmrl.reward_models._text import text_of
 
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 FINAL = re.compile(r"####\s*(.+)|\\boxed\{([^{}]*)\}", re.MULTILINE)
 
 
@@ -23,6 +25,47 @@ def exact(completions: list, answer: list, ignore_case: bool = True, **_) -> lis
         None if wanted is None else float(normal(text_of(completion)) == normal(wanted))
         for completion, wanted in zip(completions, answer, strict=True)
     ]
+
+
+def extracted(
+    completions: list,
+    answer: list,
+    pattern: str | None = None,
+    which: int = 0,
+    ignore: tuple[str, ...] = (),
+    ignore_case: bool = False,
+    ignore_punctuation: bool = False,
+    **_,
+) -> list[float | None]:
+    """Whether what a completion holds of `pattern` is the row's `answer`, compared as lm-eval's exact_match does.
+
+    pattern: a regular expression (none: the whole completion counts); its first group counts, or the one that matched. which:
+    of several matches, 0 the first and -1 the last. ignore: regular expressions that are removed from both sides. A completion
+    without a match is wrong.
+    """
+    compiled, removed = re.compile(pattern or "(?s).*"), [re.compile(one) for one in ignore]
+
+    def plain(text: str) -> str:
+        for expression in removed:
+            text = expression.sub("", text)
+        text = text.lower() if ignore_case else text
+        return text.translate(NO_PUNCTUATION) if ignore_punctuation else text
+
+    def found_in(text: str) -> str | None:
+        if pattern is None:
+            return text
+        matches = compiled.findall(text)
+        if not matches:
+            return None
+        match = matches[which]
+        return (next((one for one in match if one), "") if isinstance(match, tuple) else match).strip()
+
+    rewards: list[float | None] = []
+    for completion, wanted in zip(completions, answer, strict=True):
+        found = found_in(text_of(completion))
+        right = None if wanted is None else float(found is not None and plain(found) == plain(str(wanted)))
+        rewards.append(right)
+    return rewards
 
 
 def numeric(completions: list, answer: list, tolerance: float = 1e-6, **_) -> list[float | None]:

@@ -39,6 +39,26 @@ def passes(completions: list, tests: list, seconds: float = 5.0, memory_mb: int 
     return rewards
 
 
+def completes(
+    completions: list,
+    before: list,
+    after: list,
+    seconds: float = 3.0,
+    memory_mb: int = 512,
+    fence: bool = False,
+    **_,
+) -> list[float]:
+    """1 where the row's `before`, a completion and the row's `after` run as one program without an error, else 0.
+
+    fence: of a completion that holds a fence (```), what stands in it counts alone. The limits are those of `passes`.
+    """
+    rewards = []
+    for completion, start, end in zip(completions, before, after, strict=True):
+        text = text_of(completion)
+        rewards.append(float(run(f"{start}{code_in(text) if fence else text}\n{end}\n", seconds, memory_mb)))
+    return rewards
+
+
 def code_in(text: str) -> str:
     """The code of a completion."""
     found = FENCE.findall(text)

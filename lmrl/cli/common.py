@@ -15,6 +15,9 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes, for instance training.steps=50", metavar="[KEY=VALUE]...")
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Allow a hub model to run its own code")]
+RunCode = Annotated[
+    bool, typer.Option("--run-code", help="Allow a suite to run code that the policy writes, in limited processes")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
 
 Policies = Annotated[

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmrl.cli.common import Debug, Policies, TrustRemoteCode, listed, split_policies, weights
+from lmrl.cli.common import Debug, Policies, RunCode, TrustRemoteCode, listed, split_policies, weights
 from lmrl.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -41,12 +41,13 @@ def command(
         ),
     ] = None,
     samples: Annotated[int, typer.Option("--samples", help="Samples to show, those that changed most")] = 3,
+    run_code: RunCode = False,
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
     """Compare policies, or logs of evaluations, on the same episodes: paired differences with p-values."""
     from lmrl.evaluation.paired import read_claim
-    from lmrl.evaluation.suites import load_suite
+    from lmrl.evaluation.suites import allow_code, load_suite, refuse_code
 
     names, overrides = split_policies(policies or [])
     if json is not None and json.is_dir():
@@ -55,7 +56,8 @@ def command(
         raise RecipeError("name the policies or logs to compare: lmrl compare A B --suite NAME")
     claims, betas = [read_claim(text) for text in fail_under or ()], weights(beta)
     if suite is not None:
-        load_suite(suite, overrides)  # a mistake in the suite should not wait for the models to load
+        loaded = load_suite(suite, overrides)  # a mistake in the suite should not wait for the models to load
+        refuse_code(allow_code(loaded) if run_code else loaded)
 
     from lmrl.evaluation.compare import compare
 
@@ -71,6 +73,7 @@ def command(
         log,
         samples,
         trust_remote_code,
+        run_code,
     )
     _show(found)
     if json is not None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lmrl.cli.common import Debug, Policies, TrustRemoteCode, listed, split_policies, weights
+from lmrl.cli.common import Debug, Policies, RunCode, TrustRemoteCode, listed, split_policies, weights
 from lmrl.errors import RecipeError, RunError
 
 
@@ -47,13 +47,14 @@ def command(
         typer.Option("--fail-under", metavar="METRIC=VALUE", help="Exit with 1 if the mean is lower, e.g. return=-3"),
     ] = None,
     samples: Annotated[int, typer.Option("--samples", help="Completions to show")] = 3,
+    run_code: RunCode = False,
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
     """Score policies: a table of means with 95 % confidence intervals."""
     from lmrl.evaluation.frames import check_table_name, frame_of, records_of, write_table
     from lmrl.evaluation.inspect_log import export_inspect
-    from lmrl.evaluation.suites import load_suite
+    from lmrl.evaluation.suites import allow_code, load_suite, refuse_code
 
     names, overrides = split_policies(policies or [])
     if json is not None and json.is_dir():
@@ -79,15 +80,18 @@ def command(
     if inspect is not None and log is None:
         raise RecipeError("--inspect writes what a log holds: name its folder, --log FOLDER")
     if suite is not None and rescore is None:
-        load_suite(suite, overrides)  # a mistake in the suite should not wait for the model to load
+        loaded = load_suite(suite, overrides)  # a mistake in the suite should not wait for the model to load
+        refuse_code(allow_code(loaded) if run_code else loaded)
 
     from lmrl.evaluation.api import evaluate, rescored
     from lmrl.training.display import Display
 
     if rescore is not None:
-        report = rescored(rescore, suite, overrides, log)
+        report = rescored(rescore, suite, overrides, log, run_code)
     else:
-        report = evaluate(names, suite, overrides, checkpoint, trust_remote_code, betas, log, listed(checkpoints), part)
+        report = evaluate(
+            names, suite, overrides, checkpoint, trust_remote_code, betas, log, listed(checkpoints), part, run_code
+        )
     display = Display()
     display.samples(report.trajectories, samples)
     display.table(f"{report.policy} on {report.suite}", report.rows)

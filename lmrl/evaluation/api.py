@@ -16,7 +16,7 @@ from lmrl.evaluation.evaluate import Evaluator
 from lmrl.evaluation.log import in_order, is_log, logs_in, play_into_log
 from lmrl.evaluation.rescoring import rescore_log
 from lmrl.evaluation.scoring import Scores, check_metrics
-from lmrl.evaluation.suites import Suite, load_suite, own_suite
+from lmrl.evaluation.suites import Suite, allow_code, load_suite, own_suite
 from lmrl.policy.load import open_policy
 from lmrl.recipe.files import locate_rewards
 from lmrl.run import RECIPE_FILE, read_recipe
@@ -93,6 +93,7 @@ def evaluate(
     log: str | Path | None = None,
     checkpoints: Sequence[str] = (),
     part: int | None = None,
+    run_code: bool = False,
 ) -> Report:
     """Score a policy: a run folder, a checkpoint, any transformers or peft folder, a GGUF file, or a hub name.
 
@@ -106,6 +107,7 @@ def evaluate(
     betas: weights of Q to try one after the other, of a policy with Q heads (0: without Q).
     log: a folder for every episode (see lmrl/evaluation/log.py), with a subfolder each where there are several rows; an
     evaluation that was stopped resumes there. part: of a log, episodes played side by side and written at once.
+    run_code: allow a suite to run code that the policy writes.
     """
     policies = [policy] if isinstance(policy, str | Path) else list(policy)
     found = contenders(policies, checkpoint, checkpoints)
@@ -113,7 +115,7 @@ def evaluate(
     episodes: dict[str, list[Trajectory]] = {}
     given: NamedSuite | None = None
     for contender in found:
-        evaluator = evaluator_for(contender, suite, overrides, trust_remote_code, given=given)
+        evaluator = evaluator_for(contender, suite, overrides, trust_remote_code, given=given, run_code=run_code)
         given = NamedSuite(evaluator.suite, evaluator.name)
         for label, scores, played in score_rows(evaluator, contender, betas, log, len(found) > 1, part):
             rows[label], episodes[label] = scores, played
@@ -122,17 +124,22 @@ def evaluate(
 
 
 def rescored(
-    log: str | Path, suite: str | Path | None = None, overrides: Sequence[str] = (), target: str | Path | None = None
+    log: str | Path,
+    suite: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    target: str | Path | None = None,
+    run_code: bool = False,
 ) -> Report:
     """Score the episodes of a log, or of all logs in a folder, again, without playing anything; see `rescore_log`.
 
-    target: a folder for a new log with the new scores, or for as many as there are.
+    target: a folder for a new log with the new scores, or for as many as there are. run_code: allow rewards to run code
+    that the policy wrote.
     """
     logs = logs_in(log)
     rows, episodes, suites = {}, {}, []
     for label, one in in_order(logs):
         folder = None if target is None else Path(target) / one.folder.name if len(logs) > 1 else Path(target)
-        found, rows[label], episodes[label] = rescore_log(one, suite, overrides, folder)
+        found, rows[label], episodes[label] = rescore_log(one, suite, overrides, folder, run_code)
         suites.append(found)
     name = one.header["suite"]["name"] if suite is None else str(suite)
     return Report(name, str(log), rows, suites[-1].metrics, episodes[label], one.header["played"], episodes)
@@ -181,6 +188,7 @@ def evaluator_for(
     trust_remote_code: bool = False,
     checkpoint: str = "final",
     given: NamedSuite | None = None,
+    run_code: bool = False,
 ) -> Evaluator:
     """A saved policy and the suite it is scored on, loaded; see `evaluate`. given: play this suite, as it is."""
     keep_freed_memory()
@@ -201,6 +209,7 @@ def evaluator_for(
             loaded = own_suite(task, saved.get("rollouts") or run_rollouts(Path(path)), list(overrides))
         else:
             loaded = load_suite(suite, list(overrides), task)
+        loaded = allow_code(loaded) if run_code else loaded
         name = OWN_TASK if suite is None else str(suite)
     evaluator = Evaluator(open_policy(path, dtype, trust_remote_code), loaded)
     evaluator.name = name

@@ -30,13 +30,15 @@ def compare(
     log: str | Path | None = None,
     shown: int = SHOWN,
     trust_remote_code: bool = False,
+    run_code: bool = False,
 ) -> Comparison:
     """Compare policies with the first of them: differences of the same samples, with intervals and p-values.
 
     policies: as of `lmrl.evaluate`, and evaluation logs, of which nothing is played again. suite: what is played
     (default: that of the logs, else of the first policy). claims: `B - A > -0.01` and its like, to be held to by
     `Comparison.require`.
-    metrics: what to compare (default: the suite's). log: a folder to keep what is played.
+    metrics: what to compare (default: the suite's). log: a folder to keep what is played. run_code: allow a suite to run
+    code that the policies write.
     Raises RunError for logs of different suites, RecipeError for a metric or policy that there is not.
     """
     wanted = [read_claim(text) for text in claims]
@@ -59,10 +61,15 @@ def compare(
         raise RecipeError("compare: two policies or more are needed, or several checkpoints of one: --checkpoints all")
     check_claims(wanted, [key_of(number) for number in range(count)])  # before anything is played
     played = {name: [_logged(one, name, len(found) > 1) for one in found] for name, found in logs.items()}
-    common = Common.of_log(given[0]) if given else None
+    common = Common.of_log(given[0], run_code) if given else None
     for contender in fresh:
         evaluator = evaluator_for(
-            contender, suite, overrides, trust_remote_code, given=common.suite if common else None
+            contender,
+            suite,
+            overrides,
+            trust_remote_code,
+            given=common.suite if common else None,
+            run_code=run_code,
         )
         common = common or Common.of(evaluator)
         for row, _, episodes in score_rows(evaluator, contender, betas, log, several=len(fresh) > 1):
@@ -87,8 +94,11 @@ class Common:
         return cls(NamedSuite(evaluator.suite, evaluator.name), evaluator.scoring(), evaluator.played)
 
     @classmethod
-    def of_log(cls, log: EvalLog) -> Common:
-        return cls(NamedSuite(log.suite, log.header["suite"]["name"]), log.scoring, log.header["played"])
+    def of_log(cls, log: EvalLog, run_code: bool) -> Common:
+        suite = log.suite
+        if suite.run_code and not run_code:  # leave was given to another call
+            suite = suite.model_copy(update={"run_code": False})
+        return cls(NamedSuite(suite, log.header["suite"]["name"]), log.scoring, log.header["played"])
 
 
 def has_logs(folder: Path) -> bool:

@@ -12,9 +12,10 @@ from lmrl.engines.base import Engine, Sampling
 from lmrl.engines.build import build_engine
 from lmrl.environments import limits_of
 from lmrl.evaluation.best_of import several_samples
+from lmrl.evaluation.choices import Chooser
 from lmrl.evaluation.scoring import Scores, Scoring, check_metrics, exact, named_values, values_of
 from lmrl.evaluation.statistics import Limits
-from lmrl.evaluation.suites import Suite
+from lmrl.evaluation.suites import Suite, refuse_code
 from lmrl.policy.policy import Policy
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import build_task
@@ -31,18 +32,20 @@ class Evaluator:
 
     def __init__(self, policy: Policy, suite: Suite, engine: Engine | None = None):
         """engine: of the policy, where it has one already."""
+        refuse_code(suite)
         self.policy, self.suite, self.name = policy, suite, ""
         self.task = build_task(suite.task, policy.tokenizer)
         self.sampling = Sampling.of(suite.rollouts)
         self.engine = engine or build_engine(suite.rollouts, policy)
         self.sampler = Sampler(self.task, self.engine, policy.decode)
+        self.chooser = Chooser(policy, self.task, suite.choices) if suite.choices is not None else None
         self.at_once: int | None = None
         """Episodes to play side by side (None: all)."""
 
     def close(self) -> None:
         """Close the engine, and let go of the policy, so that another finds room in memory."""
         self.engine.close()
-        del self.policy, self.engine, self.sampler
+        del self.policy, self.engine, self.sampler, self.chooser
 
     def starts(self) -> list[int | None]:
         heldout = self.task.heldout
@@ -81,6 +84,8 @@ class Evaluator:
         else:
             some = "drawn" if self.suite.shuffled else "the first"
             what = f"{'all' if count == len(task.heldout) else some} {count} start states"
+        if self.suite.choices is not None:
+            return f"{what}, each answer by its log-likelihood"
         return f"{what}, {samples} fresh episode{'' if samples == 1 else 's'} from each"
 
     @cached_property
@@ -112,6 +117,9 @@ class Evaluator:
 
         first: number of the first of them in the suite. beta, choosing: see `__call__`.
         """
+        if self.chooser is not None:
+            low, high = distributed.shard_bounds(len(starts))
+            return self.chooser.play(starts[low:high], first + low, self.sampling_at(beta))
         name = ("suite", self.suite.seed, *(("choosing",) if choosing else ()))
         return self.sampler.play(starts, self.suite.samples, self.sampling_at(beta), name, shared=True, first=first)
 
@@ -121,7 +129,7 @@ class Evaluator:
 
     def extra(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
         """What is measured of judged episodes beside their scores: `kl`, where the policy has a reference."""
-        if not self.policy.has_reference:
+        if not self.policy.has_reference or self.chooser is not None:
             return {}
         before = self.policy.temperature
         self.policy.temperature = self.sampling.temperature or 1.0

@@ -15,6 +15,8 @@ NO_WEIGHTS = ("lmrl.json",)
 """What lmrl puts beside them for people and for itself."""
 OF_THE_ENGINE = ("slots", "cache_tokens")
 """Sampling options that change the speed alone."""
+NOT_PLAYED = ("description", "metrics", "follows_run", "run_code")
+"""Keys of a suite that change no score."""
 BLOCK = 1 << 20
 
 
@@ -26,7 +28,7 @@ def suite_version(suite: Suite, environment: dict[str, Any] | None = None) -> st
     """
     data = suite.model_dump(mode="json", exclude_defaults=True)
     sampling = data.pop("rollouts", {})
-    data = {name: value for name, value in data.items() if name not in ("description", "metrics", "follows_run")}
+    data = {name: value for name, value in data.items() if name not in NOT_PLAYED}
     data["rollouts"] = {name: sampling[name] for name in SAMPLING if name in sampling and name not in OF_THE_ENGINE}
     data["task"] = {
         name: value for name, value in data["task"].items() if name not in ("call_timeout", "max_failed", "environment")

@@ -12,7 +12,7 @@ from lmrl.errors import RecipeError
 from lmrl.evaluation.identity import suite_version
 from lmrl.evaluation.log import EvalLog, LogWriter, episode_row, write_scores
 from lmrl.evaluation.scoring import Scores, Scoring, check_metrics
-from lmrl.evaluation.suites import Suite, load_suite
+from lmrl.evaluation.suites import Suite, allow_code, load_suite, refuse_code
 from lmrl.recipe import PromptTask
 from lmrl.recipe.files import Document, apply_override, resolve_files, validate
 from lmrl.rewards.load import load_rewards
@@ -22,14 +22,21 @@ from lmrl.trajectories.trajectory import Trajectory
 
 
 def rescore_log(
-    log: EvalLog, suite: str | Path | None = None, overrides: Sequence[str] = (), target: Path | None = None
+    log: EvalLog,
+    suite: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    target: Path | None = None,
+    run_code: bool = False,
 ) -> tuple[Suite, Scores, list[Trajectory]]:
     """Score a log's episodes by the rewards of a suite (None: of the log's own), changed by overrides.
 
     Only rewards and metrics of the suite count: prompts, completions and sampling are the log's. target: a folder for a
-    new log with the new scores; the old one stays as it is. Raises RecipeError where there are no rewards to score by.
+    new log with the new scores; the old one stays as it is. run_code: allow rewards to run code that the policy wrote.
+    Raises RecipeError where there are no rewards to score by.
     """
     judged_by, task = judging_suite(log, suite, overrides)
+    judged_by = allow_code(judged_by) if run_code else judged_by
+    refuse_code(judged_by)
     rewards = load_rewards(task.rewards, task.special_tokens, task.call_timeout)
     rows, trajectories = log.rows(), [cleared(one) for one in log.trajectories()]
     width = log.header["part"] * log.header["samples"]
@@ -63,12 +70,19 @@ def judging_suite(log: EvalLog, suite: str | Path | None, overrides: Sequence[st
         raise RecipeError(
             f"--rescore: the episodes of {log.folder} were judged by their environment, and not by rewards"
         )
+    if data.get("choices") is not None:
+        raise RecipeError(
+            f"--rescore: the episodes of {log.folder} are choices by log-likelihood, which have no rewards to score by"
+        )
+    if data.get("run_code"):
+        data["run_code"] = False  # leave was given to another call
     if suite is not None:
         other = load_suite(suite)
         if not isinstance(other.task, PromptTask):
             raise RecipeError(f"--suite: '{suite}' has no rewards to score completions by")
         plain = other.model_dump(mode="json")
         data["task"]["rewards"], data["metrics"] = plain["task"]["rewards"], plain["metrics"]
+        data["run_code"] = plain["run_code"]
     document = Document(data, log.folder)
     for override in overrides:
         apply_override(document, override)

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lmrl.errors import RecipeError
-from lmrl.recipe import PromptTask, Rollouts, Section, TaskSection
+from lmrl.recipe import Choices, PromptTask, Rollouts, Section, TaskSection
 from lmrl.recipe.document import Document, read_yaml
 from lmrl.recipe.files import find_yaml, merge
+from lmrl.recipe.methods import spelled_out, take_arguments
 from lmrl.recipe.overrides import apply_override
 from lmrl.recipe.paths import resolve_files
 from lmrl.recipe.validation import validate
@@ -37,6 +38,24 @@ class Suite(Section):
     metrics: list[str] = Field(["return"], min_length=1)
     """Columns of tables; the first is the main one, which also names the best checkpoint."""
     seed: int = Field(0, ge=0)
+    choices: Choices | None = None
+    """Score given answers to the prompts by their log-likelihood, in place of sampled ones by rewards."""
+    run_code: bool | None = None
+    """True: rewards may run code that the policy writes. False: they would, and `lmrl eval` asks for --run-code first."""
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Suite:
+        if self.choices is None:
+            return self
+        if not isinstance(self.task, PromptTask):
+            raise ValueError("`choices` answer prompts: the task is an environment")
+        if self.task.rewards:
+            raise ValueError("`choices` are scored by their log-likelihood: leave out `task.rewards`")
+        if self.samples != 1:
+            raise ValueError("`choices` are not sampled: leave out `samples`")
+        if self.rollouts.engine != "hf":
+            raise ValueError("`choices` are scored by the policy's own model: leave out `rollouts.engine`")
+        return self
 
 
 def load_suite(name: str | Path, overrides: Sequence[str] = (), task: dict[str, Any] | None = None) -> Suite:
@@ -54,6 +73,7 @@ def load_suite(name: str | Path, overrides: Sequence[str] = (), task: dict[str, 
             "metrics"
         )
     resolve_files(document.data, document.folder)
+    arguments = take_arguments(document.data)
     own = document.data.get("task")
     follows = document.data.get("follows_run") is True and task is not None and isinstance(own, dict)
     if follows and own is not None and task is not None and own.get("environment") == task.get("environment"):
@@ -61,9 +81,21 @@ def load_suite(name: str | Path, overrides: Sequence[str] = (), task: dict[str, 
     else:
         _score_whole_file(own)
     for override in overrides:
-        apply_override(document, override)
+        apply_override(document, spelled_out(override, arguments))
     resolve_files(document.data, document.folder)
+    _read_own_file(document)
     return validate(Suite, document)
+
+
+def _read_own_file(document: Document) -> None:
+    """Where an override names a file in place of the suite's dataset on the hub, leave out what chooses from that."""
+    task = document.data.get("task")
+    prompts = task.get("prompts") if isinstance(task, dict) else None
+    for section, keys in ((prompts, ("task", "prompts")), ((prompts or {}).get("shots"), ("task", "prompts", "shots"))):
+        if isinstance(section, dict) and Path(str(section.get("path"))).exists():
+            for name in ("config", "revision"):
+                if "override" not in document.places.get((*keys, name), ""):
+                    section.pop(name, None)
 
 
 def _score_whole_file(task: Any) -> None:
@@ -71,6 +103,22 @@ def _score_whole_file(task: Any) -> None:
     prompts = task.get("prompts") if isinstance(task, dict) else None
     if isinstance(prompts, dict):
         prompts.setdefault("holdout", 1)
+
+
+def allow_code(suite: Suite) -> Suite:
+    """The suite with leave to run code that the policy writes. Raises RecipeError where it runs none."""
+    if suite.run_code is None:
+        raise RecipeError("--run-code: nothing of this suite runs code that the policy writes: leave it out")
+    return suite.model_copy(update={"run_code": True})
+
+
+def refuse_code(suite: Suite) -> None:
+    """Raise RecipeError for a suite that runs the policy's code without leave."""
+    if suite.run_code is False:
+        raise RecipeError(
+            "the suite runs code that the policy writes, as your user and on this machine: allow it, --run-code "
+            "(run_code=true where the suite is loaded otherwise)"
+        )
 
 
 def own_suite(task: dict[str, Any], rollouts: dict[str, Any], overrides: Sequence[str] = ()) -> Suite:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lmrl.policy.attention import ATTENTION, PLACEHOLDER, packed_arguments
 from lmrl.policy.heads import CHUNK, guide, probability_ratio
-from lmrl.policy.logprobs import at_least_float32, token_logprobs
+from lmrl.policy.logprobs import at_least_float32, greedy_logprobs, token_logprobs
 from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.pull import bounded
 from lmrl.trajectories.batch import Microbatch
@@ -74,15 +74,21 @@ def _policy_outputs(
     if request.logprobs and policy.splits_head:
         head = lm.get_output_embeddings()
         bias = getattr(head, "bias", None)
-        outputs.logprobs, outputs.entropy = token_logprobs(
-            hidden_ND, head.weight, bias, batch.targets_N, policy.temperature
-        )
+        if request.greedy:
+            found = greedy_logprobs(hidden_ND, head.weight, bias, batch.targets_N, policy.temperature)
+            outputs.logprobs, outputs.entropy, outputs.greedy = found
+        else:
+            outputs.logprobs, outputs.entropy = token_logprobs(
+                hidden_ND, head.weight, bias, batch.targets_N, policy.temperature
+            )
     elif request.logprobs:
         logits_NV = result.logits[batch.rows_N, batch.cols_N]
         logits_NV = logits_NV.to(at_least_float32(logits_NV.dtype)) / policy.temperature
         logprobs_NV = logits_NV.log_softmax(-1)
         outputs.logprobs = logprobs_NV.gather(1, batch.targets_N[:, None])[:, 0]
         outputs.entropy = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+        if request.greedy:
+            outputs.greedy = outputs.logprobs >= logprobs_NV.amax(-1)
     return values_ND
 
 

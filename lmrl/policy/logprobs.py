@@ -36,6 +36,19 @@ def token_logprobs(
 
     The distribution is softmax((hidden @ weight.T + bias) / temperature). Accumulates in float32 at least.
     """
+    logprobs_N, entropy_N, _ = _TokenLogprobs.apply(hidden_ND, weight_VD, bias_V, targets_N, temperature, slice_size)
+    return logprobs_N, entropy_N
+
+
+def greedy_logprobs(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_N: torch.Tensor,
+    temperature: float = 1.0,
+    slice_size: int = SLICE,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `token_logprobs`, and whether no token is likelier than the target, (N,)."""
     return _TokenLogprobs.apply(hidden_ND, weight_VD, bias_V, targets_N, temperature, slice_size)
 
 
@@ -154,10 +167,12 @@ class _TokenLogprobs(torch.autograd.Function):
         )
         ctx.temperature, ctx.slice_size, ctx.dtype, ctx.kernels = temperature, slice_size, dtype, kernels
         ctx.set_materialize_grads(False)
-        return totals.picked - lse, entropy
+        greedy = totals.picked >= totals.top
+        ctx.mark_non_differentiable(greedy)
+        return totals.picked - lse, entropy, greedy
 
     @staticmethod
-    def backward(ctx, grad_logprob, grad_entropy):
+    def backward(ctx, grad_logprob, grad_entropy, _):
         hidden, weight, bias, targets, lse, entropy, mean = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         if grad_logprob is None and grad_entropy is None:

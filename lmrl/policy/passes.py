@@ -26,6 +26,8 @@ class ForwardRequest:
     """Push no Q below the batch's field `floors`."""
     probability: float | None = None
     """The outputs that Q-SFT needs, at this behaviour support."""
+    greedy: bool = False
+    """Whether each action is the likeliest token."""
 
 
 ABSENT: Any = None
@@ -38,6 +40,8 @@ class Outputs:
 
     logprobs: torch.Tensor = ABSENT
     entropy: torch.Tensor = ABSENT
+    greedy: torch.Tensor = ABSENT
+    """True if the action is the likeliest token."""
     values: torch.Tensor = ABSENT
     value_logits: torch.Tensor | None = None
     q: torch.Tensor = ABSENT

@@ -318,13 +318,13 @@ class Policy(nn.Module):
     ) -> dict[str, list[torch.Tensor]]:
         fields: dict[str, list[torch.Tensor]] = {}
         if not count:
-            fields = {"logprobs": [], "entropy": [], "values": []}
+            fields = {"logprobs": [], "entropy": [], "values": [], "greedy": []}
         for micro, idle, _ in passes:
             micro = micro.to(self.device)
             outputs = self(micro, request, reference)
             if idle:
                 continue
-            for name in ("logprobs", "entropy", "values"):
+            for name in ("logprobs", "entropy", "values", "greedy"):
                 flat = getattr(outputs, name)
                 if flat is None:
                     continue

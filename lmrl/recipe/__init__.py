@@ -42,3 +42,4 @@ from lmrl.recipe.task import (
     Reward,
     SpecialTokens,
 )
+from lmrl.recipe.templates import Choices, Shots

@@ -38,6 +38,7 @@ def resolve_files(data: Any, beside: Path) -> None:
 
     resolve(_model_path, "model", "path")
     resolve(_data_path, "task", "prompts", "path")
+    resolve(_data_path, "task", "prompts", "shots", "path")
     resolve(_data_path, "source", "path")
     resolve(_plugin_path, "task", "environment")
     resolve(_plugin_path, "objective", "name")

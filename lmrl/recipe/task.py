@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AllowInfNan, BeforeValidator, Field, model_validator
 
 from lmrl.recipe.base import Plugin, Section
+from lmrl.recipe.templates import Shots
 
 SpecialTokens = Literal["text", "parse"]
 """Reading of a special token's name, such as `<|im_end|>`, inside prompts, observations, tool results and logged actions:
@@ -49,6 +50,15 @@ class Prompts(Section):
     default it is."""
     limit: int | None = Field(None, ge=1)
     """Use only the first rows."""
+    where: str | None = None
+    """Jinja expression of a row's columns: rows of which it is false are left out (`subject == 'anatomy'`)."""
+    fields: dict[str, str] = {}
+    """Further columns, each a Jinja expression of the others; those below see those above."""
+    template: str | None = None
+    """Jinja template of the prompt (null: `column` as it stands)."""
+    opening: str = ""
+    """Jinja template of what stands before the examples and the prompt."""
+    shots: Shots = Shots()
 
     @model_validator(mode="after")
     def _system_needs_chat(self) -> Prompts:

@@ -13,9 +13,10 @@ from lmrl.errors import DataError, RecipeError
 from lmrl.recipe import Prompts, PromptTask, Recipe
 from lmrl.rewards.load import load_rewards
 from lmrl.rewards.rewards import RewardFunction, drop_failed, judge
+from lmrl.rollouts.templates import prompt_rows
 from lmrl.seeding import stream
 from lmrl.trajectories.fields import checked_messages
-from lmrl.trajectories.files import Malformed, Selection, read_rows
+from lmrl.trajectories.files import Malformed, Selection
 from lmrl.trajectories.formats import prompt_of
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.store import dataset_texts
@@ -95,7 +96,7 @@ def task_texts(recipe: Recipe) -> list[str]:
     if section is None:
         return texts
     if isinstance(section, PromptTask):
-        return texts + _strings(_prompt_rows(section.prompts))
+        return texts + _strings(prompt_rows(section.prompts))
     environment = environment_factory(section)()
     texts += list(environment.texts()) if hasattr(environment, "texts") else []
     if not texts:
@@ -140,13 +141,9 @@ def build_task(section: Any, tokenizer: Any) -> Task:
     )
 
 
-def _prompt_rows(prompts: Prompts) -> list[dict[str, Any]]:
-    return read_rows(prompts.path, Selection.of(prompts), prompts.limit)
-
-
 def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
     prompts = section.prompts
-    rows = _prompt_rows(prompts)
+    rows = prompt_rows(prompts)
     for number, row in enumerate(rows, start=1):
         try:
             row[prompts.column] = prompt_of(row, prompts.column)
