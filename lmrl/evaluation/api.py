@@ -11,6 +11,7 @@ from typing import Any
 
 from lmrl.allocator import keep_freed_memory
 from lmrl.errors import RecipeError, RunError, ScoreError
+from lmrl.evaluation.bridges import HARNESS, harness_options, harness_task
 from lmrl.evaluation.contenders import Contender, contenders, folder_name
 from lmrl.evaluation.evaluate import Evaluator
 from lmrl.evaluation.log import in_order, is_log, logs_in, play_into_log
@@ -108,9 +109,14 @@ def evaluate(
     log: a folder for every episode (see lmrl/evaluation/log.py), with a subfolder each where there are several rows; an
     evaluation that was stopped resumes there. part: of a log, episodes played side by side and written at once.
     run_code: allow a suite to run code that the policy writes.
+    A suite `lm-eval:TASK` is a task of lm-eval, with the overrides of `HarnessOptions`.
     """
     policies = [policy] if isinstance(policy, str | Path) else list(policy)
     found = contenders(policies, checkpoint, checkpoints)
+    if (task := harness_task(suite)) is not None:
+        if betas or log is not None or part is not None:
+            raise RecipeError(f"--suite {suite}: it has no --beta, --log and --log-every: leave them out")
+        return _harness_report(task, found, overrides, trust_remote_code, run_code)
     rows: dict[str, Scores] = {}
     episodes: dict[str, list[Trajectory]] = {}
     given: NamedSuite | None = None
@@ -121,6 +127,31 @@ def evaluate(
             rows[label], episodes[label] = scores, played
     names = ", ".join(map(str, policies))
     return Report(evaluator.name, names, rows, evaluator.suite.metrics, played, evaluator.played, episodes)
+
+
+def _harness_report(
+    task: str, found: Sequence[Contender], overrides: Sequence[str], trust_remote_code: bool, run_code: bool
+) -> Report:
+    """Policies on a task of lm-eval."""
+    from lmrl.accelerators import default_device
+
+    options = harness_options(overrides)
+    from lmrl.evaluation.harness import run_harness
+
+    rows, episodes = {}, {}
+    for contender in found:
+        policy = open_policy(contender.path, dtype_of(Path(contender.path)), trust_remote_code)
+        policy.to(default_device())
+        rows[contender.label], episodes[contender.label], played = run_harness(policy, task, options, run_code)
+        del policy
+    names = ", ".join(contender.name for contender in found)
+    columns = list(dict.fromkeys(name for scores in rows.values() for name in scores))
+    return Report(f"{HARNESS}{task}", names, rows, columns, episodes[contender.label], played, episodes)
+
+
+def dtype_of(checkpoint: Path) -> str:
+    """The precision that a checkpoint was trained with; float32 for what is none of lmrl's."""
+    return str(saved_task(checkpoint)["dtype"]) if (checkpoint / TASK_FILE).is_file() else "float32"
 
 
 def rescored(

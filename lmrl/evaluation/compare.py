@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lmrl.errors import RecipeError, RunError
 from lmrl.evaluation.api import NamedSuite, evaluator_for, score_rows
+from lmrl.evaluation.bridges import harness_task
 from lmrl.evaluation.contenders import contenders
 from lmrl.evaluation.evaluate import Evaluator
 from lmrl.evaluation.log import EvalLog, is_log, logs_in
@@ -41,6 +42,8 @@ def compare(
     code that the policies write.
     Raises RunError for logs of different suites, RecipeError for a metric or policy that there is not.
     """
+    if harness_task(suite) is not None:
+        raise RecipeError(f"--suite {suite}: tasks of lm-eval are scored, not compared: lmrl eval A B --suite {suite}")
     wanted = [read_claim(text) for text in claims]
     logs = {str(name): logs_in(name) for name in policies if has_logs(Path(name))}
     given = [one for found in logs.values() for one in found]
