@@ -32,6 +32,10 @@ def command(
     metric: Annotated[
         list[str] | None, typer.Option("--metric", "-m", help="What to compare (default: the suite's metrics)")
     ] = None,
+    control: Annotated[
+        str | None,
+        typer.Option("--control", metavar="METRIC", help="Compare at equal values of this as well, for instance length"),
+    ] = None,
     log: Annotated[Path | None, typer.Option("--log", help="Keep every episode that is played in this folder")] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the comparison to this file")] = None,
     fail_under: Annotated[
@@ -75,6 +79,7 @@ def command(
         samples,
         trust_remote_code,
         run_code,
+        control,
     )
     _show(found)
     if json is not None:
@@ -109,6 +114,14 @@ def _show(found: Comparison) -> None:
     for one in found.differences:
         table.add_row(*_cells(one))
     display.console.print(table)
+    if found.ratings:
+        table = Table(title="Bradley-Terry ratings (A is 0; 400 points are odds of 10 to 1)", title_justify="left")
+        for head in ("", "points", "95 % interval"):
+            table.add_column(head, justify="left" if head == "" else "right")
+        for rating in sorted(found.ratings, key=lambda one: -one.points):
+            low, high = rating.ci95
+            table.add_row(f"{rating.key}: {found.names[rating.key]}", f"{rating.points:+.0f}", f"[{low:+.0f}, {high:+.0f}]")
+        display.console.print(table)
     for change in found.changes:
         display.say(f"\n  {shorten(change.prompt, WIDTH)}")
         for key, completion in change.completions.items():
@@ -116,8 +129,12 @@ def _show(found: Comparison) -> None:
 
 
 def _cells(one: Difference) -> list[str]:
+    from lmrl.evaluation.paired import AT_EQUAL
+
     low, high = one.ci95
     more = "no difference" if one.more is None else "settled" if one.more == 0 else f"{one.more} more {one.unit}s"
+    if AT_EQUAL in one.metric and one.more is None:
+        more = ""
     if one.more and one.is_fixed:
         more = f"{(one.prompts + one.more) / one.prompts:.1f} times the samples"
     return [

@@ -42,6 +42,13 @@ def command(
     beta: Annotated[
         str | None, typer.Option("--beta", help="Of a policy with Q heads: weights of Q to try, for instance 1,4,16,64")
     ] = None,
+    overlap: Annotated[
+        list[str] | None,
+        typer.Option("--overlap", metavar="RUN|FILE", help="Look for the prompts in this run's training data, or this file"),
+    ] = None,
+    overlap_words: Annotated[
+        int | None, typer.Option("--overlap-words", min=3, help="Words in a row that count as shared (default: 13)")
+    ] = None,
     fail_under: Annotated[
         list[str] | None,
         typer.Option("--fail-under", metavar="METRIC=VALUE", help="Exit with 1 if the mean is lower, e.g. return=-3"),
@@ -72,12 +79,15 @@ def command(
         "--checkpoints": checkpoints,
         "--beta": beta,
         "--log-every": part,
+        "--overlap": overlap,
         "--trust-remote-code": trust_remote_code,
     }
     if rescore is not None and (idle := [name for name, given in unused.items() if given]):
         raise RecipeError(f"{idle[0]}: --rescore loads no policy and plays nothing: leave it out")
     if part is not None and log is None:
         raise RecipeError("--log-every says how a log is written: name its folder, --log FOLDER")
+    if overlap_words is not None and not overlap:
+        raise RecipeError("--overlap-words says what prompts may share with training data: name it, --overlap RUN")
     if inspect is not None and log is None:
         raise RecipeError("--inspect writes what a log holds: name its folder, --log FOLDER")
     if harness_task(suite) is not None:
@@ -87,18 +97,34 @@ def command(
         refuse_code(allow_code(loaded) if run_code else loaded)
 
     from lmrl.evaluation.api import evaluate, rescored
+    from lmrl.evaluation.contamination import WORDS
     from lmrl.training.display import Display
 
     if rescore is not None:
         report = rescored(rescore, suite, overrides, log, run_code)
     else:
         report = evaluate(
-            names, suite, overrides, checkpoint, trust_remote_code, betas, log, listed(checkpoints), part, run_code
+            names,
+            suite,
+            overrides,
+            checkpoint,
+            trust_remote_code,
+            betas,
+            log,
+            listed(checkpoints),
+            part,
+            run_code,
+            overlap or (),
+            overlap_words or WORDS,
         )
     display = Display()
     display.samples(report.trajectories, samples)
     display.table(f"{report.policy} on {report.suite}", report.rows)
     display.say(f"played: {report.played}")
+    if report.overlap is not None:
+        display.say(f"overlap: {report.overlap}")
+    if report.clean:
+        display.table("Without the prompts that share something", report.clean)
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
         json.write_text(report.to_json())

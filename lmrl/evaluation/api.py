@@ -12,6 +12,7 @@ from typing import Any
 from lmrl.allocator import keep_freed_memory
 from lmrl.errors import RecipeError, RunError, ScoreError
 from lmrl.evaluation.bridges import HARNESS, harness_options, harness_task
+from lmrl.evaluation.contamination import WORDS, Overlap, overlap_of
 from lmrl.evaluation.contenders import Contender, contenders, folder_name
 from lmrl.evaluation.evaluate import Evaluator
 from lmrl.evaluation.log import in_order, is_log, logs_in, play_into_log
@@ -55,6 +56,10 @@ class Report:
 
     episodes: dict[str, list[Trajectory]] = field(default_factory=dict)
     """The judged episodes of each row."""
+    overlap: Overlap | None = None
+    """What the prompts share with training data."""
+    clean: dict[str, Scores] = field(default_factory=dict)
+    """The rows without prompts that share something; {} where none does, or all do."""
 
     @property
     def metrics(self) -> Scores:
@@ -81,7 +86,10 @@ class Report:
 
     def to_json(self) -> str:
         scores = {"metrics": self.metrics} if len(self.rows) == 1 else {"rows": self.rows}
-        return json.dumps({"suite": self.suite, "policy": self.policy, **scores}, indent=2) + "\n"
+        found: dict[str, Any] = {"suite": self.suite, "policy": self.policy, **scores}
+        if self.overlap is not None:
+            found |= {"overlap": self.overlap.to_plain(), "rows_without_overlap": self.clean}
+        return json.dumps(found, indent=2) + "\n"
 
 
 def evaluate(
@@ -95,6 +103,8 @@ def evaluate(
     checkpoints: Sequence[str] = (),
     part: int | None = None,
     run_code: bool = False,
+    overlap: Sequence[str | Path] = (),
+    overlap_words: int = WORDS,
 ) -> Report:
     """Score a policy: a run folder, a checkpoint, any transformers or peft folder, a GGUF file, or a hub name.
 
@@ -109,13 +119,14 @@ def evaluate(
     log: a folder for every episode (see lmrl/evaluation/log.py), with a subfolder each where there are several rows; an
     evaluation that was stopped resumes there. part: of a log, episodes played side by side and written at once.
     run_code: allow a suite to run code that the policy writes.
+    overlap: runs or files whose training data to look for the suite's prompts in: stretches of `overlap_words` words.
     A suite `lm-eval:TASK` is a task of lm-eval, with the overrides of `HarnessOptions`.
     """
     policies = [policy] if isinstance(policy, str | Path) else list(policy)
     found = contenders(policies, checkpoint, checkpoints)
     if (task := harness_task(suite)) is not None:
-        if betas or log is not None or part is not None:
-            raise RecipeError(f"--suite {suite}: it has no --beta, --log and --log-every: leave them out")
+        if betas or log is not None or part is not None or overlap:
+            raise RecipeError(f"--suite {suite}: it has no --beta, --log, --log-every and --overlap: leave them out")
         return _harness_report(task, found, overrides, trust_remote_code, run_code)
     rows: dict[str, Scores] = {}
     episodes: dict[str, list[Trajectory]] = {}
@@ -126,7 +137,13 @@ def evaluate(
         for label, scores, played in score_rows(evaluator, contender, betas, log, len(found) > 1, part):
             rows[label], episodes[label] = scores, played
     names = ", ".join(map(str, policies))
-    return Report(evaluator.name, names, rows, evaluator.suite.metrics, played, evaluator.played, episodes)
+    report = Report(evaluator.name, names, rows, evaluator.suite.metrics, played, evaluator.played, episodes)
+    if overlap:
+        report.overlap = overlap_of(played, evaluator.suite, list(map(str, overlap)), overlap_words)
+        if 0 < len(report.overlap.shared) < report.overlap.prompts:
+            kept = {label: report.overlap.clean(own) for label, own in episodes.items()}
+            report.clean = {label: evaluator.report(own) for label, own in kept.items() if own}
+    return report
 
 
 def _harness_report(

@@ -32,6 +32,7 @@ def compare(
     shown: int = SHOWN,
     trust_remote_code: bool = False,
     run_code: bool = False,
+    control: str | None = None,
 ) -> Comparison:
     """Compare policies with the first of them: differences of the same samples, with intervals and p-values.
 
@@ -39,7 +40,7 @@ def compare(
     (default: that of the logs, else of the first policy). claims: `B - A > -0.01` and its like, to be held to by
     `Comparison.require`.
     metrics: what to compare (default: the suite's). log: a folder to keep what is played. run_code: allow a suite to run
-    code that the policies write.
+    code that the policies write. control: a metric, such as `length`, at equal values of which the others are compared too.
     Raises RunError for logs of different suites, RecipeError for a metric or policy that there is not.
     """
     if harness_task(suite) is not None:
@@ -80,7 +81,7 @@ def compare(
             played.setdefault(contender.name, []).append(Played(label, episodes))
     assert common is not None  # there are two policies, logs or fresh ones
     ordered = [one for name in dict.fromkeys(map(str, policies)) for one in played[name]]
-    return compare_played(common.suite.name, ordered, common.scoring, metrics, wanted, shown, common.played)
+    return compare_played(common.suite.name, ordered, common.scoring, metrics, wanted, shown, common.played, control)
 
 
 @dataclass(frozen=True)

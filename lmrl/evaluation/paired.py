@@ -14,8 +14,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from lmrl.errors import RecipeError, RunError, ScoreError, did_you_mean
 from lmrl.evaluation.best_of import several_samples
+from lmrl.evaluation.controlled import controlled
+from lmrl.evaluation.ratings import Rating, ratings
 from lmrl.evaluation.scoring import Scores, Scoring, value_of
 from lmrl.evaluation.statistics import Clustered, Limits, between_clusters, p_value, summarize, within_clusters
 from lmrl.trajectories.trajectory import Trajectory
@@ -25,6 +29,8 @@ SETTLED, POWER = 1.959963984540054, 0.8416212335729143
 CLAIM = re.compile(
     r"\s*(?:(?P<metric>[^:]+?)\s*:)?\s*(?P<first>[A-Z])\s*-\s*(?P<second>[A-Z])\s*(?P<sign>[<>])\s*(?P<margin>[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*"
 )
+AT_EQUAL = " at equal "
+"""Between a metric and the one that is held equal."""
 ROUNDING = 1e-12
 """Relative difference up to which two scores are a tie."""
 
@@ -97,6 +103,8 @@ class Comparison:
     changes: list[Change]
     """The samples whose main metric differs most between the first policy and another."""
     played: str = ""
+    ratings: list[Rating] = field(default_factory=list)
+    """Of three policies or more, Bradley-Terry ratings on the main metric."""
 
     def require(self, claims: Sequence[Claim]) -> None:
         """Raise ScoreError where an interval does not exclude what a claim excludes."""
@@ -122,7 +130,7 @@ class Comparison:
     def to_json(self) -> str:
         differences = [vars(one) | {"more": one.more} for one in self.differences]
         changes = list(map(vars, self.changes))
-        data = {"suite": self.suite, "policies": self.names, "scores": self.rows}
+        data = {"suite": self.suite, "policies": self.names, "scores": self.rows, "ratings": list(map(vars, self.ratings))}
         return json.dumps(data | {"differences": differences, "changes": changes}, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -175,10 +183,12 @@ def compare_played(
     claims: Sequence[Claim] = (),
     shown: int = 5,
     played: str = "",
+    control: str | None = None,
 ) -> Comparison:
     """Compare every policy with the first, and those that claims are about.
 
-    metrics: what to compare (none: the suite's own that every policy has). shown: changed samples to keep.
+    metrics: what to compare (none: the suite's own that every policy has). shown: changed samples to keep. control: a metric
+    at equal values of which the others are compared as well, such as `length`.
     Raises RunError for policies that did not play the same, RecipeError for an unknown metric.
     """
     for number, one in enumerate(policies):
@@ -188,11 +198,14 @@ def compare_played(
     rows = {one.key: scoring.report(one.trajectories, one.extra) for one in policies}
     shared = [name for name in rows["A"] if all(name in row for row in rows.values()) and name != "normalized"]
     wanted = list(metrics) or [name for name in scoring.metrics if name in shared]
-    for name in [*wanted, *(claim.metric for claim in claims if claim.metric)]:
+    asked = [*wanted, *(split_control(claim.metric)[0] for claim in claims if claim.metric), *([control] if control else [])]
+    for name in asked:
         if name not in shared:
             raise RecipeError(
                 f"metrics: there is no metric '{name}' that all policies have{did_you_mean(name, shared)}"
             )
+    if control is not None:
+        wanted += [f"{name}{AT_EQUAL}{control}" for name in wanted if name != control]
     wanted = list(dict.fromkeys([*wanted, *(claim.metric for claim in claims if claim.metric)]))
     by_key = {one.key: one for one in policies}
     pairs = [(one.key, "A") for one in policies[1:]]
@@ -206,7 +219,19 @@ def compare_played(
         each.adjusted = adjusted
     names = {one.key: one.label for one in policies}
     changes = changed_samples(policies, wanted[0], scoring, shown)
-    return Comparison(suite, names, rows, found, changes, played)
+    rated = rate(policies, wanted[0], scoring) if len(policies) > 2 else []
+    return Comparison(suite, names, rows, found, changes, played, rated)
+
+
+def rate(policies: Sequence[Played], metric: str, scoring: Scoring) -> list[Rating]:
+    """Bradley-Terry ratings by a metric, on the prompts that all policies have."""
+    means = []
+    for one in policies:
+        values = keyed_values(one, metric, scoring)
+        groups = [group for group, _ in values]
+        means.append(dict(zip(dict.fromkeys(groups), group_means(groups, list(values.values())), strict=True)))
+    common = [group for group in means[0] if all(group in other for other in means[1:])]
+    return ratings([one.key for one in policies], np.array([[mean[group] for group in common] for mean in means]))
 
 
 def key_of(number: int) -> str:
@@ -235,6 +260,7 @@ def check_same_prompts(policies: Sequence[Played]) -> None:
 
 def difference(first: Played, second: Played, metric: str, scoring: Scoring) -> Difference:
     """first - second on a metric, over the samples that both have; `adjusted` is still the p-value itself."""
+    metric, control = split_control(metric)
     one, other = (keyed_values(each, metric, scoring) for each in (first, second))
     keys = [key for key in one if key in other]
     if not keys:
@@ -246,10 +272,15 @@ def difference(first: Played, second: Played, metric: str, scoring: Scoring) -> 
     by_group = [group_means(groups, [side[key] for key in keys]) for side in (one, other)]
     signs = [_sign(a, b) for a, b in zip(*by_group, strict=True)]
     p = p_value(gaps, groups, limits, scoring.fixed)
+    if control is not None:
+        sides = [keyed_values(each, control, scoring) for each in (first, second)]
+        others = [sides[0][key] - sides[1][key] for key in keys]
+        held = controlled(group_means(groups, gaps), group_means(groups, others), control)
+        summary, p = summary | {"mean": held.mean, "ci95": held.ci95, "holds_for": f"new {scoring.unit}s"}, held.p
     return Difference(
         first.key,
         second.key,
-        metric,
+        metric if control is None else f"{metric}{AT_EQUAL}{control}",
         summary["mean"],
         summary["ci95"],
         p,
@@ -260,11 +291,17 @@ def difference(first: Played, second: Played, metric: str, scoring: Scoring) -> 
         len(keys),
         summary["clusters"],
         correlation(*by_group),
-        prompts_needed(gaps, groups, scoring.fixed),
+        prompts_needed(gaps, groups, scoring.fixed) if control is None else None,
         summary["holds_for"],
         scoring.unit,
         scoring.fixed,
     )
+
+
+def split_control(metric: str) -> tuple[str, str | None]:
+    """`reward at equal length` as `reward` and `length`; any other metric with None."""
+    name, found, control = metric.partition(AT_EQUAL)
+    return name, control if found else None
 
 
 def keyed_values(played: Played, metric: str, scoring: Scoring) -> dict[tuple[int, int], float]:

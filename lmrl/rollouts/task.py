@@ -96,7 +96,7 @@ def task_texts(recipe: Recipe) -> list[str]:
     if section is None:
         return texts
     if isinstance(section, PromptTask):
-        return texts + _strings(prompt_rows(section.prompts))
+        return texts + strings_in(prompt_rows(section.prompts))
     environment = environment_factory(section)()
     texts += list(environment.texts()) if hasattr(environment, "texts") else []
     if not texts:
@@ -107,12 +107,12 @@ def task_texts(recipe: Recipe) -> list[str]:
     return texts
 
 
-def _strings(value: Any) -> list[str]:
+def strings_in(value: Any) -> list[str]:
     """The texts of rows, also those inside of messages and turns."""
     if isinstance(value, str):
         return [value]
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [text for one in inner for text in _strings(one)]
+    return [text for one in inner for text in strings_in(one)]
 
 
 def build_task(section: Any, tokenizer: Any) -> Task:

@@ -1,0 +1,54 @@
+"""Differences between policies at equal length, or at equal any other metric.
+
+Longer answers often score higher whatever they say. The difference of two scores of a prompt is regressed on the difference of
+the two lengths; the intercept is the difference that is left where both are equally long.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lmrl.errors import RecipeError
+from lmrl.evaluation.student import t95, upper_tail
+
+FEWEST = 4
+"""Prompts below which no slope is estimated."""
+
+
+@dataclass
+class Controlled:
+    """A difference with another held at 0, and what one unit of that is worth."""
+
+    mean: float
+    ci95: list[float]
+    p: float
+    slope: float
+
+
+def controlled(gaps_G: Sequence[float], others_G: Sequence[float], name: str) -> Controlled:
+    """The mean of `gaps_G` where `others_G` is 0, one value a prompt each. name: of the other, for messages.
+
+    Least squares with the standard errors HC3 (MacKinnon and White, Journal of Econometrics 29, 1985), G - 2 degrees of freedom.
+    Without spread in `others_G` there is nothing to hold, and the mean is as it is. Raises RecipeError for too few prompts.
+    """
+    y_G, x_G = np.asarray(gaps_G, float), np.asarray(others_G, float)
+    count = len(y_G)
+    if count < FEWEST:
+        raise RecipeError(f"--control {name}: {count} prompts say nothing about its influence: take {FEWEST} or more")
+    columns = [np.ones(count)] + ([x_G] if np.ptp(x_G) > 0 else [])
+    design_GP = np.stack(columns, 1)
+    inverse_PP = np.linalg.inv(design_GP.T @ design_GP)
+    beta_P = inverse_PP @ design_GP.T @ y_G
+    leverage_G = np.einsum("gp,pq,gq->g", design_GP, inverse_PP, design_GP)
+    residual_G = (y_G - design_GP @ beta_P) / np.maximum(1 - leverage_G, 1e-6)
+    half_PG = inverse_PP @ design_GP.T * residual_G
+    error = math.sqrt(float((half_PG @ half_PG.T)[0, 0]))
+    df = count - design_GP.shape[1]
+    mean = float(beta_P[0])
+    p = 2 * upper_tail(abs(mean) / error, df) if error > 0 else float(mean == 0)
+    slope = float(beta_P[1]) if len(beta_P) > 1 else 0.0
+    return Controlled(mean, [mean - t95(df) * error, mean + t95(df) * error], p, slope)

@@ -1,0 +1,74 @@
+"""Bradley-Terry ratings of several policies from their wins, ties and losses on the same prompts (Biometrika 39, 1952)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lmrl.seeding import stream
+
+RESAMPLES = 500
+PRIOR = 0.5
+"""Ties that every pair is taken to have played beside the real ones, so that a policy that wins always stays finite."""
+ELO = 400 / math.log(10)
+"""Points for a factor e of the odds: 400 points are odds of 10 to 1."""
+STEPS, CLOSE = 1000, 1e-9
+
+
+@dataclass
+class Rating:
+    """Strength of a policy in points, that of the first policy being 0."""
+
+    key: str
+    points: float
+    ci95: list[float]
+    """From resampled prompts."""
+
+
+def ratings(keys: Sequence[str], scores_KG: np.ndarray) -> list[Rating]:
+    """Ratings from the scores of each policy on each prompt, (K, G): the higher of two wins, equal ones tie.
+
+    Intervals are percentiles of ratings from resampled prompts, so they are for new prompts.
+    """
+    wins_GKK = outcomes(scores_KG)
+    rated = fit(wins_GKK.sum(0))
+    rng, count = stream("ratings", len(keys), wins_GKK.shape[0]), wins_GKK.shape[0]
+    drawn_BK = np.stack(
+        [fit(wins_GKK[rng.integers(0, count, count)].sum(0)) for _ in range(RESAMPLES if count > 1 else 1)]
+    )
+    low_K, high_K = np.percentile(drawn_BK, (2.5, 97.5), axis=0)
+    return [
+        Rating(key, float(points), [float(low), float(high)])
+        for key, points, low, high in zip(keys, rated, low_K, high_K, strict=True)
+    ]
+
+
+def outcomes(scores_KG: np.ndarray) -> np.ndarray:
+    """Of each prompt, who beats whom: 1, a tie 1/2, (G, K, K); 0 on the diagonal."""
+    first_KKG, second_KKG = scores_KG[:, None, :], scores_KG[None, :, :]
+    alike_KKG = np.isclose(first_KKG, second_KKG, rtol=1e-12, atol=1e-12)
+    wins_KKG = np.where(alike_KKG, 0.5, (first_KKG > second_KKG).astype(float))
+    wins_KKG[np.arange(len(scores_KG)), np.arange(len(scores_KG))] = 0.0
+    moved: np.ndarray = np.moveaxis(wins_KKG, -1, 0)
+    return moved
+
+
+def fit(wins_KK: np.ndarray) -> np.ndarray:
+    """Points of each policy, (K,), by the MM algorithm of Hunter (Annals of Statistics 32, 2004)."""
+    count = len(wins_KK)
+    wins_KK = wins_KK + PRIOR / 2 * (1 - np.eye(count))
+    games_KK, won_K = wins_KK + wins_KK.T, wins_KK.sum(1)
+    strength_K = np.ones(count)
+    for _ in range(STEPS):
+        shared_KK = games_KK / (strength_K[:, None] + strength_K[None, :])
+        updated_K = won_K / (shared_KK.sum(1) - np.diag(shared_KK))
+        updated_K /= np.exp(np.log(updated_K).mean())
+        close = np.abs(np.log(updated_K / strength_K)).max() < CLOSE
+        strength_K = updated_K
+        if close:
+            break
+    points_K: np.ndarray = ELO * np.log(strength_K / strength_K[0])
+    return points_K

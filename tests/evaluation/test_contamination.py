@@ -1,0 +1,102 @@
+"""Prompts that share stretches of words with training data."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import lmrl
+from lmrl import cli
+from lmrl.errors import RecipeError, RunError
+
+SHARED = "the quick brown fox jumps over the lazy dog and runs far away from here today"
+OTHER = "seven small ships sail slowly across a silent sea of blue glass while nobody is watching"
+
+
+@pytest.fixture
+def suite(tmp_path):
+    rows = [{"prompt": SHARED.upper() + "!", "answer": "a"}, {"prompt": OTHER, "answer": "b"}, {"prompt": "short", "answer": ""}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "judge.py").write_text(
+        "def judge(prompts, completions, **columns):\n    return [float(len(prompt)) for prompt in prompts]\n"
+    )
+    (tmp_path / "suite.yaml").write_text(
+        "task:\n  prompts: {path: prompts.jsonl}\n  rewards: [judge.py:judge]\n"
+        "rollouts: {max_new_tokens: 2}\nmetrics: [reward]\n"
+    )
+    return tmp_path / "suite.yaml"
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_shared_words_are_found_in_any_field(suite, tiny_folder, tmp_path):
+    chat = [{"role": "user", "content": f"Once, {SHARED.replace(' ', '  ')}."}]
+    file = write(tmp_path / "train.jsonl", {"messages": chat}, {"text": OTHER[:40]})
+    report = lmrl.evaluate(tiny_folder, suite, overlap=[file])
+    assert list(report.overlap.shared) == [0] and report.overlap.short == [2] and report.overlap.prompts == 3
+    assert report.overlap.shared[0] == " ".join(SHARED.split()[:13])
+    assert report.metrics["reward"]["n"] == 3
+    assert report.clean["policy"]["reward"]["mean"] == (len(OTHER) + len("short")) / 2
+    data = json.loads(report.to_json())
+    assert data["overlap"]["shared"] == {"0": report.overlap.shared[0]} and "rows_without_overlap" in data
+
+
+def test_fewer_words_than_asked_are_no_overlap(suite, tiny_folder, tmp_path):
+    file = write(tmp_path / "train.jsonl", {"text": " ".join(SHARED.split()[:12])})
+    assert lmrl.evaluate(tiny_folder, suite, overlap=[file]).overlap.shared == {}
+    assert list(lmrl.evaluate(tiny_folder, suite, overlap=[file], overlap_words=12).overlap.shared) == [0]
+
+
+def test_json_inside_of_a_field_is_read(suite, tiny_folder, tmp_path):
+    file = write(tmp_path / "log.jsonl", {"turns": json.dumps([{"action": "so\n" + SHARED}])})
+    assert list(lmrl.evaluate(tiny_folder, suite, overlap=[file]).overlap.shared) == [0]
+
+
+def test_examples_before_a_prompt_are_no_overlap(suite, tiny_folder, tmp_path):
+    examples = write(tmp_path / "examples.jsonl", {"prompt": OTHER, "answer": SHARED})
+    changes = [
+        "task.prompts.template='{{ prompt }}'",
+        f"task.prompts.shots={{count: 1, path: {examples}, template: '{{{{ answer }}}} '}}",
+        "task.prompts.where=\"prompt == 'short'\"",
+        "task.prompts.fields={kept: answer}",
+    ]
+    report = lmrl.evaluate(tiny_folder, suite, changes, overlap=[examples])
+    assert SHARED in report.trajectories[0].prompt and report.overlap.shared == {}
+
+
+def test_held_out_prompts_of_a_run_are_clean(suite, tiny_folder, tmp_path):
+    """A run that trains on four of five prompts, scored on all five."""
+    rows = [{"prompt": f"{number} {' '.join(f'w{number}x{word}' for word in range(14))}"} for number in range(5)]
+    write(tmp_path / "prompts.jsonl", *rows)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{path: {tiny_folder}}}\n"
+        "task: {prompts: {path: prompts.jsonl, holdout: 0.2}, rewards: [judge.py:judge]}\n"
+        "rollouts: {prompts: 2, samples: 2, max_new_tokens: 2}\nobjective: {name: rloo}\n"
+        "training: {steps: 1, checkpoint_every: 0}\n"
+    )
+    run = tmp_path / "run"
+    lmrl.train(str(recipe), [], output=run)
+    report = lmrl.evaluate(run, suite, overlap=[run])
+    assert len(report.overlap.shared) == 4 and report.clean["policy"]["reward"]["n"] == 1
+
+
+def test_a_run_without_text_is_refused(suite, tiny_folder, ilql_run):
+    with pytest.raises(RunError, match="learned from no prompts or logged data, only from an environment"):
+        lmrl.evaluate(tiny_folder, suite, overlap=[ilql_run])
+
+
+def test_command_reports_overlap(suite, tiny_folder, tmp_path):
+    file = write(tmp_path / "train.jsonl", {"text": SHARED})
+    arguments = ["eval", str(tiny_folder), "--suite", str(suite), "--overlap", file, "--overlap-words", "12"]
+    shown = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "200"})
+    assert shown.exit_code == 0 and "overlap: 1 of 3 prompts share 12 words in a row with" in shown.output
+    assert "Without the prompts that share something" in shown.output
+
+
+def test_mistakes_are_named(tiny_folder, ilql_run):
+    with pytest.raises(RecipeError, match="plays an environment"):
+        lmrl.evaluate(ilql_run, overlap=["x.jsonl"])

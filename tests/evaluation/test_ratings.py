@@ -1,0 +1,89 @@
+"""Ratings and differences at equal length, by hand and on simulated scores."""
+
+import math
+
+import numpy as np
+import pytest
+
+from lmrl.errors import RecipeError, ScoreError
+from lmrl.evaluation.controlled import controlled
+from lmrl.evaluation.paired import read_claim
+from lmrl.evaluation.ratings import ratings
+from tests.evaluation.test_paired import compared, played
+
+
+def test_two_policies_are_rated_by_hand():
+    # B wins 3 of 4 prompts, and each pair has half a tie beside: odds 3.25 to 1.25.
+    a, b = ratings(["A", "B"], np.array([[0, 0, 0, 1], [1, 1, 1, 0]]))
+    assert a.points == 0 and a.ci95 == [0, 0]
+    assert b.points == pytest.approx(400 * math.log10(3.25 / 1.25))
+    assert b.ci95[0] < 0 < b.points < b.ci95[1]
+
+
+def test_ties_are_half_a_win():
+    _, b = ratings(["A", "B"], np.array([[1.0, 0.5], [1.0, 0.5 + 1e-15]]))
+    assert b.points == pytest.approx(0) and b.ci95 == pytest.approx([0, 0])
+
+
+def test_a_policy_that_always_wins_stays_finite():
+    _, b = ratings(["A", "B"], np.array([[0.0] * 10, [1.0] * 10]))
+    assert b.points == pytest.approx(400 * math.log10(10.25 / 0.25))
+
+
+def test_simulated_strengths_are_found():
+    """Gumbel noise makes wins follow Bradley and Terry's model; in 40 simulations the intervals hold 9 times in 10."""
+    rng, true, held = np.random.default_rng(0), np.array([0.0, 0.5, 1.0]), 0
+    for _ in range(40):
+        found = ratings(["A", "B", "C"], true[:, None] + rng.gumbel(size=(3, 150)))
+        held += sum(one.ci95[0] <= 400 / math.log(10) * value <= one.ci95[1] for one, value in zip(found, true, strict=True))
+    assert held - 40 >= 0.88 * 80
+
+
+def test_three_policies_have_ratings_and_two_have_none():
+    three = compared(played("a", 1, 2, 3), played("b", 2, 3, 4), played("c", 0, 1, 2))
+    assert [one.key for one in three.ratings] == ["A", "B", "C"]
+    assert three.ratings[1].points > 0 > three.ratings[2].points
+    assert '"ratings": [' in three.to_json()
+    assert compared(played("a", 1, 2), played("b", 2, 3)).ratings == []
+
+
+def test_line_is_found_by_hand():
+    found = controlled([2 + 3 * x for x in (0, 1, 2, 5)], [0, 1, 2, 5], "length")
+    assert found.mean == pytest.approx(2) and found.slope == pytest.approx(3)
+    assert found.ci95 == pytest.approx([2, 2])
+
+
+def test_without_spread_the_mean_stays():
+    # Residuals -1, 0, 1, 0 over 1 - 1/4: variance 2 (4/3)^2 / 16 of the mean; t(3) = 3.182446.
+    found = controlled([1, 2, 3, 2], [7, 7, 7, 7], "length")
+    half = 3.182446 * math.sqrt(2 * (4 / 3) ** 2 / 16)
+    assert found.mean == 2 and found.slope == 0 and found.ci95 == pytest.approx([2 - half, 2 + half], abs=1e-5)
+
+
+def test_intervals_at_equal_length_hold():
+    """Score differences that are 0.3 and 0.02 a token: in 400 simulations, 95 % intervals hold 0.3."""
+    rng, held = np.random.default_rng(1), 0
+    for _ in range(400):
+        lengths = rng.normal(15, 10, 40)
+        found = controlled(0.3 + 0.02 * lengths + rng.normal(0, 0.5, 40) * (1 + np.abs(lengths) / 20), lengths, "length")
+        held += found.ci95[0] <= 0.3 <= found.ci95[1]
+    assert 0.92 <= held / 400 <= 0.98
+
+
+def test_longer_answers_gain_nothing_at_equal_length():
+    """Rewards that are the number of words: the whole difference is length."""
+    policies = played("a", 1, 2, 3, 5), played("b", 2, 4, 4, 9)
+    found = compared(*policies, control="words")
+    plain, held = found.differences
+    assert plain.metric == "reward" and plain.mean == 2
+    assert held.metric == "reward at equal words" and held.mean == pytest.approx(0, abs=1e-9)
+    claim = read_claim("reward at equal words: B - A > 1")
+    with pytest.raises(ScoreError, match="reward at equal words is"):
+        compared(*policies, control="words", claims=[claim]).require([claim])
+    with pytest.raises(RecipeError, match="there is no metric 'word'"):
+        compared(*policies, control="word")
+
+
+def test_too_few_prompts_are_refused():
+    with pytest.raises(RecipeError, match="--control words: 3 prompts"):
+        compared(played("a", 1, 2, 3), played("b", 2, 4, 4), control="words")
