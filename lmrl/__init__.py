@@ -22,17 +22,21 @@ __all__ = [
     "TextEnvironment",
     "compare",
     "evaluate",
+    "frontier",
     "load_eval",
     "load_recipe",
+    "load_run",
+    "plots",
     "register",
     "train",
 ]
 
 if TYPE_CHECKING:
+    from lmrl import plots
     from lmrl.engines.base import Engine
     from lmrl.environments import TextEnvironment
     from lmrl.errors import TemporaryError
-    from lmrl.evaluation import compare, evaluate, load_eval
+    from lmrl.evaluation import compare, evaluate, frontier, load_eval, load_run
     from lmrl.objectives import Objective
     from lmrl.recipe import ObjectiveOptions, Recipe, SourceOptions
     from lmrl.recipe.files import load_recipe
@@ -53,8 +57,10 @@ _HOMES = {
     "TextEnvironment": "lmrl.environments",
     "compare": "lmrl.evaluation",
     "evaluate": "lmrl.evaluation",
+    "frontier": "lmrl.evaluation",
     "load_eval": "lmrl.evaluation",
     "load_recipe": "lmrl.recipe.files",
+    "load_run": "lmrl.evaluation",
     "register": "lmrl.registry",
     "train": "lmrl.training",
 }
@@ -62,8 +68,10 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that `import lmrl` and the command line start without torch."""
-    if name not in _HOMES:
+    if name not in (*_HOMES, "plots"):
         raise AttributeError(f"module 'lmrl' has no attribute '{name}'")
     import importlib
 
+    if name == "plots":
+        return importlib.import_module("lmrl.plots")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -15,6 +15,7 @@ EXTRAS = {
     "deepspeed": "deepspeed",
     "vllm": "vllm",
     "wandb": "tracking",
+    "matplotlib": "plots",
 }
 """Modules by the extra that installs them."""
 

@@ -34,10 +34,15 @@ def command(
     ] = None,
     control: Annotated[
         str | None,
-        typer.Option("--control", metavar="METRIC", help="Compare at equal values of this as well, for instance length"),
+        typer.Option(
+            "--control", metavar="METRIC", help="Compare at equal values of this as well, for instance length"
+        ),
     ] = None,
     log: Annotated[Path | None, typer.Option("--log", help="Keep every episode that is played in this folder")] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the comparison to this file")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the differences into this file (.png, .svg, .pdf)")
+    ] = None,
     fail_under: Annotated[
         list[str] | None,
         typer.Option(
@@ -57,6 +62,10 @@ def command(
     names, overrides = split_policies(policies or [])
     if json is not None and json.is_dir():
         raise RunError(f"--json: {json} is a folder, name a file")
+    if plot is not None:
+        from lmrl.plots import check_picture
+
+        check_picture(plot)
     if not names:
         raise RecipeError("name the policies or logs to compare: lmrl compare A B --suite NAME")
     claims, betas = [read_claim(text) for text in fail_under or ()], weights(beta)
@@ -86,6 +95,11 @@ def command(
         json.parent.mkdir(parents=True, exist_ok=True)
         json.write_text(found.to_json())
         print(f"comparison written to {json}")
+    if plot is not None:
+        from lmrl import plots
+
+        plots.save(plots.comparison(found), plot)
+        print(f"picture: {plot}")
     found.require(claims)
 
 
@@ -120,7 +134,9 @@ def _show(found: Comparison) -> None:
             table.add_column(head, justify="left" if head == "" else "right")
         for rating in sorted(found.ratings, key=lambda one: -one.points):
             low, high = rating.ci95
-            table.add_row(f"{rating.key}: {found.names[rating.key]}", f"{rating.points:+.0f}", f"[{low:+.0f}, {high:+.0f}]")
+            table.add_row(
+                f"{rating.key}: {found.names[rating.key]}", f"{rating.points:+.0f}", f"[{low:+.0f}, {high:+.0f}]"
+            )
         display.console.print(table)
     for change in found.changes:
         display.say(f"\n  {shorten(change.prompt, WIDTH)}")

@@ -44,7 +44,9 @@ def command(
     ] = None,
     overlap: Annotated[
         list[str] | None,
-        typer.Option("--overlap", metavar="RUN|FILE", help="Look for the prompts in this run's training data, or this file"),
+        typer.Option(
+            "--overlap", metavar="RUN|FILE", help="Look for the prompts in this run's training data, or this file"
+        ),
     ] = None,
     overlap_words: Annotated[
         int | None, typer.Option("--overlap-words", min=3, help="Words in a row that count as shared (default: 13)")

@@ -19,6 +19,7 @@ VERBS = {
     "train": "Train a recipe.",
     "eval": "Score policies: a table of means with 95 % confidence intervals.",
     "compare": "Compare policies, or logs of evaluations, on the same episodes: paired differences with p-values.",
+    "frontier": "Score a run's checkpoints against their divergence from its start, and against best-of-n of the start.",
     "chat": "Talk to a policy, or to two side by side.",
     "play": "Play an environment, or watch a scripted player or a policy. Ctrl-D ends the game.",
     "collect": "Play episodes and keep them as rows (see lmrl/trajectories/rows.py), for source.path=FOLDER.",

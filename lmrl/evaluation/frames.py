@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lmrl.errors import RunError
 from lmrl.evaluation.log import in_order, logs_in
 from lmrl.evaluation.scoring import named_values
+from lmrl.run import METRICS_FILE
 from lmrl.trajectories.rows import json_of
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -33,6 +35,42 @@ def load_eval(log: str | Path) -> DataFrame:
             times = {name: row.get(name) for name in ("began", "seconds")}
             records.append(record(label, trajectory, json_of(row, "extra") or {}) | times)
     return frame_of(records)
+
+
+def load_run(run: str | Path) -> DataFrame:
+    """The metrics of a run, from its metrics.jsonl: one row a line.
+
+    Columns: stage, step, kind (`train`, `eval`, `final`, `check`, ...), and every metric. A score with an interval is three columns,
+    NAME, NAME_low and NAME_high; what is nested otherwise is NAME/PART. A torn last line, of a run that is being written, is left
+    out. Raises RunError for what is no run, or has no metrics yet.
+    """
+    path = Path(run).expanduser() / METRICS_FILE
+    if not path.is_file():
+        raise RunError(f"{run} is no run with metrics: it holds no {METRICS_FILE}")
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            records.append(_flat(found))
+    return frame_of(records)
+
+
+def _flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A line of metrics.jsonl without nesting."""
+    flat: dict[str, Any] = {}
+    for name, value in line.items():
+        name = f"{prefix}{name}"
+        if isinstance(value, dict) and "mean" in value and "ci95" in value:
+            low, high = value["ci95"]
+            flat |= {name: value["mean"], f"{name}_low": low, f"{name}_high": high}
+        elif isinstance(value, dict):
+            flat |= _flat(value, f"{name}/")
+        else:
+            flat[name] = value
+    return flat
 
 
 def frame_of(records: Sequence[Mapping[str, Any]]) -> DataFrame:

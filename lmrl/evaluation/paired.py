@@ -130,7 +130,12 @@ class Comparison:
     def to_json(self) -> str:
         differences = [vars(one) | {"more": one.more} for one in self.differences]
         changes = list(map(vars, self.changes))
-        data = {"suite": self.suite, "policies": self.names, "scores": self.rows, "ratings": list(map(vars, self.ratings))}
+        data = {
+            "suite": self.suite,
+            "policies": self.names,
+            "scores": self.rows,
+            "ratings": list(map(vars, self.ratings)),
+        }
         return json.dumps(data | {"differences": differences, "changes": changes}, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -198,7 +203,11 @@ def compare_played(
     rows = {one.key: scoring.report(one.trajectories, one.extra) for one in policies}
     shared = [name for name in rows["A"] if all(name in row for row in rows.values()) and name != "normalized"]
     wanted = list(metrics) or [name for name in scoring.metrics if name in shared]
-    asked = [*wanted, *(split_control(claim.metric)[0] for claim in claims if claim.metric), *([control] if control else [])]
+    asked = [
+        *wanted,
+        *(split_control(claim.metric)[0] for claim in claims if claim.metric),
+        *([control] if control else []),
+    ]
     for name in asked:
         if name not in shared:
             raise RecipeError(
@@ -225,11 +234,7 @@ def compare_played(
 
 def rate(policies: Sequence[Played], metric: str, scoring: Scoring) -> list[Rating]:
     """Bradley-Terry ratings by a metric, on the prompts that all policies have."""
-    means = []
-    for one in policies:
-        values = keyed_values(one, metric, scoring)
-        groups = [group for group, _ in values]
-        means.append(dict(zip(dict.fromkeys(groups), group_means(groups, list(values.values())), strict=True)))
+    means = [means_by_group(one, metric, scoring) for one in policies]
     common = [group for group in means[0] if all(group in other for other in means[1:])]
     return ratings([one.key for one in policies], np.array([[mean[group] for group in common] for mean in means]))
 
@@ -316,6 +321,13 @@ def keyed_values(played: Played, metric: str, scoring: Scoring) -> dict[tuple[in
         if value is not None:
             found[trajectory.group, trajectory.episode] = value
     return found
+
+
+def means_by_group(played: Played, metric: str, scoring: Scoring) -> dict[int, float]:
+    """The mean of a metric over the samples of each prompt."""
+    values = keyed_values(played, metric, scoring)
+    groups = [group for group, _ in values]
+    return dict(zip(dict.fromkeys(groups), group_means(groups, list(values.values())), strict=True))
 
 
 def gap_limits(limits: Limits | None, values: Sequence[float]) -> Limits:

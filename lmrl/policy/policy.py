@@ -352,6 +352,10 @@ class Policy(nn.Module):
         else:
             yield self._reference[0]
 
+    def measure_from(self, other: Policy) -> None:
+        """Take another policy's language model as the reference that divergence is measured from."""
+        self._reference = [other.causal_lm]
+
     def to(self, *args: Any, **kwargs: Any) -> Policy:
         if isinstance(self._reference, list):
             self._reference[0].to(*args, **kwargs)

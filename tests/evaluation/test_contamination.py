@@ -15,7 +15,11 @@ OTHER = "seven small ships sail slowly across a silent sea of blue glass while n
 
 @pytest.fixture
 def suite(tmp_path):
-    rows = [{"prompt": SHARED.upper() + "!", "answer": "a"}, {"prompt": OTHER, "answer": "b"}, {"prompt": "short", "answer": ""}]
+    rows = [
+        {"prompt": SHARED.upper() + "!", "answer": "a"},
+        {"prompt": OTHER, "answer": "b"},
+        {"prompt": "short", "answer": ""},
+    ]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "judge.py").write_text(
         "def judge(prompts, completions, **columns):\n    return [float(len(prompt)) for prompt in prompts]\n"

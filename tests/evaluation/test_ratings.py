@@ -35,7 +35,9 @@ def test_simulated_strengths_are_found():
     rng, true, held = np.random.default_rng(0), np.array([0.0, 0.5, 1.0]), 0
     for _ in range(40):
         found = ratings(["A", "B", "C"], true[:, None] + rng.gumbel(size=(3, 150)))
-        held += sum(one.ci95[0] <= 400 / math.log(10) * value <= one.ci95[1] for one, value in zip(found, true, strict=True))
+        held += sum(
+            one.ci95[0] <= 400 / math.log(10) * value <= one.ci95[1] for one, value in zip(found, true, strict=True)
+        )
     assert held - 40 >= 0.88 * 80
 
 
@@ -65,7 +67,9 @@ def test_intervals_at_equal_length_hold():
     rng, held = np.random.default_rng(1), 0
     for _ in range(400):
         lengths = rng.normal(15, 10, 40)
-        found = controlled(0.3 + 0.02 * lengths + rng.normal(0, 0.5, 40) * (1 + np.abs(lengths) / 20), lengths, "length")
+        found = controlled(
+            0.3 + 0.02 * lengths + rng.normal(0, 0.5, 40) * (1 + np.abs(lengths) / 20), lengths, "length"
+        )
         held += found.ci95[0] <= 0.3 <= found.ci95[1]
     assert 0.92 <= held / 400 <= 0.98
 

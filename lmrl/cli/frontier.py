@@ -1,0 +1,77 @@
+"""`lmrl frontier`: reward against divergence over a run's checkpoints."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lmrl.cli.common import Debug, TrustRemoteCode, listed, split_policies
+from lmrl.errors import RecipeError, RunError
+
+
+def command(
+    run: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="A run folder; then changes of the suite", metavar="RUN [KEY=VALUE]...", show_default=False
+        ),
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option("--suite", "-s", help="A suite's file or name (default: the run's own, else its task)")
+    ] = None,
+    checkpoints: Annotated[
+        str, typer.Option("--checkpoints", help="Which: all, or for instance step-20,best,final")
+    ] = "all",
+    best_of: Annotated[
+        int, typer.Option("--best-of", min=1, help="Samples of each prompt by the start: the highest n of best-of-n")
+    ] = 16,
+    json: Annotated[Path | None, typer.Option("--json", help="Also write all of it to this file")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw it into this file (.png, .svg, .pdf)")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    debug: Debug = False,
+) -> None:
+    """Score a run's checkpoints against their divergence from its start, and against best-of-n of the start."""
+    from lmrl.evaluation.suites import load_suite
+
+    names, overrides = split_policies(run or [])
+    if len(names) != 1:
+        raise RecipeError("frontier: name one run: lmrl frontier runs/a --suite NAME")
+    if json is not None and json.is_dir():
+        raise RunError(f"--json: {json} is a folder, name a file")
+    if plot is not None:
+        from lmrl.plots import check_picture
+
+        check_picture(plot)
+    if suite is not None:
+        load_suite(suite, overrides)  # a mistake in the suite should not wait for the models to load
+
+    from lmrl.evaluation.frontier import frontier
+    from lmrl.training.display import Display
+
+    found = frontier(names[0], suite, overrides, listed(checkpoints), best_of, trust_remote_code)
+    display = Display()
+    nothing = math.nan
+    heads = ["kl", found.metric, "at equal length", "best-of-n at this kl", "gain"]
+    rows = {
+        one.label: [
+            nothing if value is None else value
+            for value in (one.kl, one.score, one.at_equal_length, one.best_of_n, one.gain)
+        ]
+        for one in found.points
+    }
+    display.number_table(f"{found.run} on {found.suite}: kl in nats an episode from the start", heads, rows)
+    yardstick = {f"best of {one.n}": [one.kl, one.score, *one.ci95] for one in found.yardstick}
+    display.number_table("Best-of-n of the start", ["kl at most", found.metric, "from", "to"], yardstick)
+    display.say(f"played: {found.played}")
+    if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        json.write_text(found.to_json())
+        print(f"frontier written to {json}")
+    if plot is not None:
+        from lmrl import plots
+
+        plots.save(plots.frontier(found), plot)
+        print(f"picture: {plot}")

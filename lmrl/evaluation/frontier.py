@@ -1,0 +1,197 @@
+"""Reward against divergence over a run's checkpoints, with best-of-n of the start as the yardstick.
+
+A policy that moves further from its start can always score more; what counts is the score at a given distance. Best-of-n, the best
+of n samples of the start by the same reward, is what costs no training: its divergence is at most log n - (n - 1) / n nats
+(Beirami et al., arXiv 2401.01879), and a run is worth its training where it lies above that curve.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from lmrl.accelerators import default_device
+from lmrl.errors import RecipeError, RunError
+from lmrl.evaluation.api import NamedSuite, dtype_of, evaluator_for
+from lmrl.evaluation.contenders import contenders
+from lmrl.evaluation.controlled import FEWEST, controlled
+from lmrl.evaluation.evaluate import Evaluator
+from lmrl.evaluation.paired import Played, means_by_group
+from lmrl.evaluation.scoring import Scores
+from lmrl.evaluation.statistics import summarize
+from lmrl.policy.load import open_policy
+from lmrl.recipe import MAIN_STAGE
+from lmrl.recipe.files import stages_of
+from lmrl.run import RECIPE_FILE, checkpoint_of, read_recipe
+from lmrl.trajectories.trajectory import Trajectory
+
+BEST_OF = 16
+"""Samples of each prompt by the start, for the yardstick."""
+START = "start"
+
+
+@dataclass
+class Point:
+    """A checkpoint. kl: from the start, in nats an episode."""
+
+    label: str
+    kl: float
+    kl_ci95: list[float]
+    score: float
+    ci95: list[float]
+    at_equal_length: float | None
+    """The score that is left at the start's length (see lmrl/evaluation/controlled.py); None with too few prompts."""
+    best_of_n: float | None
+    """What best-of-n of the start scores at this divergence; None beyond the n that was sampled."""
+    gain: float | None
+    """score - best_of_n."""
+
+
+@dataclass
+class BestOf:
+    """The yardstick at one n. kl: log n - (n - 1) / n."""
+
+    n: int
+    kl: float
+    score: float
+    ci95: list[float]
+
+
+@dataclass
+class Frontier:
+    suite: str
+    metric: str
+    run: str
+    points: list[Point]
+    yardstick: list[BestOf]
+    played: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def frontier(
+    run: str | Path,
+    suite: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    checkpoints: Sequence[str] = ("all",),
+    best_of: int = BEST_OF,
+    trust_remote_code: bool = False,
+) -> Frontier:
+    """Score a run's checkpoints, their divergence from where its last stage began, and best-of-n of that beginning.
+
+    suite, overrides: as of `lmrl.evaluate`; the main metric counts. best_of: the highest n. Raises RunError for what is no
+    run, RecipeError for a suite that is not sampled.
+    """
+    if best_of < 1:
+        raise RecipeError(f"--best-of: {best_of} samples are none: 1 or more")
+    folder = Path(run).expanduser()
+    if not (folder / RECIPE_FILE).is_file():
+        raise RunError(f"frontier: {run} is not a run: name the folder of one, which holds a {RECIPE_FILE}")
+    origin = start_of(folder)
+    found = contenders([folder], checkpoints=checkpoints)
+    first = evaluator_for(found[0], suite, overrides, trust_remote_code)
+    named = NamedSuite(first.suite, first.name)
+    metric = _metric_of(first)
+    device = default_device()
+    start = open_policy(origin, dtype_of(Path(found[0].path)), trust_remote_code).to(device)
+    scores, episodes = Evaluator(start, first.suite)()  # the random numbers of the checkpoints, so that all are paired
+    base = Played(START, episodes)
+    many = Evaluator(start, first.suite.model_copy(update={"samples": best_of}))
+    sampled = many()[1] if best_of != first.suite.samples else episodes
+    yardstick = [best_of_n(many, sampled, metric, n) for n in powers(best_of)]
+    points = [Point(START, 0.0, [0.0, 0.0], *_of(scores, metric), scores[metric]["mean"], scores[metric]["mean"], 0.0)]
+    for number, contender in enumerate(found):
+        evaluator = evaluator_for(contender, trust_remote_code=trust_remote_code, given=named) if number else first
+        evaluator.policy.measure_from(start)
+        evaluator.policy.to(device)
+        try:
+            points.append(_point(evaluator, contender.label, metric, base, yardstick))
+        finally:
+            evaluator.close()
+    return Frontier(named.name, metric, str(run), points, yardstick, first.played)
+
+
+def start_of(folder: Path) -> str:
+    """The policy that a run's last stage began with: a checkpoint, a model's folder, or a name on the hub. Raises RunError where it
+    is gone."""
+    recipe = read_recipe(folder)
+    own = folder / "stages" / MAIN_STAGE / "start"
+    if own.is_dir():
+        return str(own)
+    stages = stages_of(recipe)
+    earlier = [name for name, stage in stages.items() if name != MAIN_STAGE and stage.objective.leaves_policy]
+    wanted = earlier[-1:] if recipe.start == "previous" else [name for name in earlier if name == recipe.start]
+    if wanted:
+        final = folder / "stages" / wanted[0] / "final"
+        if not final.is_dir():
+            raise RunError(f"{folder}: the stage before, '{wanted[0]}', has left no {final}, so the start is unknown")
+        return str(final)
+    if recipe.model.path is None:
+        raise RunError(f"{folder}: a model from scratch, of whose start nothing was kept")
+    return checkpoint_of(recipe.model.path, key="model.path")
+
+
+def _metric_of(evaluator: Evaluator) -> str:
+    """The main metric of a suite that is sampled."""
+    suite = evaluator.suite
+    if suite.choices is not None or not suite.rollouts.temperature:
+        raise RecipeError(
+            "frontier: divergence and best-of-n are of sampled episodes: take a suite with rollouts.temperature above 0"
+        )
+    return suite.metrics[0]
+
+
+def powers(most: int) -> list[int]:
+    """1, 2, 4, ... and the highest n itself."""
+    return [*(2**power for power in range(most.bit_length()) if 2**power < most), most]
+
+
+def divergence_of(n: int) -> float:
+    """Nats that best-of-n moves from its policy, at most."""
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_n(evaluator: Evaluator, episodes: Sequence[Trajectory], metric: str, n: int) -> BestOf:
+    """The mean score of the best of n samples of a prompt, over all subsets of n (see lmrl/evaluation/best_of.py)."""
+    single = metric if metric not in ("reward", "return") else None
+    name = f"best@{n}" + (f"/{single}" if single else "")
+    values, groups = evaluator.scoring().values(name, episodes)
+    found = summarize(values, groups, evaluator.scoring().limits_of(name, episodes), unit=evaluator.unit)
+    return BestOf(n, divergence_of(n), found["mean"], found["ci95"])
+
+
+def at_divergence(yardstick: Sequence[BestOf], kl: float) -> float | None:
+    """What best-of-n scores at a divergence, between the n that were sampled in a straight line; None beyond them."""
+    for one, other in pairwise(yardstick):
+        if one.kl <= kl <= other.kl:
+            return one.score + (other.score - one.score) * (kl - one.kl) / (other.kl - one.kl)
+    return yardstick[0].score if kl <= yardstick[0].kl else None
+
+
+def _of(scores: Scores, metric: str) -> tuple[float, list[float]]:
+    return scores[metric]["mean"], scores[metric]["ci95"]
+
+
+def _point(evaluator: Evaluator, label: str, metric: str, base: Played, yardstick: Sequence[BestOf]) -> Point:
+    scores, episodes = evaluator()
+    (kl, kl_ci95), (score, ci95) = _of(scores, "kl"), _of(scores, metric)
+    yard = at_divergence(yardstick, kl)
+    own = Played(label, episodes)
+    equal = at_equal_length(own, base, metric, evaluator)
+    return Point(label, kl, kl_ci95, score, ci95, equal, yard, None if yard is None else score - yard)
+
+
+def at_equal_length(own: Played, base: Played, metric: str, evaluator: Evaluator) -> float | None:
+    """What a policy would score if its episodes were as long as those of the start."""
+    scoring = evaluator.scoring()
+    means = [[means_by_group(one, name, scoring) for name in (metric, "length")] for one in (own, base)]
+    groups = [group for group in means[0][0] if group in means[1][0]]
+    if len(groups) < FEWEST:
+        return None
+    gaps, lengths = ([means[0][at][group] - means[1][at][group] for group in groups] for at in (0, 1))
+    return math.fsum(means[1][0][group] for group in groups) / len(groups) + controlled(gaps, lengths, "length").mean
