@@ -102,6 +102,17 @@ class Judge:
 
         return self._side_by_side(judge, len(prompts))
 
+    def prefers(self, prompts: list, first: list, second: list) -> list:
+        """1 where the completion shown first is better, 0 where the second is, in this order alone (lmrl compare --judge)."""
+
+        def judge(row: int):
+            try:
+                return float(self._prefers_a(_prompt(prompts[row]), text_of(first[row]), text_of(second[row])))
+            except Failure as failure:
+                return failure
+
+        return self._side_by_side(judge, len(prompts))
+
     def score_in(self, reply: str) -> float:
         """The score in a reply, in [0, 1]. Failure: there is none."""
         found = self.pattern.findall(reply)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,3 +51,19 @@ def weights(text: str | None) -> list[float]:
 def listed(text: str | None) -> list[str]:
     """`a, b` as a list."""
     return [part.strip() for part in text.split(",")] if text else []
+
+
+def read_options(texts: Sequence[str], key: str) -> dict[str, Any]:
+    """`NAME=VALUE`, the value as YAML, as an object. key: the command line's option, for messages. Raises RecipeError."""
+    import yaml
+
+    given = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise RecipeError(f"{key} {text}: expected NAME=VALUE")
+        try:
+            given[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{key} {text}: the value is not valid YAML") from error
+    return given

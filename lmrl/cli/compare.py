@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmrl.cli.common import Debug, Policies, RunCode, TrustRemoteCode, listed, split_policies, weights
+from lmrl.cli.common import Debug, Policies, RunCode, TrustRemoteCode, listed, read_options, split_policies, weights
 from lmrl.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -38,6 +38,18 @@ def command(
             "--control", metavar="METRIC", help="Compare at equal values of this as well, for instance length"
         ),
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            "--judge",
+            metavar="NAME|ADDRESS",
+            help="Also judge pairs of answers in both orders: a reward or judge, http://HOST/v1#MODEL",
+        ),
+    ] = None,
+    judge_option: Annotated[
+        list[str] | None,
+        typer.Option("--judge-option", help="NAME=VALUE for the judge, as under `options` in a recipe"),
+    ] = None,
     log: Annotated[Path | None, typer.Option("--log", help="Keep every episode that is played in this folder")] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the comparison to this file")] = None,
     plot: Annotated[
@@ -66,6 +78,9 @@ def command(
         from lmrl.plots import check_picture
 
         check_picture(plot)
+    if judge_option and judge is None:
+        raise RecipeError("--judge-option is for a judge: name it, --judge NAME")
+    options = read_options(judge_option or (), "--judge-option")
     if not names:
         raise RecipeError("name the policies or logs to compare: lmrl compare A B --suite NAME")
     claims, betas = [read_claim(text) for text in fail_under or ()], weights(beta)
@@ -89,6 +104,8 @@ def command(
         trust_remote_code,
         run_code,
         control,
+        judge,
+        options,
     )
     _show(found)
     if json is not None:
@@ -128,6 +145,27 @@ def _show(found: Comparison) -> None:
     for one in found.differences:
         table.add_row(*_cells(one))
     display.console.print(table)
+    if found.judged:
+        table = Table(title=f"Judged by {found.judged[0].judge}, each pair in both orders", title_justify="left")
+        for head in ("", "win rate", "95 % interval", "p", "wins / ties / losses", "shown first wins"):
+            table.add_column(head, justify="left" if head == "" else "right")
+        for one in found.judged:
+            low, high = one.ci95
+            shown = (
+                ""
+                if one.position is None or one.position_ci95 is None
+                else (f"{one.position:.2f} [{one.position_ci95[0]:.2f}, {one.position_ci95[1]:.2f}]")
+            )
+            wins = f"{one.wins} / {one.ties} / {one.losses}" + (f" ({one.failed} failed)" if one.failed else "")
+            table.add_row(
+                f"{one.first} over {one.second}",
+                f"{one.win_rate:.3f}",
+                f"[{low:.3f}, {high:.3f}]",
+                f"{one.p:.2g}",
+                wins,
+                shown,
+            )
+        display.console.print(table)
     if found.ratings:
         table = Table(title="Bradley-Terry ratings (A is 0; 400 points are odds of 10 to 1)", title_justify="left")
         for head in ("", "points", "95 % interval"):

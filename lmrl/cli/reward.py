@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lmrl.cli.common import Debug
+from lmrl.cli.common import Debug, read_options
 from lmrl.cli.verbs import PLAIN, VERBS
 from lmrl.visible import visible
 
@@ -131,8 +131,6 @@ def serve(
 
 def _spec(reward: str, options: list[str] | None):
     """The reward named on the command line, as a section of a recipe."""
-    import yaml
-
     from lmrl.errors import RecipeError
     from lmrl.local_names import refuse_missing
     from lmrl.recipe import Reward
@@ -154,13 +152,4 @@ def _spec(reward: str, options: list[str] | None):
     else:
         kind = "function"
 
-    given = {}
-    for option in options or []:
-        name, equals, value = option.partition("=")
-        if not equals or not name:
-            raise RecipeError(f"--option {option}: expected NAME=VALUE")
-        try:
-            given[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"--option {option}: the value is not valid YAML") from error
-    return Reward(**{kind: reward, "options": given})
+    return Reward(**{kind: reward, "options": read_options(options or (), "--option")})

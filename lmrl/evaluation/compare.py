@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lmrl.errors import RecipeError, RunError
 from lmrl.evaluation.api import NamedSuite, evaluator_for, score_rows
 from lmrl.evaluation.bridges import harness_task
 from lmrl.evaluation.contenders import contenders
 from lmrl.evaluation.evaluate import Evaluator
+from lmrl.evaluation.judging import judge_pair, load_judge
 from lmrl.evaluation.log import EvalLog, is_log, logs_in
 from lmrl.evaluation.paired import Comparison, Played, check_claims, compare_played, key_of, read_claim
 from lmrl.evaluation.scoring import Scoring
@@ -33,6 +35,8 @@ def compare(
     trust_remote_code: bool = False,
     run_code: bool = False,
     control: str | None = None,
+    judge: str | None = None,
+    judge_options: Mapping[str, Any] = {},
 ) -> Comparison:
     """Compare policies with the first of them: differences of the same samples, with intervals and p-values.
 
@@ -41,11 +45,13 @@ def compare(
     `Comparison.require`.
     metrics: what to compare (default: the suite's). log: a folder to keep what is played. run_code: allow a suite to run
     code that the policies write. control: a metric, such as `length`, at equal values of which the others are compared too.
+    judge, judge_options: a judge of pairs of answers, see `load_judge`.
     Raises RunError for logs of different suites, RecipeError for a metric or policy that there is not.
     """
     if harness_task(suite) is not None:
         raise RecipeError(f"--suite {suite}: tasks of lm-eval are scored, not compared: lmrl eval A B --suite {suite}")
     wanted = [read_claim(text) for text in claims]
+    by = None if judge is None else load_judge(judge, judge_options)  # before anything is played
     logs = {str(name): logs_in(name) for name in policies if has_logs(Path(name))}
     given = [one for found in logs.values() for one in found]
     check_same_suite(given)
@@ -81,7 +87,10 @@ def compare(
             played.setdefault(contender.name, []).append(Played(label, episodes))
     assert common is not None  # there are two policies, logs or fresh ones
     ordered = [one for name in dict.fromkeys(map(str, policies)) for one in played[name]]
-    return compare_played(common.suite.name, ordered, common.scoring, metrics, wanted, shown, common.played, control)
+    result = compare_played(common.suite.name, ordered, common.scoring, metrics, wanted, shown, common.played, control)
+    if by is not None:
+        result.judged = [judge_pair(by, one, ordered[0], common.scoring.fixed) for one in ordered[1:]]
+    return result
 
 
 @dataclass(frozen=True)

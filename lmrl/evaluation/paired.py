@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from lmrl.evaluation.ratings import Rating, ratings
 from lmrl.evaluation.scoring import Scores, Scoring, value_of
 from lmrl.evaluation.statistics import Clustered, Limits, between_clusters, p_value, summarize, within_clusters
 from lmrl.trajectories.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from lmrl.evaluation.judging import Judged
 
 SETTLED, POWER = 1.959963984540054, 0.8416212335729143
 """Normal quantiles: of a two-sided p-value of 0.05, and of finding a difference with probability 0.8."""
@@ -105,6 +109,8 @@ class Comparison:
     played: str = ""
     ratings: list[Rating] = field(default_factory=list)
     """Of three policies or more, Bradley-Terry ratings on the main metric."""
+    judged: list[Judged] = field(default_factory=list)
+    """By a judge, every policy against the first."""
 
     def require(self, claims: Sequence[Claim]) -> None:
         """Raise ScoreError where an interval does not exclude what a claim excludes."""
@@ -130,12 +136,8 @@ class Comparison:
     def to_json(self) -> str:
         differences = [vars(one) | {"more": one.more} for one in self.differences]
         changes = list(map(vars, self.changes))
-        data = {
-            "suite": self.suite,
-            "policies": self.names,
-            "scores": self.rows,
-            "ratings": list(map(vars, self.ratings)),
-        }
+        data: dict[str, Any] = {"suite": self.suite, "policies": self.names, "scores": self.rows}
+        data |= {"ratings": list(map(vars, self.ratings)), "judged": list(map(vars, self.judged))}
         return json.dumps(data | {"differences": differences, "changes": changes}, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -70,7 +70,7 @@ def local_call(spec: Reward, key: str, limit: float | None = None) -> tuple[Call
     key = f"{key}.{spec.kind}"
     found = registry.load("reward", name, key)
     if inspect.isclass(found):
-        found, options = _make(found, options, spec.what, key), {}
+        found, options = make_instance(found, options, spec.what, key), {}
     if not callable(found):
         raise PluginError(f"{key}: '{spec.what}' is a {type(found).__name__}, not a function")
     parameters = inspect.signature(found).parameters.values()
@@ -86,7 +86,8 @@ def local_call(spec: Reward, key: str, limit: float | None = None) -> tuple[Call
     return call, origin_of(spec)
 
 
-def _make(cls: type, options: dict[str, Any], name: str, key: str) -> Any:
+def make_instance(cls: type, options: dict[str, Any], name: str, key: str) -> Any:
+    """An instance of a class with its options. name, key: for messages. Raises PluginError."""
     try:
         parameters = inspect.signature(cls).parameters
         if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):

@@ -206,7 +206,7 @@ def judge(rewards: Sequence[RewardFunction], trajectories: Sequence[Trajectory],
     were. A sample that a weighted function did not judge has no reward; a function of weight 0 is only watched.
     learning: these are training samples, which running statistics follow.
     """
-    arguments = _arguments(trajectories)
+    arguments = arguments_of(trajectories)
     for trajectory in trajectories:
         trajectory.reward = 0.0
     for function in rewards:
@@ -226,7 +226,8 @@ def judge(rewards: Sequence[RewardFunction], trajectories: Sequence[Trajectory],
             trajectory.place_reward(trajectory.reward)
 
 
-def _arguments(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
+def arguments_of(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
+    """What reward functions are given: the prompts' columns, prompts and completions, one value an episode."""
     names = {name: None for trajectory in trajectories for name in trajectory.columns}
     arguments: dict[str, list[Any]] = {
         name: [trajectory.columns.get(name) for trajectory in trajectories] for name in names

@@ -173,7 +173,7 @@ def test_mistakes_are_named(model, theirs):
         lmrl.evaluate(model, "lm-eval:nothing", [f"include={theirs[0]}"])
     with pytest.raises(RecipeError, match="unknown key 'shot'.*did you mean 'shots'"):
         lmrl.evaluate(model, "lm-eval:local_mmlu", ["shot=1"])
-    with pytest.raises(RecipeError, match="it has no --beta, --log and --log-every"):
+    with pytest.raises(RecipeError, match="it has no --beta, --log, --log-every and --overlap"):
         lmrl.evaluate(model, "lm-eval:local_mmlu", log="x")
     with pytest.raises(RecipeError, match="scored, not compared"):
         lmrl.compare([model, model], "lm-eval:local_mmlu")

@@ -1,0 +1,173 @@
+"""Comparing policies by a judge that sees two answers to a prompt, each pair in both orders.
+
+A judge is an object or function that says which of two answers is better, or any reward, which scores each by itself. Judges prefer
+what they see first, or last (Zheng et al., arXiv 2306.05685): asked in both orders, that bias cancels, and is reported.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lmrl import registry
+from lmrl.errors import RecipeError, RewardError
+from lmrl.evaluation.paired import Played
+from lmrl.evaluation.statistics import p_value, summarize
+from lmrl.recipe import Reward
+from lmrl.rewards.load import load_reward, local_call, make_instance
+from lmrl.rewards.rewards import arguments_of, score
+from lmrl.rewards.workers import Failure
+from lmrl.secrets import expand
+from lmrl.trajectories.trajectory import Trajectory
+
+KEY = "--judge"
+REMOTE = "lmrl.reward_models.judge.Judge"
+"""What an address stands for."""
+MAX_FAILED = 0.1
+"""Share of pairs that a judge may leave without an answer."""
+
+Preference = Callable[[Sequence[Trajectory], Sequence[Trajectory]], list[float | None]]
+"""Of each pair, how surely the first answer is better: from 0 to 1; None where the judge gave no answer."""
+
+
+@dataclass
+class Judged:
+    """How often a judge prefers a policy to another. first, second: their keys."""
+
+    first: str
+    second: str
+    judge: str
+    win_rate: float
+    """Share of pairs in which the first is better; one that the judge decides differently in the two orders counts half."""
+    ci95: list[float]
+    p: float
+    """Two-sided, of a win rate of 1/2."""
+    wins: int
+    ties: int
+    losses: int
+    """Pairs: the first better in both orders, neither, the second better in both. Equal answers are not judged, and tie."""
+    position: float | None
+    """Share of judged answers that won because, or although, they were shown first; 1/2 is a judge without bias, None one that sees
+    answers alone."""
+    position_ci95: list[float] | None
+    pairs: int
+    failed: int
+
+
+@dataclass
+class Judge:
+    """prefer: of pairs in one order. sees_pairs: False for a reward, which scores each answer alone."""
+
+    name: str
+    prefer: Preference
+    sees_pairs: bool
+
+
+def load_judge(name: str, options: Mapping[str, Any] = {}) -> Judge:
+    """A judge by name.
+
+    A class whose instances have `prefers(prompts, first, second, **columns)`, a function of `first` and `second`, an address
+    `http://HOST/v1#MODEL` that speaks OpenAI's chat completions, or any reward. Raises PluginError or RecipeError.
+    """
+    given = dict(options)
+    if name.startswith(("http://", "https://")):
+        address, found, model = name.partition("#")
+        if not found or not model:
+            raise RecipeError(f"{KEY}: '{name}' names no model: write it behind the address, {address}#MODEL")
+        given |= {"url": address, "model": model}
+        label, name = model, REMOTE
+    else:
+        label = name
+    loaded = registry.load("reward", name, KEY)
+    if inspect.isclass(loaded) and hasattr(loaded, "prefers"):
+        instance = make_instance(loaded, expand(given, f"{KEY}-option"), name, KEY)
+        return Judge(label, _preference(instance.prefers), True)
+    parameters = inspect.signature(loaded.__call__ if inspect.isclass(loaded) else loaded).parameters
+    spec = Reward(function=name, options=given)
+    if {"first", "second"} <= set(parameters):
+        call, _ = local_call(spec, KEY)
+        return Judge(label, _preference(call), True)
+    function = load_reward(spec, KEY)
+
+    def by_score(one: Sequence[Trajectory], other: Sequence[Trajectory]) -> list[float | None]:
+        pairs = zip(*(score(function, arguments_of(side)).values for side in (one, other)), strict=True)
+        return [
+            None if a is None or b is None else 0.5 if math.isclose(a, b, abs_tol=1e-12) else float(a > b)
+            for a, b in pairs
+        ]
+
+    return Judge(label, by_score, False)
+
+
+def _preference(call: Callable[..., Any]) -> Preference:
+    """A judge of pairs, as a function of episodes."""
+    parameters = inspect.signature(call).parameters.values() if inspect.ismethod(call) else ()
+    takes_all = not parameters or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
+    names = {one.name for one in parameters}
+
+    def prefer(one: Sequence[Trajectory], other: Sequence[Trajectory]) -> list[float | None]:
+        columns = arguments_of(one)
+        columns["first"], columns["second"] = columns.pop("completions"), arguments_of(other)["completions"]
+        for name in ("completion_ids", "completion_cut"):
+            columns.pop(name)
+        found = list(call(**{name: value for name, value in columns.items() if takes_all or name in names}))
+        if len(found) != len(one):
+            raise RewardError(f"{KEY}: the judge answered {len(found)} of {len(one)} pairs; expected a number for each")
+        return [_share(value) for value in found]
+
+    return prefer
+
+
+def _share(value: Any) -> float | None:
+    if value is None or isinstance(value, Failure):
+        return None
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise RewardError(
+            f"{KEY}: the judge answered {value!r:.40}; expected a number from 0 (the second is better) to 1"
+        )
+    return float(value)
+
+
+def judge_pair(judge: Judge, first: Played, second: Played, fixed: bool = False) -> Judged:
+    """Judge the answers of two policies to the same samples, in both orders.
+
+    fixed: the prompts are all there are, see `summarize`. Raises RewardError where the judge leaves too many without an answer.
+    """
+    sides = [{(one.group, one.episode): one for one in played.trajectories} for played in (first, second)]
+    keys = [key for key in sides[0] if key in sides[1]]
+    asked = [key for key in keys if sides[0][key].completion != sides[1][key].completion]
+    one, other = ([side[key] for key in asked] for side in sides)
+    as_first, as_second = (judge.prefer(one, other), judge.prefer(other, one)) if asked else ([], [])
+    values = dict.fromkeys(keys, 0.5)
+    places, failed = {}, 0
+    for key, shown_first, shown_second in zip(asked, as_first, as_second, strict=True):
+        if shown_first is None or shown_second is None:
+            failed += 1
+            del values[key]
+            continue
+        values[key] = (shown_first + 1 - shown_second) / 2
+        places[key] = (shown_first + shown_second) / 2
+    if failed > MAX_FAILED * max(len(asked), 1):
+        raise RewardError(f"{KEY}: {judge.name} gave no answer on {failed} of {len(asked)} pairs")
+    groups, shares = [group for group, _ in values], list(values.values())
+    found = summarize(shares, groups, (0.0, 1.0), fixed)
+    position = summarize(list(places.values()), [group for group, _ in places], (0.0, 1.0)) if places else None
+    bias = position if judge.sees_pairs else None
+    return Judged(
+        first.key,
+        second.key,
+        judge.name,
+        found["mean"],
+        found["ci95"],
+        p_value([share - 0.5 for share in shares], groups, (-0.5, 0.5), fixed),
+        sum(share > 0.5 for share in shares),
+        sum(share == 0.5 for share in shares),
+        sum(share < 0.5 for share in shares),
+        bias["mean"] if bias else None,
+        bias["ci95"] if bias else None,
+        len(shares),
+        failed,
+    )
