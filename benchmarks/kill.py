@@ -1,6 +1,7 @@
 """Runs killed by SIGKILL at random moments, and resumed until they are done: they equal the run that nobody killed, to the bit.
 
     python benchmarks/kill.py --method ppo --kills 20 --seed 0 --out kill.jsonl [--seconds 170]   # goes on where it stopped
+    python benchmarks/kill.py --method eval --kills 10 --out kill.jsonl      # the same of evaluation logs
     python benchmarks/kill.py --table --out kill.jsonl
 
 A method's tiny run first goes through whole. Then it is started again in another folder, killed at a moment that is drawn over the
@@ -70,6 +71,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "dpo": COMMON | PAIRS | {"task": {"prompts": {"holdout": 0.2}}, "objective": {"name": "dpo"}},
     "reward_model": COMMON | PAIRS | {"objective": {"name": "reward_model", "holdout": 0.2, "max_length": 32}},
 }
+EVAL = "eval"
+"""Not a method: an evaluation with a log (docs/evaluation.md), killed and resumed in the same way."""
+KINDS = [*METHODS, EVAL]
 WEIGHTS = {"ppo": 2, "grpo": 2}
 """Files of final weights at least (else one)."""
 
@@ -81,15 +85,64 @@ def write_pairs(path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_evaluation(folder: Path) -> None:
+    """A model, and a suite of 24 episodes that are scored slowly enough to be killed in their course."""
+    if (folder / "model").exists():
+        return
+    from tests.conftest import save_tiny_model
+
+    save_tiny_model(folder / "model")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {n}"}) + "\n" for n in range(12)))
+    (folder / "judge.py").write_text(
+        "import time\n\n\ndef length(completions, **columns):\n    time.sleep(0.05)\n"
+        "    return [float(len(text)) for text in completions]\n"
+    )
+    (folder / "suite.yaml").write_text(
+        "task:\n  prompts: {path: prompts.jsonl}\n  rewards: [judge.py:length]\n"
+        "rollouts: {max_new_tokens: 8}\nsamples: 2\nmetrics: [reward, best@2]\n"
+    )
+
+
+def prepared(method: str, folder: Path) -> None:
+    """Write what a method's runs read."""
+    if method == EVAL:
+        write_evaluation(folder)
+        return
+    write_pairs(folder / "pairs.jsonl")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(METHODS[method]))
+
+
+def command(method: str, folder: Path, target: Path) -> list[str]:
+    """What begins a run in `target`, or resumes it."""
+    if method == EVAL:
+        suite = str(folder / "suite.yaml")
+        return ["eval", str(folder / "model"), "--suite", suite, "--log", str(target), "--log-every", "4"]
+    return ["train", str(folder / "recipe.yaml"), "--output", str(target), "--resume"]
+
+
+def assert_same(method: str, whole: Path, torn: Path) -> None:
+    """Raise AssertionError where a run that was killed differs from the whole one."""
+    if method != EVAL:
+        assert_same_run(whole, torn, WEIGHTS.get(method, 1))
+        return
+    assert (whole / "scores.json").read_bytes() == (torn / "scores.json").read_bytes()
+    assert episodes_of(whole) == episodes_of(torn)
+
+
+def episodes_of(log: Path) -> list[dict[str, Any]]:
+    """The lines of an evaluation log, without the times at which they were played."""
+    rows = [json.loads(line) for line in (log / "samples.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in ("began", "seconds")} for row in rows]
+
+
 def kill_runs(method: str, kills: int, seed: int, first: int, until: float, folder: Path):
     """Yield a line for every run that was killed and compared. first: number of the first run."""
-    write_pairs(folder / "pairs.jsonl")
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(METHODS[method]))
+    prepared(method, folder)
     whole = folder / "whole"
     for name in ("warm", "whole"):  # the first one imports what only this method needs
         began = time.monotonic()
-        done = launch("train", str(recipe), "--output", str(folder / name))
+        begin = [one for one in command(method, folder, folder / name) if one != "--resume"]
+        done = launch(*begin)
         if done.returncode != 0:
             sys.exit(f"the run that nobody kills failed: {done.stderr}")
         length = time.monotonic() - began
@@ -97,7 +150,7 @@ def kill_runs(method: str, kills: int, seed: int, first: int, until: float, fold
     while kills > 0 and time.monotonic() < until:
         rng, torn, moments = random.Random(f"{method} {seed} {number}"), folder / f"torn-{number}", []
         while True:
-            run = start("train", str(recipe), "--output", str(torn), "--resume")
+            run = start(*command(method, folder, torn))
             if kills > 0:
                 moment = rng.uniform(0, length)
                 time.sleep(moment)
@@ -112,7 +165,7 @@ def kill_runs(method: str, kills: int, seed: int, first: int, until: float, fold
             moments.append(round(moment, 3))
         if moments:
             try:
-                assert_same_run(whole, torn, WEIGHTS.get(method, 1))
+                assert_same(method, whole, torn)
             except AssertionError:
                 kept = shutil.copytree(
                     folder, Path(tempfile.gettempdir()) / f"kill-{method}-{seed}-{number}", dirs_exist_ok=True
@@ -126,7 +179,7 @@ def kill_runs(method: str, kills: int, seed: int, first: int, until: float, fold
 
 def table(lines: list[dict[str, Any]]) -> str:
     rows = [["method", "kills", "runs", "seconds a run", "equal to the bit"], ["---"] * 5]
-    for method in METHODS:
+    for method in KINDS:
         own = [line for line in lines if line["method"] == method]
         if own:
             lengths = [line["seconds"] for line in own]
@@ -139,7 +192,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=METHODS, action="append", help="repeatable (default: all)")
+    parser.add_argument("--method", choices=KINDS, action="append", help="repeatable (default: all)")
     parser.add_argument("--kills", type=int, default=20, help="of each method")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("kill.jsonl"))
@@ -149,7 +202,7 @@ def main() -> None:
     lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     until = time.monotonic() + args.seconds
     forking.IMPORTS.append("lmrl.training.reward_model")
-    for method in [] if args.table else args.method or METHODS:
+    for method in [] if args.table else args.method or KINDS:
         own = [line for line in lines if (line["method"], line["seed"]) == (method, args.seed)]
         missing = args.kills - sum(len(line["kills"]) for line in own)
         if missing <= 0 or time.monotonic() > until:
