@@ -165,9 +165,9 @@ def frontier(found: Frontier) -> Figure:
         label=Path(found.run).name,
     )
     axes.margins(0.08)
-    for one in _apart(points, axes):
+    for point in _apart(points, axes):
         axes.annotate(
-            one.label, (one.kl, one.score), fontsize=7, color=colour, xytext=(5, 5), textcoords="offset points"
+            point.label, (point.kl, point.score), fontsize=7, color=colour, xytext=(5, 5), textcoords="offset points"
         )
     _finish(axes, True)
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,8 @@ from lmrl.cli.common import Debug, Policies, RunCode, TrustRemoteCode, listed, r
 from lmrl.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from lmrl.evaluation.paired import Comparison, Difference
 
 WIDTH = 300
@@ -121,14 +124,11 @@ def command(
 
 
 def _show(found: Comparison) -> None:
-    from rich.table import Table
-
     from lmrl.training.display import Display, shorten
 
     display = Display()
     display.table(f"Scores on {found.suite}", {f"{key}: {name}": found.rows[key] for key, name in found.names.items()})
     display.say(f"played: {found.played}")
-    table = Table(title="Differences of the same samples", title_justify="left")
     heads = (
         "",
         "metric",
@@ -140,46 +140,52 @@ def _show(found: Comparison) -> None:
         "correlation",
         "to settle it",
     )
-    for head in heads:
-        table.add_column(head, justify="left" if head in ("", "metric") else "right")
+    table = _table("Differences of the same samples", heads)
+    table.columns[1].justify = "left"
     for one in found.differences:
         table.add_row(*_cells(one))
     display.console.print(table)
     if found.judged:
-        table = Table(title=f"Judged by {found.judged[0].judge}, each pair in both orders", title_justify="left")
-        for head in ("", "win rate", "95 % interval", "p", "wins / ties / losses", "shown first wins"):
-            table.add_column(head, justify="left" if head == "" else "right")
-        for one in found.judged:
-            low, high = one.ci95
-            shown = (
-                ""
-                if one.position is None or one.position_ci95 is None
-                else (f"{one.position:.2f} [{one.position_ci95[0]:.2f}, {one.position_ci95[1]:.2f}]")
-            )
-            wins = f"{one.wins} / {one.ties} / {one.losses}" + (f" ({one.failed} failed)" if one.failed else "")
-            table.add_row(
-                f"{one.first} over {one.second}",
-                f"{one.win_rate:.3f}",
-                f"[{low:.3f}, {high:.3f}]",
-                f"{one.p:.2g}",
-                wins,
-                shown,
-            )
-        display.console.print(table)
+        display.console.print(_judged_table(found))
     if found.ratings:
-        table = Table(title="Bradley-Terry ratings (A is 0; 400 points are odds of 10 to 1)", title_justify="left")
-        for head in ("", "points", "95 % interval"):
-            table.add_column(head, justify="left" if head == "" else "right")
-        for rating in sorted(found.ratings, key=lambda one: -one.points):
-            low, high = rating.ci95
-            table.add_row(
-                f"{rating.key}: {found.names[rating.key]}", f"{rating.points:+.0f}", f"[{low:+.0f}, {high:+.0f}]"
-            )
-        display.console.print(table)
+        display.console.print(_ratings_table(found))
     for change in found.changes:
         display.say(f"\n  {shorten(change.prompt, WIDTH)}")
         for key, completion in change.completions.items():
             display.say(f"    {key} [{change.scores[key]:.3f}] {shorten(completion, WIDTH)}")
+
+
+def _table(title: str, heads: Sequence[str]) -> Table:
+    """An empty table, its columns to the right but for the first."""
+    from rich.table import Table as NewTable
+
+    table = NewTable(title=title, title_justify="left")
+    for place, head in enumerate(heads):
+        table.add_column(head, justify="right" if place else "left")
+    return table
+
+
+def _judged_table(found: Comparison) -> Table:
+    heads = ("", "win rate", "95 % interval", "p", "wins / ties / losses", "shown first wins")
+    table = _table(f"Judged by {found.judged[0].judge}, each pair in both orders", heads)
+    for one in found.judged:
+        low, high = one.ci95
+        shown = ""
+        if one.position is not None and one.position_ci95 is not None:
+            shown = f"{one.position:.2f} [{one.position_ci95[0]:.2f}, {one.position_ci95[1]:.2f}]"
+        wins = f"{one.wins} / {one.ties} / {one.losses}" + (f" ({one.failed} failed)" if one.failed else "")
+        name = f"{one.first} over {one.second}"
+        table.add_row(name, f"{one.win_rate:.3f}", f"[{low:.3f}, {high:.3f}]", f"{one.p:.2g}", wins, shown)
+    return table
+
+
+def _ratings_table(found: Comparison) -> Table:
+    heads = ("", "points", "95 % interval")
+    table = _table("Bradley-Terry ratings (A is 0; 400 points are odds of 10 to 1)", heads)
+    for one in sorted(found.ratings, key=lambda one: -one.points):
+        low, high = one.ci95
+        table.add_row(f"{one.key}: {found.names[one.key]}", f"{one.points:+.0f}", f"[{low:+.0f}, {high:+.0f}]")
+    return table
 
 
 def _cells(one: Difference) -> list[str]:

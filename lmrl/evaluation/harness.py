@@ -40,7 +40,7 @@ KNOWN = {"until", "do_sample", "temperature", "top_p", "top_k", "max_gen_toks"}
 """What a task may say about sampling."""
 
 
-class PolicyLM(TemplateLM):
+class PolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     """A policy of lmrl as lm-eval's language model: contexts computed once for all their continuations, sampling by an
     engine of lmrl."""
 
