@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lmrl.reward_models.instructions import followed, follows
 
 import lmrl
 from lmrl.errors import DataError, ModelError, RecipeError
@@ -154,6 +155,59 @@ def test_mmlu_pro_takes_the_letter_after_the_answer_is():
     assert rewards_of("mmlu_pro", ["Iron conducts. The answer is (C).", "the answer is A"], "shots=0") == {
         "exact_match": [1, 0]
     }
+
+
+def test_ifeval_counts_instructions_strictly_and_loosely():
+    said = ["Owl and wren. Done.", "Here they are:\n* red\n* green\n* deep blue\n- end"]
+    found = rewards_of("ifeval", said)
+    assert found["strict"] == [{"score": 1.0, "share": 1.0}, {"score": 0.0, "share": 0.5}]
+    # Without its last line the second has three bullets.
+    assert found["loose"] == [{"score": 1.0, "share": 1.0}, {"score": 1.0, "share": 1.0}]
+
+
+def test_ifeval_leaves_out_what_no_rule_checks():
+    assert [row["key"] for row in rows_of("ifeval")] == [1, 3]
+    assert follows(["Bonjour"], [["language:response_language"]], [[{"language": "fr"}]]) == [None]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "right", "wrong"),
+    [
+        ("keywords:existence", {"keywords": ["owl", "wren"]}, "Owls and a wren", "An owl"),
+        ("keywords:frequency", {"keyword": "owl", "frequency": 2, "relation": "at least"}, "owl owls", "owl"),
+        ("keywords:frequency", {"keyword": "owl", "frequency": 2, "relation": "less than"}, "owl", "owl owl"),
+        ("keywords:forbidden_words", {"forbidden_words": ["owl"]}, "owls", "an Owl."),
+        ("keywords:letter_frequency", {"letter": "O", "let_frequency": 2, "let_relation": "at least"}, "oO", "o"),
+        ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "a\n***\nb\n***", "a *** *** b"),
+        ("length_constraints:number_words", {"num_words": 3, "relation": "less than"}, "a b", "a b c"),
+        (
+            "length_constraints:nth_paragraph_first_word",
+            {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "so"},
+            'a\n\n"So, it is',
+            "a\n\nIt is so",
+        ),
+        ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[a] and [b]", "[a]"),
+        ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Yes\nP. S. no", "PS no"),
+        ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n- b", "** a\n* b"),
+        ("detectable_format:constrained_response", {}, "My answer is no.", "No."),
+        ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*a* and **b**", "* * and *a*"),
+        (
+            "detectable_format:multiple_sections",
+            {"section_spliter": "Section", "num_sections": 2},
+            "Section 1 a Section 2 b",
+            "Section 1",
+        ),
+        ("detectable_format:json_format", {}, '```json\n{"a": 1}\n```', "{a: 1}"),
+        ("detectable_format:title", {}, "<<a>> text", "<< >> text"),
+        ("combination:two_responses", {}, "a******b", "a******a"),
+        ("combination:repeat_prompt", {"prompt_to_repeat": "Say it"}, "say it: so", "so"),
+        ("startend:end_checker", {"end_phrase": "Bye."}, 'ok "bye."', "Bye. ok"),
+        ("punctuation:no_comma", {}, "a b", "a, b"),
+        ("startend:quotation", {}, '"a"', '"a'),
+    ],
+)
+def test_rules_of_instructions(name, arguments, right, wrong):
+    assert followed(name, right, arguments) and not followed(name, wrong, arguments)
 
 
 def test_humaneval_and_mbpp_run_the_program():

@@ -1,10 +1,12 @@
 """Equality with lm-eval on the same model and local data, and its tasks as suites; where lm-eval is installed."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
+from lmrl.reward_models.instructions import CHECKS, followed
 
 import lmrl
 from lmrl.errors import RecipeError
@@ -177,3 +179,58 @@ def test_mistakes_are_named(model, theirs):
         lmrl.evaluate(model, "lm-eval:local_mmlu", log="x")
     with pytest.raises(RecipeError, match="scored, not compared"):
         lmrl.compare([model, model], "lm-eval:local_mmlu")
+
+
+def test_rules_of_ifeval_equal_lm_evals():
+    """On answers put together at random from what the rules look at."""
+    for module in ("langdetect", "immutabledict", "nltk"):
+        pytest.importorskip(module)
+    from lm_eval.tasks.ifeval import instructions_registry
+
+    rng = random.Random(0)
+    pieces = [
+        "owl",
+        "Owl",
+        " ",
+        "\n",
+        "\n\n",
+        "*",
+        "**",
+        "***",
+        "******",
+        "[a]",
+        "<<b>>",
+        "Section 1",
+        "P.S.",
+        "p. p. s",
+        "- ",
+        ",",
+    ]
+    pieces += ['"', "My answer is no.", "```json", "{}", "```", "say it", "Bye.", "so", "."]
+    arguments = {
+        "keywords:existence": {"keywords": ["owl", "so"]},
+        "keywords:frequency": {"keyword": "owl", "frequency": 2, "relation": "at least"},
+        "keywords:forbidden_words": {"forbidden_words": ["owl", "say"]},
+        "keywords:letter_frequency": {"letter": "s", "let_frequency": 3, "let_relation": "less than"},
+        "length_constraints:number_paragraphs": {"num_paragraphs": 2},
+        "length_constraints:number_words": {"num_words": 6, "relation": "at least"},
+        "length_constraints:nth_paragraph_first_word": {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "Owl"},
+        "detectable_content:number_placeholders": {"num_placeholders": 1},
+        "detectable_content:postscript": {"postscript_marker": "P.P.S"},
+        "detectable_format:number_bullet_lists": {"num_bullets": 1},
+        "detectable_format:number_highlighted_sections": {"num_highlights": 1},
+        "detectable_format:multiple_sections": {"section_spliter": "Section", "num_sections": 1},
+        "combination:repeat_prompt": {"prompt_to_repeat": "Say it"},
+        "startend:end_checker": {"end_phrase": "Bye."},
+    }
+    for name in CHECKS:
+        theirs = instructions_registry.INSTRUCTION_DICT[name](name)
+        theirs.build_description(**arguments.get(name, {}))
+        verdicts = set()
+        for _ in range(1500):
+            text = "".join(rng.choices(pieces, k=rng.randint(1, 8)))
+            if name.startswith(("detectable_format:json", "startend:quotation")) and rng.random() < 0.3:
+                text = rng.choice(['```json\n{"a": [1]}\n```', "[1, 2]", '"a"', '"'])
+            verdicts.add(followed(name, text, arguments.get(name, {})))
+            assert followed(name, text, arguments.get(name, {})) == bool(theirs.check_following(text)), (name, text)
+        assert verdicts == {True, False}, name
