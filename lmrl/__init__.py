@@ -27,6 +27,7 @@ __all__ = [
     "load_recipe",
     "load_run",
     "plots",
+    "provide",
     "register",
     "train",
 ]
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from lmrl.errors import TemporaryError
     from lmrl.evaluation import compare, evaluate, frontier, load_eval, load_run
     from lmrl.objectives import Objective
+    from lmrl.objects import provide
     from lmrl.recipe import ObjectiveOptions, Recipe, SourceOptions
     from lmrl.recipe.files import load_recipe
     from lmrl.registry import register
@@ -61,6 +63,7 @@ _HOMES = {
     "load_eval": "lmrl.evaluation",
     "load_recipe": "lmrl.recipe.files",
     "load_run": "lmrl.evaluation",
+    "provide": "lmrl.objects",
     "register": "lmrl.registry",
     "train": "lmrl.training",
 }

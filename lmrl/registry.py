@@ -20,6 +20,7 @@ from importlib import metadata
 from typing import Any, Literal, TypeVar
 
 from lmrl.errors import PluginError, did_you_mean
+from lmrl.objects import find, is_object, maker
 from lmrl.plugins import load_plugin
 
 Kind = Literal["objective", "source", "engine", "environment", "reward", "listener", "suite", "tracker"]
@@ -116,6 +117,9 @@ def unknown(kind: Kind, name: Any) -> str:
 
 def load(kind: Kind, name: str, key: str) -> Any:
     """The class that a name stands for. key: of the recipe, for messages. Raises PluginError."""
+    if is_object(name):
+        found = find(name, key)
+        return maker(found) if kind == "environment" else found
     if name in SHIPPED[kind]:
         return load_plugin(SHIPPED[kind][name], key)
     if name in _registered[kind]:

@@ -3,6 +3,7 @@
     recipe.yaml       the resolved recipe          versions.json   versions, git commit, machine
     metrics.jsonl     one line a step or score     samples.jsonl   what was sampled, and its rewards
     results.json      the closing table
+    model/                                         a model that was given as an object of Python, as it was
     stages/NAME/start/                             the policy as the stage began, where it exists nowhere else
     stages/NAME/checkpoints/step-000050/           a transformers or peft folder, and state/ for resuming
     stages/NAME/final/                             the same at the end; a stage that has one is finished
@@ -35,6 +36,8 @@ from lmrl.recipe.validation import validate
 from lmrl.secrets import check_no_secrets, redact
 
 RECIPE_FILE, VERSIONS_FILE, RESULTS_FILE = "recipe.yaml", "versions.json", "results.json"
+MODEL_FOLDER = "model"
+"""The model that a Python program gave as an object, as it was."""
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 CALL_FILE = ".call"
 """The reward or environment that is being called (see lmrl.foreign); gone where the run ended with words of its own."""
@@ -45,6 +48,7 @@ OF_A_START = {
     VERSIONS_FILE,
     METRICS_FILE,
     SAMPLES_FILE,
+    MODEL_FOLDER,
     "bad_rows.jsonl",
     "stages",
     "trackers",

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import typing
 from functools import cache
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+
+from lmrl import objects
 
 LARGEST = 2**63 - 1
 """Range of whole numbers in torch and numpy."""
+
+
+RowsPath = Annotated[str, BeforeValidator(objects.by_name("rows"))]
+ModelPath = Annotated[str, BeforeValidator(objects.by_name("model"))]
+EnvironmentName = Annotated[str, BeforeValidator(objects.by_name("environment"))]
+"""Text that names something; an object of Python in its place is named, see lmrl/objects.py."""
 
 
 class Section(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pydantic_core import PydanticSerializationError
 
 from lmrl import registry
 from lmrl.errors import RecipeError, did_you_mean
+from lmrl.objects import with_names
 from lmrl.recipe import CHOICES, MAIN_STAGE, REWARD_MODEL, STAGE_PREFIX, Recipe, Reward
 from lmrl.recipe.document import Document, read_yaml
 from lmrl.recipe.methods import check_arguments, spelled_out, take_arguments
@@ -61,17 +63,17 @@ def is_suite(name: str) -> bool:
     return name in {*shipped_names("eval"), *registry.names("suite")} - {*shipped_names("recipes")}
 
 
-def load_recipe(name: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """The complete, checked recipe: a file or a shipped name, with dotted overrides.
+def load_recipe(name: str | Path | Mapping[str, Any], overrides: typing.Sequence[str] = ()) -> Recipe:
+    """The complete, checked recipe: a file, a shipped name or a mapping, with dotted overrides.
 
     Raises RecipeError or DataError with one line that names key, place and fix.
     """
-    if not isinstance(name, str | Path):
-        raise RecipeError(
-            f"a recipe is a name, a file or a Recipe, got a {type(name).__name__}: make one of a mapping by "
-            "lmrl.recipe.Recipe.model_validate(...)"
-        )
-    document = read_yaml(find_yaml(name, "recipes"))
+    if not isinstance(name, str | Path | Mapping):
+        raise RecipeError(f"a recipe is a name, a file, a mapping or a Recipe, got a {type(name).__name__}")
+    if isinstance(name, Mapping):
+        document, name = Document(with_names(name)), "recipe"
+    else:
+        document = read_yaml(find_yaml(name, "recipes"))
     arguments = take_arguments(document.data)
     for override in overrides:
         apply_override(document, spelled_out(override, arguments))

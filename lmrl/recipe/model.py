@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from lmrl.recipe.base import Section
+from lmrl.recipe.base import ModelPath, Section
 
 SIZES = (
     "hidden_size",
@@ -42,7 +42,7 @@ class Lora(Section):
 class Model(Section):
     """The policy's starting point: `path` (hub name, folder, GGUF file), or `config` for one built from scratch."""
 
-    path: str | None = None
+    path: ModelPath | None = None
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     config: dict[str, Any] | None = None

@@ -8,6 +8,7 @@ from typing import Any
 
 from lmrl.errors import DataError, PluginError
 from lmrl.local_names import refuse_missing
+from lmrl.objects import is_object
 from lmrl.recipe import STAGE_PREFIX
 from lmrl.recipe.document import dotted
 from lmrl.recipe.task import as_rewards
@@ -33,8 +34,9 @@ def resolve_files(data: Any, beside: Path) -> None:
         section = data
         for key in keys[:-1]:
             section = section.get(key) if isinstance(section, dict) else None
-        if isinstance(section, dict) and isinstance(section.get(keys[-1]), str):
-            section[keys[-1]] = resolver(section[keys[-1]], beside, dotted(keys))
+        name = section.get(keys[-1]) if isinstance(section, dict) else None
+        if isinstance(name, str) and not is_object(name):
+            section[keys[-1]] = resolver(name, beside, dotted(keys))
 
     resolve(_model_path, "model", "path")
     resolve(_data_path, "task", "prompts", "path")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import Discriminator, SerializeAsAny, Tag, field_validator, model_validator
 
-from lmrl import registry
+from lmrl import objects, registry
 from lmrl.recipe.base import Section
 from lmrl.recipe.combinations import mistakes
 from lmrl.recipe.evaluations import OWN_TASK, plays_to_learn
@@ -96,6 +96,11 @@ class Recipe(Section):
     """Where a stage's policy comes from: `previous` (the last stage before it that left a policy, and not a reward model;
     the model itself where there is none), `model`, or the name of an earlier stage."""
     stages: dict[str, dict[str, Any]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _objects_by_name(cls, data: Any) -> Any:
+        return objects.with_names(data) if isinstance(data, dict) else data
 
     @field_validator("stages")
     @classmethod

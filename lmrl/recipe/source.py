@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lmrl.recipe.base import Plugin, Section
+from lmrl.recipe.base import Plugin, RowsPath, Section
 
 if TYPE_CHECKING:
     from lmrl.recipe.recipe import Recipe
@@ -50,7 +50,7 @@ class DatasetOptions(SourceOptions):
 
     has_log = True
 
-    path: str | None = None
+    path: RowsPath | None = None
     """JSONL or Parquet, a folder of Parquet shards, or a dataset on the hub (see lmrl/trajectories/rows.py)."""
     split: str = "train"
     """Split of a dataset on the hub; `config` and `revision` are the hub's too."""

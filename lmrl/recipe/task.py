@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AllowInfNan, BeforeValidator, Field, model_validator
+from pydantic import AllowInfNan, BeforeValidator, Field, field_validator, model_validator
 
-from lmrl.recipe.base import Plugin, Section
 from lmrl.recipe.templates import Shots
+from lmrl.objects import is_object, name_alone, named_rewards
+from lmrl.recipe.base import EnvironmentName, Plugin, RowsPath, Section
 
 SpecialTokens = Literal["text", "parse"]
 """Reading of a special token's name, such as `<|im_end|>`, inside prompts, observations, tool results and logged actions:
@@ -27,7 +28,7 @@ A reward's own `timeout` comes first; `url` and `model` limit themselves."""
 class Prompts(Section):
     """Where prompts come from: a JSONL, Parquet or CSV file, or a dataset on the hub."""
 
-    path: str | None = None
+    path: RowsPath | None = None
     """Null: the prompts of the logged episodes, `source.path`."""
     column: str = "prompt"
     """Column of the prompt. In preference data without it, the prompt is the common beginning of chosen and rejected."""
@@ -96,6 +97,11 @@ class Reward(Section):
     clip: tuple[OpenEnd, OpenEnd] | None = None
     """Lowest and highest value, after normalisation (-.inf and .inf: no limit on that side)."""
 
+    @field_validator("function", mode="before")
+    @classmethod
+    def _function_by_name(cls, function: Any) -> Any:
+        return name_alone(function) if callable(function) else function
+
     @model_validator(mode="after")
     def _sensible(self) -> Reward:
         if sum(bool(one) for one in (self.function, self.url, self.model)) != 1:
@@ -106,6 +112,11 @@ class Reward(Section):
             raise ValueError("`normalize` is [MEAN, STD] with STD above 0, or `running`")
         if self.clip is not None and not self.clip[0] < self.clip[1]:
             raise ValueError("`clip` is [LOW, HIGH] with LOW < HIGH")
+        if is_object(self.function) and (self.workers or self.timeout is not None):
+            raise ValueError(
+                f"`{'workers' if self.workers else 'timeout'}`: an object of Python's runs in the run's own process: leave it out, or "
+                "put the function into a file, `file.py:name`"
+            )
         return self
 
     @property
@@ -141,6 +152,7 @@ class Reward(Section):
 
 def as_rewards(given: Any) -> Any:
     """Rewards as a list of sections: one alone, and those that are named by text, are written out."""
+    given = named_rewards(given)
     items = given if isinstance(given, list) else [given]
     return [
         ({"url": one} if one.startswith(("http://", "https://")) else {"function": one})
@@ -219,7 +231,7 @@ class MazeTask(EpisodeLimits):
 class CustomTask(EpisodeLimits, Plugin):
     """An environment of one's own, `file.py:Name` or a dotted path."""
 
-    environment: str
+    environment: EnvironmentName
 
 
 ENVIRONMENTS: dict[str, type[EpisodeLimits]] = {"random_walks": RandomWalksTask, "maze": MazeTask}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import time
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ class Display:
         self._task: Any = None
         self._stage, self._steps, self._last = "", 0, 0.0
         self._began, self._done = 0.0, 0
+        self._bar: NotebookBar | None = None
 
     def say(self, text: str) -> None:
         self.console.print(Text(visible(text)), soft_wrap=True)
@@ -39,7 +41,9 @@ class Display:
     def begin(self, stage: str, label: str, steps: int, done: int) -> None:
         self._stage, self._steps = f"{stage} ({label})", steps
         self._began, self._done = time.monotonic(), done
-        if self.console.is_terminal:
+        if self.console.is_jupyter:
+            self._bar = NotebookBar(self._stage, steps, done)
+        elif self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=24),
@@ -56,13 +60,17 @@ class Display:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+        self._bar = None
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         shown = [name for name in SHOWN if metrics.get(name) is not None] + [
             one for one in TROUBLES if metrics.get(one)
         ]
         text = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
-        if self._progress is not None:
+        if self._bar is not None:
+            left = time_left(time.monotonic() - self._began, step - self._done, self._steps - step)
+            self._bar.update(step, f"{left} left  {text}")
+        elif self._progress is not None:
             self._progress.update(self._task, completed=step, metrics=text)
         elif step in (1, self._steps) or time.monotonic() - self._last > PLAIN_EVERY_SECONDS:
             self._last = time.monotonic()
@@ -96,6 +104,24 @@ class Display:
         for name, values in rows.items():
             table.add_row(name, *("" if math.isnan(value) else f"{value:.3g}" for value in values))
         self.console.print(table)
+
+
+class NotebookBar:
+    """The progress of a stage in a notebook's cell: one output that is replaced at each step (rich would need ipywidgets)."""
+
+    def __init__(self, label: str, steps: int, done: int):
+        from IPython.display import HTML, display
+
+        self.label, self.steps, self.html = label, steps, HTML
+        self.output = display(HTML(self.drawn(done, "")), display_id=True)
+
+    def update(self, step: int, text: str) -> None:
+        self.output.update(self.html(self.drawn(step, text)))
+
+    def drawn(self, step: int, text: str) -> str:
+        """The bar as HTML."""
+        words = html.escape(f"{self.label} {step}/{self.steps}  {text}")
+        return f'<pre><progress value="{step}" max="{self.steps}"></progress> {words}</pre>'
 
 
 def spread_out(trajectories: Sequence[Trajectory], count: int) -> list[Trajectory]:

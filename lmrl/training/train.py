@@ -8,10 +8,11 @@ import os
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -19,13 +20,28 @@ from rich.console import Console
 from lmrl import distributed
 from lmrl.accelerators import has_memory
 from lmrl.allocator import keep_freed_memory
-from lmrl.errors import LmrlError, RunError
+from lmrl.errors import LmrlError, RecipeError, RunError
 from lmrl.foreign import drop_note, keep_note
+from lmrl.objects import Names, find, is_kind, is_object, named_rewards, require
+from lmrl.policy.classifier import Classifier
+from lmrl.policy.given import save_given
+from lmrl.policy.load import open_classifier, open_policy
+from lmrl.policy.policy import Policy
 from lmrl.recipe import MAIN_STAGE, OWN_TASK, PromptTask, Recipe
 from lmrl.recipe.estimates import memory
 from lmrl.recipe.files import load_recipe, stages_of
 from lmrl.recipe.own import with_own_options
-from lmrl.run import CALL_FILE, RESULTS_FILE, Run, read_recipe, write_atomically
+from lmrl.run import (
+    CALL_FILE,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    RECIPE_FILE,
+    RESULTS_FILE,
+    SAMPLES_FILE,
+    Run,
+    read_recipe,
+    write_atomically,
+)
 from lmrl.training.build import build_stage
 from lmrl.training.checkpoint import final_state
 from lmrl.training.display import Display
@@ -35,10 +51,13 @@ from lmrl.training.monitoring.measures import peak_memory_mb
 from lmrl.training.parallel.launch import build_strategy, check_launch
 from lmrl.training.tracking import SCORE_COLUMNS, StageTracking, Trackers, check_trackers, open_trackers, score_rows
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 
 @dataclass
 class Result:
-    """The result of a finished run: its folder, the closing table and the final checkpoint."""
+    """The result of a finished run: its folder, the closing table and the final checkpoint; what it has recorded as tables."""
 
     folder: Path
     scores: dict[str, dict[str, dict[str, Any]]]
@@ -51,25 +70,70 @@ class Result:
     def checkpoint(self) -> Path:
         return self.folder / "stages" / MAIN_STAGE / "final"
 
+    @cached_property
+    def policy(self) -> Policy | Classifier:
+        """What was trained, loaded to be used: `.model` and `.tokenizer` are transformers'. A reward model is a classifier."""
+        if read_recipe(self.folder).objective.leaves_policy:
+            return open_policy(str(self.checkpoint))
+        return open_classifier(str(self.checkpoint))
+
+    @cached_property
+    def metrics(self) -> DataFrame:
+        """metrics.jsonl as a table: a row for each step of each stage, columns by name (`time.update_s` is one of `time`)."""
+        return table_of(self.folder / METRICS_FILE, "train")
+
+    @cached_property
+    def samples(self) -> DataFrame:
+        """samples.jsonl as a table: what was sampled, and its rewards."""
+        return table_of(self.folder / SAMPLES_FILE)
+
+
+def table_of(path: Path, kind: str | None = None) -> DataFrame:
+    """The lines of a run's file as a table, those of a kind or all."""
+    import pandas
+
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return pandas.json_normalize([line for line in lines if kind in (None, line.get("kind"))])
+
 
 def train(
-    recipe: Recipe | str | Path,
+    recipe: Recipe | Mapping[str, Any] | str | Path,
     overrides: Sequence[str] = (),
     output: str | Path | None = None,
     resume: bool = False,
     display: Display | None = None,
+    *,
+    model: Any = None,
+    prompts: Any = None,
+    data: Any = None,
+    rewards: Any = None,
+    environment: Any = None,
 ) -> Result:
-    """Train a recipe: a `Recipe`, a file, or a shipped name such as `random_walks/ppo`.
+    """Train a recipe: a `Recipe`, a mapping of the same keys, a file, or a shipped name such as `random_walks/ppo`.
 
-    output: the run folder (default: a new one under `runs/`). resume: go on with the run in that folder, or start it
-    where there is none. SIGTERM and Ctrl-C save a checkpoint and raise `Interrupted`.
+    output: the run folder (default: a new one under `runs/`). resume: go on with the run in that folder (or in a run folder in
+    place of the recipe), or start it where there is none. SIGTERM and Ctrl-C save a checkpoint and raise `Interrupted`.
+
+    These replace keys of the recipe, and take objects as well as text: model (`model.path`): a transformers model, or
+    (model, tokenizer); prompts (`task.prompts.path`) and data (`source.path`): rows as a list, a `datasets.Dataset` or a
+    data frame; rewards (`task.rewards`): a function or a list of them; environment (`task.environment`): a class, a
+    function that makes one, or an environment, of which episodes play copies. A mapping and a `Recipe` take objects in
+    the same places. A given model stays as it is: the run trains its own copy.
     """
     display = display or Display()
     name = str(recipe) if isinstance(recipe, str | Path) else "recipe"
+    given = {"model": model, "prompts": prompts, "data": data, "rewards": rewards, "environment": environment}
+    overrides = [*objects_as_overrides({key: value for key, value in given.items() if value is not None}), *overrides]
+    if isinstance(recipe, str | Path) and (Path(recipe) / RECIPE_FILE).is_file():
+        if not resume or output is not None:
+            raise RunError(f"'{recipe}' is a run folder: go on with it by resume=True, without output")
+        again = load_recipe(Path(recipe) / RECIPE_FILE, overrides) if overrides else None
+        return resume_run(Path(recipe), again, display)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
     elif overrides:
-        raise RunError("overrides go with a recipe's name or file; a Recipe object is changed by its attributes")
+        recipe = load_recipe(recipe.model_dump(mode="json"), overrides)
+    require(recipe.model_dump(mode="json"), at_hand(output))
     accelerator = join(recipe)
     folder = distributed.broadcast(Path(output) if output is not None else default_output(name)).resolve()
     if resume and distributed.broadcast((folder / "recipe.yaml").exists()):
@@ -79,10 +143,41 @@ def train(
     return _execute(_open(lambda: Run.create(folder, recipe), folder), accelerator, display)
 
 
+def objects_as_overrides(given: Mapping[str, Any]) -> list[str]:
+    """Arguments of `train` as overrides, with names in place of objects."""
+    names = Names()
+    keys = {
+        "model": ("model.path", "model"),
+        "prompts": ("task.prompts.path", "rows"),
+        "data": ("source.path", "rows"),
+        "rewards": ("task.rewards", ""),
+        "environment": ("task.environment", "environment"),
+    }
+    overrides = []
+    for name, value in given.items():
+        key, kind = keys[name]
+        if not kind:
+            value = named_rewards(value, names)
+        elif is_kind(value, kind):
+            value = names(value)
+        elif not isinstance(value, str | Path):
+            raise RecipeError(f"{name}: expected {EXPECTED[kind]}, got a {type(value).__name__}")
+        overrides.append(f"{key}={json.dumps(value, default=str)}")
+    return overrides
+
+
+EXPECTED = {
+    "model": "a transformers model, (model, tokenizer), a folder or a name",
+    "rows": "a list of mappings, a datasets.Dataset, a data frame, a file or a name",
+    "environment": "a class, a function, an environment or a name",
+}
+
+
 def resume_run(folder: Path, recipe: Recipe | None = None, display: Display | None = None) -> Result:
     """Go on with a run; recipe: None takes the run's own."""
     folder = folder.resolve()
     before, display = read_recipe(folder), display or Display()
+    require((recipe or before).model_dump(mode="json"), at_hand(folder))
     accelerator = join(recipe or before)
     notes: list[str] = []
 
@@ -120,6 +215,11 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> None:
         accelerator = join(tiny)
         folder = distributed.broadcast(Path(scratch))
         _execute(_open(lambda: Run.create(folder, tiny), folder), accelerator, display or Display(), keeps=False)
+
+
+def at_hand(folder: str | Path | None) -> list[str]:
+    """Keys whose objects a run folder holds itself: the model, once it is saved."""
+    return ["model.path"] if folder is not None and (Path(folder) / MODEL_FOLDER).is_dir() else []
 
 
 def default_output(name: str) -> Path:
@@ -214,7 +314,7 @@ def _train_stages(run: Run, accelerator: Any, display: Display, interrupt: Inter
     previous: Path | None = None
     steps, predicted = 0, 0.0
     for name, recipe in stages_of(run.recipe).items():
-        recipe = with_own_options(recipe)
+        recipe = with_own_options(with_saved_model(run, recipe))
         if distributed.broadcast(run.final(name).exists()):
             display.say(f"stage {name} is finished: not run again")
         else:
@@ -234,6 +334,17 @@ def _train_stages(run: Run, accelerator: Any, display: Display, interrupt: Inter
             previous = run.final(name)
         steps += recipe.training.steps
     return steps
+
+
+def with_saved_model(run: Run, recipe: Recipe) -> Recipe:
+    """A recipe whose model is an object, with the copy of it that the run keeps in MODEL_FOLDER."""
+    if not is_object(recipe.model.path):
+        return recipe
+    folder = run.folder / MODEL_FOLDER
+    if not distributed.broadcast(folder.exists()):
+        run.write_folder(folder, lambda scratch: save_given(find(recipe.model.path, "model.path"), scratch))
+        distributed.barrier()
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(folder)})})
 
 
 def _train_stage(parts: tuple[Any, ...], recipe: Recipe, accelerator: Any, display: Display) -> bool:

@@ -20,6 +20,7 @@ import numpy as np
 
 from lmrl.errors import DataError
 from lmrl.local_names import refuse_missing
+from lmrl.objects import find, is_object
 
 Row = dict[str, Any]
 SCAN_ROWS = 256
@@ -205,18 +206,38 @@ class Table(Rows):
         return row
 
 
+class Given(Rows):
+    """Rows that a Python program holds: a list of mappings."""
+
+    def __init__(self, name: str, rows: list[Row]):
+        self.name, self.rows = name, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def place(self, index: int) -> tuple[str, int]:
+        return self.name, index + 1
+
+    def _read(self, index: int) -> Row:
+        return dict(self.rows[index])
+
+
 def open_rows(path: str, part: Selection = Selection()) -> Rows:
-    """The rows of a file, of a folder of Parquet shards, or (the `part` of it) of a dataset on the hub."""
+    """The rows of a file, of a folder of Parquet shards, of an object (`python:NAME`), or (the `part` of it) of a dataset on
+    the hub."""
     file = Path(path)
+    rows: Rows
     if file.exists() and (given := next((name for name in ("config", "revision") if getattr(part, name)), None)):
         raise DataError(
             f"{path}: `{given}` chooses from a dataset on the hub, but this is a file or folder: leave it out"
         )
-    if file.is_dir():
+    if is_object(path):
+        rows = _open_object(path)
+    elif file.is_dir():
         shards = sorted(file.glob("*.parquet"))
         if not shards:
             raise DataError(f"{path}: the folder holds no Parquet shards (*.parquet)")
-        rows: Rows = _open_parquet(shards)
+        rows = _open_parquet(shards)
     elif not file.is_file():
         refuse_missing(path, "data", "dataset")
         rows = _open_hub(path, part)
@@ -271,6 +292,19 @@ def _open_csv(file: Path) -> Table:
     except (OSError, pyarrow.ArrowInvalid) as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
     return Table(quiet_datasets().Dataset(table), [(str(file), len(table))])
+
+
+def _open_object(name: str) -> Rows:
+    rows = find(name, "data")
+    if isinstance(rows, list):
+        return Given(name, rows)
+    if hasattr(rows, "iterrows"):
+        return Given(name, rows.to_dict("records"))
+    if not hasattr(rows, "column_names"):
+        raise DataError(
+            f"{name}: a {type(rows).__name__} is no data: give a list of mappings, a datasets.Dataset or a pandas data frame"
+        )
+    return Table(rows, [(name, len(rows))])
 
 
 def _open_hub(name: str, part: Selection) -> Table:

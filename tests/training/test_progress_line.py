@@ -1,6 +1,8 @@
 """The line that follows a run: its measures and the time it still takes."""
 
 import io
+import sys
+import types
 
 from rich.console import Console
 
@@ -20,3 +22,30 @@ def test_measures_of_zero_are_shown(monkeypatch):
     display.begin("main", "PPO", 12, 0)
     display.step(1, {"reward": 0.0, "kl": 0, "entropy": 1.234, "failed": 0, "skipped": 2, "unshown": 3})
     assert display.console.file.getvalue() == "main (PPO) 1/12  0:44 left  reward 0  kl 0  entropy 1.23  skipped 2\n"
+
+
+def test_a_notebook_has_one_bar_that_is_replaced(monkeypatch):
+    shown = []
+
+    class Output:
+        def update(self, content):
+            shown.append(content)
+
+    def display(content, display_id):
+        assert display_id is True
+        shown.append(content)
+        return Output()
+
+    module = types.SimpleNamespace(HTML=str, display=display)
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(display=module))
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    console = Console(file=io.StringIO(), width=200)
+    console.is_jupyter = True
+    view = Display(console)
+    view.begin("main", "PPO <1>", 4, 0)
+    view.step(1, {"reward": 0.5})
+    view.step(4, {"reward": 0.75})
+    view.end()
+    assert len(shown) == 3 and console.file.getvalue() == ""
+    assert shown[0].startswith('<pre><progress value="0" max="4">') and "main (PPO &lt;1&gt;) 0/4" in shown[0]
+    assert '<progress value="4" max="4">' in shown[2] and "4/4  0:00 left  reward 0.75" in shown[2]

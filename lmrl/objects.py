@@ -1,0 +1,196 @@
+"""Objects of a Python program in place of files: functions, environments, rows and models, named `python:NAME` in recipes.
+
+    lmrl.train("grpo", model=model, prompts=rows, rewards=my_reward)    # recipe.yaml says function: python:my_reward
+
+A name holds in this process alone. A run that is resumed in another one needs its objects again: by the same call with
+`resume=True`, or by `lmrl.provide(my_reward=my_reward)`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from lmrl.errors import RecipeError
+
+PREFIX = "python:"
+PLACES = {
+    ("model", "path"): "model",
+    ("task", "environment"): "environment",
+    ("task", "prompts", "path"): "rows",
+    ("source", "path"): "rows",
+}
+"""Keys that take an object, beside the functions of `task.rewards`, and what kind of one."""
+
+_provided: dict[str, Any] = {}
+
+
+def provide(**objects: Any) -> None:
+    """Make objects known in this process by the names under which recipes and run folders ask for them, `python:NAME`."""
+    _provided.update(objects)
+
+
+def is_object(name: Any) -> bool:
+    """True for the name of an object, `python:NAME`."""
+    return isinstance(name, str) and name.startswith(PREFIX)
+
+
+def find(name: str, key: str) -> Any:
+    """The object of a name `python:NAME`. key: of the recipe, for messages. RecipeError: this process has not been given it."""
+    short = name.removeprefix(PREFIX)
+    if short not in _provided:
+        raise RecipeError(_missing([(key, name)]))
+    return _provided[short]
+
+
+def require(data: Mapping[str, Any], at_hand: Collection[str] = ()) -> None:
+    """Raise RecipeError where plain recipe data name objects that this process has not been given. at_hand: keys that need none."""
+    missing = [
+        (key, name)
+        for key, name in _named(data)
+        if name.removeprefix(PREFIX) not in _provided and not key.endswith(tuple(at_hand))
+    ]
+    if missing:
+        raise RecipeError(_missing(list(dict.fromkeys(missing))))
+
+
+def _missing(wanted: list[tuple[str, str]]) -> str:
+    names = list(dict.fromkeys(name.removeprefix(PREFIX) for _, name in wanted))
+    which = ", ".join(f"'{name}' ({key})" for key, name in wanted)
+    return (
+        f"{which}: an object of a Python program, which no file holds: give it again, by the call of lmrl.train that began the "
+        f"run with resume=True, or by lmrl.provide({', '.join(f'{name}=...' for name in names)})"
+    )
+
+
+def maker(thing: Any) -> Any:
+    """What makes an environment: a class or function as it is; of an environment object, a copy each time."""
+    if inspect.isclass(thing) or inspect.isroutine(thing):
+        return thing
+    return lambda: copy.deepcopy(thing)
+
+
+# ------------------------------------------------------------------------------------------------------------------ naming
+class Names:
+    """Names of one recipe's objects: each has one, and no two share one."""
+
+    def __init__(self, taken: Mapping[str, Any] | None = None) -> None:
+        self.objects: dict[str, Any] = dict(taken or {})
+
+    def __call__(self, thing: Any) -> str:
+        """The name `python:NAME` of an object, which this process knows from now on."""
+        base = _name_of(thing)
+        name, number = base, 1
+        while name in self.objects and self.objects[name] is not thing:
+            number += 1
+            name = f"{base}_{number}"
+        self.objects[name] = thing
+        provide(**{name: thing})
+        return PREFIX + name
+
+
+def name_alone(thing: Any) -> str:
+    """The name of an object that is named before the recipe around it is known: one that no other object has."""
+    return Names(_provided)(thing)
+
+
+def _name_of(thing: Any) -> str:
+    """A name that says what an object is; of rows, one that differs where they differ."""
+    if isinstance(thing, tuple):  # a model with its tokenizer
+        return _name_of(thing[0])
+    if is_rows(thing):
+        return f"rows_{_fingerprint(thing)}"
+    name = getattr(thing, "__name__", None) or type(thing).__name__
+    return re.sub(r"\W+", "", name) or "object"
+
+
+def _fingerprint(rows: Any) -> str:
+    if hasattr(rows, "_fingerprint"):  # of datasets.Dataset, which may be larger than memory
+        return str(rows._fingerprint)[:8]
+    data = rows.to_json(orient="records") if hasattr(rows, "to_json") else json.dumps(rows, sort_keys=True, default=str)
+    return hashlib.sha256(data.encode()).hexdigest()[:8]
+
+
+def is_rows(thing: Any) -> bool:
+    """True for rows of data: a list of mappings, a datasets.Dataset, a pandas data frame."""
+    if isinstance(thing, list):
+        return bool(thing) and all(isinstance(row, Mapping) for row in thing)
+    return hasattr(thing, "column_names") or hasattr(thing, "iterrows")
+
+
+def is_kind(thing: Any, kind: str) -> bool:
+    """True for an object that a key of that kind takes (see PLACES); what else stands there is the schema's to refuse."""
+    if kind == "rows":
+        return is_rows(thing)
+    if kind == "model":
+        return hasattr(thing, "save_pretrained") or isinstance(thing, tuple)
+    return callable(thing) or hasattr(thing, "reset")
+
+
+def by_name(kind: str) -> Any:
+    """A function that gives an object of that kind its name, and leaves anything else as it is."""
+    return lambda value: name_alone(value) if is_kind(value, kind) else value
+
+
+def with_names(data: Mapping[str, Any], names: Names | None = None) -> dict[str, Any]:
+    """A copy of plain recipe data, with names in place of its objects."""
+    names, named = names or Names(), {key: value for key, value in data.items()}
+    for keys, kind in PLACES.items():
+        _replace(named, keys, kind, names)
+    if isinstance(task := named.get("task"), dict) and "rewards" in task:
+        named["task"] = task | {"rewards": named_rewards(task["rewards"], names)}
+    if isinstance(stages := named.get("stages"), dict):
+        named["stages"] = {
+            name: with_names(stage, names) if isinstance(stage, dict) else stage for name, stage in stages.items()
+        }
+    return {key: _copied(value) for key, value in named.items()}
+
+
+def _replace(section: dict[str, Any], keys: tuple[str, ...], kind: str, names: Names) -> None:
+    key, *rest = keys
+    value = section.get(key)
+    if not rest and is_kind(value, kind):
+        section[key] = names(value)
+    elif rest and isinstance(value, dict):
+        section[key] = dict(value)
+        _replace(section[key], tuple(rest), kind, names)
+    elif rest == ["path"] and is_kind(value, kind):
+        section[key] = {"path": names(value)}  # `prompts: rows` is short for `prompts: {path: rows}`
+
+
+def named_rewards(given: Any, names: Any = name_alone) -> Any:
+    """Rewards with names in place of functions; a list of them, or one alone."""
+    if isinstance(given, list | tuple):
+        return [named_rewards(one, names) for one in given]
+    if isinstance(given, dict):
+        function = given.get("function")
+        return given | {"function": names(function)} if callable(function) else given
+    return {"function": names(given)} if callable(given) else given
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(one) for key, one in value.items()}
+    return [_copied(one) for one in value] if isinstance(value, list) else value
+
+
+def _named(data: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """Keys of plain recipe data that name objects, and the names."""
+    for keys in PLACES:
+        value: Any = data
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if is_object(value):
+            yield above + ".".join(keys), value
+    task = data.get("task")
+    rewards = task.get("rewards") if isinstance(task, dict) else None
+    for index, reward in enumerate(rewards if isinstance(rewards, list) else ()):
+        if isinstance(reward, dict) and is_object(reward.get("function")):
+            yield f"{above}task.rewards.{index}.function", reward["function"]
+    for name, stage in (data.get("stages") or {}).items():
+        yield from _named(stage, f"{above}stages.{name}.")
