@@ -43,6 +43,14 @@ class TemporaryError(Exception):
     """For reward functions to raise: a failure that may pass, so that the call is tried again before samples are lost."""
 
 
+class EndpointError(LmrlError):
+    """An address that is to answer as a language model did not. temporary: another attempt may succeed."""
+
+    def __init__(self, message: str, temporary: bool = False):
+        super().__init__(message)
+        self.temporary = temporary
+
+
 class EpisodeError(LmrlError):
     """An environment failed on too many episodes."""
 

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from lmrl.reward_models._text import text_of
 
-from lmrl.rewards.http import Client
+from lmrl.errors import EndpointError, RewardError
+from lmrl.openai_client import OpenAIClient
 from lmrl.rewards.workers import Failure
 
 RUBRIC = """\
@@ -44,6 +45,7 @@ class Judge:
     model: the judge's name at the endpoint. url: up to and without `/chat/completions`. token_env: name of the environment
     variable with the key. rubric: text with {prompt}, {completion}, {low}, {high} and columns by name. pattern: a regular
     expression whose last match's first group is the score, from low to high. A reply without one, or outside, is no score.
+    requests_per_minute, prices, max_spend, cache: see lmrl.openai_client.OpenAIClient.
     """
 
     def __init__(
@@ -60,13 +62,26 @@ class Judge:
         timeout: float = 60,
         retries: int = 3,
         concurrency: int = 8,
+        requests_per_minute: float | None = None,
+        prices: tuple[float, float] | None = None,
+        max_spend: float | None = None,
+        cache: str | None = None,
     ):
         if not low < high:
             raise ValueError("'low' has to be below 'high'")
-        self.client = Client(
-            f"{url.rstrip('/')}/chat/completions", timeout, retries, token_env, connections=concurrency
+        self.client = OpenAIClient(
+            url,
+            model,
+            key_env=token_env,
+            timeout=timeout,
+            retries=retries,
+            connections=concurrency,
+            requests_per_minute=requests_per_minute,
+            prices=prices,
+            max_spend=max_spend,
+            cache=cache,
         )
-        self.model, self.rubric, self.pattern, self.low, self.high = model, rubric, re.compile(pattern), low, high
+        self.rubric, self.pattern, self.low, self.high = rubric, re.compile(pattern), low, high
         self.settings = {"max_tokens": max_tokens, "temperature": temperature}
         self.concurrency = concurrency
 
@@ -129,12 +144,12 @@ class Judge:
         return letters[-1] == "A"
 
     def _ask(self, text: str) -> str:
-        messages = [{"role": "user", "content": text}]
-        answer = self.client.post({"model": self.model, "messages": messages, **self.settings})
         try:
-            return answer["choices"][0]["message"]["content"] or ""
-        except (KeyError, IndexError, TypeError) as error:
-            raise Failure(f"got a reply without a message: {str(answer)[:80]}") from error
+            return self.client.chat([{"role": "user", "content": text}], **self.settings).text
+        except EndpointError as error:
+            if not error.temporary:
+                raise RewardError(str(error)) from error
+            raise Failure(f"got no reply: {error}") from error
 
     def _side_by_side(self, judge, count: int) -> list:
         with ThreadPoolExecutor(self.concurrency) as threads:

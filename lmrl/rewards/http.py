@@ -63,10 +63,24 @@ class Client:
             data = json.dumps(payload).encode()
         except (TypeError, ValueError) as error:
             raise RewardError(f"{self.url}: a column cannot be sent as JSON ({error})") from error
+        return self._exchanged("POST", self.address, data)
+
+    def get(self, address: str) -> dict[str, Any]:
+        """The answer to a GET of an address of the same host; fails as `post` does."""
+        return self._exchanged("GET", address, None)
+
+    def before_request(self) -> None:
+        """Called before each request, further ones after a failure among them; may wait."""
+
+    def busy(self, seconds: float) -> None:
+        """Called where the other side asks for a pause (429, Retry-After) of so many seconds."""
+
+    def _exchanged(self, method: str, address: str, data: bytes | None) -> dict[str, Any]:
         for retry in range(self.retries + 1):
+            self.before_request()
             wait = min(FIRST_PAUSE * 2**retry * random.uniform(0.5, 1.5), LONGEST_PAUSE)
             try:
-                code, reason, answer_headers, body = self._request(data)
+                code, reason, answer_headers, body = self._request(method, address, data)
             except (urllib3.exceptions.HTTPError, OSError) as error:
                 failure = Failure(
                     f"timed out after {self.timeout:g} s" if _late(error) else f"cannot be reached: {_root(error)}"
@@ -78,16 +92,19 @@ class Client:
                 if code not in BUSY:
                     raise RewardError(f"{self.url} answered {code} {reason}: {said}")
                 failure = Failure(f"answered {code} {reason}: {said}")
-                wait = _seconds(answer_headers.get("Retry-After")) or wait
+                asked = _seconds(answer_headers.get("Retry-After"))
+                wait = asked or wait
+                if code == 429 or asked:
+                    self.busy(min(wait, LONGEST_PAUSE))
             if retry < self.retries:
                 time.sleep(min(wait, LONGEST_PAUSE))
         raise failure
 
-    def _request(self, data: bytes) -> tuple[int, str, Any, bytes]:
+    def _request(self, method: str, address: str, data: bytes | None) -> tuple[int, str, Any, bytes]:
         """One request's code, reason, headers and body, of which no more is read than max_bytes and a little."""
         response = self.pool.request(
-            "POST",
-            self.address,
+            method,
+            address,
             body=data,
             headers=self.headers,
             timeout=self.timeout,

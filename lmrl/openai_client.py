@@ -1,0 +1,347 @@
+"""One client for every endpoint that speaks OpenAI's API: vLLM and other servers, hosted models, judges.
+
+    client = OpenAIClient("http://localhost:8000/v1", "my-model", requests_per_minute=600, cache="data/cache")
+    answer = client.chat([{"role": "user", "content": "2 + 3 = ?"}], temperature=0)
+    answer.text, answer.logprobs, answer.usage
+
+Keys come from environment variables alone. Failures that may pass (no connection, 408, 429, 5xx) are tried again after pauses that
+double, or that Retry-After names; what is left raises EndpointError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from lmrl.errors import EndpointError, LmrlError, RecipeError
+from lmrl.rewards.http import Client
+from lmrl.rewards.workers import Failure
+
+OPENAI = "https://api.openai.com/v1"
+OPENAI_KEY = "OPENAI_API_KEY"
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A sampled token as text, its log-probability, and the likeliest tokens there by text."""
+
+    text: str
+    logprob: float
+    top: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request and its answer, as the endpoint counts them."""
+
+    prompt: int = 0
+    completion: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer: its text, why it ended (`stop`, `length`, ...), and what else the endpoint told."""
+
+    text: str
+    finish_reason: str | None = None
+    logprobs: list[TokenLogprob] | None = None
+    """Of the sampled tokens, where they were asked for (`logprobs=True`, `logprobs=5`) and given."""
+    message: dict[str, Any] = field(default_factory=dict)
+    """The assistant's message of a chat, with its `tool_calls` if there are any."""
+    usage: Usage = Usage()
+    cached: bool = False
+    """True if it came from the cache, and no request was made."""
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Dollars for a million tokens."""
+
+    prompt: float
+    completion: float
+
+    def of(self, usage: Usage) -> float:
+        """Dollars that a request cost."""
+        return (usage.prompt * self.prompt + usage.completion * self.completion) / 1e6
+
+
+class Pace:
+    """Spaces out requests, of all threads together, so that there are at most so many a minute; holds all back when asked to."""
+
+    def __init__(
+        self,
+        per_minute: float | None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
+        if per_minute is not None and not per_minute > 0:
+            raise RecipeError("requests_per_minute: expected a number above 0")
+        self.interval = 60 / per_minute if per_minute else 0.0
+        self.clock, self.sleep = clock, sleep
+        self._next = 0.0
+        self._lock = threading.Lock()
+
+    def wait(self) -> None:
+        """Wait for this request's turn."""
+        with self._lock:
+            now = self.clock()
+            turn = max(self._next, now)
+            self._next = turn + self.interval
+        if turn > now:
+            self.sleep(turn - now)
+
+    def hold(self, seconds: float) -> None:
+        """Let no further request begin for so long."""
+        with self._lock:
+            self._next = max(self._next, self.clock() + seconds)
+
+
+class Budget:
+    """Counts tokens and dollars of all requests. dollars: the limit, for which `prices` are needed (None: no limit)."""
+
+    def __init__(self, prices: Prices | None = None, dollars: float | None = None):
+        if dollars is not None and prices is None:
+            raise RecipeError(
+                "max_spend: is in dollars, and what a token costs is not known: give prices, PROMPT,COMPLETION"
+            )
+        self.prices, self.dollars = prices, dollars
+        self.requests, self.usage = 0, Usage()
+        self._lock = threading.Lock()
+
+    @property
+    def spent(self) -> float:
+        """Dollars so far; 0 without prices."""
+        return self.prices.of(self.usage) if self.prices else 0.0
+
+    def check(self, name: str) -> None:
+        """Raise EndpointError once the limit is reached. Requests under way may still exceed it."""
+        if self.dollars is not None and self.spent >= self.dollars:
+            raise EndpointError(
+                f"{name}: {self.requests} requests have cost ${self.spent:.2f} of max_spend=${self.dollars:g}"
+            )
+
+    def add(self, usage: Usage) -> None:
+        with self._lock:
+            self.requests += 1
+            total = self.usage
+            self.usage = Usage(total.prompt + usage.prompt, total.completion + usage.completion)
+
+
+class Cache:
+    """Answers on disk, one JSON file each, by a hash of the request. Several processes may share a folder."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def path(self, request: Mapping[str, Any]) -> Path:
+        name = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        return self.folder / name[:2] / f"{name}.json"
+
+    def get(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The answer to a request; None where there is none, or where its file is torn."""
+        try:
+            found: dict[str, Any] = json.loads(self.path(request).read_text(encoding="utf-8"))["answer"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return found
+
+    def put(self, request: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
+        path = self.path(request)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+        scratch.write_text(json.dumps({"request": request, "answer": answer}, ensure_ascii=False), encoding="utf-8")
+        scratch.rename(path)
+
+
+class _Endpoint(Client):
+    """A route of the API, whose requests keep a common pace."""
+
+    def __init__(self, url: str, pace: Pace, **settings: Any):
+        super().__init__(url, **settings)
+        self.pace = pace
+
+    def before_request(self) -> None:
+        self.pace.wait()
+
+    def busy(self, seconds: float) -> None:
+        self.pace.hold(seconds)
+
+
+class OpenAIClient:
+    """Chat and completions by one model of one endpoint; safe to use from several threads.
+
+    url: up to and without `/chat/completions`. model: its name there (None: the only one that the endpoint serves). key_env: name of
+    the environment variable with the key (None: OPENAI_API_KEY for OpenAI's own address, no key elsewhere). timeout: seconds a
+    request. retries: further requests after a failure that may pass. connections: requests side by side of `chat_all` and
+    `complete_all`, and of the asynchronous calls. requests_per_minute: of all threads together. prices, max_spend: dollars for a
+    million tokens of prompts and of completions, and dollars after which no request is begun. cache: a folder for answers; a
+    request that was answered before costs nothing.
+    """
+
+    def __init__(
+        self,
+        url: str = OPENAI,
+        model: str | None = None,
+        *,
+        key_env: str | None = None,
+        timeout: float = 120,
+        retries: int = 5,
+        connections: int = 8,
+        requests_per_minute: float | None = None,
+        prices: tuple[float, float] | None = None,
+        max_spend: float | None = None,
+        cache: str | Path | None = None,
+    ):
+        self.url = url.rstrip("/")
+        if key_env is None and urlsplit(self.url).hostname == urlsplit(OPENAI).hostname:
+            key_env = OPENAI_KEY
+        self.pace = Pace(requests_per_minute)
+        settings = {"timeout": timeout, "retries": retries, "token_env": key_env, "connections": connections}
+        self._routes = {
+            route: _Endpoint(f"{self.url}/{route}", self.pace, **settings)
+            for route in ("chat/completions", "completions")
+        }
+        self.name = self._routes["completions"].url.removesuffix("/completions")
+        """The address for messages: without user, password and query."""
+        self.budget = Budget(Prices(*prices) if prices else None, max_spend)
+        self.cache = Cache(cache) if cache is not None else None
+        self.connections = connections
+        self._threads = ThreadPoolExecutor(connections, thread_name_prefix="openai")
+        self.model = model or self._only_model()
+
+    # ------------------------------------------------------------------------------------------------------- requests
+    def chat(self, messages: Messages, *, draw: int = 0, **settings: Any) -> Answer:
+        """The answer to a dialogue. settings: further fields of the request (`temperature`, `max_tokens`, `seed`, `tools`, ...).
+
+        draw: number of a sample, so that the cache tells several samples of one request apart. Raises EndpointError.
+        """
+        return self._ask("chat/completions", {"messages": [dict(one) for one in messages], **settings}, draw)
+
+    def complete(self, prompt: str, *, draw: int = 0, **settings: Any) -> Answer:
+        """The continuation of a text; arguments as for `chat`."""
+        return self._ask("completions", {"prompt": prompt, **settings}, draw)
+
+    def chat_all(self, dialogues: Sequence[Messages], **settings: Any) -> list[Answer | EndpointError]:
+        """An answer to each dialogue, `connections` at a time; the error in place of one that failed. Equal dialogues are drawn
+        apart."""
+        return self._all(self.chat, dialogues, settings)
+
+    def complete_all(self, prompts: Sequence[str], **settings: Any) -> list[Answer | EndpointError]:
+        """The same of texts."""
+        return self._all(self.complete, prompts, settings)
+
+    async def chat_async(self, messages: Messages, *, draw: int = 0, **settings: Any) -> Answer:
+        """`chat` for coroutines."""
+        return await self._in_thread(lambda: self.chat(messages, draw=draw, **settings))
+
+    async def complete_async(self, prompt: str, *, draw: int = 0, **settings: Any) -> Answer:
+        """`complete` for coroutines."""
+        return await self._in_thread(lambda: self.complete(prompt, draw=draw, **settings))
+
+    def models(self) -> list[str]:
+        """Names of the models that the endpoint serves."""
+        answer = self._exchange(lambda: self._routes["completions"].get(f"{self._root()}/models"))
+        return [str(one["id"]) for one in answer.get("data") or () if isinstance(one, dict) and "id" in one]
+
+    def close(self) -> None:
+        """Let go of threads; requests under way are finished."""
+        self._threads.shutdown(cancel_futures=True)
+
+    # ---------------------------------------------------------------------------------------------------------- inside
+    async def _in_thread(self, call: Callable[[], Answer]) -> Answer:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    def _all(self, ask: Callable[..., Answer], requests: Sequence[Any], settings: Mapping[str, Any]) -> list[Any]:
+        seen: dict[str, int] = {}
+        draws = []
+        for one in requests:
+            key = json.dumps(one, sort_keys=True, default=dict)
+            draws.append(seen.get(key, 0))
+            seen[key] = draws[-1] + 1
+        first = int(settings.get("draw", 0))
+        rest = {name: value for name, value in settings.items() if name != "draw"}
+
+        def call(request: Any, draw: int) -> Answer | EndpointError:
+            try:
+                return ask(request, draw=first + draw, **rest)
+            except EndpointError as error:
+                return error
+
+        return list(self._threads.map(call, requests, draws))
+
+    def _ask(self, route: str, fields: dict[str, Any], draw: int) -> Answer:
+        payload = {"model": self.model, **fields}
+        request = {"url": f"{self.name}/{route}", "draw": draw, "payload": payload}
+        if self.cache and (known := self.cache.get(request)) is not None:
+            return _answer(known, self.name, cached=True)
+        self.budget.check(self.name)
+        found = self._exchange(lambda: self._routes[route].post(payload))
+        answer = _answer(found, self.name)
+        self.budget.add(answer.usage)
+        if self.cache:
+            self.cache.put(request, found)
+        return answer
+
+    def _exchange(self, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return call()
+        except Failure as failure:
+            raise EndpointError(f"{self.name} {failure}", temporary=True) from failure
+        except LmrlError as error:
+            raise EndpointError(str(error)) from error
+
+    def _root(self) -> str:
+        """The address that requests go to, without its user and password."""
+        return self._routes["completions"].address.removesuffix("/completions")
+
+    def _only_model(self) -> str:
+        found = self.models()
+        if len(found) != 1:
+            served = ", ".join(found) or "none"
+            raise EndpointError(f"{self.name}: which model is meant? It serves {served}: name one, {self.name}#MODEL")
+        return found[0]
+
+
+def _answer(found: Mapping[str, Any], name: str, cached: bool = False) -> Answer:
+    """An endpoint's JSON as an Answer. EndpointError: it is no such answer."""
+    try:
+        choice = found["choices"][0]
+        message = choice.get("message") or {}
+        text = message.get("content") if message else choice["text"]
+        usage = found.get("usage") or {}
+        counted = Usage(int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+        logprobs = _logprobs(choice.get("logprobs"))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise EndpointError(f"{name} answered without a completion: {str(dict(found))[:80]}", temporary=True) from error
+    return Answer(text or "", choice.get("finish_reason"), logprobs, message, counted, cached)
+
+
+def _logprobs(given: Any) -> list[TokenLogprob] | None:
+    """Log-probabilities in the form of chats (`content`) or of completions (`tokens`, `token_logprobs`)."""
+    if not given:
+        return None
+    if given.get("content") is not None:
+        return [
+            TokenLogprob(
+                one["token"], one["logprob"], {top["token"]: top["logprob"] for top in one.get("top_logprobs") or ()}
+            )
+            for one in given["content"]
+        ]
+    if given.get("tokens") is None or given.get("token_logprobs") is None:
+        return None
+    tops = given.get("top_logprobs") or [None] * len(given["tokens"])
+    return [
+        TokenLogprob(text, float("nan") if value is None else value, dict(top or {}))
+        for text, value, top in zip(given["tokens"], given["token_logprobs"], tops, strict=True)
+    ]
