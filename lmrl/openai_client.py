@@ -16,7 +16,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -254,6 +254,10 @@ class OpenAIClient:
         answer = self._exchange(lambda: self._routes["completions"].get(f"{self._root()}/models"))
         return [str(one["id"]) for one in answer.get("data") or () if isinstance(one, dict) and "id" in one]
 
+    def side_by_side(self, call: Callable[..., Any], *columns: Sequence[Any]) -> Iterator[Any]:
+        """Results of a function on rows of columns, in order, `connections` calls at a time."""
+        return self._threads.map(call, *columns)
+
     def close(self) -> None:
         """Let go of threads; requests under way are finished."""
         self._threads.shutdown(cancel_futures=True)
@@ -278,7 +282,7 @@ class OpenAIClient:
             except EndpointError as error:
                 return error
 
-        return list(self._threads.map(call, requests, draws))
+        return list(self.side_by_side(call, requests, draws))
 
     def _ask(self, route: str, fields: dict[str, Any], draw: int) -> Answer:
         payload = {"model": self.model, **fields}

@@ -355,11 +355,15 @@ def _no_checkpoint(folder: Path) -> str:
 
 
 def checkpoint_of(policy: str, which: str = "final", key: str = "policy") -> str:
-    """Resolve a policy's name: a checkpoint folder of a run, a model's folder or GGUF file, or a name on the hub.
+    """Resolve a policy's name: a checkpoint folder of a run, a model's folder or GGUF file, a name on the hub, or an address.
 
     which: of a run, see `final_checkpoint`. Raises DataError or RunError for what is none of these.
     """
     path = Path(policy).expanduser()
+    if policy.startswith(("http://", "https://")):
+        if which != "final":
+            raise RunError(f"--checkpoint {which}: '{policy}' is an address, and no run folder: leave it out")
+        return policy
     if not path.exists():
         refuse_missing(policy, key)
         return policy

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lmrl.cli.common import Debug, TrustRemoteCode
+from lmrl.cli.common import Debug, EndpointOptions, TrustRemoteCode, endpoint_of
 from lmrl.errors import RecipeError
 from lmrl.local_names import refuse_missing
 from lmrl.recipe import PromptTask, Rollouts, Section, TaskSection
@@ -19,6 +19,7 @@ from lmrl.recipe.overrides import apply_override
 from lmrl.recipe.paths import resolve_files
 from lmrl.recipe.source import Players
 from lmrl.recipe.validation import validate
+from lmrl.run import checkpoint_of
 
 
 class Collection(Section):
@@ -32,7 +33,7 @@ def command(
     policy: Annotated[
         str,
         typer.Argument(
-            help="A run folder, a checkpoint, a model folder, a GGUF file, a hub name, or scripted players of the "
+            help="A run folder, a checkpoint, a model folder, a GGUF file, a hub name, an address (http://HOST/v1#MODEL), or scripted players of the "
             "environment: random, or shares such as random=0.9,optimal=0.1"
         ),
     ],
@@ -52,6 +53,7 @@ def command(
     ] = None,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: final, best, or step-N")] = "final",
     force: Annotated[bool, typer.Option("--force", help="Overwrite collected episodes")] = False,
+    endpoint: EndpointOptions = None,
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
@@ -67,7 +69,8 @@ def command(
     totals = Totals()
     with Interrupt() as interrupt:
         interrupt.safe = True
-        player = open_player(policy, environment, changes, checkpoint, trust_remote_code, interrupt.check)
+        asked = endpoint_of(endpoint, [policy])
+        player = open_player(policy, environment, changes, checkpoint, trust_remote_code, interrupt.check, asked)
         with EpisodeWriter(output, player.tokenizer, force=force) as writer:
             try:
                 for played in player.play(episodes, seed):
@@ -143,14 +146,23 @@ class Player:
 
 
 def open_player(
-    policy: str, environment: str | None, overrides: list[str], checkpoint: str, trust_remote_code: bool, check: Any
+    policy: str,
+    environment: str | None,
+    overrides: list[str],
+    checkpoint: str,
+    trust_remote_code: bool,
+    check: Any,
+    endpoint: Any = None,
 ) -> Player:
     """The player named by `policy`: scripted players if the environment has them, else a language model."""
+    from lmrl.engines.remote import is_address
     from lmrl.environments import environment_factory
     from lmrl.rollouts.collect import check_players
     from lmrl.rollouts.sampler import Sampler
     from lmrl.rollouts.task import build_task
 
+    if is_address(policy):
+        return _remote_player(policy, environment, overrides, checkpoint, check, endpoint)
     local = Path(policy).exists()
     path, dtype, saved = _saved(policy, checkpoint) if local else (policy, "float32", {})
     if not local and environment is None and not any(change.startswith("task") for change in overrides):
@@ -187,10 +199,27 @@ def open_player(
     return Player(Sampler(task, engine, model.decode), plan.rollouts, None, path, check)
 
 
+def _remote_player(
+    policy: str, environment: str | None, overrides: list[str], checkpoint: str, check: Any, endpoint: Any
+) -> Player:
+    """A policy behind an address. Only text of it is kept, as its tokens are not known."""
+    from lmrl.engines.remote import RemoteEngine, RemotePolicy, without_limit
+    from lmrl.rollouts.sampler import Sampler
+    from lmrl.rollouts.task import build_task
+
+    checkpoint_of(policy, checkpoint)
+    plan = resolve(environment, overrides, {})
+    remote = RemotePolicy(policy, endpoint)
+    task = build_task(without_limit(plan.task), remote.tokenizer)
+    player = Player(Sampler(task, RemoteEngine(remote, check), remote.decode), plan.rollouts, None, policy, check)
+    player.tokenizer = None
+    return player
+
+
 def _saved(policy: str, checkpoint: str) -> tuple[str, str, dict[str, Any]]:
     """Checkpoint folder, dtype, and task and rollouts of the run that made it, where it says so."""
     from lmrl.evaluation.api import TASK_FILE, saved_task
-    from lmrl.run import RECIPE_FILE, checkpoint_of, read_recipe
+    from lmrl.run import RECIPE_FILE, read_recipe
 
     saved, dtype = {}, "float32"
     path = Path(checkpoint_of(policy, checkpoint))

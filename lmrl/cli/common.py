@@ -10,6 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from lmrl.errors import RecipeError
+from lmrl.recipe.document import Document
+from lmrl.recipe.overrides import apply_override
+from lmrl.recipe.validation import validate
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes, for instance training.steps=50", metavar="[KEY=VALUE]...")
@@ -23,9 +26,17 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Policies = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Run folders, checkpoints, model folders, GGUF files or hub names; then changes of the suite",
+        help="Run folders, checkpoints, model folders, GGUF files, hub names or addresses (http://HOST/v1#MODEL); then changes of the suite",
         metavar="POLICY... [KEY=VALUE]...",
         show_default=False,
+    ),
+]
+EndpointOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--endpoint",
+        metavar="KEY=VALUE",
+        help="Of policies that are addresses: key_env, timeout, retries, connections, requests_per_minute, prices, max_spend, cache",
     ),
 ]
 OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
@@ -35,6 +46,18 @@ def split_policies(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Policies, and the overrides among them: what begins with `KEY=` and is no file here."""
     overrides = [one for one in arguments if OVERRIDE.match(one) and not Path(one).expanduser().exists()]
     return [one for one in arguments if one not in overrides], overrides
+
+
+def endpoint_of(options: Sequence[str] | None, policies: Sequence[str]) -> Any:
+    """`--endpoint KEY=VALUE` as an Endpoint. Raises RecipeError for what is none, and where no policy is an address."""
+    from lmrl.engines.remote import Endpoint, is_address
+
+    if options and not any(map(is_address, policies)):
+        raise RecipeError("--endpoint says how an address is asked, and no policy is one: leave it out")
+    document = Document({})
+    for option in options or ():
+        apply_override(document, option)
+    return validate(Endpoint, document)
 
 
 def weights(text: str | None) -> list[float]:

@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from lmrl.cli.common import Debug, Policies, RunCode, TrustRemoteCode, listed, split_policies, weights
+from lmrl.cli.common import (
+    Debug,
+    EndpointOptions,
+    Policies,
+    RunCode,
+    TrustRemoteCode,
+    endpoint_of,
+    listed,
+    split_policies,
+    weights,
+)
 from lmrl.errors import RecipeError, RunError
 
 
@@ -57,6 +67,7 @@ def command(
     ] = None,
     samples: Annotated[int, typer.Option("--samples", help="Completions to show")] = 3,
     run_code: RunCode = False,
+    endpoint: EndpointOptions = None,
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
@@ -82,6 +93,7 @@ def command(
         "--beta": beta,
         "--log-every": part,
         "--overlap": overlap,
+        "--endpoint": endpoint,
         "--trust-remote-code": trust_remote_code,
     }
     if rescore is not None and (idle := [name for name, given in unused.items() if given]):
@@ -115,9 +127,10 @@ def command(
             log,
             listed(checkpoints),
             part,
-            run_code,
-            overlap or (),
-            overlap_words or WORDS,
+            run_code=run_code,
+            overlap=overlap or (),
+            overlap_words=overlap_words or WORDS,
+            endpoint=endpoint_of(endpoint, names),
         )
     display = Display()
     display.samples(report.trajectories, samples)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lmrl.allocator import keep_freed_memory
+from lmrl.engines.remote import Endpoint, RemotePolicy, is_address
 from lmrl.errors import RecipeError, RunError, ScoreError
 from lmrl.evaluation.bridges import HARNESS, harness_options, harness_task
 from lmrl.evaluation.contamination import WORDS, Overlap, overlap_of
@@ -105,8 +106,10 @@ def evaluate(
     run_code: bool = False,
     overlap: Sequence[str | Path] = (),
     overlap_words: int = WORDS,
+    endpoint: Endpoint | None = None,
 ) -> Report:
-    """Score a policy: a run folder, a checkpoint, any transformers or peft folder, a GGUF file, or a hub name.
+    """Score a policy: a run folder, a checkpoint, any transformers or peft folder, a GGUF file, a hub name, or an address
+    of OpenAI's API, `http://HOST/v1#MODEL`.
 
     policy: or several, which then all play the suite of the first, with the same random numbers. suite: a file or a
     shipped
@@ -121,6 +124,7 @@ def evaluate(
     run_code: allow a suite to run code that the policy writes.
     overlap: runs or files whose training data to look for the suite's prompts in: stretches of `overlap_words` words.
     A suite `lm-eval:TASK` is a task of lm-eval, with the overrides of `HarnessOptions`.
+    endpoint: how addresses are asked.
     """
     policies = [policy] if isinstance(policy, str | Path) else list(policy)
     found = contenders(policies, checkpoint, checkpoints)
@@ -132,7 +136,9 @@ def evaluate(
     episodes: dict[str, list[Trajectory]] = {}
     given: NamedSuite | None = None
     for contender in found:
-        evaluator = evaluator_for(contender, suite, overrides, trust_remote_code, given=given, run_code=run_code)
+        evaluator = evaluator_for(
+            contender, suite, overrides, trust_remote_code, given=given, run_code=run_code, endpoint=endpoint
+        )
         given = NamedSuite(evaluator.suite, evaluator.name)
         for label, scores, played in score_rows(evaluator, contender, betas, log, len(found) > 1, part):
             rows[label], episodes[label] = scores, played
@@ -237,8 +243,10 @@ def evaluator_for(
     checkpoint: str = "final",
     given: NamedSuite | None = None,
     run_code: bool = False,
+    endpoint: Endpoint | None = None,
 ) -> Evaluator:
-    """A saved policy and the suite it is scored on, loaded; see `evaluate`. given: play this suite, as it is."""
+    """A saved policy and the suite it is scored on, loaded; see `evaluate`. given: play this suite, as it is.
+    endpoint: how an address is asked."""
     keep_freed_memory()
     if not isinstance(policy, Contender):
         (policy,) = contenders([policy], checkpoint)
@@ -259,7 +267,8 @@ def evaluator_for(
             loaded = load_suite(suite, list(overrides), task)
         loaded = allow_code(loaded) if run_code else loaded
         name = OWN_TASK if suite is None else str(suite)
-    evaluator = Evaluator(open_policy(path, dtype, trust_remote_code), loaded)
+    opened = RemotePolicy(path, endpoint) if is_address(path) else open_policy(path, dtype, trust_remote_code)
+    evaluator = Evaluator(opened, loaded)
     evaluator.name = name
     if given is None and suite is None:
         size_own(evaluator, {override.partition("=")[0] for override in overrides})

@@ -10,6 +10,7 @@ from statistics import mean
 from lmrl import distributed
 from lmrl.engines.base import Engine, Sampling
 from lmrl.engines.build import build_engine
+from lmrl.engines.remote import RemoteEngine, RemotePolicy, without_limit
 from lmrl.environments import limits_of
 from lmrl.evaluation.best_of import several_samples
 from lmrl.evaluation.choices import Chooser
@@ -30,15 +31,25 @@ RANDOM_EPISODES = 8
 class Evaluator:
     """A suite made ready for one policy, to be scored any number of times."""
 
-    def __init__(self, policy: Policy, suite: Suite, engine: Engine | None = None):
+    def __init__(self, policy: Policy | RemotePolicy, suite: Suite, engine: Engine | None = None):
         """engine: of the policy, where it has one already."""
         refuse_code(suite)
         self.policy, self.suite, self.name = policy, suite, ""
-        self.task = build_task(suite.task, policy.tokenizer)
+        section = without_limit(suite.task) if isinstance(policy, RemotePolicy) else suite.task
+        self.task = build_task(section, policy.tokenizer)
         self.sampling = Sampling.of(suite.rollouts)
-        self.engine = engine or build_engine(suite.rollouts, policy)
+        if engine is None:
+            engine = RemoteEngine(policy) if isinstance(policy, RemotePolicy) else build_engine(suite.rollouts, policy)
+        self.engine: Engine = engine
         self.sampler = Sampler(self.task, self.engine, policy.decode)
-        self.chooser = Chooser(policy, self.task, suite.choices) if suite.choices is not None else None
+        self.chooser = None
+        if suite.choices is not None:
+            if isinstance(policy, RemotePolicy):
+                raise RunError(
+                    f"this suite compares log-likelihoods of choices, which '{policy.path}' as an address does not tell: score the "
+                    "model itself, from a folder or by its name on the hub"
+                )
+            self.chooser = Chooser(policy, self.task, suite.choices)
         self.at_once: int | None = None
         """Episodes to play side by side (None: all)."""
 
@@ -129,7 +140,7 @@ class Evaluator:
 
     def extra(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
         """What is measured of judged episodes beside their scores: `kl`, where the policy has a reference."""
-        if not self.policy.has_reference or self.chooser is not None:
+        if isinstance(self.policy, RemotePolicy) or self.chooser is not None or not self.policy.has_reference:
             return {}
         before = self.policy.temperature
         self.policy.temperature = self.sampling.temperature or 1.0

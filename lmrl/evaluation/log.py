@@ -272,7 +272,7 @@ def header_of(
     suite, task = evaluator.suite, evaluator.task
     check_no_secrets(suite)
     usual = PART_ON_CPU if evaluator.policy.device.type == "cpu" else PART
-    commit = getattr(evaluator.policy.causal_lm.config, "_commit_hash", None)
+    commit = getattr(getattr(evaluator.policy.causal_lm, "config", None), "_commit_hash", None)
     return {
         "format": FORMAT,
         "suite": {
@@ -281,7 +281,7 @@ def header_of(
             "resolved": suite.model_dump(mode="json"),
         },
         "policy": {**policy, "hash": policy_hash(policy["path"], commit)},
-        "engine": {"name": suite.rollouts.engine, "options": suite.rollouts.options},
+        "engine": {"name": getattr(evaluator.engine, "kind", suite.rollouts.engine), "options": suite.rollouts.options},
         "sampling": {**vars(evaluator.sampling_at(beta)), "stop": list(evaluator.sampling.stop)},
         "scoring": evaluator.scoring().to_plain(),
         "judged_by": task.judged_by,
