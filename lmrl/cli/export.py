@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lmrl.cli.common import Debug, TrustRemoteCode
+from lmrl.errors import RecipeError
 
 
 def command(
@@ -27,6 +28,15 @@ def command(
         str | None, typer.Option("--suite", "-s", help="A suite's file or name (default: the run's own)")
     ] = None,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: final, best, or step-N")] = "final",
+    push: Annotated[
+        str | None,
+        typer.Option(
+            "--push", metavar="OWNER/NAME", help="Also upload it to the Hugging Face hub, with the token in HF_TOKEN"
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push: a repository that only its owner sees")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
@@ -34,8 +44,14 @@ def command(
     from lmrl.evaluation.export import export
     from lmrl.training.display import Display
 
-    result = export(run, destination, beta, adapter_only, max_loss, check, checkpoint, suite, trust_remote_code)
+    if private and push is None:
+        raise RecipeError("--private goes with --push OWNER/NAME")
+    result = export(
+        run, destination, beta, adapter_only, max_loss, check, checkpoint, suite, trust_remote_code, push, private
+    )
     if result.rows:
         Display().table(f"beta {beta:g}", result.rows)
         print(f"{result.metric}: the export loses {result.loss:.1f} points of at most {max_loss:g}")
-    print(f"written to {destination}")
+    print(f"written to {destination}, with a model card")
+    if result.address:
+        print(f"pushed to {result.address}")

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lmrl.errors import RunError
-from lmrl.evaluation.api import TASK_FILE, evaluator_for
+from lmrl.evaluation.api import TASK_FILE, evaluator_for, run_of
+from lmrl.evaluation.card import write_card
 from lmrl.evaluation.evaluate import Evaluator
+from lmrl.evaluation.hub import prepare, push
 from lmrl.evaluation.scoring import Scores
 from lmrl.policy.export import save_adapter, save_plain
 from lmrl.policy.load import open_policy
@@ -27,6 +29,8 @@ class Export:
     loss: float | None = None
     """Points of normalised score (100: from the random player to the optimum) that the export lost; without players to
     scale by, percent of what Q had gained over beta 0."""
+    address: str | None = None
+    """On the hub, where it was pushed."""
 
 
 def export(
@@ -39,14 +43,17 @@ def export(
     checkpoint: str = "final",
     suite: str | None = None,
     trust_remote_code: bool = False,
+    push_to: str | None = None,
+    private: bool = False,
 ) -> Export:
-    """Write a run or checkpoint as an ordinary transformers (or adapter) folder.
+    """Write a run or checkpoint as an ordinary transformers (or adapter) folder, with a model card.
 
     beta: fold the Q heads into the vocabulary matrix at this weight; then both policies play the suite, and nothing is
-    kept where the export loses more than `max_loss`. Raises RunError there, and where `destination` is no empty folder.
+    kept where the export loses more than `max_loss`. push_to: upload it to this repository on the hub, OWNER/NAME. Raises RunError there, and where `destination` is no empty folder.
     """
     if destination.is_file() or destination.is_dir() and any(destination.iterdir()):
         raise RunError(f"{destination} is not an empty folder: choose another destination")
+    api = prepare(push_to, private) if push_to else None
     path = Path(checkpoint_of(str(policy), checkpoint))
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".export-") as scratch:
@@ -74,9 +81,12 @@ def export(
                 )
         if (path / TASK_FILE).is_file():
             shutil.copy(path / TASK_FILE, written / TASK_FILE)
+        write_card(written, run_of(path), push_to or destination.name, checkpoint, beta)
         if destination.exists():
             destination.rmdir()
         written.rename(destination)
+    if push_to:
+        result.address = push(api, destination, push_to)
     return result
 
 
