@@ -25,6 +25,7 @@ from lmrl.trajectories.encoding import Encoder
 ROLES = ("system", "developer", "user", "assistant", "tool")
 END = "<|end|>"
 TEMPLATE = (
+    "{% if tools %}{{ raise_exception('definitions of tools are not sent to an address') }}{% endif %}"
     "{% for message in messages %}"
     "{% if message.tool_calls %}{{ raise_exception('calls of tools are not sent to an address') }}{% endif %}"
     "{{ '<|' + message.role + '|>' + message.content + '<|end|>' }}"

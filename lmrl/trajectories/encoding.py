@@ -71,8 +71,12 @@ class Encoder:
         """The chat template's text for messages."""
         if not self.tokenizer.chat_template:
             raise ModelError("the prompts are dialogues, but the tokenizer has no chat template")
+        tools = next((message["tools"] for message in messages if message.get("tools")), None)
+        messages = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
         try:
-            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=open_turn
+            )
             return text
         except Exception as error:  # a template may raise anything
             roles = ", ".join(str(message["role"]) for message in messages)

@@ -53,7 +53,22 @@ def text_or_messages(row: Row, name: str) -> str | Messages:
 
 
 def messages_in(row: Row, name: str) -> Messages:
-    return checked_messages(take(row, name, list), name)
+    return with_tools(checked_messages(take(row, name, list), name), row)
+
+
+def with_tools(messages: Messages, row: Row) -> Messages:
+    """Messages that open a dialogue, with the definitions of tools in a row's column `tools`. Raises Malformed."""
+    tools = json_of(row, "tools")
+    if not tools or messages[0]["role"] == "assistant":  # what goes on from a prompt, which has them
+        return messages
+    if not isinstance(tools, list):
+        raise Malformed(f"field 'tools' is {tools!r:.60}; expected a list of definitions")
+    known = [json_of({"tools": one}, "tools") for one in tools]
+    if not all(isinstance(one, dict) for one in known):
+        raise Malformed(
+            f"field 'tools' holds {tools!r:.60}; expected objects such as {{'type': 'function', 'function': ...}}"
+        )
+    return [messages[0] | {"tools": known}, *messages[1:]]
 
 
 def checked_messages(messages: list[Any], name: str) -> Messages:
@@ -76,6 +91,7 @@ def checked_message(message: Any, name: str) -> dict[str, Any]:
     if calls and role != "assistant":
         raise Malformed(f"field '{name}' has 'tool_calls' in a message of the role '{role}'; expected 'assistant'")
     others = {key: given[key] for key in ("name", "tool_call_id") if isinstance(given.get(key), str)}
+    others |= {"tools": given["tools"]} if given.get("tools") else {}
     return {"role": role, "content": content} | ({"tool_calls": _checked_calls(calls, name)} if calls else {}) | others
 
 

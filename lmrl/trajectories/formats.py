@@ -33,7 +33,7 @@ def prompt_of(row: Row, column: str = "prompt") -> str | Messages:
         if row.get("text") is not None:
             return str(take(row, "text", str))
     found: str | Messages = take(row, column, str, list)
-    return found
+    return found if isinstance(found, str) or not row.get("tools") else messages_in(row, column)
 
 
 def completion_episode(row: Row, number: int) -> Trajectory:

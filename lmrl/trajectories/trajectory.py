@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Messages = list[dict[str, Any]]
-"""`role` and `content`, text; of the assistant maybe `tool_calls`, of a tool `tool_call_id` and `name`."""
+"""`role` and `content`, text; of the assistant maybe `tool_calls`, of a tool `tool_call_id` and `name`; in the first one maybe
+`tools`, the definitions that the chat template is to show."""
 
 CONTEXT = -1
 """In `Segment.turns`: a token the policy did not choose."""
