@@ -144,11 +144,23 @@ def with_names(data: Mapping[str, Any], names: Names | None = None) -> dict[str,
         _replace(named, keys, kind, names)
     if isinstance(task := named.get("task"), dict) and "rewards" in task:
         named["task"] = task | {"rewards": named_rewards(task["rewards"], names)}
+    source = named.get("source")
+    if isinstance(source, dict) and isinstance(source.get("parts"), list):
+        named["source"] = source | {"parts": [_named_part(part, names) for part in source["parts"]]}
     if isinstance(stages := named.get("stages"), dict):
         named["stages"] = {
             name: with_names(stage, names) if isinstance(stage, dict) else stage for name, stage in stages.items()
         }
     return {key: _copied(value) for key, value in named.items()}
+
+
+def _named_part(part: Any, names: Names) -> Any:
+    """A part of source `blend`, whose task and log take objects as a recipe's do."""
+    if not isinstance(part, dict):
+        return part
+    inner = with_names({"task": part.get("task"), "source": part.get("log")}, names)
+    given = {"task": inner["task"], "log": inner["source"]}
+    return part | {key: value for key, value in given.items() if value is not None}
 
 
 def _replace(section: dict[str, Any], keys: tuple[str, ...], kind: str, names: Names) -> None:
@@ -192,5 +204,12 @@ def _named(data: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]
     for index, reward in enumerate(rewards if isinstance(rewards, list) else ()):
         if isinstance(reward, dict) and is_object(reward.get("function")):
             yield f"{above}task.rewards.{index}.function", reward["function"]
+    source = data.get("source")
+    for index, part in enumerate(source.get("parts") or () if isinstance(source, dict) else ()):
+        where = f"{above}source.parts.{index}."
+        yield from _named({"task": part.get("task")}, where)
+        path = (part.get("log") or {}).get("path")
+        if isinstance(path, str) and is_object(path):
+            yield f"{where}log.path", path
     for name, stage in (data.get("stages") or {}).items():
         yield from _named(stage, f"{above}stages.{name}.")

@@ -43,6 +43,7 @@ SHIPPED: dict[str, dict[str, str]] = {
         "rollouts": "lmrl.sources.fresh:FreshRollouts",
         "dataset": "lmrl.sources.dataset:Dataset",
         "mixture": "lmrl.sources.mixture:Mixture",
+        "blend": "lmrl.sources.blend:Blend",
     },
     "engine": {
         "hf": "lmrl.engines.hf:HFEngine",

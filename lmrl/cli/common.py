@@ -10,9 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from lmrl.errors import RecipeError
-from lmrl.recipe.document import Document
-from lmrl.recipe.overrides import apply_override
-from lmrl.recipe.validation import validate
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes, for instance training.steps=50", metavar="[KEY=VALUE]...")
@@ -51,6 +48,9 @@ def split_policies(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def endpoint_of(options: Sequence[str] | None, policies: Sequence[str]) -> Any:
     """`--endpoint KEY=VALUE` as an Endpoint. Raises RecipeError for what is none, and where no policy is an address."""
     from lmrl.engines.remote import Endpoint, is_address
+    from lmrl.recipe.document import Document
+    from lmrl.recipe.overrides import apply_override
+    from lmrl.recipe.validation import validate
 
     if options and not any(map(is_address, policies)):
         raise RecipeError("--endpoint says how an address is asked, and no policy is one: leave it out")

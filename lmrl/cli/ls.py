@@ -49,7 +49,7 @@ SHIPPED: dict[str, Callable[[], dict[str, str]]] = {
     "environments": lambda: section_docs("task.py", "environment"),
     "rewards": reward_docs,
     "objectives": lambda: section_docs("objectives", "name"),
-    "sources": lambda: section_docs("source.py", "name"),
+    "sources": lambda: section_docs("source.py", "name") | section_docs("blend.py", "name"),
     "engines": lambda: ENGINES,
     "listeners": dict,
     "trackers": lambda: TRACKERS,

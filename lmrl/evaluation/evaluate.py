@@ -12,6 +12,7 @@ from lmrl.engines.base import Engine, Sampling
 from lmrl.engines.build import build_engine
 from lmrl.engines.remote import RemoteEngine, RemotePolicy, without_limit
 from lmrl.environments import limits_of
+from lmrl.errors import RunError
 from lmrl.evaluation.best_of import several_samples
 from lmrl.evaluation.choices import Chooser
 from lmrl.evaluation.scoring import Scores, Scoring, check_metrics, exact, named_values, values_of
@@ -46,7 +47,7 @@ class Evaluator:
         if suite.choices is not None:
             if isinstance(policy, RemotePolicy):
                 raise RunError(
-                    f"this suite compares log-likelihoods of choices, which '{policy.path}' as an address does not tell: score the "
+                    f"this suite compares log-likelihoods of choices, which an address does not tell: score the "
                     "model itself, from a folder or by its name on the hub"
                 )
             self.chooser = Chooser(policy, self.task, suite.choices)

@@ -1,6 +1,7 @@
 """The recipe's schema, torch-free: one file a section, put together in recipe.py."""
 
 from lmrl.recipe.base import Plugin, Section
+from lmrl.recipe.blend import BlendSource
 from lmrl.recipe.evaluations import OWN_TASK
 from lmrl.recipe.model import Lora, Model
 from lmrl.recipe.objectives import (
@@ -18,10 +19,9 @@ from lmrl.recipe.objectives import (
     QSFTObjective,
     RewardModelObjective,
 )
-from lmrl.recipe.recipe import CHOICES, MAIN_STAGE, REWARD_MODEL, Recipe, TaskSection
+from lmrl.recipe.recipe import CHOICES, MAIN_STAGE, REWARD_MODEL, SOURCES, Recipe, TaskSection
 from lmrl.recipe.rollouts import VLLM, Rollouts
 from lmrl.recipe.source import (
-    SOURCES,
     CustomSource,
     DatasetOptions,
     DatasetSource,

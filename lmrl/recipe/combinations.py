@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lmrl.recipe.evaluations import OWN_TASK
-from lmrl.recipe.source import DatasetOptions, MixtureSource
 from lmrl.recipe.task import PromptTask
 
 if TYPE_CHECKING:
@@ -36,13 +35,15 @@ def mistakes(recipe: Recipe) -> Iterator[str]:
             "is none: leave it at auto"
         )
     yield from objective.mistakes(recipe)
+    if source.name == "blend" and recipe.rollouts.ahead:
+        yield "`rollouts.ahead` plays one task ahead of the step, and source 'blend' plays several: set it to 0"
     if source.plays and not source.has_log and recipe.rollouts.samples == 1:
         if getattr(source, "resample", 0):
             yield "`source.resample` replaces prompts whose samples all earned the same: set rollouts.samples to 2 or more"
         if source.best_among == "prompt":
             yield "`source.best_among=prompt` ranks samples of the same prompt: set rollouts.samples to 2 or more"
     if isinstance(task, PromptTask):
-        if not isinstance(source, DatasetOptions) or isinstance(source, MixtureSource):
+        if source.plays_own_task:
             if not task.rewards:
                 yield "a task of prompts learns from rewards: list at least one under task.rewards"
         if getattr(source, "player", None):

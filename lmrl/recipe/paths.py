@@ -49,6 +49,11 @@ def resolve_files(data: Any, beside: Path) -> None:
     resolve(_suite_path, "evaluation", "suite")
     _resolve_items(data, ("training", "listeners"), "name", beside)
     _resolve_items(data, ("tracking", "trackers"), "name", beside)
+    source = data.get("source") if isinstance(data, dict) else None
+    parts = source.get("parts") if isinstance(source, dict) else None
+    for part in parts if isinstance(parts, list) else ():
+        if isinstance(part, dict):
+            resolve_files({"task": part.get("task"), "source": part.get("log")}, beside)
     task = data.get("task") if isinstance(data, dict) else None
     if isinstance(task, dict) and "rewards" in task:
         task["rewards"] = as_rewards(task["rewards"])

@@ -16,18 +16,23 @@ from pydantic import Discriminator, SerializeAsAny, Tag, field_validator, model_
 
 from lmrl import objects, registry
 from lmrl.recipe.base import Section
+from lmrl.recipe.blend import BlendSource
 from lmrl.recipe.combinations import mistakes
 from lmrl.recipe.evaluations import OWN_TASK, plays_to_learn
 from lmrl.recipe.model import Model
 from lmrl.recipe.objectives import OBJECTIVES, CustomObjective, ObjectiveOptions
 from lmrl.recipe.rollouts import Rollouts
-from lmrl.recipe.source import SOURCES, CustomSource, DatasetOptions, RolloutsSource, SourceOptions
+from lmrl.recipe.source import SOURCES as OF_ONE_KIND
+from lmrl.recipe.source import CustomSource, DatasetOptions, RolloutsSource, SourceOptions
 from lmrl.recipe.steps import Evaluation, Optimizer, Tracking, Training
 from lmrl.recipe.task import ENVIRONMENTS, CustomTask, MazeTask, PromptTask, RandomWalksTask
 
 MAIN_STAGE, REWARD_MODEL = "main", "reward_model"
 STAGE_NAME = re.compile(r"[^\W_][^/\\:\x00-\x1f\x7f]{0,99}")
 """Names that are folder names on any system: nothing hidden, no separators, no control characters."""
+
+
+SOURCES: dict[str, type[SourceOptions]] = OF_ONE_KIND | {"blend": BlendSource}
 
 
 def _choose(kind: registry.Kind, key: str, shipped: Mapping[str, type]) -> Callable[[Any], str | None]:
@@ -120,6 +125,8 @@ class Recipe(Section):
                 raise ValueError(f"`stages.{name}.tracking`: trackers belong to the whole run, set `tracking` itself")
         if isinstance(self.task, PromptTask) and self.task.prompts.path is None:
             source = self.source
+            if isinstance(source, BlendSource):
+                source = self._prompts_of_logs(source, self.task)
             if not isinstance(source, DatasetOptions) or source.path is None:
                 raise ValueError(
                     "`task.prompts.path`: no file of prompts is named (nor logged episodes, `source.path`)"
@@ -147,6 +154,15 @@ class Recipe(Section):
         for mistake in self.mistakes():
             raise ValueError(mistake)
         return self
+
+    @staticmethod
+    def _prompts_of_logs(blend: BlendSource, task: PromptTask) -> SourceOptions:
+        """Give each log of a blend its own prompts, as a log alone would; return the first of the logs."""
+        for part in blend.parts:
+            if part.log is not None and part.log.path is not None and part.task is None:
+                own = {name: getattr(part.log, name) for name in ("path", "split", "config", "revision", "columns")}
+                part.task = task.model_copy(update={"prompts": task.prompts.model_copy(update=own)})
+        return next((part.log for part in blend.parts if part.log is not None), blend)
 
     def mistakes(self) -> Iterator[str]:
         """One line for each combination of settings that cannot work."""

@@ -26,6 +26,11 @@ class SourceOptions(Section):
     best: Any = 1.0
     best_among: Any = "all"
 
+    @property
+    def plays_own_task(self) -> bool:
+        """True if it plays the recipe's own task."""
+        return self.plays
+
     def episodes_a_step(self, recipe: Recipe) -> tuple[int, int]:
         """Prompts a step, and episodes of each, that are learned from."""
         return recipe.rollouts.prompts, recipe.rollouts.samples

@@ -91,20 +91,28 @@ class Task:
 def task_texts(recipe: Recipe) -> list[str]:
     """Text samples of a task and of logged data, from which a model built from scratch takes its vocabulary."""
     section, source, texts = recipe.task, recipe.source, []
+    for part in getattr(source, "parts", ()):
+        if part.log is not None and part.log.path:
+            texts += dataset_texts(part.log.path, Selection.of(part.log))
+        if part.task is not None:
+            texts += texts_of(part.task)
     if getattr(source, "path", None):
         texts += dataset_texts(source.path, Selection.of(source))
-    if section is None:
-        return texts
-    if isinstance(section, PromptTask):
-        return texts + strings_in(prompt_rows(section.prompts))
-    environment = environment_factory(section)()
-    texts += list(environment.texts()) if hasattr(environment, "texts") else []
-    if not texts:
+    texts += [] if section is None else texts_of(section)
+    if not texts and section is not None:
         raise RecipeError(
             f"model.config: a model from scratch takes its vocabulary from the task, but environment "
             f"'{section.environment}' has no texts(): add it, or give model.path"
         )
     return texts
+
+
+def texts_of(section: Any) -> list[str]:
+    """Text samples of a task's section: of its prompts, or of its environment (of one that gives none, none)."""
+    if isinstance(section, PromptTask):
+        return strings_in(prompt_rows(section.prompts))
+    environment = environment_factory(section)()
+    return list(environment.texts()) if hasattr(environment, "texts") else []
 
 
 def strings_in(value: Any) -> list[str]:

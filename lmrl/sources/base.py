@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ class SourceBatch:
     played: list[Trajectory] = field(default_factory=list)
     failed: int = 0
     """Number of played ones that could not be scored."""
+    measures: dict[str, float] = field(default_factory=dict)
+    """Metrics of the source's own, the same on every rank."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Source:
     """The class of its section in a recipe, for a source of one's own."""
     dataset: Dataset | None = None
     """Its logged episodes, if it has any."""
+    task_notes: Sequence[str] = ()
+    """What a person should know of tasks that are not the recipe's own."""
 
     @classmethod
     def build(cls, wanted: SourceRequest) -> Source:

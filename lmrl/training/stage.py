@@ -79,6 +79,7 @@ class Stage:
         plays = self.source.dataset is not self.source
         return [
             *self.task.notes,
+            *self.source.task_notes,
             *(self.source.dataset.notes if self.source.dataset else ()),
             *(self.sampler_check.notes if plays else ()),
         ]
@@ -161,6 +162,7 @@ class Stage:
         if played_well:
             metrics["repetition"] = repetition_of_all(judged)
         metrics |= {"failed": failed, "skipped": self.updater.skipped}
+        metrics |= source_batch.measures
         if self.recipe.rollouts.ahead and staleness:
             metrics["staleness"] = sum(staleness) / len(staleness)
         for listener in self.listeners:

@@ -200,6 +200,9 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> None:
         section.setdefault("training", {})["steps"] = 1 + recipe.rollouts.ahead
         if (section.get("source") or {}).get("name") in ("dataset", "mixture"):
             section["source"] |= {"episodes": 8, "batch_size": 2}
+        for part in (section.get("source") or {}).get("parts", ()):
+            if part.get("log"):
+                part["log"]["episodes"], section["source"]["batch_size"] = 8, 2
         if (section.get("source") or {}).get("warmup_steps"):
             section["source"]["warmup_steps"] = 0  # try the update as well
     data["rollouts"] |= {"prompts": 2, "samples": min(recipe.rollouts.samples, 2)}

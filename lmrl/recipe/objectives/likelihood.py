@@ -29,8 +29,8 @@ class LikelihoodObjective(ObjectiveOptions):
                 "objective 'likelihood' imitates, and imitating all of one's own episodes changes nothing: set source.best=0.3 "
                 "to keep the best (expert iteration), or source.name=dataset with source.path or source.player"
             )
-        if recipe.source.name == "mixture":
+        if recipe.source.plays and recipe.source.has_log:
             yield (
-                "source 'mixture' is for objectives that learn from any policy's episodes and their rewards (ilql, mc); "
+                f"source '{recipe.source.name}' with fresh and logged episodes is for objectives that learn from any policy's episodes and their rewards (ilql, mc); "
                 "'likelihood' would imitate both: set source.name=dataset, or source.name=rollouts with source.best below 1"
             )

@@ -75,7 +75,7 @@ class DPOObjective(ObjectiveOptions):
 
     def mistakes(self, recipe: Recipe) -> Iterator[str]:
         source = recipe.source
-        if source.name == "mixture":
+        if source.plays and source.has_log:
             yield "objective 'dpo' learns from pairs of one origin: set source.name=dataset (or rollouts)"
         elif not source.has_log and recipe.rollouts.samples == 1:
             yield "objective 'dpo' compares samples of the same prompt: set rollouts.samples to 2 or more"

@@ -38,7 +38,7 @@ def longest_sequence(recipe: Recipe, policy: Policy, task: Task) -> int:
     """Tokens of the longest sequence that can be met; where nothing limits them, as many as a microbatch has."""
     limits: list[int | None] = []
     if recipe.source.plays:
-        prompt = task.longest_prompt
+        prompt = None if recipe.source.name == "blend" else task.longest_prompt  # other parts have other prompts
         limits.append(None if prompt is None else prompt + recipe.rollouts.max_new_tokens)
     if recipe.source.has_log:
         limits.append(getattr(recipe.source, "max_tokens", None))
