@@ -104,16 +104,21 @@ class Judge:
         In place of a number a Failure says why there is none.
         """
 
+        one = self.prefers_first(prompts, first, second)
+        other = self.prefers_first(prompts, second, first)
+        return [
+            next((side for side in sides if isinstance(side, Failure)), None) or (sides[0] + 1 - sides[1]) / 2
+            for sides in zip(one, other, strict=True)
+        ]
+
+    def prefers_first(self, prompts: list, first: list, second: list) -> list:
+        """1 where the first completion is found better, in this order alone, and 0 where the second is; or a Failure."""
+
         def judge(row: int):
-            texts = [text_of(first[row]), text_of(second[row])]
             try:
-                wins = [
-                    self._prefers_a(_prompt(prompts[row]), *texts),
-                    not self._prefers_a(_prompt(prompts[row]), *texts[::-1]),
-                ]
+                return float(self._prefers_a(_prompt(prompts[row]), text_of(first[row]), text_of(second[row])))
             except Failure as failure:
                 return failure
-            return sum(wins) / 2
 
         return self._side_by_side(judge, len(prompts))
 

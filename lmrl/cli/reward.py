@@ -32,15 +32,63 @@ def check(
     option: Options = None,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds that a call may take")] = 30.0,
     to_json: Annotated[Path | None, typer.Option("--json", help="Write the findings there as well")] = None,
+    gold: Annotated[
+        str | None,
+        typer.Option("--gold", metavar="COLUMN", help="Of --data: right answers, which should score higher ..."),
+    ] = None,
+    wrong: Annotated[
+        str | None,
+        typer.Option("--wrong", metavar="COLUMN", help="... than these (default: right answers of other rows)"),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Try a reward before training: protocol, purity, odd completions, speed, distribution. Exit code 1: a check failed."""
+    from itertools import chain
+
+    from lmrl.errors import DataError
     from lmrl.findings import show
+    from lmrl.rewards.calibrate import check_gold, samples_of
     from lmrl.rewards.check import check_reward
+    from lmrl.rewards.load import load_reward
     from lmrl.rewards.rescore import columns_of, read_samples
 
-    columns = columns_of(read_samples(data)) if data else None
-    if show(check_reward(_spec(reward, option), columns, timeout), to_json):
+    spec = _spec(reward, option)
+    if (gold is None and wrong is not None) or (gold is not None and data is None):
+        raise DataError(
+            "--gold COLUMN names right answers of --data FILE, and --wrong COLUMN goes with it: name both of them"
+        )
+    columns = None if data is None else samples_of(data, gold, wrong) if gold else columns_of(read_samples(data))
+    findings = check_reward(spec, columns, timeout)
+    if gold is not None:
+        apart = spec.model_copy(update={"timeout": timeout, "workers": 1}) if spec.kind == "function" else spec
+        findings = chain(findings, check_gold(load_reward(apart, "reward"), data, gold, wrong))
+    if show(findings, to_json):
+        raise typer.Exit(1)
+
+
+@app.command()
+def calibrate(
+    reward: Named,
+    data: Annotated[str, typer.Option("--data", "-d", help="Labelled pairs: rows with prompt, chosen and rejected")],
+    option: Options = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first pairs")] = None,
+    timeout: Annotated[float | None, typer.Option("--timeout", help="Seconds that a call may take")] = None,
+    to_json: Annotated[Path | None, typer.Option("--json", help="Write the findings there as well")] = None,
+    debug: Debug = False,
+) -> None:
+    """Compare a reward or a judge with people's preferences: agreement, and bias for length and position. Exit code 1: a check
+    failed."""
+    from lmrl.findings import show
+    from lmrl.rewards.calibrate import Pairs, by_comparison, by_scores, check_pairs
+    from lmrl.rewards.load import load_reward, reward_object
+
+    pairs, spec = Pairs(data, limit), _spec(reward, option)
+    judge = reward_object(spec, "reward") if spec.kind == "function" else None
+    if hasattr(judge, "prefers_first"):
+        verdicts = by_comparison(judge, pairs)
+    else:
+        verdicts = by_scores(load_reward(spec.model_copy(update={"timeout": timeout}), "reward"), pairs)
+    if show(check_pairs(verdicts, pairs), to_json, well="agrees with the labels"):
         raise typer.Exit(1)
 
 

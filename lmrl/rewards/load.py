@@ -86,6 +86,12 @@ def local_call(spec: Reward, key: str, limit: float | None = None) -> tuple[Call
     return call, origin_of(spec)
 
 
+def reward_object(spec: Reward, key: str) -> Any:
+    """What the reward's name stands for: a function, or an instance of a class made with its options."""
+    call, _ = local_call(spec, key)
+    return call.args[0]
+
+
 def make_instance(cls: type, options: dict[str, Any], name: str, key: str) -> Any:
     """An instance of a class with its options. name, key: for messages. Raises PluginError."""
     try:
