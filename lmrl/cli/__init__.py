@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import errno
 import faulthandler
+import os
 import signal
 import sys
 import traceback
@@ -47,6 +48,10 @@ def _options(
 
 def main() -> None:
     """Entry point: a mistake of the user's is one line and exit code 2; `--debug` shows the traceback."""
+    if "_LMRL_COMPLETE" in os.environ:  # a shell asks what may come next
+        from typer.completion import completion_init
+
+        completion_init()
     debug = "--debug" in sys.argv
     faulthandler.enable(2)  # a crash in native code says in which call
     sys.stdout.reconfigure(line_buffering=True)  # a log file should show a run as it goes on

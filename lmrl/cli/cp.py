@@ -8,13 +8,19 @@ from typing import Annotated
 import typer
 
 from lmrl.cli.common import Debug
+from lmrl.cli.completion import recipes
 from lmrl.errors import RecipeError, RunError
 from lmrl.recipe.files import find_yaml, is_suite
 from lmrl.shipped import shipped
 
 
 def command(
-    name: Annotated[str, typer.Argument(help="A recipe, a suite, or a file of reward_models/ such as sentiment.py")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe, a suite, or a file of reward_models/ such as sentiment.py", autocompletion=recipes
+        ),
+    ],
     destination: Annotated[Path, typer.Argument(help="File or folder to write to")] = Path("."),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file")] = False,
     debug: Debug = False,

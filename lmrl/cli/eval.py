@@ -19,13 +19,20 @@ from lmrl.cli.common import (
     split_policies,
     weights,
 )
+from lmrl.cli.completion import suites
 from lmrl.errors import RecipeError, RunError
 
 
 def command(
     policies: Policies = None,
     suite: Annotated[
-        str | None, typer.Option("--suite", "-s", help="A suite's file or name (default: the run's own, else its task)")
+        str | None,
+        typer.Option(
+            "--suite",
+            "-s",
+            help="A suite's file or name (default: the run's own, else its task)",
+            autocompletion=suites,
+        ),
     ] = None,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: final, best, or step-N")] = "final",
     checkpoints: Annotated[

@@ -8,12 +8,13 @@ import typer
 from rich.console import Console
 
 from lmrl.cli.common import Debug, Overrides
+from lmrl.cli.completion import recipes
 from lmrl.recipe.estimates import arithmetic_line, evaluation_line, memory_lines, rate_line
 from lmrl.recipe.files import is_suite, load_recipe, stages_of, to_yaml
 
 
 def command(
-    name: Annotated[str, typer.Argument(help="The file or name of a recipe or a suite")],
+    name: Annotated[str, typer.Argument(help="The file or name of a recipe or a suite", autocompletion=recipes)],
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lmrl.cli.common import Debug, Overrides
+from lmrl.cli.completion import recipes
 from lmrl.errors import COLLAPSED, RecipeError, RunError
 from lmrl.recipe import MAIN_STAGE, DatasetOptions, Recipe
 from lmrl.recipe.files import find_launch, load_recipe, shipped_names, stages_of
@@ -17,7 +18,10 @@ from lmrl.run import RECIPE_FILE, is_blank, latest_run
 
 def command(
     name: Annotated[
-        str | None, typer.Argument(help="A recipe's file or name; with --resume also a run folder, or nothing")
+        str | None,
+        typer.Argument(
+            help="A recipe's file or name; with --resume also a run folder, or nothing", autocompletion=recipes
+        ),
     ] = None,
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder (default: under runs/)")] = None,

@@ -28,6 +28,7 @@ VERBS = {
     "env": "Check environments.",
     "doctor": "Look at versions, devices, memory, disk and optional parts, and say how to repair what is wrong. Exit code 1: something is.",
     "reward": "Check, score and serve rewards.",
+    "completion": "Print the script by which bash, zsh or fish completes verbs, options, recipes and suites; `eval` it, or keep it in a file.",
 }
 """The help of each verb, written down here as well so that listing them imports none."""
 PLAIN = {"add_completion": False, "rich_markup_mode": None}
