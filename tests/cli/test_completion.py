@@ -26,9 +26,9 @@ def offered(*words, shell="bash"):
 
 @pytest.fixture(scope="module")
 def scripts():
-    run = lambda shell: subprocess.run(
-        [sys.executable, "-m", "lmrl", "completion", shell], capture_output=True, text=True
-    )  # noqa: E731
+    def run(shell):
+        return subprocess.run([sys.executable, "-m", "lmrl", "completion", shell], capture_output=True, text=True)
+
     return {shell: run(shell) for shell in ("bash", "zsh", "fish", "csh")}
 
 
