@@ -47,7 +47,7 @@ class Evaluator:
         if suite.choices is not None:
             if isinstance(policy, RemotePolicy):
                 raise RunError(
-                    f"this suite compares log-likelihoods of choices, which an address does not tell: score the "
+                    "this suite compares log-likelihoods of choices, which an address does not tell: score the "
                     "model itself, from a folder or by its name on the hub"
                 )
             self.chooser = Chooser(policy, self.task, suite.choices)

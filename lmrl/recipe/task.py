@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AllowInfNan, BeforeValidator, Field, field_validator, model_validator
 
-from lmrl.recipe.templates import Shots
 from lmrl.objects import is_object, name_alone, named_rewards
 from lmrl.recipe.base import EnvironmentName, Plugin, RowsPath, Section
+from lmrl.recipe.templates import Shots
 
 SpecialTokens = Literal["text", "parse"]
 """Reading of a special token's name, such as `<|im_end|>`, inside prompts, observations, tool results and logged actions:
