@@ -199,7 +199,7 @@ def build_lmrl(args: argparse.Namespace):
 
     def complete(prompts: list[list[int]], limit: int) -> list[list[int]]:
         keys = [("benchmark", number) for number in range(len(prompts))]
-        return [one.tokens for one in engine.generate(prompts, Sampling(max_new_tokens=limit), keys)]
+        return [one.tokens for one in engine.complete(prompts, Sampling(max_new_tokens=limit), keys)]
 
     return complete, engine.close
 

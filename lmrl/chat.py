@@ -54,9 +54,9 @@ class Speaker:
 
         self.engine.heard = add
         self.turns += 1
-        (done,) = self.engine.generate([context], self.sampling, [(self.seed, "chat", self.turns)])
+        (done,) = self.engine.complete([context], self.sampling, [(self.seed, "chat", self.turns)])
         answer = self.policy.decode(done.tokens)
-        self.recorder.act(answer, done.tokens, done.logprobs, cut=done.end == "length")
+        self.recorder.act(answer, done.tokens, done.logprobs, cut=done.finish_reason == "length")
         return answer
 
     def set_temperature(self, temperature: float) -> None:

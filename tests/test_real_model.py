@@ -24,7 +24,7 @@ PROMPTS = ["The film begins slowly, but", "I bought this", "Once upon a time the
 def test_greedy_decoding_equals_generate():
     policy = open_policy(MODEL)
     contexts = [policy.tokenizer(prompt).input_ids for prompt in PROMPTS]
-    found = HFEngine(policy).generate(contexts, Sampling(max_new_tokens=12, temperature=0), [(i,) for i in range(3)])
+    found = HFEngine(policy).complete(contexts, Sampling(max_new_tokens=12, temperature=0), [(i,) for i in range(3)])
     for context, completion in zip(contexts, found, strict=True):
         expected = policy.causal_lm.generate(torch.tensor([context]), max_new_tokens=12, do_sample=False)
         assert completion.tokens == expected[0, len(context) :].tolist()
@@ -36,7 +36,7 @@ def test_learner_and_sampler_agree():
         policy = load_policy(Model(path=MODEL, dtype=dtype, lora=Lora(r=4)), heads=HeadsSpec())
         policy.temperature = 0.9
         contexts = [policy.tokenizer(prompt).input_ids for prompt in PROMPTS]
-        found = HFEngine(policy).generate(contexts, Sampling(16, 0.9), [("s", i) for i in range(3)])
+        found = HFEngine(policy).complete(contexts, Sampling(16, 0.9), [("s", i) for i in range(3)])
         trajectories = []
         for context, completion in zip(contexts, found, strict=True):
             segment = Segment()
@@ -76,8 +76,8 @@ def test_two_steps_of_the_sentiment_recipe(tmp_path):
 def test_a_gguf_file_is_a_policy(tmp_path):
     policy = open_policy(GGUF)
     context = policy.tokenizer("The capital of France is").input_ids
-    completion = HFEngine(policy).generate([context], Sampling(max_new_tokens=3, temperature=0), [("a",)])[0]
+    completion = HFEngine(policy).complete([context], Sampling(max_new_tokens=3, temperature=0), [("a",)])[0]
     assert "Paris" in policy.decode(completion.tokens)
     load_policy(Model(path=GGUF)).save(tmp_path / "saved")
     again = open_policy(str(tmp_path / "saved"))
-    assert HFEngine(again).generate([context], Sampling(3, 0), [("a",)])[0].tokens == completion.tokens
+    assert HFEngine(again).complete([context], Sampling(3, 0), [("a",)])[0].tokens == completion.tokens

@@ -1,17 +1,30 @@
-"""The engine interface: token prompts in, sampled tokens with their log-probabilities out."""
+"""The engine interface: token prompts in, sampled tokens with their log-probabilities out.
+
+    completion = await engine.generate(tokens, sampling, key)
+    logprobs = await engine.score(tokens)
+
+Provisional: names and arguments of the coroutines may still change. Coroutines that wait at the same time are served
+together. Synchronous code calls `complete` and `score_all`, which run the same coroutines.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from lmrl.coroutines import in_thread, run, watched
+from lmrl.errors import ModelError
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Rollouts
 
-Keys = Sequence[tuple[int | str, ...]]
+Key = tuple[int | str, ...]
+Keys = Sequence[Key]
+SETTLE = 4
+"""Turns of the event loop that other coroutines get, before those that wait are taken for a batch."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +61,35 @@ class Completion:
     tokens: list[int]
     logprobs: list[float]
     """Under the distribution each token was drawn from."""
-    end: Literal["eos", "stop", "length"]
+    finish_reason: Literal["eos", "stop", "length"]
+    version: int | None = field(default=None, compare=False)
+    """Weight syncs of the engine when sampling began (see Engine.syncs)."""
+
+
+@dataclass(eq=False)
+class Request:
+    """What a coroutine waits for. sampling: None for the log-probabilities of `tokens`."""
+
+    tokens: list[int]
+    sampling: Sampling | None = None
+    key: Key = ()
+    future: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def answer(self, result: Any) -> None:
+        if not self.future.done():
+            self.future.set_result(result)
+
+    def fail(self, error: BaseException) -> None:
+        if isinstance(error, asyncio.CancelledError):
+            self.future.cancel()
+        elif not self.future.done():
+            self.future.set_exception(error)
 
 
 class Engine:
-    """Base of all engines: subclasses implement `sample`, and `sync` and `close` if they hold their own copy of the
-    weights.
+    """Base of all engines. Subclasses implement `sample`, which completes a batch (or `advance`, if requests may join while
+    others are being completed), `score_batch` if they can score, and `sync` and `close` if they hold their own copy of
+    the weights.
 
     policy: whose weights are sampled from. check: called regularly while sampling; may raise to abandon a rollout.
     """
@@ -69,6 +105,11 @@ class Engine:
         self.syncs = 0
         """Weight syncs so far: the version of the weights that are sampled from, which trajectories carry."""
         self.weights_pinned = False
+        self._waiting: list[Request] = []
+        self._driver: asyncio.Task[None] | None = None
+        self._held = 0
+        self._news: asyncio.Event | None = None
+        """Set when there is a new request, and when nobody holds the engine any more."""
 
     @classmethod
     def build(cls, policy: Policy, options: Rollouts, check: Callable[[], None], folder: Path | None) -> Engine:
@@ -78,17 +119,52 @@ class Engine:
         """
         return cls(policy, check, **options.options)
 
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
-        """Complete each prompt with the policy as it is; `keys` name the random stream of each, so that a repeated call
-        draws the same."""
+    # ------------------------------------------------------------------------------------------------------ coroutines
+    async def generate(self, tokens: Sequence[int], sampling: Sampling, key: Key) -> Completion:
+        """Complete a prompt with the policy as it is. `key` names the random stream, so that a repeated call draws the same,
+        whoever is served beside it (rounding aside).
+
+        Raises ModelError for a prompt that does not fit.
+        """
+        return await self._submit(Request(list(tokens), sampling, key))
+
+    async def score(self, tokens: Sequence[int]) -> list[float]:
+        """The log-probability (temperature 1, without Q) of each token but the first, given those before it.
+
+        Raises ModelError for tokens that do not fit, and where an engine cannot score.
+        """
+        return await self._submit(Request(list(tokens))) if len(tokens) > 1 else []
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, nothing is computed: a coroutine that is about to ask says so, and joins those that wait already."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+            if not self._held and self._news is not None:
+                self._news.set()
+
+    # ------------------------------------------------------------------------------------------------ synchronous calls
+    def complete(self, prompts: Sequence[Sequence[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
+        """`generate` for each prompt, all of them together, from synchronous code."""
         if not self.weights_pinned:
             self.refresh()
-        return self.sample(prompts, sampling, keys) if prompts else []
+        self.forget()
+        pairs = list(zip(prompts, keys, strict=True))
+        return run(_gathered([self.generate(tokens, sampling, key) for tokens, key in pairs]))
 
+    def score_all(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """`score` for each sequence, all of them together, from synchronous code."""
+        return run(_gathered([self.score(tokens) for tokens in sequences]))
+
+    # ---------------------------------------------------------------------------------------------------------- weights
     def refresh(self) -> None:
         """Sync if the policy's weights have changed. With several processes, all must call it."""
         assert not self.weights_pinned, "a rollout would mix two versions of the weights"
         if self.stale:
+            self.forget()
             self.sync()
             self.stale = False
             self.syncs += 1
@@ -108,11 +184,46 @@ class Engine:
         0)."""
         return 0 if version is None else self.syncs + self.stale - version
 
+    # ------------------------------------------------------------------------------------------ what subclasses implement
     def sync(self) -> None:
         """Copy the policy's weights to the engine."""
 
+    def forget(self) -> None:
+        """Drop what is kept of finished requests, such as keys and values of their tokens."""
+
     def sample(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
+        """Complete a batch. A remote engine's is called from a thread."""
         raise NotImplementedError
+
+    def score_batch(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        """`score` for a batch."""
+        raise ModelError(
+            f"engine '{type(self).__name__}' has no log-probabilities of given tokens (score_batch): set "
+            "rollouts.engine=hf"
+        )
+
+    def validate(self, request: Request) -> None:
+        """Raise ModelError for a request that cannot be served."""
+
+    @property
+    def busy(self) -> bool:
+        """True if requests that `advance` was given have no answer yet."""
+        return False
+
+    async def advance(self, arrived: list[Request]) -> None:
+        """Go on a little with the requests that are being served, and with those that have arrived since the last call."""
+        for sampling in dict.fromkeys(request.sampling for request in arrived):
+            batch = [request for request in arrived if request.sampling == sampling]
+            results = await self._served(batch, sampling)
+            for request, result in zip(batch, results, strict=True):
+                request.answer(result)
+
+    def idle(self) -> None:
+        """Called when all requests have been answered."""
+
+    def abandon(self) -> Sequence[Request]:
+        """Drop the requests that `advance` has not answered yet; returns them."""
+        return ()
 
     def release_memory(self) -> None:
         """Free memory that can be restored quickly; called before an update, when nothing is sampled for a while."""
@@ -126,3 +237,77 @@ class Engine:
         longest = max(len(text.encode()) for text in stop)
         tail = self.policy.tokenizer.decode(list(tokens[-(longest + 1) :]))
         return any(text in tail for text in stop)
+
+    # ---------------------------------------------------------------------------------------------------------- serving
+    async def _submit(self, request: Request) -> Any:
+        self._waiting.append(request)
+        if self._driver is None or self._driver.done():
+            self._news = asyncio.Event()
+            self._driver = asyncio.get_running_loop().create_task(self._drive())
+        self._news.set()
+        return await request.future
+
+    async def _drive(self) -> None:
+        """Serve requests until there are none. An error ends all of them."""
+        arrived: list[Request] = []
+        try:
+            while self._waiting or self.busy:
+                await self._settled()
+                self.check()
+                if not self.busy and not self.weights_pinned:
+                    self.refresh()
+                if not self._refused():
+                    arrived, self._waiting = self._waiting, []
+                    await self.advance(arrived)
+            self.idle()
+        except BaseException as error:
+            for request in [*arrived, *self._waiting, *self.abandon()]:
+                request.fail(error)
+            self._waiting = []
+            if isinstance(error, KeyboardInterrupt | SystemExit | asyncio.CancelledError):
+                raise
+
+    async def _settled(self) -> None:
+        """Let the other coroutines run until they wait, and those that hold the engine until they let go."""
+        for _ in range(SETTLE):
+            await asyncio.sleep(0)
+        while self._held:
+            self._news.clear()
+            await watched(self._news.wait(), self.check)
+            await asyncio.sleep(0)
+
+    def _refused(self) -> bool:
+        """Answer waiting requests that cannot be served with their error; True if there were any."""
+        waiting, self._waiting = self._waiting, []
+        refused = False
+        for request in waiting:
+            if request.future.done():  # its coroutine was cancelled
+                continue
+            try:
+                self.validate(request)
+            except ModelError as error:
+                request.fail(error)
+                refused = True
+            else:
+                self._waiting.append(request)
+        return refused
+
+    async def _served(self, batch: list[Request], sampling: Sampling | None) -> list[Any]:
+        """The results of a batch of one kind."""
+        tokens = [request.tokens for request in batch]
+        if sampling is None:
+            work = lambda: self.score_batch(tokens)  # noqa: E731
+        else:
+            version, keys = self.syncs, [request.key for request in batch]
+
+            def work() -> list[Completion]:
+                completions = self.sample(tokens, sampling, keys)
+                for completion in completions:
+                    completion.version = version
+                return completions
+
+        return await watched(in_thread(work), self.check) if self.is_remote else work()
+
+
+async def _gathered(calls: list[Any]) -> list[Any]:
+    return list(await asyncio.gather(*calls))

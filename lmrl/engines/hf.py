@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lmrl.engines.base import Completion, Engine, Keys, Sampling
+from lmrl.engines.base import Completion, Engine, Keys, Request, Sampling
 from lmrl.engines.sample_token import sample_token
 from lmrl.errors import ModelError
 from lmrl.policy.cache import SPARE, Cache
@@ -23,7 +23,8 @@ from lmrl.policy.passes import Guidance
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Rollouts
 from lmrl.seeding import stream
-from lmrl.trajectories.batch import contexts_batch
+from lmrl.trajectories.batch import Batch, contexts_batch
+from lmrl.trajectories.batch import Sequence as SequenceOfTokens
 
 REFILL = 8
 """Places are refilled when one in so many is free: one pass for several prompts costs less than a pass for each."""
@@ -54,9 +55,6 @@ class HFEngine(Engine):
         return cls(policy, options.slots, options.cache_tokens, check)
 
     def sample(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
-        if not prompts:
-            return []
-        self._check_lengths(max(map(len, prompts)), sampling.max_new_tokens)
         with self.policy.decoding(), or_advice(ADVICE, lambda: self._failed(prompts, sampling, keys)):
             rollout = _Rollout(self, prompts, sampling, keys)
             while rollout.waiting or len(rollout.rows):
@@ -66,6 +64,14 @@ class HFEngine(Engine):
                 else:
                     rollout.decode()
         return [rollout.done[index] for index in range(len(prompts))]
+
+    def score_batch(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        batch = Batch([_scored(tokens) for tokens in sequences])
+        before, self.policy.temperature = self.policy.temperature, 1.0
+        try:
+            return [part.tolist() for part in self.policy.score(batch)["logprobs"]]
+        finally:
+            self.policy.temperature = before
 
     def places(self, tokens: int) -> int:
         """How many rows of so many tokens are decoded at a time."""
@@ -79,8 +85,14 @@ class HFEngine(Engine):
         shape = (len(prompts), max(map(len, prompts)) + sampling.max_new_tokens)
         return FailedPass("generate", contexts_batch(prompts), self.policy.microbatch_tokens, shape, options)
 
-    def _check_lengths(self, longest: int, new: int) -> None:
-        needed, limit = longest + new, self.policy.max_length
+    def validate(self, request: Request) -> None:
+        longest, limit = len(request.tokens), self.policy.max_length
+        if request.sampling is None:
+            if limit is not None and longest > limit:
+                raise ModelError(f"{longest} tokens cannot be scored: the model has {limit} positions")
+            return
+        new = request.sampling.max_new_tokens
+        needed = longest + new
         context = f"a context of {longest} tokens and max_new_tokens={new} need"
         advice = "lower rollouts.max_new_tokens, or shorten the context (task.prompts.max_tokens, task.history)"
         if limit is not None and needed > limit:
@@ -285,6 +297,12 @@ class _Rollout:
             tokens_RT=np.zeros(shape, dtype=np.int64),
             logprobs_RT=np.zeros(shape, dtype=np.float32),
         )
+
+
+def _scored(tokens: list[int]) -> SequenceOfTokens:
+    """A sequence of which every token but the first is scored."""
+    every = torch.tensor(tokens, dtype=torch.long)
+    return SequenceOfTokens(every, torch.arange(len(tokens) - 1), every[1:])
 
 
 def _left_padded(length_B: torch.Tensor, width: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import os
 import random
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from lmrl import distributed
-from lmrl.engines.base import Completion, Engine, Keys, Sampling
+from lmrl.engines.base import Completion, Engine, Request, Sampling
 from lmrl.engines.hf import guidance_of
 from lmrl.engines.vllm_worker import pack_head
 from lmrl.errors import ModelError, RunError
@@ -39,7 +39,7 @@ class VLLMEngine(Engine):
     """Samples with vLLM. Raises ModelError where vLLM is missing, or for a policy that Q heads guide."""
 
     def __init__(self, policy: Policy, rollouts: Rollouts, check: Callable[[], None] = lambda: None):
-        """check: called after every token of the batch; may raise to abandon the rollout."""
+        """check: called before every step of vLLM's; may raise to abandon the rollout."""
         super().__init__(policy, check)
         if importlib.util.find_spec("vllm") is None:
             raise ModelError(
@@ -50,6 +50,9 @@ class VLLMEngine(Engine):
         self.options, self.slots = rollouts.vllm, rollouts.slots
         self.llm: Any = None
         self.asleep = False
+        self._running: dict[str, tuple[Request, Completion]] = {}
+        """Requests that vLLM is serving, by the names it has them under, with what it sampled so far."""
+        self._begun = 0
 
     @classmethod
     def build(cls, policy: Policy, options: Rollouts, check: Callable[[], None], folder: Path | None) -> VLLMEngine:
@@ -136,48 +139,66 @@ class VLLMEngine(Engine):
             torch.accelerator.empty_cache()
 
     # ------------------------------------------------------------------------------------------------------- sampling
-    def sample(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
-        refuse_guidance(self.policy, sampling)
-        self._check_length(max(map(len, prompts)), sampling)
-        with own_torch_random(self.policy.device):
-            return self._sample(prompts, sampling, keys)
+    @property
+    def busy(self) -> bool:
+        return bool(self._running)
 
-    def _sample(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
+    async def advance(self, arrived: list[Request]) -> None:
+        """Hand vLLM what has arrived, and let it compute a step: one token of each request that it has begun."""
+        with own_torch_random(self.policy.device):
+            for request in arrived:
+                self._begin(request)
+            self._drop([name for name, (request, _) in self._running.items() if request.future.done()])
+            for output in self.llm.llm_engine.step() if self._running else ():
+                if output.request_id in self._running:
+                    self._take(output)
+
+    def abandon(self) -> list[Request]:
+        left = [request for request, _ in self._running.values()]
+        self._drop(list(self._running))
+        return left
+
+    def _begin(self, request: Request) -> None:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        engine, eos = self.llm.llm_engine, self.policy.eos_ids
-        completions = [Completion([], [], "length") for _ in prompts]
-        for number, (prompt, name) in enumerate(zip(prompts, keys, strict=True)):
+        sampling = request.sampling
+        if sampling is None:
+            # vLLM has to sample; what counts are the log-probabilities of the prompt's own tokens.
+            parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+        else:
             parameters = SamplingParams(
                 max_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
-                seed=key(*name) % 2**63,
+                seed=key(*request.key) % 2**63,
                 logprobs=0,  # of the sampled token alone
                 ignore_eos=True,  # vLLM's own idea of it; these are the policy's:
-                stop_token_ids=sorted(eos),
+                stop_token_ids=sorted(self.policy.eos_ids),
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA if sampling.stop else RequestOutputKind.FINAL_ONLY,
             )
-            engine.add_request(str(number), {"prompt_token_ids": list(prompt)}, parameters)
-        left = {str(number) for number in range(len(prompts))}
-        try:
-            while left:
-                self.check()
-                for output in engine.step():
-                    if output.request_id in left and self._take(completions[int(output.request_id)], output, sampling):
-                        left.remove(output.request_id)
-                        if not output.finished:
-                            engine.abort_request([output.request_id])
-        finally:
-            if left:
-                engine.abort_request(sorted(left))
-        return completions
+        self._begun += 1
+        name = str(self._begun)
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": request.tokens}, parameters)
+        self._running[name] = request, Completion([], [], "length", self.syncs)
 
-    def _take(self, completion: Completion, output: Any, sampling: Sampling) -> bool:
-        """Add what vLLM sampled to a completion; whether that ended it."""
+    def _drop(self, names: list[str]) -> None:
+        if names:
+            self.llm.llm_engine.abort_request(names)
+        for name in names:
+            del self._running[name]
+
+    def _take(self, output: Any) -> None:
+        """Add what vLLM sampled to a completion, and answer a request that has ended."""
+        request, completion = self._running[output.request_id]
+        sampling = request.sampling
+        if sampling is None:
+            if output.finished:
+                del self._running[output.request_id]
+                request.answer(prompt_logprobs(request.tokens, output.prompt_logprobs))
+            return
         (part,) = output.outputs
         completion.tokens += part.token_ids
         if sampling.temperature == 0:  # drawn from a single token
@@ -186,14 +207,27 @@ class VLLMEngine(Engine):
             pairs = zip(part.token_ids, part.logprobs or (), strict=True)
             completion.logprobs += [chosen[token].logprob for token, chosen in pairs]
         if completion.tokens and completion.tokens[-1] in self.policy.eos_ids:
-            completion.end = "eos"
+            completion.finish_reason = "eos"
         elif sampling.stop and self.stopped(completion.tokens, sampling.stop):
-            completion.end = "stop"
-            return True
-        return output.finished
+            completion.finish_reason = "stop"
+        if output.finished:
+            del self._running[output.request_id]
+        elif completion.finish_reason == "stop":
+            self._drop([output.request_id])
+        else:
+            return
+        request.answer(completion)
 
-    def _check_length(self, longest: int, sampling: Sampling) -> None:
-        limit = self.llm.model_config.max_model_len
+    def validate(self, request: Request) -> None:
+        longest, limit, sampling = len(request.tokens), self.llm.model_config.max_model_len, request.sampling
+        if sampling is None:
+            if longest >= limit:
+                raise ModelError(
+                    f"{longest} tokens cannot be scored: vLLM has {limit} positions, and needs one more than these: raise "
+                    "rollouts.vllm.max_model_len as far as the model goes"
+                )
+            return
+        refuse_guidance(self.policy, sampling)
         if longest + sampling.max_new_tokens > limit:
             raise ModelError(
                 f"a context of {longest} tokens and max_new_tokens={sampling.max_new_tokens} need "
@@ -201,6 +235,11 @@ class VLLMEngine(Engine):
                 "the context (task.prompts.max_tokens, task.history), or raise rollouts.vllm.max_model_len as far as the "
                 "model goes"
             )
+
+
+def prompt_logprobs(tokens: list[int], found: list[Any]) -> list[float]:
+    """The log-probability of each token but the first, from what vLLM says of a prompt: a mapping a token."""
+    return [chosen[token].logprob for token, chosen in zip(tokens[1:], found[1:], strict=True)]
 
 
 def refuse_guidance(policy: Policy, sampling: Sampling) -> None:

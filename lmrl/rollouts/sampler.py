@@ -63,10 +63,10 @@ class Sampler:
         while active := [episode for episode in episodes if not episode.over]:
             contexts = [episode.recorder.observe(episode.observation) for episode in active]
             keys = [(*episode.name, episode.turn) for episode in active]
-            completions = self.engine.generate(contexts, sampling, keys)
+            completions = self.engine.complete(contexts, sampling, keys)
             for episode, completion in zip(active, completions, strict=True):
                 text = self._text(completion, sampling)
-                self._act(episode, completion.tokens, completion.logprobs, text, completion.end)
+                self._act(episode, completion.tokens, completion.logprobs, text, completion.finish_reason)
         for episode in episodes:
             episode.trajectory.version = self.engine.syncs
         return self._finish(episodes)
@@ -145,7 +145,7 @@ class Sampler:
 
     def _text(self, completion: Completion, sampling: Sampling) -> str:
         text = self.decode(completion.tokens)
-        if completion.end == "stop":
+        if completion.finish_reason == "stop":
             cuts = [text.find(stop) for stop in sampling.stop if stop in text]
             text = text[: min(cuts)] if cuts else text
         return text

@@ -212,7 +212,7 @@ def _run_pass(parts: _Parts) -> None:
             engine = HFEngine(policy, options["slots"], options["cache_tokens"])
             sampling = Sampling(**options["sampling"] | {"stop": tuple(options["sampling"]["stop"])})
             contexts = [sequence.tokens.tolist() for sequence in batch.sequences]
-            engine.generate(contexts, sampling, [tuple(key) for key in options["keys"]])
+            engine.complete(contexts, sampling, [tuple(key) for key in options["keys"]])
         case "rehearsal":
             parts.updater.rehearse(policy, objective, batch)
         case _:

@@ -50,7 +50,7 @@ def gaps(policy, completions, temperature=1.0):
 
 def episodes(engine):
     found = []
-    for prompt, completion in zip(PROMPTS, engine.generate(PROMPTS, Sampling(12), KEYS), strict=True):
+    for prompt, completion in zip(PROMPTS, engine.complete(PROMPTS, Sampling(12), KEYS), strict=True):
         segment = Segment()
         segment.observe(prompt)
         segment.act(completion.tokens, completion.logprobs, 0)
@@ -86,21 +86,21 @@ def engine(policy):
 @needs_vllm
 def test_log_probabilities_are_the_learners(policy, engine):
     for temperature in (1.0, 0.6):
-        completions = engine.generate(PROMPTS, Sampling(12, temperature), KEYS)
+        completions = engine.complete(PROMPTS, Sampling(12, temperature), KEYS)
         assert gaps(policy, completions, temperature).max() < 1e-4
         for completion in completions:
             assert len(completion.tokens) == len(completion.logprobs) <= 12
             assert [token in policy.eos_ids for token in completion.tokens[:-1]] == [False] * (
                 len(completion.tokens) - 1
             )
-            assert completion.end == ("eos" if completion.tokens[-1] in policy.eos_ids else "length")
+            assert completion.finish_reason == ("eos" if completion.tokens[-1] in policy.eos_ids else "length")
 
 
 @needs_vllm
 def test_drawn_as_often_as_likely(policy, engine):
     """2,000 draws of a first token agree with the distribution (chi-square over the likely tokens, far tail)."""
     count = 2000
-    found = engine.generate([[5, 6, 7]] * count, Sampling(1), [("chi", row) for row in range(count)])
+    found = engine.complete([[5, 6, 7]] * count, Sampling(1), [("chi", row) for row in range(count)])
     drawn = torch.bincount(
         torch.tensor([completion.tokens[0] for completion in found]), minlength=len(policy.vocabulary)
     )
@@ -114,18 +114,18 @@ def test_drawn_as_often_as_likely(policy, engine):
 @needs_vllm
 def test_greedy_and_stop_strings_are_those_of_the_hf_engine(policy, engine):
     greedy = Sampling(16, temperature=0)
-    expected = HFEngine(policy).generate(PROMPTS, greedy, KEYS)
-    assert engine.generate(PROMPTS, greedy, KEYS) == expected
+    expected = HFEngine(policy).complete(PROMPTS, greedy, KEYS)
+    assert engine.complete(PROMPTS, greedy, KEYS) == expected
     text = policy.tokenizer.decode(expected[1].tokens)
     stopped = Sampling(16, temperature=0, stop=(text[3:5], "nowhere"))
-    found = engine.generate(PROMPTS, stopped, KEYS)
-    assert found == HFEngine(policy).generate(PROMPTS, stopped, KEYS)
-    assert found[1].end == "stop" and len(found[1].tokens) <= 5
+    found = engine.complete(PROMPTS, stopped, KEYS)
+    assert found == HFEngine(policy).complete(PROMPTS, stopped, KEYS)
+    assert found[1].finish_reason == "stop" and len(found[1].tokens) <= 5
 
 
 @needs_vllm
 def test_top_k_and_top_p_renormalise(policy, engine):
-    (one,) = engine.generate([PROMPTS[0]], Sampling(1, top_k=2), [("top",)])
+    (one,) = engine.complete([PROMPTS[0]], Sampling(1, top_k=2), [("top",)])
     with torch.no_grad():
         logits = policy.causal_lm(torch.tensor([PROMPTS[0]])).logits[0, -1]
     best = logits.topk(2)
@@ -136,16 +136,16 @@ def test_top_k_and_top_p_renormalise(policy, engine):
 @needs_vllm
 def test_same_keys_same_samples_whatever_the_company(engine):
     state = torch.get_rng_state()
-    together = engine.generate(PROMPTS, Sampling(12), KEYS)
+    together = engine.complete(PROMPTS, Sampling(12), KEYS)
     assert torch.equal(state, torch.get_rng_state())
-    alone = [engine.generate([p], Sampling(12), [k])[0] for p, k in zip(PROMPTS, KEYS, strict=True)]
+    alone = [engine.complete([p], Sampling(12), [k])[0] for p, k in zip(PROMPTS, KEYS, strict=True)]
     assert tokens(together) == tokens(alone)
-    assert tokens(engine.generate(PROMPTS, Sampling(12), [("other", row) for row in range(4)])) != tokens(together)
+    assert tokens(engine.complete(PROMPTS, Sampling(12), [("other", row) for row in range(4)])) != tokens(together)
 
 
 @needs_vllm
 def test_a_rollout_can_be_abandoned(engine, monkeypatch):
-    expected = tokens(engine.generate(PROMPTS, Sampling(12), KEYS))
+    expected = tokens(engine.complete(PROMPTS, Sampling(12), KEYS))
     calls = []
 
     def stop():
@@ -155,26 +155,26 @@ def test_a_rollout_can_be_abandoned(engine, monkeypatch):
 
     monkeypatch.setattr(engine, "check", stop)
     with pytest.raises(KeyboardInterrupt):
-        engine.generate(PROMPTS, Sampling(12), KEYS)
+        engine.complete(PROMPTS, Sampling(12), KEYS)
     assert not engine.llm.llm_engine.has_unfinished_requests()
     monkeypatch.undo()
-    assert tokens(engine.generate(PROMPTS, Sampling(12), KEYS)) == expected
+    assert tokens(engine.complete(PROMPTS, Sampling(12), KEYS)) == expected
 
 
 @needs_vllm
 def test_too_long_a_context_is_one_line(engine):
     with pytest.raises(ModelError, match="60 tokens and max_new_tokens=8 need 68 positions, but vLLM has 64"):
-        engine.generate([[5] * 60], Sampling(8), KEYS[:1])
+        engine.complete([[5] * 60], Sampling(8), KEYS[:1])
 
 
 # -------------------------------------------------------------------------------------------------------------- weights
 @needs_vllm
 def test_weights_come_over_after_an_update_and_a_stale_head_is_found(policy, engine, monkeypatch):
-    before = engine.generate(PROMPTS, Sampling(12), KEYS)
+    before = engine.complete(PROMPTS, Sampling(12), KEYS)
     spread_out(policy)
-    assert gaps(policy, engine.generate(PROMPTS, Sampling(12), KEYS)).max() > 0.1  # nobody has said so yet
+    assert gaps(policy, engine.complete(PROMPTS, Sampling(12), KEYS)).max() > 0.1  # nobody has said so yet
     engine.stale = True
-    after = engine.generate(PROMPTS, Sampling(12), KEYS)
+    after = engine.complete(PROMPTS, Sampling(12), KEYS)
     assert tokens(after) != tokens(before) and gaps(policy, after).max() < 1e-4
     sampler_check = SamplerCheck(policy, engine, FLOAT32)
     sampler_check.raise_on_mismatch(sampler_check(episodes(engine)), "here")
@@ -204,7 +204,7 @@ def test_lora(engine, tmp_path):
         for _ in range(2):
             spread_out(adapted)
             other.stale = True
-            completions = other.generate(PROMPTS, Sampling(12), KEYS)
+            completions = other.complete(PROMPTS, Sampling(12), KEYS)
             assert gaps(adapted, completions).max() < 1e-4
             with adapted.model.disable_adapter():
                 assert gaps(adapted, completions).max() > 0.1

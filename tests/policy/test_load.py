@@ -144,7 +144,7 @@ def test_a_model_with_capped_logits_goes_through_its_own_head():
     from lmrl.engines.base import Sampling
     from lmrl.engines.hf import HFEngine
 
-    completion = HFEngine(policy).generate([[5, 6]], Sampling(max_new_tokens=5), [("a",)])[0]
+    completion = HFEngine(policy).complete([[5, 6]], Sampling(max_new_tokens=5), [("a",)])[0]
     segment = Segment()
     segment.observe([5, 6])
     segment.act(completion.tokens, None, 0)

@@ -44,7 +44,7 @@ class ScriptedEngine:
         self.tokens = tokenizer("ab", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         self.contexts = []
 
-    def generate(self, prompts, sampling, keys):
+    def complete(self, prompts, sampling, keys):
         self.contexts.append([list(prompt) for prompt in prompts])
         return [Completion(list(self.tokens), [-0.1, -0.2, -0.3], "eos") for _ in prompts]
 

@@ -270,6 +270,8 @@ def test_an_interrupt_breaks_off_what_is_played(tmp_path, remote_engine, monkeyp
 
     def interrupt(self, step, source_batch):
         if step == 2:
+            while 3 not in played:
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGINT)
         return learn(self, step, source_batch)
 

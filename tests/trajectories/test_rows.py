@@ -46,7 +46,7 @@ class Odd:
     def __init__(self, tokenizer):
         self.tokenizer, self.calls = tokenizer, 0
 
-    def generate(self, prompts, sampling, keys):
+    def complete(self, prompts, sampling, keys):
         self.calls += 1
         eos = [] if self.calls == 2 else [self.tokenizer.eos_token_id]
         unknown = self.tokenizer.unk_token_id

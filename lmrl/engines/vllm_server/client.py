@@ -79,6 +79,12 @@ class Client:
         request = request_of(prompt, sampling, seed, eos)
         return completion_of(self.post(COMPLETIONS, request), sampling, eos, version)
 
+    def score(self, tokens: list[int], version: str | None = None) -> list[float]:
+        """The log-probability of each token but the first. Raises as `complete` does."""
+        parameters = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        answer = self.post(COMPLETIONS, {"token_ids": tokens, "sampling_params": parameters})
+        return scores_of(answer, tokens, version)
+
     def hang_up(self, completions_only: bool = True) -> None:
         """Break off the requests under way; the server stops working on them."""
         with self._lock:
@@ -210,20 +216,43 @@ def completion_of(answer: dict[str, Any], sampling: Sampling, eos: set[int], ver
         tokens, reason = list(choice["token_ids"]), choice["finish_reason"]
         content = choice["logprobs"]["content"]
         logprobs = [float(one["logprob"]) for one in content]
-        spans = {span["version"] for span in choice.get("weight_versions") or ()}
+        spans = versions_of(choice)
     except (KeyError, IndexError, TypeError) as error:
         raise EngineError(f"a server answered otherwise than vLLM does: {str(answer)[:200]}") from error
     if reason not in ("stop", "length") or not tokens or len(tokens) != len(logprobs):
         raise RequestFailed(f"a completion was broken off (finish reason {reason})")
+    check_version(spans, version)
+    if sampling.temperature == 0:
+        logprobs = [0.0] * len(tokens)  # a greedy choice is certain
+    end = "eos" if tokens[-1] in eos else "stop" if reason == "stop" else "length"
+    return Completion(tokens, logprobs, end)
+
+
+def scores_of(answer: dict[str, Any], tokens: list[int], version: str | None) -> list[float]:
+    """The log-probability of each token but the first, in an answer. Raises as completion_of does."""
+    try:
+        found = answer["prompt_logprobs"]
+        scores = [float(one[str(token)]["logprob"]) for token, one in zip(tokens[1:], found[1:], strict=True)]
+        spans = versions_of(answer["choices"][0])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise EngineError(
+            f"a server answered without the log-probabilities of a prompt (prompt_logprobs): {str(answer)[:200]}"
+        ) from error
+    check_version(spans, version)
+    return scores
+
+
+def versions_of(choice: dict[str, Any]) -> set[str]:
+    return {span["version"] for span in choice.get("weight_versions") or ()}
+
+
+def check_version(spans: set[str], version: str | None) -> None:
+    """Raise RequestFailed for what comes from other weights than `version` (None: any)."""
     if version is not None and spans != {version}:
         said = (
             f"came from the weights {', '.join(sorted(spans))}" if spans else "does not say which weights it came from"
         )
         raise RequestFailed(f"a completion {said} (expected: {version})")
-    if sampling.temperature == 0:
-        logprobs = [0.0] * len(tokens)  # a greedy choice is certain
-    end = "eos" if tokens[-1] in eos else "stop" if reason == "stop" else "length"
-    return Completion(tokens, logprobs, end)
 
 
 def said_by(data: bytes) -> str:

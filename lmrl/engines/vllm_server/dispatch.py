@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lmrl.engines.vllm_server.client import RequestFailed, ServerLost
@@ -15,82 +16,81 @@ TRIES = 4
 """How often a request may fail on live servers. Requests lost with a server do not count."""
 
 
-def dispatch(
-    count: int,
-    supervisors: Sequence[ServerSupervisor],
-    in_flight: int,
-    ask: Callable[[ServerSupervisor, int], Any],
-    changed: threading.Condition,
-    watch: Callable[[], None],
-) -> list[Any]:
-    """The answers to requests 0 to `count` - 1, in order. Every request is answered exactly once.
+@dataclass(eq=False)
+class Job:
+    """A request. ask: sends it to a supervisor's server; raises ServerLost if it must be sent again, to this server or
+    another. done: called once, from another thread, with the answer or an error."""
 
-    ask: sends a request to a supervisor's server; raises ServerLost if it must be sent again, to this server or
-    another. in_flight: maximum number of requests in flight per server; a server gets requests only while it is in
-    service. watch: called several times a second; raises to abandon everything.
+    ask: Callable[[ServerSupervisor], Any]
+    done: Callable[[Any, LmrlError | None], None]
+    failures: int = 0
+
+
+class Dispatcher:
+    """Sends jobs to servers until it is closed. A server gets jobs only while it is in service.
+
+    in_flight: maximum number of requests in flight per server. changed: notified when a server comes into service.
     """
-    waiting = deque(range(count))
-    found: dict[int, Any] = {}
-    failures = [0] * count
-    errors: list[LmrlError] = []
-    over = False
 
-    def work(supervisor: ServerSupervisor) -> None:
-        while True:
-            with changed:
-                changed.wait_for(lambda: over or (waiting and supervisor.in_service))
-                if over:
-                    return
-                index = waiting.popleft()
-            try:
-                answer = ask(supervisor, index)
-            except ServerLost as lost:
-                with changed:
-                    waiting.appendleft(index)
-                    failures[index] += isinstance(lost, RequestFailed)
-                    if failures[index] == TRIES:
-                        errors.append(EngineError(f"a request failed {TRIES} times, at last: {lost}"))
-                if not over:
-                    supervisor.mark_lost(str(lost))
-            except LmrlError as error:
-                with changed:
-                    errors.append(error)
-                    changed.notify_all()
-                return
-            except Exception as error:  # a bug here must not leave the caller waiting
-                with changed:
-                    errors.append(EngineError(f"a request could not be sent: {type(error).__name__}: {error}"))
-                    changed.notify_all()
-                return
-            else:
-                with changed:
-                    found[index] = answer
-                    if len(found) == count:
-                        changed.notify_all()
+    def __init__(self, supervisors: Sequence[ServerSupervisor], in_flight: int, changed: threading.Condition):
+        self.supervisors, self.in_flight, self.changed = supervisors, in_flight, changed
+        self.waiting: deque[Job] = deque()
+        self.unanswered = 0
+        self.over = False
+        self.threads: list[threading.Thread] = []
 
-    threads = [
-        threading.Thread(target=work, args=(supervisor,), daemon=True)
-        for supervisor in supervisors
-        for _ in range(min(in_flight, count))
-    ]
-    try:
-        for thread in threads:
-            thread.start()
-        while True:
-            with changed:
-                changed.wait_for(lambda: errors or len(found) == count, timeout=0.1)
-                if errors:
-                    raise errors[0]
-                if len(found) == count:
-                    return [found[index] for index in range(count)]
-            watch()
-    finally:
-        with changed:
-            over = True
-            changed.notify_all()
-        if len(found) < count:
-            for supervisor in supervisors:
+    def put(self, job: Job) -> None:
+        with self.changed:
+            self.waiting.append(job)
+            self.unanswered += 1
+            wanted = min(self.in_flight, self.unanswered)
+            self.changed.notify_all()
+        if len(self.threads) < wanted * len(self.supervisors):
+            for supervisor in self.supervisors:
+                self.threads.append(threading.Thread(target=self._work, args=(supervisor,), daemon=True))
+                self.threads[-1].start()
+
+    def close(self) -> None:
+        """Break off what has no answer, and end the threads."""
+        with self.changed:
+            self.over = True
+            broken_off = self.unanswered > 0
+            self.changed.notify_all()
+        if broken_off:
+            for supervisor in self.supervisors:
                 supervisor.client.hang_up()
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join(timeout=5)
+        for thread in self.threads:
+            thread.join(timeout=5)
+
+    def _work(self, supervisor: ServerSupervisor) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.over or (self.waiting and supervisor.in_service))
+                if self.over:
+                    return
+                job = self.waiting.popleft()
+            try:
+                answer, error = job.ask(supervisor), None
+            except ServerLost as lost:
+                job.failures += isinstance(lost, RequestFailed)
+                if job.failures == TRIES:
+                    self._finish(job, None, EngineError(f"a request failed {TRIES} times, at last: {lost}"))
+                else:
+                    with self.changed:
+                        self.waiting.appendleft(job)
+                if not self.over:
+                    supervisor.mark_lost(str(lost))
+                continue
+            except LmrlError as refused:
+                answer, error = None, refused
+            except Exception as unexpected:  # a bug here must not leave the caller waiting
+                reason = f"{type(unexpected).__name__}: {unexpected}"
+                answer, error = None, EngineError(f"a request could not be sent: {reason}")
+            self._finish(job, answer, error)
+
+    def _finish(self, job: Job, answer: Any, error: LmrlError | None) -> None:
+        with self.changed:
+            if self.over:
+                return
+            self.unanswered -= 1
+        job.done(answer, error)

@@ -6,6 +6,7 @@ All ranks of a run share the servers. One rank owns them: it starts them and giv
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import copy
 import os
@@ -13,20 +14,22 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lmrl import distributed
-from lmrl.engines.base import Completion, Engine, Keys, Sampling
+from lmrl.coroutines import POLL, post
+from lmrl.engines.base import Engine, Request
 from lmrl.engines.vllm_server.client import Client, ServerLost
-from lmrl.engines.vllm_server.dispatch import dispatch
+from lmrl.engines.vllm_server.dispatch import Dispatcher, Job
 from lmrl.engines.vllm_server.process import ServerProcess, gpus_of
 from lmrl.engines.vllm_server.supervisor import ServerSupervisor, Target
 from lmrl.engines.vllm_server.weights import Broadcast, Member, WeightFiles
-from lmrl.errors import EngineError, ModelError, RunError
+from lmrl.errors import EngineError, LmrlError, ModelError, RunError
 from lmrl.policy.merged import merged_weights
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Rollouts
@@ -76,6 +79,8 @@ class VLLMServerEngine(Engine):
             )
             for url, process in zip(urls, processes or [None] * len(urls), strict=True)
         ]
+        self._dispatcher: Dispatcher | None = None
+        self._asked: set[Request] = set()
         self.closed = False
         atexit.register(self.close)
 
@@ -188,20 +193,61 @@ class VLLMServerEngine(Engine):
             )
 
     # -------------------------------------------------------------------------------------------------------- sampling
-    def sample(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
-        self._check_lengths(max(map(len, prompts)), sampling)
-        version, eos = f"{self.run_id}-{self.syncs}", self.policy.eos_ids
+    @property
+    def busy(self) -> bool:
+        return self._dispatcher is not None and self._dispatcher.unanswered > 0
 
-        def ask(supervisor: ServerSupervisor, index: int) -> Completion:
-            seed = key(*keys[index]) % 2**63
-            return supervisor.client.complete(prompts[index], sampling, seed, eos, version)
+    async def advance(self, arrived: list[Request]) -> None:
+        """Send what has arrived, and wait until there is an answer, a new request, or a moment has passed."""
+        self._news.clear()
+        if self._dispatcher is None:
+            self._dispatcher = Dispatcher(self.supervisors, self.options.in_flight, self.changed)
+        for request in arrived:
+            self._dispatcher.put(self._job(request))
+        self._watch()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._news.wait(), POLL)
 
-        return dispatch(len(prompts), self.supervisors, self.options.in_flight, ask, self.changed, self._watch)
+    def _job(self, request: Request) -> Job:
+        loop, version, eos = asyncio.get_running_loop(), f"{self.run_id}-{self.syncs}", self.policy.eos_ids
+        syncs, tokens, sampling = self.syncs, request.tokens, request.sampling
+        self._asked.add(request)
 
-    def _check_lengths(self, longest: int, sampling: Sampling) -> None:
+        def ask(supervisor: ServerSupervisor) -> Any:
+            if sampling is None:
+                return supervisor.client.score(tokens, version)
+            completion = supervisor.client.complete(tokens, sampling, key(*request.key) % 2**63, eos, version)
+            completion.version = syncs
+            return completion
+
+        def take(answer: Any, error: LmrlError | None) -> None:
+            self._asked.discard(request)
+            request.answer(answer) if error is None else request.fail(error)
+            self._news.set()
+
+        return Job(ask, lambda answer, error: post(loop, take, answer, error))
+
+    def idle(self) -> None:
+        if self._dispatcher is not None:
+            self._dispatcher.close()
+            self._dispatcher = None
+
+    def abandon(self) -> list[Request]:
+        left, self._asked = list(self._asked), set()
+        self.idle()
+        return left
+
+    def validate(self, request: Request) -> None:
         limits = [supervisor.description.max_model_len for supervisor in self._alive() if supervisor.description]
         limit = min([*limits, *([self.policy.max_length] if self.policy.max_length else [])])
-        if longest + sampling.max_new_tokens > limit:
+        longest, sampling = len(request.tokens), request.sampling
+        if sampling is None:
+            if longest >= limit:
+                raise ModelError(
+                    f"{longest} tokens cannot be scored: the servers have {limit} positions, and need one more than these: "
+                    "raise the servers' max_model_len"
+                )
+        elif longest + sampling.max_new_tokens > limit:
             raise ModelError(
                 f"a context of {longest} tokens and max_new_tokens={sampling.max_new_tokens} need "
                 f"{longest + sampling.max_new_tokens} positions, but the servers have {limit}: lower "
@@ -245,6 +291,7 @@ class VLLMServerEngine(Engine):
         if self.closed:
             return
         self.closed = True
+        self.abandon()
         atexit.unregister(self.close)
         self.broadcast.close()
         for supervisor in self.supervisors:

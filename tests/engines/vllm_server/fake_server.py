@@ -103,6 +103,8 @@ class FakeServer:
             if wrong is not None:
                 return (None if wrong == "hang up" else wrong), {"error": {"message": "out of luck"}}
             options, first = body["sampling_params"], body["token_ids"][0]
+            if "prompt_logprobs" in options:
+                return 200, self.scored(body["token_ids"])
             tokens = [first] * min(options["max_tokens"], 3)
             content = [{"token_id": first, "logprob": -float(options["seed"] % 1000)}] * len(tokens)
             choice = {
@@ -113,6 +115,12 @@ class FakeServer:
         finally:
             with self.lock:
                 self.now -= 1
+
+    def scored(self, tokens: list[int]) -> dict:
+        """The log-probability of a token is said to be minus the token."""
+        scores = [None] + [{str(token): {"logprob": -float(token)}} for token in tokens[1:]]
+        versions = [{"version": self.stamp, "start": 0, "end": 1}]
+        return {"choices": [{"weight_versions": versions}], "prompt_logprobs": scores}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from lmrl import distributed
+from lmrl.coroutines import run
 from lmrl.engines.base import Sampling
 from lmrl.engines.build import build_engine
 from lmrl.engines.vllm_server import client as server_client
@@ -64,7 +66,7 @@ def engine_of(tiny_policy):
 
 def generate(engine, count: int = 20, **sampling) -> list:
     prompts = [[2 + index % 30, 5] for index in range(count)]
-    return engine.generate(
+    return engine.complete(
         prompts, Sampling(**({"max_new_tokens": 4} | sampling)), [("k", row) for row in range(count)]
     )
 
@@ -111,6 +113,35 @@ def test_a_request_says_how_to_sample_and_the_key_decides_the_draw(fakes, engine
     assert first == generate(engine, 3, temperature=0.5)
     assert len({one.logprobs[0] for one in first}) == 3  # each key has a seed of its own
     assert [one.logprobs for one in generate(engine, 1, temperature=0)] == [[0.0] * 3]
+
+
+def test_a_new_turn_does_not_wait_for_the_others(fakes, engine_of):
+    (server,) = fakes()
+    engine, order = engine_of([server]), []
+    server.on_generate = lambda number: time.sleep(1) if number == 1 else None
+
+    async def turns(name, count):
+        for turn in range(count):
+            await engine.generate([5, 6], Sampling(max_new_tokens=2), (name, turn))
+            order.append(name)
+
+    async def both():
+        slow = asyncio.create_task(turns("slow", 1))
+        await asyncio.sleep(0.3)  # so that its request is the first
+        await asyncio.gather(slow, turns("quick", 3))
+
+    engine.refresh()
+    run(both())
+    assert order == ["quick"] * 3 + ["slow"]
+
+
+def test_scores_come_from_the_current_weights(fakes, engine_of):
+    (server,) = fakes()
+    engine = engine_of([server])
+    assert engine.score_all([[5, 6, 7], [9, 8]]) == [[-6.0, -7.0], [-8.0]]
+    assert len(server.loaded) == 1
+    server.version, server.stamp = None, "default"  # started again, and nobody has noticed
+    assert engine.score_all([[5, 6]]) == [[-6.0]] and len(server.loaded) == 2
 
 
 def test_weights_are_sent_when_they_are_stale_and_only_then(fakes, engine_of):
@@ -520,25 +551,25 @@ def test_a_real_server_samples_from_the_policy_takes_updates_and_comes_back_afte
     keys = [("k", row) for row in range(48)]
     sampling = Sampling(max_new_tokens=24, temperature=0.7, stop=("q",))
     try:
-        first = engine.generate(prompts, sampling, keys)
+        first = engine.complete(prompts, sampling, keys)
         assert agrees(policy, prompts, first, 0.7) < 1e-4
-        assert {one.end for one in first} == {"eos", "stop", "length"}
+        assert {one.finish_reason for one in first} == {"eos", "stop", "length"}
         for one in first:
-            assert (one.tokens[-1] in policy.eos_ids) == (one.end == "eos")
-            assert policy.decode(one.tokens).endswith("q") == (one.end == "stop")
-            assert (len(one.tokens) == 24) >= (one.end == "length")
-        assert engine.generate(prompts, sampling, keys) == first
+            assert (one.tokens[-1] in policy.eos_ids) == (one.finish_reason == "eos")
+            assert policy.decode(one.tokens).endswith("q") == (one.finish_reason == "stop")
+            assert (len(one.tokens) == 24) >= (one.finish_reason == "length")
+        assert engine.complete(prompts, sampling, keys) == first
 
         with torch.no_grad():
             for parameter in policy.causal_lm.parameters():
                 parameter.mul_(3)
         engine.stale = True
-        second = engine.generate(prompts, sampling, keys)
+        second = engine.complete(prompts, sampling, keys)
         assert agrees(policy, prompts, second, 0.7) < 1e-4 < agrees(policy, prompts, first, 0.7)
 
         armed.set()
         longer = Sampling(max_new_tokens=200, temperature=0.7)
-        third = engine.generate(prompts, longer, keys)
+        third = engine.complete(prompts, longer, keys)
         assert killed and engine.supervisors[0].restarts_left == 0 and engine.syncs == 2
         assert agrees(policy, prompts, third, 0.7) < 1e-4
         last = engine.supervisors[0].process.process.pid

@@ -18,7 +18,7 @@ from tests.conftest import TINY_WALKS
 
 def played(engine, count=4, temperature=1.0, context=(5, 6)):
     keys = [("trust", row) for row in range(count)]
-    found = engine.generate([list(context)] * count, Sampling(8, temperature), keys)
+    found = engine.complete([list(context)] * count, Sampling(8, temperature), keys)
     trajectories = []
     for completion in found:
         segment = Segment()

@@ -1,0 +1,90 @@
+"""Running coroutines from synchronous code, and blocking work from coroutines."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+POLL = 0.1
+"""Seconds between two looks at whether waiting still makes sense."""
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end in an event loop of its own, and cancel what it has left running.
+
+    Works inside of a running event loop too, as notebooks have one: that one stands still meanwhile.
+    """
+    outer = asyncio._get_running_loop()
+    task = asyncio.current_task(outer) if outer else None
+    if outer is not None:
+        if task is not None:
+            asyncio.tasks._leave_task(outer, task)
+        asyncio._set_running_loop(None)
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(coroutine)
+    finally:
+        try:
+            _cancel_all(loop)
+        finally:
+            loop.close()
+            if outer is not None:
+                asyncio._set_running_loop(outer)
+                if task is not None:
+                    asyncio.tasks._enter_task(outer, task)
+
+
+def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """The result of blocking work, which runs in a daemon thread: if nobody waits for it any more, it holds up nothing."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if future.done():  # given up
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+    def body() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as caught:
+            error = caught
+        post(loop, settle, result, error)
+
+    threading.Thread(target=body, daemon=True).start()
+    return await future
+
+
+def post(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: Any) -> None:
+    """Have a loop make a call, from another thread; nothing happens where the loop is closed by now."""
+    try:
+        loop.call_soon_threadsafe(call, *arguments)
+    except RuntimeError:
+        if not loop.is_closed():
+            raise
+
+
+async def watched(awaitable: Awaitable[T], check: Callable[[], None]) -> T:
+    """Wait, and call `check` meanwhile; where that raises, the awaitable is cancelled."""
+    task = asyncio.ensure_future(awaitable)
+    try:
+        while not (await asyncio.wait([task], timeout=POLL))[0]:
+            check()
+        return task.result()
+    finally:
+        task.cancel()
