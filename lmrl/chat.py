@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from lmrl.coroutines import run
 from lmrl.engines.base import Sampling
 from lmrl.engines.hf import HFEngine
 from lmrl.policy.policy import Policy
@@ -48,13 +49,13 @@ class Speaker:
         context = self.recorder.observe(observation)
         tokens: list[int] = []
 
-        def add(indices: list[int], added: list[int]) -> None:
+        def add(added: list[int]) -> None:
             tokens.extend(added)
             heard(self.policy.decode(tokens))
 
         self.engine.heard = add
         self.turns += 1
-        (done,) = self.engine.complete([context], self.sampling, [(self.seed, "chat", self.turns)])
+        done = run(self.engine.generate(context, self.sampling, (self.seed, "chat", self.turns)))
         answer = self.policy.decode(done.tokens)
         self.recorder.act(answer, done.tokens, done.logprobs, cut=done.finish_reason == "length")
         return answer

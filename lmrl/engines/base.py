@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from lmrl.coroutines import in_thread, run, watched
 from lmrl.errors import ModelError
+from lmrl.policy.passes import Guidance
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Rollouts
 
@@ -311,3 +312,13 @@ class Engine:
 
 async def _gathered(calls: list[Any]) -> list[Any]:
     return list(await asyncio.gather(*calls))
+
+
+def guidance_of(policy: Policy, sampling: Sampling) -> Guidance | None:
+    """How Q guides this policy: as the sampling says, else as the policy itself says; None where it has no Q."""
+    own = policy.guidance
+    if own is None:
+        return None
+    beta = own.beta if sampling.beta is None else sampling.beta
+    support = own.support if sampling.support is None else sampling.support
+    return Guidance(beta, support) if beta > 0 or support > 0 else None

@@ -1,35 +1,30 @@
 """The `hf` engine: sampling with the policy's own transformers model, on any device.
 
-Continuous batching (Yu et al., "Orca", OSDI 2022): rows are decoded together, one token each at a time; one that has ended
-leaves at once, and waiting prompts take the free places, several at a time. A prompt that several rows begin with, as the
-samples of a group do, is computed once, and so is a long beginning that all prompts share.
+Continuous batching (Yu et al., "Orca", OSDI 2022): sequences are decoded together, one token each at a time; one that has
+ended leaves at once, waiting ones take the free places, and what is known of a prompt already (earlier turns, other
+samples of its group, a beginning that all share) is not computed again. See slot_batch.py, and waves.py for models that cannot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from lmrl.engines.base import Completion, Engine, Keys, Request, Sampling
-from lmrl.engines.sample_token import sample_token
+from lmrl.engines.base import Engine, Request, Sampling
+from lmrl.engines.slot_batch import SlotBatch
+from lmrl.engines.waves import Wave
 from lmrl.errors import ModelError
-from lmrl.policy.cache import SPARE, Cache
+from lmrl.policy.cache import SPARE
 from lmrl.policy.memory import FailedPass, or_advice
-from lmrl.policy.passes import Guidance
 from lmrl.policy.policy import Policy
+from lmrl.policy.slots import slots_fit
 from lmrl.recipe import Rollouts
-from lmrl.seeding import stream
-from lmrl.trajectories.batch import Batch, contexts_batch
-from lmrl.trajectories.batch import Sequence as SequenceOfTokens
+from lmrl.trajectories.batch import Batch, Sequence, contexts_batch
 
-REFILL = 8
-"""Places are refilled when one in so many is free: one pass for several prompts costs less than a pass for each."""
-WORTHWHILE = 16
-"""Tokens that all prompts have to begin with for these to be computed apart."""
 ADVICE = "sampling does not fit into memory: set rollouts.cache_tokens (keys and values held at a time), or lower rollouts.slots"
 
 
@@ -43,47 +38,88 @@ class HFEngine(Engine):
         cache_tokens: int | None = None,
         check: Callable[[], None] = lambda: None,
     ):
-        """slots: rows decoded at a time. cache_tokens: tokens whose keys and values are held at a time, at most.
-        check: called between tokens; may raise to abandon the rollout."""
+        """slots: sequences decoded at a time, those included that are kept between two turns. cache_tokens: tokens whose keys
+        and values are held at a time, at most. check: called between tokens; may raise to abandon the rollout."""
         super().__init__(policy, check)
         self.slots, self.cache_tokens = slots, cache_tokens
-        self.heard: Callable[[list[int], list[int]], None] | None = None
-        """Called with the numbers of prompts and the token that each was just continued by."""
+        self.heard: Callable[[list[int]], None] | None = None
+        """Called with the tokens that sequences were just continued by, one each."""
+        # Found out now, when all ranks are here: it takes a pass.
+        fits = slots_fit(policy.causal_lm.config) and policy.packs
+        self.batch = SlotBatch(self) if fits else None
+        """None: every turn is computed anew (see waves.py)."""
+        self._was_training: bool | None = None
 
     @classmethod
     def build(cls, policy: Policy, options: Rollouts, check: Callable[[], None], folder: Path | None) -> HFEngine:
         return cls(policy, options.slots, options.cache_tokens, check)
 
-    def sample(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
-        with self.policy.decoding(), or_advice(ADVICE, lambda: self._failed(prompts, sampling, keys)):
-            rollout = _Rollout(self, prompts, sampling, keys)
-            while rollout.waiting or len(rollout.rows):
-                self.check()
-                if rollout.due():
-                    rollout.admit()
-                else:
-                    rollout.decode()
-        return [rollout.done[index] for index in range(len(prompts))]
+    # --------------------------------------------------------------------------------------------------------- sampling
+    @property
+    def busy(self) -> bool:
+        return self.batch is not None and self.batch.busy
 
-    def score_batch(self, sequences: Sequence[list[int]]) -> list[list[float]]:
-        batch = Batch([_scored(tokens) for tokens in sequences])
-        before, self.policy.temperature = self.policy.temperature, 1.0
-        try:
-            return [part.tolist() for part in self.policy.score(batch)["logprobs"]]
-        finally:
-            self.policy.temperature = before
+    async def advance(self, arrived: list[Request]) -> None:
+        scored = [request for request in arrived if request.sampling is None]
+        if scored:
+            self._restore()
+            for request, logprobs in zip(scored, self.score_batch([one.tokens for one in scored]), strict=True):
+                request.answer(logprobs)
+        arrived = [request for request in arrived if request.sampling is not None]
+        if self.batch is None:
+            for sampling in dict.fromkeys(request.sampling for request in arrived):
+                self._complete_wave([request for request in arrived if request.sampling == sampling], sampling)
+            return
+        self.batch.add(arrived)
+        if self.batch.busy:
+            with self._decoding(), or_advice(ADVICE, lambda: self._failed(self.batch.requests)):
+                self.batch.advance()
+
+    def _complete_wave(self, requests: list[Request], sampling: Sampling) -> None:
+        prompts, keys = [one.tokens for one in requests], [one.key for one in requests]
+        with self.policy.decoding(), or_advice(ADVICE, lambda: self._failed(requests)):
+            completions = Wave(self, prompts, sampling, keys).run()
+        for request, completion in zip(requests, completions, strict=True):
+            completion.version = self.syncs
+            request.answer(completion)
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        """Inside, one pass is made. Between passes other code runs, to which neither no_grad nor autocast may apply; what is
+        costly to undo and do again (the mode of all modules, the weights that autocast has cast) stays until `idle`."""
+        if self._was_training is None:
+            self._was_training = self.policy.training
+            self.policy.eval()
+            torch.autocast_increment_nesting()
+        with torch.no_grad(), self.policy.autocast():
+            yield
+
+    def _restore(self) -> None:
+        if self._was_training is not None:
+            if torch.autocast_decrement_nesting() == 0:
+                torch.clear_autocast_cache()
+            self.policy.train(self._was_training)
+            self._was_training = None
+
+    def idle(self) -> None:
+        self._restore()
+
+    def abandon(self) -> list[Request]:
+        self._restore()
+        return self.batch.abandon() if self.batch is not None else []
+
+    def forget(self) -> None:
+        if self.batch is not None:
+            self.batch.forget()
+
+    def release_memory(self) -> None:
+        self.forget()
 
     def places(self, tokens: int) -> int:
-        """How many rows of so many tokens are decoded at a time."""
+        """How many sequences of so many tokens are decoded at a time."""
         if self.cache_tokens is None:
             return self.slots
         return min(self.slots, self.cache_tokens // (tokens + SPARE))
-
-    def _failed(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> FailedPass:
-        options = {"sampling": asdict(sampling), "keys": [list(key) for key in keys]}
-        options |= {"slots": self.slots, "cache_tokens": self.cache_tokens}
-        shape = (len(prompts), max(map(len, prompts)) + sampling.max_new_tokens)
-        return FailedPass("generate", contexts_batch(prompts), self.policy.microbatch_tokens, shape, options)
 
     def validate(self, request: Request) -> None:
         longest, limit = len(request.tokens), self.policy.max_length
@@ -103,228 +139,25 @@ class HFEngine(Engine):
                 f"raise it, or {advice}"
             )
 
+    def _failed(self, requests: list[Request]) -> FailedPass:
+        first = requests[0].sampling
+        options = {"sampling": asdict(first), "keys": [list(request.key) for request in requests]}
+        options |= {"slots": self.slots, "cache_tokens": self.cache_tokens}
+        prompts = [request.tokens for request in requests]
+        shape = (len(prompts), max(map(len, prompts)) + first.max_new_tokens)
+        return FailedPass("generate", contexts_batch(prompts), self.policy.microbatch_tokens, shape, options)
 
-@dataclass
-class _Rows:
-    """Rows under way. Arrays of shape (R,) or (R, max_new_tokens), one entry a row, in the order of the cache."""
-
-    index_R: np.ndarray
-    """Which prompt."""
-    length_R: np.ndarray
-    """Tokens so far, those of the prompt included."""
-    count_R: np.ndarray
-    """Tokens sampled so far."""
-    uniforms_RT: np.ndarray
-    tokens_RT: np.ndarray
-    logprobs_RT: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.index_R)
-
-    def select(self, rows: np.ndarray) -> _Rows:
-        return _Rows(*(getattr(self, field.name)[rows] for field in fields(self)))
-
-    def joined(self, others: _Rows) -> _Rows:
-        names = [field.name for field in fields(self)]
-        return _Rows(*(np.concatenate([getattr(self, name), getattr(others, name)]) for name in names))
+    # ---------------------------------------------------------------------------------------------------------- scoring
+    def score_batch(self, sequences: list[list[int]]) -> list[list[float]]:
+        batch = Batch([_scored(tokens) for tokens in sequences])
+        before, self.policy.temperature = self.policy.temperature, 1.0
+        try:
+            return [part.tolist() for part in self.policy.score(batch)["logprobs"]]
+        finally:
+            self.policy.temperature = before
 
 
-class _Rollout:
-    """Completing a list of prompts. What happens when depends on nothing but prompts, sampling, keys and weights."""
-
-    def __init__(self, engine: HFEngine, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys):
-        self.engine, self.policy = engine, engine.policy
-        self.prompts, self.sampling, self.keys = prompts, sampling, keys
-        # Longest first: of alike lengths, with equal prompts side by side; and if memory is short, it is so at once.
-        self.waiting = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), prompts[index], -index))
-        self.done: dict[int, Completion] = {}
-        self.eos = np.array(sorted(self.policy.eos_ids), dtype=np.int64)
-        self.guidance = guidance_of(self.policy, sampling)
-        self.cache = self.policy.new_cache(self.guidance)
-        self.rows = self._new_rows([])
-        self._compute_beginning()
-
-    def due(self) -> bool:
-        """True if waiting prompts should join now: enough places are free, or no row is under way."""
-        if not self.waiting or not len(self.rows):
-            return bool(self.waiting)
-        places = self._places()
-        return places - len(self.rows) >= max(1, min(len(self.waiting), places // REFILL))
-
-    def admit(self) -> None:
-        """Compute the next waiting prompts, draw their first tokens, and let those that go on join the others."""
-        found, chosen = {}, []  # distinct prompts in the order they are met
-        free = self._places() - len(self.rows)
-        while self.waiting and len(chosen) < free:
-            prompt = tuple(self.prompts[self.waiting[-1]])
-            width = len(next(iter(found), prompt)) - self.shared
-            if prompt not in found and (len(found) + 1) * width > max(self.policy.microbatch_tokens, width):
-                break
-            chosen.append((self.waiting.pop(), found.setdefault(prompt, len(found))))
-        cache, logits_UV = self._prefill(list(found))
-        rows, source_R = self._new_rows([index for index, _ in chosen]), torch.tensor([row for _, row in chosen])
-        going = self._take(rows, logits_UV[source_R.to(logits_UV.device)])
-        if not len(going):
-            return
-        self.rows = self.rows.joined(rows.select(going))
-        if not self.cache.takes_rows:
-            self.cache = cache
-            return
-        self._expect()
-        self.cache.join(cache, source_R[going].to(self.policy.device))
-        self._fit()
-
-    def decode(self) -> None:
-        """One more token for each row under way."""
-        rows, device = self.rows, self.policy.device
-        latest = rows.tokens_RT[np.arange(len(rows)), rows.count_R - 1]
-        length_R = torch.from_numpy(rows.length_R).to(device)
-        width = int(rows.length_R.max())
-        logits_RV = self.policy.next_token_logits(
-            self.cache,
-            self.guidance,
-            input_ids=torch.from_numpy(latest).to(device)[:, None],
-            attention_mask=_left_padded(length_R, width),
-            position_ids=length_R[:, None] - 1,
-        )
-        going = self._take(rows, logits_RV)
-        if len(going) == len(rows):
-            return
-        # Who is beyond the new end moves into the places that became free; all others stay where they are.
-        count = len(going)
-        holes, sources = np.setdiff1d(np.arange(count), going), going[going >= count]
-        order = np.arange(count)
-        order[holes] = sources
-        self.rows = rows.select(order)
-        if self.cache.takes_rows:
-            self.cache.move(*(torch.from_numpy(part).to(device) for part in (sources, holes)))
-            self._fit()
-            self._expect()
-
-    def _expect(self) -> None:
-        """Let the cache allocate for the rows under way and those that can still join them."""
-        self.cache.expect(min(self._places(), len(self.rows) + len(self.waiting)))
-
-    def _fit(self) -> None:
-        """Let the cache hold the rows under way alone, in the columns that the longest needs before its latest token."""
-        self.cache.trim(len(self.rows), int(self.rows.length_R.max(initial=1)) - 1)
-
-    def _prefill(self, prompts: list[tuple[int, ...]]) -> tuple[Cache, torch.Tensor]:
-        """A cache of distinct prompts (longest first), and the logits (U, V) after each."""
-        shared, width, device = self.shared, len(prompts[0]) - self.shared, self.policy.device
-        tokens_UT = torch.full((len(prompts), width), self.policy.pad_id)
-        for row, prompt in enumerate(prompts):
-            tokens_UT[row, width - len(prompt) + shared :] = torch.tensor(prompt[shared:])
-        length_U = torch.tensor([len(prompt) for prompt in prompts])
-        mask_UT = torch.cat([torch.ones(len(prompts), shared).long(), _left_padded(length_U - shared, width)], 1)
-        positions_UT = (mask_UT.cumsum(1) - 1).clamp(min=0)[:, shared:]
-        cache = self.policy.new_cache(self.guidance)
-        if shared:
-            cache.join(self.beginning, torch.zeros(len(prompts), dtype=torch.long, device=device))
-        logits_UV = self.policy.next_token_logits(
-            cache,
-            self.guidance,
-            input_ids=tokens_UT.to(device),
-            attention_mask=mask_UT.to(device),
-            position_ids=positions_UT.to(device),
-        )
-        if shared:  # from before the padding to behind it
-            cache.insert(self.beginning, (shared + width - length_U).to(device))
-        return cache, logits_UV
-
-    def _compute_beginning(self) -> None:
-        """Compute the tokens that all prompts begin with, `shared` in number, where they are worth a pass of their own."""
-        self.shared = shared_beginning(self.prompts)
-        if self.shared < WORTHWHILE or not self.cache.takes_gaps:
-            self.shared, self.beginning = 0, None
-            return
-        self.beginning = self.policy.new_cache(self.guidance)
-        tokens_1T = torch.tensor([self.prompts[0][: self.shared]], device=self.policy.device)
-        positions_1T = torch.arange(self.shared, device=self.policy.device)[None]
-        self.policy.next_token_logits(
-            self.beginning,
-            self.guidance,
-            input_ids=tokens_1T,
-            attention_mask=torch.ones_like(tokens_1T),
-            position_ids=positions_1T,
-        )
-
-    def _take(self, rows: _Rows, logits_RV: torch.Tensor) -> np.ndarray:
-        """Draw a token for each row, and close those that have ended; returns which rows go on."""
-        if logits_RV.device.type == "mps":  # has no float64, which drawing needs
-            logits_RV = logits_RV.cpu()
-        every = np.arange(len(rows))
-        uniforms_R = rows.uniforms_RT[every, rows.count_R]
-        tokens_R, logprobs_R = (
-            part.cpu().numpy() for part in sample_token(logits_RV.float(), self.sampling, uniforms_R)
-        )
-        rows.tokens_RT[every, rows.count_R], rows.logprobs_RT[every, rows.count_R] = tokens_R, logprobs_R
-        rows.count_R += 1
-        rows.length_R += 1
-        if self.engine.heard is not None:
-            self.engine.heard(rows.index_R.tolist(), tokens_R.tolist())
-        eos_R = np.isin(tokens_R, self.eos)
-        stop_R = np.zeros_like(eos_R)
-        if self.sampling.stop:
-            own = [rows.tokens_RT[row, : rows.count_R[row]] for row in every]
-            stop_R = np.array([self.engine.stopped(tokens, self.sampling.stop) for tokens in own]) & ~eos_R
-        full_R = rows.count_R == self.sampling.max_new_tokens
-        for row in np.flatnonzero(eos_R | stop_R | full_R):
-            count = rows.count_R[row]
-            self.done[int(rows.index_R[row])] = Completion(
-                rows.tokens_RT[row, :count].tolist(),
-                rows.logprobs_RT[row, :count].tolist(),
-                "eos" if eos_R[row] else "stop" if stop_R[row] else "length",
-            )
-        return np.flatnonzero(~(eos_R | stop_R | full_R))
-
-    def _places(self) -> int:
-        """Rows that may be under way while the next waiting prompt is: the longest decides, as all are padded to it."""
-        if not self.cache.takes_rows:
-            return 1
-        prompt_R = self.rows.length_R - self.rows.count_R
-        longest = max(int(prompt_R.max(initial=0)), len(self.prompts[self.waiting[-1]]) if self.waiting else 0)
-        return self.engine.places(longest + self.sampling.max_new_tokens)
-
-    def _new_rows(self, indices: list[int]) -> _Rows:
-        shape = (len(indices), self.sampling.max_new_tokens)
-        uniforms = [stream(*self.keys[index]).random(shape[1]) for index in indices]
-        return _Rows(
-            index_R=np.array(indices, dtype=np.int64),
-            length_R=np.array([len(self.prompts[index]) for index in indices], dtype=np.int64),
-            count_R=np.zeros(shape[0], dtype=np.int64),
-            uniforms_RT=np.stack(uniforms) if uniforms else np.zeros(shape),
-            tokens_RT=np.zeros(shape, dtype=np.int64),
-            logprobs_RT=np.zeros(shape, dtype=np.float32),
-        )
-
-
-def _scored(tokens: list[int]) -> SequenceOfTokens:
+def _scored(tokens: list[int]) -> Sequence:
     """A sequence of which every token but the first is scored."""
     every = torch.tensor(tokens, dtype=torch.long)
-    return SequenceOfTokens(every, torch.arange(len(tokens) - 1), every[1:])
-
-
-def _left_padded(length_B: torch.Tensor, width: int) -> torch.Tensor:
-    """The mask (B, width) of rows of these lengths that all end at the last column."""
-    return (torch.arange(width, device=length_B.device) >= width - length_B[:, None]).long()
-
-
-def shared_beginning(prompts: Sequence[list[int]]) -> int:
-    """How many tokens distinct prompts begin with alike, at least one short of each; 0 where all are equal."""
-    first, last = min(prompts), max(prompts)  # all others lie between them, and share what these two do
-    if first == last:
-        return 0
-    pairs = zip(first[:-1], last[:-1], strict=False)
-    alike = next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(first), len(last)) - 1)
-    return min(alike, min(map(len, prompts)) - 1)
-
-
-def guidance_of(policy: Policy, sampling: Sampling) -> Guidance | None:
-    """How Q guides this policy: as the sampling says, else as the policy itself says; None where it has no Q."""
-    own = policy.guidance
-    if own is None:
-        return None
-    beta = own.beta if sampling.beta is None else sampling.beta
-    support = own.support if sampling.support is None else sampling.support
-    return Guidance(beta, support) if beta > 0 or support > 0 else None
+    return Sequence(every, torch.arange(len(tokens) - 1), every[1:])

@@ -22,8 +22,7 @@ import numpy as np
 import torch
 
 from lmrl import distributed
-from lmrl.engines.base import Completion, Engine, Request, Sampling
-from lmrl.engines.hf import guidance_of
+from lmrl.engines.base import Completion, Engine, Request, Sampling, guidance_of
 from lmrl.engines.vllm_worker import pack_head
 from lmrl.errors import ModelError, RunError
 from lmrl.policy.merged import merged_weights

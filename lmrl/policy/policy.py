@@ -26,6 +26,7 @@ from lmrl.policy.logprobs import at_least_float32, product
 from lmrl.policy.memory import Passes, fit, needs_checkpointing
 from lmrl.policy.passes import ABSENT, ForwardRequest, Guidance, Outputs, States
 from lmrl.policy.probes import can_pack, can_share_prompts, head_is_linear
+from lmrl.policy.slots import SlotCache
 from lmrl.recipe import Recipe
 from lmrl.trajectories.batch import Batch, Microbatch, Sequence
 
@@ -237,10 +238,27 @@ class Policy(nn.Module):
         two = guidance is not None and self.values.trunk is not None
         return Cache(self.causal_lm.config, two)
 
-    def next_token_logits(self, cache: Cache, guidance: Guidance | None = None, **inputs: Any) -> torch.Tensor:
-        """Logits after the last position of each row, shape (B, V), for decoding; takes what the trunk takes."""
+    def next_token_logits(
+        self,
+        cache: Cache | SlotCache,
+        guidance: Guidance | None = None,
+        last_B: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> torch.Tensor:
+        """Logits after one position of each row, shape (B, V), for decoding; takes what the trunk takes.
+
+        last_B: which position (None: the last).
+        """
+
         # Two dimensions: a (B, 1, D) slice would make a batched product that copies the vocabulary matrix B times.
-        states = self._states(inputs, lambda hidden_BTD: hidden_BTD[:, -1], guidance is not None, cache)
+        def pick(hidden_BTD: torch.Tensor) -> torch.Tensor:
+            return (
+                hidden_BTD[:, -1]
+                if last_B is None
+                else hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+            )
+
+        states = self._states(inputs, pick, guidance is not None, cache)
         if guidance is None:
             return states.logits_NV
         return guide(states.logits_NV, states.q_NV, guidance.beta, guidance.support)
@@ -257,7 +275,9 @@ class Policy(nn.Module):
             states.values_N = self.values.value(states.features_ND, self.values.target_v)[0]
         return states
 
-    def _states(self, inputs: dict[str, Any], pick: Callable, with_q: bool, cache: Cache | None = None) -> States:
+    def _states(
+        self, inputs: dict[str, Any], pick: Callable, with_q: bool, cache: Cache | SlotCache | None = None
+    ) -> States:
         """Run the trunks that are needed; `pick` chooses states from hidden states of shape (B, T, D)."""
         lm, values = self.causal_lm, self.values
         kept = cache.policy if cache else None

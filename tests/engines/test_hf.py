@@ -10,6 +10,7 @@ from lmrl.errors import ModelError
 from lmrl.policy.cache import SPARE, RowsLayer
 from lmrl.policy.heads import HeadsSpec
 from lmrl.policy.load import load_policy
+from lmrl.policy.slots import SlotLayer
 from lmrl.recipe import Model
 
 PROMPTS = [[5, 6, 7, 8, 9], [5], [10, 11], [5, 6, 7], [12, 13, 14, 15]]
@@ -57,10 +58,19 @@ def assert_same(found, expected):
         torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture(params=["slots", "rows"])
+def kept(request, monkeypatch):
+    """How keys and values are kept: engines of the test complete with slot_batch.py, or in waves."""
+    if request.param == "rows":
+        monkeypatch.setattr("lmrl.engines.hf.slots_fit", lambda config: False)
+    return request.param
+
+
 @pytest.fixture
-def passes(tiny_policy, monkeypatch):
+def passes(tiny_policy, monkeypatch, kept):
     """Shapes (rows, positions) of the passes through the trunk."""
     shapes = []
+    assert tiny_policy.packs  # found out by passes of its own
     original = tiny_policy.causal_lm.model.forward
 
     def watched(*args, **kwargs):
@@ -147,7 +157,7 @@ def test_prompts_are_computed_under_the_token_budget(tiny_policy, passes):
 
 
 @pytest.mark.parametrize("changes", [{"trunk": "separate"}, {"trunk": "shared"}])
-def test_two_trunks_with_refilled_places(changes):
+def test_two_trunks_with_refilled_places(changes, kept):
     from tests.policy.test_heads import policy_with
 
     policy = policy_with(HeadsSpec(q="mlp", beta=2.0, support=0.01, **changes))
@@ -174,17 +184,20 @@ def test_cache_tokens_limit_the_rows(tiny_policy, passes):
         HFEngine(tiny_policy, cache_tokens=103).complete(prompts, sampling, names)
 
 
-def test_the_buffers_hold_no_more_than_cache_tokens(tiny_policy, monkeypatch):
+def test_the_buffers_hold_no_more_than_cache_tokens(tiny_policy, monkeypatch, kept):
     sizes = []
-    original = RowsLayer._allocate
+    for layer in (RowsLayer, SlotLayer):
 
-    def watched(self, *args):
-        original(self, *args)
-        sizes.append(self.keys.shape[0] * self.keys.shape[2])
+        def watched(self, *args, original=layer.update, **kwargs):
+            found = original(self, *args, **kwargs)
+            sizes.append(self.keys.shape[0] * self.keys.shape[2])
+            return found
 
-    monkeypatch.setattr(RowsLayer, "_allocate", watched)
+        monkeypatch.setattr(layer, "update", watched)
     limit = 5 * (30 + 30 + SPARE)
-    HFEngine(tiny_policy, cache_tokens=limit).complete(many(30), Sampling(max_new_tokens=30), keys(30))
+    engine = HFEngine(tiny_policy, cache_tokens=limit)
+    assert (engine.batch is None) == (kept == "rows")
+    engine.complete(many(30), Sampling(max_new_tokens=30), keys(30))
     assert 0 < max(sizes) <= limit
 
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from lmrl import distributed
+from lmrl.engines.base import Engine
 from lmrl.engines.hf import HFEngine
 from lmrl.errors import EngineError, RecipeError, RunError
 from lmrl.policy.load import load_policy
@@ -68,9 +69,11 @@ class Apart(HFEngine):
             self.own = HFEngine(copy.deepcopy(self.policy), self.slots)
         self.own.policy.load_state_dict(self.policy.state_dict())
 
+    busy, advance = Engine.busy, Engine.advance  # batch by batch, in a thread
+
     def sample(self, prompts, sampling, keys):
         type(self).before(self, keys[0][3])
-        return self.own.sample(prompts, sampling, keys)
+        return self.own.complete(prompts, sampling, keys)
 
 
 @pytest.fixture
@@ -288,14 +291,14 @@ def test_an_interrupt_breaks_off_what_is_played(tmp_path, remote_engine, monkeyp
 def test_an_interrupt_while_playing_first_loses_nothing(tmp_path, monkeypatch):
     """With `hf`, the signal comes while step 3 is being played: step 2's episodes are kept, and it goes on to the bit."""
     train(recipe_of(tmp_path), output=tmp_path / "whole")
-    sample = HFEngine.sample
+    advance = HFEngine.advance
 
-    def interrupted(self, prompts, sampling, keys):
-        if keys[0][3] == 3:
+    async def interrupted(self, arrived):
+        if arrived and arrived[0].key[3] == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return sample(self, prompts, sampling, keys)
+        await advance(self, arrived)
 
-    monkeypatch.setattr(HFEngine, "sample", interrupted)
+    monkeypatch.setattr(HFEngine, "advance", interrupted)
     with pytest.raises(Interrupted):
         train(recipe_of(tmp_path), output=tmp_path / "torn")
     monkeypatch.undo()

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from lmrl import distributed
-from lmrl.engines.base import Engine, Sampling
-from lmrl.engines.hf import guidance_of
+from lmrl.engines.base import Engine, Sampling, guidance_of
 from lmrl.errors import SamplerError
 from lmrl.objectives.groups import flat
 from lmrl.policy.policy import Policy

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import lmrl
 from lmrl import cli
-from lmrl.engines import hf
+from lmrl.engines.slot_batch import SlotBatch
 from lmrl.errors import MemoryShortError, RunError
 from lmrl.policy import policy as policy_module
 from lmrl.recipe import Optimizer
@@ -194,10 +194,10 @@ def test_sampling_runs_short_again(tmp_path, monkeypatch):
     sampled = []
 
     def fail(self):
-        sampled.append([list(self.prompts), self.sampling, list(self.keys)])
+        sampled.append([(request.tokens, request.sampling, request.key) for request in self.requests])
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(hf._Rollout, "due", fail)
+    monkeypatch.setattr(SlotBatch, "_due", fail)
     bundle, info = stopped_by_memory(tmp_path / "run")
     assert info["pass"] == "generate" and info["shape"][0] == 8
     assert replay(bundle).same

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,11 +34,9 @@ class Off(HFEngine):
 
     by = 0.5
 
-    def sample(self, prompts, sampling, keys):
-        completions = super().sample(prompts, sampling, keys)
-        for completion in completions:
-            completion.logprobs = [logprob - self.by for logprob in completion.logprobs]
-        return completions
+    async def generate(self, tokens, sampling, key):
+        completion = await super().generate(tokens, sampling, key)
+        return replace(completion, logprobs=[logprob - self.by for logprob in completion.logprobs])
 
 
 def test_the_learners_own_temperature_does_not_matter(tiny_policy):

@@ -1,0 +1,493 @@
+"""Continuous batching over slots: sequences join and leave the running batch, and keep their keys and values between turns.
+
+Slots [0, running) hold the sequences that are being completed; behind them lie finished ones, which may go on: a request whose
+key differs from an earlier one's in its last part alone (the turn) takes its slot up again, and only the tokens that are new
+are computed. A prompt that is held already (other samples of a group) is copied, and so is a beginning that prompts share. What
+is held longest without use gives way.
+
+The order of everything depends on prompts, sampling, keys, and on which requests wait at the same time, never on the clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from lmrl.engines.base import Completion, Key, Request, Sampling, guidance_of
+from lmrl.engines.sample_token import sample_token
+from lmrl.policy.attention import ATTENTION
+from lmrl.policy.slots import COLUMNS, Placement, SlotCache
+from lmrl.seeding import stream
+
+if TYPE_CHECKING:
+    from lmrl.engines.hf import HFEngine
+
+REFILL = 8
+"""Requests join when they are one for so many running ones, or after so many tokens: a pass for several costs less than a
+pass for each."""
+WORTHWHILE = 16
+"""Tokens that prompts must begin with alike for these to be computed once, or to be taken from a sequence that went on otherwise."""
+
+
+@dataclass(eq=False)
+class Slot:
+    """A sequence whose keys and values are held, or about to be."""
+
+    tokens: list[int]
+    """Prompt and sampled tokens."""
+    prompt: tuple[int, ...]
+    name: Key
+    """Key without the turn."""
+    place: int | None = None
+    computed: int = 0
+    """Tokens whose keys and values are held."""
+    used: int = 0
+    """When it was last used, counted in admissions."""
+    request: Request | None = None
+    """None: finished."""
+    uniforms: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    logprobs: list[float] = field(default_factory=list)
+    version: int = 0
+
+    @property
+    def end(self) -> int:
+        """Tokens that it may come to."""
+        return len(self.prompt) + len(self.uniforms)
+
+
+@dataclass(eq=False)
+class Waiting:
+    request: Request
+    kind: Sampling
+    rank: tuple[Any, ...]
+    since: int
+    """Passes until it came."""
+
+
+@dataclass(eq=False)
+class Join:
+    """A request that joins. source: the slot that holds its first `shared` tokens. goes_on: this slot becomes its own. twin:
+    another one that joins with the same prompt."""
+
+    request: Request
+    slot: Slot
+    source: Slot | None = None
+    shared: int = 0
+    goes_on: bool = False
+    twin: Join | None = None
+
+
+class SlotBatch:
+    """The running batch of an engine."""
+
+    def __init__(self, engine: HFEngine):
+        self.engine, self.policy = engine, engine.policy
+        self.cache: SlotCache | None = None
+        self.slots: list[Slot] = []
+        self.running = 0
+        self.joining: list[Request] = []
+        self.waiting: list[Waiting] = []
+        self.by_name: dict[Key, Slot] = {}
+        self.by_prompt: dict[tuple[int, ...], Slot] = {}
+        self.beginning: Slot | None = None
+        """What prompts begin with alike."""
+        self.kind = Sampling()
+        self.passes = self.admissions = 0
+        self.computed_tokens = 0
+        """Tokens of prompts that went through the model, padding left out."""
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def add(self, requests: Iterable[Request]) -> None:
+        for request in requests:
+            kind = replace(request.sampling, max_new_tokens=1, stop=())
+            source, shared, goes_on = self._source(request)
+            new = len(request.tokens) - (shared if goes_on else 0)
+            order = tuple((isinstance(part, str), part) for part in request.key)
+            rank = not goes_on, -new, request.tokens, order
+            self.waiting.append(Waiting(request, kind, rank, self.passes))
+        # Dialogues that go on come first, so that their slots are not taken by new ones. Then the longest: prompts that are
+        # computed together are of alike lengths, equal ones side by side; and if memory is short, it is so at once.
+        self.waiting.sort(key=lambda one: one.rank)
+
+    def advance(self) -> None:
+        """One pass: of prompts that join, or of the latest token of each running sequence."""
+        self.waiting = [one for one in self.waiting if not one.request.future.done()]
+        gone = [slot.request.future.done() for slot in self.slots[: self.running]]
+        if any(gone):
+            self._part(0, gone)
+        if not self.running and self.waiting:
+            self._begin(self.waiting[0].kind)
+        if self._due():
+            self._admit()
+        elif self.running:
+            self._decode()
+        self.passes += 1
+
+    def forget(self) -> None:
+        """Drop what is kept of finished sequences; all buffers if nothing is running."""
+        for slot in self.slots[self.running :]:
+            self._drop(slot)
+        del self.slots[self.running :]
+        self.beginning = None
+        if not self.running:
+            self.cache = None
+
+    @property
+    def requests(self) -> list[Request]:
+        """Those that have no answer yet."""
+        running = [slot.request for slot in self.slots[: self.running]]
+        return running + self.joining + [one.request for one in self.waiting]
+
+    def abandon(self) -> list[Request]:
+        left = self.requests
+        self.running, self.joining, self.waiting = 0, [], []
+        self.forget()
+        return left
+
+    # -------------------------------------------------------------------------------------------------------- admission
+    def _begin(self, kind: Sampling) -> None:
+        """Complete requests of this kind from now on: a pass draws all its tokens in one way."""
+        self.kind, self.guidance = kind, guidance_of(self.policy, kind)
+        self.eos = self.policy.eos_ids
+        two = self.guidance is not None and self.policy.values.trunk is not None
+        if self.cache is None or two != (self.cache.values is not None):
+            self.forget()
+            self.cache = SlotCache(self.policy.causal_lm.config, two)
+
+    def _due(self) -> bool:
+        """True if waiting requests should join now: enough of them find a place, or one has waited for long."""
+        mine = [one for one in self.waiting if one.kind == self.kind]
+        if not mine or not self.running:
+            return bool(mine)
+        joining = min(len(mine), self._places(mine[0].request) - self.running)
+        late = self.passes - min(one.since for one in mine) >= REFILL
+        return joining >= max(1, 1 if late else self.running // REFILL)
+
+    def _places(self, next_one: Request | None = None) -> int:
+        """Sequences that may run while `next_one` does: the longest decides, as every slot has as many columns."""
+        ends = [slot.end for slot in self.slots[: self.running]]
+        if next_one is not None:
+            ends.append(len(next_one.tokens) + next_one.sampling.max_new_tokens)
+        return self.engine.places(max(ends))
+
+    def _source(self, request: Request) -> tuple[Slot | None, int, bool]:
+        """The slot that holds the most of a request's first tokens, how many, and whether it may go on as this request."""
+        tokens, most = request.tokens, len(request.tokens) - 1  # the last is computed in any case, for what follows it
+        own = self.by_name.get(request.key[:-1])
+        if own is not None and own.request is None:
+            shared = common(own.tokens, tokens, min(own.computed, most))
+            if shared == own.computed or shared >= WORTHWHILE:
+                return own, shared, True
+        twin = self.by_prompt.get(tuple(tokens))
+        if twin is not None:
+            return twin, most, False
+        if self.beginning is not None:
+            shared = common(self.beginning.tokens, tokens, min(self.beginning.computed, most))
+            if shared >= WORTHWHILE:
+                return self.beginning, shared, False
+        return None, 0, False
+
+    def _admit(self) -> None:
+        """Compute the next waiting prompts, draw their first tokens, and let those that go on run."""
+        self._compute_beginning()
+        joins, places = self._choose()
+        self.joining = [join.request for join in joins]
+        self.admissions += 1
+        self._make_room(joins, places)
+        joins.sort(key=lambda join: join.slot.place)
+        distinct = [join for join in joins if join.twin is None]
+        prefixes = [(join.source.place, join.slot.place, join.shared) for join in distinct if self._copies(join)]
+        self._copy(prefixes)
+        logits_UV = self._pass([join.slot for join in distinct])
+        self._copy(
+            [(join.twin.slot.place, join.slot.place, len(join.slot.tokens)) for join in joins if join.twin is not None]
+        )
+        for join in joins:
+            join.slot.computed = len(join.slot.tokens)
+            self.by_prompt[join.slot.prompt] = join.slot
+        rows = {join: row for row, join in enumerate(distinct)}
+        source_R = [rows[join.twin or join] for join in joins]
+        if len(distinct) < len(joins):
+            logits_UV = logits_UV[torch.tensor(source_R, device=logits_UV.device)]
+        first, self.running, self.joining = self.running, self.running + len(joins), []
+        self._part(first, self._take([join.slot for join in joins], logits_UV))
+
+    def _copies(self, join: Join) -> bool:
+        return join.source is not None and not join.goes_on
+
+    def _choose(self) -> tuple[list[Join], int]:
+        """The requests that join in the next pass, whose slots are not placed yet: distinct prompts first, then their twins."""
+        found: dict[tuple[int, ...], Join] = {}
+        twins: list[Join] = []
+        left: list[Waiting] = []
+        claimed: set[Slot] = set()
+        width = total = places = 0
+        full = False
+        for one in self.waiting:
+            request = one.request
+            if full or one.kind != self.kind:
+                left.append(one)
+                continue
+            places = places or self._places(request)
+            prompt = tuple(request.tokens)
+            if self.running + len(found) + len(twins) >= places:
+                full = True
+            elif prompt in found:
+                twins.append(Join(request, self._new_slot(request, prompt), twin=found[prompt]))
+                continue
+            else:
+                source, shared, goes_on = self._source(request)
+                if goes_on and source in claimed:
+                    source, shared, goes_on = None, 0, False
+                new = len(prompt) - shared
+                rows, wide = len(found) + 1, max(width, new)
+                fits = rows * wide <= self.policy.microbatch_tokens and rows * wide <= 2 * (total + new)
+                alike = (shared == 0) == all(join.shared == 0 for join in found.values())
+                if not found or (fits and alike):
+                    found[prompt] = Join(request, self._new_slot(request, prompt), source, shared, goes_on)
+                    if goes_on:
+                        claimed.add(source)
+                    width, total = wide, total + new
+                    continue
+                full = True
+            left.append(one)
+        self.waiting = left
+        return [*found.values(), *twins], places
+
+    def _new_slot(self, request: Request, prompt: tuple[int, ...]) -> Slot:
+        uniforms = stream(*request.key).random(request.sampling.max_new_tokens)
+        slot = Slot(list(prompt), prompt, request.key[:-1], request=request, uniforms=uniforms)
+        slot.version = self.engine.syncs
+        return slot
+
+    def _make_room(self, joins: list[Join], places: int) -> None:
+        """Place the slots of those that join behind the running ones, and drop kept ones that they leave no room for."""
+        going_on = {join.source for join in joins if join.goes_on}
+        kept = [slot for slot in self.slots[self.running :] if slot not in going_on]
+        most = places + (self.beginning is not None)
+        dropped = self._drop_excess(kept, self.running + len(joins) + len(kept) - most, joins)
+        kept = [slot for slot in kept if slot not in dropped]
+        for join in joins:
+            join.slot.used, join.slot.computed = self.admissions, join.shared
+            if join.source is not None:
+                join.source.used = self.admissions
+            if join.goes_on:
+                join.slot.place = join.source.place
+                self._drop(join.source)
+        distinct = [join.slot for join in joins if join.twin is None]
+        twins = [join.slot for join in joins if join.twin is not None]
+        self._arrange(self._order(distinct, twins, kept), most)
+
+    def _order(self, distinct: list[Slot], twins: list[Slot], kept: list[Slot]) -> list[Slot]:
+        """All slots: the running ones, those that join, the kept ones. Who can stays where it is."""
+        first, second = self.running, self.running + len(distinct)
+        third = second + len(twins)
+        zones = [
+            (range(first, second), distinct),
+            (range(second, third), twins),
+            (range(third, third + len(kept)), kept),
+        ]
+        order = {place: slot for place, slot in enumerate(self.slots[:first])}
+        for zone, slots in zones:
+            staying = {slot.place: slot for slot in slots if slot.place in zone}
+            moving = iter([slot for slot in slots if slot.place not in zone])
+            order |= {place: staying[place] if place in staying else next(moving) for place in zone}
+        return list(order.values())
+
+    def _drop_excess(self, kept: list[Slot], count: int, joins: Sequence[Join] = ()) -> set[Slot]:
+        """Drop so many kept slots: of those that nobody copies from if possible, and what was used the longest ago."""
+        sources = {join.source for join in joins}
+        candidates = [slot for slot in kept if slot is not self.beginning]
+        candidates.sort(key=lambda slot: (slot in sources, slot.used))
+        dropped = set(candidates[: max(count, 0)])
+        for slot in dropped:
+            self._drop(slot)
+        for join in joins:
+            if join.source in dropped:  # the first that needs it has it whole, before it is lost
+                join.goes_on = all(other.source is not join.source for other in joins if other.goes_on)
+                if not join.goes_on:
+                    join.source, join.shared = None, 0
+        return dropped
+
+    def _drop(self, slot: Slot) -> None:
+        """Take a slot out of what can be found."""
+        if self.by_name.get(slot.name) is slot:
+            del self.by_name[slot.name]
+        if self.by_prompt.get(slot.prompt) is slot:
+            del self.by_prompt[slot.prompt]
+
+    def _arrange(self, order: list[Slot], most: int) -> None:
+        """Bring the slots into this order, in buffers that have room for them. most: slots that there may ever be.
+
+        What is lacking in the buffers is doubled, as far as it can be needed.
+        """
+        cache, limit = self.cache, self.engine.cache_tokens
+        running = [slot for slot in order if slot.request is not None]
+        needed = max(
+            (len(slot.tokens) for slot in order if slot.request is not None or slot is self.beginning), default=0
+        )
+        longest = max([needed, *[slot.end for slot in running]])
+        slots, columns = cache.slots, cache.columns
+        if len(order) > slots:
+            slots = max(len(order), min(2 * slots, most))
+        if needed > columns:
+            columns = min(max(needed + COLUMNS, 2 * columns), longest)
+        if limit is not None and slots * columns > limit:
+            columns = min(columns, longest)
+            kept = [slot for slot in order if slot.request is None]
+            long = [slot for slot in kept if slot.computed > columns and slot is not self.beginning]
+            dropped = self._drop_excess(long, len(long))
+            dropped |= self._drop_excess([slot for slot in kept if slot not in dropped], len(order) - limit // columns)
+            order = [slot for slot in order if slot not in dropped]
+            slots = max(len(order), min(slots, limit // columns))
+        if slots >= cache.slots:
+            cache.resize(slots, columns)
+        moves = [
+            (slot.place, place, slot.computed) for place, slot in enumerate(order) if slot.place not in (None, place)
+        ]
+        self._copy([move for move in moves if move[2]])
+        for place, slot in enumerate(order):
+            slot.place = place
+        self.slots = order
+        cache.resize(slots, columns)
+
+    def _copy(self, copies: list[tuple[int, int, int]]) -> None:
+        """Copy slots: from, to, tokens. All are read before any is written."""
+        if copies:
+            sources, targets, columns = zip(*copies, strict=True)
+            self.cache.copy(list(sources), list(targets), max(columns), self.policy.device)
+
+    def _compute_beginning(self) -> None:
+        """Compute what the waiting prompts begin with alike and no slot holds, where it is worth a pass of its own."""
+        mine = [one.request for one in self.waiting if one.kind == self.kind]
+        fresh = [request.tokens for request in mine if self._source(request)[0] is None]
+        shared = shared_beginning(fresh) if fresh else 0
+        if shared < WORTHWHILE:
+            return
+        others = [slot for slot in self.slots if slot is not self.beginning]
+        self.beginning = Slot(fresh[0][:shared], (), ())
+        self._arrange([*others, self.beginning], len(others) + 1)
+        self._pass([self.beginning])
+        self.beginning.computed = shared
+
+    # ----------------------------------------------------------------------------------------------------------- passes
+    def _decode(self) -> None:
+        """One more token for each running sequence."""
+        slots = self.slots[: self.running]
+        if max(len(slot.tokens) for slot in slots) > self.cache.columns:
+            self._arrange(list(self.slots), len(self.slots))
+        logits_RV = self._pass(slots)
+        for slot in slots:
+            slot.computed += 1
+        self._part(0, self._take(slots, logits_RV))
+
+    def _pass(self, slots: list[Slot]) -> torch.Tensor:
+        """Compute the tokens of neighbouring slots that are not computed yet; the logits (B, V) after the last of each."""
+        device, prefills = self.policy.device, len(slots[0].tokens) - slots[0].computed > 1 or not slots[0].logprobs
+        start_B = np.array([slot.computed for slot in slots])
+        new_B = np.array([len(slot.tokens) for slot in slots]) - start_B
+        steps, width = int(new_B.max()), int((start_B + new_B).max())
+        if prefills:
+            self.computed_tokens += int(new_B.sum())
+        if steps == 1:
+            rows_N, steps_N = np.arange(len(slots)), np.zeros(len(slots), dtype=np.int64)
+            tokens_BT = np.array([slot.tokens[-1] for slot in slots])[:, None]
+        else:
+            rows_N = np.repeat(np.arange(len(slots)), new_B)
+            steps_N = np.concatenate([np.arange(new) for new in new_B])
+            tokens_BT = np.full((len(slots), steps), self.policy.pad_id)
+            tokens_BT[rows_N, steps_N] = np.concatenate([slot.tokens[slot.computed :] for slot in slots])
+        # Padding repeats the last position: there may be no embeddings for later ones.
+        position_BT = start_B[:, None] + np.minimum(np.arange(steps), new_B[:, None] - 1)
+        first, fresh = slots[0].place, not start_B.any()
+        numbers = (rows_N + first, start_B[rows_N] + steps_N, rows_N, steps_N, tokens_BT, position_BT, new_B - 1)
+        slots_N, columns_N, rows_N, steps_N, tokens_BT, position_BT, last_B = (
+            torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in numbers
+        )
+        self.cache.placement = Placement(first, len(slots), width, slots_N, columns_N, rows_N, steps_N, fresh, steps)
+        mask = None if fresh else self._mask(position_BT, width)
+        return self.policy.next_token_logits(
+            self.cache,
+            self.guidance,
+            None if steps == 1 else last_B,
+            input_ids=tokens_BT,
+            attention_mask=mask,
+            position_ids=position_BT,
+        )
+
+    def _mask(self, position_BT: torch.Tensor, width: int) -> torch.Tensor:
+        """What each token sees: the columns up to its own, (B, 1, T, width)."""
+        seen_B1TW = (torch.arange(width, device=position_BT.device) <= position_BT[:, :, None])[:, None]
+        if self.policy.causal_lm.config._attn_implementation in ("sdpa", ATTENTION):
+            return seen_B1TW
+        dtype = self.policy.autocast_dtype or self.policy.causal_lm.dtype  # eager attention adds its mask to the scores
+        return torch.zeros_like(seen_B1TW, dtype=dtype).masked_fill(~seen_B1TW, torch.finfo(dtype).min)
+
+    def _take(self, slots: list[Slot], logits_RV: torch.Tensor) -> list[bool]:
+        """Draw a token for each of these slots, and answer the requests that have ended; returns which have."""
+        if logits_RV.device.type == "mps":  # has no float64, which drawing needs
+            logits_RV = logits_RV.cpu()
+        uniforms_R = np.array([slot.uniforms[len(slot.logprobs)] for slot in slots])
+        tokens, logprobs = (part.tolist() for part in sample_token(logits_RV.float(), self.kind, uniforms_R))
+        ended = []
+        for slot, token, logprob in zip(slots, tokens, logprobs, strict=True):
+            slot.tokens.append(token)
+            slot.logprobs.append(logprob)
+            reason = self._reason(slot, token)
+            ended.append(reason is not None)
+            if reason is not None:
+                sampled = slot.tokens[-len(slot.logprobs) :]
+                slot.request.answer(Completion(sampled, slot.logprobs, reason, slot.version))
+        if self.engine.heard is not None:
+            self.engine.heard(tokens)
+        return ended
+
+    def _reason(self, slot: Slot, token: int) -> Literal["eos", "stop", "length"] | None:
+        """Why a sequence ends with this token; None: it goes on."""
+        count, stop = len(slot.logprobs), slot.request.sampling.stop
+        if token in self.eos:
+            return "eos"
+        if stop and self.engine.stopped(slot.tokens[-count:], stop):
+            return "stop"
+        return "length" if count == len(slot.uniforms) else None
+
+    def _part(self, first: int, ended: list[bool]) -> None:
+        """Put those of the running slots, from `first` on, that have ended behind those that go on."""
+        if not any(ended):
+            return
+        section = list(zip(self.slots[first : self.running], ended, strict=True))
+        finished = [slot for slot, over in section if over]
+        going = len(section) - len(finished)
+        # Who is beyond the new end moves into the places that became free; all others stay where they are.
+        moving = iter([slot for slot, over in section[going:] if not over])
+        order = [next(moving) if over else slot for slot, over in section[:going]]
+        staying = iter([slot for slot, over in section[:going] if over])
+        behind = [slot if over else next(staying) for slot, over in section[going:]]
+        for slot in finished:
+            slot.request, slot.uniforms, slot.used = None, slot.uniforms[:0], self.admissions
+            self.by_name[slot.name] = slot
+        kept = self.slots[self.running :]
+        self.running = first + going
+        self._arrange([*self.slots[:first], *order, *behind, *kept], len(self.slots))
+
+
+def common(one: Sequence[int], other: Sequence[int], most: int) -> int:
+    """How many tokens two sequences begin with alike, `most` at most."""
+    if one[:most] == other[:most]:
+        return most
+    return next(place for place in range(most) if one[place] != other[place])
+
+
+def shared_beginning(prompts: Sequence[list[int]]) -> int:
+    """How many tokens distinct prompts begin with alike, at least one short of each; 0 where all are equal."""
+    first, last = min(prompts), max(prompts)  # all others lie between them, and share what these two do
+    if first == last:
+        return 0
+    return common(first, last, min(map(len, prompts)) - 1)
