@@ -46,6 +46,7 @@ class foreign:  # noqa: N801 - reads as a statement
 
     def __enter__(self) -> None:
         self.process, self.settings = os.getpid(), _settings()
+        self.thread = threading.get_ident()
         self.began = time.monotonic()
         _running.append(self)
         _note()
@@ -75,7 +76,8 @@ class foreign:  # noqa: N801 - reads as a statement
     def _leave(self) -> None:
         if self.alarm is not None:
             self._restore_alarm()
-        _running.remove(self)
+        if self in _running:
+            _running.remove(self)
         if os.getpid() == self.process:
             _note()
         else:
@@ -92,6 +94,18 @@ def waited_for() -> str | None:
     """The call that has been running longest, and for how long: `reward f (12 s)`; None: there is none."""
     call = next(iter(_running), None)
     return None if call is None else f"{call.what} ({time.monotonic() - call.began:.0f} s)"
+
+
+def give_up_on(thread: int) -> None:
+    """Wait no longer for the calls of a thread, which goes on with them."""
+    for call in [call for call in _running if call.thread == thread]:
+        _running.remove(call)
+    _note()
+
+
+def runs_here() -> bool:
+    """True if such a call is running in this thread."""
+    return any(call.thread == threading.get_ident() for call in list(_running))
 
 
 PATIENCE = 60.0

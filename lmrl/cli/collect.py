@@ -196,7 +196,7 @@ def open_player(
     model.to(default_device())
     task = build_task(plan.task, model.tokenizer)
     engine = build_engine(plan.rollouts, model, check)
-    return Player(Sampler(task, engine, model.decode), plan.rollouts, None, path, check)
+    return Player(Sampler(task, engine, model.decode, plan.rollouts.deterministic), plan.rollouts, None, path, check)
 
 
 def _remote_player(

@@ -42,7 +42,8 @@ class Evaluator:
         if engine is None:
             engine = RemoteEngine(policy) if isinstance(policy, RemotePolicy) else build_engine(suite.rollouts, policy)
         self.engine: Engine = engine
-        self.sampler = Sampler(self.task, self.engine, policy.decode)
+        self.task.positions = policy.max_length
+        self.sampler = Sampler(self.task, self.engine, policy.decode, suite.rollouts.deterministic)
         self.chooser = None
         if suite.choices is not None:
             if isinstance(policy, RemotePolicy):

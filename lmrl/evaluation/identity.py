@@ -20,6 +20,10 @@ NOT_PLAYED = ("description", "metrics", "follows_run", "run_code")
 BLOCK = 1 << 20
 
 
+NO_PART_OF_TASKS = ("call_timeout", "max_failed", "min_group", "workers", "environment")
+"""Keys of a task that do not change what is played."""
+
+
 def suite_version(suite: Suite, environment: dict[str, Any] | None = None) -> str:
     """A hash of what is played, how it is sampled and what judges it: 16 hexadecimal digits.
 
@@ -30,9 +34,9 @@ def suite_version(suite: Suite, environment: dict[str, Any] | None = None) -> st
     sampling = data.pop("rollouts", {})
     data = {name: value for name, value in data.items() if name not in NOT_PLAYED}
     data["rollouts"] = {name: sampling[name] for name in SAMPLING if name in sampling and name not in OF_THE_ENGINE}
-    data["task"] = {
-        name: value for name, value in data["task"].items() if name not in ("call_timeout", "max_failed", "environment")
-    } | {"environment": environment}
+    data["task"] = {name: value for name, value in data["task"].items() if name not in NO_PART_OF_TASKS} | {
+        "environment": environment
+    }
     text = json.dumps(_by_content(data), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

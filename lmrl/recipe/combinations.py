@@ -42,6 +42,11 @@ def mistakes(recipe: Recipe) -> Iterator[str]:
             yield "`source.resample` replaces prompts whose samples all earned the same: set rollouts.samples to 2 or more"
         if source.best_among == "prompt":
             yield "`source.best_among=prompt` ranks samples of the same prompt: set rollouts.samples to 2 or more"
+    if source.plays and task.min_group > recipe.rollouts.samples:
+        yield (
+            f"`task.min_group`={task.min_group} keeps no group of rollouts.samples={recipe.rollouts.samples} episodes: set it "
+            "to that at most"
+        )
     if isinstance(task, PromptTask):
         if source.plays_own_task:
             if not task.rewards:

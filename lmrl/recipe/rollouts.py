@@ -55,13 +55,17 @@ class Rollouts(Section):
     stop: list[str] = []
     """Strings that end a turn."""
     slots: int = Field(256, ge=1, le=1_000_000)
-    """Sequences decoded at a time; one that has ended gives its place to the next."""
+    """Sequences decoded at a time; one that has ended gives its place to the next. Engine `hf` counts those that it keeps
+    between two turns of an episode."""
     cache_tokens: int | None = Field(None, ge=1)
     """Tokens whose keys and values engine `hf` holds at a time, padding and what `max_new_tokens` may bring included (null: no
     limit). Where these take too much memory, fewer sequences than `slots` are decoded at a time."""
     ahead: Literal[0, 1] = 0
     """1: the episodes of a step are played while the step before is learned from, with weights one step old (engine
     `vllm-server` does both at once; the others play first). Of stages that play; for one process."""
+    deterministic: bool = True
+    """The engine waits for every step of an environment, so that nothing depends on how long steps take. false: episodes
+    overtake each other, which saves time where environments are slow (`task.workers`)."""
     beta: float | None = Field(None, ge=0)
     """Weight of Q beside the log-probabilities, for a policy with Q heads (null: its objective's; 0: none)."""
     support: float | None = Field(None, ge=0, lt=1)

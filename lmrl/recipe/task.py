@@ -170,6 +170,9 @@ class PromptTask(Section):
     """`file.py:function` (or several of them), an address, or sections with the options of each."""
     max_failed: float = Field(0.1, ge=0, le=1)
     """The run stops when a larger share of a batch could not be judged."""
+    min_group: int = Field(1, ge=1)
+    """Episodes of a prompt that must be judged for them to be learned from; the episodes of smaller groups are dropped and
+    counted (`dropped`)."""
     call_timeout: CallTimeout = 600
     """Seconds that one call of a reward function may take; then its batch is tried row by row."""
     special_tokens: SpecialTokens = "text"
@@ -193,6 +196,12 @@ class EpisodeLimits(Section):
     """The run stops when the environment fails in a larger share of a batch."""
     call_timeout: CallTimeout = 600
     """Seconds that one call of the environment may take; then its episode has failed."""
+    min_group: int = Field(1, ge=1)
+    """Episodes from a start state that must not fail for them to be learned from; the episodes of smaller groups are dropped
+    and counted (`dropped`)."""
+    workers: int = Field(0, ge=0, le=10_000)
+    """Threads that step environments side by side (0: the run's own thread steps one after another). For environments that
+    wait, for tools or services; a call over `call_timeout` is left behind in its thread. See `rollouts.deterministic`."""
     chat: bool = False
     """Put observations through the model's chat template."""
     special_tokens: SpecialTokens = "text"

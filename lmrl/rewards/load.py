@@ -57,7 +57,10 @@ def load_reward(spec: Reward, key: str, limit: float | None = None) -> RewardFun
         origin = origin_of(spec)
         call = pool_of(spec.model_dump(mode="json"), key, workers, spec.timeout or limit)
     scale = Scale(spec.normalize, spec.clip)
-    return RewardFunction(spec.label, origin, spec.weight, call, max(workers, 1), spec.timeout, spec.retries, scale)
+    remote = workers > 0 or spec.kind == "url"
+    return RewardFunction(
+        spec.label, origin, spec.weight, call, max(workers, 1), spec.timeout, spec.retries, scale, remote
+    )
 
 
 def local_call(spec: Reward, key: str, limit: float | None = None) -> tuple[Callable[..., Any], str]:

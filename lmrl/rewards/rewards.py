@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmrl import distributed
 from lmrl.errors import EpisodeError, RewardError, TemporaryError
@@ -22,6 +22,9 @@ from lmrl.rewards.scale import Scale
 from lmrl.rewards.workers import Failure
 from lmrl.secrets import redact
 from lmrl.trajectories.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from lmrl.rewards.early import EarlyScores
 
 FIRST_PAUSE = 0.5
 """Seconds before a call is tried again."""
@@ -45,6 +48,8 @@ class RewardFunction:
     """Further calls after a failure that may pass."""
     scale: Scale = field(default_factory=Scale)
     """From a score to what counts."""
+    is_remote: bool = False
+    """True if it runs in other processes, so that it may be called from a thread while episodes are played."""
 
 
 @dataclass
@@ -199,18 +204,24 @@ def _number(origin: str, row: int, value: Any) -> float | None:
     return float(value)
 
 
-def judge(rewards: Sequence[RewardFunction], trajectories: Sequence[Trajectory], learning: bool = False) -> None:
+def judge(
+    rewards: Sequence[RewardFunction],
+    trajectories: Sequence[Trajectory],
+    learning: bool = False,
+    early: EarlyScores | None = None,
+) -> None:
     """Fill `components`, `reward` and `failure` of one-step trajectories and place the reward on their last token.
 
     The reward is the weighted sum of scores, after their normalisation and clipping; components are the scores as they
     were. A sample that a weighted function did not judge has no reward; a function of weight 0 is only watched.
-    learning: these are training samples, which running statistics follow.
+    learning: these are training samples, which running statistics follow. early: scores that are known already.
     """
     arguments = arguments_of(trajectories)
     for trajectory in trajectories:
         trajectory.reward = 0.0
     for function in rewards:
-        scores = score(function, arguments)
+        known = early.scores(function, trajectories) if early is not None else None
+        scores = known or score(function, arguments)
         scaled = function.scale(scores.values, learning)
         for row, trajectory in enumerate(trajectories):
             trajectory.components[function.label] = scores.values[row]
@@ -226,9 +237,12 @@ def judge(rewards: Sequence[RewardFunction], trajectories: Sequence[Trajectory],
             trajectory.place_reward(trajectory.reward)
 
 
-def arguments_of(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
-    """What reward functions are given: the prompts' columns, prompts and completions, one value an episode."""
-    names = {name: None for trajectory in trajectories for name in trajectory.columns}
+def arguments_of(trajectories: Sequence[Trajectory], columns: Sequence[str] = ()) -> dict[str, list[Any]]:
+    """What reward functions are given: the prompts' columns, prompts and completions, one value an episode.
+
+    columns: names of columns, beside those that these episodes have.
+    """
+    names = dict.fromkeys([*columns, *(name for trajectory in trajectories for name in trajectory.columns)])
     arguments: dict[str, list[Any]] = {
         name: [trajectory.columns.get(name) for trajectory in trajectories] for name in names
     }

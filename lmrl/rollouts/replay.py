@@ -87,9 +87,10 @@ def differences(environment: Any, line: Line) -> Iterator[str]:
     if failure:
         yield f"no failure, recorded: {failure}"
         return
-    if not over:
+    # One that outgrew the model's context was truncated at this observation, which the environment does not know.
+    if not over and (line["terminated"] or prompt_text(observation) != line["final_observation"]):
         yield f"the episode goes on after turn {len(turns) - 1}, where the recorded one ends"
-    elif terminated != line["terminated"]:
+    elif over and terminated != line["terminated"]:
         yield f"{'terminated' if terminated else 'truncated'}, recorded the other"
     elif not terminated and prompt_text(observation) != line["final_observation"]:
         yield f"last observation {observation!r:.200}, recorded {line['final_observation']!r:.200}"

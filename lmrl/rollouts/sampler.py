@@ -1,16 +1,21 @@
-"""The sampler: plays episodes of a task with an engine, all episodes side by side."""
+"""The sampler: plays episodes of a task, each a coroutine of its own: reset, generate, step, until it is over."""
 
 from __future__ import annotations
 
+import asyncio
 import math
 import numbers
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from lmrl import distributed
+from lmrl.coroutines import run, watched
 from lmrl.engines.base import Completion, Engine, Sampling
 from lmrl.foreign import CallTimedOut, foreign
+from lmrl.rewards.early import EarlyScores
+from lmrl.rollouts.step_threads import StepThreads
 from lmrl.rollouts.task import Task
 from lmrl.secrets import redact
 from lmrl.seeding import key, stream
@@ -19,14 +24,24 @@ from lmrl.trajectories.trajectory import Trajectory, transcript
 
 
 @dataclass
+class Action:
+    tokens: list[int]
+    logprobs: list[float] | None
+    text: str
+    finish_reason: Literal["eos", "stop", "length"]
+
+
+@dataclass
 class _Episode:
-    """An episode under way."""
+    """An episode in progress."""
 
     environment: Any
     name: tuple[int | str, ...]
     trajectory: Trajectory
     recorder: Recorder
     observation: Any = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last step."""
     turn: int = 0
     over: bool = False
 
@@ -36,13 +51,19 @@ class _Episode:
         self.trajectory.failure = failure_text(error)
 
 
+Act = Callable[[_Episode, list[int]], Awaitable[Action]]
+"""Chooses the action that answers an episode's context."""
+
+
 class Sampler:
     """Plays a task. Actions come from an engine, or from a scripted player of the environment."""
 
-    def __init__(self, task: Task, engine: Engine | None = None, decode: Any = None):
-        """decode: from sampled tokens to text, special tokens left out."""
-        self.task, self.engine, self.decode = task, engine, decode
+    def __init__(self, task: Task, engine: Engine | None = None, decode: Any = None, deterministic: bool = True):
+        """decode: from sampled tokens to text, special tokens left out. deterministic: the engine waits for every step of an
+        environment, so that what is computed when does not depend on how long steps take; else episodes overtake each other."""
+        self.task, self.engine, self.decode, self.deterministic = task, engine, decode, deterministic
         self.environments: list[Any] = []  # kept between plays: building one may be slow, resetting one is not
+        self.threads = StepThreads(task.workers) if task.workers else None
 
     def play(
         self,
@@ -59,37 +80,45 @@ class Sampler:
         first: number of the first start state, of several plays that are to be as one.
         """
         low, high = distributed.shard_bounds(len(starts)) if shared else (0, len(starts))
-        episodes = self._begin(starts[low:high], samples, name, first + low)
-        while active := [episode for episode in episodes if not episode.over]:
-            contexts = [episode.recorder.observe(episode.observation) for episode in active]
-            keys = [(*episode.name, episode.turn) for episode in active]
-            completions = self.engine.complete(contexts, sampling, keys)
-            for episode, completion in zip(active, completions, strict=True):
-                text = self._text(completion, sampling)
-                self._act(episode, completion.tokens, completion.logprobs, text, completion.finish_reason)
+        episodes = self._new_episodes(starts[low:high], samples, name, first + low)
+
+        async def act(episode: _Episode, context: list[int]) -> Action:
+            completion = await self.engine.generate(context, sampling, (*episode.name, episode.turn))
+            versions = [one for one in (completion.version, episode.trajectory.version) if one is not None]
+            episode.trajectory.version = min(versions, default=None)
+            text = self._text(completion, sampling)
+            return Action(completion.tokens, completion.logprobs, text, completion.finish_reason)
+
+        early = EarlyScores(self.task.rewards, len(episodes)) if self.task.judged_by == "reward" else None
+        if not self.engine.weights_pinned:
+            self.engine.refresh()
+        self.engine.forget()  # a resumed run would not have it
+        try:
+            run(self._play_all(episodes, act, sampling.max_new_tokens, early))
+        finally:
+            self.engine.forget()
         for episode in episodes:
-            episode.trajectory.version = self.engine.syncs
-        return self._finish(episodes)
+            if episode.trajectory.version is None:
+                episode.trajectory.version = self.engine.syncs
+        return self._judged(episodes, early)
 
     def play_scripted(self, player: str, starts: Sequence[int | None], name: tuple[int | str, ...]) -> list[Trajectory]:
         """Play one episode from every start state with a scripted player of the environment."""
-        episodes = self._begin(starts, 1, name)
-        for episode in episodes:
-            rng = stream(*episode.name, player)
-            episode.trajectory.player = player
-            while not episode.over:
-                episode.recorder.observe(episode.observation)
-                try:
-                    with foreign("the environment", self.task.call_timeout):
-                        text = episode.environment.act(player, rng)
-                except CallTimedOut as error:
-                    episode.fail(error)
-                    break
-                self._act(episode, self.task.renderer.action(text), None, text, "eos")
-        return self._finish(episodes)
+        episodes = self._new_episodes(starts, 1, name)
+        streams = {id(episode): stream(*episode.name, player) for episode in episodes}
 
-    # ----------------------------------------------------------------------------------------------------- one episode
-    def _begin(
+        async def act(episode: _Episode, context: list[int]) -> Action:
+            rng = streams[id(episode)]
+            text = await self._call(lambda limit: call_player(episode.environment, player, rng, limit))
+            return Action(self.task.renderer.action(text), None, text, "eos")
+
+        for episode in episodes:
+            episode.trajectory.player = player
+        run(self._play_all(episodes, act))
+        return self._judged(episodes)
+
+    # ---------------------------------------------------------------------------------------------------- all episodes
+    def _new_episodes(
         self, starts: Sequence[int | None], samples: int, name: tuple[int | str, ...], first: int = 0
     ) -> list[_Episode]:
         """first: number of the first group."""
@@ -98,28 +127,103 @@ class Sampler:
             for sample in range(samples):
                 number = group * samples + sample
                 trajectory = Trajectory([], "", "", group=group, episode=number)
+                # Episodes of a group begin alike: a start state that is drawn is drawn from the group's own seed.
+                trajectory.seed, trajectory.start = key(*name, "start", group) % 2**31, start
                 if len(episodes) == len(self.environments):
                     self.environments.append(self.task.make())
                 recorder = Recorder(trajectory, self.task.renderer, self.task.history)
-                environment = self.environments[len(episodes)]
-                episode = _Episode(environment, (*name, number), trajectory, recorder)
-                # Episodes of a group begin alike: a start state that is drawn is drawn from the group's own seed.
-                seed = key(*name, "start", group) % 2**31
-                trajectory.seed, trajectory.start = seed, start
-                try:
-                    episode.observation, info = begin_episode(episode.environment, seed, start, self.task.call_timeout)
-                    trajectory.columns = info.get("columns", {})
-                except (Exception, SystemExit) as error:
-                    episode.fail(error)
-                episodes.append(episode)
+                episodes.append(_Episode(self.environments[len(episodes)], (*name, number), trajectory, recorder))
         return episodes
 
-    def _act(self, episode: _Episode, tokens: list[int], logprobs: list[float] | None, text: str, end: str) -> None:
-        trajectory = episode.trajectory
-        episode.recorder.act(text, tokens, logprobs, cut=end == "length")
+    async def _play_all(
+        self,
+        episodes: list[_Episode],
+        act: Act,
+        max_new_tokens: int = 0,
+        early: EarlyScores | None = None,
+    ) -> None:
+        groups: dict[int, list[Trajectory]] = {}
+        for episode in episodes:
+            groups.setdefault(episode.trajectory.group, []).append(episode.trajectory)
+        left = {group: len(members) for group, members in groups.items()}
+
+        def columns() -> list[str]:
+            return list(dict.fromkeys(name for episode in episodes for name in episode.trajectory.columns))
+
+        async def play(episode: _Episode) -> None:
+            await self._play(episode, act, max_new_tokens)
+            group = episode.trajectory.group
+            left[group] -= 1
+            if early is not None and not left[group]:
+                early.add(groups[group], columns)
+
+        async def everything() -> None:
+            await asyncio.gather(*map(play, episodes))
+            if early is not None:
+                await early.finish(columns)
+
         try:
-            observation, reward, terminated, truncated, metrics = take_step(
-                episode.environment, text, self.task.call_timeout
+            await watched(everything(), lambda: self.engine.check() if self.engine is not None else None)
+        finally:
+            if self.threads is not None:
+                self.threads.close()
+
+    def _judged(self, episodes: list[_Episode], early: EarlyScores | None = None) -> list[Trajectory]:
+        for place, episode in enumerate(episodes):
+            if episode.trajectory.failure:  # an environment that failed is not trusted again
+                self.environments[place] = self.task.make()
+        trajectories = [episode.trajectory for episode in episodes]
+        self.task.judge(trajectories, early)
+        return trajectories
+
+    # ----------------------------------------------------------------------------------------------------- one episode
+    async def _play(self, episode: _Episode, act: Act, max_new_tokens: int) -> None:
+        context: list[int] = []
+        with self._waited_for():
+            await self._begin(episode)
+            if not episode.over:
+                context = episode.recorder.observe(episode.observation)
+        while not episode.over:
+            try:
+                action = await act(episode, context)
+            except CallTimedOut as error:  # a scripted player
+                episode.fail(error)
+                break
+            with self._waited_for():
+                await self._step(episode, action)
+                if not episode.over:
+                    context = episode.recorder.observe(episode.observation)
+                    if not self._fits(len(context) + max_new_tokens):
+                        episode.over = True
+                        episode.trajectory.metrics = episode.metrics
+                        episode.recorder.stop()
+        episode.trajectory.completion = transcript(episode.trajectory.turns)
+
+    def _waited_for(self) -> AbstractContextManager[None]:
+        """Inside, an episode is between two requests, and the engine waits for it, unless episodes may overtake each other."""
+        return self.engine.held() if self.engine is not None and self.deterministic else nullcontext()
+
+    def _fits(self, tokens: int) -> bool:
+        """False if an episode has grown longer than the model can see: it is truncated then."""
+        return self.task.positions is None or tokens <= self.task.positions or self.engine is None
+
+    async def _begin(self, episode: _Episode) -> None:
+        trajectory = episode.trajectory
+        try:
+            episode.observation, info = await self._call(
+                lambda limit: begin_episode(episode.environment, trajectory.seed, trajectory.start, limit)
+            )
+            trajectory.columns = info.get("columns", {})
+        except (Exception, SystemExit) as error:
+            episode.fail(error)
+
+    async def _step(self, episode: _Episode, action: Action) -> None:
+        trajectory = episode.trajectory
+        cut = action.finish_reason == "length"
+        episode.recorder.act(action.text, action.tokens, action.logprobs, cut=cut)
+        try:
+            observation, reward, terminated, truncated, metrics = await self._call(
+                lambda limit: take_step(episode.environment, action.text, limit)
             )
         except (Exception, SystemExit) as error:
             episode.fail(error)
@@ -128,20 +232,19 @@ class Sampler:
         trajectory.reward += reward
         episode.turn += 1
         episode.observation = observation
+        episode.metrics = metrics
         if terminated or truncated or episode.turn >= self.task.max_turns:
             episode.over = True
             trajectory.metrics = metrics
             if not terminated:
                 episode.recorder.truncate(observation)
 
-    def _finish(self, episodes: list[_Episode]) -> list[Trajectory]:
-        trajectories = [episode.trajectory for episode in episodes]
-        for place, episode in enumerate(episodes):
-            episode.trajectory.completion = transcript(episode.trajectory.turns)
-            if episode.trajectory.failure:  # an environment that failed is not trusted again
-                self.environments[place] = self.task.make()
-        self.task.judge(trajectories)
-        return trajectories
+    async def _call(self, work: Callable[[float | None], Any]) -> Any:
+        """Call an environment: here, where it is interrupted at the limit it is given; or in a thread, where it is left
+        behind then."""
+        if self.threads is None:
+            return work(self.task.call_timeout)
+        return await self.threads.run(lambda: work(None), self.task.call_timeout)
 
     def _text(self, completion: Completion, sampling: Sampling) -> str:
         text = self.decode(completion.tokens)
@@ -149,6 +252,12 @@ class Sampler:
             cuts = [text.find(stop) for stop in sampling.stop if stop in text]
             text = text[: min(cuts)] if cuts else text
         return text
+
+
+def call_player(environment: Any, player: str, rng: Any, limit: float | None = None) -> str:
+    """The action of a scripted player."""
+    with foreign("the environment", limit):
+        return environment.act(player, rng)
 
 
 def begin_episode(

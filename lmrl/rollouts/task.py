@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from lmrl.environments import TextEnvironment, environment_factory, version_of
 from lmrl.errors import DataError, RecipeError
 from lmrl.recipe import Prompts, PromptTask, Recipe
+from lmrl.rewards.early import EarlyScores
 from lmrl.rewards.load import load_rewards
 from lmrl.rewards.rewards import RewardFunction, drop_failed, judge
 from lmrl.rollouts.templates import prompt_rows
@@ -52,6 +54,10 @@ class Task:
     max_failed: float = 0.1
     call_timeout: float | None = None
     """Seconds that a call of the environment may take."""
+    workers: int = 0
+    """Threads that step environments side by side (0: none)."""
+    min_group: int = 1
+    """Judged episodes that a group needs to be learned from."""
     rewards: list[RewardFunction] = field(default_factory=list)
     learning: bool = False
     """True if episodes are learned from, so that running statistics of rewards follow them."""
@@ -77,15 +83,20 @@ class Task:
         environment = self.make()
         return set().union(*(self.renderer.keys(environment.rows[row][environment.column]) for row in starts))
 
-    def judge(self, trajectories: list[Trajectory]) -> None:
-        """Give every trajectory its reward; an environment has done so already."""
+    def judge(self, trajectories: list[Trajectory], early: EarlyScores | None = None) -> None:
+        """Give every trajectory its reward; an environment has done so already. early: scores that are known."""
         if self.judged_by == "reward":
-            judge(self.rewards, trajectories, self.learning)
+            judge(self.rewards, trajectories, self.learning, early)
 
     def keep_judged(self, trajectories: list[Trajectory]) -> list[Trajectory]:
         """The judged trajectories; stops the run where too many are not (of those that all processes hold)."""
         name = self.environment["name"] if self.environment else None
         return drop_failed(trajectories, self.max_failed, self.judged_by, name)
+
+    def keep_groups(self, judged: list[Trajectory]) -> list[Trajectory]:
+        """Of judged trajectories, those whose group has `min_group` of them."""
+        sizes = Counter(trajectory.group for trajectory in judged)
+        return [trajectory for trajectory in judged if sizes[trajectory.group] >= self.min_group]
 
 
 def task_texts(recipe: Recipe) -> list[str]:
@@ -140,6 +151,8 @@ def build_task(section: Any, tokenizer: Any) -> Task:
         history=section.history,
         max_failed=section.max_failed,
         call_timeout=section.call_timeout,
+        workers=section.workers,
+        min_group=section.min_group,
         environment={
             "name": section.environment,
             "options": section.options,
@@ -183,6 +196,7 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
         training=training,
         heldout=heldout,
         max_failed=section.max_failed,
+        min_group=section.min_group,
         rewards=load_rewards(section.rewards, section.special_tokens, section.call_timeout),
         judged_by="reward",
         longest_prompt=max(length for length in lengths if length <= prompts.max_tokens),

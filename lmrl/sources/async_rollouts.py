@@ -123,6 +123,7 @@ class AsyncRollouts(Source):
             "staleness": max(self.engine.staleness(trajectory.version) for trajectory in batch.played),
             "learn": [places[id(trajectory)] for trajectory in batch.learn],
             "failed": batch.failed,
+            "dropped": batch.dropped,
         }
         write_episodes(folder / EPISODES_FILE, batch.played, self.tokenizer)
         (folder / STATE_FILE).write_text(json.dumps(state) + "\n")
@@ -135,7 +136,9 @@ class AsyncRollouts(Source):
         played = read_episodes(folder / EPISODES_FILE, self.tokenizer)
         for trajectory in played:
             trajectory.version = self.engine.syncs + self.engine.stale - state["staleness"]
-        batch = SourceBatch([played[place] for place in state["learn"]], played, state["failed"])
+        batch = SourceBatch(
+            [played[place] for place in state["learn"]], played, state["failed"], state.get("dropped", 0)
+        )
         self._pending = Pending(state["step"], completed(batch))
 
 

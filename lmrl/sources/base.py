@@ -27,6 +27,8 @@ class SourceBatch:
     played: list[Trajectory] = field(default_factory=list)
     failed: int = 0
     """Number of played ones that could not be scored."""
+    dropped: int = 0
+    """Number of scored ones whose groups have too few (task.min_group)."""
     measures: dict[str, float] = field(default_factory=dict)
     """Metrics of the source's own, the same on every rank."""
 

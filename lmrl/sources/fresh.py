@@ -67,7 +67,9 @@ class FreshRollouts(Source):
             starts, self.options.samples, self.sampling, (*self.name, "rollout", step), shared=True
         )
         judged = task.keep_judged(played)
-        failed = len(played) - len(judged)
+        failed, dropped = len(played) - len(judged), len(judged)
+        judged = task.keep_groups(judged)
+        dropped -= len(judged)
         for again in range(1, self.resample + 1):
             zero_variance = distributed.all_gather(zero_variance_groups(judged))
             if not zero_variance:
@@ -78,13 +80,15 @@ class FreshRollouts(Source):
             for trajectory in more:
                 trajectory.group += again * count
             kept = task.keep_judged(more)
-            failed += len(more) - len(kept)
+            failed, dropped = failed + len(more) - len(kept), dropped + len(kept)
+            kept = task.keep_groups(kept)
+            dropped -= len(kept)
             spread = [one for one in kept if one.group not in zero_variance_groups(kept)]
             replaced = zero_variance[: len(set(distributed.all_gather([one.group for one in spread])))]
             judged = [one for one in judged if one.group not in replaced] + spread
             played = played + more
         best = best_among_all(judged, self.best, stream(*self.name, "best", step), self.by_prompt)
-        return SourceBatch(best, played, failed)
+        return SourceBatch(best, played, failed, dropped)
 
     def save(self, folder: Path) -> None:
         if states := self._statistics():

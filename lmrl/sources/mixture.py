@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,13 @@ class Mixture(Source):
         # The same buffer on every rank.
         self.replay = (self.replay + distributed.all_gather(source_batch.learn))[-options.replay :]
         if step <= options.warmup_steps:
-            return SourceBatch([], source_batch.played, source_batch.failed)
+            return replace(source_batch, learn=[])
         count = self.online(step)
         rows = stream(*self.fresh.name, "replay", step).integers(len(self.replay), size=count)
         first = sum(options.batch_size - self.online(earlier) for earlier in range(options.warmup_steps + 1, step))
         replayed = self.dataset.pieces([self.replay[row] for row in rows], "replayed", step)
         learn = [*distributed.shard(replayed), *self.dataset.take(first, options.batch_size - count)]
-        return SourceBatch(learn, source_batch.played, source_batch.failed)
+        return replace(source_batch, learn=learn)
 
     def wait(self) -> list[Trajectory]:
         return self.fresh.wait()

@@ -91,7 +91,7 @@ def build_stage(
     watch_suite(task, suite, policy.tokenizer, plays=recipe.source.plays)
     engine = build_engine(recipe.rollouts, policy, interrupt.check, run.folder)
     sampler_check = SamplerCheck(policy, engine, recipe.rollouts)
-    sampler = Sampler(task, engine, policy.decode)
+    sampler = Sampler(task, engine, policy.decode, recipe.rollouts.deterministic)
     source = build_source(SourceRequest(recipe, task, sampler, name, run.folder / BAD_ROWS, objective.compares))
     calibrate(recipe, objective, policy, source)
 

@@ -7,7 +7,7 @@ import signal
 import threading
 from types import FrameType
 
-from lmrl.foreign import waited_for, watch
+from lmrl.foreign import runs_here, waited_for, watch
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -54,7 +54,7 @@ class Interrupt:
         if call := waited_for():
             ends = "ending it" if self.safe else "waiting for it; the same signal again ends the run at once"
             os.write(2, f"lmrl: {signal.Signals(number).name} in the middle of {call}: {ends}\n".encode())
-            if self.safe:
+            if self.safe and runs_here():  # elsewhere, who waits for it calls `check`
                 raise Interrupted(number)
 
     def check(self) -> None:

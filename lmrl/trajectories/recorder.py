@@ -73,6 +73,11 @@ class Recorder:
         self.trajectory.final_observation = observation
         self.observe(observation)
 
+    def stop(self) -> None:
+        """End with the observation that was put in last, which nobody answers."""
+        self.trajectory.terminated = False
+        self.trajectory.final_observation = self._observation
+
     def _begin(self, observation: str | Messages) -> None:
         self.trajectory.messages = None if isinstance(observation, str) else observation
         self.trajectory.prompt = prompt_text(observation)

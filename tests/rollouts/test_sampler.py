@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmrl.engines.base import Completion, Sampling
+from lmrl.engines.base import Completion, Engine, Sampling
 from lmrl.environments import TextEnvironment
 from lmrl.errors import EpisodeError, ModelError
 from lmrl.recipe import Prompts
@@ -35,16 +35,15 @@ class Countdown(TextEnvironment):
         return f"o{max(self.left, 0)}", 1.0, done, False, {"metrics": {"turns": 1}} if done else {}
 
 
-class ScriptedEngine:
+class ScriptedEngine(Engine):
     """Always says `ab` and eos; remembers the contexts it was given."""
 
-    syncs = 1
-
     def __init__(self, tokenizer):
+        super().__init__(None)
         self.tokens = tokenizer("ab", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         self.contexts = []
 
-    def complete(self, prompts, sampling, keys):
+    def sample(self, prompts, sampling, keys):
         self.contexts.append([list(prompt) for prompt in prompts])
         return [Completion(list(self.tokens), [-0.1, -0.2, -0.3], "eos") for _ in prompts]
 

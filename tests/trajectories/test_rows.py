@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from transformers import AutoTokenizer
 
-from lmrl.engines.base import Completion, Sampling
+from lmrl.engines.base import Completion, Engine, Sampling
 from lmrl.environments import TextEnvironment
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.rollouts.sampler import Sampler
@@ -38,15 +38,14 @@ class Count(TextEnvironment):
         return "abc"[self.turn % 3]
 
 
-class Odd:
+class Odd(Engine):
     """An engine whose tokens no tokenizer would make of their text; the second turn runs into the token limit."""
 
-    syncs = 1
-
     def __init__(self, tokenizer):
+        super().__init__(None)
         self.tokenizer, self.calls = tokenizer, 0
 
-    def complete(self, prompts, sampling, keys):
+    def sample(self, prompts, sampling, keys):
         self.calls += 1
         eos = [] if self.calls == 2 else [self.tokenizer.eos_token_id]
         unknown = self.tokenizer.unk_token_id

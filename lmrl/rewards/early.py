@@ -1,0 +1,70 @@
+"""Rewards while episodes are still being played: those that run outside of this process are asked as groups complete."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from lmrl.coroutines import in_thread
+from lmrl.rewards.rewards import RewardFunction, Scores, arguments_of, score
+from lmrl.trajectories.trajectory import Trajectory
+
+PARTS = 8
+"""A batch is asked for in so many parts at most."""
+
+
+class EarlyScores:
+    """Scores of the rewards with `is_remote`, from threads, so that they are computed beside the sampling.
+
+    A part is a number of whole groups, in the order in which they complete, with an eighth of all episodes or more. So where
+    that order does not depend on the clock, neither does what a part consists of.
+    """
+
+    def __init__(self, rewards: Sequence[RewardFunction], episodes: int):
+        self.rewards = [reward for reward in rewards if reward.is_remote]
+        self.size = -(-episodes // PARTS)
+        self.complete: list[Trajectory] = []
+        self.parts: list[list[Trajectory]] = []
+        self.calls: list[asyncio.Task[list[Scores]]] = []
+
+    def add(self, group: list[Trajectory], columns: Callable[[], list[str]]) -> None:
+        """Take a complete group. columns: gives the names of the columns of all prompts."""
+        if not self.rewards:
+            return
+        self.complete += group
+        if len(self.complete) >= self.size:
+            self._ask(columns)
+
+    def _ask(self, columns: Callable[[], list[str]]) -> None:
+        part, self.complete = self.complete, []
+        arguments = arguments_of(part, columns())
+        before = self.calls[-1] if self.calls else None
+
+        async def ask() -> list[Scores]:
+            if before is not None:  # a reward is called for one part at a time
+                await asyncio.wait([before])
+            return await in_thread(lambda: [score(reward, arguments) for reward in self.rewards])
+
+        self.parts.append(part)
+        self.calls.append(asyncio.ensure_future(ask()))
+
+    async def finish(self, columns: Callable[[], list[str]]) -> None:
+        """Ask for what is left, and wait for all answers."""
+        if self.complete:
+            self._ask(columns)
+        await asyncio.gather(*self.calls)
+
+    def scores(self, reward: RewardFunction, trajectories: Sequence[Trajectory]) -> Scores | None:
+        """A reward's scores of these episodes, in their order; None if it was not asked."""
+        place = next((place for place, one in enumerate(self.rewards) if one is reward), None)
+        if place is None:
+            return None
+        found: dict[int, tuple] = {}
+        for part, call in zip(self.parts, self.calls, strict=True):
+            scores = call.result()[place]
+            rows = zip(scores.values, scores.causes, scores.extras, strict=True)
+            found |= {id(trajectory): row for trajectory, row in zip(part, rows, strict=True)}
+        result = Scores()
+        for trajectory in trajectories:
+            result.add(*found[id(trajectory)])
+        return result

@@ -1,0 +1,89 @@
+"""Threads in which environments are stepped side by side, with a time limit for each step."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from lmrl.coroutines import post
+from lmrl.foreign import CallTimedOut, give_up_on
+
+T = TypeVar("T")
+
+
+class StepThreads:
+    """At most `count` calls run at a time; the others wait, and their time does not count.
+
+    A thread cannot be stopped. One whose call is over its limit is left behind: another takes its place, and what the call
+    returns in the end is dropped. Threads are daemons, so they do not keep the process from ending.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        self.idle: list[StepThread] = []
+        self.lost = 0
+        """Threads that were left behind."""
+        self._places: asyncio.Semaphore | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def run(self, work: Callable[[], T], limit: float | None) -> T:
+        """The result of a call. Raises what it raises, and CallTimedOut after `limit` seconds."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._loop, self._places = loop, asyncio.Semaphore(self.count)
+        async with self._places:
+            thread = self.idle.pop() if self.idle else StepThread()
+            future: asyncio.Future[T] = loop.create_future()
+            thread.inbox.put((work, future, loop))
+            try:
+                done, _ = await asyncio.wait([future], timeout=limit)
+            except asyncio.CancelledError:
+                self._leave(thread)
+                raise
+            if not done:
+                self._leave(thread)
+                raise CallTimedOut(f"timed out after {limit:g} s (task.call_timeout)")
+            self.idle.append(thread)
+            return future.result()
+
+    def close(self) -> None:
+        """End the threads that have nothing to do; others start when there are new calls."""
+        while self.idle:
+            self.idle.pop().inbox.put(None)
+
+    def _leave(self, thread: StepThread) -> None:
+        self.lost += 1
+        thread.inbox.put(None)  # ends the thread when its call comes back
+        give_up_on(thread.ident)
+
+
+class StepThread(threading.Thread):
+    """Runs one call after the other, as they come into `inbox`: (work, future, loop); None ends it."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True, name="environment")
+        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.start()
+
+    def run(self) -> None:
+        while (item := self.inbox.get()) is not None:
+            work, future, loop = item
+            result, error = None, None
+            try:
+                result = work()
+            except BaseException as caught:  # of an environment: SystemExit too
+                error = caught
+            post(loop, _settle, future, result, error)
+            del item, work, future, result, error
+
+
+def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
