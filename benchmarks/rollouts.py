@@ -1,8 +1,11 @@
 """Rollouts side by side: lmrl's engines, transformers' `generate`, and vLLM where it is installed.
 
     python benchmarks/rollouts.py --model FOLDER [--rounds 3] [--peers hf,transformers]
+    python benchmarks/rollouts.py --model FOLDER --mode turns      # dialogues, beside computing every turn anew
+    python benchmarks/rollouts.py --model FOLDER --mode latency    # environments that are slow, with a heavy tail
+    python benchmarks/rollouts.py --mode games [--game RECIPE]     # a shipped game: what is not passes through the model
 
-All complete the same requests in a process of their own, in turn: questions that ask for a word, a sentence or a paragraph,
+The first: all complete the same requests in a process of their own, in turn: questions that ask for a word, a sentence or a paragraph,
 some about a passage, rendered with the model's chat template (a model without one gets the bare question), sampled at
 temperature 1 from the whole vocabulary until the model ends its turn, at most `--max-new-tokens`, in bfloat16, with
 `--slots` sequences at a time and the same number of threads. Loading and a short warm-up are not timed.
@@ -36,6 +39,8 @@ from _peers import Results, add_peer_arguments, in_turn, leave, median, this_scr
 
 PEERS = ("hf", "transformers", "vllm", "lmrl-vllm")
 NAMES = {"hf": "lmrl hf", "transformers": "transformers", "vllm": "vLLM", "lmrl-vllm": "lmrl vllm"}
+MODES = {"kept": "turns", "anew": "turns", "slow": "latency", "game": "games"}
+"""What runs in the modes that play episodes, by the mode."""
 SUBJECTS = (
     "the sea", "a lighthouse", "bread", "winter", "the moon", "a railway", "honey bees", "mountains", "glass", "a violin",
     "rain", "an old library", "volcanoes", "chess", "a garden", "whales", "clocks", "the desert", "paper", "bicycles",
@@ -66,8 +71,15 @@ KINDS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a causal LM, for instance SmolLM2-135M-Instruct")
-    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--model", help="folder of a causal LM, for instance SmolLM2-135M-Instruct")
+    parser.add_argument("--mode", choices=("requests", "turns", "latency", "games"), default="requests")
+    parser.add_argument("--precision", default="bfloat16", help="of the weights; float32 where a CPU lacks bfloat16")
+    parser.add_argument("--turns", type=int, default=6, help="of an episode (modes turns, latency, games)")
+    parser.add_argument("--mean-latency", type=float, default=0.5, help="seconds of a step (mode latency)")
+    parser.add_argument(
+        "--game", default="maze/offline_to_online", help="recipe whose task and model are taken (mode games)"
+    )
+    parser.add_argument("--requests", type=int, default=256, help="requests, or episodes side by side")
     parser.add_argument("--samples", type=int, default=1, help="requests for each question")
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -77,12 +89,26 @@ def main() -> None:
         "--peers", default=",".join(PEERS), help=f"of {', '.join(PEERS)}; what is not installed is left out"
     )
     parser.add_argument("--json", type=Path)
-    add_peer_arguments(parser, PEERS)
+    add_peer_arguments(parser, [*PEERS, *MODES])
     args = parser.parse_args()
-    if args.peer:
+    if args.model is None and args.mode != "games":
+        parser.error("--model: name the folder of a causal LM")
+    if args.peer in PEERS:
         run(args)
         return
+    if args.peer:
+        run_mode(args)
+        return
 
+    if args.mode != "requests":
+        with tempfile.TemporaryDirectory() as scratch:
+            peers = [peer for peer, mode in MODES.items() if mode == args.mode]
+            results = in_turn(peers, args.rounds, lambda peer, number: this_script(
+                peer, Path(scratch) / f"{peer}-{number}", args.threads, environment=environment()
+            ))  # fmt: skip
+        print_modes(results)
+        write_json(args.json, results)
+        return
     peers = args.peers.split(",")
     if unknown := set(peers) - set(PEERS):
         parser.error(f"--peers: no such peer: {', '.join(sorted(unknown))} (there are {', '.join(PEERS)})")
@@ -143,6 +169,38 @@ def ratio(mine: list[float], base: list[float]) -> float:
     return statistics.median(one / other for one, other in zip(mine, base, strict=True))
 
 
+def print_modes(results: Results) -> None:
+    """Medians over rounds; ratios are those of runs in the same round."""
+    for peer, runs in results.items():
+        print(f"{peer:8}" + "".join(f"  {name} {median(runs, name):,.4g}" for name in runs[0]))
+    if "anew" in results:
+        for clock in ("seconds", "cpu_seconds"):
+            speed = ratio(rates(results["kept"], clock), rates(results["anew"], clock))
+            print(f"tokens a {clock.removesuffix('s').replace('_', ' ')}, kept to anew: {speed:.2f}")
+
+
+def run_mode(args: argparse.Namespace) -> None:
+    """Time one peer of a mode that plays episodes, in this process."""
+    import _episodes
+    import torch
+
+    torch.set_num_threads(args.threads)
+    texts = [question(number) for number in range(args.requests)]
+    if args.mode == "turns":
+        found = _episodes.run_turns(args, texts, args.peer == "anew")
+    elif args.mode == "latency":
+        found = _episodes.run_latency(args, texts)
+    else:
+        found = _episodes.run_games(args)
+    leave(args.output, found)
+
+
+def question(number: int) -> str:
+    kind = KINDS[number % len(KINDS)]
+    subject = SUBJECTS[(number // len(KINDS) + 5 * number) % len(SUBJECTS)]
+    return kind.format(subject, passage=PASSAGES[number // len(KINDS) % len(PASSAGES)])
+
+
 def requests(args: argparse.Namespace) -> list[list[int]]:
     """The prompts' tokens, the same for all peers."""
     from transformers import AutoTokenizer
@@ -150,9 +208,7 @@ def requests(args: argparse.Namespace) -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     prompts = []
     for number in range(-(-args.requests // args.samples)):
-        kind = KINDS[number % len(KINDS)]
-        subject = SUBJECTS[(number // len(KINDS) + 5 * number) % len(SUBJECTS)]
-        text = kind.format(subject, passage=PASSAGES[number // len(KINDS) % len(PASSAGES)])
+        text = question(number)
         if tokenizer.chat_template:
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
@@ -194,7 +250,7 @@ def build_lmrl(args: argparse.Namespace):
     from lmrl.policy.load import open_policy
     from lmrl.recipe import Rollouts
 
-    policy = open_policy(args.model, "bfloat16")
+    policy = open_policy(args.model, args.precision)
     engine = build_engine(Rollouts(engine="hf" if args.peer == "hf" else "vllm", slots=args.slots), policy)
 
     def complete(prompts: list[list[int]], limit: int) -> list[list[int]]:
@@ -208,7 +264,7 @@ def build_transformers(args: argparse.Namespace):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.precision)).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
@@ -236,7 +292,7 @@ def build_transformers(args: argparse.Namespace):
 def build_vllm(args: argparse.Namespace):
     from vllm import LLM, SamplingParams
 
-    llm = LLM(args.model, dtype="bfloat16", enforce_eager=True, max_model_len=1024, max_num_seqs=args.slots, seed=0)
+    llm = LLM(args.model, dtype=args.precision, enforce_eager=True, max_model_len=1024, max_num_seqs=args.slots, seed=0)
 
     def complete(prompts: list[list[int]], limit: int) -> list[list[int]]:
         sampling = SamplingParams(temperature=1.0, max_tokens=limit, logprobs=0, detokenize=False)

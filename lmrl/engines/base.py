@@ -106,6 +106,8 @@ class Engine:
         self.syncs = 0
         """Weight syncs so far: the version of the weights that are sampled from, which trajectories carry."""
         self.weights_pinned = False
+        self.keeps = True
+        """True if what was computed of a request is worth keeping for the next turn, whose key differs in its last part."""
         self._waiting: list[Request] = []
         self._driver: asyncio.Task[None] | None = None
         self._held = 0
@@ -154,7 +156,11 @@ class Engine:
             self.refresh()
         self.forget()
         pairs = list(zip(prompts, keys, strict=True))
-        return run(_gathered([self.generate(tokens, sampling, key) for tokens, key in pairs]))
+        before, self.keeps = self.keeps, False
+        try:
+            return run(_gathered([self.generate(tokens, sampling, key) for tokens, key in pairs]))
+        finally:
+            self.keeps = before
 
     def score_all(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """`score` for each sequence, all of them together, from synchronous code."""

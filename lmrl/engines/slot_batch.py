@@ -10,6 +10,7 @@ The order of everything depends on prompts, sampling, keys, and on which request
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -95,7 +96,7 @@ class SlotBatch:
         self.by_prompt: dict[tuple[int, ...], Slot] = {}
         self.beginning: Slot | None = None
         """What prompts begin with alike."""
-        self.kind = Sampling()
+        self.kind = kind_of(Sampling())
         self.passes = self.admissions = 0
         self.computed_tokens = 0
         """Tokens of prompts that went through the model, padding left out."""
@@ -106,8 +107,8 @@ class SlotBatch:
 
     def add(self, requests: Iterable[Request]) -> None:
         for request in requests:
-            kind = replace(request.sampling, max_new_tokens=1, stop=())
-            source, shared, goes_on = self._source(request)
+            kind = kind_of(request.sampling)
+            _, shared, goes_on = self._source(request)
             new = len(request.tokens) - (shared if goes_on else 0)
             order = tuple((isinstance(part, str), part) for part in request.key)
             rank = not goes_on, -new, request.tokens, order
@@ -163,7 +164,9 @@ class SlotBatch:
 
     def _due(self) -> bool:
         """True if waiting requests should join now: enough of them find a place, or one has waited for long."""
-        mine = [one for one in self.waiting if one.kind == self.kind]
+        if not self.waiting:
+            return False
+        mine = [one for one in self.waiting if one.kind is self.kind]
         if not mine or not self.running:
             return bool(mine)
         joining = min(len(mine), self._places(mine[0].request) - self.running)
@@ -232,7 +235,7 @@ class SlotBatch:
         full = False
         for one in self.waiting:
             request = one.request
-            if full or one.kind != self.kind:
+            if full or one.kind is not self.kind:
                 left.append(one)
                 continue
             places = places or self._places(request)
@@ -366,7 +369,9 @@ class SlotBatch:
 
     def _compute_beginning(self) -> None:
         """Compute what the waiting prompts begin with alike and no slot holds, where it is worth a pass of its own."""
-        mine = [one.request for one in self.waiting if one.kind == self.kind]
+        mine = [one.request for one in self.waiting if one.kind is self.kind]
+        if self.beginning is None and shared_beginning([request.tokens for request in mine]) < WORTHWHILE:
+            return
         fresh = [request.tokens for request in mine if self._source(request)[0] is None]
         shared = shared_beginning(fresh) if fresh else 0
         if shared < WORTHWHILE:
@@ -472,10 +477,20 @@ class SlotBatch:
         behind = [slot if over else next(staying) for slot, over in section[going:]]
         for slot in finished:
             slot.request, slot.uniforms, slot.used = None, slot.uniforms[:0], self.admissions
-            self.by_name[slot.name] = slot
+            if self.engine.keeps:
+                self.by_name[slot.name] = slot
+            else:
+                self._drop(slot)
         kept = self.slots[self.running :]
         self.running = first + going
+        behind = behind if self.engine.keeps else []
         self._arrange([*self.slots[:first], *order, *behind, *kept], len(self.slots))
+
+
+@functools.cache
+def kind_of(sampling: Sampling) -> Sampling:
+    """The part of a sampling that all sequences of a pass have in common."""
+    return replace(sampling, max_new_tokens=1, stop=())
 
 
 def common(one: Sequence[int], other: Sequence[int], most: int) -> int:

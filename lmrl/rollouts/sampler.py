@@ -93,6 +93,7 @@ class Sampler:
         if not self.engine.weights_pinned:
             self.engine.refresh()
         self.engine.forget()  # a resumed run would not have it
+        self.engine.keeps = self.task.history == "all" and self.task.max_turns > 1
         try:
             run(self._play_all(episodes, act, sampling.max_new_tokens, early))
         finally:

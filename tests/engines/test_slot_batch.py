@@ -100,7 +100,11 @@ def test_a_group_that_comes_in_parts_shares_its_prompt(policy):
     """Two of four samples find a place; the others need only the prompt's last token, for what follows it."""
     prompt = [5, 6, 7, 8, 9, 10]
     engine = HFEngine(policy, slots=2)
-    found = engine.complete([prompt] * 4, SAMPLING, [("s", number, 0) for number in range(4)])
+
+    async def group():
+        return await asyncio.gather(*[engine.generate(prompt, SAMPLING, ("s", number, 0)) for number in range(4)])
+
+    found = run(group())
     assert engine.batch.computed_tokens == 6 + 1  # the second two join together here
     alone = [HFEngine(policy).complete([prompt], SAMPLING, [("s", number, 0)])[0] for number in range(4)]
     assert_same(found, alone)
