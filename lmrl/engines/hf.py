@@ -45,7 +45,7 @@ class HFEngine(Engine):
         self.heard: Callable[[list[int]], None] | None = None
         """Called with the tokens that sequences were just continued by, one each."""
         # Found out now, when all ranks are here: it takes a pass.
-        fits = slots_fit(policy.causal_lm.config) and policy.packs
+        fits = slots_fit(policy.causal_lm.config) and policy.holds_slots
         self.batch = SlotBatch(self) if fits else None
         """None: every turn is computed anew (see waves.py)."""
         self._was_training: bool | None = None

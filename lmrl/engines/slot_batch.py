@@ -20,8 +20,7 @@ import torch
 
 from lmrl.engines.base import Completion, Key, Request, Sampling, guidance_of
 from lmrl.engines.sample_token import sample_token
-from lmrl.policy.attention import ATTENTION
-from lmrl.policy.slots import COLUMNS, Placement, SlotCache
+from lmrl.policy.slots import COLUMNS, SlotCache, slot_logits
 from lmrl.seeding import stream
 
 if TYPE_CHECKING:
@@ -395,45 +394,11 @@ class SlotBatch:
 
     def _pass(self, slots: list[Slot]) -> torch.Tensor:
         """Compute the tokens of neighbouring slots that are not computed yet; the logits (B, V) after the last of each."""
-        device, prefills = self.policy.device, len(slots[0].tokens) - slots[0].computed > 1 or not slots[0].logprobs
-        start_B = np.array([slot.computed for slot in slots])
-        new_B = np.array([len(slot.tokens) for slot in slots]) - start_B
-        steps, width = int(new_B.max()), int((start_B + new_B).max())
-        if prefills:
-            self.computed_tokens += int(new_B.sum())
-        if steps == 1:
-            rows_N, steps_N = np.arange(len(slots)), np.zeros(len(slots), dtype=np.int64)
-            tokens_BT = np.array([slot.tokens[-1] for slot in slots])[:, None]
-        else:
-            rows_N = np.repeat(np.arange(len(slots)), new_B)
-            steps_N = np.concatenate([np.arange(new) for new in new_B])
-            tokens_BT = np.full((len(slots), steps), self.policy.pad_id)
-            tokens_BT[rows_N, steps_N] = np.concatenate([slot.tokens[slot.computed :] for slot in slots])
-        # Padding repeats the last position: there may be no embeddings for later ones.
-        position_BT = start_B[:, None] + np.minimum(np.arange(steps), new_B[:, None] - 1)
-        first, fresh = slots[0].place, not start_B.any()
-        numbers = (rows_N + first, start_B[rows_N] + steps_N, rows_N, steps_N, tokens_BT, position_BT, new_B - 1)
-        slots_N, columns_N, rows_N, steps_N, tokens_BT, position_BT, last_B = (
-            torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in numbers
-        )
-        self.cache.placement = Placement(first, len(slots), width, slots_N, columns_N, rows_N, steps_N, fresh, steps)
-        mask = None if fresh else self._mask(position_BT, width)
-        return self.policy.next_token_logits(
-            self.cache,
-            self.guidance,
-            None if steps == 1 else last_B,
-            input_ids=tokens_BT,
-            attention_mask=mask,
-            position_ids=position_BT,
-        )
-
-    def _mask(self, position_BT: torch.Tensor, width: int) -> torch.Tensor:
-        """What each token sees: the columns up to its own, (B, 1, T, width)."""
-        seen_B1TW = (torch.arange(width, device=position_BT.device) <= position_BT[:, :, None])[:, None]
-        if self.policy.causal_lm.config._attn_implementation in ("sdpa", ATTENTION):
-            return seen_B1TW
-        dtype = self.policy.autocast_dtype or self.policy.causal_lm.dtype  # eager attention adds its mask to the scores
-        return torch.zeros_like(seen_B1TW, dtype=dtype).masked_fill(~seen_B1TW, torch.finfo(dtype).min)
+        new = [slot.tokens[slot.computed :] for slot in slots]
+        if not slots[0].logprobs:
+            self.computed_tokens += sum(map(len, new))
+        starts = [slot.computed for slot in slots]
+        return slot_logits(self.policy, self.cache, self.guidance, slots[0].place, starts, new)
 
     def _take(self, slots: list[Slot], logits_RV: torch.Tensor) -> list[bool]:
         """Draw a token for each of these slots, and answer the requests that have ended; returns which have."""

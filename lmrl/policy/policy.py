@@ -25,7 +25,7 @@ from lmrl.policy.heads import HeadsSpec, Values, guide, probability_ratio
 from lmrl.policy.logprobs import at_least_float32, product
 from lmrl.policy.memory import Passes, fit, needs_checkpointing
 from lmrl.policy.passes import ABSENT, ForwardRequest, Guidance, Outputs, States
-from lmrl.policy.probes import can_pack, can_share_prompts, head_is_linear
+from lmrl.policy.probes import can_hold_slots, can_pack, can_share_prompts, head_is_linear
 from lmrl.policy.slots import SlotCache
 from lmrl.recipe import Recipe
 from lmrl.trajectories.batch import Batch, Microbatch, Sequence
@@ -195,6 +195,11 @@ class Policy(nn.Module):
         """True if sequences that begin alike can be computed as one (see lmrl/trajectories/shared.py)."""
         return can_share_prompts(self)
 
+    @cached_property
+    def holds_slots(self) -> bool:
+        """True if keys and values of sequences can be kept and gone on from (see lmrl/policy/slots.py)."""
+        return can_hold_slots(self)
+
     def forward(
         self, batch: Microbatch, request: ForwardRequest = ForwardRequest(), reference: bool = False
     ) -> Outputs:
@@ -252,11 +257,9 @@ class Policy(nn.Module):
 
         # Two dimensions: a (B, 1, D) slice would make a batched product that copies the vocabulary matrix B times.
         def pick(hidden_BTD: torch.Tensor) -> torch.Tensor:
-            return (
-                hidden_BTD[:, -1]
-                if last_B is None
-                else hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
-            )
+            if last_B is None:
+                return hidden_BTD[:, -1]
+            return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
 
         states = self._states(inputs, pick, guidance is not None, cache)
         if guidance is None:

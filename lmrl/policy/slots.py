@@ -12,12 +12,19 @@ This takes a model whose attention sees all positions and honours a mask of (bat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from lmrl.policy.attention import ATTENTION
+from lmrl.policy.passes import Guidance
+
+if TYPE_CHECKING:
+    from lmrl.policy.policy import Policy
 
 COLUMNS = 64
 """Columns of the first buffer at least."""
@@ -149,3 +156,42 @@ def slots_fit(config: Any) -> bool:
     """True if all layers of a model are attention that sees all positions."""
     layers = DynamicCache(config=config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def slot_logits(
+    policy: Policy, cache: SlotCache, guidance: Guidance | None, first: int, starts: list[int], new: list[list[int]]
+) -> torch.Tensor:
+    """Compute new tokens of the slots from `first` on, behind the `starts` tokens that each holds; the logits (B, V) after the
+    last of each."""
+    device, count = policy.device, len(new)
+    start_B, new_B = np.array(starts), np.array([len(tokens) for tokens in new])
+    steps, width = int(new_B.max()), int((start_B + new_B).max())
+    rows_N = np.repeat(np.arange(count), new_B)
+    steps_N = np.zeros(count, dtype=np.int64) if steps == 1 else np.concatenate([np.arange(length) for length in new_B])
+    tokens_BT = np.full((count, steps), policy.pad_id)
+    tokens_BT[rows_N, steps_N] = [token for tokens in new for token in tokens]
+    # Padding repeats the last position: there may be no embeddings for later ones.
+    position_BT = start_B[:, None] + np.minimum(np.arange(steps), new_B[:, None] - 1)
+    fresh = not start_B.any()
+    numbers = (rows_N + first, start_B[rows_N] + steps_N, rows_N, steps_N, tokens_BT, position_BT, new_B - 1)
+    slots_N, columns_N, rows_N, steps_N, tokens_BT, position_BT, last_B = (
+        torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in numbers
+    )
+    cache.placement = Placement(first, count, width, slots_N, columns_N, rows_N, steps_N, fresh, steps)
+    return policy.next_token_logits(
+        cache,
+        guidance,
+        None if steps == 1 else last_B,
+        input_ids=tokens_BT,
+        attention_mask=None if fresh else _mask(policy, position_BT, width),
+        position_ids=position_BT,
+    )
+
+
+def _mask(policy: Policy, position_BT: torch.Tensor, width: int) -> torch.Tensor:
+    """What each token sees: the columns up to its own, (B, 1, T, width)."""
+    seen_B1TW = (torch.arange(width, device=position_BT.device) <= position_BT[:, :, None])[:, None]
+    if policy.causal_lm.config._attn_implementation in ("sdpa", ATTENTION):
+        return seen_B1TW
+    dtype = policy.autocast_dtype or policy.causal_lm.dtype  # eager attention adds its mask to the scores
+    return torch.zeros_like(seen_B1TW, dtype=dtype).masked_fill(~seen_B1TW, torch.finfo(dtype).min)

@@ -70,7 +70,7 @@ def kept(request, monkeypatch):
 def passes(tiny_policy, monkeypatch, kept):
     """Shapes (rows, positions) of the passes through the trunk."""
     shapes = []
-    assert tiny_policy.packs  # found out by passes of its own
+    assert tiny_policy.holds_slots  # found out by passes of its own
     original = tiny_policy.causal_lm.model.forward
 
     def watched(*args, **kwargs):

@@ -56,7 +56,7 @@ def names_of(turns):
 @pytest.fixture
 def policy(tiny_policy):
     tiny_policy.causal_lm.generation_config.eos_token_id = [1, 7, 9]  # so that turns differ in length
-    assert tiny_policy.packs
+    assert tiny_policy.holds_slots
     return tiny_policy
 
 
