@@ -509,7 +509,7 @@ def decode(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         engine = HFEngine(policy, slots=rows)
         keys = [("gpu", index) for index in range(rows)]
         reset_peak(options)
-        sample = partial(engine.generate, prompts, Sampling(new), keys)
+        sample = partial(engine.complete, prompts, Sampling(new), keys)
         taken = seconds(options, sample, 2, 1)
         drawn = sum(len(one.tokens) for one in sample())
         yield {

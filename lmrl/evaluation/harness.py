@@ -142,7 +142,7 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
                 )
             contexts = [self.tok_encode(requests[place].args[0])[-room:] for place in places]
             keys = [("lm-eval", self.seed, place) for place in places]
-            for place, one in zip(places, self.engine.generate(contexts, sampling, keys), strict=True):
+            for place, one in zip(places, self.engine.complete(contexts, sampling, keys), strict=True):
                 text = self.tokenizer.decode(one.tokens, skip_special_tokens=True)
                 result[place] = postprocess_generated_text(text, list(sampling.stop), None)
                 self.cache_hook.add_partial("generate_until", requests[place].args, result[place])
