@@ -158,7 +158,9 @@ class Blend(Source):
                         f"source.parts '{part.name}': a task of prompts learns from rewards: list at least one"
                     )
                 sampler = (
-                    wanted.sampler if part.task is None else Sampler(task, wanted.sampler.engine, wanted.sampler.decode)
+                    wanted.sampler
+                    if part.task is None
+                    else Sampler(task, wanted.sampler.engine, wanted.sampler.decode, wanted.sampler.deterministic)
                 )
                 played.append(PlayedPart(part, task, sampler, name, options.curriculum))
             else:
@@ -185,8 +187,10 @@ class Blend(Source):
             judged = one.task.keep_judged(played) if count else []
             self._measure(batch, one.part.name, judged, one.schedule.resting(step + 1) if one.schedule else None)
             batch.played += _offset(played, groups, groups * self.samples)
-            batch.learn += judged
+            kept = one.task.keep_groups(judged)
+            batch.learn += kept
             batch.failed += len(played) - len(judged)
+            batch.dropped += len(judged) - len(kept)
             groups += count
         counts, earlier = self._of_logs(step) if self._of_logs else ([], [])
         for (part, log), count, first in zip(self.logged, counts, earlier, strict=True):

@@ -162,8 +162,8 @@ class Stage:
         if played_well:
             metrics["repetition"] = repetition_of_all(judged)
         metrics |= {"failed": failed, "skipped": self.updater.skipped}
-        if self.task.min_group > 1:
-            metrics["dropped"] = round(distributed.all_sum([source_batch.dropped])[0])
+        if dropped := round(distributed.all_sum([source_batch.dropped])[0]):
+            metrics["dropped"] = dropped
         metrics |= source_batch.measures
         if self.recipe.rollouts.ahead and staleness:
             metrics["staleness"] = sum(staleness) / len(staleness)

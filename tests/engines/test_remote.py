@@ -60,11 +60,11 @@ def test_a_context_is_sent_as_the_messages_it_was_made_of():
         policy = RemotePolicy(f"{stub.url}#m")
         renderer = Renderer(policy.tokenizer, chat=True)
         context = renderer.first(seen)
-        (done,) = RemoteEngine(policy).generate(
+        (done,) = RemoteEngine(policy).complete(
             [context], Sampling(max_new_tokens=7, temperature=0.5, stop=("x",)), [(1,)]
         )
         then = [*context, *done.tokens, *renderer.next("next", done.tokens[-1])]
-    assert policy.decode(done.tokens) == "<|end|> wörld" and done.end == "eos"
+    assert policy.decode(done.tokens) == "<|end|> wörld" and done.finish_reason == "eos"
     assert policy.messages(then) == [
         *seen,
         {"role": "assistant", "content": "<|end|> wörld"},
@@ -79,8 +79,8 @@ def test_a_cut_answer_has_no_end():
     with stub_openai(lambda *_: chat_answer("abc", finish_reason="length")) as stub:
         policy = RemotePolicy(f"{stub.url}#m")
         context = Renderer(policy.tokenizer, chat=True).first("x")
-        (done,) = RemoteEngine(policy).generate([context], Sampling(), [(1,)])
-    assert done.end == "length" and policy.decode(done.tokens) == "abc" and len(done.tokens) == 3
+        (done,) = RemoteEngine(policy).complete([context], Sampling(), [(1,)])
+    assert done.finish_reason == "length" and policy.decode(done.tokens) == "abc" and len(done.tokens) == 3
 
 
 def test_a_suite_scores_an_address():
