@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lmrl.engines.base import Sampling
-from lmrl.engines.hf import guidance_of
+from lmrl.engines.base import Sampling, guidance_of
 from lmrl.errors import DataError, RecipeError
 from lmrl.policy.likelihood import Continued, likelihoods
 from lmrl.policy.policy import Policy
