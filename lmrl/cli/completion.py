@@ -26,7 +26,7 @@ def command(
     """Print the script by which bash, zsh or fish completes verbs, options, recipes and suites; `eval` it, or keep it in a file."""
     if shell not in SHELLS:
         raise RecipeError(f"no shell called '{shell}'{did_you_mean(shell, SHELLS)}")
-    from typer.completion import get_completion_script
+    from typer.completion import get_completion_script  # type: ignore[attr-defined]
 
     print(f"# Keep it: {SHELLS[shell]}")
     print(get_completion_script(prog_name="lmrl", complete_var=VARIABLE, shell=shell))

@@ -24,6 +24,7 @@ from lmrl.evaluation.paired import Played, means_by_group
 from lmrl.evaluation.scoring import Scores
 from lmrl.evaluation.statistics import summarize
 from lmrl.policy.load import open_policy
+from lmrl.policy.policy import Policy
 from lmrl.recipe import MAIN_STAGE
 from lmrl.recipe.files import stages_of
 from lmrl.run import RECIPE_FILE, checkpoint_of, read_recipe
@@ -107,6 +108,7 @@ def frontier(
     points = [Point(START, 0.0, [0.0, 0.0], *_of(scores, metric), scores[metric]["mean"], scores[metric]["mean"], 0.0)]
     for number, contender in enumerate(found):
         evaluator = evaluator_for(contender, trust_remote_code=trust_remote_code, given=named) if number else first
+        assert isinstance(evaluator.policy, Policy)  # a run's checkpoints are no addresses
         evaluator.policy.measure_from(start)
         evaluator.policy.to(device)
         try:
