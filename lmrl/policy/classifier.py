@@ -51,7 +51,8 @@ class Classifier:
     @property
     def size(self) -> tuple[int, int]:
         """Parameters of the model, without adapters, and the width of its hidden states."""
-        own = (one.numel() for name, one in self._plain.named_parameters() if ".lora_" not in name)
+        added = (".lora_", ".modules_to_save.")
+        own = (one.numel() for name, one in self._plain.named_parameters() if not any(part in name for part in added))
         return sum(own), getattr(self.config, "hidden_size", 1024)
 
     def tokens(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -347,7 +349,8 @@ def _open_adapter(
     base = _base_of(folder, config, key)
     model, tokenizer = _open(base, dtype, trust_remote_code, config.revision, auto=auto, key=key, **more)
     try:
-        model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
+        with quiet_peft():
+            model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
     except Exception as error:  # torn weights, layers or sizes that the base does not have
         if broken_file(folder) is None:
             raise ModelError(
@@ -415,8 +418,17 @@ def _with_lora(
             f"model.lora: '{origin}' is an adapter with r={found.r} and alpha={found.lora_alpha}, but the recipe asks for "
             f"r={lora.r} and alpha={lora.alpha}: make them equal"
         )
+    for name in ("use_rslora", "use_dora", "modules_to_save", "target_parameters"):
+        own, asked = getattr(found, name), getattr(lora, name)
+        # peft itself adds parameters to those that were named.
+        if own != asked if isinstance(asked, bool) else not set(asked or ()) <= set(own or ()):
+            raise ModelError(
+                f"model.lora.{name}: '{origin}' is an adapter with {name}={own}, but the recipe asks for {asked}: make them equal"
+            )
     if reference:
-        model.load_adapter(origin, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
+        with quiet_peft():
+            model.load_adapter(origin, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
+        _tie_copies(model.get_base_model(), REFERENCE_ADAPTER)
         model.set_adapter("default")
     return model, "adapter"
 
@@ -424,15 +436,67 @@ def _with_lora(
 def _add_adapter(model: nn.Module, lora: Lora, task: str, revision: str | None) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
+        target_parameters=lora.target_parameters,
+        modules_to_save=lora.modules_to_save,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        # Else the merged model, which has one matrix, would not be what was trained.
+        ensure_weight_tying=tied and lora.modules_to_save is not None,
         task_type=task,
         revision=revision,
     )
+    _refuse_unknown_layers(model, lora)
+    named = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
+    targets = {name.rpartition(".")[2] for name in named}
+    if tied and targets & {"embed_tokens", "lm_head"}:
+        raise ModelError(
+            "model.lora.target_modules: the model's embeddings and its head are one matrix, to which peft cannot add one "
+            "adapter: name embed_tokens under model.lora.modules_to_save"
+        )
     try:
-        return get_peft_model(model, config)
-    except ValueError as error:
+        with quiet_peft():
+            return get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
         raise ModelError(f"model.lora: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Inside, peft does not warn about tied weights, which are seen to here, nor about patterns of its own for experts."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`")
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+        yield
+
+
+def _tie_copies(lm: nn.Module, adapter: str) -> None:
+    """Let an adapter's copies of embeddings and head share their weights, where the model's do: peft ties the first adapter's
+    alone."""
+    embeddings, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    if not lm.config.get_text_config().tie_word_embeddings or not hasattr(embeddings, "modules_to_save"):
+        return
+    source = embeddings.modules_to_save[adapter]
+    head.update(adapter, tied_module=source)
+    head.modules_to_save[adapter].weight = source.weight
+
+
+def _refuse_unknown_layers(model: nn.Module, lora: Lora) -> None:
+    """Raise ModelError for names that fit nothing: peft would ignore one beside others that fit."""
+    layers = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters()]
+    for key, wanted, names in (
+        ("modules_to_save", lora.modules_to_save, layers),
+        ("target_parameters", lora.target_parameters, parameters),
+    ):
+        for name in wanted or ():
+            if not any(f".{one}".endswith(f".{name}") for one in names):
+                raise ModelError(
+                    f"model.lora.{key}: the model has no '{name}'"
+                    f"{did_you_mean(name, {one.rpartition('.')[2] for one in names})}"
+                )

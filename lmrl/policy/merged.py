@@ -6,35 +6,57 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from lmrl.policy.policy import Policy
 
-ADAPTER, BASE_LAYER = "default", ".base_layer."
+ADAPTER = "default"
+WRAPPERS = (".base_layer", f".modules_to_save.{ADAPTER}")
+"""What peft puts into the names of parameters that a plain checkpoint has too."""
+OWN_PARTS = (".lora_", ".original_module.", ".modules_to_save.")
+"""In the names of parameters that a plain checkpoint lacks, or has another in place of."""
 
 
-@torch.no_grad()
 def merged_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of the language model, one at a time; a weight with an adapter is merged in float32.
 
     Heads beside the vocabulary projection are left out, and tied weights come once.
     """
-    lm = policy.causal_lm
-    adapted = {name: module for name, module in lm.named_modules() if hasattr(module, "get_delta_weight")}
+    return merged_tensors(policy.causal_lm)
+
+
+@torch.no_grad()
+def merged_tensors(lm: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """As `merged_weights`, of a transformers model that peft may have changed."""
+    adapted: dict[int, Any] = {}
+    for layer in lm.modules():
+        if hasattr(layer, "get_delta_weight") and ADAPTER in layer.scaling:
+            adapted.setdefault(id(adapted_parameter(layer)), layer)
     for name, parameter in lm.named_parameters():
-        owner, wrapped, last = name.partition(BASE_LAYER)
-        if ".lora_" in name:
+        plain = name
+        for wrapper in WRAPPERS:
+            plain = plain.replace(wrapper, "")
+        if any(part in plain for part in OWN_PARTS):
             continue
         tensor = parameter.detach()
-        if wrapped and last == "weight" and ADAPTER in adapted[owner].scaling:
-            tensor = merged(adapted[owner], tensor)
-        yield (f"{owner}.{last}" if wrapped else name), tensor
+        if id(parameter) in adapted:
+            tensor = merged(adapted[id(parameter)], tensor)
+        yield plain, tensor
+
+
+def adapted_parameter(layer: Any) -> torch.Tensor:
+    """The parameter that a layer of peft's adapts."""
+    return layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight
 
 
 def merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
     """A layer's weight with its adapter, in float32."""
     from peft.tuners.lora import Linear
 
-    if type(layer) is Linear and not layer.fan_in_fan_out and ADAPTER not in layer.lora_variant:
+    variant = layer.lora_variant.get(ADAPTER)
+    if variant is not None:
+        return variant.merge_safe(layer, ADAPTER, weight.float())
+    if type(layer) is Linear and not layer.fan_in_fan_out:
         # In one product: engines are given all weights after every update.
         down, up = (part[ADAPTER].weight.float() for part in (layer.lora_A, layer.lora_B))
         return torch.addmm(weight.float(), up, down, alpha=layer.scaling[ADAPTER])

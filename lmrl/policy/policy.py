@@ -148,7 +148,10 @@ class Policy(nn.Module):
     @property
     def size(self) -> tuple[int, int]:
         """Parameters of the language model, without adapters and heads, and the width of its hidden states."""
-        own = (one.numel() for name, one in self.causal_lm.named_parameters() if ".lora_" not in name)
+        added = (".lora_", ".modules_to_save.")
+        own = (
+            one.numel() for name, one in self.causal_lm.named_parameters() if not any(part in name for part in added)
+        )
         return sum(own), getattr(self.causal_lm.config.get_text_config(), "hidden_size", self.vocabulary.shape[1])
 
     @property

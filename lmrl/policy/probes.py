@@ -130,7 +130,7 @@ def head_is_linear(lm: nn.Module) -> bool:
     Some models cap or scale their logits; those go through the model's own head, with more memory.
     """
     head, trunk = lm.get_output_embeddings(), getattr(lm, lm.base_model_prefix, None)
-    if trunk is None or trunk is lm or getattr(head, "weight", None) is None:
+    if trunk is None or trunk is lm or getattr(head, "weight", None) is None or hasattr(head, "lora_A"):
         return False
     config = lm.config.get_text_config()
     if any(getattr(config, name, None) not in (None, 1, 1.0) for name in LOGIT_SETTINGS):

@@ -11,6 +11,7 @@ from typing import Any
 
 from lmrl.recipe import (
     OWN_TASK,
+    Lora,
     MixtureSource,
     Model,
     PromptTask,
@@ -120,7 +121,7 @@ def memory(recipe: Recipe, accelerator: bool = False) -> dict[str, float] | None
     lora, total = recipe.model.lora, shape["parameters"]
     learned, copy, heads, targets = _trained(recipe, shape)
     base_bytes = total * (2 if recipe.model.dtype == "bfloat16" else 4)
-    items = {"weights": base_bytes + (lora.r * shape["lora_per_rank"] * 4 if lora else 0)}
+    items = {"weights": base_bytes + (_adapter(lora, shape) * 4 if lora else 0)}
     moments = _moments_bytes(recipe, shape)
     items["gradients and Adam"] = learned * 4 + moments(learned)
     items["second model and its target"] = copy * 12 + moments(copy)  # weight, gradient, target
@@ -147,13 +148,26 @@ def _trained(recipe: Recipe, shape: dict[str, int]) -> tuple[int, int, int, int]
     """Parameters that are trained in the policy, in a second model and in heads, and those of the heads' targets."""
     lora, total = recipe.model.lora, shape["parameters"]
     heads, targets = recipe.objective.head_parameters(shape["hidden"], shape["vocabulary"])
-    learned = total if lora is None else lora.r * shape["lora_per_rank"]
+    learned = total if lora is None else _adapter(lora, shape)
     return *recipe.resolved_objective.trained_parameters(learned, total), heads, targets
+
+
+def _adapter(lora: Lora, shape: dict[str, int]) -> int:
+    """Parameters of an adapter with one on every linear layer, and of the embeddings and the head that are trained beside it."""
+    magnitudes = shape["dora"] if lora.use_dora else 0
+    return lora.r * shape["lora_per_rank"] + magnitudes + _copied_embeddings(lora, shape)
+
+
+def _copied_embeddings(lora: Lora, shape: dict[str, int]) -> int:
+    """Parameters of the embeddings and the head that are trained whole; both are one matrix where the model ties them."""
+    copies = {name.rpartition(".")[2] for name in lora.modules_to_save or ()} & {"embed_tokens", "lm_head", "wte"}
+    return min(len(copies) * shape["vocabulary"] * shape["hidden"], shape["embeddings"])
 
 
 def _moments_bytes(recipe: Recipe, shape: dict[str, int]) -> Callable[..., int]:
     """Bytes of the optimizer's two moments for so many parameters, of which the embeddings never are in 8 bits."""
-    embeddings = 0 if recipe.model.lora else shape["vocabulary"] * shape["hidden"]
+    lora = recipe.model.lora
+    embeddings = _copied_embeddings(lora, shape) if lora else shape["vocabulary"] * shape["hidden"]
 
     def moments(parameters: int, embedded: int = embeddings) -> int:
         if recipe.optimizer.name == "adamw":
@@ -242,9 +256,12 @@ def _shape_of_config(config: dict[str, Any], parameters: int | None) -> dict[str
         "keys": kv,
         "intermediate": intermediate,
         "vocabulary": vocabulary,
+        "embeddings": embeddings,
         "parameters": parameters or layers * (attention + mlp) + embeddings,
         # rank 1 adds input + output width to each linear layer: q, o, k, v, gate, up, down
         "lora_per_rank": layers * (2 * 2 * hidden + 2 * (hidden + kv) + 3 * (hidden + intermediate)),
+        # DoRA adds a number for each output: q and o, k and v, gate and up, down
+        "dora": layers * (2 * hidden + 2 * kv + 2 * intermediate + hidden),
     }
 
 

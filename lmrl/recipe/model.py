@@ -32,11 +32,33 @@ class Lora(Section):
     r: int = Field(16, ge=1)
     """Rank."""
     alpha: float = Field(32, gt=0)
-    """Adapters are scaled by alpha / r."""
+    """Adapters are scaled by alpha / r (by alpha / sqrt(r) with `use_rslora`)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """While imitating; objectives that compare log-probabilities switch all dropout off."""
     target_modules: str | list[str] = "all-linear"
     """Names of the layers that get one, as peft takes them."""
+    target_parameters: list[str] | None = None
+    """Names of further parameters that get one, for those that are no layer's `weight`, such as `mlp.experts.gate_up_proj` of
+    mixtures of experts. Not with `dropout` or `use_dora`."""
+    modules_to_save: list[str] | None = None
+    """Names of layers that are trained whole, as a copy that is saved with the adapter: `embed_tokens`, `lm_head`. Embeddings
+    that share their weights with the head go on sharing them."""
+    use_rslora: bool = False
+    """Scale adapters by alpha / sqrt(r), under which larger ranks learn no slower (Kalajdzievski, arXiv 2312.03732)."""
+    use_dora: bool = False
+    """Learn the length of each weight row apart from its direction (DoRA; Liu et al., arXiv 2402.09353): nearer to training all
+    weights at small ranks, at more time a pass."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Lora:
+        if self.target_parameters and (self.use_dora or self.dropout):
+            other = "use_dora" if self.use_dora else "dropout"
+            raise ValueError(
+                f"`target_parameters` does not go with `{other}` (peft has neither for them): leave one out"
+            )
+        if not self.target_modules and not self.target_parameters:
+            raise ValueError("`target_modules` names no layer: name some, or parameters by `target_parameters`")
+        return self
 
 
 class Model(Section):

@@ -178,3 +178,16 @@ def test_a_hub_model_is_looked_up_in_the_cache_by_revision(tmp_path, monkeypatch
     assert {name: shape["hidden"] for name, shape in found.items()} == {None: 32, "v2": 64, "bbb": 64}
     assert model_shape(Model(path="someone/tiny", revision="v3")) is None
     assert model_shape(Model(path="someone/other")) is None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"modules_to_save": ["embed_tokens", "lm_head"]}])
+def test_parameters_of_adapters(tmp_path, tied, options):
+    """As many are said to be trainable as are."""
+    model = Model(config=dict(TINY_LLAMA) | {"tie_word_embeddings": tied, "vocab_size": 40})
+    load_policy(model, texts=lambda: ["abcdefgh"]).save(tmp_path)
+    lora = {"r": 4} | options
+    policy = load_policy(Model(path=str(tmp_path), lora=lora))
+    recipe = load_recipe("random_walks/bc", [f"model={{path: {tmp_path}, lora: {lora}}}"])
+    learned, *_ = estimates._trained(recipe, model_shape(recipe.model))
+    assert learned == sum(one.numel() for one in policy.trainable().values())

@@ -99,10 +99,20 @@ def prompt_recipe(tmp_path: Path, tiny_folder: Path, **changes) -> Path:
     return tmp_path / "mine.yaml"
 
 
-@pytest.mark.parametrize("kind", ["lora", "full", "adapter_after_adapter"])
+@pytest.mark.parametrize("kind", ["lora", "full", "adapter_after_adapter", "dora"])
 def test_interrupted_at_a_step(tmp_path, tiny_folder, monkeypatch, kind):
-    """Adapters with dropout, full weights, and a stage whose reference is a second adapter."""
+    """Adapters with dropout, full weights, a stage whose reference is a second adapter, and DoRA beside a whole head."""
     changes = {}
+    if kind == "dora":
+        lora = {
+            "r": 4,
+            "alpha": 8,
+            "dropout": 0.1,
+            "use_dora": True,
+            "use_rslora": True,
+            "modules_to_save": ["lm_head"],
+        }
+        changes["model"] = {"path": str(tiny_folder), "lora": lora}
     if kind == "full":
         changes["model"] = {"path": str(tiny_folder)}
     if kind == "adapter_after_adapter":
