@@ -22,7 +22,7 @@ IMPORT_SECONDS = 120
 OPTIONAL = {
     "vllm": "rollouts.engine: vllm and vllm-server",
     "deepspeed": "ZeRO, by --accelerate zero2 or zero3",
-    "bitsandbytes": "optimizer.name: adamw_8bit",
+    "bitsandbytes": "optimizer.name: adamw_8bit, model.quantization: nf4",
     "math_verify": "the reward lmrl.reward_models.math",
     "reasoning_gym": "environments reasoning_gym:TASK",
     "vaderSentiment": "the recipe sentiment/ppo",

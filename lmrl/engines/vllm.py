@@ -6,7 +6,6 @@ plain checkpoint holds them (adapters merged), tensor by tensor: nothing is writ
 
 from __future__ import annotations
 
-import copy
 import gc
 import importlib.util
 import os
@@ -27,6 +26,7 @@ from lmrl.engines.vllm_worker import pack_head
 from lmrl.errors import ModelError, RunError
 from lmrl.policy.merged import merged_weights
 from lmrl.policy.policy import Policy
+from lmrl.policy.quantized import plain_config
 from lmrl.recipe import Rollouts
 from lmrl.recipe.estimates import VLLM_CACHE_GIB
 from lmrl.seeding import key
@@ -95,7 +95,7 @@ class VLLMEngine(Engine):
             raise ModelError("rollouts.vllm.sleep gives GPU memory back, and vLLM runs on a CPU here: leave it out")
         memory = VLLM_CACHE_GIB if options.memory is None and on_cpu else options.memory
         own = self.policy.causal_lm
-        config = copy.deepcopy(own.config)
+        config = plain_config(own)
         config.architectures = [type(own).__name__]
         with tempfile.TemporaryDirectory(prefix="lmrl-vllm-") as folder:
             config.save_pretrained(folder)

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from lmrl.errors import ModelError
+from lmrl.policy.merged import merged_weights
 from lmrl.policy.policy import Policy
+from lmrl.policy.quantized import is_quantized, plain_copy, save_quantization
 
 
 def fold(policy: Policy, beta: float) -> torch.Tensor:
@@ -41,9 +43,12 @@ def fold(policy: Policy, beta: float) -> torch.Tensor:
 
 
 def save_plain(policy: Policy, folder: Path, beta: float | None = None) -> None:
-    """Write an ordinary transformers folder: adapters merged, and with `beta` above 0 the Q heads folded in, float32."""
+    """Write an ordinary transformers folder: adapters merged, and with `beta` above 0 the Q heads folded in, float32.
+
+    A quantized base becomes ordinary weights again, in bfloat16.
+    """
     matrix_VD = fold(policy, beta) if beta else None
-    model = policy.model.merge_and_unload() if policy.is_lora else policy.model
+    model = _plain(policy)
     if matrix_VD is not None:
         head = model.get_output_embeddings()
         folded = nn.Linear(matrix_VD.shape[1], matrix_VD.shape[0], bias=getattr(head, "bias", None) is not None)
@@ -57,9 +62,20 @@ def save_plain(policy: Policy, folder: Path, beta: float | None = None) -> None:
     policy.tokenizer.save_pretrained(folder)
 
 
+def _plain(policy: Policy) -> nn.Module:
+    """The language model without adapters and quantization."""
+    if not policy.is_lora:
+        return policy.model
+    if any(is_quantized(parameter) for parameter in policy.causal_lm.parameters()):
+        weights = {name: tensor.to(torch.bfloat16) for name, tensor in merged_weights(policy)}
+        return plain_copy(policy.causal_lm, weights)
+    return policy.model.merge_and_unload()
+
+
 def save_adapter(policy: Policy, folder: Path) -> None:
     """Write the LoRA adapter alone. Raises ModelError where there is none."""
     if not policy.is_lora:
         raise ModelError("--adapter-only needs a run with model.lora; this one trained all weights: leave it out")
     policy.model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+    save_quantization(policy.quantization, folder)
     policy.tokenizer.save_pretrained(folder)

@@ -19,10 +19,13 @@ from torch import nn
 from lmrl.errors import DataError, ModelError, did_you_mean
 from lmrl.extras import need
 from lmrl.local_names import refuse_missing as refuse_missing_path
+from lmrl.policy import quantized
 from lmrl.policy.classifier import Classifier
 from lmrl.policy.failures import broken_file, load_failure
 from lmrl.policy.heads import HeadsSpec
+from lmrl.policy.merged import merged_tensors
 from lmrl.policy.policy import REFERENCE_ADAPTER, Policy, saved_heads
+from lmrl.policy.quantized import is_quantized, plain_copy, saved_quantization
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import Lora, Model
 
@@ -55,7 +58,7 @@ def load_policy(
     """
     if start is None and options.path is None:
         model, tokenizer = _from_scratch(options, texts, **attention_of(options))
-        origin = None
+        origin = quantization = None
     else:
         origin = str(start) if start else str(newest_checkpoint(options.path))
         model, tokenizer = _open(
@@ -64,13 +67,15 @@ def load_policy(
             options.trust_remote_code,
             options.revision,
             trainable=options.lora is not None,
+            quantization=options.quantization,
             **attention_of(options),
         )
+        quantization = _agreed_quantization(options, origin)
     kind = None
     if options.lora is not None:
         model, kind = _with_lora(model, options.lora, origin, options.revision, reference)
     elif hasattr(model, "peft_config"):
-        model = model.merge_and_unload()
+        model = _merged(model)
     if options.lora is None:
         model.requires_grad_(True)
     for parameter in model.parameters():
@@ -79,6 +84,7 @@ def load_policy(
     if reference and kind is None:
         kind = copy.deepcopy(model).requires_grad_(False).eval()
     policy = Policy(model, tokenizer, heads=heads, reference=kind if reference else None)
+    policy.quantization = quantization
     _match_arithmetic(policy, options.dtype)
     if start is not None:
         policy.load_heads(start)
@@ -88,6 +94,25 @@ def load_policy(
 def attention_of(options: Model) -> dict[str, str]:
     """The attention that transformers is to build a model with; nothing where its own choice is kept."""
     return {} if options.attention in ("auto", "varlen") else {"attn_implementation": options.attention}
+
+
+def _agreed_quantization(options: Model, origin: str) -> str | None:
+    """The quantization of a recipe, which has to be that of the adapter it goes on with."""
+    found = saved_quantization(newest_checkpoint(origin))
+    if options.lora is not None and found not in (None, options.quantization):
+        raise ModelError(
+            f"model.quantization: '{origin}' is an adapter of a base in {found}, but the recipe asks for "
+            f"{options.quantization}: set model.quantization={found}"
+        )
+    return options.quantization
+
+
+def _merged(model: nn.Module) -> nn.Module:
+    """The model that an adapter makes of its base, in float32 where that was quantized."""
+    lm = model.get_base_model()
+    if not any(is_quantized(parameter) for parameter in lm.parameters()):
+        return model.merge_and_unload()
+    return plain_copy(lm, {name: tensor.float() for name, tensor in merged_tensors(lm)})
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -104,6 +129,7 @@ def open_policy(path: str, dtype: str = "float32", trust_remote_code: bool = Fal
     policy = Policy(model.requires_grad_(False), tokenizer, heads if heads is not None and heads.q else None)
     policy.load_heads(folder)
     policy.requires_grad_(False)
+    policy.quantization = saved_quantization(folder)
     _match_arithmetic(policy, dtype)
     return policy
 
@@ -248,26 +274,35 @@ def _open(
     auto: type = CAUSAL_LM,
     key: str = "model.path",
     complete: bool = False,
+    quantization: str | None = None,
     **more: Any,
 ) -> tuple[nn.Module, Any]:
     """Model and tokenizer; a peft model where `path` is an adapter, which is then `trainable` or frozen.
 
     auto: the kind of model. key: what names it, for messages. complete: refuse a model without weights for its head.
-    more: further settings of its config.
+    quantization: of the base's linear layers; an adapter's own goes before it. more: further settings of its config.
     """
     folder = newest_checkpoint(path)
     path = str(folder) if folder != Path(path) else path
     if (folder / ADAPTER_CONFIG).exists():
-        return _open_adapter(folder, dtype, trust_remote_code, trainable, auto, key, complete, more)
+        quantization = saved_quantization(folder) or quantization
+        return _open_adapter(folder, dtype, trust_remote_code, trainable, auto, key, complete, quantization, more)
     arguments = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     name = path
     if path.endswith(".gguf"):
         need("gguf", f"{key}: '{path}'", ModelError)
         name, arguments = str(folder.parent), {"gguf_file": folder.name}
+    precision = quantized.arguments(quantization, getattr(torch, dtype), key)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **arguments)
         model, found = auto.from_pretrained(
-            name, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **arguments, **more
+            name,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **arguments,
+            **precision,
+            **more,
         )
     except Exception as error:  # missing, torn, not a model, refused remote code: every library has kinds of its own
         raise ModelError(load_failure(path, key, error)) from error
@@ -288,6 +323,7 @@ def _open(
             del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
     model.config._name_or_path = path
+    quantized.keep_layout(model)
     return model, tokenizer
 
 
@@ -328,6 +364,7 @@ def _open_adapter(
     auto: type,
     key: str,
     complete: bool,
+    quantization: str | None,
     more: dict[str, Any],
 ) -> tuple[nn.Module, Any]:
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
@@ -347,7 +384,9 @@ def _open_adapter(
     elif str(config.task_type).endswith("SEQ_CLS"):
         raise ModelError(f"{key}: '{folder}' is an adapter of a sequence classifier, and of no language model")
     base = _base_of(folder, config, key)
-    model, tokenizer = _open(base, dtype, trust_remote_code, config.revision, auto=auto, key=key, **more)
+    model, tokenizer = _open(
+        base, dtype, trust_remote_code, config.revision, auto=auto, key=key, quantization=quantization, **more
+    )
     try:
         with quiet_peft():
             model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)

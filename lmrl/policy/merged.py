@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lmrl.policy.policy import Policy
+from lmrl.policy.quantized import dequantized
 
 ADAPTER = "default"
 WRAPPERS = (".base_layer", f".modules_to_save.{ADAPTER}")
@@ -27,7 +28,7 @@ def merged_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
 
 @torch.no_grad()
 def merged_tensors(lm: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """As `merged_weights`, of a transformers model that peft may have changed."""
+    """As `merged_weights`, of a transformers model that peft and bitsandbytes may have changed."""
     adapted: dict[int, Any] = {}
     for layer in lm.modules():
         if hasattr(layer, "get_delta_weight") and ADAPTER in layer.scaling:
@@ -38,7 +39,7 @@ def merged_tensors(lm: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             plain = plain.replace(wrapper, "")
         if any(part in plain for part in OWN_PARTS):
             continue
-        tensor = parameter.detach()
+        tensor = dequantized(parameter)
         if id(parameter) in adapted:
             tensor = merged(adapted[id(parameter)], tensor)
         yield plain, tensor

@@ -26,6 +26,7 @@ from lmrl.policy.logprobs import at_least_float32, product
 from lmrl.policy.memory import Passes, fit, needs_checkpointing
 from lmrl.policy.passes import ABSENT, ForwardRequest, Guidance, Outputs, States
 from lmrl.policy.probes import can_hold_slots, can_pack, can_share_prompts, head_is_linear
+from lmrl.policy.quantized import numel, save_quantization
 from lmrl.policy.slots import SlotCache
 from lmrl.recipe import Recipe
 from lmrl.trajectories.batch import Batch, Microbatch, Sequence
@@ -50,6 +51,8 @@ class Policy(nn.Module):
         self._reference = reference if reference is None or isinstance(reference, str) else [reference]  # not a child
         self.heads_are_new = True
         """True until the heads have learned something."""
+        self.quantization: str | None = None
+        """How the frozen weights were quantized as they were read (see quantized.py)."""
         self.temperature = 1.0
         self.microbatch_tokens = 4096
         """Tokens of a pass at most; becomes less where memory runs out (see memory.py)."""
@@ -149,9 +152,7 @@ class Policy(nn.Module):
     def size(self) -> tuple[int, int]:
         """Parameters of the language model, without adapters and heads, and the width of its hidden states."""
         added = (".lora_", ".modules_to_save.")
-        own = (
-            one.numel() for name, one in self.causal_lm.named_parameters() if not any(part in name for part in added)
-        )
+        own = (numel(one) for name, one in self.causal_lm.named_parameters() if not any(part in name for part in added))
         return sum(own), getattr(self.causal_lm.config.get_text_config(), "hidden_size", self.vocabulary.shape[1])
 
     @property
@@ -395,6 +396,7 @@ class Policy(nn.Module):
         own = {} if weights is None else {"state_dict": below("model.", weights)}
         if self.is_lora:
             self.model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False, **own)
+            save_quantization(self.quantization, folder)
         else:
             self.model.save_pretrained(folder, **own)
         self.tokenizer.save_pretrained(folder)

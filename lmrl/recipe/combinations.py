@@ -24,6 +24,11 @@ def mistakes(recipe: Recipe) -> Iterator[str]:
             "source.best below 1, or leave it at all"
         )
     if not objective.leaves_policy:
+        if recipe.model.quantization is not None:
+            yield (
+                f"`model.quantization={recipe.model.quantization}` is for policies, and '{objective.name}' trains a reward model: "
+                "leave it out, or set model.dtype=bfloat16"
+            )
         yield from objective.mistakes(recipe)
         return
     if task is None:

@@ -31,6 +31,8 @@ SLICE = 8192
 """Vocabulary entries that lmrl.policy.logprobs projects at a time."""
 VLLM_CACHE_GIB = 1.0
 """vLLM's keys and values where the recipe does not say, as in lmrl.engines.vllm on a CPU."""
+NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+"""Of a weight in 4 bits: each 64 share a scale in 8 bits, and each 256 scales another in 32 (arXiv 2305.14314, section 3)."""
 SPARE = 64
 """Columns of keys and values ahead of need, as in lmrl.policy.cache."""
 
@@ -120,7 +122,7 @@ def memory(recipe: Recipe, accelerator: bool = False) -> dict[str, float] | None
         return None
     lora, total = recipe.model.lora, shape["parameters"]
     learned, copy, heads, targets = _trained(recipe, shape)
-    base_bytes = total * (2 if recipe.model.dtype == "bfloat16" else 4)
+    base_bytes = _frozen_bytes(recipe.model, shape)
     items = {"weights": base_bytes + (_adapter(lora, shape) * 4 if lora else 0)}
     moments = _moments_bytes(recipe, shape)
     items["gradients and Adam"] = learned * 4 + moments(learned)
@@ -142,6 +144,15 @@ def memory(recipe: Recipe, accelerator: bool = False) -> dict[str, float] | None
     if "bfloat16" in (recipe.model.dtype, recipe.training.precision):
         megabytes["a CPU's bfloat16 kernels"] = (CPU_BFLOAT16 - 1) * sum(passes.values()) / 2**20
     return megabytes | {"python": PROCESS_MB + (VLLM_PROCESS_MB if recipe.rollouts.engine == "vllm" else 0)}
+
+
+def _frozen_bytes(model: Model, shape: dict[str, int]) -> int:
+    """Bytes of the weights as they are read, and of the one that is turned back at a time where they are quantized."""
+    width = 2 if model.dtype == "bfloat16" else 4
+    if model.quantization is None:
+        return shape["parameters"] * width
+    layers = shape["parameters"] - shape["embeddings"]  # not the head
+    return round(layers * NF4_BYTES) + (shape["embeddings"] + shape["hidden"] * shape["intermediate"]) * width
 
 
 def _trained(recipe: Recipe, shape: dict[str, int]) -> tuple[int, int, int, int]:

@@ -79,6 +79,9 @@ class Model(Section):
     """How attention is computed. auto: sequences end to end without padding where the device and the model can, else `sdpa`. Or `sdpa`,
     `eager`, `varlen` (end to end), flash_attention_2, flash_attention_3, flex_attention, or a kernel of the hub (`owner/name`), as
     transformers takes them."""
+    quantization: Literal["nf4"] | None = None
+    """nf4: hold the frozen weights of linear layers, but for the head, in 4 bits, and compute with them in `dtype` (QLoRA; Dettmers
+    et al., arXiv 2305.14314), by bitsandbytes; needs `lora`. Exports are merged with the rounded weights, in bfloat16."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
 
@@ -95,6 +98,14 @@ class Model(Section):
         if self.config is not None and self.lora is not None:
             raise ValueError(
                 "`lora` adapts a pretrained model: give `path`, or train the model from scratch without it"
+            )
+        if self.quantization is not None and self.lora is None:
+            raise ValueError(
+                f"`quantization: {self.quantization}` is for frozen weights, so it needs `lora`: add it, for instance lora.r=16"
+            )
+        if self.quantization is not None and str(self.path).endswith(".gguf"):
+            raise ValueError(
+                "`quantization` cannot round what a GGUF file has rounded already: give a folder or hub name as `path`"
             )
         if self.dtype != "float32" and self.lora is None:
             raise ValueError(

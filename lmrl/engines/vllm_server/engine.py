@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import copy
 import os
 import shutil
 import tempfile
@@ -32,6 +31,7 @@ from lmrl.engines.vllm_server.weights import Broadcast, Member, WeightFiles
 from lmrl.errors import EngineError, LmrlError, ModelError, RunError
 from lmrl.policy.merged import merged_weights
 from lmrl.policy.policy import Policy
+from lmrl.policy.quantized import plain_config
 from lmrl.recipe import Rollouts
 from lmrl.recipe.server import Server
 from lmrl.seeding import key
@@ -161,7 +161,7 @@ class VLLMServerEngine(Engine):
 
     def _write(self, version: str) -> Path:
         if self.files is None:
-            numbers = sum(parameter.numel() for parameter in self.policy.causal_lm.parameters())
+            numbers, _ = self.policy.size
             self.files = WeightFiles(need=numbers * self.dtype.itemsize)
         names = [name for name, _ in self.policy.causal_lm.named_parameters()]
         return self.files.write(self.weights, names, version)
@@ -308,7 +308,7 @@ def member_of(supervisor: ServerSupervisor) -> Member:
 def save_skeleton(policy: Policy, folder: Path) -> None:
     """A model folder without weights: config and tokenizer, of which a server is started."""
     lm = policy.causal_lm
-    config = copy.deepcopy(lm.config)
+    config = plain_config(lm)
     config.architectures = [type(lm).__name__]
     config.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)

@@ -9,6 +9,7 @@ from lmrl import distributed
 from lmrl.accelerators import default_precision
 from lmrl.errors import RecipeError, RunError
 from lmrl.recipe import Recipe
+from lmrl.recipe.files import stages_of
 from lmrl.training.parallel.sharded import DeepSpeedStrategy, FSDPStrategy
 from lmrl.training.parallel.strategy import Strategy
 
@@ -21,6 +22,13 @@ def check_launch(accelerator: Any, recipe: Recipe) -> None:
             f"this launch asks accelerate for DeepSpeed and got {kind}: launch it in processes, by `accelerate launch` or "
             "`lmrl train --processes N --accelerate FILE`"
         )
+    for feature in ("DEEPSPEED", "FSDP"):
+        for stage in stages_of(recipe).values() if accelerate_uses(feature) else ():
+            if stage.model.quantization is not None:
+                raise RecipeError(
+                    f"model.quantization={stage.model.quantization}: weights in 4 bits cannot be shared out by {feature}: launch "
+                    "without --accelerate, or set model.dtype=bfloat16 in place of the quantization"
+                )
     if accelerate_uses("FSDP"):
         if distributed.size() == 1:
             raise RunError("this launch asks accelerate for FSDP in one process: launch more, or leave FSDP out")
