@@ -127,7 +127,7 @@ def memory(recipe: Recipe, accelerator: bool = False) -> dict[str, float] | None
     moments = _moments_bytes(recipe, shape)
     items["gradients and Adam"] = learned * 4 + moments(learned)
     items["second model and its target"] = copy * 12 + moments(copy)  # weight, gradient, target
-    items["heads and their targets"] = heads * 8 + targets * 4 + moments(heads, 0)
+    items["heads and their targets"] = heads * 8 + targets * 4 + moments(heads, heads)
     if getattr(recipe.objective, "kl_coef", 0) > 0 and lora is None:
         items["reference"] = base_bytes
     if recipe.rollouts.engine == "vllm":
@@ -176,14 +176,20 @@ def _copied_embeddings(lora: Lora, shape: dict[str, int]) -> int:
 
 
 def _moments_bytes(recipe: Recipe, shape: dict[str, int]) -> Callable[..., int]:
-    """Bytes of the optimizer's two moments for so many parameters, of which the embeddings never are in 8 bits."""
-    lora = recipe.model.lora
-    embeddings = _copied_embeddings(lora, shape) if lora else shape["vocabulary"] * shape["hidden"]
+    """Bytes of the optimizer's state for so many parameters, of which some belong to the embeddings and others to heads.
 
-    def moments(parameters: int, embedded: int = embeddings) -> int:
-        if recipe.optimizer.name == "adamw":
+    AdamW has two moments; 8 bits leave the embeddings' as they are; Muon has one of each matrix, and its last step's in bfloat16.
+    """
+    lora, name = recipe.model.lora, recipe.optimizer.name
+    embeddings, head = shape["vocabulary"] * shape["hidden"], shape["embeddings"]
+    tables = (_copied_embeddings(lora, shape),) * 2 if lora else (embeddings, head)
+
+    def moments(parameters: int, heads: int = 0) -> int:
+        if name == "adamw":
             return 8 * parameters
-        return 2 * parameters + 6 * min(embedded, parameters)
+        if name == "muon":
+            return 6 * parameters + 2 * min(heads or tables[1], parameters)
+        return 2 * parameters + 6 * (0 if heads else min(tables[0], parameters))
 
     return moments
 

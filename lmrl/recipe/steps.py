@@ -14,11 +14,12 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(Section):
-    """AdamW with a schedule."""
+    """AdamW, or Muon beside it, with a schedule."""
 
-    name: Literal["adamw", "adamw_8bit"] = "adamw"
-    """adamw_8bit: moments in 8 bits (Dettmers et al., arXiv 2110.02861), by bitsandbytes; for one process, or for several that
-    share out nothing."""
+    name: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    """adamw_8bit: moments in 8 bits (Dettmers et al., arXiv 2110.02861), by bitsandbytes. muon: orthogonalized steps for the matrices
+    of layers, as long as AdamW's (Liu et al., arXiv 2502.16982), and AdamW for embeddings, head, norms and value heads. Both are for
+    one process, or for several that share out nothing."""
     lr: float | None = Field(None, gt=0)
     """Learning rate (null: by what is learned, what is trained and the model's size, see lmrl/recipe/rates.py; `lmrl show` tells)."""
     head_lr: float | None = Field(None, gt=0)

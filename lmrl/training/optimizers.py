@@ -13,17 +13,26 @@ from lmrl.extras import fix_of
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Optimizer
 from lmrl.recipe.objectives.base import LONG_MEMORY
+from lmrl.training.muon import MuonWithAdamW, split_matrices
 from lmrl.training.parallel.strategy import Strategy
 
 
 def build_optimizer(
     options: Optimizer, groups: list[dict[str, Any]], policy: Policy, strategy: Strategy
 ) -> torch.optim.Optimizer:
-    """AdamW over these groups of a policy's parameters. Raises RecipeError where it cannot be had here."""
+    """The optimizer of these groups of a policy's parameters, the trunk's first. Raises RecipeError where it cannot be had here."""
     settings = {"betas": options.betas or LONG_MEMORY, "eps": options.eps, "weight_decay": options.weight_decay}
+    fused = policy.device.type == "cuda" or None  # one kernel for all weights; on a CPU it would only round otherwise
     if options.name == "adamw":
-        # One kernel for all weights. On a CPU it would only round otherwise.
-        return torch.optim.AdamW(groups, fused=policy.device.type == "cuda" or None, **settings)
+        return torch.optim.AdamW(groups, fused=fused, **settings)
+    if options.name == "muon":
+        if strategy.synchronized:
+            raise RecipeError(
+                f"optimizer.name=muon orthogonalizes whole matrices, which {strategy.name} shares out: set optimizer.name=adamw, or "
+                "launch without --accelerate"
+            )
+        matrices, rest = split_matrices(groups[0], policy)
+        return MuonWithAdamW(matrices, [rest, *groups[1:]], fused=fused, **settings)
     if strategy.synchronized:
         raise RecipeError(
             f"optimizer.name=adamw_8bit: its 8-bit state cannot be shared out by {strategy.name}, which saves more: set "
@@ -43,8 +52,19 @@ def build_optimizer(
     return optimizer
 
 
+def undo_step(optimizer: torch.optim.Optimizer) -> None:
+    """Undo the last step of the trunk's weights, unless the optimizer keeps too little for it (AdamW in 8 bits)."""
+    if isinstance(optimizer, MuonWithAdamW):
+        optimizer.undo_matrices()
+    elif not isinstance(optimizer, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        if not group["head"] and not group.get("muon"):
+            undo_adamw(optimizer, group)
+
+
 @torch.no_grad()
-def undo_step(optimizer: torch.optim.AdamW, group: dict[str, Any]) -> None:
+def undo_adamw(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
     """Undo the last step of a group's weights, but for rounding, and forget the momentum that would repeat it.
 
     AdamW's state holds what a step was made of (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2), so no copy of the weights is
@@ -64,6 +84,6 @@ def undo_step(optimizer: torch.optim.AdamW, group: dict[str, Any]) -> None:
 
 
 def state_bytes(options: Optimizer, parameters: Iterable[torch.Tensor]) -> int:
-    """Bytes that the optimizer will hold for these parameters, embeddings in 8 bits too."""
-    each = 8 if options.name == "adamw" else 2
+    """Bytes that the optimizer will hold for these parameters, at most; of 8 bits, embeddings too."""
+    each = 2 if options.name == "adamw_8bit" else 8
     return each * sum(parameter.numel() for parameter in parameters)

@@ -37,9 +37,9 @@ class Updater:
         heads = [parameter for name, parameter in self.parameters.items() if is_head(name)]
         trunk = [parameter for name, parameter in self.parameters.items() if not is_head(name)]
         head_lr = options.lr if options.head_lr is None else options.head_lr
-        groups = [{"params": trunk, "lr": options.lr, "base_lr": options.lr}]
+        groups = [{"params": trunk, "lr": options.lr, "base_lr": options.lr, "head": False}]
         if heads:
-            groups.append({"params": heads, "lr": head_lr, "base_lr": head_lr})
+            groups.append({"params": heads, "lr": head_lr, "base_lr": head_lr, "head": True})
         self.strategy = strategy or Strategy()
         optimizer = build_optimizer(options, groups, policy, self.strategy)
         norm = ObjectiveOptions.max_grad_norm if options.max_grad_norm == "auto" else options.max_grad_norm
@@ -62,11 +62,9 @@ class Updater:
 
     def _set_rates(self, policy: Policy) -> None:
         """Adam's steps do not depend on how large a gradient is, so heads whose outputs are multiplied step by that much less."""
-        trunk, *heads = self.strategy.optimizer.param_groups
         factor = math.prod(self.factors.values()) * self.schedule
-        trunk["lr"] = trunk["base_lr"] * factor
-        for group in heads:
-            group["lr"] = group["base_lr"] * factor / float(policy.values.gain)
+        for group in self.strategy.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor / (float(policy.values.gain) if group["head"] else 1.0)
 
     def step(self, policy: Policy, objective: Objective, minibatch: Batch) -> dict[str, float]:
         """One update. Returns statistics averaged over the minibatch of all processes; a non-finite one changes no weight.
@@ -111,8 +109,8 @@ class Updater:
 
     def undo_step(self) -> None:
         """Undo this step's last update of the trunk, unless that is done or its optimizer cannot; the heads keep theirs."""
-        if self.has_updated and self.strategy.can_discard and isinstance(self.strategy.optimizer, torch.optim.AdamW):
-            undo_step(self.strategy.optimizer, self.strategy.optimizer.param_groups[0])
+        if self.has_updated and self.strategy.can_discard:
+            undo_step(self.strategy.optimizer)
         self.has_updated = False
 
     def backward(self, policy: Policy, objective: Objective, minibatch: Batch) -> dict[str, float]:

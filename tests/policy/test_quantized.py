@@ -228,6 +228,7 @@ def test_models_that_cannot_be_quantized(changes, message):
 
 
 def test_reward_models_are_not_quantized(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
     (tmp_path / "mine.yaml").write_text(
         "model: {path: some/model, lora: {r: 4}, quantization: nf4}\nsource: {name: dataset, path: pairs.jsonl}\nobjective: {name: reward_model}\n"
     )
