@@ -47,6 +47,10 @@ class Objective:
     compares = False
     """True if the loss compares episodes of one prompt; steps then hold whole groups."""
 
+    numbered: tuple[str, ...] | None = None
+    """Fields that number episodes or turns, where processes may exchange prepared sequences to share out the work; None: each keeps
+    its own."""
+
     kl_controlled = False
     """True if `training.kl_band` lowers the learning rate where a step has moved the policy too far from what played."""
 

@@ -17,6 +17,7 @@ class Likelihood(Objective):
     """L = -log pi(a|s), averaged over action tokens, minus an optional entropy bonus."""
 
     label = "BC"
+    numbered = (EPISODE,)
     dropout = True
     loss_of_data = "nll"
 

@@ -115,6 +115,7 @@ class Warmup:
 class PPO(PolicyGradient):
     options: PPOObjective
     label = "PPO"
+    numbered = ()
 
     def __init__(self, options: PPOObjective):
         super().__init__(options)

@@ -29,6 +29,7 @@ from lmrl.trajectories.trajectory import Trajectory
 
 class QSFT(Objective):
     label = "Q-SFT"
+    numbered = ()
 
     def __init__(self, options: QSFTObjective):
         self.options, self.polyak = options, options.polyak

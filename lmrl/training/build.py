@@ -16,6 +16,7 @@ from lmrl.evaluation.evaluate import Evaluator
 from lmrl.evaluation.suites import Suite, load_suite, own_suite
 from lmrl.objectives import Objective, load_objective
 from lmrl.objectives.correction import Correction
+from lmrl.policy.costs import pass_cost
 from lmrl.policy.load import load_policy, load_weights
 from lmrl.policy.policy import Policy
 from lmrl.recipe import OWN_TASK, CustomListener, PromptTask, Recipe
@@ -104,6 +105,7 @@ def build_stage(
     else:
         verify(checkpoint, kept[:-1])
         load_weights(policy, checkpoint, recipe.model.trust_remote_code)
+    cost = pass_cost(policy)  # before its weights are shared out
     updater = Updater(policy, with_rates(recipe, *policy.size), recipe.training.steps, strategy)
     evaluator, every = evaluation_of(recipe, suite, policy, engine)
     scratch = start is None and recipe.model.path is None
@@ -130,6 +132,7 @@ def build_stage(
         ),
         checkpoint=checkpoint,
         start=start,
+        cost=cost,
         progress=Progress(label=label_of(recipe, objective), columns=evaluator.suite.metrics if evaluator else []),
     )
 

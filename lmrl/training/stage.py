@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from lmrl.training.monitoring.sampler_check import SamplerCheck
 from lmrl.training.parallel.strategy import Strategy
 from lmrl.training.tracking import StageTracking
 from lmrl.training.updater import Updater
+from lmrl.trajectories.balance import Cost, deal, joined, labelled
+from lmrl.trajectories.batch import Batch
 
 
 @dataclass(kw_only=True, eq=False)
@@ -63,6 +66,8 @@ class Stage:
     listeners: list[Listener]
     checkpoint: Path | None
     progress: Progress
+    cost: Cost | None = None
+    """The cost of a sequence's pass; None: processes exchange no sequences."""
     start: Path | None = None
     now: int = field(default=0, init=False)
     """The step under way."""
@@ -210,11 +215,8 @@ class Stage:
         if not distributed.all_max(len(batch.sequences)):  # no episodes to compare
             return measure(source_batch.learn) | batch.stats | {"updates": 0}
         updates: list[dict[str, float]] = []
-        rng = stream(self.seed, self.name, step, "minibatches")
         rejected: dict[str, float] = {}
-        for minibatch in (
-            part for _ in range(self.objective.epochs) for part in batch.minibatches(rng, self.objective.minibatches)
-        ):
+        for minibatch in self._minibatches(step, batch):
             self.attempt = Attempt(minibatch, rng_state(self.policy.device))
             stats = self.updater.step(self.policy, self.objective, minibatch)
             if "rejected" in stats:
@@ -224,6 +226,20 @@ class Stage:
             self.engine.stale = True
             stop_on_nonfinite(self, step, self.attempt, stats)
         return measure(source_batch.learn) | batch.stats | mean_of(updates) | rejected | {"updates": len(updates)}
+
+    def _minibatches(self, step: int, batch: Batch) -> Iterator[Batch]:
+        """This rank's parts of the minibatches of all epochs, about as costly as the other ranks'."""
+        rng = stream(self.seed, self.name, step, "minibatches")
+        cost, numbered, count = self.cost, self.objective.numbered, self.objective.minibatches
+        if distributed.size() == 1 or cost is None or numbered is None:
+            for _ in range(self.objective.epochs):
+                yield from batch.minibatches(rng, count)
+            return
+        batch = labelled(batch, numbered)
+        for _ in range(self.objective.epochs):
+            parts = deal(batch, rng, count, cost)
+            yield from parts
+            batch = joined(parts)
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
     def _resume(self) -> bool:

@@ -164,12 +164,12 @@ class Batch:
 
         Each of several processes splits its own, into as many parts as the others.
         """
-        chains = self._chains()
+        chains = self.chains()
         order = rng.permutation(len(chains))
         for part in np.array_split(order, min(count, distributed.all_max(len(order)))):
             yield Batch([self.sequences[index] for chain in part for index in chains[chain]])
 
-    def _chains(self) -> list[list[int]]:
+    def chains(self) -> list[list[int]]:
         """Indices of the sequences that stay together; a sequence without a chain stands alone."""
         chains: list[list[int]] = []
         for index, sequence in enumerate(self.sequences):
@@ -191,7 +191,7 @@ class Batch:
 
         parts: list[list[int]] = []
         size = widest = 0
-        for chain in sorted(self._chains(), key=width):
+        for chain in sorted(self.chains(), key=width):
             widest, own = max(widest, width(chain)), sum(sizes[index] for index in chain)
             larger = size + own if packed else widest * (len(parts[-1]) + len(chain)) if parts else 0
             if parts and larger <= max_tokens:
