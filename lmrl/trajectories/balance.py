@@ -30,9 +30,9 @@ def assign(costs: list[float], homes: list[int], ranks: int, slack: float = SLAC
     """The rank of each item such that loads are nearly equal, and few items leave their homes.
 
     Longest first (Graham, "Bounds on multiprocessing timing anomalies", 1969): an item stays at home while that has room, and
-    goes to the least loaded rank otherwise.
+    goes to the least loaded rank otherwise. Then single items change places as long as that relieves the fullest rank.
     """
-    limit = (1 + slack) * sum(costs) / ranks
+    limit = (1 + slack) * max(sum(costs) / ranks, max(costs, default=0.0))
     loads, chosen = [0.0] * ranks, [0] * len(costs)
     for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
         rank = homes[item]
@@ -40,7 +40,36 @@ def assign(costs: list[float], homes: list[int], ranks: int, slack: float = SLAC
             rank = min(range(ranks), key=lambda other: (loads[other], other != homes[item], other))
         loads[rank] += costs[item]
         chosen[item] = rank
+    while max(loads) > limit and _relieve(costs, chosen, loads):
+        pass
     return chosen
+
+
+def _relieve(costs: list[float], chosen: list[int], loads: list[float]) -> bool:
+    """Exchange an item of the fullest rank for a smaller one, or for none, so that both ranks are less full than it was;
+    False if none helps."""
+    fullest = max(range(len(loads)), key=lambda rank: loads[rank])
+    best: tuple[float, int, int, int | None] | None = None
+    for given in (item for item, rank in enumerate(chosen) if rank == fullest):
+        for taken in [None, *(item for item, rank in enumerate(chosen) if rank != fullest)]:
+            others = [rank for rank in range(len(loads)) if rank != fullest] if taken is None else [chosen[taken]]
+            change = costs[given] - (0.0 if taken is None else costs[taken])
+            if change <= 0:
+                continue
+            other = min(others, key=lambda rank: loads[rank])
+            fuller = max(loads[fullest] - change, loads[other] + change)
+            if fuller < loads[fullest] * (1 - 1e-9) and (best is None or fuller < best[0]):
+                best = fuller, given, other, taken
+    if best is None:
+        return False
+    _, given, other, taken = best
+    change = costs[given] - (0.0 if taken is None else costs[taken])
+    loads[fullest] -= change
+    loads[other] += change
+    chosen[given] = other
+    if taken is not None:
+        chosen[taken] = fullest
+    return True
 
 
 def split(costs: list[float], count: int, rng: np.random.Generator, tries: int = TRIES) -> list[list[int]]:

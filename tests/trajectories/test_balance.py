@@ -53,6 +53,8 @@ def test_longest_first_by_hand():
     assert assign([7, 6, 5, 4], [0, 1, 1, 0], 2, slack=0.0) == [0, 1, 1, 0]
     # All at home on rank 0: 7 stays, 6 goes, 5 goes to the least loaded (1), 4 fits beside 7 exactly.
     assert assign([7, 6, 5, 4], [0, 0, 0, 0], 2, slack=0.0) == [0, 1, 1, 0]
+    # 3 + 2 + 2 against 3 + 2, until a 3 and a 2 change places.
+    assert loads_of([3, 3, 2, 2, 2], assign([3, 3, 2, 2, 2], [0] * 5, 2, slack=0.0), 2) == [6, 6]
     assert assign([], [], 3) == [] and assign([0.0, 0.0], [1, 0], 2) == [1, 0]
     assert imbalance([3.0, 1.0]) == 1.5 and imbalance([0.0, 0.0]) == 1.0
 
