@@ -8,7 +8,8 @@ order.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
@@ -16,10 +17,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from lmrl.errors import RunError
+
 T = TypeVar("T")
-TIMEOUT = timedelta(hours=6)
-"""How long a rank waits for the others: one may sample or score far longer than the rest. A dead rank is noticed at
-once."""
+PATIENCE = timedelta(hours=6)
+"""How long a rank waits for the others where one may sample, score, evaluate or write far longer than the rest. A dead rank is
+noticed at once."""
+PROMPTNESS = timedelta(minutes=30)
+"""How long inside of `prompt`, where all have about the same to do: a rank that does not come hangs."""
+_prompt = False
 
 
 def size() -> int:
@@ -35,10 +41,32 @@ def is_main() -> bool:
     return rank() == 0
 
 
-@cache
 def _group() -> Any:
+    return _new_group(PROMPTNESS if _prompt else PATIENCE)
+
+
+@cache
+def _new_group(timeout: timedelta) -> Any:
     # Over gloo, so that small values neither wait for a GPU nor use its memory.
-    return dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return dist.new_group(backend="gloo", timeout=timeout)
+
+
+@contextmanager
+def prompt() -> Iterator[None]:
+    """Inside, ranks have about the same to do, and one that keeps the others waiting for minutes is given up: RunError."""
+    global _prompt
+    before, _prompt = _prompt, True
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        if size() == 1 or "timed out" not in str(error).lower() and "timeout" not in str(error).lower():
+            raise
+        raise RunError(
+            f"rank {rank()} has waited {PROMPTNESS.total_seconds() / 60:g} minutes for the other processes in an update: one of "
+            f"them hangs; end it, and go on from the last checkpoint by --resume ({str(error).strip().splitlines()[0][:160]})"
+        ) from error
+    finally:
+        _prompt = before
 
 
 def shard_bounds(count: int) -> tuple[int, int]:

@@ -216,15 +216,16 @@ class Stage:
             return measure(source_batch.learn) | batch.stats | {"updates": 0}
         updates: list[dict[str, float]] = []
         rejected: dict[str, float] = {}
-        for minibatch in self._minibatches(step, batch):
-            self.attempt = Attempt(minibatch, rng_state(self.policy.device))
-            stats = self.updater.step(self.policy, self.objective, minibatch)
-            if "rejected" in stats:
-                rejected = {"rejected_kl": stats["approx_kl"]}
-                break
-            updates.append(stats)
-            self.engine.stale = True
-            stop_on_nonfinite(self, step, self.attempt, stats)
+        with distributed.prompt():  # all ranks have come here, and none has much more to do than the others
+            for minibatch in self._minibatches(step, batch):
+                self.attempt = Attempt(minibatch, rng_state(self.policy.device))
+                stats = self.updater.step(self.policy, self.objective, minibatch)
+                if "rejected" in stats:
+                    rejected = {"rejected_kl": stats["approx_kl"]}
+                    break
+                updates.append(stats)
+                self.engine.stale = True
+                stop_on_nonfinite(self, step, self.attempt, stats)
         return measure(source_batch.learn) | batch.stats | mean_of(updates) | rejected | {"updates": len(updates)}
 
     def _minibatches(self, step: int, batch: Batch) -> Iterator[Batch]:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from lmrl import distributed
+from lmrl.errors import RunError
 from lmrl.objectives import load_objective
 from lmrl.policy.costs import pass_cost
 from lmrl.policy.load import load_policy
 from lmrl.recipe import DPOObjective, Model, Optimizer
 from lmrl.recipe.files import load_recipe
 from lmrl.recipe.objectives import OBJECTIVES
-from lmrl.training.parallel.strategy import Strategy
+from lmrl.training.parallel.strategy import Strategy, all_reduce_gradients
 from lmrl.training.train import join
 from lmrl.training.updater import Updater
 from lmrl.trajectories.balance import deal, imbalance, joined, labelled
@@ -64,6 +68,51 @@ def update(name: str, mine: list[Trajectory], exchanged: bool) -> dict:
     return {"stats": stats, "load": load, "weights": {key: value.clone() for key, value in policy.state_dict().items()}}
 
 
+def reduced() -> dict:
+    """Gradients that all, one or none of the ranks has, and the collectives that their sum takes, in buckets of 10 elements."""
+    rank, size = distributed.rank(), distributed.size()
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (4,), (5,), (25,), (1,))]
+    for number, parameter in enumerate(parameters):
+        if number != 2 and (number != 1 or rank == 0):  # the second is one rank's, the third nobody's
+            parameter.grad = torch.full_like(parameter, number + rank + 1.0)
+    count, original = [0], dist.all_reduce
+
+    def counted(*args, **kwargs):
+        count[0] += 1
+        return original(*args, **kwargs)
+
+    dist.all_reduce = counted
+    try:
+        all_reduce_gradients(parameters, bucket=10)
+    finally:
+        dist.all_reduce = original
+    alike = [one.grad is None or bool((one.grad == one.grad.flatten()[0]).all()) for one in parameters]
+    assert all(alike) and size == 2
+    return {
+        "collectives": count[0],
+        "sums": [None if one.grad is None else float(one.grad.flatten()[0]) for one in parameters],
+    }
+
+
+def waited() -> str:
+    """What a rank says that another keeps waiting in an update; elsewhere it is patient."""
+    patience, distributed.PROMPTNESS = distributed.PROMPTNESS, timedelta(seconds=1)
+    if not distributed.is_main():
+        time.sleep(2)
+    distributed.barrier()
+    said = ""
+    try:
+        with distributed.prompt():
+            distributed.barrier()  # builds the group
+            if not distributed.is_main():
+                time.sleep(3)
+            distributed.barrier()
+    except (RunError, RuntimeError) as error:  # the one that was given up finds its connection closed
+        said = str(error)
+    distributed.PROMPTNESS = patience
+    return said
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     join(load_recipe("random_walks/ppo"))
@@ -90,9 +139,11 @@ def main(folder: Path) -> None:
     received = distributed.exchange(parcels)
     expected = [[(source, distributed.rank())] * (distributed.rank() + 1) for source in range(distributed.size())]
     assert received == expected, received
+    found["reduced"] = reduced()
+    found["waited"] = waited()
     if distributed.is_main():
         (folder / "found.json").write_text(json.dumps(found))
-    distributed.barrier()
+    distributed.barrier()  # of the patient group, which is whole
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two processes exchange prepared sequences: the work is even, and the update that of one process."""
+"""Two processes exchange prepared sequences and gradients: the work is even, and the update that of one process."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,9 @@ from tests.training.test_processes import extensions, run_two  # noqa: F401
 def test_exchanged_sequences_make_the_same_update(tmp_path, extensions):  # noqa: F811
     run_two([str(Path(__file__).parent / "exchange_worker.py"), str(tmp_path)], None, extensions)
     found = json.loads((tmp_path / "found.json").read_text())
+    # One for the flags, and one for each of 6 + 4, 25 and 1 elements.
+    assert found.pop("reduced") == {"collectives": 4, "sums": [3.0, 2.0, None, 9.0, 11.0]}
+    assert "minutes for the other processes in an update: one of them hangs; end it, and go on" in found.pop("waited")
     assert set(found) == {"dpo", "grpo", "rloo"}
     for name, one in found.items():
         alone, together = one["losses"]

@@ -82,18 +82,9 @@ class Strategy:
         return torch.nn.utils.get_total_norm(gradients)
 
     def _reduce(self) -> None:
-        """All-reduce the gradients, in buckets."""
-        if distributed.size() == 1:
-            return
-        held: list[torch.nn.Parameter] = []
-        room = BUCKET
-        for parameter in self.parameters:
-            if held and room < parameter.numel():
-                all_reduce_gradients(held)
-                held, room = [], BUCKET
-            held.append(parameter)
-            room -= parameter.numel()
-        all_reduce_gradients(held)
+        """Sum the gradients over the ranks; one that no rank has stays None, as with one process."""
+        if distributed.size() > 1:
+            all_reduce_gradients(self.parameters)
 
     @contextmanager
     def gathered_weights(self) -> Iterator[None]:
@@ -141,14 +132,32 @@ def entries_of(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
     return {full.rpartition(".")[2]: value for full, value in tensors.items() if full.rpartition(".")[0] == name}
 
 
-def all_reduce_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Sum these parameters' gradients over the ranks; a gradient that no rank has stays None, as with one process."""
+def all_reduce_gradients(parameters: list[torch.nn.Parameter], bucket: int = BUCKET) -> None:
+    """Sum these parameters' gradients over the ranks, in one collective for every `bucket` elements, and one before them for
+    which gradients there are. A gradient that no rank has stays None."""
     known = distributed.all_sum([float(parameter.grad is not None) for parameter in parameters])
-    held = [parameter for parameter, count in zip(parameters, known, strict=True) if count > 0]
-    if not held:
-        return
-    parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in held]
-    flat = torch.cat([part.reshape(-1) for part in parts])
-    dist.all_reduce(flat)
-    for parameter, part in zip(held, flat.split([part.numel() for part in parts]), strict=True):
-        parameter.grad = part.view_as(parameter).clone()
+    held = [parameter for parameter, count in zip(parameters, known, strict=True) if count]
+    pending = []
+    for part in buckets(held, bucket):
+        flat = torch.cat([(torch.zeros_like(one) if one.grad is None else one.grad).reshape(-1) for one in part])
+        for one in part:
+            one.grad = None
+        # While one is under way the next is put together.
+        pending.append((part, flat, dist.all_reduce(flat, async_op=True)))
+    for part, flat, work in pending:
+        work.wait()
+        for parameter, own in zip(part, flat.split([one.numel() for one in part]), strict=True):
+            parameter.grad = own.view_as(parameter)
+
+
+def buckets(parameters: list[torch.nn.Parameter], bucket: int) -> list[list[torch.nn.Parameter]]:
+    """These in order, in parts of at most `bucket` elements of one type, or of one parameter that is larger."""
+    parts: list[list[torch.nn.Parameter]] = []
+    room = 0
+    for parameter in parameters:
+        if not parts or room < parameter.numel() or parts[-1][-1].dtype != parameter.dtype:
+            parts.append([])
+            room = bucket
+        parts[-1].append(parameter)
+        room -= parameter.numel()
+    return parts
