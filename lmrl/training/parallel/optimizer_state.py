@@ -14,8 +14,13 @@ def entry_to_tensor(key: str, value: Any) -> torch.Tensor:
     return value.clone() if key.startswith("qmap") else value
 
 
-def entry_from_tensor(key: str, value: torch.Tensor, device: torch.device) -> Any:
-    """The entry again, on the parameter's device; the count of steps stays on the CPU."""
-    if key == "step":
-        return value.clone() if value.is_floating_point() else int(value)
-    return value.to(device, copy=True)
+def entry_from_tensor(key: str, value: torch.Tensor, device: torch.device, fused: bool = False) -> Any:
+    """The entry again, on the parameter's device; the count of steps stays on the CPU, unless one kernel reads it too (`fused`)."""
+    if key == "step" and not value.is_floating_point():
+        return int(value)
+    return value.clone() if key == "step" and not fused else value.to(device, copy=True)
+
+
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """True if an optimizer updates all weights in one kernel."""
+    return any(group.get("fused") for group in optimizer.param_groups)

@@ -23,6 +23,7 @@ from lmrl.errors import NonFiniteError, RecipeError
 from lmrl.policy.load import load_weights
 from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.policy import Policy, decoder_layers
+from lmrl.training.parallel.optimizer_state import entry_from_tensor, is_fused
 from lmrl.training.parallel.strategy import Strategy, entries_of
 from lmrl.trajectories.batch import Microbatch
 
@@ -290,11 +291,13 @@ class FSDPStrategy(Strategy):
 
     def load_optimizer_tensors(self, parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
         self.optimizer.state.clear()
+        fused = is_fused(self.optimizer)
         for name, parameter in parameters.items():
             for key, value in entries_of(name, tensors).items():
+                entry = entry_from_tensor(key, value, parameter.device, fused)
                 if key != "step":
-                    value = distribute_tensor(value.to(parameter.device), self.mesh, parameter.placements)
-                self.optimizer.state[parameter][key] = value.clone()
+                    entry = distribute_tensor(entry, self.mesh, parameter.placements)
+                self.optimizer.state[parameter][key] = entry
 
 
 def prepare_for_sharding(policy: Policy, shares_weights: bool) -> None:
