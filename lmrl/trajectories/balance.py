@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,37 +80,25 @@ def split(costs: list[float], count: int, rng: np.random.Generator, tries: int =
     """
     if not costs:
         return []
-    costs_I = np.asarray(costs, dtype=np.float64)
-    order_I = np.argsort(-costs_I, kind="stable")
-    best: tuple[float, list[list[int]]] | None = None
-    for _ in range(tries):
-        parts: list[list[int]] = [[] for _ in range(count)]
-        for start in range(0, len(order_I), count):
-            block = order_I[start : start + count]
-            for item, part in zip(block, rng.permutation(count), strict=False):
-                parts[part].append(int(item))
-        most = max(float(costs_I[part].sum()) for part in parts)
-        if best is None or most < best[0]:
-            best = most, parts
-    assert best is not None
-    return [[part[at] for at in rng.permutation(len(part))] for part in best[1]]
+    blocks = -(-len(costs) // count)
+    order_BP = np.full((blocks, count), len(costs))  # the number after the last stands for no item
+    order_BP.flat[: len(costs)] = np.argsort(-np.asarray(costs), kind="stable")
+    costs_I = np.append(np.asarray(costs, dtype=np.float64), 0.0)
+    cuts = [rng.permuted(order_BP, axis=1) for _ in range(tries)]
+    best_BP = min(cuts, key=lambda cut_BP: costs_I[cut_BP].sum(0).max())
+    return [[int(item) for item in rng.permutation(part_B) if item < len(costs)] for part_B in best_BP.T]
 
 
 def labelled(batch: Batch, numbered: tuple[str, ...]) -> Batch:
-    """Copies of this rank's sequences, to be dealt: they share no memory, and their numbers say which rank prepared them.
-
-    numbered: fields that number episodes or turns.
-    """
+    """This rank's sequences, to be dealt, with numbers that say which rank prepared them. numbered: fields that number episodes or
+    turns."""
     offset = distributed.rank() << HOME
-    return Batch([_labelled(sequence, numbered, offset) for sequence in batch.sequences], batch.stats)
 
+    def label(sequence: Sequence) -> Sequence:
+        fields = {name: value + offset if name in numbered else value for name, value in sequence.fields.items()}
+        return replace(sequence, fields=fields, chain=None if sequence.chain is None else sequence.chain + offset)
 
-def _labelled(sequence: Sequence, numbered: tuple[str, ...], offset: int) -> Sequence:
-    fields = {name: value + offset if name in numbered else value.clone() for name, value in sequence.fields.items()}
-    tensors = {name: getattr(sequence, name).clone() for name in ("tokens", "states", "targets")}
-    branches = None if sequence.branches is None else sequence.branches.clone()
-    chain = None if sequence.chain is None else sequence.chain + offset
-    return replace(sequence, fields=fields, chain=chain, branches=branches, **tensors)
+    return Batch([label(sequence) for sequence in batch.sequences], batch.stats)
 
 
 def deal(batch: Batch, rng: np.random.Generator, count: int, cost: Cost) -> list[Batch]:
@@ -124,18 +113,41 @@ def deal(batch: Batch, rng: np.random.Generator, count: int, cost: Cost) -> list
     homes = [rank for rank, part in enumerate(gathered) for _ in part]
     first = sum(len(part) for part in gathered[: distributed.rank()])
     parts = split(costs, min(count, len(costs)), rng)
-    parcels: list[list[tuple[int, list[Sequence]]]] = [[] for _ in range(distributed.size())]
+    dealt: list[list[Sequence]] = [[] for _ in parts]
+    parcels: list[list[tuple[int, list[dict[str, Any]]]]] = [[] for _ in range(distributed.size())]
     for number, part in enumerate(parts):
         ranks = assign([costs[item] for item in part], [homes[item] for item in part], distributed.size())
         for item, rank in zip(part, ranks, strict=True):
             if homes[item] == distributed.rank():
-                chain = chains[item - first]
-                parcels[rank].append((number, [batch.sequences[index] for index in chain]))
-    dealt: list[list[Sequence]] = [[] for _ in parts]
+                own_chain = [batch.sequences[index] for index in chains[item - first]]
+                if rank == distributed.rank():
+                    dealt[number] += own_chain
+                else:
+                    parcels[rank].append((number, [_to_arrays(sequence) for sequence in own_chain]))
     for received in distributed.exchange(parcels):
         for number, sequences in received:
-            dealt[number] += sequences
+            dealt[number] += [_from_arrays(arrays) for arrays in sequences]
     return [Batch(sequences) for sequences in dealt]
+
+
+def _to_arrays(sequence: Sequence) -> dict[str, Any]:
+    """A sequence's attributes, tensors as arrays: these pickle a hundred times as fast, and without what they are views of."""
+    fields = {name: _to_array(value) for name, value in sequence.fields.items()}
+    return {name: _to_array(value) for name, value in vars(sequence).items()} | {"fields": fields}
+
+
+def _from_arrays(arrays: dict[str, Any]) -> Sequence:
+    fields = {name: _from_array(value) for name, value in arrays["fields"].items()}
+    return Sequence(**({name: _from_array(value) for name, value in arrays.items()} | {"fields": fields}))
+
+
+def _to_array(value: Any) -> Any:
+    has_array = isinstance(value, torch.Tensor) and value.dtype is not torch.bfloat16
+    return value.cpu().numpy() if has_array else value
+
+
+def _from_array(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 def joined(parts: list[Batch]) -> Batch:

@@ -1,11 +1,24 @@
 """Sequences over ranks and minibatches: nearly equal loads, chains whole, nothing lost."""
 
+import pickle
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from lmrl.policy.costs import PassCost, pass_cost
-from lmrl.trajectories.balance import assign, deal, imbalance, joined, labelled, loads_of, split
+from lmrl.trajectories.balance import (
+    _from_arrays,
+    _to_arrays,
+    assign,
+    deal,
+    imbalance,
+    joined,
+    labelled,
+    loads_of,
+    split,
+)
 from lmrl.trajectories.batch import Batch, Sequence
 
 COST = PassCost(token=2e9, action=5e8, pair=6e4)
@@ -105,6 +118,20 @@ def test_minibatches_keep_chains_whole():
     assert sorted(len(one.tokens) for one in joined(parts).sequences) == [4 + n for n in range(12)]
     assert len(deal(labelled(batch, ()), np.random.default_rng(0), 100, COST)) == 6  # as many as there are chains
     assert deal(Batch([]), np.random.default_rng(0), 3, COST) == []
+
+
+def test_sequences_travel_as_they_are():
+    sent = replace(sequence(4, 2, chain=5, zero=True), branches=torch.tensor([0, 0, 1, 2]))
+    numbers = torch.arange(10.0)
+    sent.fields = {"a": numbers[4:6], "b": torch.tensor([True, False]), "c": numbers[:2].bfloat16()}
+    data = pickle.dumps(_to_arrays(sent))
+    found = _from_arrays(pickle.loads(data))
+    assert (found.chain, found.zero_gradient) == (5, True) and found.fields.keys() == sent.fields.keys()
+    for name in ("tokens", "states", "targets", "branches"):
+        assert torch.equal(getattr(found, name), getattr(sent, name))
+    for name, value in sent.fields.items():
+        assert torch.equal(found.fields[name], value) and found.fields[name].dtype == value.dtype
+    assert len(pickle.dumps(_to_arrays(replace(sent, fields={"a": torch.zeros(100_000)[:2]})))) < 2_000  # not the whole
 
 
 def test_labels_tell_ranks_apart(monkeypatch):
