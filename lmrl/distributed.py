@@ -101,7 +101,7 @@ def exchange(parcels: Sequence[Sequence[T]]) -> list[list[T]]:
     for distance in range(1, size()):
         after, before = (rank() + distance) % size(), (rank() - distance) % size()
         data = torch.empty(lengths[before][rank()], dtype=torch.uint8)
-        pending = dist.isend(sent[after], after, group=group)
+        pending: Any = dist.isend(sent[after], after, group=group)
         dist.recv(data, before, group=group)
         pending.wait()
         found[before] = pickle.loads(data.numpy().tobytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from lmrl.policy.policy import Policy
 from lmrl.trajectories.batch import Sequence
@@ -28,7 +29,8 @@ class PassCost:
 def pass_cost(policy: Policy) -> PassCost:
     """The costs of a policy's passes, from its sizes (Kaplan et al., arXiv 2001.08361, table 1). Attention is causal: a token sees
     half of the others on average."""
-    config = policy.causal_lm.config.get_text_config()
+    lm: Any = policy.causal_lm
+    config = lm.config.get_text_config()
     parameters, hidden = policy.size
     vocabulary = policy.vocabulary.shape[0]
     tables = vocabulary * hidden * (1 if getattr(config, "tie_word_embeddings", False) else 2)

@@ -28,7 +28,7 @@ def arguments(quantization: str | None, dtype: torch.dtype, key: str) -> dict[st
     if quantization is None:
         return {}
     need("bitsandbytes", f"{key}: quantization={quantization}", ModelError)
-    config = transformers.BitsAndBytesConfig(
+    config = transformers.BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization,
         bnb_4bit_use_double_quant=True,
@@ -40,31 +40,33 @@ def arguments(quantization: str | None, dtype: torch.dtype, key: str) -> dict[st
 def keep_layout(model: nn.Module) -> None:
     """Keep 4-bit weights as they were read: on some CPUs bitsandbytes packs them for its kernel at the first pass without
     gradient, and a later pass with one would silently have none."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
-def is_quantized(parameter: torch.Tensor) -> bool:
+def is_quantized(parameter: Any) -> bool:
     """True for a weight that bitsandbytes holds in 4 bits."""
     return getattr(parameter, "quant_state", None) is not None
 
 
-def numel(parameter: torch.Tensor) -> int:
+def numel(parameter: Any) -> int:
     """Numbers that a parameter stands for, however it is stored."""
-    return math.prod(parameter.quant_state.shape) if is_quantized(parameter) else parameter.numel()
+    return math.prod(parameter.quant_state.shape) if is_quantized(parameter) else int(parameter.numel())
 
 
-def dequantized(parameter: torch.Tensor) -> torch.Tensor:
+def dequantized(parameter: Any) -> torch.Tensor:
     """The weight as passes compute with it; one that is not quantized as it is."""
-    if not is_quantized(parameter):
-        return parameter.detach()
-    from bitsandbytes.functional import dequantize_4bit
+    whole: torch.Tensor = parameter.detach()
+    if is_quantized(parameter):
+        from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(parameter.data, parameter.quant_state)
+        whole = dequantize_4bit(parameter.data, parameter.quant_state)
+    return whole
 
 
-def plain_config(lm: nn.Module) -> Any:
+def plain_config(lm: Any) -> Any:
     """A model's configuration without its quantization, which merged weights have not."""
     config = copy.deepcopy(lm.config)
     if hasattr(config, "quantization_config"):
@@ -72,32 +74,26 @@ def plain_config(lm: nn.Module) -> Any:
     return config
 
 
-def plain_copy(lm: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
+def plain_copy(lm: Any, weights: dict[str, torch.Tensor]) -> nn.Module:
     """An ordinary model of these weights, named as in `merged_tensors`, with the configuration of a quantized one."""
     config = plain_config(lm)
     with torch.device("meta"):
-        model = type(lm)(config)
+        model: Any = type(lm)(config)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise ModelError(f"the quantized model has no weights for '{left[0]}'")
-    for module in model.modules():  # computed from the configuration, and in no state_dict
+    for place, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:
-                own = lm.get_submodule(_name_of(model, module))
-                module.register_buffer(
-                    name, getattr(own, name), persistent=name not in module._non_persistent_buffers_set
-                )
+            if buffer.is_meta:  # computed from the configuration, and in no state_dict
+                kept = name not in module._non_persistent_buffers_set
+                module.register_buffer(name, getattr(lm.get_submodule(place), name), persistent=kept)
     model.generation_config = copy.deepcopy(getattr(lm, "generation_config", None))
-    for name in ("_weight_conversions",):  # by which transformers writes weights under other names than it holds them
-        if hasattr(lm, name):
-            setattr(model, name, getattr(lm, name))
-    return model
-
-
-def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, one in model.named_modules() if one is module)
+    if hasattr(lm, "_weight_conversions"):  # transformers writes some weights under other names than it holds them
+        model._weight_conversions = lm._weight_conversions
+    whole: nn.Module = model
+    return whole
 
 
 # ------------------------------------------------------------------------------------------------------------------ files

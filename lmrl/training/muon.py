@@ -8,7 +8,7 @@ biases and heads stay with AdamW, as both papers advise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 
 from lmrl.policy.policy import Policy
 
-MUON = {"momentum": 0.95, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
+MUON: dict[str, Any] = {"momentum": 0.95, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
 """Momentum and its use as in both papers."""
 
 
@@ -33,7 +33,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         """What the last step has orthogonalized, in the bfloat16 that Muon computes in: with it a step can be undone."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         self.muon.step()
         self.adamw.step()
         (group,) = self.muon.param_groups
