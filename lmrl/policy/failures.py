@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
+from lmrl.errors import ModelError
 from lmrl.local_names import HUB_NAME
 from lmrl.run import RECIPE_FILE, checkpoints_in
 
@@ -91,3 +96,32 @@ def _instead(folder: Path) -> str:
 def _first_sentence(text: str) -> str:
     end = text.find(". ")
     return text[: end if 0 < end < 300 else 300].rstrip(" .:")
+
+
+def refuse_missing_weights(model: nn.Module, missing: Iterable[str], with_head: bool, key: str, path: str) -> None:
+    """Raise ModelError where weights are missing that would be random. with_head: those of the head too, which is no new one."""
+    trunk = f"{model.base_model_prefix}."
+    lost = sorted(name for name in missing if with_head or name.startswith(trunk))
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise ModelError(
+            f"{key}: '{path}' has no weights for '{lost[0]}'{more}, which would be random: the folder is incomplete, "
+            "or its config.json describes another model"
+        )
+
+
+def refuse_broken(model: nn.Module, tokenizer: Any, key: str, path: str) -> None:
+    """Raise ModelError for weights that are no numbers, and for tokens that have no embedding."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.sum())):
+            if not bool(torch.isfinite(parameter).all()):  # a sum may be infinite by itself
+                raise ModelError(
+                    f"{key}: '{path}' has NaN or infinity in '{name}': the file is damaged, or its training broke down"
+                )
+    embeddings = model.get_input_embeddings()
+    rows, tokens = getattr(embeddings, "num_embeddings", None), len(tokenizer)
+    if rows is not None and tokens > rows:
+        raise ModelError(
+            f"{key}: the tokenizer of '{path}' has {tokens} tokens, but the model embeds {rows}: they do not belong "
+            "together"
+        )

@@ -5,31 +5,27 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import nn
 
-from lmrl.errors import DataError, ModelError, did_you_mean
+from lmrl.errors import ModelError, did_you_mean
 from lmrl.extras import need
-from lmrl.local_names import refuse_missing as refuse_missing_path
 from lmrl.policy import quantized
+from lmrl.policy.adapters import ADAPTER_CONFIG, add_adapter, base_of, labels_of_adapter, quiet_peft, with_lora
 from lmrl.policy.classifier import Classifier
-from lmrl.policy.failures import broken_file, load_failure
+from lmrl.policy.failures import broken_file, load_failure, refuse_broken, refuse_missing_weights
 from lmrl.policy.heads import HeadsSpec
 from lmrl.policy.merged import merged_tensors
-from lmrl.policy.policy import REFERENCE_ADAPTER, Policy, saved_heads
+from lmrl.policy.policy import Policy, saved_heads
 from lmrl.policy.quantized import is_quantized, plain_copy, saved_quantization
 from lmrl.policy.tokenizers import build_tokenizer
-from lmrl.recipe import Lora, Model
+from lmrl.recipe import Model
 
-ADAPTER_CONFIG = "adapter_config.json"
 CAUSAL_LM = transformers.AutoModelForCausalLM
 CLASSIFIER = transformers.AutoModelForSequenceClassification
 
@@ -73,7 +69,7 @@ def load_policy(
         quantization = _agreed_quantization(options, origin)
     kind = None
     if options.lora is not None:
-        model, kind = _with_lora(model, options.lora, origin, options.revision, reference)
+        model, kind = with_lora(model, options.lora, origin, options.revision, reference)
     elif hasattr(model, "peft_config"):
         model = _merged(model)
     if options.lora is None:
@@ -157,7 +153,7 @@ def load_classifier(
             model = model.merge_and_unload()
         model.to(getattr(torch, options.dtype))
     if options.lora is not None:
-        model = _add_adapter(model, options.lora, "SEQ_CLS", options.revision)
+        model = add_adapter(model, options.lora, "SEQ_CLS", options.revision)
     else:
         model.requires_grad_(True)
     for parameter in model.parameters():
@@ -311,7 +307,7 @@ def _open(
             f"{key}: '{path}' is a sequence classifier, such as a reward model, and no language model: name it as "
             "`model` under task.rewards"
         )
-    refuse_missing(model, found["missing_keys"], auto, key, path)
+    refuse_missing_weights(model, found["missing_keys"], auto is CAUSAL_LM, key, path)
     refuse_broken(model, tokenizer, key, path)
     if complete and found["missing_keys"]:
         raise ModelError(
@@ -325,35 +321,6 @@ def _open(
     model.config._name_or_path = path
     quantized.keep_layout(model)
     return model, tokenizer
-
-
-def refuse_missing(model: nn.Module, missing: Iterable[str], auto: type, key: str, path: str) -> None:
-    """Raise ModelError where weights are missing that a fresh head does not explain: they would be random."""
-    trunk = f"{model.base_model_prefix}."
-    lost = sorted(name for name in missing if auto is CAUSAL_LM or name.startswith(trunk))
-    if lost:
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        raise ModelError(
-            f"{key}: '{path}' has no weights for '{lost[0]}'{more}, which would be random: the folder is incomplete, "
-            "or its config.json describes another model"
-        )
-
-
-def refuse_broken(model: nn.Module, tokenizer: Any, key: str, path: str) -> None:
-    """Raise ModelError for weights that are no numbers, and for tokens that have no embedding."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.sum())):
-            if not bool(torch.isfinite(parameter).all()):  # a sum may be infinite by itself
-                raise ModelError(
-                    f"{key}: '{path}' has NaN or infinity in '{name}': the file is damaged, or its training broke down"
-                )
-    embeddings = model.get_input_embeddings()
-    rows, tokens = getattr(embeddings, "num_embeddings", None), len(tokenizer)
-    if rows is not None and tokens > rows:
-        raise ModelError(
-            f"{key}: the tokenizer of '{path}' has {tokens} tokens, but the model embeds {rows}: they do not belong "
-            "together"
-        )
 
 
 def _open_adapter(
@@ -374,7 +341,7 @@ def _open_adapter(
     except Exception as error:  # no JSON, or a type that this version does not know
         raise ModelError(load_failure(str(folder), key, error)) from error
     if auto is CLASSIFIER:
-        labels = _labels_of_adapter(folder)
+        labels = labels_of_adapter(folder)
         if complete and labels is None:
             raise ModelError(
                 f"{key}: '{folder}' is an adapter without a classification head, so its scores would be random"
@@ -383,7 +350,7 @@ def _open_adapter(
         config.task_type = None  # an adapter of a language model fits the trunk of a classifier
     elif str(config.task_type).endswith("SEQ_CLS"):
         raise ModelError(f"{key}: '{folder}' is an adapter of a sequence classifier, and of no language model")
-    base = _base_of(folder, config, key)
+    base = base_of(folder, config, key)
     model, tokenizer = _open(
         base, dtype, trust_remote_code, config.revision, auto=auto, key=key, quantization=quantization, **more
     )
@@ -406,31 +373,6 @@ def _open_adapter(
     return model, tokenizer
 
 
-def _base_of(folder: Path, config: Any, key: str) -> str:
-    """The model that an adapter belongs to. Raises ModelError where it is not named, or no longer there."""
-    base = config.base_model_name_or_path
-    place = f"base_model_name_or_path in {folder / ADAPTER_CONFIG}"
-    if not base:
-        raise ModelError(f"{key}: the adapter '{folder}' does not say which model it belongs to: set {place}")
-    try:
-        refuse_missing_path(base, key)
-    except DataError as error:
-        raise ModelError(
-            f"{key}: the adapter '{folder}' belongs to the model '{base}', which is not there: put it back, or set {place} "
-            "to where it is now"
-        ) from error
-    return base
-
-
-def _labels_of_adapter(folder: Path) -> int | None:
-    """Outputs of the classification head that an adapter brings along; None where it brings none."""
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError(f"'{folder}' holds no adapter_model.safetensors (pickled weights are not read)")
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        heads = [name for name in file.keys() if name.endswith(("score.weight", "classifier.weight"))]
-        return file.get_slice(heads[0]).get_shape()[0] if heads else None
-
-
 def _is_classifier(config: Any) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
@@ -443,99 +385,3 @@ def newest_checkpoint(path: str) -> Path:
     from lmrl.run import final_checkpoint
 
     return final_checkpoint(folder)
-
-
-def _with_lora(
-    model: nn.Module, lora: Lora, origin: str | None, revision: str | None, reference: bool
-) -> tuple[nn.Module, str | None]:
-    """Add an adapter, or go on with the one that is there; and say which kind of reference that allows."""
-    if not hasattr(model, "peft_config"):
-        return _add_adapter(model, lora, "CAUSAL_LM", revision), "adapter_off"
-    found = model.peft_config["default"]
-    if (found.r, found.lora_alpha) != (lora.r, lora.alpha):
-        raise ModelError(
-            f"model.lora: '{origin}' is an adapter with r={found.r} and alpha={found.lora_alpha}, but the recipe asks for "
-            f"r={lora.r} and alpha={lora.alpha}: make them equal"
-        )
-    for name in ("use_rslora", "use_dora", "modules_to_save", "target_parameters"):
-        own, asked = getattr(found, name), getattr(lora, name)
-        # peft itself adds parameters to those that were named.
-        if own != asked if isinstance(asked, bool) else not set(asked or ()) <= set(own or ()):
-            raise ModelError(
-                f"model.lora.{name}: '{origin}' is an adapter with {name}={own}, but the recipe asks for {asked}: make them equal"
-            )
-    if reference:
-        with quiet_peft():
-            model.load_adapter(origin, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
-        _tie_copies(model.get_base_model(), REFERENCE_ADAPTER)
-        model.set_adapter("default")
-    return model, "adapter"
-
-
-def _add_adapter(model: nn.Module, lora: Lora, task: str, revision: str | None) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        target_parameters=lora.target_parameters,
-        modules_to_save=lora.modules_to_save,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        # Else the merged model, which has one matrix, would not be what was trained.
-        ensure_weight_tying=tied and lora.modules_to_save is not None,
-        task_type=task,
-        revision=revision,
-    )
-    _refuse_unknown_layers(model, lora)
-    named = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
-    targets = {name.rpartition(".")[2] for name in named}
-    if tied and targets & {"embed_tokens", "lm_head"}:
-        raise ModelError(
-            "model.lora.target_modules: the model's embeddings and its head are one matrix, to which peft cannot add one "
-            "adapter: name embed_tokens under model.lora.modules_to_save"
-        )
-    try:
-        with quiet_peft():
-            return get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"model.lora: {str(error).splitlines()[0]}") from error
-
-
-@contextmanager
-def quiet_peft() -> Iterator[None]:
-    """Inside, peft does not warn about tied weights, which are seen to here, nor about patterns of its own for experts."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`")
-        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
-        yield
-
-
-def _tie_copies(lm: nn.Module, adapter: str) -> None:
-    """Let an adapter's copies of embeddings and head share their weights, where the model's do: peft ties the first adapter's
-    alone."""
-    embeddings, head = lm.get_input_embeddings(), lm.get_output_embeddings()
-    if not lm.config.get_text_config().tie_word_embeddings or not hasattr(embeddings, "modules_to_save"):
-        return
-    source = embeddings.modules_to_save[adapter]
-    head.update(adapter, tied_module=source)
-    head.modules_to_save[adapter].weight = source.weight
-
-
-def _refuse_unknown_layers(model: nn.Module, lora: Lora) -> None:
-    """Raise ModelError for names that fit nothing: peft would ignore one beside others that fit."""
-    layers = [name for name, _ in model.named_modules()]
-    parameters = [name for name, _ in model.named_parameters()]
-    for key, wanted, names in (
-        ("modules_to_save", lora.modules_to_save, layers),
-        ("target_parameters", lora.target_parameters, parameters),
-    ):
-        for name in wanted or ():
-            if not any(f".{one}".endswith(f".{name}") for one in names):
-                raise ModelError(
-                    f"model.lora.{key}: the model has no '{name}'"
-                    f"{did_you_mean(name, {one.rpartition('.')[2] for one in names})}"
-                )

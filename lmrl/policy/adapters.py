@@ -1,0 +1,140 @@
+"""LoRA adapters on a model: new ones, those that are there, and what belongs to them in a folder."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import nn
+
+from lmrl.errors import DataError, ModelError, did_you_mean
+from lmrl.local_names import refuse_missing
+from lmrl.policy.policy import REFERENCE_ADAPTER
+from lmrl.recipe import Lora
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def with_lora(
+    model: nn.Module, lora: Lora, origin: str | None, revision: str | None, reference: bool
+) -> tuple[nn.Module, str | None]:
+    """Add an adapter, or go on with the one that is there; and say which kind of reference that allows."""
+    if not hasattr(model, "peft_config"):
+        return add_adapter(model, lora, "CAUSAL_LM", revision), "adapter_off"
+    found = model.peft_config["default"]
+    if (found.r, found.lora_alpha) != (lora.r, lora.alpha):
+        raise ModelError(
+            f"model.lora: '{origin}' is an adapter with r={found.r} and alpha={found.lora_alpha}, but the recipe asks for "
+            f"r={lora.r} and alpha={lora.alpha}: make them equal"
+        )
+    for name in ("use_rslora", "use_dora", "modules_to_save", "target_parameters"):
+        own, asked = getattr(found, name), getattr(lora, name)
+        # peft itself adds parameters to those that were named.
+        if own != asked if isinstance(asked, bool) else not set(asked or ()) <= set(own or ()):
+            raise ModelError(
+                f"model.lora.{name}: '{origin}' is an adapter with {name}={own}, but the recipe asks for {asked}: make them equal"
+            )
+    if reference:
+        with quiet_peft():
+            model.load_adapter(origin, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
+        _tie_copies(model.get_base_model(), REFERENCE_ADAPTER)
+        model.set_adapter("default")
+    return model, "adapter"
+
+
+def add_adapter(model: nn.Module, lora: Lora, task: str, revision: str | None) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        target_parameters=lora.target_parameters,
+        modules_to_save=lora.modules_to_save,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        # Else the merged model, which has one matrix, would not be what was trained.
+        ensure_weight_tying=tied and lora.modules_to_save is not None,
+        task_type=task,
+        revision=revision,
+    )
+    _refuse_unknown_layers(model, lora)
+    named = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
+    targets = {name.rpartition(".")[2] for name in named}
+    if tied and targets & {"embed_tokens", "lm_head"}:
+        raise ModelError(
+            "model.lora.target_modules: the model's embeddings and its head are one matrix, to which peft cannot add one "
+            "adapter: name embed_tokens under model.lora.modules_to_save"
+        )
+    try:
+        with quiet_peft():
+            return get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"model.lora: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Inside, peft does not warn about tied weights, which are seen to here, nor about patterns of its own for experts."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`")
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+        yield
+
+
+def _tie_copies(lm: nn.Module, adapter: str) -> None:
+    """Let an adapter's copies of embeddings and head share their weights, where the model's do: peft ties the first adapter's
+    alone."""
+    embeddings, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    if not lm.config.get_text_config().tie_word_embeddings or not hasattr(embeddings, "modules_to_save"):
+        return
+    source = embeddings.modules_to_save[adapter]
+    head.update(adapter, tied_module=source)
+    head.modules_to_save[adapter].weight = source.weight
+
+
+def _refuse_unknown_layers(model: nn.Module, lora: Lora) -> None:
+    """Raise ModelError for names that fit nothing: peft would ignore one beside others that fit."""
+    layers = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters()]
+    for key, wanted, names in (
+        ("modules_to_save", lora.modules_to_save, layers),
+        ("target_parameters", lora.target_parameters, parameters),
+    ):
+        for name in wanted or ():
+            if not any(f".{one}".endswith(f".{name}") for one in names):
+                raise ModelError(
+                    f"model.lora.{key}: the model has no '{name}'"
+                    f"{did_you_mean(name, {one.rpartition('.')[2] for one in names})}"
+                )
+
+
+def base_of(folder: Path, config: Any, key: str) -> str:
+    """The model that an adapter belongs to. Raises ModelError where it is not named, or no longer there."""
+    base = config.base_model_name_or_path
+    place = f"base_model_name_or_path in {folder / ADAPTER_CONFIG}"
+    if not base:
+        raise ModelError(f"{key}: the adapter '{folder}' does not say which model it belongs to: set {place}")
+    try:
+        refuse_missing(base, key)
+    except DataError as error:
+        raise ModelError(
+            f"{key}: the adapter '{folder}' belongs to the model '{base}', which is not there: put it back, or set {place} "
+            "to where it is now"
+        ) from error
+    return base
+
+
+def labels_of_adapter(folder: Path) -> int | None:
+    """Outputs of the classification head that an adapter brings along; None where it brings none."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"'{folder}' holds no adapter_model.safetensors (pickled weights are not read)")
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        heads = [name for name in file.keys() if name.endswith(("score.weight", "classifier.weight"))]
+        return file.get_slice(heads[0]).get_shape()[0] if heads else None
