@@ -1,6 +1,5 @@
 """Supervised fine-tuning side by side with trl's SFTTrainer: tokens that carry loss per second, and peak memory.
 
-    ../shared/bin/get-smollm2 FOLDER
     python benchmarks/sft.py --model FOLDER --data ROWS.jsonl [--rounds 3]
 
 Each side works in a process of its own, in turn: the same rows of prompt and completion in the same tokens, loss on completions alone,
