@@ -107,13 +107,13 @@ def resolve(environment: str | None, overrides: list[str], saved: dict[str, Any]
         document.data = merge(document.data, {"task": {"environment": environment}})
         if "environment" not in saved.get("task", {}):
             document.data["task"] = {"environment": environment}  # a task of prompts has other keys
+    for override in overrides:
+        apply_override(document, override)
     if "task" not in document.data:
         raise RecipeError(
             "the policy does not say what it was trained for: name what to play, --environment NAME (lmrl ls environments "
-            "shows them)"
+            "shows them), or task.prompts.path=FILE"
         )
-    for override in overrides:
-        apply_override(document, override)
     resolve_files(document.data, Path.cwd())
     plan = validate(Collection, document)
     if isinstance(plan.task, PromptTask) and plan.task.prompts.holdout == 1:

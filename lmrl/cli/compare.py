@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmrl.cli.common import Debug, Policies, RunCode, TrustRemoteCode, listed, read_options, split_policies, weights
+from lmrl.cli.common import (
+    Debug,
+    EndpointOptions,
+    Policies,
+    RunCode,
+    TrustRemoteCode,
+    endpoint_of,
+    listed,
+    read_options,
+    split_policies,
+    weights,
+)
 from lmrl.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -65,6 +76,7 @@ def command(
         ),
     ] = None,
     samples: Annotated[int, typer.Option("--samples", help="Samples to show, those that changed most")] = 3,
+    endpoint: EndpointOptions = None,
     run_code: RunCode = False,
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
@@ -109,6 +121,7 @@ def command(
         control,
         judge,
         options,
+        endpoint_of(endpoint, names),
     )
     _show(found)
     if json is not None:

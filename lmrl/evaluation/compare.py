@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmrl.engines.remote import Endpoint
 from lmrl.errors import RecipeError, RunError
 from lmrl.evaluation.api import NamedSuite, evaluator_for, score_rows
 from lmrl.evaluation.bridges import harness_task
@@ -37,6 +38,7 @@ def compare(
     control: str | None = None,
     judge: str | None = None,
     judge_options: Mapping[str, Any] = {},
+    endpoint: Endpoint | None = None,
 ) -> Comparison:
     """Compare policies with the first of them: differences of the same samples, with intervals and p-values.
 
@@ -45,7 +47,7 @@ def compare(
     `Comparison.require`.
     metrics: what to compare (default: the suite's). log: a folder to keep what is played. run_code: allow a suite to run
     code that the policies write. control: a metric, such as `length`, at equal values of which the others are compared too.
-    judge, judge_options: a judge of pairs of answers, see `load_judge`.
+    judge, judge_options: a judge of pairs of answers, see `load_judge`. endpoint: how policies that are addresses are asked.
     Raises RunError for logs of different suites, RecipeError for a metric or policy that there is not.
     """
     if harness_task(suite) is not None:
@@ -80,6 +82,7 @@ def compare(
             trust_remote_code,
             given=common.suite if common else None,
             run_code=run_code,
+            endpoint=endpoint,
         )
         common = common or Common.of(evaluator)
         for row, _, episodes in score_rows(evaluator, contender, betas, log, several=len(fresh) > 1):

@@ -174,3 +174,32 @@ def test_an_address_plays_an_environment_and_is_learned_from():
     assert not any(row.get("segments") for row in rows)
     longest = max((body["messages"] for _, _, body in stub.seen), key=len)
     assert [one["content"] for one in longest] == ["at 0", "go 0", "at 1", "go 1", "at 2"]
+
+
+def test_two_addresses_are_compared():
+    def knows_all(path, body, number):
+        return chat_answer(str(2 * int(body["messages"][-1]["content"].split()[0])))
+
+    with stub_openai(adds) as some, stub_openai(knows_all) as all_:
+        names = [f"{some.url}#m", f"{all_.url}#m"]
+        options = ["--endpoint", "retries=0", "--json", "out.json"]
+        done = CliRunner().invoke(app, ["compare", *names, "--suite", "sums.yaml", *options])
+    assert done.exit_code == 0, done.output
+    assert len(some.seen) == len(all_.seen) == 8
+    assert "0.250" in done.output  # 8 / 8 - 6 / 8
+
+
+@pytest.mark.parametrize("player", ["address", "folder"])
+def test_prompts_of_a_file_are_played(player, tiny_folder):
+    with stub_openai(adds) as stub:
+        policy = f"{stub.url}#m" if player == "address" else str(tiny_folder)
+        changes = [
+            "task.prompts.path=sums.jsonl",
+            "task.prompts.holdout=0",
+            "task.rewards=r.py:right",
+            "rollouts.max_new_tokens=4",
+        ]
+        done = CliRunner().invoke(app, ["collect", policy, *changes, "-n", "5", "-o", "out.jsonl"])
+        assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert len(rows) == 5 and all(row["reward"] in (0, 1) for row in rows)
