@@ -20,7 +20,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def with_lora(
-    model: nn.Module, lora: Lora, origin: str | None, revision: str | None, reference: bool
+    model: Any, lora: Lora, origin: str | None, revision: str | None, reference: bool
 ) -> tuple[nn.Module, str | None]:
     """Add an adapter, or go on with the one that is there; and say which kind of reference that allows."""
     if not hasattr(model, "peft_config"):
@@ -46,13 +46,13 @@ def with_lora(
     return model, "adapter"
 
 
-def add_adapter(model: nn.Module, lora: Lora, task: str, revision: str | None) -> nn.Module:
+def add_adapter(model: Any, lora: Lora, task: str, revision: str | None) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number goes
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         target_parameters=lora.target_parameters,
@@ -88,7 +88,7 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
-def _tie_copies(lm: nn.Module, adapter: str) -> None:
+def _tie_copies(lm: Any, adapter: str) -> None:
     """Let an adapter's copies of embeddings and head share their weights, where the model's do: peft ties the first adapter's
     alone."""
     embeddings, head = lm.get_input_embeddings(), lm.get_output_embeddings()
@@ -128,7 +128,7 @@ def base_of(folder: Path, config: Any, key: str) -> str:
             f"{key}: the adapter '{folder}' belongs to the model '{base}', which is not there: put it back, or set {place} "
             "to where it is now"
         ) from error
-    return base
+    return str(base)
 
 
 def labels_of_adapter(folder: Path) -> int | None:

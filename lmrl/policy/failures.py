@@ -110,7 +110,7 @@ def refuse_missing_weights(model: nn.Module, missing: Iterable[str], with_head: 
         )
 
 
-def refuse_broken(model: nn.Module, tokenizer: Any, key: str, path: str) -> None:
+def refuse_broken(model: Any, tokenizer: Any, key: str, path: str) -> None:
     """Raise ModelError for weights that are no numbers, and for tokens that have no embedding."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter.sum())):
