@@ -163,6 +163,11 @@ def _harness_report(
 
     rows, episodes = {}, {}
     for contender in found:
+        if is_address(contender.path):
+            raise RecipeError(
+                f"--suite {HARNESS}{task}: lm-eval asks for log-likelihoods, which an address does not tell: name the model itself, "
+                "a folder or a name on the hub"
+            )
         policy = open_policy(contender.path, dtype_of(Path(contender.path)), trust_remote_code)
         policy.to(default_device())
         rows[contender.label], episodes[contender.label], played = run_harness(policy, task, options, run_code)
