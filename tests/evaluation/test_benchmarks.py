@@ -52,11 +52,14 @@ def test_gsm8k_prompt_has_five_examples_and_the_question():
     assert rows[1]["prompt"].split("\n\n")[:5] != shown[:5]
 
 
-def test_math_500_prompt_is_minervas():
-    row = rows_of("math_500")[0]
-    assert row["prompt"].startswith("Problem:\nFind the domain of the expression")
-    assert row["prompt"].count("I hope it is correct.\n\nProblem:") == 4
+def test_math_500_prompt_is_minervas(tmp_path):
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text("".join(json.dumps({"problem": f"{n}?", "solution": f"${n}$."}) + "\n" for n in range(4)))
+    row = rows_of("math_500", f"examples={examples}", "shots=4")[0]
+    assert row["prompt"].startswith("Problem:\n0?\n\nSolution: $0$.\n\nProblem:\n1?")
+    assert row["prompt"].count("Solution: $") == 4
     assert row["prompt"].endswith("\n\nProblem:\nWhat is $2+3$?\n\nSolution:")
+    assert rows_of("math_500")[0]["prompt"] == "Problem:\nWhat is $2+3$?\n\nSolution:"
     assert row["answer"] == "We add: $2+3=\\boxed{5}$."
 
 
