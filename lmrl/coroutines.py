@@ -88,3 +88,4 @@ async def watched(awaitable: Awaitable[T], check: Callable[[], None]) -> T:
         return task.result()
     finally:
         task.cancel()
+        del task  # it holds the error, whose traceback holds this frame

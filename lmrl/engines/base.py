@@ -252,7 +252,10 @@ class Engine:
             self._news = asyncio.Event()
             self._driver = asyncio.get_running_loop().create_task(self._drive())
         self._news.set()
-        return await request.future
+        try:
+            return await request.future
+        finally:
+            del request  # it holds the error, whose traceback holds this frame
 
     async def _drive(self) -> None:
         """Serve requests until there are none. An error ends all of them."""
@@ -270,7 +273,7 @@ class Engine:
         except BaseException as error:
             for request in [*arrived, *self._waiting, *self.abandon()]:
                 request.fail(error)
-            self._waiting = []
+            self._waiting, arrived = [], []
             if isinstance(error, KeyboardInterrupt | SystemExit | asyncio.CancelledError):
                 raise
 

@@ -13,6 +13,7 @@ left of a torn one is cut off, and the part is played again with the same random
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -228,21 +229,23 @@ def play_into_log(
     and written at once. Raises RunError for a log of another evaluation.
     """
     header = header_of(evaluator, policy, beta, part_episodes)
-    writer = LogWriter(folder, header) if distributed.is_main() else None
-    done, width = distributed.broadcast((writer.parts_done, writer.part) if writer else (0, 0))
-    starts = evaluator.starts()
-    for first in range(done * width, len(starts), width):
-        began, clock = datetime.now(UTC), time.monotonic()
-        played = evaluator.play(starts[first : first + width], first, beta)
-        rows = [episode_row(one, header["tokenizer"], extra) for one, extra in _with_extra(evaluator, played)]
-        rows = distributed.all_gather(rows)
+    with contextlib.ExitStack() as stack:
+        writer = LogWriter(folder, header) if distributed.is_main() else None
         if writer:
-            times = {"began": began.isoformat(timespec="milliseconds"), "seconds": time.monotonic() - clock}
-            writer.write([row | times for row in rows])
-    scores, trajectories = distributed.broadcast(EvalLog(folder).scores() if writer else ({}, []))
-    if writer:
-        write_scores(folder, scores)
-        writer.close()
+            stack.callback(writer.close)  # after an error too: the log can be gone on with in this process
+        done, width = distributed.broadcast((writer.parts_done, writer.part) if writer else (0, 0))
+        starts = evaluator.starts()
+        for first in range(done * width, len(starts), width):
+            began, clock = datetime.now(UTC), time.monotonic()
+            played = evaluator.play(starts[first : first + width], first, beta)
+            rows = [episode_row(one, header["tokenizer"], extra) for one, extra in _with_extra(evaluator, played)]
+            rows = distributed.all_gather(rows)
+            if writer:
+                times = {"began": began.isoformat(timespec="milliseconds"), "seconds": time.monotonic() - clock}
+                writer.write([row | times for row in rows])
+        scores, trajectories = distributed.broadcast(EvalLog(folder).scores() if writer else ({}, []))
+        if writer:
+            write_scores(folder, scores)
     return scores, trajectories
 
 
