@@ -40,8 +40,6 @@ class Outputs:
 
     logprobs: torch.Tensor = ABSENT
     entropy: torch.Tensor = ABSENT
-    greedy: torch.Tensor = ABSENT
-    """True if the action is the likeliest token."""
     values: torch.Tensor = ABSENT
     value_logits: torch.Tensor | None = None
     q: torch.Tensor = ABSENT
@@ -52,6 +50,8 @@ class Outputs:
     push: torch.Tensor | None = None
     bound: torch.Tensor | None = None
     """Share of the vocabulary that the floor lifted."""
+    greedy: torch.Tensor = ABSENT
+    """True if the action is the likeliest token."""
     other_logprobs: torch.Tensor = ABSENT
     """Sum of the second model's log-probabilities of all tokens except the action."""
     vocabulary: int = 0

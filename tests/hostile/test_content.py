@@ -185,8 +185,10 @@ def test_a_full_disk_is_one_line(lmrl, monkeypatch, error):
 
 
 def test_recipes_that_hold_objects():
-    with pytest.raises(LmrlError, match="a recipe is a name, a file or a Recipe, got a dict"):
+    with pytest.raises(LmrlError, match="^model: needs `path` .* or `config`"):
         load_recipe({"model": {}})
+    with pytest.raises(LmrlError, match="a recipe is a name, a file"):
+        load_recipe(7)
     recipe = load_recipe("sentiment/ppo")
     recipe.task.rewards[0].options = {"function": len}
     with pytest.raises(LmrlError, match="holds what no file can hold .*name functions as 'file.py:name'"):
