@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from lmrl.engines.vllm_server.client import RequestFailed, ServerLost
 from lmrl.engines.vllm_server.supervisor import ServerSupervisor
 from lmrl.errors import EngineError, LmrlError
 
+PATIENCE = 5.0
+"""Seconds that threads have to end."""
 TRIES = 4
 """How often a request may fail on live servers. Requests lost with a server do not count."""
 
@@ -56,11 +59,15 @@ class Dispatcher:
             self.over = True
             broken_off = self.unanswered > 0
             self.changed.notify_all()
-        if broken_off:
-            for supervisor in self.supervisors:
-                supervisor.client.hang_up()
-        for thread in self.threads:
-            thread.join(timeout=5)
+        deadline = time.monotonic() + PATIENCE
+        while any(thread.is_alive() for thread in self.threads) and time.monotonic() < deadline:
+            if broken_off:  # again and again: a request may have been about to be sent
+                for supervisor in self.supervisors:
+                    supervisor.client.hang_up()
+            for thread in self.threads:
+                thread.join(timeout=0.05)
+                if broken_off and thread.is_alive():
+                    break
 
     def _work(self, supervisor: ServerSupervisor) -> None:
         while True:
