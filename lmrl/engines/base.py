@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from lmrl.coroutines import in_thread, run, watched
 from lmrl.errors import ModelError
 from lmrl.policy.passes import Guidance
@@ -76,6 +78,12 @@ class Request:
     key: Key = ()
     future: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
+    @property
+    def generation(self) -> Sampling:
+        """How to complete `tokens`. Not for a request of log-probabilities."""
+        assert self.sampling is not None, "a request of log-probabilities samples nothing"
+        return self.sampling
+
     def answer(self, result: Any) -> None:
         if not self.future.done():
             self.future.set_result(result)
@@ -111,7 +119,7 @@ class Engine:
         self._waiting: list[Request] = []
         self._driver: asyncio.Task[None] | None = None
         self._held = 0
-        self._news: asyncio.Event | None = None
+        self._news = asyncio.Event()
         """Set when there is a new request, and when nobody holds the engine any more."""
 
     @classmethod
@@ -129,7 +137,8 @@ class Engine:
 
         Raises ModelError for a prompt that does not fit.
         """
-        return await self._submit(Request(list(tokens), sampling, key))
+        completion: Completion = await self._submit(Request(list(tokens), sampling, key))
+        return completion
 
     async def score(self, tokens: Sequence[int]) -> list[float]:
         """The log-probability (temperature 1, without Q) of each token but the first, given those before it.
@@ -146,7 +155,7 @@ class Engine:
             yield
         finally:
             self._held -= 1
-            if not self._held and self._news is not None:
+            if not self._held:
                 self._news.set()
 
     # ------------------------------------------------------------------------------------------------ synchronous calls
@@ -238,7 +247,7 @@ class Engine:
     def close(self) -> None:
         """Release the engine's memory and processes."""
 
-    def stopped(self, tokens: Sequence[int], stop: tuple[str, ...]) -> bool:
+    def stopped(self, tokens: Sequence[int] | np.ndarray, stop: tuple[str, ...]) -> bool:
         """True if the last of these sampled tokens completed a stop string."""
         # A stop string of n bytes spans at most n tokens, and began no earlier than one token before.
         longest = max(len(text.encode()) for text in stop)
@@ -304,17 +313,16 @@ class Engine:
 
     async def _served(self, batch: list[Request], sampling: Sampling | None) -> list[Any]:
         """The results of a batch of one kind."""
-        tokens = [request.tokens for request in batch]
-        if sampling is None:
-            work = lambda: self.score_batch(tokens)  # noqa: E731
-        else:
-            version, keys = self.syncs, [request.key for request in batch]
+        tokens, keys = [request.tokens for request in batch], [request.key for request in batch]
+        version = self.syncs
 
-            def work() -> list[Completion]:
-                completions = self.sample(tokens, sampling, keys)
-                for completion in completions:
-                    completion.version = version
-                return completions
+        def work() -> list[Any]:
+            if sampling is None:
+                return self.score_batch(tokens)
+            completions = self.sample(tokens, sampling, keys)
+            for completion in completions:
+                completion.version = version
+            return completions
 
         return await watched(in_thread(work), self.check) if self.is_remote else work()
 

@@ -42,16 +42,27 @@ class Slot:
     prompt: tuple[int, ...]
     name: Key
     """Key without the turn."""
-    place: int | None = None
+    placed: int | None = None
+    """Its place among the slots; None before it has one."""
     computed: int = 0
     """Tokens whose keys and values are held."""
     used: int = 0
     """When it was last used, counted in admissions."""
-    request: Request | None = None
-    """None: finished."""
+    pending: Request | None = None
+    """The request that it completes. None: finished."""
     uniforms: np.ndarray = field(default_factory=lambda: np.zeros(0))
     logprobs: list[float] = field(default_factory=list)
     version: int = 0
+
+    @property
+    def place(self) -> int:
+        assert self.placed is not None, "the slot has no place yet"
+        return self.placed
+
+    @property
+    def request(self) -> Request:
+        assert self.pending is not None, "the slot is finished"
+        return self.pending
 
     @property
     def end(self) -> int:
@@ -101,12 +112,18 @@ class SlotBatch:
         """Tokens of prompts that went through the model, padding left out."""
 
     @property
+    def buffers(self) -> SlotCache:
+        """The cache: there is one from `_begin` on, until `forget` with nothing running."""
+        assert self.cache is not None, "the batch has no cache yet"
+        return self.cache
+
+    @property
     def busy(self) -> bool:
         return bool(self.running or self.waiting)
 
     def add(self, requests: Iterable[Request]) -> None:
         for request in requests:
-            kind = kind_of(request.sampling)
+            kind = kind_of(request.generation)
             _, shared, goes_on = self._source(request)
             new = len(request.tokens) - (shared if goes_on else 0)
             order = tuple((isinstance(part, str), part) for part in request.key)
@@ -176,14 +193,14 @@ class SlotBatch:
         """Sequences that may run while `next_one` does: the longest decides, as every slot has as many columns."""
         ends = [slot.end for slot in self.slots[: self.running]]
         if next_one is not None:
-            ends.append(len(next_one.tokens) + next_one.sampling.max_new_tokens)
+            ends.append(len(next_one.tokens) + next_one.generation.max_new_tokens)
         return self.engine.places(max(ends))
 
     def _source(self, request: Request) -> tuple[Slot | None, int, bool]:
         """The slot that holds the most of a request's first tokens, how many, and whether it may go on as this request."""
         tokens, most = request.tokens, len(request.tokens) - 1  # the last is computed in any case, for what follows it
         own = self.by_name.get(request.key[:-1])
-        if own is not None and own.request is None:
+        if own is not None and own.pending is None:
             shared = common(own.tokens, tokens, min(own.computed, most))
             if shared == own.computed or shared >= WORTHWHILE:
                 return own, shared, True
@@ -205,8 +222,13 @@ class SlotBatch:
         self._make_room(joins, places)
         joins.sort(key=lambda join: join.slot.place)
         distinct = [join for join in joins if join.twin is None]
-        prefixes = [(join.source.place, join.slot.place, join.shared) for join in distinct if self._copies(join)]
-        self._copy(prefixes)
+        self._copy(
+            [
+                (join.source.place, join.slot.place, join.shared)
+                for join in distinct
+                if join.source is not None and not join.goes_on
+            ]
+        )
         logits_UV = self._pass([join.slot for join in distinct])
         self._copy(
             [(join.twin.slot.place, join.slot.place, len(join.slot.tokens)) for join in joins if join.twin is not None]
@@ -220,9 +242,6 @@ class SlotBatch:
             logits_UV = logits_UV[torch.tensor(source_R, device=logits_UV.device)]
         first, self.running, self.joining = self.running, self.running + len(joins), []
         self._part(first, self._take([join.slot for join in joins], logits_UV))
-
-    def _copies(self, join: Join) -> bool:
-        return join.source is not None and not join.goes_on
 
     def _choose(self) -> tuple[list[Join], int]:
         """The requests that join in the next pass, whose slots are not placed yet: distinct prompts first, then their twins."""
@@ -254,7 +273,7 @@ class SlotBatch:
                 alike = (shared == 0) == all(join.shared == 0 for join in found.values())
                 if not found or (fits and alike):
                     found[prompt] = Join(request, self._new_slot(request, prompt), source, shared, goes_on)
-                    if goes_on:
+                    if goes_on and source is not None:
                         claimed.add(source)
                     width, total = wide, total + new
                     continue
@@ -264,8 +283,8 @@ class SlotBatch:
         return [*found.values(), *twins], places
 
     def _new_slot(self, request: Request, prompt: tuple[int, ...]) -> Slot:
-        uniforms = stream(*request.key).random(request.sampling.max_new_tokens)
-        slot = Slot(list(prompt), prompt, request.key[:-1], request=request, uniforms=uniforms)
+        uniforms = stream(*request.key).random(request.generation.max_new_tokens)
+        slot = Slot(list(prompt), prompt, request.key[:-1], pending=request, uniforms=uniforms)
         slot.version = self.engine.syncs
         return slot
 
@@ -280,9 +299,9 @@ class SlotBatch:
             join.slot.used, join.slot.computed = self.admissions, join.shared
             if join.source is not None:
                 join.source.used = self.admissions
-            if join.goes_on:
-                join.slot.place = join.source.place
-                self._drop(join.source)
+                if join.goes_on:
+                    join.slot.placed = join.source.place
+                    self._drop(join.source)
         distinct = [join.slot for join in joins if join.twin is None]
         twins = [join.slot for join in joins if join.twin is not None]
         self._arrange(self._order(distinct, twins, kept), most)
@@ -298,8 +317,8 @@ class SlotBatch:
         ]
         order = {place: slot for place, slot in enumerate(self.slots[:first])}
         for zone, slots in zones:
-            staying = {slot.place: slot for slot in slots if slot.place in zone}
-            moving = iter([slot for slot in slots if slot.place not in zone])
+            staying = {slot.place: slot for slot in slots if slot.placed in zone}
+            moving = iter([slot for slot in slots if slot.placed not in zone])
             order |= {place: staying[place] if place in staying else next(moving) for place in zone}
         return list(order.values())
 
@@ -330,10 +349,10 @@ class SlotBatch:
 
         What is lacking in the buffers is doubled, as far as it can be needed.
         """
-        cache, limit = self.cache, self.engine.cache_tokens
-        running = [slot for slot in order if slot.request is not None]
+        cache, limit = self.buffers, self.engine.cache_tokens
+        running = [slot for slot in order if slot.pending is not None]
         needed = max(
-            (len(slot.tokens) for slot in order if slot.request is not None or slot is self.beginning), default=0
+            (len(slot.tokens) for slot in order if slot.pending is not None or slot is self.beginning), default=0
         )
         longest = max([needed, *[slot.end for slot in running]])
         slots, columns = cache.slots, cache.columns
@@ -343,7 +362,7 @@ class SlotBatch:
             columns = min(max(needed + COLUMNS, 2 * columns), longest)
         if limit is not None and slots * columns > limit:
             columns = min(columns, longest)
-            kept = [slot for slot in order if slot.request is None]
+            kept = [slot for slot in order if slot.pending is None]
             long = [slot for slot in kept if slot.computed > columns and slot is not self.beginning]
             dropped = self._drop_excess(long, len(long))
             dropped |= self._drop_excess([slot for slot in kept if slot not in dropped], len(order) - limit // columns)
@@ -352,11 +371,11 @@ class SlotBatch:
         if slots >= cache.slots:
             cache.resize(slots, columns)
         moves = [
-            (slot.place, place, slot.computed) for place, slot in enumerate(order) if slot.place not in (None, place)
+            (slot.place, place, slot.computed) for place, slot in enumerate(order) if slot.placed not in (None, place)
         ]
         self._copy([move for move in moves if move[2]])
         for place, slot in enumerate(order):
-            slot.place = place
+            slot.placed = place
         self.slots = order
         cache.resize(slots, columns)
 
@@ -364,7 +383,7 @@ class SlotBatch:
         """Copy slots: from, to, tokens. All are read before any is written."""
         if copies:
             sources, targets, columns = zip(*copies, strict=True)
-            self.cache.copy(list(sources), list(targets), max(columns), self.policy.device)
+            self.buffers.copy(list(sources), list(targets), max(columns), self.policy.device)
 
     def _compute_beginning(self) -> None:
         """Compute what the waiting prompts begin with alike and no slot holds, where it is worth a pass of its own."""
@@ -385,7 +404,7 @@ class SlotBatch:
     def _decode(self) -> None:
         """One more token for each running sequence."""
         slots = self.slots[: self.running]
-        if max(len(slot.tokens) for slot in slots) > self.cache.columns:
+        if max(len(slot.tokens) for slot in slots) > self.buffers.columns:
             self._arrange(list(self.slots), len(self.slots))
         logits_RV = self._pass(slots)
         for slot in slots:
@@ -398,7 +417,7 @@ class SlotBatch:
         if not slots[0].logprobs:
             self.computed_tokens += sum(map(len, new))
         starts = [slot.computed for slot in slots]
-        return slot_logits(self.policy, self.cache, self.guidance, slots[0].place, starts, new)
+        return slot_logits(self.policy, self.buffers, self.guidance, slots[0].place, starts, new)
 
     def _take(self, slots: list[Slot], logits_RV: torch.Tensor) -> list[bool]:
         """Draw a token for each of these slots, and answer the requests that have ended; returns which have."""
@@ -421,7 +440,7 @@ class SlotBatch:
 
     def _reason(self, slot: Slot, token: int) -> Literal["eos", "stop", "length"] | None:
         """Why a sequence ends with this token; None: it goes on."""
-        count, stop = len(slot.logprobs), slot.request.sampling.stop
+        count, stop = len(slot.logprobs), slot.request.generation.stop
         if token in self.eos:
             return "eos"
         if stop and self.engine.stopped(slot.tokens[-count:], stop):
@@ -441,7 +460,7 @@ class SlotBatch:
         staying = iter([slot for slot, over in section[:going] if over])
         behind = [slot if over else next(staying) for slot, over in section[going:]]
         for slot in finished:
-            slot.request, slot.uniforms, slot.used = None, slot.uniforms[:0], self.admissions
+            slot.pending, slot.uniforms, slot.used = None, slot.uniforms[:0], self.admissions
             if self.engine.keeps:
                 self.by_name[slot.name] = slot
             else:

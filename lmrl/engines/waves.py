@@ -82,7 +82,8 @@ class Wave:
 
     def admit(self) -> None:
         """Compute the next waiting prompts, draw their first tokens, and let those that go on join the others."""
-        found, chosen = {}, []  # distinct prompts in the order they are met
+        found: dict[tuple[int, ...], int] = {}  # distinct prompts in the order they are met
+        chosen: list[tuple[int, int]] = []
         free = self._places() - len(self.rows)
         while self.waiting and len(chosen) < free:
             prompt = tuple(self.prompts[self.waiting[-1]])
@@ -148,7 +149,7 @@ class Wave:
         mask_UT = torch.cat([torch.ones(len(prompts), shared).long(), _left_padded(length_U - shared, width)], 1)
         positions_UT = (mask_UT.cumsum(1) - 1).clamp(min=0)[:, shared:]
         cache = self.policy.new_cache(self.guidance)
-        if shared:
+        if self.beginning is not None:
             cache.join(self.beginning, torch.zeros(len(prompts), dtype=torch.long, device=device))
         logits_UV = self.policy.next_token_logits(
             cache,
@@ -157,7 +158,7 @@ class Wave:
             attention_mask=mask_UT.to(device),
             position_ids=positions_UT.to(device),
         )
-        if shared:  # from before the padding to behind it
+        if self.beginning is not None:  # from before the padding to behind it
             cache.insert(self.beginning, (shared + width - length_U).to(device))
         return cache, logits_UV
 

@@ -55,21 +55,25 @@ class Placement:
         return 0 if self.fresh else self.width - self.steps
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values of one layer."""
 
     is_sliding = False
+    keys: torch.Tensor
+    """As `values`, there once `is_initialized`."""
+    values: torch.Tensor
 
     def __init__(self, cache: SlotCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.cache = cache
 
     # ------------------------------------------------------------------------------------------- what transformers calls
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.is_initialized, self.dtype, self.device = True, key_states.dtype, key_states.device
+        self.dtype, self.device = key_states.dtype, key_states.device
         for name, like in (("keys", key_states), ("values", value_states)):
             # Zeros: attention multiplies what it masks by zero, and uninitialised memory may not be finite.
             setattr(self, name, like.new_zeros(self.cache.slots, like.shape[1], self.cache.columns, like.shape[3]))
+        self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -80,7 +84,7 @@ class SlotLayer(CacheLayerMixin):
             key_states, value_states = (
                 part.to(torch.get_autocast_dtype(device)) for part in (key_states, value_states)
             )
-        if self.keys is None:
+        if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
             if place.steps == 1:
@@ -104,13 +108,13 @@ class SlotLayer(CacheLayerMixin):
     # --------------------------------------------------------------------------------------------- what the engine calls
     def copy(self, sources: torch.Tensor, targets: torch.Tensor, columns: int) -> None:
         """Copy the first columns of slots into others. A slot may be both: all are read before any is written."""
-        if self.keys is not None:
+        if self.is_initialized:
             self.keys[targets, :, :columns] = self.keys[sources, :, :columns]
             self.values[targets, :, :columns] = self.values[sources, :, :columns]
 
     def resize(self) -> None:
         """Move what is held into buffers of the cache's size."""
-        if self.keys is None:
+        if not self.is_initialized:
             return
         slots, columns = self.cache.slots, self.cache.columns
         for name in ("keys", "values"):  # one after the other, so that no more than one is held twice
@@ -125,9 +129,11 @@ class SlotLayer(CacheLayerMixin):
 class SlotCache:
     """Keys and values for each trunk that decoding runs: `policy`, and `values` where there are two."""
 
+    placement: Placement
+    """That of the latest pass, from its beginning on."""
+
     def __init__(self, config: Any, two: bool):
         self.slots = self.columns = 0
-        self.placement: Placement | None = None
         self.policy, self.values = (self._layers(config) if wanted else None for wanted in (True, two))
 
     def _layers(self, config: Any) -> TransformersCache:
@@ -135,7 +141,8 @@ class SlotCache:
 
     @property
     def layers(self) -> list[SlotLayer]:
-        return [layer for cache in (self.policy, self.values) if cache is not None for layer in cache.layers]
+        caches = [cache for cache in (self.policy, self.values) if cache is not None]
+        return [layer for cache in caches for layer in cache.layers if isinstance(layer, SlotLayer)]
 
     def resize(self, slots: int, columns: int) -> None:
         """Have room for so many slots and columns. What is held beyond them is lost."""
@@ -173,25 +180,37 @@ def slot_logits(
     # Padding repeats the last position: there may be no embeddings for later ones.
     position_BT = start_B[:, None] + np.minimum(np.arange(steps), new_B[:, None] - 1)
     fresh = not start_B.any()
-    numbers = (rows_N + first, start_B[rows_N] + steps_N, rows_N, steps_N, tokens_BT, position_BT, new_B - 1)
-    slots_N, columns_N, rows_N, steps_N, tokens_BT, position_BT, last_B = (
-        torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in numbers
+
+    def tensor(part: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(part)).to(device)
+
+    cache.placement = Placement(
+        first=first,
+        count=count,
+        width=width,
+        slots_N=tensor(rows_N + first),
+        columns_N=tensor(start_B[rows_N] + steps_N),
+        rows_N=tensor(rows_N),
+        steps_N=tensor(steps_N),
+        fresh=fresh,
+        steps=steps,
     )
-    cache.placement = Placement(first, count, width, slots_N, columns_N, rows_N, steps_N, fresh, steps)
+    positions = tensor(position_BT)
     return policy.next_token_logits(
         cache,
         guidance,
-        None if steps == 1 else last_B,
-        input_ids=tokens_BT,
-        attention_mask=None if fresh else _mask(policy, position_BT, width),
-        position_ids=position_BT,
+        None if steps == 1 else tensor(new_B - 1),
+        input_ids=tensor(tokens_BT),
+        attention_mask=None if fresh else _mask(policy, positions, width),
+        position_ids=positions,
     )
 
 
 def _mask(policy: Policy, position_BT: torch.Tensor, width: int) -> torch.Tensor:
     """What each token sees: the columns up to its own, (B, 1, T, width)."""
     seen_B1TW = (torch.arange(width, device=position_BT.device) <= position_BT[:, :, None])[:, None]
-    if policy.causal_lm.config._attn_implementation in ("sdpa", ATTENTION):
+    lm: Any = policy.causal_lm
+    if lm.config._attn_implementation in ("sdpa", ATTENTION):
         return seen_B1TW
-    dtype = policy.autocast_dtype or policy.causal_lm.dtype  # eager attention adds its mask to the scores
+    dtype = policy.autocast_dtype or lm.dtype  # eager attention adds its mask to the scores
     return torch.zeros_like(seen_B1TW, dtype=dtype).masked_fill(~seen_B1TW, torch.finfo(dtype).min)

@@ -59,7 +59,7 @@ class EarlyScores:
         place = next((place for place, one in enumerate(self.rewards) if one is reward), None)
         if place is None:
             return None
-        found: dict[int, tuple] = {}
+        found: dict[int, tuple[float | None, str | None, dict[str, float]]] = {}
         for part, call in zip(self.parts, self.calls, strict=True):
             scores = call.result()[place]
             rows = zip(scores.values, scores.causes, scores.extras, strict=True)

@@ -26,7 +26,7 @@ class StepThreads:
         self.idle: list[StepThread] = []
         self.lost = 0
         """Threads that were left behind."""
-        self._places: asyncio.Semaphore | None = None
+        self._places = asyncio.Semaphore(count)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self, work: Callable[[], T], limit: float | None) -> T:
@@ -57,6 +57,7 @@ class StepThreads:
     def _leave(self, thread: StepThread) -> None:
         self.lost += 1
         thread.inbox.put(None)  # ends the thread when its call comes back
+        assert thread.ident is not None  # it has been started
         give_up_on(thread.ident)
 
 
