@@ -76,6 +76,8 @@ class Request:
     tokens: list[int]
     sampling: Sampling | None = None
     key: Key = ()
+    heard: Callable[[int], None] | None = None
+    """Called with each token as it is sampled, by engines that have tokens one by one (hf)."""
     future: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
@@ -131,13 +133,15 @@ class Engine:
         return cls(policy, check, **options.options)
 
     # ------------------------------------------------------------------------------------------------------ coroutines
-    async def generate(self, tokens: Sequence[int], sampling: Sampling, key: Key) -> Completion:
+    async def generate(
+        self, tokens: Sequence[int], sampling: Sampling, key: Key, heard: Callable[[int], None] | None = None
+    ) -> Completion:
         """Complete a prompt with the policy as it is. `key` names the random stream, so that a repeated call draws the same,
-        whoever is served beside it (rounding aside).
+        whoever is served beside it (rounding aside). heard: called with each token as it comes, where the engine can.
 
         Raises ModelError for a prompt that does not fit.
         """
-        completion: Completion = await self._submit(Request(list(tokens), sampling, key))
+        completion: Completion = await self._submit(Request(list(tokens), sampling, key, heard))
         return completion
 
     async def score(self, tokens: Sequence[int]) -> list[float]:

@@ -429,6 +429,8 @@ class SlotBatch:
         for slot, token, logprob in zip(slots, tokens, logprobs, strict=True):
             slot.tokens.append(token)
             slot.logprobs.append(logprob)
+            if slot.request.heard is not None:
+                slot.request.heard(token)
             reason = self._reason(slot, token)
             ended.append(reason is not None)
             if reason is not None:

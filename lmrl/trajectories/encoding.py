@@ -30,11 +30,13 @@ class Encoder:
     """Encodes text and dialogues with a tokenizer.
 
     special_tokens: `text` spells out the special tokens in content, `parse` makes them control tokens. Text without
-    special tokens has the same tokens either way.
+    special tokens has the same tokens either way. tools: those that the chat template is to write down, which are content too.
     """
 
-    def __init__(self, tokenizer: Any, special_tokens: SpecialTokens = "text"):
-        self.tokenizer, self.parses = tokenizer, special_tokens == "parse"
+    def __init__(
+        self, tokenizer: Any, special_tokens: SpecialTokens = "text", tools: list[dict[str, Any]] | None = None
+    ):
+        self.tokenizer, self.parses, self.tools = tokenizer, special_tokens == "parse", tools
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         names = sorted({*map(str, tokenizer.all_special_tokens), *added}, key=lambda name: (-len(name), name))
         self.special = {name: tokenizer.convert_tokens_to_ids(name) for name in names if name}
@@ -45,22 +47,27 @@ class Encoder:
         """Text that somebody wrote."""
         return [Part(text, self.parses)]
 
+    def without_special(self, text: str) -> str:
+        """Text without the special tokens in it."""
+        return self._exact.sub("", text)
+
     def dialogue(self, messages: Messages, open_turn: bool = True) -> list[Part]:
         """Messages through the chat template. open_turn: up to where the assistant begins to speak.
 
         Raises ModelError where there is no template, or where it fails.
         """
         hidden: dict[str, str] = {}
-        if not self.parses and any(map(self._any_case.search, strings(messages))):
-            mark = absent("lmrl", strings(messages))
+        tools = self.tools
+        if not self.parses and any(map(self._any_case.search, strings([messages, tools]))):
+            mark = absent("lmrl", strings([messages, tools]))
 
             def hide(match: re.Match[str]) -> str:
                 stand_in = f"{mark}x{len(hidden)}x"
                 hidden[stand_in] = match[0]
                 return stand_in
 
-            messages = _replaced(messages, lambda text: self._any_case.sub(hide, text))
-        rendered = self.template(messages, open_turn)
+            messages, tools = _replaced([messages, tools], lambda text: self._any_case.sub(hide, text))
+        rendered = self._rendered(messages, tools, open_turn)
         if not hidden:
             return [Part(rendered, True)]
         # Odd positions hold stand-ins.
@@ -69,9 +76,12 @@ class Encoder:
 
     def template(self, messages: Messages, open_turn: bool = True) -> str:
         """The chat template's text for messages."""
+        return self._rendered(messages, self.tools, open_turn)
+
+    def _rendered(self, messages: Messages, tools: list[dict[str, Any]] | None, open_turn: bool) -> str:
         if not self.tokenizer.chat_template:
             raise ModelError("the prompts are dialogues, but the tokenizer has no chat template")
-        tools = next((message["tools"] for message in messages if message.get("tools")), None)
+        tools = next((message["tools"] for message in messages if message.get("tools")), tools)
         messages = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
         try:
             text: str = self.tokenizer.apply_chat_template(

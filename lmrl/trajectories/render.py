@@ -19,11 +19,16 @@ class Renderer:
     """Turns observations into tokens. Sampled tokens are never touched: what follows them is rendered on its own.
 
     special_tokens: what becomes of special tokens that stand in prompts, observations and logged actions: `text`, or
-    control tokens (`parse`). The chat template's own are always control tokens.
+    control tokens (`parse`). The chat template's own are always control tokens. tools: written down by the chat template.
     """
 
     def __init__(
-        self, tokenizer: Any, chat: bool = False, system: str | None = None, special_tokens: SpecialTokens = "text"
+        self,
+        tokenizer: Any,
+        chat: bool = False,
+        system: str | None = None,
+        special_tokens: SpecialTokens = "text",
+        tools: list[dict[str, Any]] | None = None,
     ):
         if chat and not tokenizer.chat_template:
             raise ModelError(
@@ -31,7 +36,7 @@ class Renderer:
                 "`chat: false`"
             )
         self.tokenizer, self.chat, self.system = tokenizer, chat, system
-        self.encoder = Encoder(tokenizer, special_tokens)
+        self.encoder = Encoder(tokenizer, special_tokens, tools)
         self._encoded: dict[tuple[tuple[Part, ...], bool], list[int]] = {}
 
     def first(self, observation: str | Messages) -> list[int]:

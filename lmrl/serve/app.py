@@ -1,0 +1,292 @@
+"""The routes of the server: who may ask, how much at a time, and what is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from lmrl.engines.base import Completion, Key, Sampling
+from lmrl.errors import LmrlError, ModelError
+from lmrl.secrets import redact
+from lmrl.serve.http import HTTPRequest, HTTPResponse, error_body
+from lmrl.serve.model import ServedPolicy, TextStream
+from lmrl.serve.protocol import Ask, BadRequest, Choice, Writer, read_ask, sse
+from lmrl.serve.sessions import Said, Session
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+SESSIONS = "/session/"
+
+
+@dataclass(frozen=True)
+class AppLimits:
+    """concurrent: completions being sampled at a time; a request beyond is refused with 429. seconds: for an answer."""
+
+    concurrent: int = 256
+    seconds: float = 600
+
+
+class App:
+    """Answers requests about a policy. keys: those that may ask (none: everybody). Sessions have paths and keys of their own.
+
+    public: False for a server that browsers' pages must not reach through a name of their own (bound to this machine, no keys).
+    open: False where only sessions are served.
+    """
+
+    def __init__(
+        self,
+        served: ServedPolicy,
+        keys: Sequence[str] = (),
+        limits: AppLimits = AppLimits(),
+        public: bool = True,
+        open: bool = True,
+    ):
+        self.served, self.keys, self.limits, self.public, self.open = served, list(keys), limits, public, open
+        self.sessions: dict[str, Session] = {}
+        self.running = 0
+        """Completions being sampled."""
+        self.requests = self.failures = 0
+        self.nonce = secrets.token_hex(8)
+
+    async def __call__(self, request: HTTPRequest) -> HTTPResponse:
+        try:
+            return await self._route(request)
+        except BadRequest as error:
+            kind = "invalid_request_error" if error.status < 500 else "server_error"
+            headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
+            return HTTPResponse(error.status, error_body(str(error), kind, error.code, error.param), headers)
+        except ModelError as error:
+            return HTTPResponse(400, error_body(str(error), code="context_length_exceeded"))
+        except LmrlError as error:
+            self.failures += 1
+            return HTTPResponse(500, error_body(redact(str(error)), "server_error"))
+
+    async def _route(self, request: HTTPRequest) -> HTTPResponse:
+        self._check_origin(request)
+        path, session = request.path.rstrip("/"), None
+        if path == "/health":
+            return self._json({"status": "ok", "model": self.served.name, "running": self.running})
+        if path.startswith(SESSIONS):
+            name, _, rest = path.removeprefix(SESSIONS).partition("/")
+            session, path = self._session(name, request), f"/{rest}"
+        else:
+            self._check_key(request)
+        models = [self._model()]
+        routes = {"/v1/models": "GET", "/v1/chat/completions": "POST", "/v1/completions": "POST"}
+        routes[f"/v1/models/{self.served.name}"] = "GET"
+        if path not in routes:
+            raise BadRequest(f"there is no {path}; there are {', '.join(routes)} and /health", status=404)
+        if request.method != routes[path]:
+            raise BadRequest(f"{path} takes {routes[path]}", status=405)
+        if path == "/v1/models":
+            return self._json({"object": "list", "data": models})
+        if request.method == "GET":
+            return self._json(models[0])
+        return await self._complete(request, path == "/v1/chat/completions", session)
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": self.served.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "lmrl",
+            "max_model_len": self.served.policy.max_length,
+            "version": self.served.engine.syncs,
+        }
+
+    def _json(self, content: dict[str, Any]) -> HTTPResponse:
+        return HTTPResponse(200, json.dumps(content).encode())
+
+    # ------------------------------------------------------------------------------------------------------ who may ask
+    def _check_origin(self, request: HTTPRequest) -> None:
+        """Keep pages in a browser from asking a server without keys on this machine, be it by a name that leads here."""
+        if self.public or self.keys:
+            return
+        host = request.headers.get("host", "")
+        name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+        if name not in LOOPBACK:
+            raise BadRequest(f"the host '{name:.60}' is not served; set a key to serve other names", status=403)
+
+    def _check_key(self, request: HTTPRequest) -> None:
+        if not self.open:
+            raise BadRequest(f"only {SESSIONS}ID/v1 is served", status=404)
+        if self.keys and not any([_same(_bearer(request), key) for key in self.keys]):
+            raise BadRequest("the key is missing or wrong", code="invalid_api_key", status=401)
+
+    def _session(self, name: str, request: HTTPRequest) -> Session:
+        given = _bearer(request)
+        owners = [one for one in self.sessions.values() if _same(given, one.key)]
+        if not owners:
+            raise BadRequest(
+                "the key is missing or wrong, or its session has ended", code="invalid_api_key", status=401
+            )
+        if owners[0].id != name:
+            raise BadRequest("the key belongs to another session", code="wrong_session", status=403)
+        return owners[0]
+
+    # ------------------------------------------------------------------------------------------------------ completions
+    async def _complete(self, request: HTTPRequest, chat: bool, session: Session | None) -> HTTPResponse:
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise BadRequest("the Content-Type has to be application/json", status=415)
+        try:
+            payload = json.loads(request.body)
+        except (ValueError, RecursionError) as error:
+            raise BadRequest(f"the body is no JSON: {error}") from error
+        defaults = session.sampling if session is not None else self.served.sampling
+        ask = read_ask(payload, chat, defaults, self.limits.concurrent)
+        if session is None and ask.model not in (None, self.served.name):
+            raise BadRequest(
+                f"the model '{ask.model:.60}' is not served; '{self.served.name}' is", "model", "model_not_found", 404
+            )
+        if ask.completions > self.limits.concurrent:
+            raise BadRequest(f"{ask.completions} completions are more than the {self.limits.concurrent} at a time", "n")
+        if self.running + ask.completions > self.limits.concurrent:
+            raise BadRequest("too many completions at a time; ask again", code="rate_limit_exceeded", status=429)
+        jobs = self._jobs(ask, session)
+        if ask.stream:
+            return HTTPResponse(200, stream=self._stream(ask, jobs), content_type="text/event-stream")
+        async with self._running(ask):
+            choices = await _all([job.run() for job in jobs])
+        return self._json(Writer(ask, self.served.name).whole(choices))
+
+    def _running(self, ask: Ask) -> _Running:
+        return _Running(self, ask.completions)
+
+    def _jobs(self, ask: Ask, session: Session | None) -> list[_Job]:
+        """The completions that a request asks for. All that can be wrong with it is found out here."""
+        if session is not None:
+            session.begin(ask.completions)
+        jobs = []
+        for which in range(1 if ask.is_chat else len(ask.prompts)):
+            earlier = None
+            if session is not None:
+                tokens, earlier = session.prompt(ask, which)
+            elif ask.messages is not None:
+                tokens = self.served.dialogue(ask.messages, ask.tools)
+            else:
+                tokens = self.served.text(ask.prompts[which])
+            own = ask.sampling if session is None else session.sampling_of(ask)
+            sampling = self.served.fit(own, ask.limited and session is None, len(tokens))
+            for number in range(ask.n):
+                if session is not None:
+                    key: Key = session.stream_key(tokens)
+                elif ask.seed is not None:
+                    key = (ask.seed, "serve", which, number)
+                else:
+                    key = (self.nonce, self.requests, which, number)
+                jobs.append(_Job(self, ask, which, tokens, sampling, key, session, earlier))
+        self.requests += 1
+        return jobs
+
+    async def _stream(self, ask: Ask, jobs: list[_Job]) -> AsyncGenerator[bytes, None]:
+        writer, queue = Writer(ask, self.served.name), asyncio.Queue[tuple[int, str | Choice | BaseException]]()
+        choices: dict[int, Choice] = {}
+        tasks: list[asyncio.Task[None]] = []
+        async with self._running(ask):
+            try:
+                for index, job in enumerate(jobs):
+                    if ask.is_chat:
+                        yield writer.opening(index)
+                    tasks.append(asyncio.ensure_future(job.stream(index, queue)))
+                while len(choices) < len(jobs):
+                    index, item = await queue.get()
+                    if isinstance(item, BaseException):
+                        raise item
+                    if isinstance(item, str):
+                        yield writer.part(index, item)
+                    else:
+                        choices[index] = item
+                        yield writer.closing(index, item)
+                if ask.usage_in_stream:
+                    yield writer.totals([choices[index] for index in range(len(jobs))])
+                yield sse(b"[DONE]")
+            except (LmrlError, BadRequest) as error:  # the status has been sent
+                self.failures += 1
+                yield b"data: " + error_body(redact(str(error)), "server_error") + b"\n\n"
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+
+class _Running:
+    """Counts completions while they are being sampled."""
+
+    def __init__(self, app: App, count: int):
+        self.app, self.count = app, count
+
+    async def __aenter__(self) -> None:
+        self.app.running += self.count
+
+    async def __aexit__(self, *_: Any) -> None:
+        self.app.running -= self.count
+
+
+@dataclass
+class _Job:
+    """One completion of a request."""
+
+    app: App
+    ask: Ask
+    which: int
+    tokens: list[int]
+    sampling: Sampling
+    key: Key
+    session: Session | None
+    earlier: Said | None
+
+    async def run(self, heard: Any = None) -> Choice:
+        served = self.app.served
+        try:
+            async with asyncio.timeout(self.app.limits.seconds):
+                done: Completion = await served.complete(self.tokens, self.sampling, self.key, heard)
+        except TimeoutError as error:
+            raise BadRequest(f"no answer within {self.app.limits.seconds:g} s", code="timeout", status=504) from error
+        choice = served.choice(self.ask, self.tokens, done, self.sampling)
+        if self.session is not None:
+            self.session.record(self.ask, self.which, choice, done, self.earlier)
+        return choice
+
+    async def stream(self, index: int, queue: asyncio.Queue[tuple[int, str | Choice | BaseException]]) -> None:
+        """Put the text into the queue as it comes, then the choice. With tools, text may turn out to be a call: it comes at once."""
+        text = TextStream(self.app.served, self.sampling.stop)
+
+        def heard(token: int) -> None:
+            if part := text.add(token):
+                queue.put_nowait((index, part))
+
+        try:
+            choice = await self.run(None if self.ask.tools else heard)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            queue.put_nowait((index, error))
+            return
+        if rest := text.finish(choice.text):
+            queue.put_nowait((index, rest))
+        queue.put_nowait((index, choice))
+
+
+async def _all(calls: Sequence[Any]) -> list[Any]:
+    """The results of coroutines; where one fails, or nobody waits any more, all others are cancelled."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _bearer(request: HTTPRequest) -> str:
+    kind, _, key = request.headers.get("authorization", "").partition(" ")
+    return key.strip() if kind.lower() == "bearer" else ""
+
+
+def _same(given: str, key: str) -> bool:
+    return hmac.compare_digest(given.encode(), key.encode())

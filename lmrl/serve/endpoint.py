@@ -1,0 +1,47 @@
+"""A server in the running event loop, from its first request to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from lmrl.serve.app import App
+from lmrl.serve.http import HTTPServer, Limits
+
+
+@asynccontextmanager
+async def endpoint(app: App, host: str = "127.0.0.1", port: int = 0, limits: Limits = Limits()) -> AsyncIterator[int]:
+    """Inside, the app is served; gives the port. At the end requests that are being served have `grace_seconds`."""
+    server = HTTPServer(app, limits)
+    try:
+        yield await server.start(host, port)
+    finally:
+        await server.close()
+
+
+async def serve_until_signalled(app: App, host: str, port: int, limits: Limits) -> None:
+    """Serve until SIGINT or SIGTERM; a second one ends the server without grace."""
+    loop, ending = asyncio.get_running_loop(), asyncio.Event()
+    server = HTTPServer(app, limits)
+    port = await server.start(host, port)
+    shown = f"[{host}]" if ":" in host else host
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ending.set)
+    print(f"{app.served.name} at http://{shown}:{port}/v1 (Ctrl-C ends it)", flush=True)
+    await ending.wait()
+    ending.clear()
+    if app.running:
+        print(f"ending: {app.running} completions have {limits.grace_seconds:g} s to finish", flush=True)
+    closing = asyncio.ensure_future(server.close())
+    again = asyncio.ensure_future(ending.wait())
+    await asyncio.wait([closing, again], return_when=asyncio.FIRST_COMPLETED)
+    again.cancel()
+    if not closing.done():
+        await server.close(0)
+        closing.cancel()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.remove_signal_handler(number)
+    failed = f", {app.failures} of them failed" if app.failures else ""
+    print(f"served {app.requests} requests{failed}")

@@ -1,0 +1,264 @@
+"""How models write calls of tools: the format of Qwen and Hermes, of Llama, of Mistral, and a plain one for all others.
+
+    hermes    <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>   (Qwen's newer templates: <function=add> inside)
+    llama     {"name": "add", "parameters": {"a": 1}}, maybe after <|python_tag|>
+    mistral   [TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}], or [TOOL_CALLS]add[ARGS]{"a": 1}
+    plain     [add(a=1)], as Python would write it
+
+The plain form is for models whose chat template knows of no tools: the system message then says what there is.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lmrl.trajectories.trajectory import Messages
+
+Tool = dict[str, Any]
+"""A tool as OpenAI's API describes it: {"type": "function", "function": {"name", "description", "parameters"}}."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that a model wrote."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a model wrote: its words, and its calls."""
+
+    content: str
+    calls: list[Call]
+
+
+Parser = Callable[[str, list[Tool]], Parsed]
+
+
+# ---------------------------------------------------------------------------------------------------------------- parsers
+def parse_hermes(text: str, tools: list[Tool]) -> Parsed:
+    """<tool_call> blocks; one that is left open at the end counts, as stop strings and limits may cut its closing mark."""
+    calls: list[Call] = []
+
+    def take(match: re.Match[str]) -> str:
+        inner = match[1].strip()
+        found = _xml_call(inner, tools) if inner.startswith("<function=") else _json_call(_loaded(inner))
+        if found is None:
+            return match[0]
+        calls.append(found)
+        return ""
+
+    words = re.sub(r"<tool_call>(.*?)(?:</tool_call>|\Z)", take, text, flags=re.DOTALL)
+    return Parsed(words.strip() if calls else text, calls)
+
+
+def parse_llama(text: str, tools: list[Tool]) -> Parsed:
+    """JSON objects one after the other, which are all there is after an optional <|python_tag|>."""
+    words, tag, rest = text.rpartition("<|python_tag|>")
+    calls = _json_calls(rest, " \n\t;,")
+    if calls is None and not tag:
+        return parse_plain(text, tools)
+    return Parsed(words.strip(), calls) if calls else Parsed(text, [])
+
+
+def parse_mistral(text: str, tools: list[Tool]) -> Parsed:
+    """What follows [TOOL_CALLS]: a JSON list, or NAME[ARGS]{...} for each mark."""
+    words, *blocks = text.split("[TOOL_CALLS]")
+    calls: list[Call] = []
+    for block in blocks:
+        name, mark, arguments = block.partition("[ARGS]")
+        if mark:
+            given = _loaded(arguments.strip())
+            found = [Call(re.sub(r"\[CALL_ID\].*", "", name.strip()), given)] if isinstance(given, dict) else None
+        else:
+            listed = _loaded(block.strip())
+            parts = [_json_call(one) for one in listed] if isinstance(listed, list) else [None]
+            found = [one for one in parts if one is not None] if None not in parts else None
+        if not found:
+            return Parsed(text, [])
+        calls += found
+    return Parsed(words.strip(), calls) if calls else Parsed(text, [])
+
+
+def parse_plain(text: str, tools: list[Tool]) -> Parsed:
+    """`[name(argument=value, ...)]` of known tools at the end of the text, with literals of Python as values."""
+    stripped = text.rstrip()
+    for match in re.finditer(r"\[\s*[A-Za-z_]\w*\(", stripped) if stripped.endswith("]") else ():
+        calls = _python_calls(stripped[match.start() :], tools)
+        if calls:
+            return Parsed(stripped[: match.start()].strip(), calls)
+    return Parsed(text, [])
+
+
+def _python_calls(text: str, tools: list[Tool]) -> list[Call] | None:
+    parameters = {tool["function"]["name"]: list(_properties(tool)) for tool in tools}
+    try:
+        tree = ast.parse(text, mode="eval").body
+        assert isinstance(tree, ast.List)
+        calls = []
+        for node in tree.elts:
+            assert isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in parameters
+            names = parameters[node.func.id]
+            assert len(node.args) <= len(names)
+            arguments = dict(zip(names, map(ast.literal_eval, node.args), strict=False))
+            for keyword in node.keywords:
+                assert keyword.arg is not None and keyword.arg not in arguments
+                arguments[keyword.arg] = ast.literal_eval(keyword.value)
+            json.dumps(arguments)
+            calls.append(Call(node.func.id, arguments))
+        return calls
+    except (SyntaxError, AssertionError, ValueError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def _xml_call(text: str, tools: list[Tool]) -> Call | None:
+    """<function=NAME><parameter=KEY>VALUE</parameter></function>; values have the types of the tool's parameters."""
+    match = re.match(r"<function=([^>\s]+)>(.*)", text, flags=re.DOTALL)
+    if match is None:
+        return None
+    kinds = next((_properties(tool) for tool in tools if tool["function"]["name"] == match[1]), {})
+    arguments: dict[str, Any] = {}
+    for key, value in re.findall(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", match[2], flags=re.DOTALL):
+        loaded = value if kinds.get(key, {}).get("type") == "string" else _loaded(value)
+        arguments[key] = value if loaded is None else loaded
+    return Call(match[1], arguments)
+
+
+def _json_calls(text: str, between: str) -> list[Call] | None:
+    """JSON objects with separators between them, and nothing else; None where there is none, or something else."""
+    decoder, at, calls = json.JSONDecoder(), 0, []
+    while (at := _skip(text, at, between)) < len(text):
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            return None
+        call = _json_call(value)
+        if call is None:
+            return None
+        calls.append(call)
+    return calls or None
+
+
+def _skip(text: str, at: int, characters: str) -> int:
+    while at < len(text) and text[at] in characters:
+        at += 1
+    return at
+
+
+def _json_call(value: Any) -> Call | None:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return None
+    arguments = value.get("arguments", value.get("parameters", {}))
+    if isinstance(arguments, str):
+        arguments = _loaded(arguments)
+    return Call(value["name"], arguments) if isinstance(arguments, dict) else None
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _properties(tool: Tool) -> dict[str, Any]:
+    found: dict[str, Any] = (tool["function"].get("parameters") or {}).get("properties") or {}
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------- formats
+PARSERS: dict[str, Parser] = {
+    "hermes": parse_hermes,
+    "llama": parse_llama,
+    "mistral": parse_mistral,
+    "plain": parse_plain,
+}
+PROBE: Tool = {
+    "type": "function",
+    "function": {
+        "name": "lmrl_probe",
+        "description": "",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """The way a tokenizer's chat template has tools called."""
+
+    name: str
+    tool_role: bool = True
+    """False: the template knows no messages of tools, so that results are the user's."""
+
+    def parse(self, text: str, tools: list[Tool]) -> Parsed:
+        """The words and calls in a reply. A call that cannot be read stays among the words."""
+        return PARSERS[self.name](text, tools)
+
+    def prepare(self, messages: Messages, tools: list[Tool] | None) -> tuple[Messages, list[Tool] | None]:
+        """Messages as the chat template takes them, and the tools that it is to write down itself."""
+        if self.name != "plain":
+            return messages, tools
+        prepared = [self._plain(message) for message in messages]
+        return (with_instructions(prepared, tools) if tools else prepared), None
+
+    def _plain(self, message: dict[str, Any]) -> dict[str, Any]:
+        if message["role"] == "tool" and not self.tool_role:
+            return {"role": "user", "content": message["content"]}
+        if not message.get("tool_calls"):
+            return message
+        words = [message["content"]] if message.get("content") else []
+        return {"role": "assistant", "content": "\n".join([*words, plain_text(message["tool_calls"])])}
+
+
+def format_of(tokenizer: Any) -> ToolFormat:
+    """How a tokenizer's chat template has tools called; plain where it does not write tools down."""
+    template = tokenizer.chat_template or ""
+    template = template if isinstance(template, str) else str(template)
+    question = [{"role": "user", "content": "."}]
+    shown = _rendered(tokenizer, question, [PROBE])
+    if shown is None or PROBE["function"]["name"] not in shown:
+        result = [*question, {"role": "assistant", "content": "."}, {"role": "tool", "content": "lmrl-result"}]
+        return ToolFormat("plain", "lmrl-result" in (_rendered(tokenizer, result, None) or ""))
+    if "[TOOL_CALLS]" in template:
+        return ToolFormat("mistral")
+    if "<tool_call>" in template:
+        return ToolFormat("hermes")
+    return ToolFormat("llama")
+
+
+def _rendered(tokenizer: Any, messages: Messages, tools: list[Tool] | None) -> str | None:
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+        return text
+    except Exception:  # a template may raise anything
+        return None
+
+
+def plain_text(calls: list[dict[str, Any]]) -> str:
+    """Calls in the plain form."""
+    written = []
+    for call in calls:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in call["function"]["arguments"].items())
+        written.append(f"{call['function']['name']}({arguments})")
+    return f"[{', '.join(written)}]"
+
+
+def with_instructions(messages: Messages, tools: list[Tool]) -> Messages:
+    """Messages whose system message says what tools there are and how to call them in the plain form."""
+    lines = ["To call tools, end with [name(argument=value)]. Tools:"]
+    for tool in tools:
+        function = tool["function"]
+        names = ", ".join(_properties(tool))
+        lines.append(f"{function['name']}({names}): {function.get('description') or ''}".rstrip(": "))
+    text = "\n".join(lines)
+    if messages and messages[0]["role"] == "system":
+        return [{"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
