@@ -12,7 +12,7 @@ import typer
 from lmrl.cli.common import Debug, EndpointOptions, TrustRemoteCode, endpoint_of
 from lmrl.errors import RecipeError
 from lmrl.local_names import refuse_missing
-from lmrl.recipe import PromptTask, Rollouts, Section, TaskSection
+from lmrl.recipe import AgentTask, PromptTask, Rollouts, Section, TaskSection
 from lmrl.recipe.document import Document
 from lmrl.recipe.files import merge
 from lmrl.recipe.overrides import apply_override
@@ -112,7 +112,7 @@ def resolve(environment: str | None, overrides: list[str], saved: dict[str, Any]
     if "task" not in document.data:
         raise RecipeError(
             "the policy does not say what it was trained for: name what to play, --environment NAME (lmrl ls environments "
-            "shows them), or task.prompts.path=FILE"
+            "shows them), or task.prompts.path=FILE, or task.agent=FILE.py:NAME task.data=ROWS.jsonl"
         )
     resolve_files(document.data, Path.cwd())
     plan = validate(Collection, document)
@@ -171,7 +171,7 @@ def open_player(
             "--environment NAME (lmrl ls environments shows them)"
         )
     plan = resolve(environment, overrides, saved)
-    make = None if local or isinstance(plan.task, PromptTask) else environment_factory(plan.task)
+    make = None if local or isinstance(plan.task, PromptTask | AgentTask) else environment_factory(plan.task)
     players = parse_players(policy) if make else None
     if players and (isinstance(players, dict) or players in getattr(make(), "players", ())):
         from lmrl.policy.tokenizers import build_tokenizer

@@ -33,6 +33,7 @@ from lmrl.recipe.steps import CustomListener, CustomTracker, Evaluation, Gate, O
 from lmrl.recipe.task import (
     ENVIRONMENTS,
     STAGE_PREFIX,
+    AgentTask,
     CustomTask,
     EpisodeLimits,
     MazeTask,

@@ -43,6 +43,8 @@ def resolve_files(data: Any, beside: Path) -> None:
     resolve(_data_path, "task", "prompts", "shots", "path")
     resolve(_data_path, "source", "path")
     resolve(_plugin_path, "task", "environment")
+    resolve(_plugin_path, "task", "agent")
+    resolve(_data_path, "task", "data")
     resolve(_plugin_path, "objective", "name")
     resolve(_plugin_path, "source", "name")
     resolve(_plugin_path, "rollouts", "engine")
@@ -55,6 +57,8 @@ def resolve_files(data: Any, beside: Path) -> None:
         if isinstance(part, dict):
             resolve_files({"task": part.get("task"), "source": part.get("log")}, beside)
     task = data.get("task") if isinstance(data, dict) else None
+    if isinstance(task, dict) and isinstance(task.get("agent_command"), list):
+        task["agent_command"] = [_beside(part, beside) for part in task["agent_command"]]
     if isinstance(task, dict) and "rewards" in task:
         task["rewards"] = as_rewards(task["rewards"])
     rewards = task.get("rewards") if isinstance(task, dict) else None
@@ -65,6 +69,14 @@ def resolve_files(data: Any, beside: Path) -> None:
             given = [reward["model"]] if isinstance(reward["model"], str) else reward["model"]
             found = [_reward_model(model, beside, f"task.rewards.{index}.model") for model in given]
             reward["model"] = found[0] if isinstance(reward["model"], str) else found
+
+
+def _beside(part: Any, beside: Path) -> Any:
+    """A part of a command, absolute if it is a file beside the caller or the recipe. Programs that PATH finds stay names."""
+    for place in (Path.cwd(), beside) if isinstance(part, str) and ("/" in part or "." in part) else ():
+        if (place / part).is_file():
+            return str((place / part).absolute())
+    return part
 
 
 def _resolve_items(data: Any, keys: tuple[str, str], name: str, beside: Path) -> None:

@@ -25,7 +25,7 @@ from lmrl.recipe.rollouts import Rollouts
 from lmrl.recipe.source import SOURCES as OF_ONE_KIND
 from lmrl.recipe.source import CustomSource, DatasetOptions, RolloutsSource, SourceOptions
 from lmrl.recipe.steps import Evaluation, Optimizer, Tracking, Training
-from lmrl.recipe.task import ENVIRONMENTS, CustomTask, MazeTask, PromptTask, RandomWalksTask
+from lmrl.recipe.task import ENVIRONMENTS, AgentTask, CustomTask, MazeTask, PromptTask, RandomWalksTask
 
 MAIN_STAGE, REWARD_MODEL = "main", "reward_model"
 STAGE_NAME = re.compile(r"[^\W_][^/\\:\x00-\x1f\x7f]{0,99}")
@@ -51,12 +51,18 @@ def _tags(classes: Mapping[str, type[Section]]) -> dict[str, type[Section]]:
 
 def _choose_task(value: Any) -> str | None:
     given = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-    return "<prompts>" if "environment" not in given else _choose_environment(value)
+    if "environment" in given:
+        return _choose_environment(value)
+    return "<agent>" if {"agent", "agent_command", "data"} & {*given} else "<prompts>"
 
 
 _choose_environment = _choose("environment", "environment", ENVIRONMENTS)
 CHOICES: dict[str, tuple[str, Callable[[Any], str | None], dict[str, type[Section]]]] = {
-    "task": ("environment", _choose_task, {"<prompts>": PromptTask, **_tags(ENVIRONMENTS), "<custom>": CustomTask}),
+    "task": (
+        "environment",
+        _choose_task,
+        {"<prompts>": PromptTask, "<agent>": AgentTask, **_tags(ENVIRONMENTS), "<custom>": CustomTask},
+    ),
     "source": ("name", _choose("source", "name", SOURCES), {**_tags(SOURCES), "<custom>": CustomSource}),
     "objective": (
         "name",
@@ -76,7 +82,7 @@ def _union(section: str) -> Any:
 
 
 if TYPE_CHECKING:
-    TaskSection: TypeAlias = PromptTask | RandomWalksTask | MazeTask | CustomTask
+    TaskSection: TypeAlias = PromptTask | AgentTask | RandomWalksTask | MazeTask | CustomTask
     SourceSection: TypeAlias = SourceOptions
     ObjectiveSection: TypeAlias = ObjectiveOptions
 else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AllowInfNan, BeforeValidator, Field, field_validator, model_validator
 
@@ -185,6 +185,68 @@ class PromptTask(Section):
             if labels.count(label) > 1:
                 raise ValueError(f"two rewards are called '{label}': give each its own `name`")
         return self
+
+
+class AgentTask(Section):
+    """Episodes that a program plays: it asks the policy at an OpenAI-compatible address, as often as it likes."""
+
+    agent: str | None = None
+    """`file.py:solve` or a dotted path: `solve(row, client, **options)`, plain or async, returns the reward, or a dict with `reward`
+    and measurements; with `rewards` text or nothing."""
+    agent_command: list[str] | None = None
+    """A program in any language and its arguments: the row comes as JSON on its standard input, the address in OPENAI_BASE_URL and
+    OPENAI_API_KEY; the last line that it prints is what `solve` would return, as JSON."""
+    data: str
+    """Rows of tasks: a JSONL, Parquet or CSV file, or a dataset on the hub."""
+    split: str = "train"
+    """Split of a dataset on the hub; `config` and `revision` are the hub's too."""
+    config: str | None = None
+    """Name of its configuration (null: its only or default one)."""
+    revision: str | None = None
+    """Branch, tag or commit (null: main)."""
+    holdout: float = Field(0.1, ge=0, lt=1)
+    """Share of the rows, drawn by a fixed seed, that is never trained on and serves evaluation."""
+    limit: int | None = Field(None, ge=1)
+    """Use only the first rows."""
+    options: dict[str, Any] = {}
+    """Further arguments of `agent`."""
+    rewards: Annotated[list[Reward], BeforeValidator(as_rewards)] = []
+    """Reward functions that judge episodes in place of the program: they get the row's columns, and as completion the text that the
+    program returned (or else all that was said)."""
+    max_calls: int = Field(100, ge=1)
+    """Answers that an episode may ask for; it has failed where it asks for more."""
+    workers: int = Field(64, ge=1, le=10_000)
+    """Programs side by side."""
+    max_failed: float = Field(0.1, ge=0, le=1)
+    """The run stops when a larger share of a batch's episodes failed."""
+    min_group: int = Field(1, ge=1)
+    """Episodes of a row that must not fail for them to be learned from; the episodes of smaller groups are dropped and counted
+    (`dropped`)."""
+    call_timeout: CallTimeout = 600
+    """Seconds that an episode may take; then it has failed, and a command is killed."""
+    special_tokens: SpecialTokens = "text"
+    """Inside messages and prompts: `text`, or `parse` where control tokens are meant."""
+
+    history: ClassVar[str] = "all"
+    chat: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _one_program(self) -> AgentTask:
+        if sum(one is not None for one in (self.agent, self.agent_command)) != 1:
+            raise ValueError("a task of this kind is played by one of `agent` and `agent_command`")
+        if self.agent_command is not None and (not self.agent_command or self.options):
+            raise ValueError("`agent_command` is a program and its arguments; `options` are those of `agent`")
+        return self
+
+    @property
+    def program(self) -> str:
+        """The function that plays it."""
+        return self.agent or ""
+
+    @property
+    def program_options(self) -> dict[str, Any]:
+        """Its arguments beside row and client."""
+        return dict(self.options)
 
 
 class EpisodeLimits(Section):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lmrl import distributed
+from lmrl.agents.play import play_agents
 from lmrl.coroutines import run, watched
 from lmrl.engines.base import Completion, Engine, Sampling
 from lmrl.foreign import CallTimedOut, foreign
@@ -79,6 +80,10 @@ class Sampler:
         shared: play and return this process's share of the start states alone; numbers and streams are those of one process.
         first: number of the first start state, of several plays that are to be as one.
         """
+        if self.task.agent is not None:
+            played = play_agents(self.task.agent, self.engine, starts, samples, sampling, name, shared, first)
+            self.task.judge(played)
+            return played
         low, high = distributed.shard_bounds(len(starts)) if shared else (0, len(starts))
         episodes = self._new_episodes(starts[low:high], samples, name, first + low)
 

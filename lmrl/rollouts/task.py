@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from lmrl.agents.play import Agent
+from lmrl.agents.programs import load_program
 from lmrl.environments import TextEnvironment, environment_factory, version_of
 from lmrl.errors import DataError, RecipeError
-from lmrl.recipe import Prompts, PromptTask, Recipe
+from lmrl.recipe import AgentTask, Prompts, PromptTask, Recipe
 from lmrl.rewards.early import EarlyScores
 from lmrl.rewards.load import load_rewards
 from lmrl.rewards.rewards import RewardFunction, drop_failed, judge
@@ -39,6 +42,13 @@ class PromptEnvironment(TextEnvironment):
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         return "", 0.0, True, False, {}
+
+
+class AgentRows:
+    """The rows of an agent task, which no environment plays."""
+
+    def __init__(self, rows: list[dict[str, Any]]):
+        self.rows, self.num_starts = rows, len(rows)
 
 
 @dataclass
@@ -69,6 +79,8 @@ class Task:
     notes: list[str] = field(default_factory=list)
     positions: int | None = None
     """Tokens of context that the model has positions for (None: any number)."""
+    agent: Agent | None = None
+    """The program that plays it, in place of an environment."""
     scored: set[str] = field(default_factory=set)
     """Keys of the prompts that the recipe's suite scores."""
 
@@ -87,6 +99,8 @@ class Task:
         """Give every trajectory its reward; an environment has done so already. early: scores that are known."""
         if self.judged_by == "reward":
             judge(self.rewards, trajectories, self.learning, early)
+        elif self.rewards:  # of an agent task; an episode that failed is not judged
+            judge(self.rewards, [one for one in trajectories if not one.failure], self.learning)
 
     def keep_judged(self, trajectories: list[Trajectory]) -> list[Trajectory]:
         """The judged trajectories; stops the run where too many are not (of those that all processes hold)."""
@@ -122,6 +136,8 @@ def texts_of(section: Any) -> list[str]:
     """Text samples of a task's section: of its prompts, or of its environment (of one that gives none, none)."""
     if isinstance(section, PromptTask):
         return strings_in(prompt_rows(section.prompts))
+    if isinstance(section, AgentTask):
+        return [string.printable, *strings_in(_agent_rows(section))]
     environment = environment_factory(section)()
     return list(environment.texts()) if hasattr(environment, "texts") else []
 
@@ -138,6 +154,8 @@ def build_task(section: Any, tokenizer: Any) -> Task:
     """Load what a recipe's `task` names. Raises DataError, PluginError or ModelError with one line."""
     if isinstance(section, PromptTask):
         return _prompt_task(section, tokenizer)
+    if isinstance(section, AgentTask):
+        return _agent_task(section, tokenizer)
     make = environment_factory(section)
     environment = make()
     count = getattr(environment, "num_starts", None)
@@ -204,7 +222,37 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
     )
 
 
-def split_rows(count: int, prompts: Prompts) -> tuple[list[int], list[int]]:
+def _agent_rows(section: AgentTask) -> list[dict[str, Any]]:
+    return read_rows(section.data, Selection.of(section), section.limit)
+
+
+def _agent_task(section: AgentTask, tokenizer: Any) -> Task:
+    rows = _agent_rows(section)
+    training, heldout = split_rows(len(rows), section)
+    agent = Agent(
+        load_program(section),
+        rows,
+        section.workers,
+        section.max_calls,
+        section.call_timeout,
+        bool(section.rewards),
+        section.special_tokens,
+    )
+    return Task(
+        lambda: AgentRows(rows),
+        Renderer(tokenizer, bool(tokenizer.chat_template), special_tokens=section.special_tokens),
+        training=training,
+        heldout=heldout,
+        max_failed=section.max_failed,
+        call_timeout=section.call_timeout,
+        rewards=load_rewards(section.rewards, section.special_tokens, section.call_timeout),
+        min_group=section.min_group,
+        judged_by="agent",
+        agent=agent,
+    )
+
+
+def split_rows(count: int, prompts: Prompts | AgentTask) -> tuple[list[int], list[int]]:
     """Row numbers to train on and to hold out. The split depends on nothing but the number of rows."""
     held = round(prompts.holdout * count)
     if prompts.holdout == 1:

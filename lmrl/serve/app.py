@@ -51,6 +51,8 @@ class App:
         self.running = 0
         """Completions being sampled."""
         self.requests = self.failures = 0
+        self.broken: Exception | None = None
+        """The error that the engine ended with, if it did."""
         self.nonce = secrets.token_hex(8)
 
     async def __call__(self, request: HTTPRequest) -> HTTPResponse:
@@ -246,6 +248,11 @@ class _Job:
                 done: Completion = await served.complete(self.tokens, self.sampling, self.key, heard)
         except TimeoutError as error:
             raise BadRequest(f"no answer within {self.app.limits.seconds:g} s", code="timeout", status=504) from error
+        except ModelError:  # of this request alone
+            raise
+        except Exception as error:
+            self.app.broken = self.app.broken or error
+            raise
         choice = served.choice(self.ask, self.tokens, done, self.sampling)
         if self.session is not None:
             self.session.record(self.ask, self.which, choice, done, self.earlier)

@@ -77,9 +77,9 @@ class Session:
         self.closed = False
 
     def close(self) -> None:
-        """Take no more calls, and end those that are being answered."""
+        """Take no more calls, and end those that are being answered for others than who closes it."""
         self.closed = True
-        for task in list(self._tasks):
+        for task in self._tasks - {asyncio.current_task()}:
             task.cancel()
 
     def sampling_of(self, ask: Ask) -> Sampling:
@@ -94,8 +94,8 @@ class Session:
         if self.closed:
             raise BadRequest("this session has ended", code="session_ended", status=410)
         if self.most is not None and self.begun + completions > self.most:
-            self.refused = f"it asked for more than task.max_turns={self.most} answers"
-            raise BadRequest(f"{self.refused}", code="max_turns")
+            self.refused = f"asked for more than task.max_calls={self.most} answers"
+            raise BadRequest(f"this session {self.refused}", code="max_calls")
         self.begun += completions
         if task := asyncio.current_task():
             self._tasks.add(task)

@@ -1,0 +1,194 @@
+"""Running the program of an agent task: a function of one's own, or a command in any language."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import inspect
+import json
+import math
+import numbers
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lmrl.agents.client import Dispatch, client_for
+from lmrl.coroutines import in_thread
+from lmrl.errors import PluginError
+from lmrl.plugins import load_plugin
+
+LAST_BYTES = 65536
+"""Bytes of a command's output that are kept, from its end."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where and with which key an episode's program asks."""
+
+    base_url: str
+    key: str
+    timeout: float | None = None
+    dispatch: Dispatch | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a program makes of its episode: a reward, measurements, and its answer as text."""
+
+    reward: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    answer: str | None = None
+
+
+class ProgramFailed(Exception):
+    """A command ended with an error."""
+
+
+class Program:
+    """Runs once an episode."""
+
+    name: str
+
+    async def run(self, row: dict[str, Any], address: Address) -> Outcome:
+        raise NotImplementedError
+
+
+class Function(Program):
+    """`solve(row, client, **options)`, plain or async; returns a reward, a dict with `reward` and measurements, or text."""
+
+    def __init__(self, name: str, options: dict[str, Any]):
+        self.name, self.options = name, options
+        self.call: Callable[..., Any] = load_plugin(name, "task.agent")
+        if not callable(self.call):
+            raise PluginError(f"task.agent: '{name}' is no function: def solve(row, client)")
+        try:
+            inspect.signature(self.call).bind({}, None, **options)
+        except TypeError as error:
+            raise PluginError(
+                f"task.agent: '{name}' cannot be called with a row, a client and task.options: {error}"
+            ) from error
+        except ValueError:
+            pass  # written in C
+        self.is_async = inspect.iscoroutinefunction(self.call) or inspect.iscoroutinefunction(
+            getattr(self.call, "__call__", None)  # noqa: B004 - an object whose call is a coroutine
+        )
+
+    async def run(self, row: dict[str, Any], address: Address) -> Outcome:
+        client = client_for(self.is_async, address.base_url, address.key, address.timeout, address.dispatch)
+        options = copy.deepcopy(self.options)
+        try:
+            if self.is_async:
+                return outcome_of(await self.call(row, client, **options))
+            return outcome_of(await in_thread(lambda: self.call(row, client, **options)))
+        finally:
+            closed = client.close()
+            if inspect.isawaitable(closed):
+                await closed
+
+
+class Command(Program):
+    """A process: it is given the row as JSON on its standard input, and the address in OPENAI_BASE_URL and OPENAI_API_KEY.
+
+    The last line that it prints is the reward, or JSON with `reward` and measurements. It runs in a folder of its own, which is
+    removed, and is killed with all its children where its time is over.
+    """
+
+    def __init__(self, command: list[str]):
+        self.command, self.name = command, " ".join(command)
+        if shutil.which(command[0]) is None:
+            raise PluginError(f"task.agent_command: '{command[0]}' is no program here")
+
+    async def run(self, row: dict[str, Any], address: Address) -> Outcome:
+        with tempfile.TemporaryDirectory(prefix="lmrl-agent-") as folder:
+            process = await asyncio.create_subprocess_exec(
+                *self.command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                cwd=folder,
+                env=os.environ | {"OPENAI_BASE_URL": address.base_url, "OPENAI_API_KEY": address.key},
+                start_new_session=True,
+            )
+            try:
+                assert process.stdin is not None
+                out, errors, _ = await asyncio.gather(
+                    _tail(process.stdout), _tail(process.stderr), _give(process.stdin, row)
+                )
+                code = await process.wait()
+            finally:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
+        if code:
+            said = errors.strip().splitlines()[-1:] or ["and said nothing"]
+            how = f"ended with exit code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
+            raise ProgramFailed(f"the command {how}: {said[0]}")
+        return last_line(out)
+
+
+async def _tail(stream: asyncio.StreamReader | None) -> str:
+    assert stream is not None
+    kept = b""
+    while part := await stream.read(LAST_BYTES):
+        kept = (kept + part)[-LAST_BYTES:]
+    return kept.decode(errors="replace")
+
+
+async def _give(stream: asyncio.StreamWriter, row: dict[str, Any]) -> None:
+    with suppress(ConnectionError):  # it need not read
+        stream.write(json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n")
+        await stream.drain()
+    stream.close()
+
+
+def last_line(text: str) -> Outcome:
+    """The outcome in a command's output. Raises ValueError."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        return Outcome()
+    try:
+        return outcome_of(json.loads(lines[-1]))
+    except json.JSONDecodeError:
+        return Outcome(answer=lines[-1].strip())
+
+
+def outcome_of(value: Any) -> Outcome:
+    """What a program returned, checked. Raises TypeError or ValueError."""
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if value is None or isinstance(value, str):
+        return Outcome(answer=value)
+    if isinstance(value, dict):
+        given = dict(value)
+        reward, answer = given.pop("reward", None), given.pop("answer", None)
+        if answer is not None and not isinstance(answer, str):
+            raise TypeError(f"it returned the answer {answer!r:.60}; expected text")
+        metrics = {str(name): _number(one, f"'{name}'") for name, one in given.items()}
+        return Outcome(None if reward is None else _number(reward, "'reward'"), metrics, answer)
+    return Outcome(_number(value, "the reward"))
+
+
+def _number(value: Any, what: str) -> float:
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise TypeError(f"{what} is {value!r:.60} ({type(value).__name__}); expected a finite number")
+    return float(value)
+
+
+def load_program(section: Any) -> Program:
+    """The program of a recipe's agent task. Raises PluginError."""
+    if section.agent_command is not None:
+        return Command(resolved(section.agent_command))
+    return Function(section.program, section.program_options)
+
+
+def resolved(command: list[str]) -> list[str]:
+    """A command whose relative files are absolute, as it runs in a folder of its own."""
+    return [str(Path(part).resolve()) if "/" in part and Path(part).is_file() else part for part in command]
