@@ -22,6 +22,8 @@ from lmrl.agents.client import Dispatch, client_for
 from lmrl.coroutines import in_thread
 from lmrl.errors import PluginError
 from lmrl.plugins import load_plugin
+from lmrl.tools.functions import load_tools
+from lmrl.tools.loop import ToolLoop
 
 LAST_BYTES = 65536
 """Bytes of a command's output that are kept, from its end."""
@@ -62,9 +64,10 @@ class Program:
 class Function(Program):
     """`solve(row, client, **options)`, plain or async; returns a reward, a dict with `reward` and measurements, or text."""
 
-    def __init__(self, name: str, options: dict[str, Any]):
+    def __init__(self, name: str, options: dict[str, Any], call: Any = None):
+        """call: what `name` stands for, if it is known."""
         self.name, self.options = name, options
-        self.call: Callable[..., Any] = load_plugin(name, "task.agent")
+        self.call: Callable[..., Any] = load_plugin(name, "task.agent") if call is None else call
         if not callable(self.call):
             raise PluginError(f"task.agent: '{name}' is no function: def solve(row, client)")
         try:
@@ -186,7 +189,19 @@ def load_program(section: Any) -> Program:
     """The program of a recipe's agent task. Raises PluginError."""
     if section.agent_command is not None:
         return Command(resolved(section.agent_command))
-    return Function(section.program, section.program_options)
+    if section.tools:
+        return Function("task.tools", {}, tool_loop(section.tools, section.options))
+    return Function(section.agent, dict(section.options))
+
+
+def tool_loop(tools: list[Any], options: dict[str, Any]) -> ToolLoop:
+    """The agent that runs the tools of a recipe. Raises PluginError."""
+    found = load_tools(tools)
+    try:
+        return ToolLoop(found, **options)
+    except TypeError as error:
+        known = ", ".join(list(inspect.signature(ToolLoop).parameters)[1:])
+        raise PluginError(f"task.options: {error}; the loop of task.tools has {known}") from error
 
 
 def resolved(command: list[str]) -> list[str]:

@@ -67,6 +67,8 @@ def load_policy(
             **attention_of(options),
         )
         quantization = _agreed_quantization(options, origin)
+    if options.chat_template is not None:
+        tokenizer.chat_template = options.chat_template
     kind = None
     if options.lora is not None:
         model, kind = with_lora(model, options.lora, origin, options.revision, reference)

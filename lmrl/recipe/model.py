@@ -71,6 +71,8 @@ class Model(Section):
     """Transformers' configuration of a model from scratch: `model_type` and its sizes."""
     tokenizer: Literal["char", "word"] = "char"
     """Tokenizer of a model from scratch: a token for each character, or each word, of the task's texts."""
+    chat_template: str | None = None
+    """Chat template (Jinja) in place of the tokenizer's own; one from scratch has none. Saved with the policy."""
     lora: Lora | None = None
     """Train adapters and leave the model as it is (null: train all weights)."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -57,6 +57,11 @@ def resolve_files(data: Any, beside: Path) -> None:
         if isinstance(part, dict):
             resolve_files({"task": part.get("task"), "source": part.get("log")}, beside)
     task = data.get("task") if isinstance(data, dict) else None
+    if isinstance(task, dict) and isinstance(task.get("tools"), list):
+        given = enumerate(task["tools"])
+        task["tools"] = [
+            _plugin_path(one, beside, f"task.tools.{n}") if isinstance(one, str) else one for n, one in given
+        ]
     if isinstance(task, dict) and isinstance(task.get("agent_command"), list):
         task["agent_command"] = [_beside(part, beside) for part in task["agent_command"]]
     if isinstance(task, dict) and "rewards" in task:

@@ -53,7 +53,7 @@ def _choose_task(value: Any) -> str | None:
     given = value if isinstance(value, dict) else getattr(value, "__dict__", {})
     if "environment" in given:
         return _choose_environment(value)
-    return "<agent>" if {"agent", "agent_command", "data"} & {*given} else "<prompts>"
+    return "<agent>" if {"agent", "agent_command", "tools", "data"} & {*given} else "<prompts>"
 
 
 _choose_environment = _choose("environment", "environment", ENVIRONMENTS)

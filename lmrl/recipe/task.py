@@ -196,6 +196,10 @@ class AgentTask(Section):
     agent_command: list[str] | None = None
     """A program in any language and its arguments: the row comes as JSON on its standard input, the address in OPENAI_BASE_URL and
     OPENAI_API_KEY; the last line that it prints is what `solve` would return, as JSON."""
+    tools: list[str | dict[str, Any]] = []
+    """In place of a program of one's own, these tools, which the policy calls until it answers: `file.py:function` or a dotted path, a
+    function with type hints; `python`, or `{python: {seconds: 5}}`, runs code. `rewards` judge the answer. `options`: `prompt` (the
+    column with the question), `system`, `rounds` (answers at most, 8), `seconds` of a call (30) and `characters` of a result (4000)."""
     data: str
     """Rows of tasks: a JSONL, Parquet or CSV file, or a dataset on the hub."""
     split: str = "train"
@@ -232,21 +236,13 @@ class AgentTask(Section):
 
     @model_validator(mode="after")
     def _one_program(self) -> AgentTask:
-        if sum(one is not None for one in (self.agent, self.agent_command)) != 1:
-            raise ValueError("a task of this kind is played by one of `agent` and `agent_command`")
+        if sum(bool(one) for one in (self.agent, self.agent_command, self.tools)) != 1:
+            raise ValueError("a task of this kind is played by one of `agent`, `agent_command` and `tools`")
+        if self.tools and not any(reward.weight for reward in self.rewards):
+            raise ValueError("`tools` end with an answer, and nothing judges it: list a reward under `rewards`")
         if self.agent_command is not None and (not self.agent_command or self.options):
             raise ValueError("`agent_command` is a program and its arguments; `options` are those of `agent`")
         return self
-
-    @property
-    def program(self) -> str:
-        """The function that plays it."""
-        return self.agent or ""
-
-    @property
-    def program_options(self) -> dict[str, Any]:
-        """Its arguments beside row and client."""
-        return dict(self.options)
 
 
 class EpisodeLimits(Section):

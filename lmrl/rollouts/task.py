@@ -21,7 +21,7 @@ from lmrl.rewards.rewards import RewardFunction, drop_failed, judge
 from lmrl.rollouts.templates import prompt_rows
 from lmrl.seeding import stream
 from lmrl.trajectories.fields import checked_messages
-from lmrl.trajectories.files import Malformed, Selection
+from lmrl.trajectories.files import Malformed, Selection, read_rows
 from lmrl.trajectories.formats import prompt_of
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.store import dataset_texts

@@ -172,7 +172,7 @@ def test_mistakes_are_found_before_a_run(policy, rows, tmp_path):
         build_task(AgentTask(agent=f"{PROGRAMS}:one_turn", data=rows, options={"a": 1}), policy.tokenizer)
     with pytest.raises(PluginError, match="is no program here"):
         build_task(AgentTask(agent_command=["no-such-program"], data=rows), policy.tokenizer)
-    with pytest.raises(ValueError, match="one of `agent` and `agent_command`"):
+    with pytest.raises(ValueError, match="one of `agent`, `agent_command` and `tools`"):
         AgentTask(data=rows)
 
 

@@ -1,0 +1,160 @@
+"""Tools in Python: functions with type hints, offered to a model and called with what it wrote."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from lmrl.coroutines import in_thread
+from lmrl.errors import PluginError
+from lmrl.plugins import load_plugin
+from lmrl.tools.formats import Tool
+
+SECONDS, CHARACTERS = 30.0, 4000
+"""Of a call, and of its result, unless a recipe says otherwise."""
+
+
+class PythonTool:
+    """A function whose parameters are type-hinted, or a class whose instances are called: a new one for each episode.
+
+    name: how the model calls it. key: of the recipe, for messages. Raises PluginError for parameters that cannot be described.
+    """
+
+    def __init__(self, call: Callable[..., Any], key: str = "task.tools"):
+        if not callable(call):
+            raise PluginError(f"{key}: {call!r:.60} is no function")
+        self.call, self.key = call, key
+        self.name = getattr(call, "tool_name", None) or getattr(call, "__name__", type(call).__name__)
+        target = call.__call__ if inspect.isclass(call) else call  # type: ignore[operator]
+        skipped = 1 if inspect.isclass(call) else 0
+        self.arguments = _model_of(target, self.name, key, skipped)
+        self.text = inspect.cleandoc(getattr(call, "__doc__", None) or "").partition("\n\n")[0]
+
+    @property
+    def described(self) -> Tool:
+        """The tool as OpenAI's API describes it."""
+        schema = _without_titles(self.arguments.model_json_schema())
+        schema.pop("additionalProperties", None)
+        return {
+            "type": "function",
+            "function": {"name": self.name, "description": " ".join(self.text.split()), "parameters": schema},
+        }
+
+    def instance(self) -> Callable[..., Any]:
+        """What is called in one episode."""
+        made: Callable[..., Any] = self.call() if inspect.isclass(self.call) else self.call
+        return made
+
+
+class ToolBox:
+    """The tools of one episode. seconds: of a call; characters: of a result, whose middle is left out beyond."""
+
+    def __init__(self, tools: Sequence[PythonTool], seconds: float = SECONDS, characters: int = CHARACTERS):
+        self.tools = {tool.name: tool for tool in tools}
+        self.calls = {tool.name: tool.instance() for tool in tools}
+        self.seconds, self.characters = seconds, characters
+
+    async def run(self, name: str, arguments: dict[str, Any]) -> str:
+        """The result of a call as text; what goes wrong is text too, for the model to read."""
+        tool = self.tools.get(name)
+        if tool is None:
+            return f"error: there is no tool '{name:.60}'; there are {', '.join(self.tools)}"
+        try:
+            checked = tool.arguments.model_validate(arguments)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "arguments"
+            return f"error: {place}: {first['msg']}"
+        given = {field: getattr(checked, field) for field in type(checked).model_fields}
+        call = self.calls[name]
+        try:
+            async with asyncio.timeout(self.seconds) as limit:
+                if inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(getattr(call, "__call__", None)):  # noqa: B004
+                    result = await call(**given)
+                else:
+                    result = await in_thread(lambda: call(**given))
+        except TimeoutError as error:
+            if limit.expired():
+                return f"error: timed out after {self.seconds:g} s"
+            return f"error: {_told(error)}"
+        except (Exception, SystemExit) as error:
+            return f"error: {_told(error)}"
+        return shortened(as_text(result), self.characters)
+
+
+def load_tools(names: Sequence[Any], key: str = "task.tools") -> list[PythonTool]:
+    """The tools that a recipe names: `file.py:function`, a dotted path, `python`, or `{python: {seconds: 5}}`. Raises PluginError."""
+    tools = []
+    for index, name in enumerate(names):
+        where = f"{key}.{index}"
+        if name == "python" or isinstance(name, dict):
+            from lmrl.tools.sandbox import python_tool
+
+            tools.append(
+                PythonTool(python_tool((name if isinstance(name, dict) else {}).get("python") or {}, where), where)
+            )
+        else:
+            tools.append(PythonTool(load_plugin(name, where), where))
+    names = [tool.name for tool in tools]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise PluginError(f"{key}: two tools are called '{twice[0]}'")
+    return tools
+
+
+def as_text(result: Any) -> str:
+    """A result as the model reads it: text as it is, other data as JSON where that is possible."""
+    if isinstance(result, str):
+        return result
+    try:
+        return json.dumps(result, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        return str(result)
+
+
+def shortened(text: str, characters: int) -> str:
+    """The text with its middle left out, where it is longer."""
+    if len(text) <= characters:
+        return text
+    half = characters // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half} characters ...]\n{text[len(text) - half :]}"
+
+
+def _told(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _model_of(call: Callable[..., Any], name: str, key: str, skipped: int) -> type[BaseModel]:
+    """The parameters of a function as a model that checks them."""
+    parameters = list(inspect.signature(call).parameters.values())[skipped:]
+    try:
+        hints = get_type_hints(call)
+    except Exception as error:  # names in annotations that do not exist
+        raise PluginError(f"{key}: the type hints of '{name}' cannot be read: {error}") from error
+    fields: dict[str, Any] = {}
+    for parameter in parameters:
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise PluginError(
+                f"{key}: '{name}' takes *{parameter.name}, which a model cannot be told of: name its parameters"
+            )
+        if parameter.name not in hints:
+            raise PluginError(f"{key}: parameter '{parameter.name}' of '{name}' has no type hint: add one")
+        default = ... if parameter.default is parameter.empty else parameter.default
+        fields[parameter.name] = (hints[parameter.name], default)
+    try:
+        return create_model(name, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=False), **fields)
+    except Exception as error:  # a type that no JSON stands for
+        raise PluginError(f"{key}: '{name}' cannot be described: {' '.join(str(error).split()):.200}") from error
+
+
+def _without_titles(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            name: _without_titles(one) for name, one in value.items() if not (name == "title" and isinstance(one, str))
+        }
+    return [_without_titles(one) for one in value] if isinstance(value, list) else value

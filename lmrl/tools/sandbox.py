@@ -1,0 +1,249 @@
+"""The `python` tool: code of a model in a process of its own, within limits, and apart from the rest of the system where that can be.
+
+With `isolation: full` (the default) the code sees a file system of its own (the standard library, read-only, and an empty folder in
+memory), no network and no other processes: Linux namespaces, by `unshare` of util-linux. Where the system allows none, that is an
+error; `isolation: limits` is satisfied with limits on time, memory, files and processes. It is no sandbox: the code can then read and
+write what this user may, and use the network.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from lmrl.errors import PluginError
+from lmrl.recipe.base import Section
+
+NOBODY = 65534
+SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32")
+STARTED = "lmrl-started\n"
+"""What is written just before the code runs."""
+PROGRAMS = ("unshare", "mount", "umount", "pivot_root", "setpriv", "sh", "mkdir")
+
+
+class Sandbox(Section):
+    """Limits of the `python` tool."""
+
+    isolation: Literal["full", "limits"] = "full"
+    """full: no network, no files and no processes but its own. limits: those below alone."""
+    seconds: float = Field(5, gt=0)
+    """Of computing, and nearly so of waiting."""
+    memory_mb: int = Field(512, ge=32)
+    """Address space."""
+    file_mb: int = Field(16, ge=1)
+    """Of each file, and with `full` of all files together."""
+    processes: int = Field(1, ge=1)
+    """The code's own included; threads count. Not for root with `limits`."""
+    characters: int = Field(4000, ge=1)
+    """Of output; code that writes more is ended."""
+
+
+BOOT = r"""
+import os, sys, resource
+os.write(2, b"lmrl-started\n")
+os.dup2(1, 2)
+seconds, memory, size, processes = map(int, sys.argv[1:5])
+source = sys.stdin.read()
+for name, limit in (
+    (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, size), (resource.RLIMIT_CORE, 0),
+    (resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_NPROC, processes), (resource.RLIMIT_MSGQUEUE, 0), (resource.RLIMIT_MEMLOCK, 65536),
+):
+    resource.setrlimit(name, (limit, limit))
+import ast
+sys.argv = ["code"]
+space = {"__name__": "__main__"}
+def run(source):
+    tree = ast.parse(source, "code")
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, "code", "exec"), space)
+    if last is not None:
+        value = eval(compile(ast.Expression(last.value), "code", "eval"), space)
+        if value is not None:
+            print(value if isinstance(value, str) else repr(value))
+try:
+    run(source)
+except SystemExit:
+    raise
+except BaseException as error:
+    sys.stdout.flush()
+    frame, line = error.__traceback__, None
+    while frame is not None:
+        if frame.tb_frame.f_code.co_filename == "code":
+            line = frame.tb_lineno
+        frame = frame.tb_next
+    print(f"{type(error).__name__}: {error}" + (f" (line {line})" if line else ""))
+    sys.stdout.flush()
+    sys.exit(1)
+"""
+MOUNTS = r"""
+set -e
+root=$1; size=$2; shift 2
+mount --make-rprivate /
+mount -t tmpfs -o "size=${size}m,mode=755,nr_inodes=4096" tmpfs "$root"
+while [ "$1" != -- ]; do
+    if [ -L "$1" ]; then
+        ln -s "$(readlink "$1")" "$root$1"
+    else
+        mkdir -p "$root$1"
+        mount --bind "$1" "$root$1"
+        mount -o remount,bind,ro,nosuid,nodev "$root$1"
+    fi
+    shift
+done
+shift
+mkdir -p "$root/proc" "$root/dev" "$root/work" "$root/tmp" "$root/old" "$root/etc"
+mount -t proc -o nosuid,nodev,noexec proc "$root/proc"
+for device in null zero urandom; do
+    : > "$root/dev/$device"
+    mount --bind "/dev/$device" "$root/dev/$device"
+done
+[ -e /etc/ld.so.cache ] && { : > "$root/etc/ld.so.cache"; mount --bind /etc/ld.so.cache "$root/etc/ld.so.cache"; }
+mount -t tmpfs -o "size=${size}m,mode=777,nosuid,nodev,nr_inodes=4096" tmpfs "$root/work"
+cd "$root"
+pivot_root . old
+cd /work
+umount -l /old
+mount -o remount,ro,nosuid,nodev,size=64k /
+exec "$@"
+"""
+DROP = r"""
+echo 0 > /proc/sys/user/max_user_namespaces
+exec setpriv --bounding-set=-all --inh-caps=-all --ambient-caps=-all --no-new-privs "$@"
+"""
+
+
+def python_tool(settings: Any, key: str = "task.tools") -> Callable[[str], str]:
+    """The `python` tool with these settings. Raises PluginError where the system cannot keep to them."""
+    try:
+        sandbox = Sandbox.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise PluginError(f"{key}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    if sandbox.isolation == "full" and (reason := why_not_isolated()):
+        raise PluginError(
+            f"{key}: this system gives the python tool no namespaces ({reason}), so that it cannot be kept from files and the network; "
+            "set isolation: limits where limits are enough"
+        )
+
+    def python(code: str) -> str:
+        """Run Python code and return what it prints."""
+        return run_python(code, sandbox)
+
+    return python
+
+
+@cache
+def why_not_isolated() -> str | None:
+    """Why code cannot be kept apart on this system; None: it can."""
+    missing = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
+    if missing:
+        return f"{missing[0]} is missing"
+    output = run_python("print('apart')", Sandbox(seconds=20))
+    return None if output.strip() == "apart" else " ".join(output.split())[:200]
+
+
+def run_python(code: str, sandbox: Sandbox = Sandbox()) -> str:
+    """What code prints, with the value of its last expression; then what went wrong, if anything did."""
+    with tempfile.TemporaryDirectory(prefix="lmrl-python-") as folder, tempfile.TemporaryFile() as said:
+        limits = [
+            max(int(sandbox.seconds + 0.999), 1),
+            sandbox.memory_mb * 2**20,
+            sandbox.file_mb * 2**20,
+            sandbox.processes,
+        ]
+        python = [str(Path(sys._base_executable).resolve()), "-I", "-S", "-B", "-c", BOOT, *map(str, limits)]
+        command = _apart(python, folder, sandbox.file_mb) if sandbox.isolation == "full" else python
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,  # of what starts the code; its own goes to its output
+            cwd=folder,
+            env={"PATH": _path(), "LANG": "C.UTF-8", "PYTHONIOENCODING": "utf-8:replace", "HOME": "/"},
+            start_new_session=True,
+        )
+        killed: list[str] = []
+
+        def kill(reason: str) -> None:
+            killed.append(reason)
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(sandbox.seconds + 2, kill, [f"timed out after {sandbox.seconds:g} s"])
+        timer.start()
+        writer = threading.Thread(target=_give, args=(process, code), daemon=True)
+        writer.start()
+        try:
+            output = _read(process, sandbox.characters, kill)
+            status = process.wait()
+        finally:
+            timer.cancel()
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        said.seek(0)
+        before, started, after = said.read(2000).decode(errors="replace").partition(STARTED)
+    lines = [output] if output else []
+    if killed:
+        lines.append(f"error: {killed[0]}")
+    elif not started:
+        lines.append(f"error: it did not start: {' '.join(before.split())}")
+    elif status < 0 or status > 128 or after:  # unshare says so where it cannot end by the signal itself
+        lines.append(
+            f"error: ended by a signal or its limits ({sandbox.seconds:g} s of computing, {sandbox.memory_mb} MB)"
+        )
+    elif status not in (0, 1):
+        lines.append(f"error: exit code {status}")
+    return "\n".join(line.rstrip("\n") for line in lines)
+
+
+def _apart(python: list[str], root: str, file_mb: int) -> list[str]:
+    """The command in namespaces of its own: no network, files or processes but its own, no capabilities, nobody's rights."""
+    prefix = str(Path(sys.base_prefix).resolve())
+    seen = [path for path in SYSTEM if os.path.lexists(path)]
+    if not any(prefix == path or prefix.startswith(f"{path}/") for path in seen):
+        seen.append(prefix)
+    last = ["sh", "-c", DROP, "sh", *python]
+    root_user = os.geteuid() == 0
+    if root_user:
+        nobody = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+        last = [*nobody, "unshare", "--user", "--map-root-user", *last]
+    own = [] if root_user else ["--user", "--map-root-user"]
+    spaces = ["--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child"]
+    return ["unshare", *own, *spaces, "sh", "-c", MOUNTS, "sh", root, str(file_mb), *seen, "--", *last]
+
+
+def _give(process: subprocess.Popen[bytes], code: str) -> None:
+    assert process.stdin is not None
+    with suppress(OSError):
+        process.stdin.write(code.encode(errors="replace"))
+    with suppress(OSError):
+        process.stdin.close()
+
+
+def _read(process: subprocess.Popen[bytes], characters: int, kill: Callable[[str], None]) -> str:
+    assert process.stdout is not None
+    most, kept = characters * 4, bytearray()  # bytes of a character
+    while part := os.read(process.stdout.fileno(), 65536):
+        kept += part
+        if len(kept) > most or len(kept.decode(errors="ignore")) > characters:
+            kill(f"wrote more than {characters} characters")
+            break
+    process.stdout.close()
+    return kept.decode(errors="replace")[:characters]
+
+
+def _path() -> str:
+    return "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

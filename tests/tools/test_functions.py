@@ -1,0 +1,131 @@
+"""Tools in Python: how they are described, checked, run and limited."""
+
+import asyncio
+import time
+from typing import Literal
+
+import pytest
+
+from lmrl.errors import PluginError
+from lmrl.tools.functions import PythonTool, ToolBox, load_tools
+
+
+def divide(a: float, b: float, rounding: Literal["up", "down"] | None = None) -> float:
+    """Divide a by b.
+
+    More for people.
+    """
+    return a / b
+
+
+async def wait(seconds: float) -> str:
+    """Wait."""
+    await asyncio.sleep(seconds)
+    return "waited"
+
+
+def block(seconds: float) -> str:
+    time.sleep(seconds)
+    return "blocked"
+
+
+def table(rows: list[int]) -> dict:
+    return {"rows": rows, "text": "é"}
+
+
+def long() -> str:
+    return "a" * 60 + "b" * 60
+
+
+class Counter:
+    """Count calls of this episode."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, step: int = 1) -> int:
+        self.count += step
+        return self.count
+
+
+def run(tools, *calls, **limits):
+    box = ToolBox([PythonTool(tool) for tool in tools], **limits)
+
+    async def all_calls():
+        return [await box.run(name, arguments) for name, arguments in calls]
+
+    return asyncio.run(all_calls())
+
+
+def test_a_description_comes_from_type_hints():
+    assert PythonTool(divide).described == {
+        "type": "function",
+        "function": {
+            "name": "divide",
+            "description": "Divide a by b.",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "a": {"type": "number"},
+                    "b": {"type": "number"},
+                    "rounding": {
+                        "anyOf": [{"enum": ["up", "down"], "type": "string"}, {"type": "null"}],
+                        "default": None,
+                    },
+                },
+                "required": ["a", "b"],
+            },
+        },
+    }
+
+
+def test_results_and_errors_are_text():
+    results = run(
+        [divide, table],
+        ("divide", {"a": 3, "b": "1.5"}),
+        ("divide", {"a": 1, "b": 0}),
+        ("divide", {"a": "one", "b": 1}),
+        ("divide", {"a": 1, "b": 1, "c": 1}),
+        ("divide", {"a": 1}),
+        ("multiply", {}),
+        ("table", {"rows": [1, 2]}),
+    )
+    assert results[0] == "2.0" and results[6] == '{"rows": [1, 2], "text": "é"}'
+    assert results[1] == "error: ZeroDivisionError: float division by zero"
+    assert results[2].startswith("error: a: Input should be a valid number")
+    assert results[3] == "error: c: Extra inputs are not permitted"
+    assert results[4] == "error: b: Field required"
+    assert results[5] == "error: there is no tool 'multiply'; there are divide, table"
+
+
+def test_time_and_output_are_limited():
+    began = time.monotonic()
+    results = run(
+        [wait, block, long],
+        ("wait", {"seconds": 9}),
+        ("block", {"seconds": 3}),
+        ("long", {}),
+        seconds=0.2,
+        characters=40,
+    )
+    assert results[:2] == ["error: timed out after 0.2 s"] * 2 and time.monotonic() - began < 2
+    assert results[2] == "a" * 20 + "\n[... 80 characters ...]\n" + "b" * 20
+
+
+def test_a_class_is_made_anew_for_each_episode():
+    assert run([Counter], ("Counter", {}), ("Counter", {"step": 4})) == ["1", "5"]
+    assert run([Counter], ("Counter", {})) == ["1"]
+
+
+def test_what_cannot_be_described_is_refused():
+    def bare(a): ...
+    def many(*a: int): ...
+    def odd(a: object()): ...  # noqa: F821
+
+    for tool, said in ((bare, "has no type hint"), (many, "takes \\*a"), (odd, "cannot be (read|described)")):
+        with pytest.raises(PluginError, match=said):
+            PythonTool(tool)
+    with pytest.raises(PluginError, match="two tools are called 'divide'"):
+        load_tools([f"{__file__}:divide"] * 2)
+    with pytest.raises(PluginError, match="memory_mb"):
+        load_tools([{"python": {"memory_mb": 1}}])

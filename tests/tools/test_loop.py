@@ -1,0 +1,69 @@
+"""The loop of task.tools: calls, their results, and the answer, in one segment."""
+
+import json
+
+import pytest
+
+from lmrl.engines.base import Sampling
+from lmrl.errors import PluginError
+from lmrl.policy.load import open_policy
+from lmrl.recipe import AgentTask
+from lmrl.rollouts.sampler import Sampler
+from lmrl.rollouts.task import build_task
+from tests.serve.clients import Scripted
+
+
+def add(a: int, b: int) -> int:
+    """Add."""
+    return a + b
+
+
+def right(prompts, completions, answer, **_):
+    return [float(one == text[0]["content"]) for one, text in zip(answer, completions, strict=True)]
+
+
+@pytest.fixture
+def section(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(json.dumps({"prompt": "1 + 2?", "answer": "3"}) + "\n")
+
+    def make(**changes):
+        given = {"tools": [f"{__file__}:add"], "data": str(path), "rewards": [f"{__file__}:right"]}
+        return AgentTask(**given | changes)
+
+    return make
+
+
+def play(folder, section, texts):
+    policy = open_policy(str(folder))
+    engine = Scripted(policy, texts)
+    task = build_task(section, policy.tokenizer)
+    (trajectory,) = Sampler(task, engine, policy.decode).play([0], 1, Sampling(60), (0,))
+    return trajectory, policy.tokenizer.decode(trajectory.segments[0].tokens)
+
+
+def test_calls_results_and_answer(tiny_folder, section):
+    trajectory, text = play(tiny_folder, section(), ["[add(1, 2), add(1, 'x')]<eos>", "3<eos>"])
+    assert trajectory.failure is None and trajectory.reward == 1.0 and len(trajectory.segments) == 1
+    assert trajectory.metrics == {"tool_calls": 2.0, "tool_errors": 1.0}
+    assert "add(a, b): Add.<eos>\n[user]1 + 2?<eos>\n[assistant][add(1, 2), add(1, 'x')]<eos>\n[tool]3<eos>\n" in text
+    assert "[tool]error: b: Input should be a valid integer" in text and text.endswith("[assistant]3<eos>")
+
+
+def test_rounds_end_it(tiny_folder, section):
+    trajectory, _ = play(tiny_folder, section(options={"rounds": 2}), ["[add(1, 2)]<eos>"] * 3)
+    assert len(trajectory.turns) == 2 and trajectory.reward == 0.0 and trajectory.metrics["tool_calls"] == 1.0
+
+
+def test_system_message_and_column(tiny_folder, section):
+    options = {"system": "Be exact.", "prompt": "answer"}
+    _, text = play(tiny_folder, section(options=options), ["3<eos>"])
+    assert text.startswith("[system]Be exact.\n\nTo call tools") and "[user]3<eos>" in text
+
+
+def test_mistakes(tiny_folder, section):
+    tokenizer = open_policy(str(tiny_folder)).tokenizer
+    with pytest.raises(PluginError, match="the loop of task.tools has prompt, system, rounds"):
+        build_task(section(options={"round": 2}), tokenizer)
+    with pytest.raises(ValueError, match="nothing judges it"):
+        section(rewards=[])
