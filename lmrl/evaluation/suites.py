@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from lmrl.errors import RecipeError
-from lmrl.recipe import Choices, PromptTask, Rollouts, Section, TaskSection
+from lmrl.recipe import AgentTask, Choices, PromptTask, Rollouts, Section, TaskSection
 from lmrl.recipe.document import Document, read_yaml
 from lmrl.recipe.files import find_yaml, merge
 from lmrl.recipe.methods import spelled_out, take_arguments
@@ -132,6 +132,9 @@ def own_suite(task: dict[str, Any], rollouts: dict[str, Any], overrides: Sequenc
         apply_override(document, override)
     resolve_files(document.data, document.folder)
     suite = validate(Suite, document)
+    if isinstance(suite.task, AgentTask):
+        judged = bool(suite.task.rewards) and "metrics" not in document.data
+        return suite.model_copy(update={"metrics": ["reward"]}) if judged else suite
     if not isinstance(suite.task, PromptTask):
         return suite
     if not any(reward.weight for reward in suite.task.rewards):

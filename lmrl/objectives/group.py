@@ -19,17 +19,20 @@ from lmrl.objectives.turns import (
     Turns,
     group_scales,
     less_group_mean,
+    less_state_mean,
     over_batch_scale,
+    repeated,
     rewards_fall_at_turns,
     sums_to_go,
     turns_of,
+    visits_of,
 )
 from lmrl.policy.passes import Outputs
 from lmrl.policy.policy import Policy
 from lmrl.recipe import GroupObjective
 from lmrl.trajectories.batch import Batch, Microbatch
 from lmrl.trajectories.chain import rewards_and_turns
-from lmrl.trajectories.trajectory import Trajectory
+from lmrl.trajectories.trajectory import Trajectory, prompt_key
 
 TURN = "turn"
 """Field that numbers the turns of a batch."""
@@ -97,6 +100,11 @@ class GroupPolicyGradient(PolicyGradient):
         numbers = [number for number, group in enumerate(groups) for _ in group]
         turns, turn_N = turns_of(earned, numbers, by_turn)
         advantages_N = self._scaled(self.baseline(turns), turns)[turn_N]
+        if options.state_weight:
+            states = [[prompt_key(turn.observation) for turn in episode.turns] for episode in episodes]
+            visits, visit_N = visits_of(earned, numbers, states, options.state_gamma)
+            advantages_N = advantages_N + options.state_weight * self._scaled(less_state_mean(visits), visits)[visit_N]
+            batch.stats["states_repeated"] = distributed.mean(repeated(visits).double())
         if ratio_N is not None and self.pays_by_token:
             advantages_N = advantages_N - options.kl_coef * flat(
                 [sums_to_go(own) for own in ratio_N.double().split(sizes)]
@@ -111,7 +119,7 @@ class GroupPolicyGradient(PolicyGradient):
         batch.set(TURN, turn_N)
         lengths_E = torch.tensor(sizes, dtype=policy.precision)
         batch.set("share", (1 / lengths_E).repeat_interleave(torch.tensor(sizes, dtype=torch.long)))
-        batch.stats = self._measure(groups)
+        batch.stats |= self._measure(groups)
         episodes_N = flat([sequence.fields[EPISODE] for sequence in batch.sequences], torch.long)
         if ratio_N is not None:
             batch.stats["kl"] = distributed.mean(episode_sums(ratio_N, episodes_N))

@@ -14,6 +14,7 @@ import torch
 from lmrl import distributed
 from lmrl.objectives.groups import flat
 from lmrl.objectives.policy_gradient import ROUNDING
+from lmrl.trajectories.chain import returns_to_go
 
 
 @dataclass
@@ -117,6 +118,39 @@ def rewards_fall_at_turns(earned: Sequence[tuple[torch.Tensor, torch.Tensor]]) -
     """True if an episode of any process earned something before its last turn. earned: rewards and turns of each one's tokens."""
     early = any(bool(rewards_A[turns_A < turns_A[-1]].any()) for rewards_A, turns_A in earned)
     return bool(distributed.all_max(int(early)))
+
+
+def less_state_mean(visits: Turns) -> torch.Tensor:
+    """Each visit's return less the mean of all visits of its state in the group, (K,); 0 for a state visited once."""
+    return centred(visits.to_go_K, visits.cell_K)
+
+
+def repeated(visits: Turns) -> torch.Tensor:
+    """True for visits of a state that the group has visited more than once, (K,)."""
+    return cell_means(visits.to_go_K, visits.cell_K)[1] > 1
+
+
+def visits_of(
+    earned: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    groups: Sequence[int],
+    states: Sequence[Sequence[str]],
+    gamma: float,
+) -> tuple[Turns, torch.Tensor]:
+    """The turns of these episodes as visits of states, whose numbers stand in `index_K`; and the turn of each action token, (N,).
+
+    earned, groups: as for turns_of. states: of each episode what makes a turn's state the same as another's, by the turn's number.
+    gamma: discount of a turn; returns count from the visit on.
+    """
+    turns, turn_N = turns_of(earned, groups, by_turn=True)
+    numbers: dict[str, int] = {}
+    index, to_go = [], []
+    for (rewards_A, turns_A), own in zip(earned, states, strict=True):
+        played, place_A = turns_A.unique(return_inverse=True)
+        index += [numbers.setdefault(own[turn], len(numbers)) for turn in played.tolist()]
+        sums = rewards_A.new_zeros(len(played)).index_add(0, place_A, rewards_A)
+        to_go.append(returns_to_go(sums, torch.full_like(sums, gamma)))
+    visits = Turns(flat(to_go, torch.float64), torch.tensor(index, dtype=torch.long), turns.group_K)
+    return visits, turn_N
 
 
 def turns_of(

@@ -253,7 +253,7 @@ def plain_text(calls: list[dict[str, Any]]) -> str:
 
 def with_instructions(messages: Messages, tools: list[Tool]) -> Messages:
     """Messages whose system message says what tools there are and how to call them in the plain form."""
-    lines = ["To call tools, end with [name(argument=value)]. Tools:"]
+    lines = ["To call a tool, end with [name(argument=value)]:"]
     for tool in tools:
         function = tool["function"]
         names = ", ".join(_properties(tool))

@@ -95,7 +95,7 @@ def test_messages_in_the_plain_form():
     assert written is None and prepared == [
         {
             "role": "system",
-            "content": "To call tools, end with [name(argument=value)]. Tools:\nadd(a, b): The sum.",
+            "content": "To call a tool, end with [name(argument=value)]:\nadd(a, b): The sum.",
         },
         {"role": "user", "content": "?"},
         {"role": "assistant", "content": "So\n[add(a=1, b='x'), add(a=1, b='x')]"},

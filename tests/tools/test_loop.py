@@ -58,7 +58,7 @@ def test_rounds_end_it(tiny_folder, section):
 def test_system_message_and_column(tiny_folder, section):
     options = {"system": "Be exact.", "prompt": "answer"}
     _, text = play(tiny_folder, section(options=options), ["3<eos>"])
-    assert text.startswith("[system]Be exact.\n\nTo call tools") and "[user]3<eos>" in text
+    assert text.startswith("[system]Be exact.\n\nTo call a tool") and "[user]3<eos>" in text
 
 
 def test_mistakes(tiny_folder, section):

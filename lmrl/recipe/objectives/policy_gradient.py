@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from lmrl.recipe.objectives.base import BINS, LARGEST_HEAD_LR, SHORT_MEMORY, ObjectiveOptions, RateCurve
+from lmrl.recipe.task import PromptTask
 
 if TYPE_CHECKING:
     from lmrl.recipe.recipe import Recipe
@@ -135,6 +136,11 @@ class GroupObjective(PolicyGradientObjective):
     mask_cut: bool = False
     """Leave episodes with a turn that was cut off by the token limit out of the loss (overlong filtering, DAPO, arXiv
     2503.14476); they still count in the baseline."""
+    state_weight: float = Field(0.0, ge=0)
+    """Weight of a second advantage, by state: a turn's discounted return less the mean over all visits of the same observation in the
+    group, where a state is visited more than once (GiGPO, Feng et al., arXiv 2505.10978, which has 1). 0: none."""
+    state_gamma: float = Field(0.95, gt=0, le=1)
+    """Discount a turn in the returns of `state_weight`: below 1, also a reward at the end tells early turns from late ones."""
     share_prompts: bool = True
     """Compute the prompt of a group once in the updates, where the model allows it."""
 
@@ -143,6 +149,11 @@ class GroupObjective(PolicyGradientObjective):
 
     def mistakes(self, recipe: Recipe) -> Iterator[str]:
         yield from super().mistakes(recipe)
+        if self.state_weight and (isinstance(recipe.task, PromptTask) or recipe.rollouts.samples == 1):
+            yield (
+                "`objective.state_weight` compares turns that begin in the same state: it needs a task of several turns, and "
+                "rollouts.samples of 2 or more"
+            )
         if self.compares_samples and recipe.rollouts.samples == 1:
             yield f"objective '{self.name}' compares samples of the same prompt: set rollouts.samples to 2 or more"
 
