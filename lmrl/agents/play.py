@@ -12,6 +12,8 @@ from lmrl import distributed
 from lmrl.agents.programs import Address, Outcome, Program
 from lmrl.coroutines import run, watched
 from lmrl.engines.base import Engine, Sampling
+from lmrl.errors import RecipeError
+from lmrl.policy.policy import Policy
 from lmrl.recipe import SpecialTokens
 from lmrl.secrets import redact
 from lmrl.serve.app import SESSIONS, App, AppLimits
@@ -53,6 +55,10 @@ def play_agents(
     first: int = 0,
 ) -> list[Trajectory]:
     """`samples` episodes of each row, with the rewards that programs gave; arguments as for Sampler.play."""
+    if not isinstance(engine.policy, Policy):
+        raise RecipeError(
+            "task: programs ask for tokens of a policy that is loaded here, and an address gives text alone"
+        )
     low, high = distributed.shard_bounds(len(starts)) if shared else (0, len(starts))
     trajectories, rows = [], []
     for group, start in enumerate(starts[low:high], start=first + low):

@@ -12,7 +12,7 @@ import yaml
 from lmrl import __version__
 from lmrl.local_names import HUB_NAME
 from lmrl.objects import PREFIX, is_object
-from lmrl.recipe import MAIN_STAGE, PromptTask, Recipe
+from lmrl.recipe import MAIN_STAGE, AgentTask, PromptTask, Recipe
 from lmrl.recipe.files import stages_of, to_yaml
 from lmrl.run import RESULTS_FILE, VERSIONS_FILE, read_recipe
 from lmrl.training.display import interval, scope_of
@@ -92,7 +92,7 @@ def _data_of(stages: Mapping[str, Recipe]) -> dict[str, str]:
         source = getattr(stage.source, "path", None)
         if source:
             found[f"logged data{place}"] = source
-        prompts = stage.task.prompts.path if isinstance(stage.task, PromptTask) else None
+        prompts = stage.task.prompts.path if isinstance(stage.task, PromptTask) else getattr(stage.task, "data", None)
         if prompts and prompts != source:
             found[f"prompts{place}"] = prompts
     return {
@@ -120,9 +120,14 @@ def _training(recipe: Recipe) -> str:
             f"{stage.training.steps} steps",
             f"seed {stage.training.seed}",
         ]
-        if isinstance(task, PromptTask) and stage.judges:
+        if isinstance(task, AgentTask):
+            tools = ", ".join(one if isinstance(one, str) else ", ".join(one) for one in task.tools)
+            what.append(
+                f"tools `{_shown(tools)}`" if tools else f"program `{_shown(task.agent or task.agent_command[0])}`"
+            )
+        if isinstance(task, PromptTask | AgentTask) and stage.judges:
             what += [f"reward `{_shown(reward.what)}` (weight {reward.weight:g})" for reward in task.rewards]
-        elif task is not None and not isinstance(task, PromptTask):
+        elif task is not None and not isinstance(task, PromptTask | AgentTask):
             what.append(f"environment `{_shown(task.environment)}`")
         what.append("LoRA" if stage.model.lora else "all weights")
         lines.append(f"- {'' if name == MAIN_STAGE else f'stage {name}: '}{', '.join(what)}")

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +14,8 @@ import lmrl
 from lmrl.cli import app
 from lmrl.engines.base import Sampling
 from lmrl.engines.hf import HFEngine
-from lmrl.errors import EpisodeError, PluginError
+from lmrl.engines.remote import byte_tokenizer
+from lmrl.errors import EpisodeError, PluginError, RecipeError
 from lmrl.policy.load import open_policy
 from lmrl.recipe import AgentTask
 from lmrl.rollouts.sampler import Sampler
@@ -176,6 +178,13 @@ def test_mistakes_are_found_before_a_run(policy, rows, tmp_path):
         AgentTask(data=rows)
 
 
+def test_an_address_is_no_policy_for_programs(rows):
+    task = build_task(AgentTask(agent=f"{PROGRAMS}:one_turn", data=rows), byte_tokenizer())
+    engine = SimpleNamespace(policy=object())
+    with pytest.raises(RecipeError, match="an address gives text alone"):
+        Sampler(task, engine, None).play([0], 1, SAMPLING, (0,))
+
+
 RECIPE = """
 model: {path: MODEL}
 task: {agent: "PROGRAMS:three_turns", data: tasks.jsonl, holdout: 0.34, options: {turns: 2}}
@@ -194,6 +203,10 @@ def test_a_run_learns_from_programs(tiny_folder, rows, tmp_path, objective):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "turns" in line]
     assert steps and all(line["turns"] == 2.0 and line["reward"] == 1.5 for line in steps)
+    exported = tmp_path / "exported"
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "run"), str(exported)], catch_exceptions=False)
+    card = (exported / "README.md").read_text()
+    assert done.exit_code == 0 and "programs.py:three_turns`" in card and "tasks.jsonl" in card
 
 
 @pytest.mark.parametrize(("objective", "program"), [("ilql", "forgetful"), ("dpo", "one_turn")])
