@@ -122,9 +122,8 @@ def _training(recipe: Recipe) -> str:
         ]
         if isinstance(task, AgentTask):
             tools = ", ".join(one if isinstance(one, str) else ", ".join(one) for one in task.tools)
-            what.append(
-                f"tools `{_shown(tools)}`" if tools else f"program `{_shown(task.agent or task.agent_command[0])}`"
-            )
+            program = task.agent or (task.agent_command or [""])[0]
+            what.append(f"tools `{_shown(tools)}`" if tools else f"program `{_shown(program)}`")
         if isinstance(task, PromptTask | AgentTask) and stage.judges:
             what += [f"reward `{_shown(reward.what)}` (weight {reward.weight:g})" for reward in task.rewards]
         elif task is not None and not isinstance(task, PromptTask | AgentTask):

@@ -71,8 +71,8 @@ def resolve_files(data: Any, beside: Path) -> None:
         if isinstance(reward, dict) and isinstance(reward.get("function"), str):
             reward["function"] = _plugin_path(reward["function"], beside, f"task.rewards.{index}.function")
         if isinstance(reward, dict) and isinstance(reward.get("model"), str | list):
-            given = [reward["model"]] if isinstance(reward["model"], str) else reward["model"]
-            found = [_reward_model(model, beside, f"task.rewards.{index}.model") for model in given]
+            models = [reward["model"]] if isinstance(reward["model"], str) else reward["model"]
+            found = [_reward_model(model, beside, f"task.rewards.{index}.model") for model in models]
             reward["model"] = found[0] if isinstance(reward["model"], str) else found
 
 
