@@ -222,7 +222,7 @@ class Session:
     def _called(self, call: Said) -> str:
         eos = self.served.policy.eos_ids
         tokens = call.done.tokens
-        return self.served.tokenizer.decode(tokens[:-1] if tokens and tokens[-1] in eos else tokens)
+        return str(self.served.tokenizer.decode(tokens[:-1] if tokens and tokens[-1] in eos else tokens))
 
 
 def mark_of(message: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
@@ -29,8 +29,8 @@ class PythonTool:
         if not callable(call):
             raise PluginError(f"{key}: {call!r:.60} is no function")
         self.call, self.key = call, key
-        self.name = getattr(call, "tool_name", None) or getattr(call, "__name__", type(call).__name__)
-        target = call.__call__ if inspect.isclass(call) else call  # type: ignore[operator]
+        self.name: str = getattr(call, "__name__", type(call).__name__)
+        target = call.__call__ if inspect.isclass(call) else call
         skipped = 1 if inspect.isclass(call) else 0
         self.arguments = _model_of(target, self.name, key, skipped)
         self.text = inspect.cleandoc(getattr(call, "__doc__", None) or "").partition("\n\n")[0]
@@ -47,8 +47,8 @@ class PythonTool:
 
     def instance(self) -> Callable[..., Any]:
         """What is called in one episode."""
-        made: Callable[..., Any] = self.call() if inspect.isclass(self.call) else self.call
-        return made
+        made: Any = self.call() if inspect.isclass(self.call) else self.call
+        return cast(Callable[..., Any], made)
 
 
 class ToolBox:

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from lmrl.tools.functions import CHARACTERS, SECONDS, PythonTool, ToolBox
+from lmrl.trajectories.trajectory import Messages
 
 
 class ToolLoop:
@@ -32,7 +33,7 @@ class ToolLoop:
             raise KeyError(f"the row has no '{self.prompt}' (task.options.prompt); it has {', '.join(row)}")
         box = ToolBox(self.tools, self.seconds, self.characters)
         given = row[self.prompt]
-        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages: Messages = [{"role": "system", "content": self.system}] if self.system else []
         messages += [{"role": "user", "content": given}] if isinstance(given, str) else list(given)
         described = {"tools": [tool.described for tool in self.tools]} if self.tools else {}
         used = failed = 0

@@ -163,7 +163,15 @@ def run_python(code: str, sandbox: Sandbox = Sandbox()) -> str:
             sandbox.file_mb * 2**20,
             sandbox.processes,
         ]
-        python = [str(Path(sys._base_executable).resolve()), "-I", "-S", "-B", "-c", BOOT, *map(str, limits)]
+        python = [
+            str(Path(getattr(sys, "_base_executable", sys.executable)).resolve()),
+            "-I",
+            "-S",
+            "-B",
+            "-c",
+            BOOT,
+            *map(str, limits),
+        ]
         command = _apart(python, folder, sandbox.file_mb) if sandbox.isolation == "full" else python
         process = subprocess.Popen(
             command,
