@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lmrl import distributed
 from lmrl.errors import EpisodeError, RewardError, TemporaryError
 from lmrl.rewards.scale import Scale
 from lmrl.rewards.workers import Failure
@@ -268,6 +267,8 @@ def drop_failed(
         for row, one in enumerate(trajectories)
         if one.reward is None
     ]
+    from lmrl import distributed  # brings torch along, which the workers of rewards do without
+
     count, lost = map(round, distributed.all_sum([len(trajectories), len(failed)]))
     if lost > max_failed * count or lost == count:
         first = distributed.all_gather(failed[:1])[0]

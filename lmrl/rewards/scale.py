@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lmrl import distributed
-
 
 class Scale:
     """(score - mean) / std with fixed numbers or running ones, then clipping.
@@ -36,6 +34,8 @@ class Scale:
             return list(scores)
         mean, std = 0.0, 1.0
         if self.is_running:
+            from lmrl import distributed  # brings torch along, which the workers of rewards do without
+
             self._follow(distributed.all_gather([score for score in scores if score is not None]))
             mean, std = self.mean, math.sqrt(self.squares / self.count) if self.squares > 0 else 1.0
         elif self.normalize is not None:
