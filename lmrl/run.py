@@ -84,7 +84,7 @@ class Run:
         self._process = os.getpid()
         if not self.writes:
             return
-        self._lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until the process ends
+        self._lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until `release`
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -131,6 +131,11 @@ class Run:
                     "resume it without overrides, or start a new run with another --output"
                 )
         return cls(folder, recipe or own)
+
+    def release(self) -> None:
+        """Let others write to the folder; this object only reads from now on."""
+        if self.writes:
+            self._lock.close()
 
     def discard(self) -> None:
         """Remove a run that was refused: all that it made, as long as nothing was sampled or learned."""

@@ -299,6 +299,7 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
         raise
     finally:
         drop_note()
+        run.release()
     if any(shown.values()):
         display.table("Result", {label: row for label, row in shown.items() if row})
     for name, step, text in warnings_of(run):
