@@ -30,6 +30,7 @@ def test_a_policy_that_always_wins_stays_finite():
     assert b.points == pytest.approx(400 * math.log10(10.25 / 0.25))
 
 
+@pytest.mark.slow
 def test_simulated_strengths_are_found():
     """Gumbel noise makes wins follow Bradley and Terry's model; in 40 simulations the intervals hold 9 times in 10."""
     rng, true, held = np.random.default_rng(0), np.array([0.0, 0.5, 1.0]), 0

@@ -40,10 +40,10 @@ def recipe(tmp_path_factory):
     "objective",
     [
         "{name: grpo}",
-        "{name: grpo, epochs: 2, kl_coef: 0.001}",
-        "{name: dr_grpo, constant_length: 6}",
         "{name: rloo, kl_coef: 0.001}",
-        "{name: reinforce_pp}",
+        pytest.param("{name: grpo, epochs: 2, kl_coef: 0.001}", marks=pytest.mark.slow),  # close to the two above
+        pytest.param("{name: dr_grpo, constant_length: 6}", marks=pytest.mark.slow),
+        pytest.param("{name: reinforce_pp}", marks=pytest.mark.slow),
         "{name: dpo, beta: 0.5}",
     ],
 )

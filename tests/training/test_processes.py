@@ -60,7 +60,7 @@ def run_two(script: list[str], strategy: str | None, extensions: Path) -> None:
         None,
         "fsdp2",
         pytest.param("zero2", marks=[needs_deepspeed, pytest.mark.slow]),
-        pytest.param("zero3", marks=needs_deepspeed),
+        pytest.param("zero3", marks=[needs_deepspeed, pytest.mark.slow]),  # builds an extension first
     ],
 )
 def test_two_processes_do_what_one_does(tmp_path, extensions, strategy):
