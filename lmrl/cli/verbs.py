@@ -23,7 +23,7 @@ VERBS = {
     "chat": "Talk to a policy, or to two side by side.",
     "play": "Play an environment, or watch a scripted player or a policy. Ctrl-D ends the game.",
     "collect": "Play episodes and keep them as rows (see lmrl/trajectories/rows.py), for source.path=FOLDER.",
-    "serve": "Serve a policy over OpenAI's HTTP API: chat completions, completions, models.",
+    "serve": "Serve a policy over OpenAI's API: chat completions, completions, models.",
     "export": "Write a run as an ordinary transformers checkpoint, which any server decodes at full speed.",
     "replay": "Compute an update or pass that went wrong again, or play an episode again; exit code 1 where it comes out differently.",
     "env": "Check environments.",
