@@ -190,6 +190,7 @@ def test_an_error_after_sigterm_is_shown(tmp_path):
     assert (launcher.returncode, errors) == (1, "lmrl: no room for the checkpoint\n")
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_while_all_hold_the_weights_ends_the_run(tmp_path, tiny_folder):
     """In the rollouts of a sharded model: the others wait for this process, which must not wait for them."""
     (tmp_path / "mine.py").write_text(

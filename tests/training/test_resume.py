@@ -33,6 +33,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(tmp_path):
     """SIGKILL in six places, a torn line and a SIGTERM; the resumed run equals the uninterrupted one."""
     whole, torn = tmp_path / "whole", tmp_path / "torn"
