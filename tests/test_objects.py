@@ -136,7 +136,7 @@ def test_a_run_of_objects(tiny_folder, tmp_path):
     assert written["model"]["path"] == "python:LlamaForCausalLM"
     assert written["task"]["rewards"][0]["function"] == "python:starts_well"
     assert all((before[name] == tensor).all() for name, tensor in model.state_dict().items())
-    assert list(result.metrics["step"]) == [1, 2] and "time.update_s" in result.metrics
+    assert list(result.metrics["step"]) == [1, 2] and "time/update_s" in result.metrics
     assert set(result.samples["stage"]) == {"main"} and result.samples["reward"].between(0, 1).all()
     assert result.scores == json.loads((run / "results.json").read_text())
     changed = result.policy.model.state_dict()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lmrl.errors import RecipeError
+from lmrl.errors import RecipeError, RunError
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes, for instance training.steps=50", metavar="[KEY=VALUE]...")
@@ -43,6 +43,33 @@ def split_policies(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Policies, and the overrides among them: what begins with `KEY=` and is no file here."""
     overrides = [one for one in arguments if OVERRIDE.match(one) and not Path(one).expanduser().exists()]
     return [one for one in arguments if one not in overrides], overrides
+
+
+def check_outputs(json: Path | None, plot: Path | None = None) -> None:
+    """Refuse names that nothing can be written to, before anything is played."""
+    if json is not None and json.is_dir():
+        raise RunError(f"--json: {json} is a folder, name a file")
+    if plot is not None:
+        from lmrl.plots import check_picture
+
+        check_picture(plot)
+
+
+def write_json(path: Path | None, what: str, text: Callable[[], str]) -> None:
+    """Write what a verb found to the file of --json, where there is one."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text())
+        print(f"{what} written to {path}")
+
+
+def draw(path: Path | None, picture: str, found: Any) -> None:
+    """Draw what a verb found into the file of --plot, where there is one. picture: a function of lmrl.plots."""
+    if path is not None:
+        from lmrl import plots
+
+        plots.save(getattr(plots, picture)(found), path)
+        print(f"picture: {path}")
 
 
 def endpoint_of(options: Sequence[str] | None, policies: Sequence[str]) -> Any:

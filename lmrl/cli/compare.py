@@ -14,13 +14,16 @@ from lmrl.cli.common import (
     Policies,
     RunCode,
     TrustRemoteCode,
+    check_outputs,
+    draw,
     endpoint_of,
     listed,
     read_options,
     split_policies,
     weights,
+    write_json,
 )
-from lmrl.errors import RecipeError, RunError
+from lmrl.errors import RecipeError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -87,12 +90,7 @@ def command(
     from lmrl.evaluation.suites import allow_code, load_suite, refuse_code
 
     names, overrides = split_policies(policies or [])
-    if json is not None and json.is_dir():
-        raise RunError(f"--json: {json} is a folder, name a file")
-    if plot is not None:
-        from lmrl.plots import check_picture
-
-        check_picture(plot)
+    check_outputs(json, plot)
     if judge_option and judge is None:
         raise RecipeError("--judge-option is for a judge: name it, --judge NAME")
     options = read_options(judge_option or (), "--judge-option")
@@ -124,15 +122,8 @@ def command(
         endpoint_of(endpoint, names),
     )
     _show(found)
-    if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_text(found.to_json())
-        print(f"comparison written to {json}")
-    if plot is not None:
-        from lmrl import plots
-
-        plots.save(plots.comparison(found), plot)
-        print(f"picture: {plot}")
+    write_json(json, "comparison", found.to_json)
+    draw(plot, "comparison", found)
     found.require(claims)
 
 

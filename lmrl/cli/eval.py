@@ -14,13 +14,15 @@ from lmrl.cli.common import (
     Policies,
     RunCode,
     TrustRemoteCode,
+    check_outputs,
     endpoint_of,
     listed,
     split_policies,
     weights,
+    write_json,
 )
 from lmrl.cli.completion import suites
-from lmrl.errors import RecipeError, RunError
+from lmrl.errors import RecipeError
 
 
 def command(
@@ -85,8 +87,7 @@ def command(
     from lmrl.evaluation.suites import allow_code, load_suite, refuse_code
 
     names, overrides = split_policies(policies or [])
-    if json is not None and json.is_dir():
-        raise RunError(f"--json: {json} is a folder, name a file")
+    check_outputs(json)
     for path in export or ():
         check_table_name(path)
     betas, floors = weights(beta), _floors(fail_under or [])
@@ -147,10 +148,7 @@ def command(
         display.say(f"overlap: {report.overlap}")
     if report.clean:
         display.table("Without the prompts that share something", report.clean)
-    if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_text(report.to_json())
-        print(f"scores written to {json}")
+    write_json(json, "scores", report.to_json)
     for path in export or ():
         write_table(frame_of(list(records_of(report.episodes))), path)
         print(f"episodes written to {path}")

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from lmrl.cli.common import Debug, TrustRemoteCode, listed, split_policies
-from lmrl.errors import RecipeError, RunError
+from lmrl.cli.common import Debug, TrustRemoteCode, check_outputs, draw, listed, split_policies, write_json
+from lmrl.errors import RecipeError
 
 
 def command(
@@ -39,12 +39,7 @@ def command(
     names, overrides = split_policies(run or [])
     if len(names) != 1:
         raise RecipeError("frontier: name one run: lmrl frontier runs/a --suite NAME")
-    if json is not None and json.is_dir():
-        raise RunError(f"--json: {json} is a folder, name a file")
-    if plot is not None:
-        from lmrl.plots import check_picture
-
-        check_picture(plot)
+    check_outputs(json, plot)
     if suite is not None:
         load_suite(suite, overrides)  # a mistake in the suite should not wait for the models to load
 
@@ -66,12 +61,5 @@ def command(
     yardstick = {f"best of {one.n}": [one.kl, one.score, *one.ci95] for one in found.yardstick}
     display.number_table("Best-of-n of the start", ["kl at most", found.metric, "from", "to"], yardstick)
     display.say(f"played: {found.played}")
-    if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_text(found.to_json())
-        print(f"frontier written to {json}")
-    if plot is not None:
-        from lmrl import plots
-
-        plots.save(plots.frontier(found), plot)
-        print(f"picture: {plot}")
+    write_json(json, "frontier", found.to_json)
+    draw(plot, "frontier", found)

@@ -1,4 +1,4 @@
-"""Episodes of an evaluation as a table: one row each, for pandas, CSV, JSON and Parquet."""
+"""Episodes of an evaluation, and the records of a run, as tables: for pandas, CSV, JSON and Parquet."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lmrl.errors import RunError
 from lmrl.evaluation.log import in_order, logs_in
 from lmrl.evaluation.scoring import named_values
-from lmrl.run import METRICS_FILE
+from lmrl.run import METRICS_FILE, SAMPLES_FILE
 from lmrl.trajectories.rows import json_of
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -37,8 +37,8 @@ def load_eval(log: str | Path) -> DataFrame:
     return frame_of(records)
 
 
-def load_run(run: str | Path) -> DataFrame:
-    """The metrics of a run, from its metrics.jsonl: one row a line.
+def load_run(run: str | Path, kind: str | None = None) -> DataFrame:
+    """The metrics of a run, from its metrics.jsonl: one row a line, of one kind or of all.
 
     Columns: stage, step, kind (`train`, `eval`, `final`, `check`, ...), and every metric. A score with an interval is three columns,
     NAME, NAME_low and NAME_high; what is nested otherwise is NAME/PART. A torn last line, of a run that is being written, is left
@@ -47,6 +47,17 @@ def load_run(run: str | Path) -> DataFrame:
     path = Path(run).expanduser() / METRICS_FILE
     if not path.is_file():
         raise RunError(f"{run} is no run with metrics: it holds no {METRICS_FILE}")
+    return frame_of([line for line in _lines(path) if kind in (None, line.get("kind"))])
+
+
+def load_samples(run: str | Path) -> DataFrame:
+    """What a run has sampled and shown, from its samples.jsonl, with the rewards: one row a sample, none where it sampled nothing."""
+    path = Path(run).expanduser() / SAMPLES_FILE
+    return frame_of(_lines(path) if path.is_file() else [])
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of JSON lines, without nesting."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -55,11 +66,11 @@ def load_run(run: str | Path) -> DataFrame:
             continue
         if isinstance(found, dict):
             records.append(_flat(found))
-    return frame_of(records)
+    return records
 
 
 def _flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A line of metrics.jsonl without nesting."""
+    """A line without nesting."""
     flat: dict[str, Any] = {}
     for name, value in line.items():
         name = f"{prefix}{name}"

@@ -46,7 +46,7 @@ def likelihoods(policy: Policy, wanted: Sequence[Continued]) -> list[list[Likeli
             f"a prompt with its continuation needs {longest} positions, but the model has {limit}: take fewer examples "
             "(shots=N), or leave long prompts out, task.prompts.max_tokens=N"
         )
-    packed = [sequences(one, policy.packs) for one in wanted]
+    packed = [sequences(one, policy.shares_prompts) for one in wanted]
     before, policy.temperature = policy.temperature, 1.0
     try:
         found = policy.score(batches.Batch([one for group in packed for one in group]), ForwardRequest(greedy=True))
@@ -62,8 +62,8 @@ def likelihoods(policy: Policy, wanted: Sequence[Continued]) -> list[list[Likeli
     return result
 
 
-def sequences(one: Continued, packs: bool) -> list[batches.Sequence]:
-    """What is computed: one sequence for all continuations where the model packs, else one for each.
+def sequences(one: Continued, shares: bool) -> list[batches.Sequence]:
+    """What is computed: one sequence for all continuations where the model computes their context once, else one for each.
 
     The last token of a continuation is only predicted, so none of them goes in.
     """
@@ -78,5 +78,5 @@ def sequences(one: Continued, packs: bool) -> list[batches.Sequence]:
     if all(len(tokens) == 1 for tokens in one.continuations):  # nothing follows the context
         targets = torch.cat([each.targets for each in plain])
         return [batches.Sequence(plain[0].tokens, plain[0].states.repeat(len(plain)), targets)]
-    together = pack(plain) if packs else None
+    together = pack(plain) if shares else None
     return plain if together is None else [together]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import shlex
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,29 +20,26 @@ from lmrl import distributed
 from lmrl.accelerators import has_memory
 from lmrl.allocator import keep_freed_memory
 from lmrl.errors import LmrlError, RecipeError, RunError
+from lmrl.evaluation.frames import load_run, load_samples
 from lmrl.foreign import drop_note, keep_note
 from lmrl.objects import Names, find, is_kind, is_object, named_rewards, require
 from lmrl.policy.classifier import Classifier
 from lmrl.policy.given import save_given
 from lmrl.policy.load import open_classifier, open_policy
 from lmrl.policy.policy import Policy
-from lmrl.recipe import MAIN_STAGE, OWN_TASK, PromptTask, Recipe
+from lmrl.recipe import MAIN_STAGE, Recipe
 from lmrl.recipe.estimates import memory
 from lmrl.recipe.files import load_recipe, stages_of
 from lmrl.recipe.own import with_own_options
 from lmrl.run import (
     CALL_FILE,
-    METRICS_FILE,
     MODEL_FOLDER,
     RECIPE_FILE,
-    RESULTS_FILE,
-    SAMPLES_FILE,
     Run,
     read_recipe,
-    write_atomically,
 )
 from lmrl.training.build import build_stage
-from lmrl.training.checkpoint import final_state
+from lmrl.training.closing import closing_lines, closing_table, ended_early, warnings_of
 from lmrl.training.display import Display
 from lmrl.training.extend import extend
 from lmrl.training.interrupt import Interrupt, Interrupted
@@ -79,21 +75,13 @@ class Result:
 
     @cached_property
     def metrics(self) -> DataFrame:
-        """metrics.jsonl as a table: a row for each step of each stage, columns by name (`time.update_s` is one of `time`)."""
-        return table_of(self.folder / METRICS_FILE, "train")
+        """A row for each step of each stage, as `load_run` names the columns (`time/update_s` is one of `time`)."""
+        return load_run(self.folder, "train")
 
     @cached_property
     def samples(self) -> DataFrame:
-        """samples.jsonl as a table: what was sampled, and its rewards."""
-        return table_of(self.folder / SAMPLES_FILE)
-
-
-def table_of(path: Path, kind: str | None = None) -> DataFrame:
-    """The lines of a run's file as a table, those of a kind or all."""
-    import pandas
-
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return pandas.json_normalize([line for line in lines if kind in (None, line.get("kind"))])
+        """What was sampled, and its rewards: samples.jsonl."""
+        return load_samples(self.folder)
 
 
 def train(
@@ -393,68 +381,3 @@ def compare_memory(run: Run, stage: str, recipe: Recipe, predicted: float, displ
 def predicted_memory_mb(recipe: Recipe) -> float:
     """Predicted memory of this process, or of its accelerator where it has one, in MB; 0 if unknown."""
     return sum((memory(recipe, accelerator=has_memory()) or {}).values())
-
-
-def ended_early(run: Run, stage: str) -> str | None:
-    """Why a finished stage ended before its last step, with its best policy; None: it did not."""
-    return final_state(run, stage).get("ended")
-
-
-def warnings_of(run: Run) -> list[tuple[str, int, str]]:
-    """Stage, step and text of each warning of the run."""
-    lines = [line for name in stages_of(run.recipe) for line in run.recorded(name, "warning")]
-    return [(line["stage"], line["step"], line["text"]) for line in lines]
-
-
-def closing_table(run: Run) -> tuple[dict[str, dict[str, dict[str, Any]]], list[str]]:
-    """Data, start, every stage and the optimum side by side, also written to results.json; and the columns to show.
-
-    A stage's row is of the policy that it left. Where its best and its last policy are two, the other one's row says which.
-    """
-    rows: dict[str, Any] = {}
-    columns: dict[str, None] = {}
-    for number, (name, recipe) in enumerate(stages_of(run.recipe).items()):
-        if not run.final(name).exists():  # an earlier stage ended the run
-            break
-        state = final_state(run, name)
-        scores, label = state["scores"], state["label"]
-        if "data" in scores:
-            rows["data"] = scores["data"]
-        if number == 0 and recipe.model.path is not None and "start" in scores:
-            rows["start"] = scores["start"]
-        label = label if label not in rows else f"{label} ({name})"
-        kept = "last" if state.get("kept") in (None, state["step"]) else "best"
-        for which in sorted({"best", "last"} & set(scores), key=lambda which: which == kept):
-            rows[label if which == kept else f"{label}, {which}"] = scores[which]
-        optimum = scores.get("optimum")
-        columns |= dict.fromkeys(state["columns"])
-    if optimum:
-        rows["optimum"] = optimum
-    if run.writes:
-        write_atomically(run.folder / RESULTS_FILE, json.dumps(rows, indent=2) + "\n")
-    return rows, list(columns)
-
-
-def closing_lines(run: Run) -> list[str]:
-    """Where the result lies, and the commands for what comes next."""
-    recipe, folder = run.recipe, run.folder
-    folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    checkpoint = folder / "stages" / MAIN_STAGE / "final"
-    quoted = shlex.quote(str(folder))
-    if not recipe.objective.leaves_policy:
-        judge = shlex.quote(str(checkpoint))
-        return [
-            f"checkpoint:  {checkpoint}",
-            f"score texts: lmrl reward score {judge} --data SAMPLES.jsonl",
-            f"serve it:    lmrl reward serve {judge}",
-        ]
-    judged = not isinstance(recipe.task, PromptTask) or any(reward.weight for reward in recipe.task.rewards)
-    scored = judged or recipe.evaluation.suite not in (None, OWN_TASK)
-    beta = recipe.resolved_objective.export_beta
-    options = "" if beta is None else f" --beta {beta:g}"
-    return [
-        f"checkpoint: {checkpoint}",
-        f"score it:   lmrl eval {quoted}{'' if scored else ' --suite SUITE'}",
-        *([f"talk to it: lmrl chat {quoted}"] if isinstance(recipe.task, PromptTask) else []),
-        f"export it:  lmrl export {quoted} FOLDER{options}",
-    ]

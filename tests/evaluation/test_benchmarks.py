@@ -306,6 +306,18 @@ def test_likeliest_tokens_are_greedy(tiny_policy):
     assert pair[0].logprobs[0] == pytest.approx(found[best].total, abs=1e-6)
 
 
+def test_a_context_is_computed_once_for_its_continuations(tiny_policy, monkeypatch):
+    assert tiny_policy.shares_prompts
+    computed = []
+    score = tiny_policy.score
+    monkeypatch.setattr(tiny_policy, "score", lambda batch, *args: computed.append(batch) or score(batch, *args))
+    (found,) = likelihoods(tiny_policy, [Continued([3, 4, 5, 6], [[1, 2], [7, 8, 9]])])
+    (batch,) = computed
+    assert [one.tokens.numel() for one in batch.sequences] == [4 + 1 + 2]  # last tokens are only predicted
+    (alone,) = likelihoods(tiny_policy, [Continued([3, 4, 5, 6], [[7, 8, 9]])])
+    assert found[1].logprobs == pytest.approx(alone[0].logprobs, abs=1e-6)
+
+
 def test_too_long_a_continuation_is_refused(tiny_policy):
     with pytest.raises(ModelError, match="needs 65 positions, but the model has 64"):
         likelihoods(tiny_policy, [Continued([1] * 60, [[1] * 6])])

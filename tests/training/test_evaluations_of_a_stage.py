@@ -15,10 +15,10 @@ from lmrl.recipe.document import read_yaml
 from lmrl.recipe.files import load_recipe
 from lmrl.run import Run, read_recipe
 from lmrl.training import dry_run, resume_run, train
+from lmrl.training.closing import closing_lines
 from lmrl.training.display import Display
 from lmrl.training.listeners.evaluation import too_far
 from lmrl.training.stage import Stage
-from lmrl.training.train import closing_lines
 from tests.conftest import TINY_WALKS
 from tests.runs import metrics
 

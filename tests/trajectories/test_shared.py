@@ -62,14 +62,14 @@ def test_packed_gradients_equal_plain_ones(tiny_policy):
 
 
 @pytest.mark.parametrize(
-    ("config", "packs"),
+    ("config", "shares"),
     [
         ({"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}, True),
         ({"model_type": "mistral", "sliding_window": 4}, False),  # a window counts tokens of other branches
         ({"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1}, False),  # a state, not attention
     ],
 )
-def test_models_that_cannot_pack_are_found(config, packs):
+def test_models_that_cannot_share_beginnings_are_found(config, shares):
     from lmrl.policy.load import load_policy
     from lmrl.recipe import Model
 
@@ -77,4 +77,4 @@ def test_models_that_cannot_pack_are_found(config, packs):
         config = config | {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
         config |= {"num_attention_heads": 2, "num_key_value_heads": 2}
     torch.manual_seed(0)
-    assert load_policy(Model(config=config), texts=lambda: ["abcdefghijklm"]).shares_prompts is packs
+    assert load_policy(Model(config=config), texts=lambda: ["abcdefghijklm"]).shares_prompts is shares

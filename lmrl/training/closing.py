@@ -1,0 +1,78 @@
+"""The end of a run: its table of results, its warnings, and the commands for what comes next."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from lmrl.recipe import MAIN_STAGE, OWN_TASK, PromptTask
+from lmrl.recipe.files import stages_of
+from lmrl.run import RESULTS_FILE, Run, write_atomically
+from lmrl.training.checkpoint import final_state
+
+
+def ended_early(run: Run, stage: str) -> str | None:
+    """Why a finished stage ended before its last step, with its best policy; None: it did not."""
+    return final_state(run, stage).get("ended")
+
+
+def warnings_of(run: Run) -> list[tuple[str, int, str]]:
+    """Stage, step and text of each warning of the run."""
+    lines = [line for name in stages_of(run.recipe) for line in run.recorded(name, "warning")]
+    return [(line["stage"], line["step"], line["text"]) for line in lines]
+
+
+def closing_table(run: Run) -> tuple[dict[str, dict[str, dict[str, Any]]], list[str]]:
+    """Data, start, every stage and the optimum side by side, also written to results.json; and the columns to show.
+
+    A stage's row is of the policy that it left. Where its best and its last policy are two, the other one's row says which.
+    """
+    rows: dict[str, Any] = {}
+    columns: dict[str, None] = {}
+    for number, (name, recipe) in enumerate(stages_of(run.recipe).items()):
+        if not run.final(name).exists():  # an earlier stage ended the run
+            break
+        state = final_state(run, name)
+        scores, label = state["scores"], state["label"]
+        if "data" in scores:
+            rows["data"] = scores["data"]
+        if number == 0 and recipe.model.path is not None and "start" in scores:
+            rows["start"] = scores["start"]
+        label = label if label not in rows else f"{label} ({name})"
+        kept = "last" if state.get("kept") in (None, state["step"]) else "best"
+        for which in sorted({"best", "last"} & set(scores), key=lambda which: which == kept):
+            rows[label if which == kept else f"{label}, {which}"] = scores[which]
+        optimum = scores.get("optimum")
+        columns |= dict.fromkeys(state["columns"])
+    if optimum:
+        rows["optimum"] = optimum
+    if run.writes:
+        write_atomically(run.folder / RESULTS_FILE, json.dumps(rows, indent=2) + "\n")
+    return rows, list(columns)
+
+
+def closing_lines(run: Run) -> list[str]:
+    """Where the result lies, and the commands for what comes next."""
+    recipe, folder = run.recipe, run.folder
+    folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    checkpoint = folder / "stages" / MAIN_STAGE / "final"
+    quoted = shlex.quote(str(folder))
+    if not recipe.objective.leaves_policy:
+        judge = shlex.quote(str(checkpoint))
+        return [
+            f"checkpoint:  {checkpoint}",
+            f"score texts: lmrl reward score {judge} --data SAMPLES.jsonl",
+            f"serve it:    lmrl reward serve {judge}",
+        ]
+    judged = not isinstance(recipe.task, PromptTask) or any(reward.weight for reward in recipe.task.rewards)
+    scored = judged or recipe.evaluation.suite not in (None, OWN_TASK)
+    beta = recipe.resolved_objective.export_beta
+    options = "" if beta is None else f" --beta {beta:g}"
+    return [
+        f"checkpoint: {checkpoint}",
+        f"score it:   lmrl eval {quoted}{'' if scored else ' --suite SUITE'}",
+        *([f"talk to it: lmrl chat {quoted}"] if isinstance(recipe.task, PromptTask) else []),
+        f"export it:  lmrl export {quoted} FOLDER{options}",
+    ]
