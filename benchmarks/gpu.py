@@ -619,36 +619,37 @@ def learn(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "0.5b BC, GPU bfloat16": (large, False),
         }
     with tempfile.TemporaryDirectory() as scratch:
-        processes = {}
-        for number, (name, (overrides, cpu)) in enumerate(cases.items()):
-            folder = Path(scratch) / str(number)
-            code = f"import lmrl, json; lmrl.train('random_walks/bc', overrides={small + overrides!r}, output={str(folder)!r})"
-            environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if cpu else {})
-            started = time.perf_counter()
-            log = open(Path(scratch) / f"{number}.log", "w")
-            processes[name] = (
-                folder,
-                started,
-                log,
-                subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=log, stderr=log),
-            )
+        on_cpu = [start_run(Path(scratch), name, small + more, cpu) for name, (more, cpu) in cases.items() if cpu]
+        for name, (more, cpu) in cases.items():
             if not cpu:
-                processes[name][3].wait()
-        for name, (folder, started, log, process) in processes.items():
-            code = process.wait()
-            log.close()
-            if code:
-                yield {"case": name, "error": Path(log.name).read_text()[-500:]}
-                continue
-            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            scores = [line for line in lines if line.get("kind") == "eval"]
-            losses = [line["loss"] for line in lines if line.get("kind") == "train"]
-            yield {
-                "case": name,
-                "score": scores[-1] if scores else None,
-                "loss": statistics.mean(losses[-20:]),
-                "seconds": time.perf_counter() - started,
-            }
+                yield finished_run(*start_run(Path(scratch), name, small + more, cpu))
+        for started in on_cpu:
+            yield finished_run(*started)
+
+
+def start_run(scratch: Path, name: str, overrides: list[str], cpu: bool) -> tuple[str, Path, subprocess.Popen, float]:
+    """`random_walks/bc` in a process of its own: its name, folder, process, and when it began."""
+    folder = scratch / name.replace(" ", "-")
+    code = f"import lmrl; lmrl.train('random_walks/bc', overrides={overrides!r}, output={str(folder)!r})"
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if cpu else {})
+    with open(folder.with_suffix(".log"), "w") as log:
+        process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=log, stderr=log)
+    return name, folder, process, time.perf_counter()
+
+
+def finished_run(name: str, folder: Path, process: subprocess.Popen, started: float) -> dict[str, Any]:
+    """What a run came to, once it has ended."""
+    if process.wait():
+        return {"case": name, "error": folder.with_suffix(".log").read_text()[-500:]}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    scores = [line for line in lines if line.get("kind") == "eval"]
+    losses = [line["loss"] for line in lines if line.get("kind") == "train"]
+    return {
+        "case": name,
+        "score": scores[-1] if scores else None,
+        "loss": statistics.mean(losses[-20:]),
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def run(recipe: Any, folder: Path) -> tuple[Any, list[dict[str, Any]]]:

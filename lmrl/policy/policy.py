@@ -24,6 +24,7 @@ from lmrl.policy.forward import run_pass
 from lmrl.policy.heads import HeadsSpec, Values, guide, probability_ratio
 from lmrl.policy.logprobs import at_least_float32, product
 from lmrl.policy.memory import Passes, fit, needs_checkpointing
+from lmrl.policy.mixed_precision import take_mixed_precision
 from lmrl.policy.passes import ABSENT, ForwardRequest, Guidance, Outputs, States
 from lmrl.policy.probes import can_hold_slots, can_pack, can_share_prompts, head_is_linear
 from lmrl.policy.quantized import numel, save_quantization
@@ -70,6 +71,7 @@ class Policy(nn.Module):
         """Layers by what runs them, except while sampling."""
         for part in (self, *(self._reference if isinstance(self._reference, list) else [])):
             take_attention(part)
+            take_mixed_precision(part)
         self.splits_head = head_is_linear(self.causal_lm)
         self._checkpointed: list[nn.Module] = []
         super().train()  # all parts in one mode, which `train` relies on
