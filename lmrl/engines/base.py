@@ -19,10 +19,12 @@ from typing import Any, Literal
 import numpy as np
 
 from lmrl.coroutines import in_thread, run, watched
+from lmrl.engines.token_trie import TokenTrie
 from lmrl.errors import ModelError
 from lmrl.policy.passes import Guidance
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Rollouts
+from lmrl.trajectories.allowed import AllowedTokens
 
 Key = tuple[int | str, ...]
 Keys = Sequence[Key]
@@ -67,6 +69,8 @@ class Completion:
     finish_reason: Literal["eos", "stop", "length"]
     version: int | None = field(default=None, compare=False)
     """Weight syncs of the engine when sampling began (see Engine.syncs)."""
+    allowed: list[AllowedTokens | None] = field(default_factory=list)
+    """What each token was chosen from, if the request restricted them; else empty."""
 
 
 @dataclass(eq=False)
@@ -78,6 +82,8 @@ class Request:
     key: Key = ()
     heard: Callable[[int], None] | None = None
     """Called with each token as it is sampled, by engines that have tokens one by one (hf)."""
+    allowed: TokenTrie | None = None
+    """The completions to choose from; None: any."""
     future: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
@@ -108,6 +114,8 @@ class Engine:
     is_remote = False
     """True if it samples in other processes with its own copy of the weights, so that the policy can train
     meanwhile."""
+    can_restrict = False
+    """True if it takes requests with `allowed` completions."""
 
     def __init__(self, policy: Policy, check: Callable[[], None] = lambda: None):
         self.policy, self.check = policy, check
@@ -134,14 +142,25 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------ coroutines
     async def generate(
-        self, tokens: Sequence[int], sampling: Sampling, key: Key, heard: Callable[[int], None] | None = None
+        self,
+        tokens: Sequence[int],
+        sampling: Sampling,
+        key: Key,
+        heard: Callable[[int], None] | None = None,
+        allowed: TokenTrie | None = None,
     ) -> Completion:
         """Complete a prompt with the policy as it is. `key` names the random stream, so that a repeated call draws the same,
-        whoever is served beside it (rounding aside). heard: called with each token as it comes, where the engine can.
+        whoever is served beside it (rounding aside). heard: called with each token as it comes, where the engine can. allowed:
+        the completions to choose from, each with the policy's probability of it, renormalised at every token.
 
-        Raises ModelError for a prompt that does not fit.
+        Raises ModelError for a prompt that does not fit, and for `allowed` where the engine cannot restrict what it samples.
         """
-        completion: Completion = await self._submit(Request(list(tokens), sampling, key, heard))
+        if allowed is not None and not self.can_restrict:
+            raise ModelError(
+                f"engine '{type(self).__name__}' cannot restrict what it samples: set rollouts.engine=hf, or "
+                "task.allowed_actions=false"
+            )
+        completion: Completion = await self._submit(Request(list(tokens), sampling, key, heard, allowed))
         return completion
 
     async def score(self, tokens: Sequence[int]) -> list[float]:

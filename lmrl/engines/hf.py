@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from lmrl.engines.base import Engine, Request, Sampling
+from lmrl.engines.base import Engine, Request, Sampling, guidance_of
 from lmrl.engines.slot_batch import SlotBatch
+from lmrl.engines.token_trie import TokenTrie
 from lmrl.engines.waves import Wave
 from lmrl.errors import ModelError
 from lmrl.policy.cache import SPARE
@@ -30,6 +31,8 @@ ADVICE = "sampling does not fit into memory: set rollouts.cache_tokens (keys and
 
 class HFEngine(Engine):
     """Samples from the policy in place: weights are always the current ones."""
+
+    can_restrict = True
 
     def __init__(
         self,
@@ -78,7 +81,7 @@ class HFEngine(Engine):
     def _complete_wave(self, requests: list[Request], sampling: Sampling) -> None:
         prompts, keys = [one.tokens for one in requests], [one.key for one in requests]
         with self.policy.decoding(), or_advice(ADVICE, lambda: self._failed(requests)):
-            completions = Wave(self, prompts, sampling, keys).run()
+            completions = Wave(self, prompts, sampling, keys, [one.allowed for one in requests]).run()
         for request, completion in zip(requests, completions, strict=True):
             completion.version = self.syncs
             request.answer(completion)
@@ -128,6 +131,8 @@ class HFEngine(Engine):
                 raise ModelError(f"{longest} tokens cannot be scored: the model has {limit} positions")
             return
         new = request.sampling.max_new_tokens
+        if request.allowed is not None:
+            self._validate_restricted(request.allowed, request.sampling)
         needed = longest + new
         context = f"a context of {longest} tokens and max_new_tokens={new} need"
         advice = "lower rollouts.max_new_tokens, or shorten the context (task.prompts.max_tokens, task.history)"
@@ -137,6 +142,18 @@ class HFEngine(Engine):
             raise ModelError(
                 f"{context} keys and values for {needed + SPARE} tokens, but rollouts.cache_tokens={self.cache_tokens}: "
                 f"raise it, or {advice}"
+            )
+
+    def _validate_restricted(self, allowed: TokenTrie, sampling: Sampling) -> None:
+        if allowed.longest > sampling.max_new_tokens:
+            raise ModelError(
+                f"task.allowed_actions: an action has {allowed.longest} tokens, more than rollouts.max_new_tokens="
+                f"{sampling.max_new_tokens}: raise that"
+            )
+        guidance = guidance_of(self.policy, sampling)
+        if guidance is not None and guidance.support > 0:
+            raise ModelError(
+                f"task.allowed_actions: rollouts.support={guidance.support} may leave none of the allowed actions: set it to 0"
             )
 
     def _failed(self, requests: list[Request]) -> FailedPass:

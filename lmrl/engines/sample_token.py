@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from lmrl.engines.base import Sampling
+from lmrl.trajectories.allowed import AllowedTokens
 
 BLOCK = 256
 """Tokens whose probabilities are summed before one of them is looked for."""
@@ -28,6 +31,21 @@ def sample_token(
     probs_BV = _truncate(tempered_BV, sampling).softmax(-1)
     tokens_B = invert(probs_BV, torch.as_tensor(uniforms_B, device=logits_BV.device))
     return tokens_B, probs_BV.gather(1, tokens_B[:, None])[:, 0].log()
+
+
+def restrict(logits_BV: torch.Tensor, allowed_B: Sequence[AllowedTokens | None]) -> torch.Tensor:
+    """Set logits of tokens that a row may not choose to minus infinity (None: it may choose all)."""
+    restricted = [row for row, allowed in enumerate(allowed_B) if allowed is not None]
+    if not restricted:
+        return logits_BV
+    sets = [allowed for allowed in allowed_B if allowed is not None]
+    device = logits_BV.device
+    rows = torch.tensor(restricted, device=device).repeat_interleave(torch.tensor(list(map(len, sets)), device=device))
+    columns = torch.tensor([token for allowed in sets for token in allowed], device=device)
+    chosen = logits_BV.clone()
+    chosen[torch.tensor(restricted, device=device)] = -torch.inf
+    chosen[rows, columns] = logits_BV[rows, columns]
+    return chosen
 
 
 def invert(weights_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:

@@ -19,9 +19,11 @@ import numpy as np
 import torch
 
 from lmrl.engines.base import Completion, Key, Request, Sampling, guidance_of
-from lmrl.engines.sample_token import sample_token
+from lmrl.engines.sample_token import restrict, sample_token
+from lmrl.engines.token_trie import Node
 from lmrl.policy.slots import COLUMNS, SlotCache, slot_logits
 from lmrl.seeding import stream
+from lmrl.trajectories.allowed import AllowedTokens
 
 if TYPE_CHECKING:
     from lmrl.engines.hf import HFEngine
@@ -52,6 +54,9 @@ class Slot:
     """The request that it completes. None: finished."""
     uniforms: np.ndarray = field(default_factory=lambda: np.zeros(0))
     logprobs: list[float] = field(default_factory=list)
+    node: Node | None = None
+    """Where it stands among the completions that its request allows (None: it allows all)."""
+    allowed: list[AllowedTokens | None] = field(default_factory=list)
     version: int = 0
 
     @property
@@ -286,6 +291,7 @@ class SlotBatch:
         uniforms = stream(*request.key).random(request.generation.max_new_tokens)
         slot = Slot(list(prompt), prompt, request.key[:-1], pending=request, uniforms=uniforms)
         slot.version = self.engine.syncs
+        slot.node = None if request.allowed is None else request.allowed.root
         return slot
 
     def _make_room(self, joins: list[Join], places: int) -> None:
@@ -424,18 +430,23 @@ class SlotBatch:
         if logits_RV.device.type == "mps":  # has no float64, which drawing needs
             logits_RV = logits_RV.cpu()
         uniforms_R = np.array([slot.uniforms[len(slot.logprobs)] for slot in slots])
-        tokens, logprobs = (part.tolist() for part in sample_token(logits_RV.float(), self.kind, uniforms_R))
+        allowed = [None if slot.node is None else slot.node.allowed for slot in slots]
+        logits_RV = restrict(logits_RV.float(), allowed)
+        tokens, logprobs = (part.tolist() for part in sample_token(logits_RV, self.kind, uniforms_R))
         ended = []
         for slot, token, logprob in zip(slots, tokens, logprobs, strict=True):
             slot.tokens.append(token)
             slot.logprobs.append(logprob)
+            if slot.node is not None:
+                slot.allowed.append(slot.node.allowed)
+                slot.node = slot.node.children[token]
             if slot.request.heard is not None:
                 slot.request.heard(token)
             reason = self._reason(slot, token)
             ended.append(reason is not None)
             if reason is not None:
                 sampled = slot.tokens[-len(slot.logprobs) :]
-                slot.request.answer(Completion(sampled, slot.logprobs, reason, slot.version))
+                slot.request.answer(Completion(sampled, slot.logprobs, reason, slot.version, slot.allowed))
         if self.engine.heard is not None:
             self.engine.heard(tokens)
         return ended
@@ -443,6 +454,8 @@ class SlotBatch:
     def _reason(self, slot: Slot, token: int) -> Literal["eos", "stop", "length"] | None:
         """Why a sequence ends with this token; None: it goes on."""
         count, stop = len(slot.logprobs), slot.request.generation.stop
+        if slot.node is not None:
+            return "eos" if slot.node.complete else None
         if token in self.eos:
             return "eos"
         if stop and self.engine.stopped(slot.tokens[-count:], stop):

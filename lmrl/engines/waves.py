@@ -15,10 +15,12 @@ import numpy as np
 import torch
 
 from lmrl.engines.base import Completion, Keys, Sampling, guidance_of
-from lmrl.engines.sample_token import sample_token
+from lmrl.engines.sample_token import restrict, sample_token
 from lmrl.engines.slot_batch import REFILL, WORTHWHILE, shared_beginning
+from lmrl.engines.token_trie import TokenTrie
 from lmrl.policy.cache import Cache
 from lmrl.seeding import stream
+from lmrl.trajectories.allowed import AllowedTokens
 
 if TYPE_CHECKING:
     from lmrl.engines.hf import HFEngine
@@ -37,6 +39,8 @@ class _Rows:
     uniforms_RT: np.ndarray
     tokens_RT: np.ndarray
     logprobs_RT: np.ndarray
+    node_R: np.ndarray
+    """Where each stands among the completions that it may choose from (None: all)."""
 
     def __len__(self) -> int:
         return len(self.index_R)
@@ -52,9 +56,20 @@ class _Rows:
 class Wave:
     """Completes a list of prompts. What happens when depends on nothing but prompts, sampling, keys and weights."""
 
-    def __init__(self, engine: HFEngine, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys):
+    def __init__(
+        self,
+        engine: HFEngine,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        keys: Keys,
+        allowed: Sequence[TokenTrie | None] | None = None,
+    ):
+        """allowed: the completions of each prompt to choose from (None: any)."""
         self.engine, self.policy = engine, engine.policy
         self.prompts, self.sampling, self.keys = prompts, sampling, keys
+        self.allowed = allowed or [None] * len(prompts)
+        self.chosen_from: dict[int, list[AllowedTokens | None]] = {}
+        """Of each restricted prompt, what its tokens so far were chosen from."""
         # Longest first: of alike lengths, with equal prompts side by side; and if memory is short, it is so at once.
         self.waiting = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), prompts[index], -index))
         self.done: dict[int, Completion] = {}
@@ -185,19 +200,24 @@ class Wave:
             logits_RV = logits_RV.cpu()
         every = np.arange(len(rows))
         uniforms_R = rows.uniforms_RT[every, rows.count_R]
-        tokens_R, logprobs_R = (
-            part.cpu().numpy() for part in sample_token(logits_RV.float(), self.sampling, uniforms_R)
-        )
+        sets: list[AllowedTokens | None] = [None if node is None else node.allowed for node in rows.node_R]
+        logits_RV = restrict(logits_RV.float(), sets)
+        tokens_R, logprobs_R = (part.cpu().numpy() for part in sample_token(logits_RV, self.sampling, uniforms_R))
         rows.tokens_RT[every, rows.count_R], rows.logprobs_RT[every, rows.count_R] = tokens_R, logprobs_R
         rows.count_R += 1
         rows.length_R += 1
         if self.engine.heard is not None:
             self.engine.heard(tokens_R.tolist())
         eos_R = np.isin(tokens_R, self.eos)
+        free_R = np.array([node is None for node in rows.node_R], dtype=bool)
+        for row in np.flatnonzero(~free_R):
+            self.chosen_from.setdefault(int(rows.index_R[row]), []).append(sets[row])
+            rows.node_R[row] = rows.node_R[row].children[int(tokens_R[row])]
+            eos_R[row] = rows.node_R[row].complete
         stop_R = np.zeros_like(eos_R)
         if self.sampling.stop:
             own = [rows.tokens_RT[row, : rows.count_R[row]] for row in every]
-            stop_R = np.array([self.engine.stopped(tokens, self.sampling.stop) for tokens in own]) & ~eos_R
+            stop_R = np.array([self.engine.stopped(tokens, self.sampling.stop) for tokens in own]) & ~eos_R & free_R
         full_R = rows.count_R == self.sampling.max_new_tokens
         for row in np.flatnonzero(eos_R | stop_R | full_R):
             count = rows.count_R[row]
@@ -205,6 +225,7 @@ class Wave:
                 rows.tokens_RT[row, :count].tolist(),
                 rows.logprobs_RT[row, :count].tolist(),
                 "eos" if eos_R[row] else "stop" if stop_R[row] else "length",
+                allowed=self.chosen_from.pop(int(rows.index_R[row]), []),
             )
         return np.flatnonzero(~(eos_R | stop_R | full_R))
 
@@ -218,6 +239,10 @@ class Wave:
 
     def _new_rows(self, indices: list[int]) -> _Rows:
         shape = (len(indices), self.sampling.max_new_tokens)
+        nodes = np.full(len(indices), None, dtype=object)
+        for place, index in enumerate(indices):
+            trie = self.allowed[index]
+            nodes[place] = None if trie is None else trie.root
         uniforms = [stream(*self.keys[index]).random(shape[1]) for index in indices]
         return _Rows(
             index_R=np.array(indices, dtype=np.int64),
@@ -226,6 +251,7 @@ class Wave:
             uniforms_RT=np.stack(uniforms) if uniforms else np.zeros(shape),
             tokens_RT=np.zeros(shape, dtype=np.int64),
             logprobs_RT=np.zeros(shape, dtype=np.float32),
+            node_R=nodes,
         )
 
 

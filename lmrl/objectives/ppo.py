@@ -170,7 +170,7 @@ class PPO(PolicyGradient):
             if not trajectory.terminated:  # drop the pseudo-action
                 last_value = float(values_A[-1])
                 old_A, reference_A, values_A = old_A[:-1], reference_A[:-1], values_A[:-1]
-                span[-1].states, span[-1].targets = span[-1].states[:-1], span[-1].targets[:-1]
+                span[-1].drop_last_action()
             if options.kl_in == "reward":
                 rewards_A = rewards_A - self.kl_coef * (old_A - reference_A).double()
             gae_A = advantages(rewards_A, values_A, last_value, discounts_A, options.lam)

@@ -7,20 +7,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lmrl.errors import ModelError
 from lmrl.policy.attention import ATTENTION, PLACEHOLDER, packed_arguments
 from lmrl.policy.heads import CHUNK, guide, probability_ratio
-from lmrl.policy.logprobs import at_least_float32, greedy_logprobs, token_logprobs
-from lmrl.policy.passes import ForwardRequest, Outputs
+from lmrl.policy.logprobs import (
+    at_least_float32,
+    greedy_logprobs,
+    restricted_logits,
+    restricted_logprobs,
+    token_logprobs,
+)
+from lmrl.policy.passes import ABSENT, ForwardRequest, Outputs
 from lmrl.policy.pull import bounded
 from lmrl.trajectories.batch import Microbatch
 from lmrl.trajectories.shared import visible
+from lmrl.trajectories.trajectory import TOKENS
 
 if TYPE_CHECKING:
     from lmrl.policy.policy import Policy
 
 
 def run_pass(policy: Policy, lm: nn.Module, batch: Microbatch, request: ForwardRequest) -> Outputs:
-    """One pass through a policy's trunks and heads. lm: the policy's own language model, or its reference."""
+    """One pass through a policy's trunks and heads. lm: the policy's own language model, or its reference.
+
+    Log-probabilities and entropy of restricted actions are those of the distribution over the allowed tokens; Q values know no
+    restriction. Raises ModelError for actions of another kind than tokens.
+    """
+    if batch.kind != TOKENS:
+        raise ModelError(f"a language model chooses tokens, but the episodes hold actions of the kind '{batch.kind}'")
     outputs = Outputs()
     with policy.autocast():
         inputs = _inputs(policy, batch)
@@ -74,7 +88,13 @@ def _policy_outputs(
     if request.logprobs and policy.splits_head:
         head = lm.get_output_embeddings()
         bias = getattr(head, "bias", None)
-        if request.greedy:
+        if batch.allowed is not None:
+            found = restricted_logprobs(
+                hidden_ND, head.weight, bias, batch.targets_N, batch.allowed, policy.temperature
+            )
+            outputs.logprobs, outputs.entropy, greedy = found
+            outputs.greedy = greedy if request.greedy else ABSENT
+        elif request.greedy:
             found = greedy_logprobs(hidden_ND, head.weight, bias, batch.targets_N, policy.temperature)
             outputs.logprobs, outputs.entropy, outputs.greedy = found
         else:
@@ -84,6 +104,7 @@ def _policy_outputs(
     elif request.logprobs:
         logits_NV = result.logits[batch.rows_N, batch.cols_N]
         logits_NV = logits_NV.to(at_least_float32(logits_NV.dtype)) / policy.temperature
+        logits_NV = restricted_logits(logits_NV, batch.allowed)
         logprobs_NV = logits_NV.log_softmax(-1)
         outputs.logprobs = logprobs_NV.gather(1, batch.targets_N[:, None])[:, 0]
         outputs.entropy = -(logprobs_NV.exp() * logprobs_NV).sum(-1)

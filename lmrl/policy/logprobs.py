@@ -22,6 +22,10 @@ import torch
 
 from lmrl.policy import logprobs_kernels
 from lmrl.recipe.estimates import SLICE
+from lmrl.trajectories.allowed import Allowed
+
+FORBIDDEN = -1e30
+"""Logit of a token that was not allowed: its probability is exactly 0, and no sum of such logits overflows."""
 
 
 def token_logprobs(
@@ -36,7 +40,7 @@ def token_logprobs(
 
     The distribution is softmax((hidden @ weight.T + bias) / temperature). Accumulates in float32 at least.
     """
-    logprobs_N, entropy_N, _ = _TokenLogprobs.apply(hidden_ND, weight_VD, bias_V, targets_N, temperature, slice_size)
+    logprobs_N, entropy_N, _ = greedy_logprobs(hidden_ND, weight_VD, bias_V, targets_N, temperature, slice_size)
     return logprobs_N, entropy_N
 
 
@@ -49,12 +53,67 @@ def greedy_logprobs(
     slice_size: int = SLICE,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `token_logprobs`, and whether no token is likelier than the target, (N,)."""
-    return _TokenLogprobs.apply(hidden_ND, weight_VD, bias_V, targets_N, temperature, slice_size)
+    return _TokenLogprobs.apply(hidden_ND, weight_VD, bias_V, targets_N, temperature, slice_size, None)
+
+
+def restricted_logprobs(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_N: torch.Tensor,
+    allowed: Allowed,
+    temperature: float = 1.0,
+    slice_size: int = SLICE,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `greedy_logprobs`, where the distribution of a restricted action is renormalised over the tokens it was chosen from.
+
+    Of the vocabulary, restricted actions need no more than the tokens that are allowed to any of them.
+    """
+    rows_R, restricted = allowed.rows_R, len(allowed.rows_R)
+    weight_UD = weight_VD[allowed.tokens_U]
+    bias_U = None if bias_V is None else bias_V[allowed.tokens_U]
+    columns_R = allowed.columns(targets_N[rows_R])
+    masks = Masks(allowed.members_SU, allowed.sets_R)
+    found: tuple[torch.Tensor, ...] = _TokenLogprobs.apply(
+        hidden_ND[rows_R], weight_UD, bias_U, columns_R, temperature, slice_size, masks
+    )
+    if restricted == len(targets_N):
+        return found[0], found[1], found[2]
+    free_N = torch.ones_like(targets_N, dtype=torch.bool)
+    free_N[rows_R] = False
+    others = greedy_logprobs(hidden_ND[free_N], weight_VD, bias_V, targets_N[free_N], temperature, slice_size)
+    # In the order of the batch: where a row stands in the free ones, then the restricted ones.
+    order_N = torch.argsort(torch.cat([free_N.nonzero()[:, 0], rows_R]))
+    logprobs_N, entropy_N, greedy_N = (torch.cat(pair)[order_N] for pair in zip(others, found, strict=True))
+    return logprobs_N, entropy_N, greedy_N
+
+
+def restricted_logits(logits_NV: torch.Tensor, allowed: Allowed | None) -> torch.Tensor:
+    """Logits in which tokens that were not allowed have a probability of 0."""
+    if allowed is None:
+        return logits_NV
+    forbidden_NV = torch.zeros_like(logits_NV, dtype=torch.bool)
+    forbidden_NV[allowed.rows_R] = True
+    forbidden_NV[allowed.rows_R[:, None], allowed.tokens_U] = ~allowed.members_SU[allowed.sets_R]
+    return logits_NV.masked_fill(forbidden_NV, FORBIDDEN)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The type, or float32 where that is wider."""
     return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Which tokens rows may choose from: row n those of set `sets_N[n]`."""
+
+    members_SV: torch.Tensor
+    sets_N: torch.Tensor
+
+    def apply(self, logits_NS: torch.Tensor, start: int) -> torch.Tensor:
+        """Forbid tokens in a slice of logits, in place. start: token of the slice's first column."""
+        allowed_NS = self.members_SV[:, start : start + logits_NS.shape[1]][self.sets_N]
+        return logits_NS.masked_fill_(~allowed_NS, FORBIDDEN)
 
 
 @dataclass
@@ -133,7 +192,7 @@ def slice_gradient(
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, slice_size):
+    def forward(ctx, hidden, weight, bias, targets, temperature, slice_size, masks):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         mean_wanted = need_hidden and not (need_weight or need_bias)
         device = hidden.device.type
@@ -149,6 +208,8 @@ class _TokenLogprobs(torch.autograd.Function):
                 end = min(start + slice_size, weight.shape[0])
                 own = weight[start:end].to(dtype)
                 logits = _logits(hidden, own, None if bias is None else bias[start:end], temperature, dtype)
+                if masks is not None:
+                    masks.apply(logits, start)
                 if kernels:
                     exp, shrink = logprobs_kernels.add_slice(
                         logits, targets - start, totals, dtype if mean_wanted else None
@@ -166,6 +227,7 @@ class _TokenLogprobs(torch.autograd.Function):
             hidden, weight.detach(), None if bias is None else bias.detach(), targets, lse, entropy, mean
         )
         ctx.temperature, ctx.slice_size, ctx.dtype, ctx.kernels = temperature, slice_size, dtype, kernels
+        ctx.masks = masks
         ctx.set_materialize_grads(False)
         greedy = totals.picked >= totals.top
         ctx.mark_non_differentiable(greedy)
@@ -176,11 +238,11 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, bias, targets, lse, entropy, mean = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         if grad_logprob is None and grad_entropy is None:
-            return None, None, None, None, None, None
+            return (None,) * 7
         grad_logprob = torch.zeros_like(lse) if grad_logprob is None else grad_logprob
         if mean is not None and grad_entropy is None:
             slope = (weight[targets] - mean).mul_(grad_logprob[:, None] / ctx.temperature)
-            return slope.to(hidden.dtype), None, None, None, None, None
+            return slope.to(hidden.dtype), *(None,) * 6
         grad_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if need_hidden else None
         grad_weight = torch.empty_like(weight) if need_weight else None
         grad_bias = torch.empty_like(bias) if need_bias and bias is not None else None
@@ -190,6 +252,8 @@ class _TokenLogprobs(torch.autograd.Function):
                 end = min(start + ctx.slice_size, weight.shape[0])
                 own = weight[start:end].to(ctx.dtype)
                 logits = _logits(hidden, own, None if bias is None else bias[start:end], ctx.temperature, ctx.dtype)
+                if ctx.masks is not None:
+                    ctx.masks.apply(logits, start)
                 grad = gradient_of(logits, targets - start, lse, entropy, grad_logprob, grad_entropy, ctx.temperature)
                 if grad_bias is not None:
                     grad_bias[start:end] = grad.sum(dim=0, dtype=lse.dtype)
@@ -198,4 +262,4 @@ class _TokenLogprobs(torch.autograd.Function):
                     grad_hidden += product(grad, own)
                 if need_weight:
                     grad_weight[start:end] = product(grad.T, hidden)
-        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, *(None,) * 4

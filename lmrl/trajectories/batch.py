@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from lmrl import distributed
-from lmrl.trajectories.trajectory import CONTEXT, Segment, Trajectory
+from lmrl.trajectories.allowed import Allowed, AllowedTokens, shifted
+from lmrl.trajectories.trajectory import CONTEXT, TOKENS, Segment, Trajectory
+
+VECTORS = "vectors"
+"""Field with the actions themselves, (A, dimensions), if their kind is not tokens."""
 
 
 @dataclass
@@ -31,6 +36,16 @@ class Sequence:
     """Branch of each token of a packed sequence (see shared.py): 0 for the shared beginning, n for its nth continuation, (T,)."""
     zero_gradient: bool = False
     """True if its gradient is exactly zero: it is counted in the loss and skipped in the forward pass."""
+    allowed: dict[int, AllowedTokens] = field(default_factory=dict)
+    """By number of the action (0 to A - 1), the tokens it was chosen from; missing ones had the whole vocabulary."""
+    kind: str = TOKENS
+    """What the actions are (see `Segment.kind`)."""
+
+    def drop_last_action(self) -> None:
+        """Remove the last action, such as a pseudo-action whose value is known by now."""
+        self.states, self.targets = self.states[:-1], self.targets[:-1]
+        self.fields = {name: values[:-1] for name, values in self.fields.items()}
+        self.allowed.pop(len(self.targets), None)
 
     @property
     def positions(self) -> torch.Tensor:
@@ -100,6 +115,9 @@ class Microbatch:
     positions_BT: torch.Tensor | None = None
     """Position of each token, where its column does not tell."""
     packing: Packing | None = None
+    allowed: Allowed | None = None
+    """What restricted actions were chosen from; None if none is restricted."""
+    kind: str = TOKENS
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -123,6 +141,8 @@ class Microbatch:
         if (packing := self.packing) is not None:
             packing.query_ends, packing.key_ends = moved(packing.query_ends), moved(packing.key_ends)
             packing.key_tokens = None if packing.key_tokens is None else moved(packing.key_tokens)
+        if (allowed := self.allowed) is not None:
+            self.allowed = Allowed(*(moved(getattr(allowed, part.name)) for part in dataclass_fields(allowed)))
         self.fields = {name: moved(value) for name, value in self.fields.items()}
         return self
 
@@ -203,8 +223,11 @@ class Batch:
         return [self.collate(part, pad_id, packed) for part in parts]
 
     def collate(self, indices: list[int], pad_id: int, packed: bool = False) -> Microbatch:
-        """One microbatch of these sequences."""
+        """One microbatch of these sequences. Raises ValueError if their actions are of different kinds."""
         chosen = [self.sequences[index] for index in indices]
+        kinds = {sequence.kind for sequence in chosen}
+        if len(kinds) > 1:
+            raise ValueError(f"a batch has actions of one kind, not of several: {', '.join(sorted(kinds))}")
         lengths = [sequence.targets.numel() for sequence in chosen]
         sizes = [sequence.tokens.numel() for sequence in chosen]
         rows_N = torch.repeat_interleave(torch.arange(len(chosen)), torch.tensor(lengths))
@@ -236,6 +259,8 @@ class Batch:
             branches_BT=branches,
             positions_BT=positions,
             packing=Packing.of(chosen) if packed else None,
+            allowed=Allowed.of(shifted([sequence.allowed for sequence in chosen], lengths)),
+            kind=kinds.pop(),
         )
 
 
@@ -247,12 +272,21 @@ def to_sequence(segment: Segment, bootstrap: bool = False) -> Sequence:
     if segment.turns and segment.turns[0] != CONTEXT:
         raise ValueError("a segment begins with an action token; it needs context before it")
     tokens = torch.tensor(segment.tokens, dtype=torch.long)
-    actions = torch.tensor(segment.actions, dtype=torch.long)
+    places = segment.actions
+    actions = torch.tensor(places, dtype=torch.long)
     states, targets = actions - 1, tokens[actions]
     if bootstrap:
         states = torch.cat([states, torch.tensor([len(tokens) - 1])])
         targets = torch.cat([targets, torch.zeros(1, dtype=torch.long)])
-    return Sequence(tokens, states, targets)
+    sequence = Sequence(tokens, states, targets, kind=segment.kind)
+    if segment.allowed:
+        numbers = {place: number for number, place in enumerate(places)}
+        sequence.allowed = {numbers[place]: allowed for place, allowed in segment.allowed.items()}
+    if segment.vectors:
+        vectors = [segment.vectors[place] for place in places]
+        vectors += [(0.0,) * len(vectors[0])] if bootstrap else []
+        sequence.fields[VECTORS] = torch.tensor(vectors)
+    return sequence
 
 
 def to_batch(trajectories: list[Trajectory]) -> Batch:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from lmrl.trajectories.batch import Sequence, to_sequence
+from lmrl.trajectories.batch import VECTORS, Sequence, to_sequence
 from lmrl.trajectories.trajectory import CONTEXT, Segment, Trajectory
 
 NEGLIGIBLE = 0.01
@@ -25,7 +25,11 @@ def to_sequences(trajectory: Trajectory) -> list[Sequence]:
     last = trajectory.segments[-1]
     if last.actions:  # the observation after the last action stands in the same context
         return [*map(to_sequence, held[:-1]), to_sequence(last, bootstrap=True)]
-    return [*map(to_sequence, held), to_sequence(last, bootstrap=True)]
+    sequences = [*map(to_sequence, held), to_sequence(last, bootstrap=True)]
+    sequences[-1].kind = sequences[0].kind
+    if VECTORS in sequences[0].fields:  # a pseudo-action has a vector as well
+        sequences[-1].fields[VECTORS] = torch.zeros_like(sequences[0].fields[VECTORS][:1])
+    return sequences
 
 
 def rewards_and_turns(trajectory: Trajectory, cut_penalty: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:

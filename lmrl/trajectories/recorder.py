@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from lmrl.trajectories.allowed import AllowedTokens
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.trajectory import Messages, Segment, Trajectory, Turn, as_messages, prompt_text
 
@@ -54,13 +56,14 @@ class Recorder:
         logprobs: list[float] | None = None,
         cut: bool = False,
         message: dict[str, Any] | None = None,
+        allowed: Sequence[AllowedTokens | None] = (),
     ) -> None:
         """Put the action that answers the last observation into the trajectory.
 
-        cut: it ran into the token limit. message: the action, where it calls tools.
+        cut: it ran into the token limit. message: the action, if it calls tools. allowed: see `Segment.act`.
         """
         turns = self.trajectory.turns
-        self.trajectory.segments[-1].act(tokens, logprobs, len(turns))
+        self.trajectory.segments[-1].act(tokens, logprobs, len(turns), allowed)
         if cut:
             self.trajectory.cut_turns.append(len(turns))
         turns.append(Turn(self._observation, text, message=message))

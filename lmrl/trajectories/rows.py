@@ -16,7 +16,8 @@ lmrl's own format has one row an episode, the same in Parquet and JSONL:
     seed start         what the environment's reset was given: seed, and options["start"] (null: drawn by the seed)
     player             who played
     tokenizer          fingerprint of the tokenizer of ...
-    segments           [{"tokens", "turns", "logprobs", "rewards"}], as in `Segment`; null: only the text is known
+    segments           [{"tokens", "turns", "logprobs", "rewards"}], as in `Segment`; null: only the text is known. "allowed", if
+                       actions were restricted: {"places", "sets", "table"}, the token at a place was one of table[set]
 
 Only `turns` with `observation` and `action` have to be there. Formats that other tools write are recognised by their
 fields:
@@ -37,6 +38,8 @@ import json
 from dataclasses import replace
 from typing import Any
 
+from lmrl.errors import DataError
+from lmrl.trajectories.allowed import AllowedTokens, from_table, to_table
 from lmrl.trajectories.fields import (
     checked_message,
     checked_messages,
@@ -52,6 +55,7 @@ from lmrl.trajectories.recorder import Recorder
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.trajectory import (
     CONTEXT,
+    TOKENS,
     Messages,
     Segment,
     Trajectory,
@@ -59,6 +63,8 @@ from lmrl.trajectories.trajectory import (
     as_messages,
     prompt_text,
 )
+
+SEGMENT_LISTS = ("tokens", "turns", "logprobs", "rewards")
 
 
 def fingerprint(tokenizer: Any) -> str:
@@ -98,8 +104,16 @@ def to_row(trajectory: Trajectory, tokenizer: str | None = None) -> Row:
         "failure": trajectory.failure,
         "columns": trajectory.columns or None,
         "tokenizer": tokenizer,
-        "segments": None if tokenizer is None else [dict(vars(segment)) for segment in trajectory.segments],
+        "segments": None if tokenizer is None else list(map(_segment_row, trajectory.segments)),
     }
+
+
+def _segment_row(segment: Segment) -> Row:
+    """Raises DataError for actions of another kind than tokens, which have no place in files yet."""
+    if segment.kind != TOKENS:
+        raise DataError(f"actions of the kind '{segment.kind}' cannot be written to files: only tokens can")
+    row: Row = {name: getattr(segment, name) for name in SEGMENT_LISTS}
+    return row | ({"allowed": to_table(segment.allowed)} if segment.allowed else {})
 
 
 def prompts_of(trajectory: Trajectory) -> list[str | Messages]:
@@ -242,10 +256,9 @@ def _segments(row: Row, turns: int) -> list[Segment]:
     segments = []
     for index, segment in enumerate(take(row, "segments", list)):
         where = f"field 'segments', segment {index}"
-        names = ("tokens", "turns", "logprobs", "rewards")
-        if not isinstance(segment, dict) or any(not isinstance(segment.get(name), list) for name in names):
-            raise Malformed(f"{where} is {segment!r:.60}; expected an object with the lists {', '.join(names)}")
-        lists = [segment[name] for name in names]
+        if not isinstance(segment, dict) or any(not isinstance(segment.get(name), list) for name in SEGMENT_LISTS):
+            raise Malformed(f"{where} is {segment!r:.60}; expected an object with the lists {', '.join(SEGMENT_LISTS)}")
+        lists = [segment[name] for name in SEGMENT_LISTS]
         if len(set(map(len, lists))) > 1:
             raise Malformed(
                 f"{where} has lists of {', '.join(str(len(one)) for one in lists)} entries; expected as many"
@@ -258,8 +271,27 @@ def _segments(row: Row, turns: int) -> list[Segment]:
             raise Malformed(
                 f"{where} has no context before its first action; expected a token with turn {CONTEXT} first"
             )
-        segments.append(Segment(*map(list, lists)))
+        tokens, acted, logprobs, rewards = map(list, lists)
+        segments.append(Segment(tokens, acted, logprobs, rewards, _allowed(segment, where)))
     return segments
+
+
+def _allowed(segment: Row, where: str) -> dict[int, AllowedTokens]:
+    """The sets that restricted actions were chosen from, by position; checked."""
+    given = segment.get("allowed")
+    if given is None:
+        return {}
+    try:
+        found = from_table(given["places"], given["sets"], given["table"])
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise Malformed(f"{where} has 'allowed' {given!r:.60}; expected places, sets and table") from error
+    tokens, turns = segment["tokens"], segment["turns"]
+    for place, allowed in found.items():
+        if type(place) is not int or not 0 <= place < len(tokens) or turns[place] == CONTEXT:
+            raise Malformed(f"{where}: 'allowed' names place {place!r:.20}, where no action stands")
+        if tokens[place] not in allowed:
+            raise Malformed(f"{where}: token {tokens[place]} at place {place} is not among those 'allowed' there")
+    return found
 
 
 def _numbers(row: Row, name: str) -> dict[str, float | None]:

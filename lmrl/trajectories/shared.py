@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from lmrl.trajectories.allowed import shifted
 from lmrl.trajectories.batch import Sequence
 
 
@@ -42,6 +43,8 @@ def pack(sequences: list[Sequence]) -> Sequence | None:
         torch.cat([sequence.targets for sequence in sequences]),
         {name: torch.cat([sequence.fields[name] for sequence in sequences]) for name in sequences[0].fields},
         branches=torch.cat(branches),
+        allowed=shifted([one.allowed for one in sequences], [len(one.targets) for one in sequences]),
+        kind=sequences[0].kind,
     )
 
 

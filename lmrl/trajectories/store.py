@@ -369,6 +369,11 @@ def episode_features(datasets: Any) -> dict[str, Any]:
                 "turns": many(value("int32")),
                 "logprobs": many(value("float64")),
                 "rewards": many(value("float64")),
+                "allowed": {
+                    "places": many(value("int32")),
+                    "sets": many(value("int32")),
+                    "table": many(many(value("int32"))),
+                },
             }
         ),
     }

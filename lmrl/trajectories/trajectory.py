@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from lmrl.trajectories.allowed import AllowedTokens
 
 Messages = list[dict[str, Any]]
 """`role` and `content`, text; of the assistant maybe `tool_calls`, of a tool `tool_call_id` and `name`; in the first one maybe
@@ -13,19 +16,29 @@ CONTEXT = -1
 """In `Segment.turns`: a token the policy did not choose."""
 
 
+TOKENS = "tokens"
+"""The kind of actions that are tokens of the vocabulary."""
+
+
 @dataclass
 class Segment:
-    """A stretch of an episode that the policy saw in one context. All lists have one entry a token.
+    """A stretch of an episode that the policy saw in one context. All lists have one entry per token.
 
     `turns` is the action mask that also says whose turn it was: `CONTEXT` for prompt and observation tokens, the number
-    of the turn for sampled ones. `logprobs` holds the log-probability of each sampled token under the distribution it
-    was drawn from (None where it is unknown), `rewards` what was earned at a token.
+    of the turn for sampled ones. `logprobs` holds the log-probability of each action under the distribution it was drawn
+    from (None where it is unknown), `rewards` what was earned at a token.
     """
 
     tokens: list[int] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
     logprobs: list[float | None] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+    allowed: dict[int, AllowedTokens] = field(default_factory=dict)
+    """By position, the tokens that the action was chosen from; positions that are missing had the whole vocabulary."""
+    kind: str = TOKENS
+    """What actions are: tokens, or a kind that the policy knows, whose actions stand in `vectors`."""
+    vectors: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    """By position, the action itself, if its kind is not tokens. The token there is a placeholder."""
 
     def observe(self, tokens: list[int]) -> None:
         self.tokens += tokens
@@ -33,11 +46,37 @@ class Segment:
         self.logprobs += [None] * len(tokens)
         self.rewards += [0.0] * len(tokens)
 
-    def act(self, tokens: list[int], logprobs: list[float] | None, turn: int) -> None:
+    def act(
+        self,
+        tokens: list[int],
+        logprobs: list[float] | None,
+        turn: int,
+        allowed: Sequence[AllowedTokens | None] = (),
+    ) -> None:
+        """Add the tokens of an action. allowed: what each was chosen from, if that was ever restricted.
+
+        Raises ValueError for a token that was not allowed.
+        """
+        for place, own in enumerate(allowed):
+            if own is not None:
+                if tokens[place] not in own:
+                    raise ValueError(f"token {tokens[place]} was sampled, but not allowed")
+                self.allowed[len(self.tokens) + place] = own
         self.tokens += tokens
         self.turns += [turn] * len(tokens)
         self.logprobs += logprobs if logprobs is not None else [None] * len(tokens)
         self.rewards += [0.0] * len(tokens)
+
+    def act_vector(self, kind: str, vector: Sequence[float], logprob: float | None, turn: int, token: int = 0) -> None:
+        """Add an action that is a vector, which takes the place of one token. token: stands at its place.
+
+        Raises ValueError if the segment has actions of another kind.
+        """
+        if self.actions and self.kind != kind:
+            raise ValueError(f"a segment has actions of one kind: '{self.kind}', not '{kind}' as well")
+        self.kind = kind
+        self.vectors[len(self.tokens)] = tuple(vector)
+        self.act([token], None if logprob is None else [logprob], turn)
 
     @property
     def actions(self) -> list[int]:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lmrl.policy import logprobs as logprobs_module
-from lmrl.policy.logprobs import token_logprobs
+from lmrl.policy.logprobs import restricted_logprobs, token_logprobs
+from lmrl.trajectories.allowed import Allowed
 
 
 def plain(hidden, weight, bias, targets, temperature):
@@ -98,3 +99,36 @@ def test_positions_times_vocabulary_never_exists(frozen, monkeypatch):
     logprobs, _ = token_logprobs(hidden, weight, None, torch.zeros(32, dtype=torch.long), 1.0, 256)
     logprobs.sum().backward()
     assert sizes == [32 * 256] * (4096 // 256 * (1 if frozen else 2))  # computed once where the matrix is frozen
+
+
+@pytest.mark.parametrize("slice_size", [1, 3, 100])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("all_restricted", [False, True])
+def test_restricted_equals_a_masked_softmax(slice_size, frozen, entropy, all_restricted):
+    """Values and gradients against autograd over all logits, in float64; slices in which nothing is allowed to a row included."""
+    generator = torch.Generator().manual_seed(2)
+    double = {"dtype": torch.float64, "generator": generator}
+    hidden = (3 * torch.randn(6, 4, **double)).requires_grad_()
+    weight = torch.randn(11, 4, **double).requires_grad_(not frozen)
+    bias = torch.randn(11, **double).requires_grad_(not frozen)
+    sets = {0: (2, 3, 10), 2: (0, 9), 3: (2, 3, 10), 5: (7,)}
+    sets |= {1: (0, 1, 2), 4: (4, 10)} if all_restricted else {}
+    targets = torch.tensor([3, 1, 9, 10, 4, 7])
+    left, right = torch.randn(2, 6, **double)
+    found = restricted_logprobs(hidden, weight, bias, targets, Allowed.of(sets), 0.7, slice_size)
+
+    logits = (hidden @ weight.T + bias) / 0.7
+    mask = torch.ones(6, 11, dtype=torch.bool)
+    for row, tokens in sets.items():
+        mask[row] = False
+        mask[row, list(tokens)] = True
+    logprobs = logits.masked_fill(~mask, -torch.inf).log_softmax(-1)
+    own = logprobs[torch.arange(6), targets]
+    expected = own, -(logprobs.exp() * logprobs.masked_fill(~mask, 0)).sum(-1), own >= logprobs.amax(-1)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    inputs = [hidden] if frozen else [hidden, weight, bias]
+    losses = [(one[0] * left).sum() + ((one[1] * right).sum() if entropy else 0) for one in (found, expected)]
+    for one, other in zip(*(torch.autograd.grad(loss, inputs) for loss in losses), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)

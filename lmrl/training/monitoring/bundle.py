@@ -30,6 +30,7 @@ from lmrl.policy.memory import FailedPass, free_frames
 from lmrl.recipe.files import to_yaml
 from lmrl.run import RECIPE_FILE, describe_machine, step_name
 from lmrl.training.monitoring.measures import peak_memory_mb
+from lmrl.trajectories.allowed import AllowedTokens
 from lmrl.trajectories.batch import Batch, Sequence
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from lmrl.training.stage import Stage
 
 BUNDLES, INFO_FILE, BATCH_FILE, RNG_FILE = "bundles", "info.json", "batch.safetensors", "rng.safetensors"
-CHAIN, BRANCHES, ZERO_GRADIENT = "chain", "branches", "weightless"
+CHAIN, BRANCHES, ZERO_GRADIENT, ALLOWED = "chain", "branches", "weightless", "allowed"
 """Attributes of the sequences of a kept minibatch, next to its fields."""
 
 
@@ -203,6 +204,8 @@ def batch_tensors(batch: Batch) -> dict[str, torch.Tensor]:
             own[BRANCHES] = sequence.branches
         if sequence.zero_gradient:
             own[ZERO_GRADIENT] = torch.tensor(True)
+        if sequence.allowed:
+            own[ALLOWED] = allowed_pairs(sequence)
         tensors |= {f"{index:05d}.{name}": tensor.clone().contiguous() for name, tensor in own.items()}
     return tensors
 
@@ -217,7 +220,23 @@ def batch_of(tensors: dict[str, torch.Tensor]) -> Batch:
 
 
 def _sequence(named: dict[str, torch.Tensor]) -> Sequence:
-    chain, branches, zero_gradient = (named.pop(name, None) for name in (CHAIN, BRANCHES, ZERO_GRADIENT))
+    chain, branches, zero_gradient, pairs = (
+        named.pop(name, None) for name in (CHAIN, BRANCHES, ZERO_GRADIENT, ALLOWED)
+    )
     tokens, states, targets = (named.pop(name) for name in ("tokens", "states", "targets"))
     chain = None if chain is None else int(chain)
-    return Sequence(tokens, states, targets, named, chain, branches, zero_gradient is not None)
+    allowed = {} if pairs is None else allowed_of(pairs)
+    return Sequence(tokens, states, targets, named, chain, branches, zero_gradient is not None, allowed)
+
+
+def allowed_pairs(sequence: Sequence) -> torch.Tensor:
+    """What restricted actions of a sequence were chosen from: rows of an action's number and a token, (P, 2)."""
+    return torch.tensor([(action, token) for action, tokens in sequence.allowed.items() for token in tokens])
+
+
+def allowed_of(pairs_P2: torch.Tensor) -> dict[int, AllowedTokens]:
+    """What `allowed_pairs` wrote down."""
+    found: dict[int, list[int]] = {}
+    for action, token in pairs_P2.tolist():
+        found.setdefault(action, []).append(token)
+    return {action: tuple(tokens) for action, tokens in found.items()}
