@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ class TextEnvironment(gymnasium.Env):
     - `num_starts`: how many distinct start states there are; `reset(options={"start": i})` then begins in the i-th,
       so that rollouts and evaluation go through all of them. None: `reset(seed=...)` draws one.
     - `players`: names of scripted players, with `act` giving their next action. `optimal` is the exact optimum.
+    - `allowed_actions()`: the texts that may answer the last observation (None: any). With `task.allowed_actions=true` the
+      policy samples one of these, each by its own probability among them.
     - `texts()`: samples of all observations and actions, from which a model built from scratch takes its vocabulary.
     - `info["metrics"]` of the last step: a dict of numbers that evaluation reports beside `return`.
     - `version`: text or a number that changes with what the environment does; `lmrl replay` names it.
@@ -40,6 +42,10 @@ class TextEnvironment(gymnasium.Env):
     def act(self, player: str, rng: np.random.Generator) -> str:
         """The scripted player's action in the current state."""
         raise NotImplementedError(f"{type(self).__name__} has no player '{player}'")
+
+    def allowed_actions(self) -> Sequence[str] | None:
+        """The actions to choose from now; None: any text."""
+        return None
 
     def texts(self) -> Iterable[str]:
         return ()

@@ -59,7 +59,8 @@ class GymnasiumText(TextEnvironment):
 
     id: gymnasium's name for it. actions: a word for each (default: known ones, else numbers). template: the observation's text,
     in which {observation} stands for its values. illegal_reward: of a text that is no action, which takes a turn and changes
-    nothing. Further keys go to `gymnasium.make`. The metric `illegal` counts such texts.
+    nothing. Further keys go to `gymnasium.make`. The metric `illegal` counts such texts. A game that says in `info["action_mask"]`
+    which actions change something (Taxi) allows these; others allow all.
     """
 
     players = ("random",)
@@ -102,7 +103,8 @@ class GymnasiumText(TextEnvironment):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
-        observation, _ = self.env.reset(seed=seed)
+        observation, info = self.env.reset(seed=seed)
+        self.mask = info.get("action_mask")
         self.illegal, self.shown = 0, self._text(observation)
         return self.shown, {}
 
@@ -112,12 +114,18 @@ class GymnasiumText(TextEnvironment):
             self.illegal += 1
             return self.shown, self.illegal_reward, False, False, {"metrics": {"illegal": self.illegal}}
         number = self.words.index(word) + int(self.env.action_space.start)
-        observation, reward, terminated, truncated, _ = self.env.step(number)
+        observation, reward, terminated, truncated, info = self.env.step(number)
+        self.mask = info.get("action_mask")
         self.shown = self._text(observation)
         return self.shown, float(reward), bool(terminated), bool(truncated), {"metrics": {"illegal": self.illegal}}
 
     def act(self, player: str, rng: np.random.Generator) -> str:
         return str(rng.choice(self.words))
+
+    def allowed_actions(self) -> list[str]:
+        if self.mask is None or not any(self.mask):
+            return self.words
+        return [word for word, possible in zip(self.words, self.mask, strict=True) if possible]
 
     def texts(self) -> Iterable[str]:
         rng, seen = np.random.default_rng(0), {*self.words, *"0123456789.-"}

@@ -96,6 +96,9 @@ class Maze(TextEnvironment):
             return str(rng.choice(list(MOVES)))
         return min(MOVES, key=lambda text: self.distance[_after(self.position, MOVES[text])])
 
+    def allowed_actions(self) -> list[str]:
+        return list(MOVES)
+
     def texts(self) -> Iterable[str]:
         return [*(self._describe(start) for start in STARTS), *MOVES]
 

@@ -73,13 +73,25 @@ class RandomWalks(TextEnvironment):
         if not self.stepwise:
             optimality, metrics = self._judge(action)
             return "", optimality, True, False, {"metrics": metrics}
-        here, move = (self.walked or _name(self.start))[-1], action.strip()
+        here, move = self._here, action.strip()
         self.walked += move
         optimality, metrics = self._judge(self.walked)
         there = ord(move) - ord("a") if len(move) == 1 else -1
         possible = 0 <= there < len(self.edges) and self.edges[ord(here) - ord("a"), there]
         over = not possible or there == GOAL or len(self.walked) + 1 >= self.max_length
         return "" if over else move, metrics["arrived"], over, False, {"metrics": metrics}
+
+    @property
+    def _here(self) -> str:
+        return (self.walked or _name(self.start))[-1]
+
+    def allowed_actions(self) -> list[str] | None:
+        """Stepwise, the nodes that an edge leads to; a walk in one action is free text."""
+        return (
+            [_name(int(node)) for node in np.nonzero(self.edges[ord(self._here) - ord("a")])[0]]
+            if self.stepwise
+            else None
+        )
 
     def _judge(self, walk: str) -> tuple[float, dict[str, float]]:
         length = self._arrival(walk)

@@ -47,6 +47,10 @@ def mistakes(recipe: Recipe) -> Iterator[str]:
             yield "`source.resample` replaces prompts whose samples all earned the same: set rollouts.samples to 2 or more"
         if source.best_among == "prompt":
             yield "`source.best_among=prompt` ranks samples of the same prompt: set rollouts.samples to 2 or more"
+    if getattr(task, "allowed_actions", False) and recipe.rollouts.engine in ("vllm", "vllm-server"):
+        yield (
+            f"`task.allowed_actions` restricts what is sampled, which engine '{recipe.rollouts.engine}' cannot: set rollouts.engine=hf"
+        )
     if source.plays and task.min_group > recipe.rollouts.samples:
         yield (
             f"`task.min_group`={task.min_group} keeps no group of rollouts.samples={recipe.rollouts.samples} episodes: set it "

@@ -264,6 +264,9 @@ class EpisodeLimits(Section):
     """Put observations through the model's chat template."""
     special_tokens: SpecialTokens = "text"
     """Inside observations and logged actions: `text`, or `parse` where control tokens are meant."""
+    allowed_actions: bool = False
+    """Sample only actions that the environment's `allowed_actions()` lists. Probabilities are renormalised over them, in training as
+    well. With rollouts.engine=hf."""
 
 
 class RandomWalksTask(EpisodeLimits):
@@ -276,6 +279,12 @@ class RandomWalksTask(EpisodeLimits):
     edge_probability: float = Field(0.1, gt=0, le=1)
     stepwise: bool = False
     """One node a turn, instead of the whole walk in one."""
+
+    @model_validator(mode="after")
+    def _walks_are_free(self) -> RandomWalksTask:
+        if self.allowed_actions and not self.stepwise:
+            raise ValueError("`allowed_actions` lists the next nodes: set `stepwise: true`")
+        return self
 
     @property
     def options(self) -> dict[str, Any]:

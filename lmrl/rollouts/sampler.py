@@ -14,12 +14,15 @@ from lmrl import distributed
 from lmrl.agents.play import play_agents
 from lmrl.coroutines import run, watched
 from lmrl.engines.base import Completion, Engine, Sampling
+from lmrl.engines.token_trie import TokenTrie
 from lmrl.foreign import CallTimedOut, foreign
 from lmrl.rewards.early import EarlyScores
+from lmrl.rollouts.allowed_actions import ActionTries, allowed_actions
 from lmrl.rollouts.step_threads import StepThreads
 from lmrl.rollouts.task import Task
 from lmrl.secrets import redact
 from lmrl.seeding import key, stream
+from lmrl.trajectories.allowed import AllowedTokens
 from lmrl.trajectories.recorder import Recorder
 from lmrl.trajectories.trajectory import Trajectory, transcript
 
@@ -30,6 +33,8 @@ class Action:
     logprobs: list[float] | None
     text: str
     finish_reason: Literal["eos", "stop", "length"]
+    allowed: Sequence[AllowedTokens | None] = ()
+    """What each token was chosen from, if the environment restricts actions."""
 
 
 @dataclass
@@ -45,6 +50,8 @@ class _Episode:
     """Of the last step."""
     turn: int = 0
     over: bool = False
+    allowed: TokenTrie | None = None
+    """The actions to choose from now (None: any)."""
 
     def fail(self, error: BaseException) -> None:
         self.over = True
@@ -65,6 +72,7 @@ class Sampler:
         self.task, self.engine, self.decode, self.deterministic = task, engine, decode, deterministic
         self.environments: list[Any] = []  # kept between plays: building one may be slow, resetting one is not
         self.threads = StepThreads(task.workers) if task.workers else None
+        self.tries = ActionTries(task.renderer) if task.allowed_actions else None
 
     def play(
         self,
@@ -88,11 +96,14 @@ class Sampler:
         episodes = self._new_episodes(starts[low:high], samples, name, first + low)
 
         async def act(episode: _Episode, context: list[int]) -> Action:
-            completion = await self.engine.generate(context, sampling, (*episode.name, episode.turn))
+            name = (*episode.name, episode.turn)
+            completion = await self.engine.generate(context, sampling, name, allowed=episode.allowed)
             versions = [one for one in (completion.version, episode.trajectory.version) if one is not None]
             episode.trajectory.version = min(versions, default=None)
             text = self._text(completion, sampling)
-            return Action(completion.tokens, completion.logprobs, text, completion.finish_reason)
+            if episode.allowed is not None:
+                text = episode.allowed.text(completion.tokens)
+            return Action(completion.tokens, completion.logprobs, text, completion.finish_reason, completion.allowed)
 
         early = EarlyScores(self.task.rewards, len(episodes)) if self.task.judged_by == "reward" else None
         if not self.engine.weights_pinned:
@@ -220,13 +231,14 @@ class Sampler:
                 lambda limit: begin_episode(episode.environment, trajectory.seed, trajectory.start, limit)
             )
             trajectory.columns = info.get("columns", {})
+            episode.allowed = await self._allowed(episode)
         except (Exception, SystemExit) as error:
             episode.fail(error)
 
     async def _step(self, episode: _Episode, action: Action) -> None:
         trajectory = episode.trajectory
         cut = action.finish_reason == "length"
-        episode.recorder.act(action.text, action.tokens, action.logprobs, cut=cut)
+        episode.recorder.act(action.text, action.tokens, action.logprobs, cut=cut, allowed=action.allowed)
         try:
             observation, reward, terminated, truncated, metrics = await self._call(
                 lambda limit: take_step(episode.environment, action.text, limit)
@@ -244,6 +256,18 @@ class Sampler:
             trajectory.metrics = metrics
             if not terminated:
                 episode.recorder.truncate(observation)
+            return
+        try:
+            episode.allowed = await self._allowed(episode)
+        except (Exception, SystemExit) as error:
+            episode.fail(error)
+
+    async def _allowed(self, episode: _Episode) -> TokenTrie | None:
+        """The actions that the environment allows now, for an engine that samples."""
+        if self.tries is None or self.engine is None:
+            return None
+        actions = await self._call(lambda limit: allowed_actions(episode.environment, limit))
+        return None if actions is None else self.tries.of(actions)
 
     async def _call(self, work: Callable[[float | None], Any]) -> Any:
         """Call an environment: here, where it is interrupted at the limit it is given; or in a thread, where it is left

@@ -18,6 +18,7 @@ from lmrl.recipe import AgentTask, Prompts, PromptTask, Recipe
 from lmrl.rewards.early import EarlyScores
 from lmrl.rewards.load import load_rewards
 from lmrl.rewards.rewards import RewardFunction, drop_failed, judge
+from lmrl.rollouts.allowed_actions import check_says_what_is_allowed
 from lmrl.rollouts.templates import prompt_rows
 from lmrl.seeding import stream
 from lmrl.trajectories.fields import checked_messages
@@ -81,6 +82,8 @@ class Task:
     """Tokens of context that the model has positions for (None: any number)."""
     agent: Agent | None = None
     """The program that plays it, in place of an environment."""
+    allowed_actions: bool = False
+    """True if actions are sampled among those that the environment allows."""
     scored: set[str] = field(default_factory=set)
     """Keys of the prompts that the recipe's suite scores."""
 
@@ -158,6 +161,8 @@ def build_task(section: Any, tokenizer: Any) -> Task:
         return _agent_task(section, tokenizer)
     make = environment_factory(section)
     environment = make()
+    if section.allowed_actions:
+        check_says_what_is_allowed(environment, section.environment)
     count = getattr(environment, "num_starts", None)
     starts = None if count is None else list(range(count))
     return Task(
@@ -171,6 +176,7 @@ def build_task(section: Any, tokenizer: Any) -> Task:
         call_timeout=section.call_timeout,
         workers=section.workers,
         min_group=section.min_group,
+        allowed_actions=section.allowed_actions,
         environment={
             "name": section.environment,
             "options": section.options,

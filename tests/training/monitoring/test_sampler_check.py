@@ -34,8 +34,8 @@ class Off(HFEngine):
 
     by = 0.5
 
-    async def generate(self, tokens, sampling, key):
-        completion = await super().generate(tokens, sampling, key)
+    async def generate(self, tokens, sampling, key, heard=None, allowed=None):
+        completion = await super().generate(tokens, sampling, key, heard, allowed)
         return replace(completion, logprobs=[logprob - self.by for logprob in completion.logprobs])
 
 
