@@ -34,8 +34,8 @@ from lmrl.rewards.rewards import drop_failed
 from lmrl.run import describe_machine, write_atomically
 from lmrl.secrets import check_no_secrets
 from lmrl.trajectories.files import JsonLines, Malformed, Row
+from lmrl.trajectories.parquet import flat_row
 from lmrl.trajectories.rows import fingerprint, json_of, parse, to_row
-from lmrl.trajectories.store import flat_row
 from lmrl.trajectories.trajectory import Trajectory
 
 HEADER_FILE, EPISODES_FILE, SCORES_FILE = "eval.json", "samples.jsonl", "scores.json"

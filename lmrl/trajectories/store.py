@@ -15,7 +15,8 @@ from typing import Any, TextIO
 
 from lmrl.errors import DataError, RunError
 from lmrl.trajectories.encoding import strings
-from lmrl.trajectories.files import JsonLines, Malformed, Row, Rows, Selection, open_rows, quiet_datasets
+from lmrl.trajectories.files import JsonLines, Malformed, Row, Rows, Selection, open_rows
+from lmrl.trajectories.parquet import write_parquet
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.rows import fingerprint, is_dialogue, parse, prompts_of, render, to_row
 from lmrl.trajectories.trajectory import Trajectory, prompt_key, prompt_text
@@ -268,7 +269,7 @@ class EpisodeWriter:
 
     def _write_shard(self, rows: list[Row]) -> None:
         name = f"data-{self._shards:05d}.parquet"
-        _write_parquet(self.path / (SCRATCH + name), rows)
+        write_parquet(self.path / (SCRATCH + name), rows)
         (self.path / (SCRATCH + name)).rename(self.path / name)
         self._shards += 1
 
@@ -305,7 +306,7 @@ def write_episodes(path: Path, trajectories: Sequence[Trajectory], tokenizer: An
     if is_jsonl(path):
         path.write_text("".join(map(_json_line, rows)), encoding="utf-8")
     else:
-        _write_parquet(path, rows)
+        write_parquet(path, rows)
 
 
 def read_episodes(path: Path, tokenizer: Any) -> list[Trajectory]:
@@ -325,79 +326,3 @@ def read_episodes(path: Path, tokenizer: Any) -> list[Trajectory]:
 
 def _json_line(row: Row) -> str:
     return json.dumps(row, ensure_ascii=False, default=str) + "\n"
-
-
-def flat_row(row: Row) -> Row:
-    """A row that fits one schema with those of all other episodes: what is free-form in it becomes JSON text."""
-    texts = {name: json.dumps(row[name], default=str) for name in ("metrics", "components", "columns")}
-    return row | texts | _message_texts(row)
-
-
-def episode_features(datasets: Any) -> dict[str, Any]:
-    """The columns of flat rows, for `datasets`."""
-    value, many = datasets.Value, datasets.List
-    return {
-        "group": value("int64"),
-        "episode": value("int64"),
-        "seed": value("int64"),
-        "start": value("int64"),
-        "player": value("string"),
-        "prompt_messages": many(
-            {name: value("string") for name in ("role", "content", "tool_calls", "tool_call_id", "name")}
-        ),
-        "turns": many(
-            {
-                "observation": value("string"),
-                "action": value("string"),
-                "reward": value("float64"),
-                "cut": value("bool"),
-                "messages": value("string"),
-                "message": value("string"),
-            }
-        ),
-        "final_observation": value("string"),
-        "terminated": value("bool"),
-        "reward": value("float64"),
-        "metrics": value("string"),
-        "components": value("string"),
-        "failure": value("string"),
-        "columns": value("string"),
-        "tokenizer": value("string"),
-        "segments": many(
-            {
-                "tokens": many(value("int32")),
-                "turns": many(value("int32")),
-                "logprobs": many(value("float64")),
-                "rewards": many(value("float64")),
-                "allowed": {
-                    "places": many(value("int32")),
-                    "sets": many(value("int32")),
-                    "table": many(many(value("int32"))),
-                },
-            }
-        ),
-    }
-
-
-def _write_parquet(path: Path, rows: list[Row]) -> None:
-    datasets = quiet_datasets()
-    features = datasets.Features(episode_features(datasets))
-    whole = list(map(flat_row, rows))
-    columns = {name: [row[name] for row in whole] for name in features}
-    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(path))
-
-
-def _message_texts(row: Row) -> dict[str, Any]:
-    """The messages of a row, with what is not text in them as JSON."""
-
-    def flat(message: dict[str, Any]) -> dict[str, str | None]:
-        calls = message.get("tool_calls")
-        names = ("role", "content", "tool_call_id", "name")
-        return {name: message.get(name) for name in names} | {"tool_calls": json.dumps(calls) if calls else None}
-
-    turns = [
-        turn | {name: json.dumps(turn[name]) if turn.get(name) else None for name in ("messages", "message")}
-        for turn in row["turns"]
-    ]
-    messages = row["prompt_messages"]
-    return {"turns": turns, "prompt_messages": None if messages is None else list(map(flat, messages))}
