@@ -61,6 +61,8 @@ class foreign:  # noqa: N801 - reads as a statement
             raise CallTimedOut(f"timed out after {self.limit:g} s (task.call_timeout)")
 
     def _restore_alarm(self) -> None:
+        if self.alarm is None:
+            return
         handler, (seconds, interval) = self.alarm
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
@@ -130,10 +132,10 @@ def _name_slow_calls() -> None:
         for call in list(_running):
             if call.limit is not None and time.monotonic() - call.began > call.limit + GRACE:
                 _give_up(call)
-        call = next(iter(_running), None)
-        if call is not told:
-            told, limit = call, PATIENCE
-        if call is not None and time.monotonic() - call.began > limit:
+        first = next(iter(_running), None)
+        if first is not told:
+            told, limit = first, PATIENCE
+        if first is not None and time.monotonic() - first.began > limit:
             ends = "`timeout` of a reward limits its calls"
             if call.limit is not None:
                 ends = f"it has {call.limit:g} s (task.call_timeout)"

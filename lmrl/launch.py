@@ -153,7 +153,7 @@ def _report(failed: list[int], running: list[subprocess.Popen[bytes]], errors: P
     found = [_failure(rank, running, errors) for rank in failed]
     cause = min(found, key=lambda one: (one["order"], one["time"]))
     print(cause["text"], file=sys.stderr)
-    return cause["code"]
+    return int(cause["code"])
 
 
 def _failure(rank: int, running: list[subprocess.Popen[bytes]], errors: Path) -> dict[str, Any]:
@@ -162,7 +162,8 @@ def _failure(rank: int, running: list[subprocess.Popen[bytes]], errors: Path) ->
     code = running[rank].returncode
     left = errors / f"{rank}.json"
     if left.exists():
-        return json.loads(left.read_text())
+        found: dict[str, Any] = json.loads(left.read_text())
+        return found
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     text = f"lmrl: process {rank} of {len(running)} {how}, so the run has stopped; go on from its last checkpoint by --resume"
     return {"order": 0, "time": 0.0, "code": 1, "text": text}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -52,7 +52,7 @@ class Look:
     rows: int = 0
     tokens: int = 0
     """Tokens that rows of data may have, with room for what a chat template adds."""
-    tokenizer: str = "char"
+    tokenizer: Literal["char", "word"] = "char"
 
 
 def look_at_environment(name: str, max_turns: int) -> Look:
@@ -79,7 +79,7 @@ def look_at_environment(name: str, max_turns: int) -> Look:
     done = [one for one in played if one.failure is None]
     if not done:
         raise RecipeError(f"--environment {name}: every episode failed, for instance: {played[0].failure}")
-    returns = [one.reward for one in done]
+    returns = [one.reward or 0.0 for one in done]
     look.said.append(
         f"{len(done)} episodes of player '{player}': {_range([len(one.turns) for one in done], 'turns')}, return "
         f"{np.mean(returns):.3g} on average, {min(returns):.3g} to {max(returns):.3g}"

@@ -31,7 +31,8 @@ def load_plugin(name: str, key: str) -> Any:
     except FileNotFoundError as error:
         raise PluginError(f"{key}: file '{target}' does not exist") from error
     except ModuleNotFoundError as error:
-        fix = f": {fix_of(error.name)}" if (error.name or "").partition(".")[0] in EXTRAS else ""
+        missing = error.name or ""
+        fix = f": {fix_of(missing)}" if missing.partition(".")[0] in EXTRAS else ""
         raise PluginError(f"{key}: '{name}' cannot be imported: no module named '{error.name}'{fix}") from error
     except (Exception, SystemExit) as error:
         raise PluginError(f"{key}: importing '{target}' failed: {type(error).__name__}: {error}") from error

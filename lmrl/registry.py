@@ -87,8 +87,8 @@ def register(kind: Kind, name: str) -> Callable[[T], T]:
 
 
 @cache
-def _entry_points() -> metadata.EntryPoints:
-    """Entry points of all installed packages, read once."""
+def _entry_points() -> Any:
+    """Entry points of all installed packages (metadata.EntryPoints), read once."""
     return metadata.entry_points()
 
 

@@ -50,13 +50,15 @@ def section_docs(place: str, key: str) -> dict[str, str]:
     found = {}
     for file in sorted(root.glob("*.py")) if root.is_dir() else [root]:
         for node in ast.parse(file.read_text()).body:
+            if not isinstance(node, ast.ClassDef):
+                continue
             for name in _literals(node, key):
                 found[name] = (ast.get_docstring(node) or "").split("\n")[0]
     return found
 
 
-def _literals(node: ast.stmt, key: str) -> Iterator[str]:
-    for part in node.body if isinstance(node, ast.ClassDef) else ():
+def _literals(node: ast.ClassDef, key: str) -> Iterator[str]:
+    for part in node.body:
         if isinstance(part, ast.AnnAssign) and getattr(part.target, "id", None) == key:
             kind = part.annotation
             if isinstance(kind, ast.Subscript) and getattr(kind.value, "id", None) == "Literal":
@@ -71,10 +73,10 @@ def reward_docs() -> dict[str, str]:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 is_reward = any(argument.arg == "completions" for argument in node.args.args)
+            elif isinstance(node, ast.ClassDef):
+                is_reward = any(getattr(part, "name", "") == "__call__" for part in node.body)
             else:
-                is_reward = isinstance(node, ast.ClassDef) and any(
-                    getattr(part, "name", "") == "__call__" for part in node.body
-                )
+                continue
             if is_reward:
                 text = (ast.get_docstring(node) or "").split("\n")[0]
                 found[f"lmrl.reward_models.{path.stem}.{node.name}"] = text

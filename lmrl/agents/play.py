@@ -47,7 +47,7 @@ class Agent:
 def play_agents(
     agent: Agent,
     engine: Engine,
-    starts: Sequence[int],
+    starts: Sequence[int | None],
     samples: int,
     sampling: Sampling,
     name: tuple[int | str, ...],
@@ -63,6 +63,7 @@ def play_agents(
     trajectories, rows = [], []
     for group, start in enumerate(starts[low:high], start=first + low):
         for sample in range(samples):
+            assert start is not None, "rows have numbers"
             row = agent.rows[start]
             trajectories.append(
                 Trajectory([], "", "", group=group, episode=group * samples + sample, columns=row, start=start)

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -49,12 +50,13 @@ def _options(
 def main() -> None:
     """Entry point: a mistake of the user's is one line and exit code 2; `--debug` shows the traceback."""
     if "_LMRL_COMPLETE" in os.environ:  # a shell asks what may come next
-        from typer.completion import completion_init
+        from typer.completion import completion_init  # type: ignore[attr-defined]  # which typer's own modules import
 
         completion_init()
     debug = "--debug" in sys.argv
     faulthandler.enable(2)  # a crash in native code says in which call
-    sys.stdout.reconfigure(line_buffering=True)  # a log file should show a run as it goes on
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file should show a run as it goes on
     try:
         arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
         sys.exit(app(args=arguments, prog_name="lmrl", standalone_mode=False))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.columns import Columns
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
@@ -81,7 +81,7 @@ def command(
             _answer(console, speakers, line)
 
 
-def _each(speakers: list, method: str, *arguments: float) -> None:
+def _each(speakers: list[Any], method: str, *arguments: float) -> None:
     for speaker in speakers:
         getattr(speaker, method)(*arguments)
 
@@ -94,11 +94,11 @@ def _read(console: Console) -> str | None:
         return None
 
 
-def _answer(console: Console, speakers: list, said: str) -> None:
+def _answer(console: Console, speakers: list[Any], said: str) -> None:
     """Show each policy's answer as it comes."""
     answers = [""] * len(speakers)
 
-    def shown() -> object:
+    def shown() -> RenderableType:
         texts = [Text(visible(answer)) for answer in answers]
         if len(texts) == 1:
             return texts[0]

@@ -132,7 +132,7 @@ class Player:
 
     def close(self) -> None:
         """Give back what the engine of a policy holds."""
-        if self.sampler.engine is not None:
+        if self.sampler.samples_from is not None:
             self.sampler.engine.close()
 
     def play(self, episodes: int, seed: int) -> Any:
@@ -173,7 +173,7 @@ def open_player(
     plan = resolve(environment, overrides, saved)
     make = None if local or isinstance(plan.task, PromptTask | AgentTask) else environment_factory(plan.task)
     players = parse_players(policy) if make else None
-    if players and (isinstance(players, dict) or players in getattr(make(), "players", ())):
+    if make and players and (isinstance(players, dict) or players in getattr(make(), "players", ())):
         from lmrl.policy.tokenizers import build_tokenizer
 
         # Only text is kept, so any tokenizer does, and no chat template is needed.
@@ -183,7 +183,7 @@ def open_player(
 
     if make and (near := difflib.get_close_matches(policy, getattr(make(), "players", ()))):
         raise RecipeError(
-            f"'{policy}' is no player of environment '{plan.task.environment}'; did you mean '{near[0]}'?"
+            f"'{policy}' is no player of environment '{getattr(plan.task, 'environment', '')}'; did you mean '{near[0]}'?"
         )
     if not local:
         refuse_missing(policy, "policy")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lmrl.cli.common import Debug, Overrides
 from lmrl.cli.verbs import PLAIN, VERBS
+
+if TYPE_CHECKING:
+    from lmrl.recipe import EpisodeLimits
 
 app = typer.Typer(help=VERBS["env"], no_args_is_help=True, **PLAIN)
 Named = Annotated[
@@ -40,9 +43,9 @@ def check(
         raise typer.Exit(1)
 
 
-def task_section(environment: str, options: list[str] | None) -> object:
+def task_section(environment: str, options: list[str] | None) -> EpisodeLimits:
     """The `task` of an environment with options as a recipe would have them."""
-    from lmrl.recipe import Section, TaskSection
+    from lmrl.recipe import EpisodeLimits, Section, TaskSection
     from lmrl.recipe.document import Document
     from lmrl.recipe.overrides import apply_override
     from lmrl.recipe.paths import resolve_files
@@ -55,4 +58,6 @@ def task_section(environment: str, options: list[str] | None) -> object:
     for option in options or ():
         apply_override(document, option if option.startswith("task.") else f"task.{option}")
     resolve_files(document.data, Path.cwd())
-    return validate(Named, document).task
+    task = validate(Named, document).task
+    assert isinstance(task, EpisodeLimits), "an environment was named"
+    return task

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Annotated
+from importlib.metadata import EntryPoint
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,7 +17,7 @@ from lmrl.cli.common import Debug
 from lmrl.errors import RecipeError, did_you_mean
 from lmrl.shipped import descriptions, reward_docs, section_docs
 
-KINDS = {
+KINDS: dict[str, registry.Kind | None] = {
     "recipes": None,
     "environments": "environment",
     "rewards": "reward",
@@ -66,7 +67,7 @@ def command(
     """List recipes, environments, rewards, objectives, suites and more, of lmrl and of installed packages."""
     if kind is not None and kind not in KINDS:
         raise RecipeError(f"no kind called '{kind}'{did_you_mean(kind, KINDS)}")
-    if name is not None:
+    if kind is not None and name is not None:
         console = Console(highlight=False)
         for line in details(kind, name, console.width):
             console.print(line, markup=False)
@@ -79,8 +80,8 @@ def command(
         if not found and kind is None:
             continue
         table.add_row(f"[bold]{one}[/bold]", "")
-        for name, text in found.items():
-            table.add_row(f"  {name}", Text(text))  # brackets in it are no markup
+        for each, text in found.items():
+            table.add_row(f"  {each}", Text(text))  # brackets in it are no markup
     Console(highlight=False).print(table)
 
 
@@ -99,9 +100,11 @@ def details(kind: str, name: str, width: int) -> Iterator[str]:
     known = listing(kind)
     if name not in known:
         raise RecipeError(f"{kind}: {name!r} is none of them{did_you_mean(name, known)}")
-    shown = {"environments": ENVIRONMENTS, "objectives": OBJECTIVES, "sources": SOURCES}.get(kind, {}).get(name)
-    if shown is None and KINDS[kind] is not None and name in registry.installed(KINDS[kind]):
-        found = registry.load(KINDS[kind], name, kind)
+    sections: dict[str, Any] = {"environments": ENVIRONMENTS, "objectives": OBJECTIVES, "sources": SOURCES}
+    shown = sections.get(kind, {}).get(name)
+    own = KINDS[kind]
+    if shown is None and own is not None and name in registry.installed(own):
+        found = registry.load(own, name, kind)
         shown = getattr(found, "Options", None) or found
     if shown is None:
         yield known[name]
@@ -111,7 +114,7 @@ def details(kind: str, name: str, width: int) -> Iterator[str]:
         yield inspect.getdoc(shown) or known[name]
 
 
-def _origin(point: registry.metadata.EntryPoint) -> str:
+def _origin(point: EntryPoint) -> str:
     """The package that an entry point belongs to."""
     package = point.dist
     return f"of package {package.name} {package.version}" if package else point.value

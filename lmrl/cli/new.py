@@ -58,12 +58,14 @@ def command(
         path = (name or "").rpartition(":")[0]
         if path.endswith(".py") and not Path(path).is_file():
             raise DataError(f"{option}: file '{path}' does not exist")
-    if kind == "environment":
+    if environment is not None:
         look = new.look_at_environment(environment, max_turns)
         text = new.environment_recipe(environment, method, model, look, max_turns)
     else:
-        look = new.look_at_rows(given[kind], kind, _tokenizer(model))
-        text = new.data_recipe(kind, given[kind], method, model, look, reward)
+        rows = given[kind]
+        assert rows is not None and model is not None, "rows were given, with a model"
+        look = new.look_at_rows(rows, kind, _tokenizer(model))
+        text = new.data_recipe(kind, rows, method, model, look, reward)
     file.write_text(
         f"# Written by `lmrl new`; every line may be changed, and `lmrl show {file}` prints all defaults.\n" + text
     )

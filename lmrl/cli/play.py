@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,12 @@ from lmrl.cli.common import Debug, Overrides
 from lmrl.cli.env import Named, task_section
 from lmrl.errors import RecipeError, did_you_mean
 from lmrl.visible import visible
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lmrl.chat import Speaker
+    from lmrl.recipe import EpisodeLimits
 
 
 def command(
@@ -49,6 +55,7 @@ def command(
     observation, _ = begin_episode(game, seed, None)
     for turn in range(task.max_turns):
         console.print(visible(str(observation)), style="cyan", markup=False)
+        action: str | None
         if speaker is not None:
             action = speaker.say(observation)
         elif player is not None:
@@ -73,7 +80,7 @@ def command(
     console.print(f"{ended} after {turn + 1} turns: return {total:g}{measured}", markup=False)
 
 
-def _ask(console: object) -> str | None:
+def _ask(console: Console) -> str | None:
     """A person's action; None at the end of the input."""
     try:
         line = console.input("> ") if sys.stdin.isatty() else sys.stdin.readline()
@@ -83,8 +90,8 @@ def _ask(console: object) -> str | None:
 
 
 def _speaker(
-    policy: str, task: object, temperature: float, max_new_tokens: int, beta: float | None, seed: int
-) -> object:
+    policy: str, task: EpisodeLimits, temperature: float, max_new_tokens: int, beta: float | None, seed: int
+) -> Speaker:
     from lmrl.chat import Speaker
     from lmrl.engines.base import Sampling
     from lmrl.policy.load import open_policy

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lmrl.cli.common import Debug, read_options
 from lmrl.cli.verbs import PLAIN, VERBS
 from lmrl.visible import visible
+
+if TYPE_CHECKING:
+    from lmrl.recipe import Reward
 
 Named = Annotated[
     str, typer.Argument(help="file.py:function, a dotted path, http://ADDRESS, or the folder of a classifier")
@@ -59,7 +62,7 @@ def check(
         )
     columns = None if data is None else samples_of(data, gold, wrong) if gold else columns_of(read_samples(data))
     findings = check_reward(spec, columns, timeout)
-    if gold is not None:
+    if data is not None and gold is not None:
         apart = spec.model_copy(update={"timeout": timeout, "workers": 1}) if spec.kind == "function" else spec
         findings = chain(findings, check_gold(load_reward(apart, "reward"), data, gold, wrong))
     if show(findings, to_json):
@@ -114,10 +117,13 @@ def score(
 
     if (data is None) == (run is None):
         raise DataError("name either --data FILE or --run FOLDER")
-    if run is not None and not (run / SAMPLES_FILE).is_file():
-        raise RunError(f"{run} holds no {SAMPLES_FILE}")
+    if run is not None:
+        if not (run / SAMPLES_FILE).is_file():
+            raise RunError(f"{run} holds no {SAMPLES_FILE}")
+        data = str(run / SAMPLES_FILE)
     spec = _spec(reward, option).model_copy(update={"timeout": timeout, "workers": workers})
-    samples = read_samples(data or str(run / SAMPLES_FILE))
+    assert data is not None
+    samples = read_samples(data)
     found = rescore(load_reward(spec, "reward"), samples)
     known = [value for value in found.values if value is not None]
     if output:
@@ -177,7 +183,7 @@ def serve(
         server.server_close()
 
 
-def _spec(reward: str, options: list[str] | None):
+def _spec(reward: str, options: list[str] | None) -> Reward:
     """The reward named on the command line, as a section of a recipe."""
     from lmrl.errors import RecipeError
     from lmrl.local_names import refuse_missing

@@ -32,7 +32,7 @@ VERBS = {
     "completion": "Print the script by which bash, zsh or fish completes verbs, options, recipes and suites; `eval` it, or keep it in a file.",
 }
 """The help of each verb, written down here as well so that listing them imports none."""
-PLAIN = {"add_completion": False, "rich_markup_mode": None}
+PLAIN: dict[str, Any] = {"add_completion": False, "rich_markup_mode": None}
 """Help without rich, whose Markdown renderer takes longer to import than the rest of the command line."""
 
 

@@ -7,10 +7,11 @@ samples of its group, a beginning that all share) is not computed again. See slo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -69,14 +70,15 @@ class HFEngine(Engine):
             for request, logprobs in zip(scored, self.score_batch([one.tokens for one in scored]), strict=True):
                 request.answer(logprobs)
         arrived = [request for request in arrived if request.sampling is not None]
-        if self.batch is None:
-            for sampling in dict.fromkeys(request.sampling for request in arrived):
+        batch = self.batch
+        if batch is None:
+            for sampling in dict.fromkeys(request.generation for request in arrived):
                 self._complete_wave([request for request in arrived if request.sampling == sampling], sampling)
             return
-        self.batch.add(arrived)
-        if self.batch.busy:
-            with self._decoding(), or_advice(ADVICE, lambda: self._failed(self.batch.requests)):
-                self.batch.advance()
+        batch.add(arrived)
+        if batch.busy:
+            with self._decoding(), or_advice(ADVICE, lambda: self._failed(batch.requests)):
+                batch.advance()
 
     def _complete_wave(self, requests: list[Request], sampling: Sampling) -> None:
         prompts, keys = [one.tokens for one in requests], [one.key for one in requests]
@@ -157,15 +159,15 @@ class HFEngine(Engine):
             )
 
     def _failed(self, requests: list[Request]) -> FailedPass:
-        first = requests[0].sampling
-        options = {"sampling": asdict(first), "keys": [list(request.key) for request in requests]}
+        first = requests[0].generation
+        options: dict[str, Any] = {"sampling": asdict(first), "keys": [list(request.key) for request in requests]}
         options |= {"slots": self.slots, "cache_tokens": self.cache_tokens}
         prompts = [request.tokens for request in requests]
         shape = (len(prompts), max(map(len, prompts)) + first.max_new_tokens)
         return FailedPass("generate", contexts_batch(prompts), self.policy.microbatch_tokens, shape, options)
 
     # ---------------------------------------------------------------------------------------------------------- scoring
-    def score_batch(self, sequences: list[list[int]]) -> list[list[float]]:
+    def score_batch(self, sequences: Iterable[list[int]]) -> list[list[float]]:
         batch = Batch([_scored(tokens) for tokens in sequences])
         before, self.policy.temperature = self.policy.temperature, 1.0
         try:

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 
-def _told(method: Callable) -> Callable:
+def _told(method: Callable[..., dict[str, Any] | None]) -> Callable[..., dict[str, Any]]:
     """Errors as an answer."""
 
     @functools.wraps(method)
@@ -28,7 +28,12 @@ def _told(method: Callable) -> Callable:
 
 
 class PolicyWorker:
-    """Mixed into vLLM's own worker class, whose `model_runner`, `vllm_config` and `device` it uses."""
+    """Mixed into vLLM's own worker class, which has what is only declared here."""
+
+    model_runner: Any
+    vllm_config: Any
+    device: Any
+    reload_weights: Callable[..., None]
 
     lmrl_version: str | None = None
     """Name of the weights; None for those that the server has started with."""

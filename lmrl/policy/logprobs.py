@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -53,7 +54,7 @@ def greedy_logprobs(
     slice_size: int = SLICE,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `token_logprobs`, and whether no token is likelier than the target, (N,)."""
-    return _TokenLogprobs.apply(hidden_ND, weight_VD, bias_V, targets_N, temperature, slice_size, None)
+    return _logprobs(hidden_ND, weight_VD, bias_V, targets_N, temperature, slice_size, None)
 
 
 def restricted_logprobs(
@@ -74,11 +75,9 @@ def restricted_logprobs(
     bias_U = None if bias_V is None else bias_V[allowed.tokens_U]
     columns_R = allowed.columns(targets_N[rows_R])
     masks = Masks(allowed.members_SU, allowed.sets_R)
-    found: tuple[torch.Tensor, ...] = _TokenLogprobs.apply(
-        hidden_ND[rows_R], weight_UD, bias_U, columns_R, temperature, slice_size, masks
-    )
+    found = _logprobs(hidden_ND[rows_R], weight_UD, bias_U, columns_R, temperature, slice_size, masks)
     if restricted == len(targets_N):
-        return found[0], found[1], found[2]
+        return found
     free_N = torch.ones_like(targets_N, dtype=torch.bool)
     free_N[rows_R] = False
     others = greedy_logprobs(hidden_ND[free_N], weight_VD, bias_V, targets_N[free_N], temperature, slice_size)
@@ -142,7 +141,15 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return result.to(at_least_float32(result.dtype))
 
 
-def _logits(hidden, weight, bias, temperature, dtype) -> torch.Tensor:
+def _logprobs(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probability, entropy and whether the target is the likeliest token; arguments of `_TokenLogprobs.forward`."""
+    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _TokenLogprobs.apply(*arguments)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float, dtype: torch.dtype
+) -> torch.Tensor:
     logits = product(hidden, weight.to(dtype).T)
     if bias is not None:
         logits += bias
@@ -192,7 +199,16 @@ def slice_gradient(
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, slice_size, masks):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        temperature: float,
+        slice_size: int,
+        masks: Masks | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         mean_wanted = need_hidden and not (need_weight or need_bias)
         device = hidden.device.type
@@ -216,11 +232,11 @@ class _TokenLogprobs(torch.autograd.Function):
                     )
                 else:
                     exp, shrink = add_slice(logits, targets - start, totals)
-                if mean_wanted:
+                if mean is not None:
                     mean.mul_(shrink[:, None]).add_(product(exp.to(dtype), own))
             lse = totals.top + totals.total.log()
             entropy = lse - totals.weighted / totals.total
-            if mean_wanted:
+            if mean is not None:
                 mean.div_(totals.total[:, None])
         # Not the parameter itself: where weights are shared out over processes, that is empty by then.
         ctx.save_for_backward(
@@ -234,7 +250,9 @@ class _TokenLogprobs(torch.autograd.Function):
         return totals.picked - lse, entropy, greedy
 
     @staticmethod
-    def backward(ctx, grad_logprob, grad_entropy, _):
+    def backward(
+        ctx: Any, grad_logprob: torch.Tensor | None, grad_entropy: torch.Tensor | None, _: Any
+    ) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets, lse, entropy, mean = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         if grad_logprob is None and grad_entropy is None:
@@ -258,8 +276,8 @@ class _TokenLogprobs(torch.autograd.Function):
                 if grad_bias is not None:
                     grad_bias[start:end] = grad.sum(dim=0, dtype=lse.dtype)
                 grad = grad.to(ctx.dtype)
-                if need_hidden:
+                if grad_hidden is not None:
                     grad_hidden += product(grad, own)
-                if need_weight:
+                if grad_weight is not None:
                     grad_weight[start:end] = product(grad.T, hidden)
         return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, *(None,) * 4

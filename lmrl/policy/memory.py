@@ -35,6 +35,7 @@ class Cuts(Protocol):
     def passes(self, micros: list[Microbatch]) -> list[Microbatch]: ...
 
 
+PassKind = Literal["update", "rehearsal", "score", "generate"]
 T = TypeVar("T")
 FILLED = 0.9
 """Share of an accelerator's memory that an estimate may fill."""
@@ -56,7 +57,7 @@ class FailedPass:
     kind: `update` with gradient, `rehearsal` of one, `score` without gradient, `generate` by the `hf` engine.
     """
 
-    kind: Literal["update", "rehearsal", "score", "generate"]
+    kind: PassKind
     batch: Batch
     microbatch_tokens: int
     """Tokens of a microbatch as it failed."""
@@ -90,7 +91,7 @@ class Passes:
             yield micro, number >= len(self.micros), number + 1 == len(self.all)
 
 
-def fit(policy: Cuts, batch: Batch, work: Callable[[Passes], T], kind: str = "update", **options: Any) -> T:
+def fit(policy: Cuts, batch: Batch, work: Callable[[Passes], T], kind: PassKind = "update", **options: Any) -> T:
     """The result of `work` on a batch's microbatches. Where memory runs out, it begins once more, with smaller ones.
 
     work: goes through all passes it is given; whatever it leaves behind when it fails, it has to clear when it begins.
@@ -149,9 +150,10 @@ def release() -> None:
 
 def free_frames(error: BaseException) -> None:
     """Let go of the tensors that the frames of an error and of its causes hold."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__
+    at: BaseException | None = error
+    while at is not None:
+        traceback.clear_frames(at.__traceback__)
+        at = at.__cause__
     release()
 
 

@@ -31,7 +31,7 @@ def merged_tensors(lm: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """As `merged_weights`, of a transformers model that peft and bitsandbytes may have changed."""
     adapted: dict[int, Any] = {}
     for layer in lm.modules():
-        if hasattr(layer, "get_delta_weight") and ADAPTER in layer.scaling:
+        if hasattr(layer, "get_delta_weight") and ADAPTER in getattr(layer, "scaling", ()):
             adapted.setdefault(id(adapted_parameter(layer)), layer)
     for name, parameter in lm.named_parameters():
         plain = name
@@ -47,7 +47,8 @@ def merged_tensors(lm: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def adapted_parameter(layer: Any) -> torch.Tensor:
     """The parameter that a layer of peft's adapts."""
-    return layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight
+    parameter: torch.Tensor = layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight
+    return parameter
 
 
 def merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
@@ -56,9 +57,12 @@ def merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
 
     variant = layer.lora_variant.get(ADAPTER)
     if variant is not None:
-        return variant.merge_safe(layer, ADAPTER, weight.float())
-    if type(layer) is Linear and not layer.fan_in_fan_out:
+        whole: torch.Tensor = variant.merge_safe(layer, ADAPTER, weight.float())
+        return whole
+    if type(layer) is Linear and not getattr(layer, "fan_in_fan_out", False):
         # In one product: engines are given all weights after every update.
-        down, up = (part[ADAPTER].weight.float() for part in (layer.lora_A, layer.lora_B))
+        factors: Any = layer
+        down, up = (part[ADAPTER].weight.float() for part in (factors.lora_A, factors.lora_B))
         return torch.addmm(weight.float(), up, down, alpha=layer.scaling[ADAPTER])
-    return weight.float() + layer.get_delta_weight(ADAPTER).float()
+    delta: torch.Tensor = layer.get_delta_weight(ADAPTER)
+    return weight.float() + delta.float()

@@ -8,6 +8,8 @@ gradient vanishes, and so does what a wrong value can do there.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -17,34 +19,36 @@ def bounded(hidden_ND: torch.Tensor, limit: float, tally_3: torch.Tensor) -> tup
     tally_3: in the backward pass takes up the summed lengths of the values' and the policy's gradients, and the number of tokens
     at which the bound decided.
     """
-    return _Bounded.apply(hidden_ND, limit, tally_3)
+    twice: tuple[torch.Tensor, torch.Tensor] = _Bounded.apply(hidden_ND, limit, tally_3)  # type: ignore[no-untyped-call]
+    return twice
 
 
 def with_gradient_times(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """The same values, whose gradient is multiplied on its way back."""
-    return _Scaled.apply(values, factor)
+    same: torch.Tensor = _Scaled.apply(values, factor)  # type: ignore[no-untyped-call]
+    return same
 
 
 class _Scaled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, factor):
+    def forward(ctx: Any, values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(factor)
         return values.view_as(values)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (factor,) = ctx.saved_tensors
         return gradient * factor.to(gradient.dtype), None
 
 
 class _Bounded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, limit, tally):
+    def forward(ctx: Any, hidden: torch.Tensor, limit: float, tally: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.limit, ctx.tally = limit, tally
         return hidden.view_as(hidden), hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx, policy_ND, values_ND):
+    def backward(ctx: Any, policy_ND: torch.Tensor, values_ND: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         precise = torch.promote_types(policy_ND.dtype, torch.float32)
         policy_N, values_N = (one.to(precise).norm(dim=-1) for one in (policy_ND, values_ND))
         allowed_N = ctx.limit * policy_N

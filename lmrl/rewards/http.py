@@ -148,7 +148,7 @@ def _with_password_in_header(url: str) -> tuple[str, dict[str, str]]:
 
 def _pool(url: str, connections: int) -> urllib3.PoolManager:
     """Connections to the host of an address, through the proxy that the environment names for it (http_proxy, no_proxy)."""
-    settings = {"num_pools": 1, "maxsize": connections, "block": True}
+    settings: dict[str, Any] = {"num_pools": 1, "maxsize": connections, "block": True}
     host, proxy = urlsplit(url).hostname or "", urllib.request.getproxies().get(urlsplit(url).scheme)
     if proxy is None or urllib.request.proxy_bypass(host):
         return urllib3.PoolManager(**settings)
@@ -166,14 +166,14 @@ def _late(error: BaseException) -> bool:
 def _root(error: BaseException) -> BaseException:
     """The operating system's message, without urllib3's own words."""
     while error.__cause__ is not None or (error.__context__ is not None and not error.__suppress_context__):
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or error.__context__ or error
     return error
 
 
 def _seconds(text: str | None) -> float | None:
     try:
-        return max(float(text), 0.0)
-    except (TypeError, ValueError):
+        return None if text is None else max(float(text), 0.0)
+    except ValueError:
         return None
 
 
@@ -193,7 +193,7 @@ class Scorer:
         self.client = Client(url, timeout, retries, token_env, max_mb, connections=concurrency)
         self.batch_size, self.concurrency = batch_size, concurrency
 
-    def __call__(self, prompts: list, completions: list, **columns: Any) -> list[Any]:
+    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[Any]:
         """A number, None or a Failure for each completion."""
         columns.pop("completion_ids", None)
 

@@ -34,12 +34,16 @@ def load_rewards(
     return [load_reward(spec, f"task.rewards.{index}", limit) for index, spec in enumerate(own)]
 
 
+LIMITS_ITSELF = "limits_itself"
+"""Attribute of a call that ends by itself in time."""
+
+
 def load_reward(spec: Reward, key: str, limit: float | None = None) -> RewardFunction:
     """One reward. Raises PluginError where it cannot be loaded, whether here or in a worker.
 
     limit: seconds that a call of a function without a `timeout` of its own may take, wherever it runs.
     """
-    if spec.timeout is not None or spec.kind != "function" or spec.function.startswith("lmrl."):
+    if spec.timeout is not None or spec.kind != "function" or spec.what.startswith("lmrl."):
         limit = None  # what is lmrl's own limits each request, or computes for as long as a batch takes
     if unknown := [model for model in spec.models if model.startswith(STAGE_PREFIX)]:
         raise RewardError(
@@ -85,13 +89,14 @@ def local_call(spec: Reward, key: str, limit: float | None = None) -> tuple[Call
     is_async = inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(type(found).__call__)
     timeout = spec.timeout if is_async else None
     call = partial(_call, found, None if takes_all else names, options, timeout, limit, origin_of(spec))
-    call.limits_itself = is_async or spec.kind == "url"
+    setattr(call, LIMITS_ITSELF, is_async or spec.kind == "url")
     return call, origin_of(spec)
 
 
 def reward_object(spec: Reward, key: str) -> Any:
     """What the reward's name stands for: a function, or an instance of a class made with its options."""
     call, _ = local_call(spec, key)
+    assert isinstance(call, partial)
     return call.args[0]
 
 
@@ -133,7 +138,7 @@ def _call(
         raise TimedOut(str(error)) from error
 
 
-def _await(coroutine: Coroutine, timeout: float | None) -> Any:
+def _await(coroutine: Coroutine[Any, Any, Any], timeout: float | None) -> Any:
     """Wait for a coroutine, also where this thread has a running event loop, as in a notebook."""
 
     async def limited() -> Any:
@@ -166,7 +171,7 @@ def _await(coroutine: Coroutine, timeout: float | None) -> Any:
 
 
 def _limits_itself(call: Callable[..., Any]) -> bool:
-    return getattr(call, "limits_itself", False)
+    return bool(getattr(call, LIMITS_ITSELF, False))
 
 
 def origin_of(spec: Reward) -> str:
@@ -174,6 +179,6 @@ def origin_of(spec: Reward) -> str:
     if spec.models:
         return spec.label
     if spec.kind == "url":
-        return plain_url(spec.url) if "://" in spec.url else spec.url
+        return plain_url(spec.what) if "://" in spec.what else spec.what
     file, colon, name = spec.what.rpartition(":")
     return f"{Path(file).name}:{name}" if colon and file.endswith(".py") else spec.what

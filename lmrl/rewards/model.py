@@ -15,7 +15,7 @@ from lmrl.recipe import SpecialTokens
 from lmrl.trajectories.trajectory import Messages
 
 COMBINE = ("mean", "min", "mean_minus_std")
-_OPEN: WeakValueDictionary[tuple, Classifier] = WeakValueDictionary()
+_OPEN: WeakValueDictionary[tuple[Any, ...], Classifier] = WeakValueDictionary()
 """Classifiers in use, so that training and evaluation share one copy of the weights."""
 
 
@@ -63,9 +63,9 @@ class RewardModel:
             raise RecipeError(f"'combine' cannot be '{combine}'{did_you_mean(str(combine), COMBINE)}")
         if dtype not in ("float32", "bfloat16"):
             raise RecipeError(f"'dtype' cannot be '{dtype}': choose float32 or bfloat16")
-        device = device or default_device()
+        place = device or default_device()
         paths = [model] if isinstance(model, str) else model
-        self.members = [_open(path, dtype, max_tokens, revision, trust_remote_code, device) for path in paths]
+        self.members = [_open(path, dtype, max_tokens, revision, trust_remote_code, place) for path in paths]
         self.outputs = [output_of(member, label, path) for member, path in zip(self.members, paths, strict=True)]
         self.probability, self.prompt, self.chat, self.eos = probability, prompt, chat, eos
         self.combine, self.std_coef, self.batch_tokens = combine, std_coef, batch_tokens
@@ -94,19 +94,20 @@ class RewardModel:
             combined_N = mean_N - (self.std_coef * std_N if self.combine == "mean_minus_std" else 0)
         return [{"score": score, "std": std} for score, std in zip(combined_N.tolist(), std_N.tolist(), strict=True)]
 
-    def _scores(self, index: int, rows: list[tuple]) -> torch.Tensor:
+    def _scores(self, index: int, rows: list[tuple[str | Messages, str | Messages, bool]]) -> torch.Tensor:
         """Scores of one member for prompts, completions and whether these ended, (N,), float64."""
         member = self.members[index]
-        tokens = [
-            member.tokens(*self._parts(prompt, answer), ended, self.special_tokens) for prompt, answer, ended in rows
-        ]
+        tokens = []
+        for prompt, answer, ended in rows:
+            seen, judged = self._parts(prompt, answer)
+            tokens.append(member.tokens(seen, judged, ended, self.special_tokens))
         logits_NL = member.logits(tokens, self.batch_tokens).double()
         if not self.probability:
             return logits_NL[:, self.outputs[index]]
         several = logits_NL.shape[1] > 1 and member.config.problem_type != "multi_label_classification"
         return (logits_NL.softmax(-1) if several else logits_NL.sigmoid())[:, self.outputs[index]]
 
-    def _parts(self, prompt: str | Messages, completion: str | Messages) -> tuple:
+    def _parts(self, prompt: str | Messages, completion: str | Messages) -> tuple[str | Messages, str | Messages]:
         """Prompt and completion as a member is to see them."""
         if not self.prompt:
             prompt = ""
@@ -118,7 +119,12 @@ class RewardModel:
 
 
 def _open(
-    path: str, dtype: str, max_tokens: int | None, revision: str | None, trust_remote_code: bool, device: str
+    path: str,
+    dtype: str,
+    max_tokens: int | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    device: str | torch.device,
 ) -> Classifier:
     name = (path, dtype, max_tokens, revision, trust_remote_code, device)
     if (found := _OPEN.get(name)) is None:

@@ -16,7 +16,7 @@ from lmrl.trajectories.rows import parse
 BATCH = 64
 FORMATS = ("prompt", "completion", "messages", "chosen", "rejected", "reward", "rewards", "terminated")
 """Fields of logged data that hold the episode itself; all others are columns."""
-OF_RUNS = ("stage", "step", "kind", "reward", "components", "metrics", "failure", "id", "environment")
+OF_RUNS: tuple[str, ...] = ("stage", "step", "kind", "reward", "components", "metrics", "failure", "id", "environment")
 OF_RUNS += ("group", "episode", "seed", "start", "turns", "final_observation", "terminated")
 """Fields of a run's samples.jsonl that are no columns for rewards."""
 

@@ -227,10 +227,11 @@ def judge(
             trajectory.components |= {f"{function.label}/{name}": one for name, one in scores.extras[row].items()}
             if function.weight == 0:
                 continue
-            if scaled[row] is None:
+            earned = scaled[row]
+            if earned is None:
                 trajectory.reward, trajectory.failure = None, trajectory.failure or scores.causes[row]
             elif trajectory.reward is not None:
-                trajectory.reward += function.weight * scaled[row]
+                trajectory.reward += function.weight * earned
     for trajectory in trajectories:
         if trajectory.reward is not None:
             trajectory.place_reward(trajectory.reward)

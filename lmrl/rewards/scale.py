@@ -38,7 +38,7 @@ class Scale:
 
             self._follow(distributed.all_gather([score for score in scores if score is not None]))
             mean, std = self.mean, math.sqrt(self.squares / self.count) if self.squares > 0 else 1.0
-        elif self.normalize is not None:
+        elif isinstance(self.normalize, tuple):
             mean, std = self.normalize
         low, high = self.clip or (-math.inf, math.inf)
         return [None if score is None else min(max((score - mean) / std, low), high) for score in scores]

@@ -51,7 +51,7 @@ class _Handler(BaseHTTPRequestHandler):
     )
 
     def setup(self) -> None:
-        self.timeout = self.server.read_seconds
+        self.timeout = self.server.read_seconds  # type: ignore[misc]  # which typeshed takes for the class's alone
         super().setup()
 
     def do_GET(self) -> None:

@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+from typing import Any
 
 from lmrl.errors import LmrlError, RewardError
 from lmrl.recipe import Reward
@@ -38,7 +39,9 @@ def main() -> None:
         except (EOFError, OSError):
             return
         try:
-            answer = {"values": packed(checked_values(origin, call(**arguments), len(arguments["prompts"])))}
+            answer: dict[str, Any] = {
+                "values": packed(checked_values(origin, call(**arguments), len(arguments["prompts"])))
+            }
         except RewardError as error:
             answer = {"mistake": redact(str(error))}
         except (Exception, SystemExit) as error:

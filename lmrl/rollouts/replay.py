@@ -67,7 +67,7 @@ def differences(environment: Any, line: Line) -> Iterator[str]:
     """Play an episode's actions; each difference from what was recorded as a line. The actions go on after one."""
     turns, failure = line["turns"], line.get("failure")
     over = terminated = False
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float | None] = {}
     try:
         observation, _ = begin_episode(environment, line["seed"], line["start"])
         for number, turn in enumerate(turns):
@@ -102,4 +102,5 @@ def _observation(line: Line, number: int) -> str | Messages:
     """The observation of a turn, as messages where it was given so."""
     turn = line["turns"][number]
     first = number == 0 and isinstance(line["prompt"], list)
-    return line["prompt"] if first else turn.get("messages", turn["observation"])
+    observation: str | Messages = line["prompt"] if first else turn.get("messages", turn["observation"])
+    return observation

@@ -46,7 +46,7 @@ class _Episode:
     trajectory: Trajectory
     recorder: Recorder
     observation: Any = ""
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float | None] = field(default_factory=dict)
     """Of the last step."""
     turn: int = 0
     over: bool = False
@@ -69,10 +69,16 @@ class Sampler:
     def __init__(self, task: Task, engine: Engine | None = None, decode: Any = None, deterministic: bool = True):
         """decode: from sampled tokens to text, special tokens left out. deterministic: the engine waits for every step of an
         environment, so that what is computed when does not depend on how long steps take; else episodes overtake each other."""
-        self.task, self.engine, self.decode, self.deterministic = task, engine, decode, deterministic
+        self.task, self.samples_from, self.decode, self.deterministic = task, engine, decode, deterministic
         self.environments: list[Any] = []  # kept between plays: building one may be slow, resetting one is not
         self.threads = StepThreads(task.workers) if task.workers else None
         self.tries = ActionTries(task.renderer) if task.allowed_actions else None
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that chooses actions. Not for a sampler of scripted players alone."""
+        assert self.samples_from is not None, "the sampler has no engine"
+        return self.samples_from
 
     def play(
         self,
@@ -180,7 +186,7 @@ class Sampler:
                 await early.finish(columns)
 
         try:
-            await watched(everything(), lambda: self.engine.check() if self.engine is not None else None)
+            await watched(everything(), lambda: self.engine.check() if self.samples_from is not None else None)
         finally:
             if self.threads is not None:
                 self.threads.close()
@@ -218,11 +224,11 @@ class Sampler:
 
     def _waited_for(self) -> AbstractContextManager[None]:
         """Inside, an episode is between two requests, and the engine waits for it, unless episodes may overtake each other."""
-        return self.engine.held() if self.engine is not None and self.deterministic else nullcontext()
+        return self.engine.held() if self.samples_from is not None and self.deterministic else nullcontext()
 
     def _fits(self, tokens: int) -> bool:
         """False if an episode has grown longer than the model can see: it is truncated then."""
-        return self.task.positions is None or tokens <= self.task.positions or self.engine is None
+        return self.task.positions is None or tokens <= self.task.positions or self.samples_from is None
 
     async def _begin(self, episode: _Episode) -> None:
         trajectory = episode.trajectory
@@ -264,7 +270,7 @@ class Sampler:
 
     async def _allowed(self, episode: _Episode) -> TokenTrie | None:
         """The actions that the environment allows now, for an engine that samples."""
-        if self.tries is None or self.engine is None:
+        if self.tries is None or self.samples_from is None:
             return None
         actions = await self._call(lambda limit: allowed_actions(episode.environment, limit))
         return None if actions is None else self.tries.of(actions)
@@ -277,7 +283,7 @@ class Sampler:
         return await self.threads.run(lambda: work(None), self.task.call_timeout)
 
     def _text(self, completion: Completion, sampling: Sampling) -> str:
-        text = self.decode(completion.tokens)
+        text: str = self.decode(completion.tokens)
         if completion.finish_reason == "stop":
             cuts = [text.find(stop) for stop in sampling.stop if stop in text]
             text = text[: min(cuts)] if cuts else text
@@ -287,11 +293,12 @@ class Sampler:
 def call_player(environment: Any, player: str, rng: Any, limit: float | None = None) -> str:
     """The action of a scripted player."""
     with foreign("the environment", limit):
-        return environment.act(player, rng)
+        action: str = environment.act(player, rng)
+    return action
 
 
 def begin_episode(
-    environment: Any, seed: int, start: int | None, limit: float | None = None
+    environment: Any, seed: int | None, start: int | None, limit: float | None = None
 ) -> tuple[Any, dict[str, Any]]:
     """An environment's first observation, checked, and its info. start: number of the start state (None: drawn by the seed).
 
@@ -306,7 +313,7 @@ def begin_episode(
 
 def take_step(
     environment: Any, action: str, limit: float | None = None
-) -> tuple[Any, float, bool, bool, dict[str, float]]:
+) -> tuple[Any, float, bool, bool, dict[str, float | None]]:
     """A step of an environment, checked: observation, reward, terminated, truncated, metrics."""
     with foreign("the environment", limit):
         result = environment.step(action)
@@ -315,7 +322,7 @@ def take_step(
     )
     observation, reward = check_text(observation), checked_reward(reward)
     terminated, truncated = checked_flag("terminated", terminated), checked_flag("truncated", truncated)
-    metrics = {name: float(value) for name, value in info.get("metrics", {}).items()}
+    metrics: dict[str, float | None] = {name: float(value) for name, value in info.get("metrics", {}).items()}
     return observation, reward, terminated, truncated, metrics
 
 
@@ -332,7 +339,7 @@ def check_text(observation: Any) -> Any:
     return observation
 
 
-def unpacked(method: str, result: Any, names: tuple[str, ...]) -> tuple:
+def unpacked(method: str, result: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
     """The values that an environment's method returned, checked for their number."""
     if not isinstance(result, tuple | list) or len(result) != len(names):
         count = f"{len(result)} values" if isinstance(result, tuple | list) else f"a {type(result).__name__}"

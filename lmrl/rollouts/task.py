@@ -124,13 +124,14 @@ def task_texts(recipe: Recipe) -> list[str]:
             texts += dataset_texts(part.log.path, Selection.of(part.log))
         if part.task is not None:
             texts += texts_of(part.task)
-    if getattr(source, "path", None):
-        texts += dataset_texts(source.path, Selection.of(source))
+    path = getattr(source, "path", None)
+    if path:
+        texts += dataset_texts(path, Selection.of(source))
     texts += [] if section is None else texts_of(section)
     if not texts and section is not None:
         raise RecipeError(
             f"model.config: a model from scratch takes its vocabulary from the task, but environment "
-            f"'{section.environment}' has no texts(): add it, or give model.path"
+            f"'{getattr(section, 'environment', '')}' has no texts(): add it, or give model.path"
         )
     return texts
 

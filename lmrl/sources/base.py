@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,7 +66,8 @@ class Source:
     @classmethod
     def build(cls, wanted: SourceRequest) -> Source:
         """The source that a recipe describes. One of one's own is made with the request alone, unless it overrides this."""
-        return cls(wanted)
+        made: Callable[[SourceRequest], Source] = cls
+        return made(wanted)
 
     def next(self, step: int) -> SourceBatch:
         """The trajectories of a step, counted from 1."""

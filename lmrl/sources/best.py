@@ -20,14 +20,15 @@ def best_of(
     """
     if share == 1:
         return list(range(len(returns)))
-    if any(value is None for value in returns):
+    known = [value for value in returns if value is not None]
+    if len(known) < len(returns):
         row = returns.index(None)
         raise DataError(
             f"source.best={share} ranks episodes by their returns, but episode {row + 1} of the data has no reward"
         )
     lots = rng.permutation(len(returns))
     ranked: dict[Hashable, list[int]] = {}
-    for position in sorted(range(len(returns)), key=lambda position: (-returns[position], lots[position])):
+    for position in sorted(range(len(returns)), key=lambda position: (-known[position], lots[position])):
         ranked.setdefault(None if groups is None else groups[position], []).append(position)
     return sorted(position for rows in ranked.values() for position in rows[: max(round(share * len(rows)), 1)])
 

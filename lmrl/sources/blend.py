@@ -160,7 +160,7 @@ class Blend(Source):
                 sampler = (
                     wanted.sampler
                     if part.task is None
-                    else Sampler(task, wanted.sampler.engine, wanted.sampler.decode, wanted.sampler.deterministic)
+                    else Sampler(task, wanted.sampler.samples_from, wanted.sampler.decode, wanted.sampler.deterministic)
                 )
                 played.append(PlayedPart(part, task, sampler, name, options.curriculum))
             else:

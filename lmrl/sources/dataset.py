@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, cast
 
 from lmrl import distributed
 from lmrl.environments import limits_of
@@ -72,7 +73,12 @@ class Dataset(Source):
     @classmethod
     def build(cls, wanted: SourceRequest) -> Dataset:
         return build_dataset(
-            wanted.recipe.source, wanted.task, wanted.seed, wanted.stage, wanted.bad_rows, wanted.compares
+            cast(DatasetOptions, wanted.recipe.source),
+            wanted.task,
+            wanted.seed,
+            wanted.stage,
+            wanted.bad_rows,
+            wanted.compares,
         )
 
     def next(self, step: int) -> SourceBatch:
@@ -81,7 +87,7 @@ class Dataset(Source):
     def take(self, first: int, count: int) -> list[Trajectory]:
         """This process's share of `count` episodes (or groups) from position `first` of the endless sequence of shuffled
         passes."""
-        units = starts_for(self.kept, first, count, *self.name, "rows")
+        units: list[Any] = starts_for(self.kept, first, count, *self.name, "rows")
         low, high = distributed.shard_bounds(count)
         if self.grouped:
             return [
@@ -183,7 +189,8 @@ def play_dataset(task: Task, player: Players, episodes: int, seed: int) -> list[
 
 
 def open_dataset_file(source: DatasetOptions, task: Task, bad_rows: Path | None = None) -> DatasetFile:
-    """Episodes of a file, without the prompts that the task holds out for evaluation."""
+    """Episodes of a file, without the prompts that the task holds out for evaluation. source: has a path."""
+    assert source.path is not None, "a player's episodes have no file"
     file = DatasetFile(
         source.path,
         task.renderer,
@@ -207,7 +214,8 @@ def summarize_file(file: DatasetFile, task: Task) -> Scores | None:
     if not known:
         return None
     main, unit = ("reward", "prompt") if task.judged_by == "reward" else ("return", "start state")
-    columns = {main: ([file.returns[index] for index in known], known)}
+    returns = [value for value in file.returns if value is not None]
+    columns: dict[str, tuple[Sequence[float], Sequence[int]]] = {main: (returns, known)}
     for name, values in file.measures.items():
         columns[f"component/{name}" if name in RESERVED else name] = values, file.measured[name]
     limits = limits_of(task.make())

@@ -41,14 +41,20 @@ class FreshRollouts(Source):
         self.sampling = Sampling.of(options)
 
     @classmethod
-    def build(cls, wanted: SourceRequest) -> Source:
+    def build(cls, wanted: SourceRequest) -> FreshRollouts | AsyncRollouts:
         options, recipe = wanted.recipe.source, wanted.recipe
         if options.has_log:  # of a mixture, which chooses from what was played
             fresh = cls(wanted.sampler, recipe.rollouts, wanted.seed, wanted.stage)
         else:
             by_prompt = options.best_among == "prompt"
             fresh = cls(
-                wanted.sampler, recipe.rollouts, wanted.seed, wanted.stage, options.best, by_prompt, options.resample
+                wanted.sampler,
+                recipe.rollouts,
+                wanted.seed,
+                wanted.stage,
+                options.best,
+                by_prompt,
+                getattr(options, "resample", 0),
             )
         return AsyncRollouts(fresh, recipe.training.steps) if recipe.rollouts.ahead else fresh
 
@@ -112,7 +118,7 @@ class FreshRollouts(Source):
 
 def zero_variance_groups(trajectories: list[Trajectory]) -> list[int]:
     """Groups whose episodes all have the same reward, in order of appearance."""
-    rewards: dict[int, set[float]] = {}
+    rewards: dict[int, set[float | None]] = {}
     for trajectory in trajectories:
         rewards.setdefault(trajectory.group, set()).add(trajectory.reward)
     return [group for group, earned in rewards.items() if len(earned) == 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lmrl import distributed
 from lmrl.recipe import MixtureSource
@@ -25,7 +25,8 @@ class Mixture(Source):
     def __init__(
         self, fresh: FreshRollouts | AsyncRollouts, dataset: Dataset, options: MixtureSource, steps: int, tokenizer: Any
     ):
-        self.fresh, self.dataset, self.options, self.steps = fresh, dataset, options, steps
+        self.fresh, self.options, self.steps = fresh, options, steps
+        self.dataset: Dataset = dataset
         self.tokenizer = tokenizer
         self.replay: list[Trajectory] = []
 
@@ -34,7 +35,8 @@ class Mixture(Source):
         recipe = wanted.recipe
         dataset = Dataset.build(wanted)
         fresh = FreshRollouts.build(wanted)
-        return cls(fresh, dataset, recipe.source, recipe.training.steps, wanted.task.renderer.tokenizer)
+        options = cast(MixtureSource, recipe.source)
+        return cls(fresh, dataset, options, recipe.training.steps, wanted.task.renderer.tokenizer)
 
     def online(self, step: int) -> int:
         """Episodes of a step's batch that come from the replay buffer."""

@@ -193,6 +193,7 @@ def evaluation_of(recipe: Recipe, suite: Suite | None, policy: Policy, engine: E
     if recipe.evaluation.suite != OWN_TASK:
         return evaluator, suite_interval(recipe, len(evaluator.starts()) * suite.samples)
     task, plan = evaluator.task, own_plan(recipe)
+    assert plan is not None, "the suite is the task itself"
     if task.judged_by == "reward" and task.heldout == task.training:  # a single row cannot be held out
         if recipe.evaluation.gate is not None:
             raise RecipeError("evaluation.gate measures on held-out prompts, but there is one prompt: give more")
@@ -219,6 +220,7 @@ def check_gate(recipe: Recipe, suite: Suite | None, strategy: Strategy) -> None:
             f"evaluation.gate takes the policy back in the middle of a stage, which does not go with {strategy.name}: "
             "launch without --accelerate, or leave the gate out"
         )
+    assert suite is not None, "a gate without a suite was refused with the recipe"
     metric, first = recipe.evaluation.metric, suite.metrics[0]
     if metric not in (None, first):
         raise RecipeError(
@@ -232,13 +234,14 @@ def watch_suite(task: Task, suite: Suite | None, tokenizer: Any, plays: bool) ->
     if suite is None or task.judged_by != "reward" or not isinstance(suite.task, PromptTask):
         return
     scored = build_task(suite.task.model_copy(update={"rewards": []}), tokenizer)
-    task.scored = scored.keys(scored.heldout)
+    task.scored = scored.keys(scored.heldout or [])
+    training = task.training or []
     if not plays:
         return
-    shared = sum(not task.keys([row]).isdisjoint(task.scored) for row in task.training)
+    shared = sum(not task.keys([row]).isdisjoint(task.scored) for row in training)
     if shared:
         task.notes.append(
-            f"warning: {shared} of {len(task.training)} training prompts are in evaluation.suite as well, so its scores "
+            f"warning: {shared} of {len(training)} training prompts are in evaluation.suite as well, so its scores "
             "flatter the policy: hold them out (task.prompts.holdout), or take them out of one of the files"
         )
 

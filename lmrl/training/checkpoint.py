@@ -88,7 +88,7 @@ def save(
 def save_task(folder: Path, recipe: Recipe) -> None:
     """Leave the task beside the weights, so that a checkpoint can be scored without its run."""
     saved = {
-        "task": recipe.task.model_dump(mode="json"),
+        "task": recipe.task and recipe.task.model_dump(mode="json"),
         "suite": None if recipe.evaluation.suite == OWN_TASK else recipe.evaluation.suite,
         "rollouts": recipe.rollouts.model_dump(mode="json"),
         "dtype": recipe.model.dtype,
@@ -176,7 +176,8 @@ def final_state(run: Run, stage: str) -> dict[str, Any]:
     """The training state in a finished stage's result. Raises RunError if it cannot be read."""
     final = run.final(stage)
     try:
-        return json.loads((final / STATE / "trainer.json").read_text())
+        state: dict[str, Any] = json.loads((final / STATE / "trainer.json").read_text())
+        return state
     except (OSError, ValueError) as error:
         raise RunError(
             f"{final}: '{STATE}/trainer.json' is missing or damaged: delete {final} and resume again, to go on from the "

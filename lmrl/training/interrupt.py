@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 from lmrl.foreign import runs_here, waited_for, watch
 
@@ -32,7 +33,7 @@ class Interrupt:
     def __init__(self) -> None:
         self.number: int | None = None
         self.safe = False
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
         watch()

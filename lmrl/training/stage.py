@@ -159,7 +159,7 @@ class Stage:
             round,
             distributed.all_sum([len(source_batch.played), len(judged), len(source_batch.learn), source_batch.failed]),
         )
-        metrics = self._learn(step, source_batch) if learned else {"updates": 0}
+        metrics: dict[str, Any] = self._learn(step, source_batch) if learned else {"updates": 0}
         finished = time.monotonic()
         # Trained on logged data, or on a subset of the fresh episodes: these get metrics of their own.
         if played_well and (self.source.dataset or learned < played_well):

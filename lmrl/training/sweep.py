@@ -93,7 +93,7 @@ def sweep(
     folder.mkdir(parents=True, exist_ok=True)
     display.say(f"{len(points)} runs, {min(jobs, len(points))} at a time, in {folder}")
 
-    def start(point: Point) -> subprocess.Popen:
+    def start(point: Point) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "lmrl", "train", recipe, *point.overrides]
         command += ["--output", str(folder / point.name), "--resume"]
         environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {}) | slots.take(point.name)
@@ -125,7 +125,9 @@ def sweep(
         display.say(f"interrupted; go on with the same command, --output {folder} and --resume")
         raise
     rows = over_runs({point.name: _read(folder, point) for point in points if point.name not in failed})
-    results = {"over": {key: [yaml.safe_load(text) for text in texts] for key, texts in read_over(over).items()}}
+    results: dict[str, Any] = {
+        "over": {key: [yaml.safe_load(text) for text in texts] for key, texts in read_over(over).items()}
+    }
     results |= {"rows": rows, "failed": failed}
     write_atomically(folder / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
     columns = dict.fromkeys(column for point in points for column in point.columns)
@@ -164,6 +166,7 @@ def _split(text: str, option: str) -> list[str]:
         node = yaml.compose(listed, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise RecipeError(f"--over '{option}': the values are no YAML list, for instance 0,1,2") from error
+    assert node is not None, "brackets are a list"
     return [listed[item.start_mark.index : item.end_mark.index].strip() for item in node.value]
 
 
@@ -221,7 +224,7 @@ def _check(folder: Path, points: list[Point], resume: bool) -> None:
 # ------------------------------------------------------------------------------------------------------------- running
 def run_all(
     points: Sequence[Point],
-    start: Callable[[Point], subprocess.Popen],
+    start: Callable[[Point], subprocess.Popen[bytes]],
     report: Callable[[Point, int, float], None],
     jobs: int,
 ) -> None:
@@ -230,7 +233,7 @@ def run_all(
     A signal is passed on as one SIGTERM to each, and raises Interrupted when they have ended.
     """
     waiting = deque(points)
-    active: dict[str, tuple[Point, subprocess.Popen, float]] = {}
+    active: dict[str, tuple[Point, subprocess.Popen[bytes], float]] = {}
     with Interrupt() as interrupt:
         try:
             while waiting or active:
@@ -270,7 +273,8 @@ def _finished(folder: Path, point: Point) -> bool:
 
 
 def _read(folder: Path, point: Point) -> Rows:
-    return json.loads((folder / point.name / RESULTS_FILE).read_text())
+    rows: Rows = json.loads((folder / point.name / RESULTS_FILE).read_text())
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------- results

@@ -129,7 +129,8 @@ def _start(run: Run, spec: CustomTracker, index: int) -> Any:
 def _ids(folder: Path) -> dict[str, str]:
     """By tracker, the id that it knows this run by."""
     try:
-        return json.loads((folder / IDS_FILE).read_text())
+        ids: dict[str, str] = json.loads((folder / IDS_FILE).read_text())
+        return ids
     except (OSError, ValueError):  # none yet, or torn
         return {}
 

@@ -10,7 +10,7 @@ import threading
 import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lmrl.engines.base import Completion, Sampling
 from lmrl.errors import EngineError, ModelError
@@ -140,7 +140,9 @@ class Client:
 
     def call(self, method: str, *args: str, timeout: float | None = None) -> list[dict[str, Any]]:
         """Call a method of the worker extension; the answers of all workers."""
-        answers = self.post("/collective_rpc", {"method": method, "args": list(args)}, timeout)["results"]
+        answers: list[dict[str, Any]] = self.post("/collective_rpc", {"method": method, "args": list(args)}, timeout)[
+            "results"
+        ]
         for answer in answers:
             if "error" in answer:
                 raise RequestRefused(f"{self.url}: {method} failed: {answer['error']}")
@@ -151,7 +153,7 @@ class Client:
         """The JSON answer to a request."""
         parts = urllib.parse.urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.hostname, parts.port, timeout=CONNECT_TIMEOUT)
+        connection = kind(parts.hostname or "", parts.port, timeout=CONNECT_TIMEOUT)
         try:
             connection.connect()
             connection.sock.settimeout(timeout or self.timeout)
@@ -224,7 +226,7 @@ def completion_of(answer: dict[str, Any], sampling: Sampling, eos: set[int], ver
     check_version(spans, version)
     if sampling.temperature == 0:
         logprobs = [0.0] * len(tokens)  # a greedy choice is certain
-    end = "eos" if tokens[-1] in eos else "stop" if reason == "stop" else "length"
+    end: Literal["eos", "stop", "length"] = "eos" if tokens[-1] in eos else "stop" if reason == "stop" else "length"
     return Completion(tokens, logprobs, end)
 
 

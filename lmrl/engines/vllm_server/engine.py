@@ -15,6 +15,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class VLLMServerEngine(Engine):
         self.files: WeightFiles | None = None
         self.broadcast = Broadcast(self.weights)
         self.changed = threading.Condition()
-        processes: list[ServerProcess | None] = []
+        processes: list[ServerProcess] = []
         if self.owner and not options.urls:
             processes = [self._process(index, (folder or self.scratch) / "servers") for index in range(options.count)]
         urls = shared["urls"] if shared else options.urls or [process.url for process in processes]
@@ -77,7 +78,7 @@ class VLLMServerEngine(Engine):
             ServerSupervisor(
                 Client(url, options.timeout), self.changed, patience, self.owner, process, options.restarts
             )
-            for url, process in zip(urls, processes or [None] * len(urls), strict=True)
+            for url, process in zip_longest(urls, processes)
         ]
         self._dispatcher: Dispatcher | None = None
         self._asked: set[Request] = set()
@@ -171,7 +172,7 @@ class VLLMServerEngine(Engine):
         if self.options.transfer == "files" or (self.options.transfer == "auto" and self.policy.device.type != "cuda"):
             return False
         self._wait(lambda: all(supervisor.described for supervisor in self._alive()))
-        descriptions = [supervisor.description for supervisor in self._alive()]
+        descriptions = [supervisor.known for supervisor in self._alive()]
         own = torch.cuda.get_device_properties(self.policy.device).uuid if self.policy.device.type == "cuda" else None
         lacks = ""
         if own is None:
@@ -185,7 +186,8 @@ class VLLMServerEngine(Engine):
         return not lacks
 
     def _check_match(self, supervisor: ServerSupervisor) -> None:
-        ours, theirs = self.policy.causal_lm.config.get_text_config(), supervisor.description
+        lm: Any = self.policy.causal_lm
+        ours, theirs = lm.config.get_text_config(), supervisor.known
         if (ours.model_type, ours.vocab_size) != (theirs.model_type, theirs.vocabulary):
             raise ModelError(
                 f"{supervisor.client.url} serves a {theirs.model_type} with {theirs.vocabulary} tokens, but the policy is a "
@@ -274,6 +276,7 @@ class VLLMServerEngine(Engine):
                 )
         elif any(supervisor.needs_file for supervisor in self.supervisors):  # started again after a broadcast
             target = self.supervisors[0].target
+            assert target is not None, "a server needs the target's weights"
             path = self._write(target.version)
             for supervisor in self.supervisors:
                 if supervisor.needs_file:
@@ -302,7 +305,7 @@ class VLLMServerEngine(Engine):
 
 
 def member_of(supervisor: ServerSupervisor) -> Member:
-    return Member(supervisor.client, supervisor.description.workers, supervisor.description.group)
+    return Member(supervisor.client, supervisor.known.workers, supervisor.known.group)
 
 
 def save_skeleton(policy: Policy, folder: Path) -> None:

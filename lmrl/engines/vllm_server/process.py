@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from lmrl.engines.vllm_server.client import MODEL_NAME, SERVE_OPTIONS
@@ -37,7 +38,7 @@ class ServerProcess:
         self.port, self.log = free_port(), log
         self.command = serve_command(options, model, self.port, max_model_len, gpus)
         self.environment = serve_environment(os.environ, gpus)
-        self.process: subprocess.Popen | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
@@ -62,8 +63,9 @@ class ServerProcess:
 
     def ends_within(self, seconds: float) -> bool:
         """True if it has ended or is ending: a connection breaks a moment before the exit code is there."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(seconds)
+        if self.process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(seconds)
         return self.ended
 
     def kill(self) -> None:
@@ -123,7 +125,7 @@ def serve_command(
     return [*command, "--enforce-eager"]  # compiling takes minutes on a CPU
 
 
-def serve_environment(own: dict[str, str], gpus: tuple[str, ...]) -> dict[str, str]:
+def serve_environment(own: Mapping[str, str], gpus: tuple[str, ...]) -> dict[str, str]:
     environment = {name: value for name, value in own.items() if name not in LAUNCHER_VARIABLES}
     environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if gpus:
@@ -144,4 +146,5 @@ def gpus_of(index: int, count: int, each: int, visible: list[str], ranks: int) -
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port

@@ -59,6 +59,12 @@ class ServerSupervisor(threading.Thread):
         self._since = time.monotonic()
         self._look, self._closed = threading.Event(), False
 
+    @property
+    def known(self) -> Description:
+        """How the server describes itself; for one that has answered."""
+        assert self.description is not None, "the server has not answered yet"
+        return self.description
+
     # ---------------------------------------------------------------------------------------- called by other threads
     def set_target(self, target: Target | None) -> None:
         """Take the server out of service until it holds these weights (None: until a target is set)."""
@@ -133,14 +139,14 @@ class ServerSupervisor(threading.Thread):
                     self.in_service, self.needs_file = False, self.target is target
                     self.changed.notify_all()
                 return
-            self._load(target)
+            self._load(target.path, target)
         with self.changed:
             self.in_service = self.target is target
             self.changed.notify_all()
 
-    def _load(self, target: Target) -> None:
+    def _load(self, path: Path, target: Target) -> None:
         try:
-            self.client.load(target.path, target.version)
+            self.client.load(path, target.version)
         except RequestRefused as refused:
             if self.target is not target:
                 return  # the file has been replaced meanwhile

@@ -95,7 +95,7 @@ def write_safetensors(path: Path, tensors: Iterator[tuple[str, torch.Tensor]], r
                 "shape": list(tensor.shape),
                 "data_offsets": [begin, end],
             }
-            file.write(data)
+            file.write(data.data)
         text = json.dumps(header).encode()
         if len(text) > room:
             raise ValueError(f"the header needs {len(text)} bytes, but only {room} were kept free")
@@ -203,7 +203,7 @@ def weight_source(weights: Weights) -> Any:
     """The weights as vLLM's `WeightSource`."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-    class Source(WeightSource):
+    class Source(WeightSource):  # type: ignore[misc]  # vLLM has no types
         def __init__(self) -> None:
             self._metadata = [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights()]
 
@@ -221,4 +221,5 @@ def address_towards(url: str) -> str:
     parts = urllib.parse.urlsplit(url)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((parts.hostname, parts.port or 80))
-        return probe.getsockname()[0]
+        address: str = probe.getsockname()[0]
+        return address

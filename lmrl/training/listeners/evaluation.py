@@ -93,7 +93,8 @@ class Evaluation(Listener):
         """Scores of the policy as it is, and what it played for them. heldout: of held-out episodes, too, which are left out
         between a stage's ends unless the recipe says when to evaluate, or chooses by them."""
         stage.source.wait()
-        scores, played = {}, []
+        scores: Scores = {}
+        played: list[Trajectory] = []
         with stage.strategy.gathered_weights():
             if self.evaluator is not None:
                 stage.engine.refresh()
@@ -150,13 +151,14 @@ class Evaluation(Listener):
         if self.step != progress.step:
             self.evaluate(stage, progress.step)
         last, best = self.values, progress.best
-        rival = best is not None and best["step"] != progress.step and self.best_values not in ({}, last)
-        if rival and not stage.strategy.can_reload_weights:
+        if best is not None and (best["step"] == progress.step or self.best_values in ({}, last)):
+            best = None
+        if best is not None and not stage.strategy.can_reload_weights:
             stage.display.say(
                 f"the best policy is that of step {best['step']}; {stage.strategy.name} cannot go back to it"
             )
-            rival = False
-        if rival:
+            best = None
+        if best is not None:
             final = stage.recipe.training.final
             certain = certainly_better(self.best_values, last, self.tries)
             stage.save()  # the last policy, to come back to
@@ -192,7 +194,7 @@ class Evaluation(Listener):
             if step == progress.kept:
                 means = {f"{stage.name}/final/{name}": score["mean"] for name, score in scores.items()}
                 stage.track(means, progress.step)
-        if len(self.reports) > 1:
+        if metric is not None and progress.best is not None and len(self.reports) > 1:
             last, best = (f"{metric} {interval(scores[metric])}" for _, scores, _ in self.reports)
             step = progress.best["step"]
             kept, other = ("best", "last") if progress.kept == step else ("last", "best")

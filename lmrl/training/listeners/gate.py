@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lmrl.recipe import Gate
 from lmrl.training.display import interval
@@ -24,13 +24,15 @@ class GateMonitor(Listener):
     def __init__(self, gate: Gate, evaluation: Evaluation):
         """evaluation: the same stage's, called before this listener at every step."""
         self.gate, self.evaluation = gate, evaluation
+        assert evaluation.evaluator is not None, "a gate measures on a suite"
+        self.evaluator = evaluation.evaluator
         self.rolled_back_at: int | None = None
 
     def begin(self, stage: Stage, resumed: bool) -> None:
         if resumed:
             stage.updater.factors[self.name] = GateState(**stage.progress.gate).lr_factor
             return
-        before = self.evaluation.evaluator.by_start(self.evaluation.played)
+        before = self.evaluator.by_start(self.evaluation.played)
         stage.progress.gate = asdict(GateState(before))
         self.evaluation.consider(stage, 0, stage.progress.scores["start"])
         stage.save()
@@ -41,10 +43,10 @@ class GateMonitor(Listener):
         if self.evaluation.step != step:
             self.evaluation.evaluate(stage, step)
         state = GateState(**stage.progress.gate)
-        lost = drop(state.before, self.evaluation.evaluator.by_start(self.evaluation.played))
+        lost = drop(state.before, self.evaluator.by_start(self.evaluation.played))
         state.worst = max(state.worst, lost["mean"])
         rolled_back = breached(self.gate, lost)
-        line = {"drop": lost, "rolled_back": rolled_back}
+        line: dict[str, Any] = {"drop": lost, "rolled_back": rolled_back}
         stage.display.say(f"gate at step {step}: {interval(lost)} points lost since the stage began")
         if rolled_back:
             line |= self._roll_back(stage, step, state)
@@ -64,7 +66,9 @@ class GateMonitor(Listener):
         state.lr_factor *= self.gate.lr_factor
         self.rolled_back_at = step
         why = f"more than the {self.gate.drop:g} points allowed"
-        return go_back(stage, step, stage.progress.best["step"], self.name, state.lr_factor, why)
+        best = stage.progress.best
+        assert best is not None, "the policy at the start was scored"
+        return go_back(stage, step, best["step"], self.name, state.lr_factor, why)
 
     def wants_checkpoint(self, stage: Stage, step: int) -> bool:
         return step == self.rolled_back_at

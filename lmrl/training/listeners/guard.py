@@ -128,10 +128,12 @@ class Guard(Listener):
     def _keep(self, stage: Stage, step: int, lost: str) -> dict[str, str]:
         """Leave a bundle of the step's last minibatch with the weights that have collapsed, and of what its passes measure with them;
         returns what is to be recorded of it. A pass, and a copy of the weights."""
-        if not distributed.broadcast(stage.attempt is not None):
+        begun = stage.attempt
+        if not distributed.broadcast(begun is not None):
             return {}
+        assert begun is not None, "all ranks have begun an update, or none"
         stage.engine.release_memory()
-        attempt = replace(stage.attempt, rng=rng_state(stage.policy.device))
+        attempt = replace(begun, rng=rng_state(stage.policy.device))
         can_probe = stage.strategy.can_discard
         stats = stage.updater.probe(stage.policy, stage.objective, attempt.minibatch) if can_probe else {}
         details = {"collapse": lost, "best_step": self.tracker.kept.step, "last_steps": self.last}
@@ -183,7 +185,7 @@ def settings_of(stage: Stage) -> Settings:
     heads = stage.objective.heads is not None
     return Settings(
         steps=recipe.training.steps,
-        lr=options.lr,
+        lr=options.lr or 0.0,
         head_lr=options.head_lr if heads else None,
         samples=recipe.rollouts.samples,
         max_new_tokens=recipe.rollouts.max_new_tokens,
@@ -210,8 +212,9 @@ def measured_of(metrics: dict[str, Any], recipe: Recipe, objective: Objective) -
     """The measure that a collapse shows in: the reward of fresh episodes, or the negative loss on logged data."""
     if "repetition" in metrics:
         failed, episodes = metrics["failed"], recipe.rollouts.prompts * recipe.rollouts.samples
-        return Step(fresh(metrics, "reward"), fresh(metrics, "reward_std"), max(episodes - failed, 1))
-    loss = metrics.get(objective.loss_of_data) if not recipe.source.plays else None
+        mean, spread = fresh(metrics, "reward"), fresh(metrics, "reward_std")
+        return None if mean is None or spread is None else Step(mean, spread, max(episodes - failed, 1))
+    loss = metrics.get(objective.loss_of_data or "") if not recipe.source.plays else None
     return None if loss is None else Step(-loss, abs(loss))
 
 

@@ -224,9 +224,9 @@ def _sequence(named: dict[str, torch.Tensor]) -> Sequence:
         named.pop(name, None) for name in (CHAIN, BRANCHES, ZERO_GRADIENT, ALLOWED)
     )
     tokens, states, targets = (named.pop(name) for name in ("tokens", "states", "targets"))
-    chain = None if chain is None else int(chain)
+    number = None if chain is None else int(chain)
     allowed = {} if pairs is None else allowed_of(pairs)
-    return Sequence(tokens, states, targets, named, chain, branches, zero_gradient is not None, allowed)
+    return Sequence(tokens, states, targets, named, number, branches, zero_gradient is not None, allowed)
 
 
 def allowed_pairs(sequence: Sequence) -> torch.Tensor:

@@ -239,7 +239,9 @@ class Tracker:
         if self.seen < CONFIRM:
             return
         played = window_of(self.last[-CONFIRM:], self.noise)
-        if not certainly_above(self.candidate.window, played, BETTER):
+        window = self.candidate.window
+        assert window is not None, "a candidate has steps before it"
+        if not certainly_above(window, played, BETTER):
             self.kept = self.candidate
         self.candidate, self.seen = None, 0
 

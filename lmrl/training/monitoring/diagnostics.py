@@ -7,6 +7,8 @@ arXiv 2010.14498; Kumar et al., "DR3", arXiv 2112.04716).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from lmrl.policy.heads import guide
@@ -100,7 +102,7 @@ class Probe:
             micro = Batch(self.sequences).collate([index], policy.pad_id).to(policy.device)
             parts.append((policy.states(micro), micro.targets_N))
 
-        def join(name: str) -> torch.Tensor | None:
+        def join(name: str) -> Any:
             column = [getattr(states, name) for states, _ in parts]
             return None if column[0] is None else torch.cat(column).float().cpu()
 
@@ -115,23 +117,22 @@ def discounts_of(recipe: Recipe) -> tuple[float, float]:
 
 def guided_diagnostics(policy: Policy, states: States, targets_N: torch.Tensor) -> dict[str, float]:
     """Q inside and outside the behaviour support, and how far guidance goes from the behaviour."""
-    guidance = policy.guidance
+    guidance, q_NV = policy.guidance, states.q_NV
+    assert guidance is not None and q_NV is not None, "the policy has Q heads"
     pi_NV = states.logits_NV.log_softmax(-1)
-    guided_NV = guide(states.logits_NV, states.q_NV, guidance.beta, guidance.support).log_softmax(-1)
+    guided_NV = guide(states.logits_NV, q_NV, guidance.beta, guidance.support).log_softmax(-1)
     outside_NV = pi_NV.exp() < (guidance.support or SUPPORT)
     mass_NV = guided_NV.exp()
     kl_N = (mass_NV * (guided_NV - pi_NV).nan_to_num(neginf=0.0)).sum(-1)
     result = {
-        "q_data": float(in_returns(policy, states.q_NV.gather(1, targets_N[:, None]).mean())),
+        "q_data": float(in_returns(policy, q_NV.gather(1, targets_N[:, None]).mean())),
         "kl_behaviour": float(kl_N.mean()),
         "outside_mass": float((mass_NV * outside_NV).sum(-1).mean()),
         "guided_entropy": float(-(mass_NV * guided_NV.nan_to_num(neginf=0.0)).sum(-1).mean()),
     }
     some = outside_NV.any(-1)
     if some.any():
-        result["q_outside"] = float(
-            in_returns(policy, states.q_NV.masked_fill(~outside_NV, -torch.inf).amax(-1)[some].mean())
-        )
+        result["q_outside"] = float(in_returns(policy, q_NV.masked_fill(~outside_NV, -torch.inf).amax(-1)[some].mean()))
     return result
 
 

@@ -44,4 +44,4 @@ def has_given_up(gate: Gate, state: dict[str, Any]) -> bool:
 
 def breached(gate: Gate, lost: dict[str, Any]) -> bool:
     """True if even the low end of the interval is more than the allowed loss."""
-    return lost["ci95"][0] > gate.drop
+    return bool(lost["ci95"][0] > gate.drop)

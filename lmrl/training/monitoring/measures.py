@@ -28,7 +28,9 @@ def measure(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     for row in rows:
         for name, value in row.items():
             columns.setdefault(name, []).append(value)
-    found = {name: sum(columns[name]) / len(columns[name]) for name in ("length", "cut") if name in columns}
+    found: dict[str, float] = {
+        name: sum(columns[name]) / len(columns[name]) for name in ("length", "cut") if name in columns
+    }
     if "reward" in columns:
         spread = torch.tensor(columns["reward"], dtype=torch.float64)
         found |= {"reward": float(spread.mean()), "reward_std": float(spread.std(correction=0))}

@@ -52,7 +52,8 @@ class Strategy:
 
     def forward(self, micro: Microbatch, request: ForwardRequest) -> Outputs:
         """A pass of the policy whose gradient is wanted."""
-        return self.policy(micro, request)
+        outputs: Outputs = self.policy(micro, request)
+        return outputs
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add the gradient of a microbatch's part of the loss. last: of the minibatch."""
