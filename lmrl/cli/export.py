@@ -15,13 +15,22 @@ def command(
     run: Annotated[str, typer.Argument(help="A run folder or a checkpoint")],
     destination: Annotated[Path, typer.Argument(help="Folder to write to")],
     beta: Annotated[
-        float | None, typer.Option("--beta", min=0, help="Fold linear or tied Q heads into the model, with this weight")
+        float | None,
+        typer.Option("--beta", min=0, help="Weight of the Q heads: linear or tied ones are folded into the model"),
+    ] = None,
+    distill: Annotated[
+        bool,
+        typer.Option("--distill", help="Fit a plain model to the policy that Q heads of any kind guide with --beta"),
+    ] = False,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, help="With --distill: updates at most  [default: 2000]", show_default=False),
     ] = None,
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Of a LoRA run: the adapter instead of merged weights")
     ] = False,
     max_loss: Annotated[
-        float, typer.Option("--max-loss", help="Points of normalised score that folding may cost")
+        float, typer.Option("--max-loss", help="Points of normalised score that --beta may cost")
     ] = 5.0,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Play the suite with both policies")] = True,
     suite: Annotated[
@@ -41,13 +50,28 @@ def command(
     debug: Debug = False,
 ) -> None:
     """Write a run as an ordinary transformers checkpoint, which any server decodes at full speed."""
+    from lmrl.evaluation.distill import STEPS
     from lmrl.evaluation.export import export
     from lmrl.training.display import Display
 
     if private and push is None:
         raise RecipeError("--private goes with --push OWNER/NAME")
+    if steps is not None and not distill:
+        raise RecipeError("--steps counts the updates of --distill: leave it out")
     result = export(
-        run, destination, beta, adapter_only, max_loss, check, checkpoint, suite, trust_remote_code, push, private
+        run,
+        destination,
+        beta,
+        adapter_only,
+        max_loss,
+        check,
+        checkpoint,
+        suite,
+        trust_remote_code,
+        push,
+        private,
+        (steps or STEPS) if distill else None,
+        print,
     )
     if result.rows:
         Display().table(f"beta {beta:g}", result.rows)

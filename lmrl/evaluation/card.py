@@ -21,18 +21,26 @@ CARD = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-def write_card(folder: Path, run: Path | None, name: str, checkpoint: str = "final", beta: float | None = None) -> None:
+def write_card(
+    folder: Path,
+    run: Path | None,
+    name: str,
+    checkpoint: str = "final",
+    beta: float | None = None,
+    distilled: bool = False,
+) -> None:
     """Write the card of an exported folder.
 
     run: the run that it comes from (None: unknown). name: what code in the card loads, a name on the hub or the folder.
-    checkpoint: of the run, `final`, `best` or `step-N`. beta: weight of the Q values that were folded in.
+    checkpoint: of the run, `final`, `best` or `step-N`. beta: weight of the Q values that were folded in. distilled: the model was fitted
+    to the policy that they guide, instead.
     """
     recipe = read_recipe(run) if run else None
     base = _base(folder, recipe)
     parts = [
         _front_matter(folder, recipe, base),
         f"# {name.rsplit('/', 1)[-1]}",
-        _summary(folder, recipe, base, checkpoint, beta),
+        _summary(folder, recipe, base, checkpoint, beta, distilled),
     ]
     if run and recipe:
         parts += [_training(recipe), _metrics(run, checkpoint)]
@@ -100,7 +108,9 @@ def _data_of(stages: Mapping[str, Recipe]) -> dict[str, str]:
     }
 
 
-def _summary(folder: Path, recipe: Recipe | None, base: str | None, checkpoint: str, beta: float | None) -> str:
+def _summary(
+    folder: Path, recipe: Recipe | None, base: str | None, checkpoint: str, beta: float | None, distilled: bool
+) -> str:
     kind = "A LoRA adapter" if _is_adapter(folder) else "A language model"
     what = f"{kind}, trained with lmrl {__version__}" + (
         f": {recipe.description}." if recipe and recipe.description else "."
@@ -108,6 +118,8 @@ def _summary(folder: Path, recipe: Recipe | None, base: str | None, checkpoint: 
     origin = f"It began from `{_shown(base)}`." if base else "It was built from scratch." if recipe else ""
     which = "" if checkpoint == "final" else f"It is checkpoint `{checkpoint}` of its run."
     guided = f"Q values of weight {beta:g} are folded into its vocabulary matrix." if beta else ""
+    if distilled:
+        guided = f"It was fitted to the policy that Q values of weight {beta:g} guide (distillation)."
     return " ".join(part for part in (what, origin, which, guided) if part)
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lmrl.errors import RunError
-from lmrl.evaluation.api import TASK_FILE, evaluator_for, run_of
+from lmrl.evaluation.api import TASK_FILE, dtype_of, evaluator_for, run_of
 from lmrl.evaluation.card import write_card
+from lmrl.evaluation.distill import Distillation, Fit
 from lmrl.evaluation.evaluate import Evaluator
 from lmrl.evaluation.hub import prepare, push
 from lmrl.evaluation.scoring import Scores
 from lmrl.policy.export import save_adapter, save_plain
 from lmrl.policy.load import open_policy
+from lmrl.policy.policy import Policy
 from lmrl.run import checkpoint_of
 
 
@@ -45,11 +48,14 @@ def export(
     trust_remote_code: bool = False,
     push_to: str | None = None,
     private: bool = False,
+    distill: int | None = None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Export:
     """Write a run or checkpoint as an ordinary transformers (or adapter) folder, with a model card.
 
     beta: fold the Q heads into the vocabulary matrix at this weight; then both policies play the suite, and nothing is
-    kept where the export loses more than `max_loss`. push_to: upload it to this repository on the hub, OWNER/NAME. Raises RunError there, and where `destination` is no empty folder.
+    kept where the export loses more than `max_loss`. distill: fit a plain model to the guided policy instead, in so many updates
+    at most (see lmrl/evaluation/distill.py). report: told how that goes. push_to: upload it to this repository on the hub, OWNER/NAME. Raises RunError there, and where `destination` is no empty folder.
     """
     if destination.is_file() or destination.is_dir() and any(destination.iterdir()):
         raise RunError(f"{destination} is not an empty folder: choose another destination")
@@ -59,6 +65,10 @@ def export(
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".export-") as scratch:
         written = Path(scratch) / "model"
         exported = open_policy(str(path), trust_remote_code=trust_remote_code)
+        if distill is not None and (beta is None or adapter_only):
+            raise RunError(
+                "--distill fits a plain model to the policy that Q values guide: say how much, --beta B, and drop --adapter-only"
+            )
         if beta is None and exported.guidance is not None and not adapter_only:
             raise RunError("this policy is guided by Q heads: say how much, --beta B (0: leave them behind)")
         if adapter_only:
@@ -67,27 +77,68 @@ def export(
                     "Q heads are folded into the vocabulary matrix, which no adapter holds: drop --adapter-only"
                 )
             save_adapter(exported, written)
-        else:
+        elif distill is None:
             save_plain(exported, written, beta)
+        del exported
+        advice = "The support mask and the lower twin cannot travel along: try --distill or another --beta"
+        if distill is not None and beta is not None:
+            fit = distilled(path, written, beta, distill, max_loss, check, suite, trust_remote_code, report)
+            advice = f"After {fit.steps} updates it is {fit.kl:.3f} nats a token from the guided policy: raise --steps"
         result = Export(destination)
-        if beta and check:
+        if check and (beta or (distill is not None and beta is not None)):
             result = compare(path, written, destination, beta, suite, trust_remote_code)
             if (result.loss or 0.0) > max_loss:
                 raise RunError(
                     f"the export scores {result.rows['exported'][result.metric]['mean']:.3f} on {result.metric} where the "
                     f"guided policy scores {result.rows['guided'][result.metric]['mean']:.3f}: a loss of {result.loss:.1f} "
-                    f"points, more than the {max_loss:g} allowed. The support mask and the lower twin cannot travel along: "
-                    "try another --beta, or allow it with --max-loss"
+                    f"points, more than the {max_loss:g} allowed. {advice}, or allow it with --max-loss"
                 )
         if (path / TASK_FILE).is_file():
             shutil.copy(path / TASK_FILE, written / TASK_FILE)
-        write_card(written, run_of(path), push_to or destination.name, checkpoint, beta)
+        write_card(written, run_of(path), push_to or destination.name, checkpoint, beta, distill is not None)
         if destination.exists():
             destination.rmdir()
         written.rename(destination)
     if push_to:
         result.address = push(api, destination, push_to)
     return result
+
+
+def distilled(
+    path: Path,
+    written: Path,
+    beta: float,
+    steps: int,
+    max_loss: float,
+    check: bool,
+    suite: str | None,
+    trust_remote_code: bool,
+    report: Callable[[str], None],
+) -> Fit:
+    """Write a plain model that was fitted to the guided policy, until it loses no more than `max_loss` on the suite."""
+    run = run_of(path)
+    if run is None:
+        raise RunError(
+            f"--distill needs the run's task and log, and '{path}' lies outside of its run: name the run folder"
+        )
+    work = Distillation(path, run, beta, dtype_of(path), trust_remote_code)
+    good = (
+        close_on(evaluator_for(path, suite, (), trust_remote_code), beta, max_loss) if check else lambda student: True
+    )
+    fit = work.fit(steps, good, report)
+    save_plain(work.student, written)
+    return fit
+
+
+def close_on(evaluator: Evaluator, beta: float, max_loss: float) -> Callable[[Policy], bool]:
+    """Tells of a policy whether it loses no more than `max_loss` of the guided one's score, on episodes that choose and do not count."""
+    guided = evaluator(beta, choosing=True)[0]
+
+    def close(policy: Policy) -> bool:
+        exported = Evaluator(policy, evaluator.suite)(choosing=True)[0]
+        return points_lost(evaluator, beta, {"guided": guided, "exported": exported}, choosing=True) <= max_loss
+
+    return close
 
 
 def compare(
@@ -103,6 +154,12 @@ def compare(
     rows = {"guided": evaluator(beta)[0]}
     plain = Evaluator(open_policy(str(exported), trust_remote_code=trust_remote_code), evaluator.suite)
     rows["exported"] = plain()[0]
+    loss = points_lost(evaluator, beta, rows)
+    return Export(destination, evaluator.suite.metrics[0], rows, loss)
+
+
+def points_lost(evaluator: Evaluator, beta: float, rows: dict[str, Scores], choosing: bool = False) -> float:
+    """What the row `exported` lost of `guided`, see `Export.loss`. The row `without Q` is added where it takes one."""
     metric = evaluator.suite.metrics[0]
 
     def score(row: dict[str, Any]) -> float:
@@ -110,7 +167,7 @@ def compare(
 
     loss = score(rows["guided"]) - score(rows["exported"])
     if evaluator.scale is None:
-        rows["without Q"] = evaluator(0.0)[0]
+        rows["without Q"] = evaluator(0.0, choosing=choosing)[0]
         gain = score(rows["guided"]) - score(rows["without Q"])
         loss = 100 * loss / gain if gain > 0 else (0.0 if loss <= 0 else 100.0)
-    return Export(destination, metric, rows, loss)
+    return loss

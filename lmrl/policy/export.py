@@ -25,16 +25,18 @@ def fold(policy: Policy, beta: float) -> torch.Tensor:
     if values.spec.q not in ("linear", "tied"):
         raise ModelError(
             f"Q heads of kind '{values.spec.q}' are not linear and cannot be folded into the vocabulary matrix: train with "
-            "objective.name=ilql, objective.q_head=tied (or linear) and objective.trunk=shared (or detached), or leave the "
-            "heads behind with --beta 0"
+            "objective.name=ilql, objective.q_head=tied (or linear) and objective.trunk=shared (or detached), fit a plain model "
+            "to the guided policy with --distill, or leave the heads behind with --beta 0"
         )
     if values.trunk is not None:
         raise ModelError(
             "the Q heads stand on a trunk of their own, which the exported model would not have: train with "
-            "objective.trunk=shared or detached"
+            "objective.trunk=shared or detached, or fit a plain model to the guided policy with --distill"
         )
     if not policy.splits_head:
-        raise ModelError("this model caps or scales its logits, so that Q cannot be folded into its vocabulary matrix")
+        raise ModelError(
+            "this model caps or scales its logits, so that Q cannot be folded into its vocabulary matrix: fit a plain model to the guided policy with --distill"
+        )
     matrix_VD = policy.vocabulary.detach().float()
     parts = [matrix_VD @ head.mix if values.spec.q == "tied" else head.weight for head in values.target_q]
     q_VD = torch.stack([part.detach() for part in parts]).mean(0) * values.scale * values.gain
@@ -48,7 +50,7 @@ def save_plain(policy: Policy, folder: Path, beta: float | None = None) -> None:
     A quantized base becomes ordinary weights again, in bfloat16.
     """
     matrix_VD = fold(policy, beta) if beta else None
-    model = _plain(policy)
+    model = plain_model(policy)
     if matrix_VD is not None:
         head = model.get_output_embeddings()
         folded = nn.Linear(matrix_VD.shape[1], matrix_VD.shape[0], bias=getattr(head, "bias", None) is not None)
@@ -62,8 +64,8 @@ def save_plain(policy: Policy, folder: Path, beta: float | None = None) -> None:
     policy.tokenizer.save_pretrained(folder)
 
 
-def _plain(policy: Policy) -> nn.Module:
-    """The language model without adapters and quantization."""
+def plain_model(policy: Policy) -> nn.Module:
+    """The language model without adapters and quantization; what the policy holds may be taken apart for it."""
     if not policy.is_lora:
         return policy.model
     if any(is_quantized(parameter) for parameter in policy.causal_lm.parameters()):

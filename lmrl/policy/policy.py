@@ -275,14 +275,19 @@ class Policy(nn.Module):
     @torch.no_grad()
     def states(self, batch: Microbatch) -> States:
         """Logits, values and Q of the states of a small batch, over the whole vocabulary."""
-        inputs = {"input_ids": batch.tokens_BT, "attention_mask": batch.mask_BT}
-        states = self._states(
-            inputs, lambda hidden_BTD: hidden_BTD[batch.rows_N, batch.cols_N], self.guidance is not None
-        )
+        states = self._states_of(batch, self.guidance is not None)
         if self.values is not None and self.values.v is not None:
             # The features are the target trunk's where there is one; V's target belongs to them.
             states.values_N = self.values.value(states.features_ND, self.values.target_v)[0]
         return states
+
+    def logits(self, batch: Microbatch) -> torch.Tensor:
+        """Logits of the states of a small batch over the whole vocabulary, (N, V), with gradient."""
+        return self._states_of(batch, with_q=False).logits_NV
+
+    def _states_of(self, batch: Microbatch, with_q: bool) -> States:
+        inputs = {"input_ids": batch.tokens_BT, "attention_mask": batch.mask_BT}
+        return self._states(inputs, lambda hidden_BTD: hidden_BTD[batch.rows_N, batch.cols_N], with_q)
 
     def _states(
         self, inputs: dict[str, Any], pick: Callable, with_q: bool, cache: Cache | SlotCache | None = None

@@ -68,11 +68,10 @@ def closing_lines(run: Run) -> list[str]:
         ]
     judged = not isinstance(recipe.task, PromptTask) or any(reward.weight for reward in recipe.task.rewards)
     scored = judged or recipe.evaluation.suite not in (None, OWN_TASK)
-    beta = recipe.resolved_objective.export_beta
-    options = "" if beta is None else f" --beta {beta:g}"
+    options = recipe.resolved_objective.export_options
     return [
         f"checkpoint: {checkpoint}",
         f"score it:   lmrl eval {quoted}{'' if scored else ' --suite SUITE'}",
         *([f"talk to it: lmrl chat {quoted}"] if isinstance(recipe.task, PromptTask) else []),
-        f"export it:  lmrl export {quoted} FOLDER{options}",
+        f"export it:  lmrl export {quoted} FOLDER {options}".rstrip(),
     ]

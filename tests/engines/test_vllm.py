@@ -15,8 +15,9 @@ from lmrl.engines.build import build_engine
 from lmrl.engines.hf import HFEngine
 from lmrl.engines.vllm import VLLMEngine
 from lmrl.errors import ModelError, SamplerError
+from lmrl.evaluation.export import export
 from lmrl.policy.heads import HeadsSpec
-from lmrl.policy.load import load_policy
+from lmrl.policy.load import load_policy, open_policy
 from lmrl.recipe import VLLM, Lora, Model, Rollouts
 from lmrl.training.monitoring.sampler_check import SamplerCheck, logprob_differences
 from lmrl.trajectories.trajectory import Segment, Trajectory
@@ -210,6 +211,23 @@ def test_lora(engine, tmp_path):
                 assert gaps(adapted, completions).max() > 0.1
     finally:
         other.close()
+
+
+@needs_vllm
+def test_a_distilled_policy_is_served(tmp_path):
+    """What Q heads on a trunk of their own guide, which vLLM refuses, becomes a model that it decodes."""
+    changes = [one for one in TINY_WALKS if not one.startswith("task.")]
+    changes += ["task.nodes=20", "model.config.head_dim=32", "objective={name: ilql, q_head: mlp, trunk: separate}"]
+    lmrl.train("random_walks/bc", [*changes, "training.steps=1", "evaluation.suite=null"], output=tmp_path / "run")
+    with pytest.raises(ModelError, match="Q heads"):
+        build_engine(FLOAT32, open_policy(str(tmp_path / "run")))
+    export(tmp_path / "run", tmp_path / "out", 8.0, distill=5, check=False)
+    policy = open_policy(str(tmp_path / "out"))
+    engine = build_engine(FLOAT32, policy)
+    try:
+        assert gaps(policy, engine.complete(PROMPTS, Sampling(12), KEYS)).max() < 1e-4
+    finally:
+        engine.close()
 
 
 @needs_vllm

@@ -188,7 +188,7 @@ def test_the_kl_limit_leaves_policies_out():
     ("recipe", "changes", "lines"),
     [
         ("random_walks/ppo", [], ["score it:   lmrl eval runs/a", "export it:  lmrl export runs/a FOLDER"]),
-        ("maze/ilql", [], ["score it:   lmrl eval runs/a", "export it:  lmrl export runs/a FOLDER --beta 0"]),
+        ("maze/ilql", [], ["score it:   lmrl eval runs/a", "export it:  lmrl export runs/a FOLDER --beta 64 --distill"]),
         (
             "maze/ilql",
             ["objective.q_head=tied", "objective.trunk=shared", "objective.beta=8"],

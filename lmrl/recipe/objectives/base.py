@@ -81,9 +81,9 @@ class ObjectiveOptions(Section):
         return None
 
     @property
-    def export_beta(self) -> float | None:
-        """Weight of Q that an exported checkpoint can have folded in; None without Q values."""
-        return None
+    def export_options(self) -> str:
+        """What `lmrl export` needs to be told, to export the policy as it decodes."""
+        return ""
 
 
 class CustomObjective(ObjectiveOptions, Plugin):

@@ -35,6 +35,15 @@ class Guidance(ObjectiveOptions):
     uses_sampling_temperature = False
     uses_correction = False
 
+    @property
+    def folds(self) -> bool:
+        """True if Q can be folded into the vocabulary matrix."""
+        return False
+
+    @property
+    def export_options(self) -> str:
+        return f"--beta {self.beta:g}" + ("" if self.folds or not self.beta else " --distill")
+
     def mistakes(self, recipe: Recipe) -> Iterator[str]:
         if recipe.source.best < 1:
             yield f"objective '{self.name}' learns from bad episodes as well as good ones: leave source.best at 1"
@@ -111,8 +120,8 @@ class QObjective(Discounts, Guidance):
         return learned, total if self.trunk == "separate" else 0
 
     @property
-    def export_beta(self) -> float | None:
-        return self.beta if self.q_head != "mlp" and self.trunk != "separate" else 0.0
+    def folds(self) -> bool:
+        return self.q_head != "mlp" and self.trunk != "separate"
 
 
 class ILQLObjective(QObjective):
@@ -167,7 +176,3 @@ class QSFTObjective(Discounts, Guidance):
 
     def trained_parameters(self, learned: int, total: int) -> tuple[int, int]:
         return 0, total  # trains a copy, and leaves the policy as it is
-
-    @property
-    def export_beta(self) -> float | None:
-        return 0.0
