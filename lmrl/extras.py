@@ -16,6 +16,7 @@ EXTRAS = {
     "vllm": "vllm",
     "wandb": "tracking",
     "matplotlib": "plots",
+    "mcp": "mcp",
 }
 """Modules by the extra that installs them."""
 

@@ -60,7 +60,8 @@ def resolve_files(data: Any, beside: Path) -> None:
     if isinstance(task, dict) and isinstance(task.get("tools"), list):
         given = enumerate(task["tools"])
         task["tools"] = [
-            _plugin_path(one, beside, f"task.tools.{n}") if isinstance(one, str) else one for n, one in given
+            _plugin_path(one, beside, f"task.tools.{n}") if isinstance(one, str) else _server_path(one, beside)
+            for n, one in given
         ]
     if isinstance(task, dict) and isinstance(task.get("agent_command"), list):
         task["agent_command"] = [_beside(part, beside) for part in task["agent_command"]]
@@ -74,6 +75,14 @@ def resolve_files(data: Any, beside: Path) -> None:
             models = [reward["model"]] if isinstance(reward["model"], str) else reward["model"]
             found = [_reward_model(model, beside, f"task.rewards.{index}.model") for model in models]
             reward["model"] = found[0] if isinstance(reward["model"], str) else found
+
+
+def _server_path(tool: Any, beside: Path) -> Any:
+    """A tool of an MCP server whose command names its files absolutely."""
+    server = tool.get("mcp") if isinstance(tool, dict) else None
+    if not isinstance(server, dict) or not isinstance(server.get("command"), list):
+        return tool
+    return tool | {"mcp": server | {"command": [_beside(part, beside) for part in server["command"]]}}
 
 
 def _beside(part: Any, beside: Path) -> Any:

@@ -198,8 +198,9 @@ class AgentTask(Section):
     OPENAI_API_KEY; the last line that it prints is what `solve` would return, as JSON."""
     tools: list[str | dict[str, Any]] = []
     """In place of a program of one's own, these tools, which the policy calls until it answers: `file.py:function` or a dotted path, a
-    function with type hints; `python`, or `{python: {seconds: 5}}`, runs code. `rewards` judge the answer. `options`: `prompt` (the
-    column with the question), `system`, `rounds` (answers at most, 8), `seconds` of a call (30) and `characters` of a result (4000)."""
+    function with type hints; `python`, or `{python: {seconds: 5}}`, runs code; `{mcp: {command: [...]}}` or `{mcp: {url: ...}}` are
+    the tools of an MCP server. `rewards` judge the answer. `options`: `prompt` (the column with the question), `system`, `rounds`
+    (answers at most, 8), `seconds` of a call (30) and `characters` of a result (4000)."""
     data: str
     """Rows of tasks: a JSONL, Parquet or CSV file, or a dataset on the hub."""
     split: str = "train"

@@ -1,4 +1,4 @@
-"""Tools in Python: functions with type hints, offered to a model and called with what it wrote."""
+"""Tools that a recipe names: functions with type hints and tools of MCP servers, called with what a model wrote."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, cast, get_type_hints
+from typing import Any, Protocol, cast, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
@@ -17,6 +17,30 @@ from lmrl.tools.formats import Tool
 
 SECONDS, CHARACTERS = 30.0, 4000
 """Of a call, and of its result, unless a recipe says otherwise."""
+
+
+class ToolFailed(Exception):
+    """A tool's own word for what went wrong, which the model reads as it is."""
+
+
+class ToolLost(Exception):
+    """A tool that is not there any more, whatever the model wrote: the episode fails."""
+
+
+class OfferedTool(Protocol):
+    """What a model may call. name: how it calls it."""
+
+    name: str
+
+    @property
+    def described(self) -> Tool:
+        """The tool as OpenAI's API describes it."""
+
+    def check(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that the tool is called with. Raises ToolFailed."""
+
+    def instance(self) -> Callable[..., Any]:
+        """What is called in one episode."""
 
 
 class PythonTool:
@@ -45,6 +69,16 @@ class PythonTool:
             "function": {"name": self.name, "description": " ".join(self.text.split()), "parameters": schema},
         }
 
+    def check(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with the types of the hints. Raises ToolFailed."""
+        try:
+            checked = self.arguments.model_validate(arguments)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "arguments"
+            raise ToolFailed(f"{place}: {first['msg']}") from error
+        return {field: getattr(checked, field) for field in type(checked).model_fields}
+
     def instance(self) -> Callable[..., Any]:
         """What is called in one episode."""
         made: Any = self.call() if inspect.isclass(self.call) else self.call
@@ -54,56 +88,66 @@ class PythonTool:
 class ToolBox:
     """The tools of one episode. seconds: of a call; characters: of a result, whose middle is left out beyond."""
 
-    def __init__(self, tools: Sequence[PythonTool], seconds: float = SECONDS, characters: int = CHARACTERS):
+    def __init__(self, tools: Sequence[OfferedTool], seconds: float = SECONDS, characters: int = CHARACTERS):
         self.tools = {tool.name: tool for tool in tools}
         self.calls = {tool.name: tool.instance() for tool in tools}
         self.seconds, self.characters = seconds, characters
 
     async def run(self, name: str, arguments: dict[str, Any]) -> str:
-        """The result of a call as text; what goes wrong is text too, for the model to read."""
+        """The result of a call as text; what goes wrong is text too, for the model to read. Raises ToolLost."""
+        return shortened(await self._run(name, arguments), self.characters)
+
+    async def _run(self, name: str, arguments: dict[str, Any]) -> str:
         tool = self.tools.get(name)
         if tool is None:
             return f"error: there is no tool '{name:.60}'; there are {', '.join(self.tools)}"
-        try:
-            checked = tool.arguments.model_validate(arguments)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "arguments"
-            return f"error: {place}: {first['msg']}"
-        given = {field: getattr(checked, field) for field in type(checked).model_fields}
         call = self.calls[name]
         try:
+            given = tool.check(arguments)
             async with asyncio.timeout(self.seconds) as limit:
                 if inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(getattr(call, "__call__", None)):  # noqa: B004
-                    result = await call(**given)
-                else:
-                    result = await in_thread(lambda: call(**given))
+                    return as_text(await call(**given))
+                return as_text(await in_thread(lambda: call(**given)))
+        except ToolLost:
+            raise
+        except ToolFailed as error:
+            return f"error: {error}"
         except TimeoutError as error:
-            if limit.expired():
-                return f"error: timed out after {self.seconds:g} s"
-            return f"error: {_told(error)}"
+            return f"error: timed out after {self.seconds:g} s" if limit.expired() else f"error: {_told(error)}"
         except (Exception, SystemExit) as error:
             return f"error: {_told(error)}"
-        return shortened(as_text(result), self.characters)
 
 
-def load_tools(names: Sequence[Any], key: str = "task.tools") -> list[PythonTool]:
-    """The tools that a recipe names: `file.py:function`, a dotted path, `python`, or `{python: {seconds: 5}}`. Raises PluginError."""
-    tools = []
+def load_tools(names: Sequence[Any], key: str = "task.tools") -> list[OfferedTool]:
+    """The tools that a recipe names. Raises PluginError.
+
+    A name is `file.py:function`, a dotted path, `python`, `{python: {seconds: 5}}`, or a server: `{mcp: {command: [...]}}`,
+    `{mcp: {url: ...}}`, which is started or connected to.
+    """
+    tools: list[OfferedTool] = []
     for index, name in enumerate(names):
-        where = f"{key}.{index}"
-        if name == "python" or isinstance(name, dict):
-            from lmrl.tools.sandbox import python_tool
-
-            tools.append(
-                PythonTool(python_tool((name if isinstance(name, dict) else {}).get("python") or {}, where), where)
-            )
-        else:
-            tools.append(PythonTool(load_plugin(name, where), where))
-    names = [tool.name for tool in tools]
-    if twice := [name for name in names if names.count(name) > 1]:
+        tools += _load(name, f"{key}.{index}")
+    called = [tool.name for tool in tools]
+    if twice := [name for name in called if called.count(name) > 1]:
         raise PluginError(f"{key}: two tools are called '{twice[0]}'")
     return tools
+
+
+def _load(name: Any, key: str) -> Sequence[OfferedTool]:
+    if isinstance(name, str) and name != "python":
+        return [PythonTool(load_plugin(name, key), key)]
+    kinds = {"python": None} if name == "python" else dict(name)
+    if kinds.keys() == {"python"}:
+        from lmrl.tools.sandbox import python_tool
+
+        return [PythonTool(python_tool(kinds["python"] or {}, key), key)]
+    if kinds.keys() == {"mcp"}:
+        from lmrl.tools.mcp_server import mcp_tools
+
+        return mcp_tools(kinds["mcp"], key)
+    raise PluginError(
+        f"{key}: {', '.join(map(repr, kinds)) or 'nothing'} is no kind of tool; write {{python: ...}} or {{mcp: ...}}"
+    )
 
 
 def as_text(result: Any) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import Any
 
-from lmrl.tools.functions import CHARACTERS, SECONDS, PythonTool, ToolBox
+from lmrl.tools.functions import CHARACTERS, SECONDS, OfferedTool, ToolBox
 from lmrl.trajectories.trajectory import Messages
 
 
@@ -18,7 +18,7 @@ class ToolLoop:
 
     def __init__(
         self,
-        tools: list[PythonTool],
+        tools: list[OfferedTool],
         prompt: str = "prompt",
         system: str | None = None,
         rounds: int = 8,

@@ -10,12 +10,17 @@ from lmrl.policy.load import open_policy
 from lmrl.recipe import AgentTask
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import build_task
+from lmrl.tools.functions import ToolLost
 from tests.serve.clients import Scripted
 
 
 def add(a: int, b: int) -> int:
     """Add."""
     return a + b
+
+
+def lost() -> int:
+    raise ToolLost("the server is gone")
 
 
 def right(prompts, completions, answer, **_):
@@ -53,6 +58,11 @@ def test_calls_results_and_answer(tiny_folder, section):
 def test_rounds_end_it(tiny_folder, section):
     trajectory, _ = play(tiny_folder, section(options={"rounds": 2}), ["[add(1, 2)]<eos>"] * 3)
     assert len(trajectory.turns) == 2 and trajectory.reward == 0.0 and trajectory.metrics["tool_calls"] == 1.0
+
+
+def test_a_lost_tool_fails_the_episode(tiny_folder, section):
+    trajectory, _ = play(tiny_folder, section(tools=[f"{__file__}:lost"]), ["[lost()]<eos>", "3<eos>"])
+    assert trajectory.failure == "agent raised ToolLost: the server is gone" and trajectory.reward is None
 
 
 def test_system_message_and_column(tiny_folder, section):
