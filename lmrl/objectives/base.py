@@ -87,9 +87,9 @@ class Objective:
     def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
         raise NotImplementedError
 
-    def count(self, batch: Microbatch) -> float:
-        """A microbatch's weight in the mean over its minibatch: its number of action tokens."""
-        return len(batch.targets_N)
+    def count(self, batch: Batch) -> float:
+        """A batch's weight in the mean over a minibatch that it is a part of: its number of action tokens."""
+        return batch.num_actions
 
     def heldout(self, policy: Policy, trajectories: list[Trajectory]) -> dict[str, list[float]]:
         """Metrics of held-out logged episodes, without gradient: one number per episode."""

@@ -181,7 +181,7 @@ class DPO(Objective):
             stats = {name: value.sum() for name, value in self.measures(pairs).items()}
         return Loss(losses_P.sum(), stats)
 
-    def count(self, batch: Microbatch) -> float:
+    def count(self, batch: Batch) -> float:
         """Pairs."""
         return len(batch.fields[EPISODE].unique()) / 2
 

@@ -178,7 +178,8 @@ class GroupPolicyGradient(PolicyGradient):
             sums = {name: (stat_N * value).sum() for name, value in stats.items()}
         return Loss((loss_N * losses_N).sum(), sums)
 
-    def count(self, batch: Microbatch) -> float:
-        """Total weight in reported means: the share of each episode, or each token, that is in the microbatch."""
-        _, stat_N = self.weights(batch.fields)
-        return float((stat_N * batch.fields["kept"] if "kept" in batch.fields else stat_N).sum())
+    def count(self, batch: Batch) -> float:
+        """Total weight in reported means: the share of each episode, or each token, that is in the batch."""
+        fields = batch.fields
+        _, stat_N = self.weights(fields)
+        return float((stat_N * fields["kept"] if "kept" in fields else stat_N).sum())

@@ -75,6 +75,6 @@ class QSFT(Objective):
         sums = {name: (value.detach() * real_N).sum() for name, value in stats.items()}
         return Loss((losses_N * real_N).sum(), sums)
 
-    def count(self, batch: Microbatch) -> float:
+    def count(self, batch: Batch) -> float:
         """Action tokens, without pseudo-actions."""
         return float(batch.fields["real"].sum())

@@ -120,7 +120,7 @@ class Updater:
         Sequences without a gradient are counted in the loss and left out of the other statistics.
         """
         active, skipped = minibatch.split_by_gradient()
-        passed, left = distributed.all_sum([weight(policy, objective, part) for part in (active, skipped)])
+        passed, left = distributed.all_sum([objective.count(part) if part.sequences else 0.0 for part in (active, skipped)])
         passed = passed or 1.0
         count = passed + left
         sums = fit(policy, active, lambda passes: self._passes(policy, objective, passes, count))
@@ -201,13 +201,6 @@ def whole_update(policy: Policy, minibatch: Batch) -> FailedPass:
     """An update whose passes fit, and whose optimizer step does not."""
     tokens = max((len(sequence.tokens) for sequence in minibatch.sequences), default=0)
     return FailedPass("update", minibatch, policy.microbatch_tokens, (len(minibatch.sequences), tokens), {"step": True})
-
-
-def weight(policy: Policy, objective: Objective, batch: Batch) -> float:
-    """The weight of this rank's batch in the mean over a minibatch."""
-    return sum(
-        objective.count(micro) for micro in batch.microbatches(policy.microbatch_tokens, policy.pad_id, policy.packs)
-    )
 
 
 def averages(sums: dict[str, Any], count: float) -> dict[str, float]:

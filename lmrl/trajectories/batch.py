@@ -168,6 +168,11 @@ class Batch:
         return torch.cat(parts) if parts else torch.zeros(0)
 
     @property
+    def fields(self) -> dict[str, torch.Tensor]:
+        """All quantities of the action tokens, (N,) each in the batch's order."""
+        return {name: self.get(name) for name in (self.sequences[0].fields if self.sequences else ())}
+
+    @property
     def lengths(self) -> list[int]:
         """Action tokens of each sequence."""
         return [sequence.targets.numel() for sequence in self.sequences]
