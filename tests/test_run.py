@@ -6,7 +6,8 @@ import pytest
 
 from lmrl.errors import RunError
 from lmrl.recipe.files import load_recipe
-from lmrl.run import METRICS_FILE, RECIPE_FILE, SAMPLES_FILE, Run, checkpoints_in
+from lmrl.run import METRICS_FILE, SAMPLES_FILE, Run
+from lmrl.run_folders import RECIPE_FILE, checkpoints_in
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def command(
     from lmrl.chat import Speaker
     from lmrl.engines.base import Sampling
     from lmrl.policy.load import open_policy
-    from lmrl.run import checkpoint_of
+    from lmrl.run_folders import checkpoint_of
 
     sampling = Sampling(max_new_tokens, temperature, beta=beta)
     speakers = []

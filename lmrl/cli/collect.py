@@ -19,7 +19,7 @@ from lmrl.recipe.overrides import apply_override
 from lmrl.recipe.paths import resolve_files
 from lmrl.recipe.source import Players
 from lmrl.recipe.validation import validate
-from lmrl.run import checkpoint_of
+from lmrl.run_folders import checkpoint_of
 
 
 class Collection(Section):
@@ -219,7 +219,7 @@ def _remote_player(
 def _saved(policy: str, checkpoint: str) -> tuple[str, str, dict[str, Any]]:
     """Checkpoint folder, dtype, and task and rollouts of the run that made it, where it says so."""
     from lmrl.evaluation.api import TASK_FILE, saved_task
-    from lmrl.run import RECIPE_FILE, read_recipe
+    from lmrl.run_folders import RECIPE_FILE, read_recipe
 
     saved, dtype = {}, "float32"
     path = Path(checkpoint_of(policy, checkpoint))

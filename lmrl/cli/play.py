@@ -95,7 +95,7 @@ def _speaker(
     from lmrl.chat import Speaker
     from lmrl.engines.base import Sampling
     from lmrl.policy.load import open_policy
-    from lmrl.run import checkpoint_of
+    from lmrl.run_folders import checkpoint_of
 
     opened = open_policy(str(checkpoint_of(policy)))
     return Speaker(

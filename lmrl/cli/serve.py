@@ -68,7 +68,7 @@ def command(
     from lmrl.engines.base import Sampling
     from lmrl.engines.build import build_engine
     from lmrl.policy.load import open_policy
-    from lmrl.run import checkpoint_of
+    from lmrl.run_folders import checkpoint_of
     from lmrl.serve.endpoint import serve_until_signalled
     from lmrl.serve.model import ServedPolicy
 

@@ -13,7 +13,8 @@ from lmrl.cli.completion import recipes
 from lmrl.errors import COLLAPSED, RecipeError, RunError
 from lmrl.recipe import MAIN_STAGE, DatasetOptions, Recipe
 from lmrl.recipe.files import find_launch, load_recipe, shipped_names, stages_of
-from lmrl.run import RECIPE_FILE, is_blank, latest_run
+from lmrl.run import is_blank
+from lmrl.run_folders import RECIPE_FILE, latest_run
 
 
 def command(

@@ -22,7 +22,7 @@ from lmrl.evaluation.scoring import Scores, check_metrics
 from lmrl.evaluation.suites import Suite, allow_code, load_suite, own_suite
 from lmrl.policy.load import open_policy
 from lmrl.recipe.files import locate_rewards
-from lmrl.run import RECIPE_FILE, read_recipe
+from lmrl.run_folders import RECIPE_FILE, read_recipe
 from lmrl.trajectories.trajectory import Trajectory
 
 TASK_FILE = "lmrl.json"

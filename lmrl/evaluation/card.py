@@ -14,7 +14,8 @@ from lmrl.local_names import HUB_NAME
 from lmrl.objects import PREFIX, is_object
 from lmrl.recipe import MAIN_STAGE, AgentTask, PromptTask, Recipe
 from lmrl.recipe.files import stages_of, to_yaml
-from lmrl.run import RESULTS_FILE, VERSIONS_FILE, read_recipe
+from lmrl.run import RESULTS_FILE
+from lmrl.run_folders import VERSIONS_FILE, read_recipe
 from lmrl.training.display import interval, scope_of
 
 CARD = "README.md"

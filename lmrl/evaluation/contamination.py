@@ -17,7 +17,7 @@ from lmrl.evaluation.suites import Suite
 from lmrl.recipe import DatasetOptions, PromptTask, Recipe
 from lmrl.recipe.files import stages_of
 from lmrl.rollouts.task import build_task, strings_in
-from lmrl.run import RECIPE_FILE, final_checkpoint, read_recipe
+from lmrl.run_folders import RECIPE_FILE, final_checkpoint, read_recipe
 from lmrl.trajectories.files import Malformed, Selection, open_rows
 from lmrl.trajectories.trajectory import Trajectory, prompt_text
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmrl.errors import RecipeError, RunError
-from lmrl.run import checkpoint_names, checkpoint_of
+from lmrl.run_folders import checkpoint_names, checkpoint_of
 
 ALONE = "policy"
 """The label of a policy that is scored alone."""

@@ -32,7 +32,7 @@ from lmrl.recipe.source import DatasetOptions
 from lmrl.rollouts.collect import draw_starts
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task, build_task
-from lmrl.run import read_recipe
+from lmrl.run_folders import read_recipe
 from lmrl.seeding import seed_everything, stream
 from lmrl.sources.dataset import Dataset, build_dataset
 from lmrl.trajectories.batch import Batch, Microbatch, Sequence, to_batch

@@ -19,7 +19,7 @@ from lmrl.evaluation.scoring import Scores
 from lmrl.policy.export import save_adapter, save_plain
 from lmrl.policy.load import open_policy
 from lmrl.policy.policy import Policy
-from lmrl.run import checkpoint_of
+from lmrl.run_folders import checkpoint_of
 
 
 @dataclass

@@ -27,7 +27,7 @@ from lmrl.policy.load import open_policy
 from lmrl.policy.policy import Policy
 from lmrl.recipe import MAIN_STAGE
 from lmrl.recipe.files import stages_of
-from lmrl.run import RECIPE_FILE, checkpoint_of, read_recipe
+from lmrl.run_folders import RECIPE_FILE, checkpoint_of, read_recipe
 from lmrl.trajectories.trajectory import Trajectory
 
 BEST_OF = 16

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lmrl.errors import PluginError
 from lmrl.objectives.correction import Correction
 from lmrl.policy.heads import HeadsSpec
 from lmrl.policy.passes import ForwardRequest, Outputs
@@ -47,9 +48,9 @@ class Objective:
     compares = False
     """True if the loss compares episodes of one prompt; steps then hold whole groups."""
 
-    numbered: tuple[str, ...] | None = None
-    """Fields that number episodes or turns, where processes may exchange prepared sequences to share out the work; None: each keeps
-    its own."""
+    index_fields: tuple[str, ...] | None = None
+    """Fields that hold the numbers of episodes or turns. Ranks that exchange prepared sequences, to share out the work, make these
+    numbers differ from those of other ranks. (): there are none; None: each rank keeps what it prepared."""
 
     kl_controlled = False
     """True if `training.kl_band` lowers the learning rate where a step has moved the policy too far from what played."""
@@ -59,6 +60,11 @@ class Objective:
 
     correction: Correction | None = None
     """Importance correction for samples of an engine with its own probabilities; the stage sets it."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "numbered" in vars(cls):
+            raise PluginError(f"objective {cls.__name__}: `numbered` was renamed to `index_fields`")
 
     def calibrate(self, policy: Policy, trajectories: list[Trajectory]) -> None:
         """Called once, before the first step of a stage that begins with new heads, with some logged episodes."""

@@ -111,7 +111,7 @@ def best_and_worst(trajectories: List[Trajectory]) -> list[list[Trajectory]]:
 class DPO(Objective):
     label = "DPO"
     compares = True
-    numbered = (EPISODE,)
+    index_fields = (EPISODE,)
 
     def __init__(self, options: DPOObjective):
         self.options, self.minibatches = options, options.minibatches

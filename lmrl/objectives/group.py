@@ -42,7 +42,7 @@ class GroupPolicyGradient(PolicyGradient):
     """Base of GRPO, Dr. GRPO, RLOO and REINFORCE++: a subclass says what it does with turns, and how tokens weigh."""
 
     options: GroupObjective
-    numbered = (EPISODE, TURN)
+    index_fields = (EPISODE, TURN)
     penalises_reward = False
     """True if the divergence from the reference is taken from the reward; else it is a term of the loss."""
 

@@ -17,7 +17,7 @@ class Likelihood(Objective):
     """L = -log pi(a|s), averaged over action tokens, minus an optional entropy bonus."""
 
     label = "BC"
-    numbered = (EPISODE,)
+    index_fields = (EPISODE,)
     dropout = True
     loss_of_data = "nll"
 

@@ -115,7 +115,7 @@ class Warmup:
 class PPO(PolicyGradient):
     options: PPOObjective
     label = "PPO"
-    numbered = ()
+    index_fields = ()
 
     def __init__(self, options: PPOObjective):
         super().__init__(options)

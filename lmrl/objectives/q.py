@@ -50,7 +50,7 @@ class QLearning(Objective):
     of it there is no floor. One bootstrapped from V would be no return of the data, and rise with any overestimation.
     """
 
-    numbered = ()
+    index_fields = ()
 
     def __init__(self, options: QObjective, twins: int, value: bool):
         if options.trunk == "auto":  # a recipe has resolved it

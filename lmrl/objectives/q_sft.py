@@ -29,7 +29,7 @@ from lmrl.trajectories.trajectory import Trajectory
 
 class QSFT(Objective):
     label = "Q-SFT"
-    numbered = ()
+    index_fields = ()
 
     def __init__(self, options: QSFTObjective):
         self.options, self.polyak = options, options.polyak

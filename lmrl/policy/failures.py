@@ -13,7 +13,7 @@ from torch import nn
 
 from lmrl.errors import ModelError
 from lmrl.local_names import HUB_NAME
-from lmrl.run import RECIPE_FILE, checkpoints_in
+from lmrl.run_folders import RECIPE_FILE, checkpoints_in
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 TRUST = {

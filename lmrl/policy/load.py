@@ -384,6 +384,6 @@ def newest_checkpoint(path: str) -> Path:
     folder = Path(path)
     if not (folder / "stages").is_dir():
         return folder
-    from lmrl.run import final_checkpoint
+    from lmrl.run_folders import final_checkpoint
 
     return final_checkpoint(folder)

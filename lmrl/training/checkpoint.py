@@ -22,7 +22,8 @@ from lmrl.evaluation.api import TASK_FILE
 from lmrl.objectives.base import Objective
 from lmrl.policy.policy import Policy
 from lmrl.recipe import OWN_TASK, Recipe
-from lmrl.run import Run, step_name
+from lmrl.run import Run
+from lmrl.run_folders import step_name
 from lmrl.sources.base import Source
 from lmrl.training.parallel.strategy import Strategy
 from lmrl.training.updater import Updater

@@ -10,7 +10,8 @@ from lmrl.errors import RunError
 from lmrl.recipe import MAIN_STAGE, MixtureSource, Recipe
 from lmrl.recipe.evaluations import OWN_TASK, own_plan
 from lmrl.recipe.files import stages_of, to_yaml
-from lmrl.run import RECIPE_FILE, Run, step_name, write_atomically
+from lmrl.run import Run, write_atomically
+from lmrl.run_folders import RECIPE_FILE, step_name
 from lmrl.training.checkpoint import final_state
 from lmrl.training.updater import schedule
 

@@ -26,7 +26,8 @@ from lmrl.recipe.files import stages_of
 from lmrl.recipe.own import with_own_options
 from lmrl.recipe.rates import with_rates
 from lmrl.rollouts.task import task_texts
-from lmrl.run import RECIPE_FILE, describe_machine, read_recipe
+from lmrl.run import describe_machine
+from lmrl.run_folders import RECIPE_FILE, read_recipe
 from lmrl.seeding import seed_everything
 from lmrl.training.monitoring.bundle import (
     BATCH_FILE,

@@ -231,12 +231,12 @@ class Stage:
     def _minibatches(self, step: int, batch: Batch) -> Iterator[Batch]:
         """This rank's parts of the minibatches of all epochs, about as costly as the other ranks'."""
         rng = stream(self.seed, self.name, step, "minibatches")
-        cost, numbered, count = self.cost, self.objective.numbered, self.objective.minibatches
-        if distributed.size() == 1 or cost is None or numbered is None:
+        cost, index_fields, count = self.cost, self.objective.index_fields, self.objective.minibatches
+        if distributed.size() == 1 or cost is None or index_fields is None:
             for _ in range(self.objective.epochs):
                 yield from batch.minibatches(rng, count)
             return
-        batch = labelled(batch, numbered)
+        batch = labelled(batch, index_fields)
         for _ in range(self.objective.epochs):
             parts = deal(batch, rng, count, cost)
             yield from parts

@@ -30,7 +30,8 @@ from lmrl.errors import COLLAPSED, LmrlError, RecipeError, RunError
 from lmrl.evaluation.statistics import UNLIMITED, summarize
 from lmrl.recipe import CHOICES, REWARD_MODEL, Recipe
 from lmrl.recipe.files import load_recipe
-from lmrl.run import RECIPE_FILE, RESULTS_FILE, Run, read_recipe, write_atomically
+from lmrl.run import RESULTS_FILE, Run, write_atomically
+from lmrl.run_folders import RECIPE_FILE, read_recipe
 from lmrl.training.build import suite_of
 from lmrl.training.devices import slots_here
 from lmrl.training.display import Display, interval

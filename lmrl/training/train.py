@@ -31,13 +31,8 @@ from lmrl.recipe import MAIN_STAGE, Recipe
 from lmrl.recipe.estimates import memory
 from lmrl.recipe.files import load_recipe, stages_of
 from lmrl.recipe.own import with_own_options
-from lmrl.run import (
-    CALL_FILE,
-    MODEL_FOLDER,
-    RECIPE_FILE,
-    Run,
-    read_recipe,
-)
+from lmrl.run import CALL_FILE, MODEL_FOLDER, Run
+from lmrl.run_folders import RECIPE_FILE, read_recipe
 from lmrl.training.build import build_stage
 from lmrl.training.closing import closing_lines, closing_table, ended_early, warnings_of
 from lmrl.training.display import Display

@@ -120,7 +120,9 @@ class Updater:
         Sequences without a gradient are counted in the loss and left out of the other statistics.
         """
         active, skipped = minibatch.split_by_gradient()
-        passed, left = distributed.all_sum([objective.count(part) if part.sequences else 0.0 for part in (active, skipped)])
+        passed, left = distributed.all_sum(
+            [objective.count(part) if part.sequences else 0.0 for part in (active, skipped)]
+        )
         passed = passed or 1.0
         count = passed + left
         sums = fit(policy, active, lambda passes: self._passes(policy, objective, passes, count))

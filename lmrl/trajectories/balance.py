@@ -89,13 +89,13 @@ def split(costs: list[float], count: int, rng: np.random.Generator, tries: int =
     return [[int(item) for item in rng.permutation(part_B) if item < len(costs)] for part_B in best_BP.T]
 
 
-def labelled(batch: Batch, numbered: tuple[str, ...]) -> Batch:
-    """This rank's sequences, to be dealt, with numbers that say which rank prepared them. numbered: fields that number episodes or
-    turns."""
+def labelled(batch: Batch, index_fields: tuple[str, ...]) -> Batch:
+    """This rank's sequences, to be dealt, with numbers that say which rank prepared them. index_fields: those that hold numbers of
+    episodes or turns."""
     offset = distributed.rank() << HOME
 
     def label(sequence: Sequence) -> Sequence:
-        fields = {name: value + offset if name in numbered else value for name, value in sequence.fields.items()}
+        fields = {name: value + offset if name in index_fields else value for name, value in sequence.fields.items()}
         return replace(sequence, fields=fields, chain=None if sequence.chain is None else sequence.chain + offset)
 
     return Batch([label(sequence) for sequence in batch.sequences], batch.stats)

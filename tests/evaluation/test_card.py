@@ -17,7 +17,8 @@ import yaml
 import lmrl
 from lmrl.errors import RunError
 from lmrl.evaluation.export import export
-from lmrl.run import RECIPE_FILE, RESULTS_FILE
+from lmrl.run import RESULTS_FILE
+from lmrl.run_folders import RECIPE_FILE
 
 PAIRS = [{"prompt": f"say {letter}", "completion": letter} for letter in "abcdefgh"]
 SCORE = {"mean": 0.5, "ci95": [0.4, 0.6], "n": 40, "clusters": 8, "holds_for": "other prompts like these"}

@@ -16,7 +16,7 @@ from lmrl.evaluation import distill
 from lmrl.evaluation.distill import Distillation, States, thinned
 from lmrl.evaluation.export import export
 from lmrl.policy.load import open_policy
-from lmrl.run import final_checkpoint
+from lmrl.run_folders import final_checkpoint
 from lmrl.trajectories.batch import Batch, Sequence, to_batch
 from tests.conftest import TINY_WALKS
 

@@ -61,7 +61,9 @@ def update(name: str, mine: list[Trajectory], exchanged: bool) -> dict:
     batch = objective.prepare(policy, mine)
     if exchanged:
         rng = np.random.default_rng(0)
-        batch = joined(deal(labelled(batch, objective.numbered), rng, 2, cost))  # as an epoch of two minibatches does
+        batch = joined(
+            deal(labelled(batch, objective.index_fields), rng, 2, cost)
+        )  # as an epoch of two minibatches does
         (batch,) = deal(batch, rng, 1, cost)
     load = sum(map(cost, batch.sequences))
     stats = updater.step(policy, objective, batch)

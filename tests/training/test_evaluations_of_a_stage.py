@@ -13,7 +13,8 @@ import lmrl
 from lmrl.errors import RunError
 from lmrl.recipe.document import read_yaml
 from lmrl.recipe.files import load_recipe
-from lmrl.run import Run, read_recipe
+from lmrl.run import Run
+from lmrl.run_folders import read_recipe
 from lmrl.training import dry_run, resume_run, train
 from lmrl.training.closing import closing_lines
 from lmrl.training.display import Display
@@ -188,7 +189,11 @@ def test_the_kl_limit_leaves_policies_out():
     ("recipe", "changes", "lines"),
     [
         ("random_walks/ppo", [], ["score it:   lmrl eval runs/a", "export it:  lmrl export runs/a FOLDER"]),
-        ("maze/ilql", [], ["score it:   lmrl eval runs/a", "export it:  lmrl export runs/a FOLDER --beta 64 --distill"]),
+        (
+            "maze/ilql",
+            [],
+            ["score it:   lmrl eval runs/a", "export it:  lmrl export runs/a FOLDER --beta 64 --distill"],
+        ),
         (
             "maze/ilql",
             ["objective.q_head=tied", "objective.trunk=shared", "objective.beta=8"],

@@ -4,7 +4,7 @@ import pytest
 
 from lmrl.errors import RunError
 from lmrl.recipe.files import load_recipe
-from lmrl.run import read_recipe
+from lmrl.run_folders import read_recipe
 from lmrl.training import resume_run, train
 
 PPO = """

@@ -28,7 +28,8 @@ from lmrl.accelerators import has_memory
 from lmrl.objectives.groups import gathered
 from lmrl.policy.memory import FailedPass, free_frames
 from lmrl.recipe.files import to_yaml
-from lmrl.run import RECIPE_FILE, describe_machine, step_name
+from lmrl.run import describe_machine
+from lmrl.run_folders import RECIPE_FILE, step_name
 from lmrl.training.monitoring.measures import peak_memory_mb
 from lmrl.trajectories.allowed import AllowedTokens
 from lmrl.trajectories.batch import Batch, Sequence
