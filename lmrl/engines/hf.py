@@ -158,7 +158,10 @@ class HFEngine(Engine):
                 f"task.allowed_actions: rollouts.support={guidance.support} may leave none of the allowed actions: set it to 0"
             )
 
-    def _failed(self, requests: list[Request]) -> FailedPass:
+    def _failed(self, requests: list[Request]) -> FailedPass | None:
+        """The work that ran out of memory; None if all requests have their answers."""
+        if not requests:
+            return None
         first = requests[0].generation
         options: dict[str, Any] = {"sampling": asdict(first), "keys": [list(request.key) for request in requests]}
         options |= {"slots": self.slots, "cache_tokens": self.cache_tokens}

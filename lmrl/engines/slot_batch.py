@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from lmrl.engines.base import Completion, Key, Request, Sampling, guidance_of
+from lmrl.engines.base import Completion, Request, Sampling, guidance_of
 from lmrl.engines.sample_token import restrict, sample_token
-from lmrl.engines.token_trie import Node
-from lmrl.policy.slots import COLUMNS, SlotCache, slot_logits
+from lmrl.engines.slot_store import Join, Slot, SlotStore
+from lmrl.policy.slots import SlotCache, slot_logits
 from lmrl.seeding import stream
-from lmrl.trajectories.allowed import AllowedTokens
 
 if TYPE_CHECKING:
     from lmrl.engines.hf import HFEngine
@@ -36,46 +35,6 @@ WORTHWHILE = 16
 
 
 @dataclass(eq=False)
-class Slot:
-    """A sequence whose keys and values are held, or about to be."""
-
-    tokens: list[int]
-    """Prompt and sampled tokens."""
-    prompt: tuple[int, ...]
-    name: Key
-    """Key without the turn."""
-    placed: int | None = None
-    """Its place among the slots; None before it has one."""
-    computed: int = 0
-    """Tokens whose keys and values are held."""
-    used: int = 0
-    """When it was last used, counted in admissions."""
-    pending: Request | None = None
-    """The request that it completes. None: finished."""
-    uniforms: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    logprobs: list[float] = field(default_factory=list)
-    node: Node | None = None
-    """Where it stands among the completions that its request allows (None: it allows all)."""
-    allowed: list[AllowedTokens | None] = field(default_factory=list)
-    version: int = 0
-
-    @property
-    def place(self) -> int:
-        assert self.placed is not None, "the slot has no place yet"
-        return self.placed
-
-    @property
-    def request(self) -> Request:
-        assert self.pending is not None, "the slot is finished"
-        return self.pending
-
-    @property
-    def end(self) -> int:
-        """Tokens that it may come to."""
-        return len(self.prompt) + len(self.uniforms)
-
-
-@dataclass(eq=False)
 class Waiting:
     request: Request
     kind: Sampling
@@ -84,43 +43,17 @@ class Waiting:
     """Passes until it came."""
 
 
-@dataclass(eq=False)
-class Join:
-    """A request that joins. source: the slot that holds its first `shared` tokens. goes_on: this slot becomes its own. twin:
-    another one that joins with the same prompt."""
-
-    request: Request
-    slot: Slot
-    source: Slot | None = None
-    shared: int = 0
-    goes_on: bool = False
-    twin: Join | None = None
-
-
-class SlotBatch:
-    """The running batch of an engine."""
+class SlotBatch(SlotStore):
+    """The running batch of an engine: which requests join, and what is sampled for them."""
 
     def __init__(self, engine: HFEngine):
-        self.engine, self.policy = engine, engine.policy
-        self.cache: SlotCache | None = None
-        self.slots: list[Slot] = []
-        self.running = 0
+        super().__init__(engine)
         self.joining: list[Request] = []
         self.waiting: list[Waiting] = []
-        self.by_name: dict[Key, Slot] = {}
-        self.by_prompt: dict[tuple[int, ...], Slot] = {}
-        self.beginning: Slot | None = None
-        """What prompts begin with alike."""
         self.kind = kind_of(Sampling())
-        self.passes = self.admissions = 0
+        self.passes = 0
         self.computed_tokens = 0
         """Tokens of prompts that went through the model, padding left out."""
-
-    @property
-    def buffers(self) -> SlotCache:
-        """The cache: there is one from `_begin` on, until `forget` with nothing running."""
-        assert self.cache is not None, "the batch has no cache yet"
-        return self.cache
 
     @property
     def busy(self) -> bool:
@@ -152,19 +85,11 @@ class SlotBatch:
             self._decode()
         self.passes += 1
 
-    def forget(self) -> None:
-        """Drop what is kept of finished sequences; all buffers if nothing is running."""
-        for slot in self.slots[self.running :]:
-            self._drop(slot)
-        del self.slots[self.running :]
-        self.beginning = None
-        if not self.running:
-            self.cache = None
-
     @property
     def requests(self) -> list[Request]:
         """Those that have no answer yet."""
-        running = [slot.request for slot in self.slots[: self.running]]
+        # Not by place: where memory runs out while slots are moved, places and states may disagree.
+        running = [slot.pending for slot in self.slots if slot.pending is not None]
         return running + self.joining + [one.request for one in self.waiting]
 
     def abandon(self) -> list[Request]:
@@ -293,103 +218,6 @@ class SlotBatch:
         slot.version = self.engine.syncs
         slot.node = None if request.allowed is None else request.allowed.root
         return slot
-
-    def _make_room(self, joins: list[Join], places: int) -> None:
-        """Place the slots of those that join behind the running ones, and drop kept ones that they leave no room for."""
-        going_on = {join.source for join in joins if join.goes_on}
-        kept = [slot for slot in self.slots[self.running :] if slot not in going_on]
-        most = places + (self.beginning is not None)
-        dropped = self._drop_excess(kept, self.running + len(joins) + len(kept) - most, joins)
-        kept = [slot for slot in kept if slot not in dropped]
-        for join in joins:
-            join.slot.used, join.slot.computed = self.admissions, join.shared
-            if join.source is not None:
-                join.source.used = self.admissions
-                if join.goes_on:
-                    join.slot.placed = join.source.place
-                    self._drop(join.source)
-        distinct = [join.slot for join in joins if join.twin is None]
-        twins = [join.slot for join in joins if join.twin is not None]
-        self._arrange(self._order(distinct, twins, kept), most)
-
-    def _order(self, distinct: list[Slot], twins: list[Slot], kept: list[Slot]) -> list[Slot]:
-        """All slots: the running ones, those that join, the kept ones. Who can stays where it is."""
-        first, second = self.running, self.running + len(distinct)
-        third = second + len(twins)
-        zones = [
-            (range(first, second), distinct),
-            (range(second, third), twins),
-            (range(third, third + len(kept)), kept),
-        ]
-        order = {place: slot for place, slot in enumerate(self.slots[:first])}
-        for zone, slots in zones:
-            staying = {slot.place: slot for slot in slots if slot.placed in zone}
-            moving = iter([slot for slot in slots if slot.placed not in zone])
-            order |= {place: staying[place] if place in staying else next(moving) for place in zone}
-        return list(order.values())
-
-    def _drop_excess(self, kept: list[Slot], count: int, joins: Sequence[Join] = ()) -> set[Slot]:
-        """Drop so many kept slots: of those that nobody copies from if possible, and what was used the longest ago."""
-        sources = {join.source for join in joins}
-        candidates = [slot for slot in kept if slot is not self.beginning]
-        candidates.sort(key=lambda slot: (slot in sources, slot.used))
-        dropped = set(candidates[: max(count, 0)])
-        for slot in dropped:
-            self._drop(slot)
-        for join in joins:
-            if join.source in dropped:  # the first that needs it has it whole, before it is lost
-                join.goes_on = all(other.source is not join.source for other in joins if other.goes_on)
-                if not join.goes_on:
-                    join.source, join.shared = None, 0
-        return dropped
-
-    def _drop(self, slot: Slot) -> None:
-        """Take a slot out of what can be found."""
-        if self.by_name.get(slot.name) is slot:
-            del self.by_name[slot.name]
-        if self.by_prompt.get(slot.prompt) is slot:
-            del self.by_prompt[slot.prompt]
-
-    def _arrange(self, order: list[Slot], most: int) -> None:
-        """Bring the slots into this order, in buffers that have room for them. most: slots that there may ever be.
-
-        What is lacking in the buffers is doubled, as far as it can be needed.
-        """
-        cache, limit = self.buffers, self.engine.cache_tokens
-        running = [slot for slot in order if slot.pending is not None]
-        needed = max(
-            (len(slot.tokens) for slot in order if slot.pending is not None or slot is self.beginning), default=0
-        )
-        longest = max([needed, *[slot.end for slot in running]])
-        slots, columns = cache.slots, cache.columns
-        if len(order) > slots:
-            slots = max(len(order), min(2 * slots, most))
-        if needed > columns:
-            columns = min(max(needed + COLUMNS, 2 * columns), longest)
-        if limit is not None and slots * columns > limit:
-            columns = min(columns, longest)
-            kept = [slot for slot in order if slot.pending is None]
-            long = [slot for slot in kept if slot.computed > columns and slot is not self.beginning]
-            dropped = self._drop_excess(long, len(long))
-            dropped |= self._drop_excess([slot for slot in kept if slot not in dropped], len(order) - limit // columns)
-            order = [slot for slot in order if slot not in dropped]
-            slots = max(len(order), min(slots, limit // columns))
-        if slots >= cache.slots:
-            cache.resize(slots, columns)
-        moves = [
-            (slot.place, place, slot.computed) for place, slot in enumerate(order) if slot.placed not in (None, place)
-        ]
-        self._copy([move for move in moves if move[2]])
-        for place, slot in enumerate(order):
-            slot.placed = place
-        self.slots = order
-        cache.resize(slots, columns)
-
-    def _copy(self, copies: list[tuple[int, int, int]]) -> None:
-        """Copy slots: from, to, tokens. All are read before any is written."""
-        if copies:
-            sources, targets, columns = zip(*copies, strict=True)
-            self.buffers.copy(list(sources), list(targets), max(columns), self.policy.device)
 
     def _compute_beginning(self) -> None:
         """Compute what the waiting prompts begin with alike and no slot holds, where it is worth a pass of its own."""

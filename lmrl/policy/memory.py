@@ -158,7 +158,7 @@ def free_frames(error: BaseException) -> None:
 
 
 @contextmanager
-def or_advice(advice: str, failed: Callable[[], FailedPass] | None = None) -> Iterator[None]:
+def or_advice(advice: str, failed: Callable[[], FailedPass | None] | None = None) -> Iterator[None]:
     """Turn running out of memory inside into one line: `advice`, then what the allocator said. failed: describes the work."""
     try:
         yield

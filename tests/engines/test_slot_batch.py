@@ -10,6 +10,7 @@ from lmrl.coroutines import run
 from lmrl.engines.base import Sampling
 from lmrl.engines.hf import HFEngine
 from lmrl.engines.slot_batch import WORTHWHILE
+from lmrl.errors import MemoryShortError
 from tests.engines.test_hf import assert_same, logprobs_of
 
 SAMPLING = Sampling(max_new_tokens=7)
@@ -148,7 +149,7 @@ def test_buffers_grow_by_doubling(policy):
         return await asyncio.gather(*[engine.generate([5], long, (number,)) for number in range(20)])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lmrl.engines.slot_batch.COLUMNS", 4)
+        patch.setattr("lmrl.engines.slot_store.COLUMNS", 4)
         run(longest())
     assert list(dict.fromkeys(columns)) == [5, 10, 20, 40, 60]  # 60: more is never needed
 
@@ -206,3 +207,28 @@ def test_eager_attention(policy):
     for tokens, completion in said:
         expected = logprobs_of(policy.eval(), tokens, completion.tokens)
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(3, 9, 9), (3, 3, 3)])
+def test_memory_that_ends_as_sequences_leave_is_named(policy, lengths):
+    """Moving the slots of those that go on may need memory: the shortage is reported, and the engine goes on."""
+    policy.causal_lm.generation_config.eos_token_id = 1
+    engine = HFEngine(policy)
+    original = engine.batch._arrange
+
+    def fails_as_they_leave(order, most):
+        if any(slot.logprobs and slot.pending is None for slot in order):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        original(order, most)
+
+    async def several():
+        calls = [engine.generate([5 + n], Sampling(length), ("m", n, 0)) for n, length in enumerate(lengths)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.batch, "_arrange", fails_as_they_leave)
+        found = run(several())
+    failed = [one for one in found if isinstance(one, Exception)]
+    assert len(failed) == len(set(lengths) - {3}) * 2  # those that had ended have their answers
+    assert all(isinstance(one, MemoryShortError) and "rollouts.cache_tokens" in str(one) for one in failed)
+    assert [len(one.tokens) for one in run(several())] == list(lengths)
