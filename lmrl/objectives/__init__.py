@@ -12,7 +12,7 @@ __all__ = ["Loss", "Objective", "load_objective"]
 
 
 def load_objective(options: ObjectiveOptions) -> Objective:
-    """The objective of a recipe section. One of one's own without `Options` gets the section's further keys as keyword arguments."""
+    """The objective of a recipe section. A custom one without `Options` gets the section's further keys as keyword arguments."""
     cls = registry.load("objective", options.name, "objective.name")
     own = expand(options.options, "objective") if isinstance(options, CustomObjective) else None
     try:

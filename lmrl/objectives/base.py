@@ -31,8 +31,8 @@ class Objective:
     """Base of all objectives. Subclasses implement `loss`, and `prepare` where they need more than the tokens."""
 
     Options: type[ObjectiveOptions] | None = None
-    """The class of its section in a recipe, for an objective of one's own. It is checked before anything is built; the
-    objective is made with an instance of it."""
+    """The class of its section in a recipe, for a custom objective. The section is checked before anything is built; the
+    objective gets an instance of this class."""
     label = "objective"
     """Name in tables."""
     epochs = 1
@@ -49,8 +49,8 @@ class Objective:
     """True if the loss compares episodes of one prompt; steps then hold whole groups."""
 
     index_fields: tuple[str, ...] | None = None
-    """Fields that hold the numbers of episodes or turns. Ranks that exchange prepared sequences, to share out the work, make these
-    numbers differ from those of other ranks. (): there are none; None: each rank keeps what it prepared."""
+    """Fields that hold the numbers of episodes or turns. Ranks that exchange prepared sequences, to balance their work, make
+    these numbers differ from those of other ranks. (): there are none; None: each rank keeps what it prepared."""
 
     kl_controlled = False
     """True if `training.kl_band` lowers the learning rate where a step has moved the policy too far from what played."""

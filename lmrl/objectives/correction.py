@@ -1,6 +1,6 @@
 """Importance weights against the difference between the sampler that played and the learner.
 
-An engine with arithmetic of its own samples from mu where the learner computes pi_old with the same weights. Then the
+An engine with its own arithmetic samples from mu, while the learner computes pi_old with the same weights. Then the
 expectation over samples of (pi_old / mu) f is the learner's expectation of f; the ratio is bounded to bound its variance.
 
 - truncation, w = min(pi_old / mu, cap): Yao et al., "Your efficient RL framework secretly brings you off-policy RL
@@ -8,7 +8,7 @@ expectation over samples of (pi_old / mu) f is the learner's expectation of f; t
 - masking, w = pi_old / mu where it is at most the cap, else 0: Liu et al., "When speed kills stability: demystifying RL
   collapse from the training-inference mismatch" (2025).
 
-The ratio is a token's, or the product over all action tokens of an episode, which each of them then bears.
+The ratio is per token, or the product over all action tokens of an episode, which then applies to each of them.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 The advantage of a turn is what the episode earned from that turn on, less a baseline: the other episodes of its group at the
 same turn. Where rewards fall at the end of episodes alone, an episode has one advantage, which all its turns share, as in the
-papers. Which baseline, which scale and which weights tokens have is what the methods differ in; each has a file of its own. The
-mathematics of turns is in turns.py.
+papers. The methods differ in baseline, scale and token weights; each has its own file. The mathematics of turns is in turns.py.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def flat(parts: List[torch.Tensor], dtype: torch.dtype = torch.float32) -> torch
 def grouped_batch(groups: List[List[Trajectory]], policy: Policy, share: bool, whole: bool) -> Batch:
     """A batch in which every action token knows the number of its episode, counted through the groups.
 
-    share: pack episodes of a group that have one segment each and begin alike, as many as a microbatch holds.
+    share: pack episodes of a group that have one segment each and share a beginning, as many as a microbatch holds.
     whole: keep the sequences of a group together in a microbatch.
     """
     sequences, number = [], 0

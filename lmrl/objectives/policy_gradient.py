@@ -18,7 +18,7 @@ ROUNDING = 1e-8
 """Numbers, in double, that differ by less than this share of their size count as equal."""
 
 OPEN_ENTROPY = 0.5
-"""Nats a token below which a policy bears less change, in proportion."""
+"""Entropy in nats per token below which the limit on the policy's change shrinks in proportion."""
 
 
 # ------------------------------------------------------------------------------------------------------------ mathematics
@@ -56,7 +56,7 @@ def k3(logprobs_N: torch.Tensor, reference_N: torch.Tensor) -> torch.Tensor:
 def whiten(values_N: torch.Tensor, floor: float = 0.0) -> torch.Tensor:
     """Zero mean and unit variance over what all processes hold, in double; equal numbers become 0.
 
-    floor: divide by at least this, so that what is left of a spread that has all but gone is not blown up.
+    floor: divide by at least this, so that a spread that has nearly vanished is not blown up.
     """
     mean, variance = distributed.moments(values_N)
     deviation = math.sqrt(variance)
@@ -66,9 +66,10 @@ def whiten(values_N: torch.Tensor, floor: float = 0.0) -> torch.Tensor:
 
 
 def bearable(limit: float, entropy: float) -> float:
-    """A limit on the policy's change, both in nats a token, for a policy of this entropy: less where it is sure of itself.
+    """The limit on the policy's change for a policy of this entropy, both in nats per token: less for one that is nearly
+    deterministic.
 
-    What is a small change of a policy that is open to much is a different policy where hardly anything was left to chance.
+    A change that is small for a policy with high entropy is a large one for a policy that is nearly deterministic.
     """
     return limit * min(max(entropy, 0.0) / OPEN_ENTROPY, 1.0)  # rounding may leave it below 0
 

@@ -33,7 +33,7 @@ UNIT_FLOOR = 0.05
 ADVANTAGE_FLOOR = 0.05
 """Least deviation that advantages are divided by, relative to that of returns."""
 PLATEAU_STEPS, PLATEAU_GAIN = 2, 0.02
-"""The critic's warm-up ends where its explained variance has gained less than this in so many steps."""
+"""The critic's warm-up ends when its explained variance has gained less than PLATEAU_GAIN in PLATEAU_STEPS steps."""
 
 
 # ------------------------------------------------------------------------------------------------------------ mathematics
@@ -54,7 +54,8 @@ def advantages(
 def value_loss(
     values_N: torch.Tensor, old_N: torch.Tensor, returns_N: torch.Tensor, clip: float | None
 ) -> torch.Tensor:
-    """Half squared error per action; with `clip`, the worse of the value and the value held near its old estimate."""
+    """Half squared error per action; with `clip`, the larger error of the value and of the value clipped to within `clip` of its old
+    estimate."""
     error = (values_N - returns_N) ** 2
     if clip is not None:
         held = old_N + (values_N - old_N).clamp(-clip, clip)
@@ -69,7 +70,7 @@ def adapt_kl_coef(coef: float, kl: float, target: float, episodes: int, horizon:
 
 
 def spread(returns_N: torch.Tensor) -> tuple[float, float] | None:
-    """Mean and deviation to begin learning values with, over all processes; None where all returns are 0, which has no unit."""
+    """Initial mean and standard deviation of returns, over all processes; None if all returns are 0, which have no scale."""
     mean, variance = distributed.moments(returns_N)
     deviation = math.sqrt(variance)
     if deviation <= ROUNDING * abs(mean):  # all equal
@@ -200,7 +201,7 @@ class PPO(PolicyGradient):
         return batch
 
     def _measure(self, policy: Policy, values_N: torch.Tensor, returns_N: torch.Tensor) -> dict[str, float]:
-        """How well the values foresaw the returns; the units and the end of the warm-up follow."""
+        """How well the values predicted the returns; updates the units and the warm-up."""
         units, (mean, variance) = policy.values, distributed.moments(returns_N)
         error = distributed.moments(returns_N - values_N)[1]
         # Returns that are equal but for rounding have no variance to explain.

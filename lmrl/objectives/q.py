@@ -1,4 +1,4 @@
-"""Base of objectives with Q heads: chains of action tokens, the push-down, and the likelihood beside them."""
+"""Base of objectives with Q heads: chains of action tokens, the push-down, and the likelihood term."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class QLearning(Objective):
     def q_loss(self, outputs: Outputs, targets_N: torch.Tensor) -> torch.Tensor:
         """Sum over the heads of the error of Q against its targets, (N,), in units of a squared reward.
 
-        So that neither the likelihood beside it nor the learning rate has to know how large rewards are.
+        Then neither the likelihood term nor the learning rate depends on the scale of rewards.
         """
         if outputs.q_logits is None:
             return ((outputs.q - targets_N) ** 2).sum(0) / self.unit

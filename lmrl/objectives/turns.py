@@ -1,7 +1,7 @@
-"""Turns of episodes beside each other: what each earned from there on, less what others of its group did, and on which scale.
+"""Advantages of turns: what each earned from there on, less what the others of its group earned, and on which scale.
 
-Advantages are divided by one number a group or batch and never by one a turn: who is still playing at a late turn depends on what
-was done before, so that a scale of its own for each turn would weigh the same loss by when it happens.
+Advantages are divided by one number per group or batch, never by one per turn: which episodes reach a late turn depends on earlier
+actions, so a scale per turn would weigh the same loss by when it happens.
 """
 
 from __future__ import annotations

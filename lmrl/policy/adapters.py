@@ -22,7 +22,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 def with_lora(
     model: Any, lora: Lora, origin: str | None, revision: str | None, reference: bool
 ) -> tuple[nn.Module, str | None]:
-    """Add an adapter, or go on with the one that is there; and say which kind of reference that allows."""
+    """Add an adapter, or continue with the existing one; returns the kind of reference that this allows."""
     if not hasattr(model, "peft_config"):
         return add_adapter(model, lora, "CAUSAL_LM", revision), "adapter_off"
     found = model.peft_config["default"]
@@ -81,7 +81,7 @@ def add_adapter(model: Any, lora: Lora, task: str, revision: str | None) -> nn.M
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Inside, peft does not warn about tied weights, which are seen to here, nor about patterns of its own for experts."""
+    """Inside, peft does not warn about tied weights, which are handled here, nor about its own patterns for experts."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`")
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
@@ -100,7 +100,7 @@ def _tie_copies(lm: Any, adapter: str) -> None:
 
 
 def _refuse_unknown_layers(model: nn.Module, lora: Lora) -> None:
-    """Raise ModelError for names that fit nothing: peft would ignore one beside others that fit."""
+    """Raise ModelError for names that match nothing: peft ignores such a name if others match."""
     layers = [name for name, _ in model.named_modules()]
     parameters = [name for name, _ in model.named_parameters()]
     for key, wanted, names in (

@@ -19,7 +19,7 @@ ATTENTION = "lmrl"
 SHORT = 256
 """Positions up to which a CPU's backward pass is faster in float32 than in bfloat16: five times at 20, and no longer from 384."""
 PLACEHOLDER = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-"""A mask in four dimensions, which transformers hands through as it is where it would build one of its own."""
+"""A mask in four dimensions, which transformers passes through unchanged instead of building its own."""
 HAS_VARLEN = find_spec("torch.nn.attention.varlen") is not None
 
 

@@ -1,4 +1,4 @@
-"""Keys and values of rows under way, in room that is allocated ahead and written in place.
+"""Keys and values of active rows, in buffers that are allocated ahead and written in place.
 
 transformers' DynamicCache copies every key and value to make room for one more token. Here each layer holds a buffer of
 (rows, heads, columns, width) of which a block is in use: rows [0, rows) and columns [start, end). All rows end at the same
@@ -132,7 +132,7 @@ class RowsLayer(CacheLayerMixin):
 
 
 class Cache:
-    """Keys and values of rows under way, for each trunk that decoding runs: `policy`, and `values` where there are two."""
+    """Keys and values of active rows, for each trunk that decoding runs: `policy`, and `values` where there are two."""
 
     def __init__(self, config: Any, two: bool):
         self.config, self.two = config, two
@@ -153,7 +153,7 @@ class Cache:
         return self.takes_rows and all(layer.full for layer in self._layers())
 
     def expect(self, rows: int) -> None:
-        """Allocate for so many rows from now on."""
+        """Allocate for this many rows from now on."""
         for layer in self._layers():
             layer.room = rows
 

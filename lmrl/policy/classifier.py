@@ -98,7 +98,7 @@ class Classifier:
         own_pad, rows = config.pad_token_id, [None] * len(sequences)
         for batch in batches(list(map(len, sequences)), batch_tokens):
             chosen = [torch.tensor(sequences[index]) for index in batch]
-            # The head reads the last token that is no padding. Without a pad token of its own a model reads the last
+            # The head reads the last token that is not padding. Without a pad token of its own a model reads the last
             # token there is, whichever it be: so pad with one that does not occur.
             pad = own_pad if _is_token(own_pad, config) else _absent(chosen)
             config.pad_token_id = pad

@@ -99,7 +99,7 @@ def _first_sentence(text: str) -> str:
 
 
 def refuse_missing_weights(model: nn.Module, missing: Iterable[str], with_head: bool, key: str, path: str) -> None:
-    """Raise ModelError where weights are missing that would be random. with_head: those of the head too, which is no new one."""
+    """Raise ModelError if weights are missing, which would be random. with_head: including those of the head, if it is not new."""
     trunk = f"{model.base_model_prefix}."
     lost = sorted(name for name in missing if with_head or name.startswith(trunk))
     if lost:
@@ -111,7 +111,7 @@ def refuse_missing_weights(model: nn.Module, missing: Iterable[str], with_head: 
 
 
 def refuse_broken(model: Any, tokenizer: Any, key: str, path: str) -> None:
-    """Raise ModelError for weights that are no numbers, and for tokens that have no embedding."""
+    """Raise ModelError for weights that are not finite, and for tokens without an embedding."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter.sum())):
             if not bool(torch.isfinite(parameter).all()):  # a sum may be infinite by itself

@@ -11,7 +11,7 @@ from lmrl.errors import ModelError
 
 
 def save_given(thing: Any, folder: Path) -> None:
-    """Write a transformers or peft model, or (model, tokenizer), as a folder. Raises ModelError for what is no such model.
+    """Write a transformers or peft model, or (model, tokenizer), as a folder. Raises ModelError for anything else.
 
     The tokenizer of a model alone is the one that its name on the hub, or its folder, has.
     """

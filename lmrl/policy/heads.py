@@ -1,4 +1,4 @@
-"""Heads beside the vocabulary projection: a value head, and twin Q heads with targets.
+"""Heads next to the vocabulary projection: a value head, and twin Q heads with targets.
 
 Every head is `features(hidden)` times a weight matrix, so that Q values of a large vocabulary can be sliced as its
 log-probabilities are (see logprobs.py) and, where the features are linear, folded into it (see export.py).
@@ -105,7 +105,7 @@ class Head(nn.Module):
             self.mix, self.weight = nn.Parameter(torch.empty(width, width)), None
         else:
             self.mix, self.weight = None, nn.Parameter(torch.zeros(outputs, inner))
-        if kind != "mlp" and not bias:  # twins that began alike would stay alike
+        if kind != "mlp" and not bias:  # twins that start equal would stay equal
             nn.init.normal_(self.mix if kind == "tied" else self.weight, std=1e-3 / math.sqrt(width))
 
     def features(self, hidden_ND: torch.Tensor) -> torch.Tensor:
@@ -124,12 +124,12 @@ class Head(nn.Module):
 
 
 class Values(nn.Module):
-    """All heads of a policy, their targets, and a trunk of their own where the spec says so.
+    """All heads of a policy, their targets, and their own trunk if the spec says so.
 
     Values are learned in normalised units: a return is `mean + std x value`. So no learning rate, no clipping range and no `beta`
     depends on how large rewards are. A value is `gain x (offset + scale x output) + shift` (or with categories their mean between
     `low` and `high`). Where the unit follows fresh returns, `renormalise` moves gain and shift so that every value keeps its
-    meaning: PopArt (van Hasselt et al., arXiv 1602.07714) with the correction kept beside the weights instead of inside of
+    meaning: PopArt (van Hasselt et al., arXiv 1602.07714) with the correction kept next to the weights instead of inside of
     them, so that it is the same however the weights are sharded, and targets share it. An optimizer that takes no notice of
     a gradient's size then has to step by 1 / gain, see `Updater`.
     """

@@ -95,7 +95,7 @@ def attention_of(options: Model) -> dict[str, str]:
 
 
 def _agreed_quantization(options: Model, origin: str) -> str | None:
-    """The quantization of a recipe, which has to be that of the adapter it goes on with."""
+    """The quantization of a recipe, which must be that of the adapter it continues with."""
     found = saved_quantization(newest_checkpoint(origin))
     if options.lora is not None and found not in (None, options.quantization):
         raise ModelError(
@@ -302,7 +302,7 @@ def _open(
             **precision,
             **more,
         )
-    except Exception as error:  # missing, torn, not a model, refused remote code: every library has kinds of its own
+    except Exception as error:  # missing, torn, not a model, refused remote code: every library raises its own kinds
         raise ModelError(load_failure(path, key, error)) from error
     if auto is CAUSAL_LM and _is_classifier(model.config):
         raise ModelError(

@@ -238,7 +238,7 @@ class _TokenLogprobs(torch.autograd.Function):
             entropy = lse - totals.weighted / totals.total
             if mean is not None:
                 mean.div_(totals.total[:, None])
-        # Not the parameter itself: where weights are shared out over processes, that is empty by then.
+        # Not the parameter itself: if weights are sharded over processes, it is empty by then.
         ctx.save_for_backward(
             hidden, weight.detach(), None if bias is None else bias.detach(), targets, lse, entropy, mean
         )

@@ -1,4 +1,4 @@
-"""Running out of memory in passes over microbatches, and going on with smaller ones.
+"""Running out of memory in passes over microbatches, and continuing with smaller ones.
 
 Where memory is short shows only when it runs out, so that is where the size of microbatches is corrected. What is computed does
 not change with it: gradients are sums over microbatches, however a minibatch is cut. A CPU's memory usually does not run out so
@@ -40,7 +40,7 @@ T = TypeVar("T")
 FILLED = 0.9
 """Share of an accelerator's memory that an estimate may fill."""
 SIGNS = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
-"""Messages of allocators that have no exception of their own."""
+"""Messages of allocators without their own exception type."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -62,7 +62,7 @@ class FailedPass:
     microbatch_tokens: int
     """Tokens of a microbatch as it failed."""
     shape: tuple[int, ...]
-    """Sequences and tokens of the microbatch under way; of the longest context and the new tokens for `generate`."""
+    """Sequences and tokens of the failed microbatch; for `generate`, prompts and the longest context with its new tokens."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of that kind, as JSON."""
 

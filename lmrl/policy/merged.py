@@ -21,7 +21,7 @@ OWN_PARTS = (".lora_", ".original_module.", ".modules_to_save.")
 def merged_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of the language model, one at a time; a weight with an adapter is merged in float32.
 
-    Heads beside the vocabulary projection are left out, and tied weights come once.
+    Heads other than the vocabulary projection are skipped, and tied weights come once.
     """
     return merged_tensors(policy.causal_lm)
 

@@ -1,7 +1,7 @@
-"""Gradients of the values' loss, held to what the weights can bear: the head's own, and those of a trunk that the policy shares.
+"""Gradients of the values' loss, bounded to protect the weights: the head's own, and those of a trunk that the policy shares.
 
 Both losses send a gradient into the last hidden state of each token, and there they can be compared in the one backward pass
-that is made anyway. The values' is shortened to at most `limit` times the length of the policy's, token by token, so that it
+that is computed anyway. The values' is shortened to at most `limit` times the length of the policy's, token by token, so that it
 depends neither on how a batch is cut into microbatches nor on how weights are sharded. Where the policy is sure of a token its
 gradient vanishes, and so does what a wrong value can do there.
 """

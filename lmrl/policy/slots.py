@@ -1,4 +1,4 @@
-"""Keys and values of sequences in slots, which stay when a sequence pauses and are taken up again when it goes on.
+"""Keys and values of sequences in slots, which are kept when a sequence pauses and reused when it continues.
 
 Each layer holds a buffer of (slots, heads, columns, width): token t of a slot's sequence lies in column t, so there is no
 padding inside of a sequence, positions are columns, and writing a token moves nothing. A pass computes the sequences of
@@ -145,7 +145,7 @@ class SlotCache:
         return [layer for cache in caches for layer in cache.layers if isinstance(layer, SlotLayer)]
 
     def resize(self, slots: int, columns: int) -> None:
-        """Have room for so many slots and columns. What is held beyond them is lost."""
+        """Resize to this many slots and columns. What is held beyond them is lost."""
         if (slots, columns) != (self.slots, self.columns):
             self.slots, self.columns = slots, columns
             for layer in self.layers:

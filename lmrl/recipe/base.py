@@ -41,7 +41,7 @@ class Section(BaseModel):
 
 
 class Plugin(Section):
-    """A part that names code of one's own: further keys are that code's options, checked when it is loaded."""
+    """A part that names custom code: further keys are that code's options, checked when it is loaded."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=(), allow_inf_nan=False)
 

@@ -70,7 +70,7 @@ class Curriculum(Section):
     high: float = Field(1.0, ge=0, le=1)
     """... and so does one of which no smaller share is."""
     episodes: int = Field(8, ge=1)
-    """Episodes of a prompt after which its share is judged; then the count begins anew."""
+    """Episodes of a prompt after which its share is judged; then the count restarts."""
     rest: int = Field(20, ge=1)
     """Steps that it rests. One that is found the same again rests twice as long as before."""
     longest: int = Field(320, ge=1)
@@ -86,7 +86,7 @@ class Curriculum(Section):
 class BlendSource(SourceOptions):
     """Several tasks and logs together: prompts of each task by its weight, logged episodes of each log by its weight.
 
-    Every part has metrics of its own, `NAME/reward` and others. Evaluation is on the recipe's own task.
+    Every part has its own metrics, `NAME/reward` and others. Evaluation is on the recipe's own task.
     """
 
     name: Literal["blend"]

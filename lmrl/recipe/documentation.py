@@ -117,7 +117,7 @@ def _default(field: Any) -> str:
 
 
 def describe(section: type[BaseModel], width: int = 100) -> Iterator[str]:
-    """A section for a terminal of so many columns: what it is, then each key."""
+    """A section for a terminal of this width: what it is, then each key."""
     yield inspect.cleandoc(section.__doc__ or "")
     for key in keys_of(section):
         yield f"\n{key.name}: {key.kind}" + (f" (default {key.default})" if key.default not in ("", "required") else "")

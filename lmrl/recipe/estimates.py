@@ -23,7 +23,7 @@ from lmrl.recipe.rates import UNKNOWN_SIZE, default_rates, with_rates
 PROCESS_MB = 450
 """Python with torch and transformers imported, before any model."""
 VLLM_PROCESS_MB = 300
-"""Memory of vLLM's imports in MB, beside its copy and cache."""
+"""Memory of vLLM's imports in MB, without its copy and cache."""
 CPU_BFLOAT16 = 4
 """How many times the tensors of its passes a CPU comes to hold where it computes in bfloat16. oneDNN keeps prepared kernels for
 every new shape; what else there is was not found. Fitted to long runs (see docs/memory.md); float32 shows nothing of it."""
@@ -176,7 +176,7 @@ def _copied_embeddings(lora: Lora, shape: dict[str, int]) -> int:
 
 
 def _moments_bytes(recipe: Recipe, shape: dict[str, int]) -> Callable[..., int]:
-    """Bytes of the optimizer's state for so many parameters, of which some belong to the embeddings and others to heads.
+    """Bytes of the optimizer's state for this many parameters, of which some belong to the embeddings and others to heads.
 
     AdamW has two moments; 8 bits leave the embeddings' as they are; Muon has one of each matrix, and its last step's in bfloat16.
     """

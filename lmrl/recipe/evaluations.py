@@ -35,7 +35,7 @@ class Plan:
 
 
 def plays_to_learn(recipe: Recipe) -> bool:
-    """True if a stage learns from fresh episodes, alone or beside logged ones."""
+    """True if a stage learns from fresh episodes, alone or together with logged ones."""
     return recipe.source.plays
 
 

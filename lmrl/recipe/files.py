@@ -89,7 +89,7 @@ def load_recipe(name: str | Path | Mapping[str, Any], overrides: typing.Sequence
 
 
 def stages_of(recipe: Recipe) -> dict[str, Recipe]:
-    """Every stage as a recipe of its own, in order; the last is `main`."""
+    """Every stage as a separate recipe, in order; the last is `main`."""
     document = Document(recipe.model_dump(mode="json"))
     stages = {name: _stage(document, name) for name in recipe.stages}
     stages[MAIN_STAGE] = recipe.model_copy(update={"stages": {}})

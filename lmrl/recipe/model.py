@@ -42,7 +42,7 @@ class Lora(Section):
     mixtures of experts. Not with `dropout` or `use_dora`."""
     modules_to_save: list[str] | None = None
     """Names of layers that are trained whole, as a copy that is saved with the adapter: `embed_tokens`, `lm_head`. Embeddings
-    that share their weights with the head go on sharing them."""
+    that share their weights with the head keep sharing them."""
     use_rslora: bool = False
     """Scale adapters by alpha / sqrt(r), under which larger ranks learn no slower (Kalajdzievski, arXiv 2312.03732)."""
     use_dora: bool = False

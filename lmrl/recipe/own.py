@@ -1,4 +1,4 @@
-"""Sections of a recipe that describe code of one's own: checked by that code's own schema, once it is loaded."""
+"""Sections of a recipe that describe custom code: checked by that code's own schema, once it is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OWN: dict[registry.Kind, type[CustomObjective | CustomSource]] = {"objective": C
 
 
 def with_own_options(recipe: Recipe) -> Recipe:
-    """The recipe with each section of one's own replaced by an instance of its class's `Options`, so that its limits, rates and
+    """The recipe with each custom section replaced by an instance of its class's `Options`, so that its limits, rates and
     estimates hold as a shipped one's do. Raises PluginError for code that cannot be loaded, RecipeError for a mistake."""
     for section, custom in OWN.items():
         given = getattr(recipe, section)

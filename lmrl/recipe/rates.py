@@ -14,7 +14,7 @@ imitation; DPO with 5e-7 at 7B (Zephyr, arXiv 2310.16944). Adapters want about t
 Muon takes the rates of AdamW: its steps are scaled to the same length (Liu et al., arXiv 2502.16982, section 2.2).
 
 A head begins at zero, on a hidden state of D numbers: a step of Adam moves a linear one by up to the rate times their sum. So a
-value head's rate is 1 / D, at most 1e-2; Q heads, which have a layer of their own or an entry for each token, take 1e-3.
+value head's rate is 1 / D, at most 1e-2; Q heads, which have their own layer or an entry for each token, take 1e-3.
 """
 
 from __future__ import annotations

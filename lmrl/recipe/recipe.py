@@ -1,6 +1,6 @@
 """The recipe: one strict, typed description of a run.
 
-Everything a run does is written here and nowhere else; each section has a file of its own beside this one. Reading
+Everything a run does is written here and nowhere else; each section has its own file in this folder. Reading
 files and overrides is files.py; nothing here imports torch, so that `lmrl show` answers at once.
 """
 

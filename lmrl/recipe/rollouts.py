@@ -41,17 +41,17 @@ class Rollouts(Section):
     options: dict[str, Any] = {}
     """Keyword arguments of an engine of your own."""
     prompts: int = Field(32, ge=1, le=1_000_000)
-    """Prompts (or start states) a step."""
+    """Prompts (or start states) per step."""
     samples: int = Field(1, ge=1, le=1_000_000)
     """Episodes for each prompt."""
     max_new_tokens: int = Field(64, ge=1, le=10_000_000)
-    """Tokens a turn at most."""
+    """Maximum new tokens per turn."""
     temperature: float = Field(1.0, ge=0)
     """Divides the logits; what is learned is the distribution at this temperature. 0: the likeliest token."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Draw from the likeliest tokens that have this probability together. Refused by policy gradients, as is `top_k`."""
     top_k: int = Field(0, ge=0)
-    """Draw from so many of the likeliest tokens (0: no limit)."""
+    """Draw from this many of the likeliest tokens (0: no limit)."""
     stop: list[str] = []
     """Strings that end a turn."""
     slots: int = Field(256, ge=1, le=1_000_000)
@@ -67,7 +67,7 @@ class Rollouts(Section):
     """The engine waits for every step of an environment, so that nothing depends on how long steps take. false: episodes
     overtake each other, which saves time where environments are slow (`task.workers`)."""
     beta: float | None = Field(None, ge=0)
-    """Weight of Q beside the log-probabilities, for a policy with Q heads (null: its objective's; 0: none)."""
+    """Weight of Q added to the log-probabilities, for a policy with Q heads (null: its objective's; 0: none)."""
     support: float | None = Field(None, ge=0, lt=1)
     """Tokens less likely than this under the policy without Q are never drawn, for a policy with Q heads (null: as its
     objective said)."""

@@ -20,7 +20,7 @@ class Server(Section):
     count: int = Field(1, ge=1)
     """How many servers the run starts, each on a free port of the loopback interface."""
     in_flight: int = Field(64, ge=1)
-    """Requests at a time that each process of the run has under way at a server, and sequences that a started one decodes."""
+    """Requests that each process of the run has in flight at a server, and sequences that a started one decodes."""
     timeout: float = Field(600, gt=0)
     """Seconds that one completion, or loading new weights, may take."""
     start_timeout: float = Field(600, gt=0)
@@ -29,7 +29,7 @@ class Server(Section):
     """How often each server is started again after it died or stopped answering."""
     transfer: Literal["auto", "nccl", "files"] = "auto"
     """How weights travel: `nccl` broadcasts them from GPU to GPU, `files` puts them in shared memory on the same machine;
-    `auto` takes nccl where both sides have GPUs of their own."""
+    `auto` takes nccl if both sides have their own GPUs."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of the servers' weights and arithmetic, whatever the learner's is."""
     max_model_len: int | None = Field(None, ge=1)

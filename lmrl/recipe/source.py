@@ -22,7 +22,7 @@ class SourceOptions(Section):
     plays: ClassVar[bool] = True
     """True if it plays fresh episodes, which are counted in `rollouts`."""
     has_log: ClassVar[bool] = False
-    """True if what is learned from comes from logged episodes as well."""
+    """True if it also learns from logged episodes."""
     best: Any = 1.0
     best_among: Any = "all"
 
@@ -72,9 +72,9 @@ class DatasetOptions(SourceOptions):
     batch_size: int = Field(64, ge=1, le=1_000_000)
     """Episodes a step; of an objective that compares episodes, pairs."""
     max_tokens: int | None = Field(None, ge=1)
-    """Episodes with more tokens are left out, and counted."""
+    """Episodes with more tokens are dropped, and counted."""
     turns: int | None = Field(None, ge=1)
-    """Learn from a random piece of so many turns of each episode (null: from all of it). Many
+    """Learn from a random piece of this many turns of each episode (null: from all of it). Many
     pieces of many episodes make steadier updates than a few whole ones. Needs `task.history: N`."""
     best: float = Field(1.0, gt=0, le=1)
     """Share of the episodes, those with the highest returns, that is learned from (below 1: filtered)."""
@@ -131,7 +131,7 @@ class MixtureSource(DatasetOptions):
 
 
 class CustomSource(SourceOptions, Plugin):
-    """A source of one's own: `file.py:Name`, a dotted path, or the name of an installed one. Its keys are checked when its code is
+    """A custom source: `file.py:Name`, a dotted path, or the name of an installed one. Its keys are checked when its code is
     loaded."""
 
 

@@ -14,12 +14,12 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(Section):
-    """AdamW, or Muon beside it, with a schedule."""
+    """AdamW, or Muon with AdamW, and a schedule."""
 
     name: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
     """adamw_8bit: moments in 8 bits (Dettmers et al., arXiv 2110.02861), by bitsandbytes. muon: orthogonalized steps for the matrices
     of layers, as long as AdamW's (Liu et al., arXiv 2502.16982), and AdamW for embeddings, head, norms and value heads. Both are for
-    one process, or for several that share out nothing."""
+    one process, or for several that shard nothing."""
     lr: float | None = Field(None, gt=0)
     """Learning rate (null: by what is learned, what is trained and the model's size, see lmrl/recipe/rates.py; `lmrl show` tells)."""
     head_lr: float | None = Field(None, gt=0)
@@ -55,7 +55,7 @@ class Named(Plugin):
 
 
 class CustomListener(Named):
-    """A listener of one's own, with its options."""
+    """A custom listener, with its options."""
 
     kind = "listener"
 
@@ -68,7 +68,7 @@ class Training(Section):
     seed: int = Field(0, ge=0)
     """Names all random streams."""
     microbatch_tokens: int = Field(4096, ge=1)
-    """Tokens, padding included, that go through the model at once. Where memory runs out, the run goes on with half of them."""
+    """Tokens, padding included, that go through the model at once. If memory runs out, the run continues with half as many."""
     try_worst_case: bool | None = None
     """Before the first step, try an update's passes on the longest sequences that the recipe allows, so that what does not fit
     fails at once (null: on an accelerator). Reward models do not know this."""
@@ -83,7 +83,7 @@ class Training(Section):
     checkpoint_every: int = Field(50, ge=0)
     """Steps between checkpoints (0: only at the end of a stage)."""
     keep_checkpoints: int = Field(2, ge=1)
-    """Newest checkpoints to keep, beside the best."""
+    """Newest checkpoints to keep, besides the best."""
     final: Literal["auto", "best", "last"] = "auto"
     """The policy that a stage leaves. last: that of its last step. best: the one that was evaluated best. auto: the last, unless an
     earlier one was certainly better, on the same episodes. With `objective.kl_target`, earlier ones beyond it are left out. Reward
@@ -96,7 +96,7 @@ class Training(Section):
     learning rate, and end with it after three times; stop: end with it at once; warn: only say so. Both ends have exit code 3. Reward
     models do not know this."""
     max_nonfinite: int = Field(3, ge=1)
-    """The run stops after so many updates in a row with a non-finite loss or gradient."""
+    """The run stops after this many updates in a row with a non-finite loss or gradient."""
     listeners: list[CustomListener] = []
     """Listeners of your own (docs/plugins.md), called after lmrl's."""
     threads: int | None = Field(None, ge=1, le=4096)
@@ -143,7 +143,7 @@ class Gate(Section):
     lr_factor: float = Field(0.5, gt=0, le=1)
     """After a rollback the learning rate is multiplied by this."""
     max_rollbacks: int = Field(3, ge=1)
-    """After so many, the stage ends with the best checkpoint."""
+    """After this many, the stage ends with the best checkpoint."""
 
 
 class CustomTracker(Named):
@@ -159,7 +159,7 @@ class CustomTracker(Named):
 
 
 class Tracking(Section):
-    """Experiment trackers, beside the run folder."""
+    """Experiment trackers, besides the run folder."""
 
     trackers: list[CustomTracker] = []
     """aim, clearml, comet_ml, dvclive, mlflow, swanlab, tensorboard, trackio, wandb, or one of your own (docs/plugins.md); with

@@ -45,14 +45,14 @@ class Prompts(Section):
     system: str | None = None
     """System message, with the chat template only."""
     max_tokens: int = Field(512, ge=1)
-    """Prompts with more tokens are left out, and counted."""
+    """Prompts with more tokens are dropped, and counted."""
     holdout: float = Field(0.1, ge=0, le=1)
     """Share of the rows, drawn by a fixed seed, that is never trained on and serves evaluation. 1: all of them, for suites, whose
     default it is."""
     limit: int | None = Field(None, ge=1)
     """Use only the first rows."""
     where: str | None = None
-    """Jinja expression of a row's columns: rows of which it is false are left out (`subject == 'anatomy'`)."""
+    """Jinja expression of a row's columns: rows for which it is false are dropped (`subject == 'anatomy'`)."""
     fields: dict[str, str] = {}
     """Further columns, each a Jinja expression of the others; those below see those above."""
     template: str | None = None
@@ -197,7 +197,7 @@ class AgentTask(Section):
     """A program in any language and its arguments: the row comes as JSON on its standard input, the address in OPENAI_BASE_URL and
     OPENAI_API_KEY; the last line that it prints is what `solve` would return, as JSON."""
     tools: list[str | dict[str, Any]] = []
-    """In place of a program of one's own, these tools, which the policy calls until it answers: `file.py:function` or a dotted path, a
+    """Instead of a program of your own, these tools, which the policy calls until it answers: `file.py:function` or a dotted path, a
     function with type hints; `python`, or `{python: {seconds: 5}}`, runs code; `{mcp: {command: [...]}}` or `{mcp: {url: ...}}` are
     the tools of an MCP server. `rewards` judge the answer. `options`: `prompt` (the column with the question), `system`, `rounds`
     (answers at most, 8), `seconds` of a call (30) and `characters` of a result (4000)."""
@@ -250,7 +250,7 @@ class EpisodeLimits(Section):
     history: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
     """The part of an episode that the policy sees: everything, or the last N observations with the turns between them."""
     max_turns: int = Field(100, ge=1)
-    """An episode is truncated after so many turns."""
+    """An episode is truncated after this many turns."""
     max_failed: float = Field(0.1, ge=0, le=1)
     """The run stops when the environment fails in a larger share of a batch."""
     call_timeout: CallTimeout = 600
@@ -306,7 +306,7 @@ class MazeTask(EpisodeLimits):
 
 
 class CustomTask(EpisodeLimits, Plugin):
-    """An environment of one's own, `file.py:Name` or a dotted path."""
+    """A custom environment, `file.py:Name` or a dotted path."""
 
     environment: EnvironmentName
 

@@ -29,11 +29,11 @@ class Shots(Section):
     rows: list[dict[str, Any]] = []
     """The examples themselves, in place of a file."""
     draw: Literal["first", "random"] = "first"
-    """`first`: the same for every prompt. `random`: drawn anew for each, in the order of lm-eval's sampler."""
+    """`first`: the same for every prompt. `random`: drawn separately for each, in the order of lm-eval's sampler."""
     seed: int = Field(1234, ge=0)
     """Of `draw: random`."""
     skip: int = Field(0, ge=0)
-    """First rows of the file that are no examples."""
+    """First rows of the file that are not used as examples."""
     same: str | None = None
     """Column in which an example has to equal its prompt, such as the subject."""
 

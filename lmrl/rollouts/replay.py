@@ -64,7 +64,7 @@ def _version(made: dict[str, Any]) -> str:
 
 
 def differences(environment: Any, line: Line) -> Iterator[str]:
-    """Play an episode's actions; each difference from what was recorded as a line. The actions go on after one."""
+    """Play an episode's actions; each difference from what was recorded as a line. Playing continues after a difference."""
     turns, failure = line["turns"], line.get("failure")
     over = terminated = False
     metrics: dict[str, float | None] = {}

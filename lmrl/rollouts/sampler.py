@@ -1,4 +1,4 @@
-"""The sampler: plays episodes of a task, each a coroutine of its own: reset, generate, step, until it is over."""
+"""The sampler: plays episodes of a task, each in its own coroutine: reset, generate, step, until it ends."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class Sampler:
     """Plays a task. Actions come from an engine, or from a scripted player of the environment."""
 
     def __init__(self, task: Task, engine: Engine | None = None, decode: Any = None, deterministic: bool = True):
-        """decode: from sampled tokens to text, special tokens left out. deterministic: the engine waits for every step of an
-        environment, so that what is computed when does not depend on how long steps take; else episodes overtake each other."""
+        """decode: turns sampled tokens into text without special tokens. deterministic: the engine waits for every step of an
+        environment, so that the order of computation does not depend on how long steps take; otherwise episodes overtake each other."""
         self.task, self.samples_from, self.decode, self.deterministic = task, engine, decode, deterministic
         self.environments: list[Any] = []  # kept between plays: building one may be slow, resetting one is not
         self.threads = StepThreads(task.workers) if task.workers else None
@@ -150,7 +150,7 @@ class Sampler:
             for sample in range(samples):
                 number = group * samples + sample
                 trajectory = Trajectory([], "", "", group=group, episode=number)
-                # Episodes of a group begin alike: a start state that is drawn is drawn from the group's own seed.
+                # Episodes of a group share their start state, so it is drawn from the group's seed.
                 trajectory.seed, trajectory.start = key(*name, "start", group) % 2**31, start
                 if len(episodes) == len(self.environments):
                     self.environments.append(self.task.make())

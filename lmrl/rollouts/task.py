@@ -205,7 +205,7 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
         )
     chat = prompts.chat or dialogue is not None
     renderer = Renderer(tokenizer, chat, prompts.system, section.special_tokens)
-    # Plain text is no prompt: it is learned from as a whole, and only named here.
+    # Plain text is not a prompt: all of it is learned from, and it is only named here.
     plain = ["text" in row and row["text"] is row[prompts.column] for row in rows]
     lengths = [0 if text else len(renderer.first(row[prompts.column])) for row, text in zip(rows, plain, strict=True)]
     short = [row for row, length in zip(rows, lengths, strict=True) if length <= prompts.max_tokens]

@@ -57,15 +57,15 @@ class Source:
     """Base of all sources. `next` depends only on the step, the policy and the saved state."""
 
     Options: type[SourceOptions] | None = None
-    """The class of its section in a recipe, for a source of one's own."""
+    """The class of its section in a recipe, for a custom source."""
     dataset: Dataset | None = None
     """Its logged episodes, if it has any."""
     task_notes: Sequence[str] = ()
-    """What a person should know of tasks that are not the recipe's own."""
+    """Notes for people about tasks other than the recipe's own."""
 
     @classmethod
     def build(cls, wanted: SourceRequest) -> Source:
-        """The source that a recipe describes. One of one's own is made with the request alone, unless it overrides this."""
+        """The source that a recipe describes. A custom one gets only the request, unless it overrides this."""
         made: Callable[[SourceRequest], Source] = cls
         return made(wanted)
 

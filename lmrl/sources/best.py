@@ -1,4 +1,4 @@
-"""Which episodes are learned from, where only the best are."""
+"""Choosing the best episodes to learn from."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lmrl.trajectories.trajectory import Trajectory
 def best_of(
     returns: Sequence[float | None], share: float, rng: np.random.Generator, groups: Sequence[Hashable] | None = None
 ) -> list[int]:
-    """Positions of that share of episodes with the highest returns, at least one; which of equal ones, `rng` draws.
+    """Positions of the share of episodes with the highest returns, at least one; ties are broken by `rng`.
 
-    groups: of each episode the group among which it is ranked, and of each of which a share is kept (None: all are one).
+    groups: each episode's group; the share is kept within each group (None: all episodes are one group).
     """
     if share == 1:
         return list(range(len(returns)))

@@ -26,7 +26,7 @@ STATE_FILE = "blend.json"
 
 
 class Shares:
-    """How a step's `total` units are shared out by weight.
+    """How a step's `total` units are divided by weight.
 
     Every unit goes to the part that lags furthest behind, so that over the steps each comes within one unit of its share. A step's
     units depend on its number alone.

@@ -52,8 +52,8 @@ class Dataset(Source):
     ):
         """returns: of all episodes (None: not judged). best: share of them, with the highest, that is learned from.
         best_among: of each episode the prompt among whose episodes it is ranked (None: among all).
-        turns: learn from a piece of so many turns of each. groups: of each episode the group it belongs to, where whole
-        groups are to be drawn, and only those whose returns differ; a batch then has so many groups.
+        turns: learn from a piece of this many turns of each episode. groups: each episode's group, if whole groups are to be drawn,
+        and only those whose returns differ; `batch_size` then counts groups.
 
         scores: means with intervals over all episodes, None where no return is known. heldout: gives the episodes of
         (that many) held-out prompts. notes: what a person should know.

@@ -63,7 +63,7 @@ def build_stage(
     track: StageTracking = StageTracking(),
     strategy: Strategy | None = None,
 ) -> Stage:
-    """A stage ready to train, or to go on with from its newest checkpoint.
+    """A stage ready to train, or to resume from its newest checkpoint.
 
     start: the checkpoint folder it begins from (None: the recipe's model). track: where people follow it. strategy: None for one process. Raises RecipeError where parts of the recipe do not go together.
     """
@@ -105,7 +105,7 @@ def build_stage(
     else:
         verify(checkpoint, kept[:-1])
         load_weights(policy, checkpoint, recipe.model.trust_remote_code)
-    cost = pass_cost(policy)  # before its weights are shared out
+    cost = pass_cost(policy)  # before its weights are sharded
     updater = Updater(policy, with_rates(recipe, *policy.size), recipe.training.steps, strategy)
     evaluator, every = evaluation_of(recipe, suite, policy, engine)
     scratch = start is None and recipe.model.path is None
@@ -156,7 +156,7 @@ def build_listeners(
 
 
 def load_listener(options: CustomListener, key: str) -> Listener:
-    """A listener of one's own, made with its further keys."""
+    """A custom listener, made with its further keys."""
     cls = registry.load("listener", options.name, f"{key}.name")
     try:
         listener = cls(**options.options)
@@ -262,7 +262,7 @@ def beginning(run: runs.Run, name: str, start: Path | None) -> Path | None:
 
 
 def keep_beginning(run: runs.Run, name: str, recipe: Recipe, objective: Objective, policy: Policy) -> None:
-    """Save what a stage of its own start begins with, if it could not be had again."""
+    """Save the policy that a stage starts from, if it exists nowhere else."""
     # A model from scratch exists nowhere else, and a frozen reference must not change with what `model.path` names.
     frozen_copy = objective.uses_reference and recipe.model.lora is None
     if recipe.model.path is None or frozen_copy:

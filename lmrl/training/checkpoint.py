@@ -1,4 +1,4 @@
-"""Checkpoints: an ordinary model folder, and beside it all that decides the next step.
+"""Checkpoints: an ordinary model folder, plus everything that determines the next step.
 
 Weights are read back from the model folder itself. State is safetensors and JSON; nothing is unpickled. There is no
 generator state, because every random stream is a function of (seed, stage, step).
@@ -31,7 +31,7 @@ from lmrl.training.updater import Updater
 STATE = "state"
 CHECKSUMS = Path(STATE) / "checksums.json"
 NEEDED = (Path(STATE) / "trainer.json", Path(STATE) / "optimizer.safetensors")
-"""The state that a stage resumes from, beside the weights."""
+"""The state that a stage resumes from, apart from the weights."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ def save(
 
 
 def save_task(folder: Path, recipe: Recipe) -> None:
-    """Leave the task beside the weights, so that a checkpoint can be scored without its run."""
+    """Save the task with the weights, so that a checkpoint can be scored without its run."""
     saved = {
         "task": recipe.task and recipe.task.model_dump(mode="json"),
         "suite": None if recipe.evaluation.suite == OWN_TASK else recipe.evaluation.suite,
@@ -166,7 +166,7 @@ def roll_back(
     source: Source,
     strategy: Strategy,
 ) -> None:
-    """Put the weights, optimizer, objective and source of a stage under way back to where a checkpoint left them."""
+    """Restore the weights, optimizer, objective and source of a running stage from a checkpoint."""
     strategy.load_weights(folder, recipe.model.trust_remote_code)
     updater.load_tensors(load_file(folder / STATE / "optimizer.safetensors"))
     source.load(folder / STATE)

@@ -1,4 +1,4 @@
-"""The accelerators of this machine, dealt to runs that go on side by side."""
+"""The accelerators of this machine, assigned to runs in parallel."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def deal(devices: Sequence[str], jobs: int, slot: int) -> list[str]:
 
 
 class Slots:
-    """Places for `jobs` runs at a time, each with devices of its own."""
+    """Places for `jobs` runs at a time, each with its own devices."""
 
     def __init__(self, jobs: int, variable: str | None = None, devices: Sequence[str] = ()):
         self.jobs, self.variable, self.devices = jobs, variable, devices

@@ -1,4 +1,4 @@
-"""The terminal while a run goes on: a live display, or plain lines where there is no terminal."""
+"""The terminal during a run: a live display, or plain lines without a terminal."""
 
 from __future__ import annotations
 

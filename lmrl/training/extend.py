@@ -19,7 +19,7 @@ from lmrl.training.updater import schedule
 def extend(run: Run, before: Recipe) -> list[str]:
     """Make a reopened run ready for the further steps of its recipe; returns a note on each stage that has any.
 
-    before: the recipe that the run was made by. A finished stage goes on from its last step. Raises RunError where it
+    before: the recipe that the run was made by. A finished stage continues from its last step. Raises RunError where it
     cannot, before anything is changed.
     """
     old, new = stages_of(before), stages_of(run.recipe)

@@ -25,7 +25,7 @@ class Interrupt:
     """Catches the first signal; a second one takes its usual course at once.
 
     `check()` raises Interrupted only where `safe` is set: while a rollout runs, when nothing has changed since the last
-    finished step. In a thread beside the training it always does: what is played there can be played again.
+    finished step. In a background thread it always does: what is played there can be played again.
 
     A signal that comes while a reward or an environment runs is acknowledged, and where it is safe ends the call.
     """

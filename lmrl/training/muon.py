@@ -21,7 +21,7 @@ MUON: dict[str, Any] = {"momentum": 0.95, "nesterov": True, "adjust_lr_fn": "mat
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """torch's Muon and AdamW over groups of their own; a group's `muon` says whose it is. Both share one state."""
+    """torch's Muon and AdamW, each over its own groups; a group's `muon` says which. Both share one state."""
 
     def __init__(self, matrices: dict[str, Any], others: list[dict[str, Any]], **adamw: Any):
         """matrices, others: parameter groups, with `lr`. adamw: AdamW's settings; `weight_decay` holds for both."""

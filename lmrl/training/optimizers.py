@@ -44,7 +44,7 @@ def build_optimizer(
         fix = fix_of("bitsandbytes")
         raise RecipeError(f"optimizer.name=adamw_8bit needs bitsandbytes ({error}): {fix}") from error
     optimizer = AdamW8bit(groups, **settings)
-    # A manager of its own in place of the process's, which knows parameters by ids that live longer than they do.
+    # A separate manager instead of the global one, which keys parameters by ids that outlive them.
     optimizer.mng = GlobalOptimManager.__new__(GlobalOptimManager)
     optimizer.mng.initialize()
     embeddings = [module.weight for module in policy.modules() if isinstance(module, nn.Embedding)]

@@ -140,7 +140,7 @@ def _heading(parts: _Parts) -> list[str]:
 
 
 def _update(parts: _Parts) -> Replayed:
-    """Loss and gradient norm beside those recorded, and every tensor that is not finite."""
+    """Loss and gradient norm next to those recorded, and every tensor that is not finite."""
     policy, updater = parts.policy, parts.updater
     policy.begin_update(parts.objective.dropout)
     stats = updater.backward(policy, parts.objective, parts.batch)

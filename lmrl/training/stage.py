@@ -70,9 +70,9 @@ class Stage:
     """The cost of a sequence's pass; None: processes exchange no sequences."""
     start: Path | None = None
     now: int = field(default=0, init=False)
-    """The step under way."""
+    """The current step."""
     attempt: Attempt | None = field(default=None, init=False)
-    """The last update of the step under way, or of the one that is done."""
+    """The last update of the current step, or of the one that has just finished."""
 
     @property
     def seed(self) -> int:
@@ -161,7 +161,7 @@ class Stage:
         )
         metrics: dict[str, Any] = self._learn(step, source_batch) if learned else {"updates": 0}
         finished = time.monotonic()
-        # Trained on logged data, or on a subset of the fresh episodes: these get metrics of their own.
+        # Trained on logged data, or on a subset of the fresh episodes: these get their own metrics.
         if played_well and (self.source.dataset or learned < played_well):
             metrics |= {f"online/{name}": value for name, value in measure(judged).items()}
         if played_well:

@@ -1,6 +1,6 @@
 """Sweeps: a recipe run once for every combination of some keys' values, and one table over the runs.
 
-Runs are processes of their own (`python -m lmrl train ...`), so that each is what it would be alone, and one that fails
+Runs are separate processes (`python -m lmrl train ...`), so that each is what it would be alone, and one that fails
 leaves the others be. The sweep's folder holds
 
     NAME/          a run, for instance seed-0_graph-1000      NAME.log   what it printed
@@ -82,7 +82,7 @@ def sweep(
     """Run a recipe (a file or a shipped name) over values, `jobs` runs at a time; returns what results.json holds.
 
     over: `KEY=VALUE,VALUE`, one for each key. output: the sweep's folder (default: a new one under `runs/`). resume:
-    keep the finished runs in that folder and go on with the others. Where there are accelerators, runs at a time share them out. Raises RecipeError or RunError before anything
+    keep the finished runs in that folder and continue the others. Accelerators, if any, are divided among parallel runs. Raises RecipeError or RunError before anything
     runs, and SweepError at the end where runs failed. SIGTERM and Ctrl-C let every run save a checkpoint.
     """
     display = display or Display()
@@ -99,7 +99,7 @@ def sweep(
         command += ["--output", str(folder / point.name), "--resume"]
         environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {}) | slots.take(point.name)
         with open(_log(folder, point), "w", encoding="utf-8") as log:
-            # A group of its own: Ctrl-C reaches the sweep alone, which passes it on once (a second one would not save).
+            # Its own process group: Ctrl-C reaches only the sweep, which passes it on once (a second one would not save).
             return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, process_group=0
             )
@@ -206,7 +206,7 @@ def _labels(keys: list[str]) -> dict[str, str]:
 
 
 def _short(values: list[str]) -> list[str]:
-    """Values as parts of a folder's name, numbered where they would read alike."""
+    """Values as parts of a folder's name, numbered if they would otherwise be equal."""
     names = [re.sub(r"[^\w.+-]+", "-", value.strip("[]{}\"'/ "))[:40] for value in values]
     return [name if names.count(name) == 1 else f"{name}-{number}" for number, name in enumerate(names, start=1)]
 

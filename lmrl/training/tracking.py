@@ -1,6 +1,6 @@
-"""Experiment trackers: where people follow a run, beside its folder. accelerate has the shipped ones; others are the user's own.
+"""Experiment trackers: where people follow a run, besides its folder. The shipped ones are accelerate's; others are custom.
 
-They get the recipe, the metrics of each step and evaluation, the shown samples and the closing table. A resumed run goes on in the
+They get the recipe, the metrics of each step and evaluation, the shown samples and the closing table. A resumed run continues in the
 run that the tracker already has: its id is kept in the run folder, trackers/runs.json.
 """
 
@@ -158,7 +158,7 @@ def config_of(recipe: Recipe) -> dict[str, str | int | float | bool]:
 class Trackers:
     """Open trackers by name; `with` finishes them, however the run ends.
 
-    One that fails is left out from there on: that is said once, recorded, and what it has missed is counted.
+    One that fails is dropped from then on: this is reported once and recorded, and what it misses is counted.
     """
 
     run: Run

@@ -239,7 +239,7 @@ def join(recipe: Recipe) -> Any:
     if accelerator.distributed_type == "DEEPSPEED":
         from transformers.integrations import unset_hf_deepspeed_config
 
-        unset_hf_deepspeed_config()  # models are loaded whole and shared out afterwards, as with every other strategy
+        unset_hf_deepspeed_config()  # models are loaded whole and sharded afterwards, as with every other strategy
     return accelerator
 
 
@@ -335,7 +335,7 @@ def with_saved_model(run: Run, recipe: Recipe) -> Recipe:
 
 
 def _train_stage(parts: tuple[Any, ...], recipe: Recipe, accelerator: Any, display: Display) -> bool:
-    """Build a stage of these parts and train it; returns True where processes shared out its policy."""
+    """Build a stage of these parts and train it; returns True if its policy was sharded over processes."""
     shared = False
     if not recipe.objective.leaves_policy:
         stage = _reward_model_stage(*parts)
@@ -361,7 +361,7 @@ def _reward_model_stage(*parts: Any) -> Any:
 
 
 def compare_memory(run: Run, stage: str, recipe: Recipe, predicted: float, display: Display) -> None:
-    """Put a process's peak memory so far beside what was predicted for the largest of its stages."""
+    """Compare a process's peak memory so far with the prediction for its largest stage."""
     measured = distributed.all_max(peak_memory_mb())
     if not predicted:
         return

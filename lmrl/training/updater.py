@@ -117,7 +117,7 @@ class Updater:
         """Gradient of the loss averaged over the whole minibatch of all processes, however it is cut into microbatches.
 
         If memory runs out, the minibatch starts again with smaller ones. Raises MemoryShortError if that cannot help.
-        Sequences without a gradient are counted in the loss and left out of the other statistics.
+        Sequences without a gradient count in the loss, but not in the other statistics.
         """
         active, skipped = minibatch.split_by_gradient()
         passed, left = distributed.all_sum(
@@ -126,7 +126,7 @@ class Updater:
         passed = passed or 1.0
         count = passed + left
         sums = fit(policy, active, lambda passes: self._passes(policy, objective, passes, count))
-        # All processes go on with the same size, so that one checkpoint holds it for all.
+        # All processes continue with the same size, so that one checkpoint holds it for all.
         policy.microbatch_tokens = -distributed.all_max(-policy.microbatch_tokens)
         stats = averages(sums, passed)
         values, own, bound = distributed.all_sum(policy.value_pull.tolist())

@@ -49,7 +49,7 @@ class ObjectiveOptions(Section):
     imitates: ClassVar[bool] = False
     """True if it makes the policy more like the episodes it is given, whatever they earned."""
     leaves_policy: ClassVar[bool] = True
-    """False if its result is no policy, but a reward model."""
+    """False if its result is a reward model instead of a policy."""
     episodes_a_row: ClassVar[int] = 1
     """Episodes in one row of logged data: 2 of pairs."""
 
@@ -87,5 +87,5 @@ class ObjectiveOptions(Section):
 
 
 class CustomObjective(ObjectiveOptions, Plugin):
-    """An objective of one's own: `file.py:Name`, a dotted path, or the name of an installed one. Its keys are checked when its
+    """A custom objective: `file.py:Name`, a dotted path, or the name of an installed one. Its keys are checked when its
     code is loaded."""

@@ -1,6 +1,6 @@
 """Evaluation in the course of a stage, on a suite or the stage's own task, and on held-out logged episodes.
 
-Where policies are chosen by their scores, they are chosen by episodes of their own: the scores that a stage reports of its
+Policies that are chosen by their scores are chosen by separate episodes: the scores that a stage reports of its
 last and its best policy are from others, the same that `lmrl eval` plays.
 """
 

@@ -7,7 +7,7 @@ A bundle is a folder `RUN/bundles/STAGE-step-000012-EVENT/`, the same for each e
     batch.safetensors    the minibatch (or what the pass went over)
     rng.safetensors      torch's random generators as the passes began
     model.safetensors    and the rest of a checkpoint folder: the weights. Where one of several processes ran out of memory,
-                         `weights` in info.json names a checkpoint in their place
+                         `weights` in info.json names a checkpoint instead
 """
 
 from __future__ import annotations

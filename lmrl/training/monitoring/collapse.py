@@ -16,7 +16,7 @@ from typing import Any
 START, WINDOW = 5, 10
 """Steps that say how the stage began, and of a window."""
 LEAST = START + WINDOW
-"""Steps of a stage before anything can be told of it."""
+"""Steps of a stage before it is judged."""
 SURE = 5.0
 """Standard errors by which windows have to differ. More than the usual 2, because the best of many windows is looked at, again at
 every step."""
@@ -225,7 +225,7 @@ class Tracker:
         return f"collapse from {best.mean:.3g} to {last.mean:.3g} (at the start {self.start.mean:.3g})"
 
     def taken_back(self, step: int) -> None:
-        """The stage goes on from the checkpoint of a step: what was measured of other weights is forgotten."""
+        """The stage continues from a step's checkpoint: measurements of other weights are dropped."""
         if step != self.kept.step:  # somebody else has taken it back
             self.kept = RollbackPoint(step)
         self.last, self.older, self.windows, self.candidate, self.seen = [], [], [], None, 0

@@ -1,4 +1,4 @@
-"""Warnings of the guard: what is certainly wrong with a stage, beside a collapse, and which option to change.
+"""Warnings of the guard: what is certainly wrong with a stage, apart from a collapse, and which option to change.
 
 Each detector takes the stage's first steps, its last ones, the settings, and whether reward was certainly gained; it returns a
 warning, which names an option and a value to try, or None.
@@ -30,7 +30,7 @@ ALIKE, MOSTLY_CUT, NEARLY_ALL, MANY_FAILED = 0.8, 0.5, 0.95, 0.2
 TWICE, THRICE = 2.0, 3.0
 """Factors on entropy and length since the start that count as running away."""
 RISE = 0.5
-"""Nats that entropy has to have risen, beside that."""
+"""Nats that entropy must also have risen."""
 GONE = 0.02
 """Share of the start's entropy that counts as none."""
 WORSE, NOTHING, PREDICTABLE = -20.0, 0.05, 0.2
@@ -169,7 +169,7 @@ def blind_critic(first: Sequence[Row], last: Sequence[Row], of: Settings, gained
     rows = [row for row in last if "explained" in row]
     began, now = values("reward_std", first), values("reward_std", rows[-WINDOW:])
     if len(now) < WINDOW or not began or median(now) <= STILL_VARIES * mean(began):
-        return None  # where rewards hardly vary, any error is large beside them
+        return None  # if rewards hardly vary, any error is large compared with them
     advice = "lower optimizer.head_lr" if of.head_lr is None else f"set optimizer.head_lr={of.head_lr / 10:.2g}"
     explained = median(values("explained", rows[-WINDOW:]))
     if explained < WORSE:

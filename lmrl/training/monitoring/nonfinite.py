@@ -1,4 +1,4 @@
-"""Updates whose loss or gradient is not finite: how many are borne, and what is kept to see one again."""
+"""Updates whose loss or gradient is not finite: how many are tolerated, and what is kept to reproduce one."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ def worst_case(recipe: Recipe, policy: Policy, task: Task, pairs: bool) -> Batch
     """Two full microbatches (or as many sequences as a minibatch has) of the longest sequences, all of whose tokens are
     actions. pairs: the objective keeps sequences together by twos.
 
-    Two, because only in the second the gradient of the first is held beside the activations.
+    Two, because only during the second is the gradient of the first held together with the activations.
     """
     longest = longest_sequence(recipe, policy, task)
     rows = 2 * max(policy.microbatch_tokens // longest, 2 if pairs else 1)
@@ -26,7 +26,7 @@ def worst_case(recipe: Recipe, policy: Policy, task: Task, pairs: bool) -> Batch
 
 
 def full_sequence(length: int, chain: int | None = None) -> Sequence:
-    """A sequence of so many tokens, each but the first an action."""
+    """A sequence of `length` tokens, each but the first an action."""
     states, targets = torch.arange(length - 1), torch.zeros(length - 1, dtype=torch.long)
     # Of all fields, `floors` alone is asked for by passes: see ForwardRequest.floors.
     return Sequence(

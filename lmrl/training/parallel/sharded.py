@@ -95,7 +95,7 @@ class DeepSpeedStrategy(Strategy):
     def step(self, finite: bool) -> float:
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm() or 0.0)
-        if self.optimizer.overflow:  # DeepSpeed has left the step out, and what every process holds shared out
+        if self.optimizer.overflow:  # DeepSpeed has skipped the step
             if self.shards_weights:
                 self._gather_kept()
             return math.nan

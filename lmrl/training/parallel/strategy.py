@@ -101,7 +101,7 @@ class Strategy:
         load_weights(self.policy, folder, trust_remote_code)
 
     def weights(self) -> dict[str, torch.Tensor] | None:
-        """All weights by their `state_dict` names if `gathered_weights` is no way to get them; otherwise None."""
+        """All weights by their `state_dict` names if `gathered_weights` cannot provide them; otherwise None."""
         return None
 
     # ---------------------------------------------------------------------------------------------------------- state
@@ -144,7 +144,7 @@ def all_reduce_gradients(parameters: list[torch.nn.Parameter], bucket: int = BUC
         flat = torch.cat([(torch.zeros_like(one) if one.grad is None else one.grad).reshape(-1) for one in part])
         for one in part:
             one.grad = None
-        # While one is under way the next is put together.
+        # While one is sent, the next is assembled.
         pending.append((part, flat, dist.all_reduce(flat, async_op=True)))
     for part, flat, work in pending:
         work.wait()
