@@ -17,6 +17,8 @@ EXTRAS = {
     "wandb": "tracking",
     "matplotlib": "plots",
     "mcp": "mcp",
+    "inspect_ai": "inspect",
+    "openai": "inspect",
 }
 """Modules by the extra that installs them."""
 

@@ -85,7 +85,7 @@ def command(
     debug: Debug = False,
 ) -> None:
     """Compare policies, or logs of evaluations, on the same episodes: paired differences with p-values."""
-    from lmrl.evaluation.bridges import harness_task
+    from lmrl.evaluation.bridges import is_foreign
     from lmrl.evaluation.paired import read_claim
     from lmrl.evaluation.suites import allow_code, load_suite, refuse_code
 
@@ -97,7 +97,7 @@ def command(
     if not names:
         raise RecipeError("name the policies or logs to compare: lmrl compare A B --suite NAME")
     claims, betas = [read_claim(text) for text in fail_under or ()], weights(beta)
-    if suite is not None and harness_task(suite) is None:
+    if suite is not None and not is_foreign(suite):
         loaded = load_suite(suite, overrides)  # a mistake in the suite should not wait for the models to load
         refuse_code(allow_code(loaded) if run_code else loaded)
 

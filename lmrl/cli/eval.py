@@ -81,7 +81,7 @@ def command(
     debug: Debug = False,
 ) -> None:
     """Score policies: a table of means with 95 % confidence intervals."""
-    from lmrl.evaluation.bridges import harness_options, harness_task
+    from lmrl.evaluation.bridges import check_foreign, inspect_task, is_foreign
     from lmrl.evaluation.frames import check_table_name, frame_of, records_of, write_table
     from lmrl.evaluation.inspect_log import export_inspect
     from lmrl.evaluation.suites import allow_code, load_suite, refuse_code
@@ -112,8 +112,10 @@ def command(
         raise RecipeError("--overlap-words says what prompts may share with training data: name it, --overlap RUN")
     if inspect is not None and log is None:
         raise RecipeError("--inspect writes what a log holds: name its folder, --log FOLDER")
-    if harness_task(suite) is not None:
-        harness_options(overrides)
+    if inspect is not None and inspect_task(suite) is not None:
+        raise RecipeError(f"--inspect: the --log of {suite} is inspect_ai's already: leave it out")
+    if is_foreign(suite):
+        check_foreign(suite, overrides)
     elif suite is not None and rescore is None:
         loaded = load_suite(suite, overrides)  # a mistake in the suite should not wait for the model to load
         refuse_code(allow_code(loaded) if run_code else loaded)

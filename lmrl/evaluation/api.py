@@ -12,7 +12,7 @@ from typing import Any
 from lmrl.allocator import keep_freed_memory
 from lmrl.engines.remote import Endpoint, RemotePolicy, is_address
 from lmrl.errors import RecipeError, RunError, ScoreError
-from lmrl.evaluation.bridges import HARNESS, harness_options, harness_task
+from lmrl.evaluation.bridges import HARNESS, INSPECT, harness_options, harness_task, inspect_options, inspect_task
 from lmrl.evaluation.contamination import WORDS, Overlap, overlap_of
 from lmrl.evaluation.contenders import Contender, contenders, folder_name
 from lmrl.evaluation.evaluate import Evaluator
@@ -123,7 +123,8 @@ def evaluate(
     evaluation that was stopped resumes there. part: of a log, episodes played side by side and written at once.
     run_code: allow a suite to run code that the policy writes.
     overlap: runs or files whose training data to look for the suite's prompts in: stretches of `overlap_words` words.
-    A suite `lm-eval:TASK` is a task of lm-eval, with the overrides of `HarnessOptions`.
+    A suite `lm-eval:TASK` is a task of lm-eval, with the overrides of `HarnessOptions`; `inspect:TASK` one of inspect_ai,
+    with those of `InspectOptions`.
     endpoint: how addresses are asked.
     """
     policies = [policy] if isinstance(policy, str | Path) else list(policy)
@@ -132,6 +133,10 @@ def evaluate(
         if betas or log is not None or part is not None or overlap:
             raise RecipeError(f"--suite {suite}: it has no --beta, --log, --log-every and --overlap: leave them out")
         return _harness_report(task, found, overrides, trust_remote_code, run_code)
+    if (task := inspect_task(suite)) is not None:
+        if betas or part is not None or overlap:
+            raise RecipeError(f"--suite {suite}: it has no --beta, --log-every and --overlap: leave them out")
+        return _inspect_report(task, found, overrides, trust_remote_code, log, run_code)
     rows: dict[str, Scores] = {}
     episodes: dict[str, list[Trajectory]] = {}
     given: NamedSuite | None = None
@@ -175,6 +180,40 @@ def _harness_report(
     names = ", ".join(contender.name for contender in found)
     columns = list(dict.fromkeys(name for scores in rows.values() for name in scores))
     return Report(f"{HARNESS}{task}", names, rows, columns, episodes[contender.label], played, episodes)
+
+
+def _inspect_report(
+    task: str,
+    found: Sequence[Contender],
+    overrides: Sequence[str],
+    trust_remote_code: bool,
+    log: str | Path | None,
+    run_code: bool,
+) -> Report:
+    """Policies on a task of inspect_ai. log: a folder for its own logs, a subfolder for each of several policies."""
+    from lmrl.accelerators import default_device
+
+    options = inspect_options(overrides)
+    if run_code:
+        raise RecipeError(f"--suite {INSPECT}{task}: it runs code in inspect_ai's own sandboxes: leave --run-code out")
+    from lmrl.evaluation.inspect_tasks import run_inspect
+
+    rows, episodes = {}, {}
+    for contender in found:
+        if is_address(contender.path):
+            raise RecipeError(
+                f"--suite {INSPECT}{task}: inspect_ai asks an address itself (`inspect eval --model openai-api/...`): name "
+                "the model itself, a folder or a name on the hub"
+            )
+        policy = open_policy(contender.path, dtype_of(Path(contender.path)), trust_remote_code)
+        policy.to(default_device())
+        folder = None if log is None else Path(log) if len(found) == 1 else Path(log) / folder_name(contender.label)
+        ran = run_inspect(policy, contender.name, task, options, folder)
+        rows[contender.label], episodes[contender.label], played = ran
+        del policy
+    names = ", ".join(contender.name for contender in found)
+    columns = list(dict.fromkeys(name for scores in rows.values() for name in scores))
+    return Report(f"{INSPECT}{task}", names, rows, columns, episodes[contender.label], played, episodes)
 
 
 def dtype_of(checkpoint: Path) -> str:

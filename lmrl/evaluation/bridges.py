@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -16,6 +17,8 @@ from lmrl.recipe.validation import validate
 
 HARNESS = "lm-eval:"
 """Before the name of a task of lm-eval."""
+INSPECT = "inspect:"
+"""Before the name of a task of inspect_ai."""
 
 
 class HarnessOptions(Section):
@@ -35,6 +38,59 @@ class HarnessOptions(Section):
     """Of sampling, and of Python's generator, by which some tasks order their choices."""
     shots_seed: int = Field(1234, ge=0)
     """Of drawing examples."""
+
+
+class InspectOptions(Section):
+    """How a task of inspect_ai is run: `lmrl eval M --suite inspect:FILE.py@TASK limit=100`."""
+
+    limit: int | None = Field(None, ge=1)
+    """Use only the first samples of the task's data."""
+    samples: int | None = Field(None, ge=1)
+    """Times that each is played, inspect_ai's epochs (null: as the task says)."""
+    args: dict[str, Any] = {}
+    """Arguments of the task."""
+    temperature: float | None = Field(None, ge=0)
+    """Of sampling, where it is not the task's (null: the task's, else 1)."""
+    max_tokens: int = Field(1024, ge=1)
+    """Tokens of an answer at most, where the task does not say."""
+    seed: int | None = None
+    """Of sampling; each request of the same prompt then draws the same (null: every time anew)."""
+    engine: str = "hf"
+    """The engine that samples."""
+    connections: int = Field(16, ge=1)
+    """Requests side by side."""
+
+
+def inspect_task(suite: str | Path | None) -> str | None:
+    """The task of inspect_ai that a suite's name stands for; None for another suite."""
+    name = "" if suite is None else str(suite)
+    return name.removeprefix(INSPECT) if name.startswith(INSPECT) else None
+
+
+def inspect_options(overrides: Sequence[str]) -> InspectOptions:
+    """Raises RecipeError for an option that there is not, and where inspect_ai or openai, which it asks by, is not installed."""
+    document = Document({})
+    for override in overrides:
+        apply_override(document, override)
+    options = validate(InspectOptions, document)
+    if options.seed is not None and (options.samples or 1) > 1:
+        raise RecipeError("seed: with a seed all `samples` of a prompt would be the same: leave one of the two out")
+    for module in ("inspect_ai", "openai"):
+        need(module, f"--suite {INSPECT}TASK", RecipeError)
+    return options
+
+
+def is_foreign(suite: str | Path | None) -> bool:
+    """True for the name of another tool's suite."""
+    return harness_task(suite) is not None or inspect_task(suite) is not None
+
+
+def check_foreign(suite: str | Path | None, overrides: Sequence[str]) -> None:
+    """Raise RecipeError for options that another tool's suite does not have."""
+    if harness_task(suite) is not None:
+        harness_options(overrides)
+    elif inspect_task(suite) is not None:
+        inspect_options(overrides)
 
 
 def harness_task(suite: str | Path | None) -> str | None:

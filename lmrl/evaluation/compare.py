@@ -10,7 +10,7 @@ from typing import Any
 from lmrl.engines.remote import Endpoint
 from lmrl.errors import RecipeError, RunError
 from lmrl.evaluation.api import NamedSuite, evaluator_for, score_rows
-from lmrl.evaluation.bridges import harness_task
+from lmrl.evaluation.bridges import is_foreign
 from lmrl.evaluation.contenders import contenders
 from lmrl.evaluation.evaluate import Evaluator
 from lmrl.evaluation.judging import judge_pair, load_judge
@@ -50,8 +50,10 @@ def compare(
     judge, judge_options: a judge of pairs of answers, see `load_judge`. endpoint: how policies that are addresses are asked.
     Raises RunError for logs of different suites, RecipeError for a metric or policy that there is not.
     """
-    if harness_task(suite) is not None:
-        raise RecipeError(f"--suite {suite}: tasks of lm-eval are scored, not compared: lmrl eval A B --suite {suite}")
+    if is_foreign(suite):
+        raise RecipeError(
+            f"--suite {suite}: tasks of other tools are scored, not compared: lmrl eval A B --suite {suite}"
+        )
     wanted = [read_claim(text) for text in claims]
     by = None if judge is None else load_judge(judge, judge_options)  # before anything is played
     logs = {str(name): logs_in(name) for name in policies if has_logs(Path(name))}
