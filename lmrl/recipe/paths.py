@@ -11,6 +11,7 @@ from lmrl.local_names import refuse_missing
 from lmrl.objects import is_object
 from lmrl.recipe import STAGE_PREFIX
 from lmrl.recipe.document import dotted
+from lmrl.recipe.steps import as_suites
 from lmrl.recipe.task import as_rewards
 from lmrl.shipped import shipped
 
@@ -49,6 +50,12 @@ def resolve_files(data: Any, beside: Path) -> None:
     resolve(_plugin_path, "source", "name")
     resolve(_plugin_path, "rollouts", "engine")
     resolve(_suite_path, "evaluation", "suite")
+    evaluation = data.get("evaluation") if isinstance(data, dict) else None
+    others = evaluation.get("before_after") if isinstance(evaluation, dict) else None
+    if isinstance(others, list):
+        evaluation["before_after"] = as_suites(others)
+        for one in evaluation["before_after"]:
+            resolve_files({"evaluation": one}, beside)
     _resolve_items(data, ("training", "listeners"), "name", beside)
     _resolve_items(data, ("tracking", "trackers"), "name", beside)
     source = data.get("source") if isinstance(data, dict) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from lmrl import registry
 from lmrl.recipe.base import Plugin, Section
@@ -103,6 +103,22 @@ class Training(Section):
     """CPU threads (null: torch decides)."""
 
 
+class OtherSuite(Section):
+    """A suite beside the run's own task."""
+
+    suite: str
+    """Its name or file."""
+    episodes: int | None = Field(None, ge=1)
+    """Start states or prompts of it (null: as many as the suite says)."""
+    changes: list[str] = []
+    """Changes of it as `lmrl eval` takes them, for instance `task.prompts.path=mmlu.jsonl`."""
+
+
+def as_suites(given: Any) -> Any:
+    """Names of suites as sections."""
+    return [{"suite": one} if isinstance(one, str) else one for one in given] if isinstance(given, list) else given
+
+
 class Evaluation(Section):
     """Scoring of a stage: on what, and when."""
 
@@ -118,6 +134,9 @@ class Evaluation(Section):
     """Start states to score during the run (null: as many as the suite says; of the stage's own task, 16 to 256 episodes)."""
     metric: str | None = None
     """Metric that names the best checkpoint, higher is better (null: the suite's first)."""
+    before_after: Annotated[list[OtherSuite], BeforeValidator(as_suites)] = []
+    """Suites, such as `[mmlu, ifeval]` or `[{suite: mmlu, episodes: 200}]`, that the base model and the final policy both play at the
+    end of the run: what training has cost elsewhere (the alignment tax), as paired differences with intervals."""
     diagnostics_every: int = Field(50, ge=0)
     """Steps between diagnostics of an objective with values, on a fixed probe batch (0: none)."""
     gate: Gate | None = None

@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from lmrl.accelerators import has_memory
 from lmrl.allocator import keep_freed_memory
 from lmrl.errors import LmrlError, RecipeError, RunError
 from lmrl.evaluation.frames import load_run, load_samples
+from lmrl.evaluation.scoring import Scores
 from lmrl.foreign import drop_note, keep_note
 from lmrl.objects import Names, find, is_kind, is_object, named_rewards, require
 from lmrl.policy.classifier import Classifier
@@ -33,6 +34,7 @@ from lmrl.recipe.files import load_recipe, stages_of
 from lmrl.recipe.own import with_own_options
 from lmrl.run import CALL_FILE, MODEL_FOLDER, Run
 from lmrl.run_folders import RECIPE_FILE, read_recipe
+from lmrl.training.before_after import before_after, check_before_after, flat
 from lmrl.training.build import build_stage
 from lmrl.training.closing import closing_lines, closing_table, ended_early, warnings_of
 from lmrl.training.display import Display
@@ -56,6 +58,8 @@ class Result:
     lmrl.evaluation.statistics.summarize."""
     ended: str | None = None
     """Why the run ended before its last step, with the best policy of the stage that collapsed."""
+    before_after: dict[str, dict[str, Scores]] = field(default_factory=dict)
+    """By suite of `evaluation.before_after`, row (before, after, difference) and metric, as `scores`."""
 
     @property
     def checkpoint(self) -> Path:
@@ -117,6 +121,7 @@ def train(
     elif overrides:
         recipe = load_recipe(recipe.model_dump(mode="json"), overrides)
     require(recipe.model_dump(mode="json"), at_hand(output))
+    check_before_after(recipe)
     accelerator = join(recipe)
     folder = distributed.broadcast(Path(output) if output is not None else default_output(name)).resolve()
     if resume and distributed.broadcast((folder / "recipe.yaml").exists()):
@@ -161,6 +166,7 @@ def resume_run(folder: Path, recipe: Recipe | None = None, display: Display | No
     folder = folder.resolve()
     before, display = read_recipe(folder), display or Display()
     require((recipe or before).model_dump(mode="json"), at_hand(folder))
+    check_before_after(recipe or before)
     accelerator = join(recipe or before)
     notes: list[str] = []
 
@@ -192,6 +198,8 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> None:
     data["rollouts"]["max_new_tokens"] = min(recipe.rollouts.max_new_tokens, 8)
     data["tracking"]["trackers"] = []
     data["evaluation"]["episodes"] = 2
+    for other in data["evaluation"]["before_after"]:
+        other["episodes"] = 2
     if "max_turns" in (data["task"] or {}):
         data["task"]["max_turns"] = min(data["task"]["max_turns"], 5)
     if "value_warmup_steps" in data["objective"]:
@@ -273,6 +281,8 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
             scores, columns = closing_table(run)
             shown = {label: {name: row[name] for name in columns if name in row} for label, row in scores.items()}
             trackers.table("result", SCORE_COLUMNS, score_rows(shown), MAIN_STAGE, steps)
+            compared, problem = _before_after(run, display)
+            trackers.table("before_after", SCORE_COLUMNS, score_rows(flat(compared)), MAIN_STAGE, steps)
     except Interrupted:
         display.say(f"interrupted; go on with: lmrl train {run.folder} --resume")
         raise
@@ -285,6 +295,10 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
         run.release()
     if any(shown.values()):
         display.table("Result", {label: row for label, row in shown.items() if row})
+    for suite, rows in compared.items():
+        display.table(f"{suite}, before and after", rows)
+    if problem is not None:
+        raise problem
     for name, step, text in warnings_of(run):
         display.say(f"warning at step {step} of stage {name}: {text}")
     ended = ended_early(run, [name for name in stages_of(run.recipe) if run.final(name).exists()][-1])
@@ -293,7 +307,19 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
     if keeps and run.final(MAIN_STAGE).exists():
         for line in closing_lines(run):
             display.say(line)
-    return Result(run.folder, scores, ended)
+    return Result(run.folder, scores, ended, compared)
+
+
+def _before_after(run: Run, display: Display) -> tuple[dict[str, dict[str, Scores]], LmrlError | None]:
+    """What the suites beside the task say, and an error that must not keep the run's own results from being shown."""
+    if not run.recipe.evaluation.before_after or not distributed.broadcast(run.final(MAIN_STAGE).exists()):
+        return {}, None
+    base = with_saved_model(run, run.recipe).model.path
+    assert base is not None
+    try:
+        return before_after(run, base, display), None
+    except LmrlError as error:
+        return {}, error
 
 
 def _train_stages(run: Run, accelerator: Any, display: Display, interrupt: Interrupt, trackers: Trackers) -> int:
