@@ -30,6 +30,7 @@ SHIPPED: dict[str, dict[str, str]] = {
     "objective": {
         "likelihood": "lmrl.objectives.likelihood:Likelihood",
         "ppo": "lmrl.objectives.ppo:PPO",
+        "archer": "lmrl.objectives.archer:ArCHer",
         "ilql": "lmrl.objectives.ilql:ILQL",
         "mc": "lmrl.objectives.mc:MCReturns",
         "q_sft": "lmrl.objectives.q_sft:QSFT",

@@ -131,8 +131,9 @@ def _head_outputs(
         with torch.no_grad():
             targets = [values.taken(q, target_ND, actions_N, matrix)[0] for q in values.target_q]
             outputs.target_q = torch.stack(targets).amin(0)
-            if values.target_v is not None:
-                outputs.target_values = values.value(target_ND, values.target_v)[0]
+    if values.target_v is not None and (request.q or request.target_values):
+        with torch.no_grad():
+            outputs.target_values = values.value(target_ND, values.target_v)[0]
     if request.push is not None:
         floors = batch.fields["floors"] if request.floors else None
         pushed = [values.push_down(q, hidden_ND, actions_N, matrix, request.push, floors) for q in values.q]

@@ -47,6 +47,8 @@ class HeadsSpec:
     q: Literal["mlp", "linear", "tied", "probability"] | None = None
     """probability: no head, but the probabilities of a second model (Q-SFT)."""
     twins: int = 2
+    value_target: bool = False
+    """A target of the value head also where there are no Q heads."""
     trunk: Literal["shared", "detached", "separate"] = "shared"
     bins: int = 0
     """Categories of a value (HL-Gauss); 0: plain numbers and squared error."""
@@ -154,7 +156,9 @@ class Values(nn.Module):
         heads = spec.twins if spec.q in ("mlp", "linear", "tied") else 0
         self.q = nn.ModuleList(Head(spec.q, width, tokens * outputs, spec.q == "mlp") for _ in range(heads))
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
-        self.target_v = copy.deepcopy(self.v).requires_grad_(False) if spec.q and spec.value else None
+        self.target_v = (
+            copy.deepcopy(self.v).requires_grad_(False) if spec.value and (spec.q or spec.value_target) else None
+        )
         own = lm if spec.q == "probability" else getattr(lm, lm.base_model_prefix)
         separate = spec.trunk == "separate"
         self.trunk = copy.deepcopy(own).float().requires_grad_(True) if separate else None

@@ -14,6 +14,8 @@ class ForwardRequest:
 
     logprobs: bool = True
     values: bool = False
+    target_values: bool = False
+    """Values by their targets as well; with `q` they always come."""
     detach_values: bool = False
     """Stop the gradient of the values at the trunk."""
     value_pull: float | None = None

@@ -358,7 +358,7 @@ class Policy(nn.Module):
             outputs = self(micro, request, reference)
             if idle:
                 continue
-            for name in ("logprobs", "entropy", "values", "greedy"):
+            for name in ("logprobs", "entropy", "values", "target_values", "greedy"):
                 flat = getattr(outputs, name)
                 if flat is None:
                     continue
@@ -439,7 +439,7 @@ def saved_heads(folder: Path) -> HeadsSpec | None:
 
 
 def _same_heads(one: HeadsSpec, other: HeadsSpec) -> bool:
-    parts = ("value", "q", "twins", "bins")
+    parts = ("value", "q", "twins", "bins", "value_target")
     same_trunk = (one.trunk == "separate") == (other.trunk == "separate")
     return same_trunk and all(getattr(one, part) == getattr(other, part) for part in parts)
 

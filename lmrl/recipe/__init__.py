@@ -6,6 +6,7 @@ from lmrl.recipe.evaluations import OWN_TASK
 from lmrl.recipe.model import Lora, Model
 from lmrl.recipe.objectives import (
     OBJECTIVES,
+    ArCHerObjective,
     CustomObjective,
     DPOObjective,
     GroupObjective,
@@ -29,7 +30,7 @@ from lmrl.recipe.source import (
     RolloutsSource,
     SourceOptions,
 )
-from lmrl.recipe.steps import CustomListener, CustomTracker, Evaluation, Gate, Optimizer, Tracking, Training
+from lmrl.recipe.steps import CustomListener, CustomTracker, Evaluation, Gate, Optimizer, OtherSuite, Tracking, Training
 from lmrl.recipe.task import (
     ENVIRONMENTS,
     STAGE_PREFIX,

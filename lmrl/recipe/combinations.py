@@ -36,7 +36,7 @@ def mistakes(recipe: Recipe) -> Iterator[str]:
         return
     if not objective.uses_correction and source.plays and recipe.rollouts.correction not in ("auto", "none"):
         yield (
-            f"`rollouts.correction` weighs policy gradients (ppo, grpo, dr_grpo, rloo, reinforce_pp), and '{objective.name}' "
+            f"`rollouts.correction` weighs policy gradients (ppo, archer, grpo, dr_grpo, rloo, reinforce_pp), and '{objective.name}' "
             "is none: leave it at auto"
         )
     yield from objective.mistakes(recipe)

@@ -3,6 +3,7 @@
 from lmrl.recipe.objectives.base import CustomObjective, ObjectiveOptions, RateCurve
 from lmrl.recipe.objectives.likelihood import LikelihoodObjective
 from lmrl.recipe.objectives.policy_gradient import (
+    ArCHerObjective,
     DrGRPOObjective,
     GroupObjective,
     GRPOObjective,
@@ -17,6 +18,7 @@ from lmrl.recipe.objectives.q import Guidance, ILQLObjective, MCObjective, QObje
 OBJECTIVES: dict[str, type[ObjectiveOptions]] = {
     "likelihood": LikelihoodObjective,
     "ppo": PPOObjective,
+    "archer": ArCHerObjective,
     "ilql": ILQLObjective,
     "mc": MCObjective,
     "q_sft": QSFTObjective,

@@ -124,6 +124,39 @@ class PPOObjective(PolicyGradientObjective):
         return (hidden + 1) * (BINS if self.value_loss == "hl_gauss" else 1), 0
 
 
+class ArCHerObjective(PolicyGradientObjective):
+    """A critic of whole turns, in a network of its own, and a policy of tokens (Zhou et al., arXiv 2402.19446)."""
+
+    name: Literal["archer"]
+    head_lr_follows = False
+    value_coef: float = Field(0.5, ge=0)
+    """Weight of the critic's loss, a mean over the begins and ends of turns."""
+    value_warmup_steps: int = Field(10, ge=0)
+    """First steps, at most, that train the critic alone; fewer where its error on fresh returns stops falling."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Discount a turn."""
+    lam: float = Field(0.95, ge=0, le=1)
+    """How far the critic's targets look ahead: 0 to the next turn, as in the paper; 1 to the end of the episode, without bootstrapping."""
+    polyak: float = Field(0.1, gt=0, le=1)
+    """How far the critic's target follows at every update."""
+
+    def mistakes(self, recipe: Recipe) -> Iterator[str]:
+        yield from super().mistakes(recipe)
+        if isinstance(recipe.task, PromptTask):
+            yield "objective 'archer' has a critic of turns, and episodes of `task.prompts` have one: use ppo or grpo"
+        if recipe.model.lora is not None:
+            yield "objective 'archer' trains a critic that is a second copy of all weights: leave model.lora out, or use ppo"
+
+    def head_lr(self, lr: float, hidden: int) -> float:
+        return min(1 / hidden, LARGEST_HEAD_LR)
+
+    def head_parameters(self, hidden: int, vocabulary: int) -> tuple[int, int]:
+        return hidden + 1, hidden + 1
+
+    def trained_parameters(self, learned: int, total: int) -> tuple[int, int]:
+        return learned, total
+
+
 class GroupObjective(PolicyGradientObjective):
     """Options of policy gradients without a critic: their baseline is the other episodes of the prompt, or the batch.
 
