@@ -196,7 +196,7 @@ def logged_pairs(run: Path) -> set[tuple[State, str]]:
     """States and actions of the very episodes that a run learned from, played once more."""
     from lmrl.policy.load import open_policy
     from lmrl.rollouts.task import build_task
-    from lmrl.run import read_recipe
+    from lmrl.run_folders import read_recipe
     from lmrl.sources.dataset import play_dataset
 
     done, games = read_recipe(run), []

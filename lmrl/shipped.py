@@ -44,16 +44,14 @@ def descriptions(kind: str) -> dict[str, str]:
 
 
 def section_docs(place: str, key: str) -> dict[str, str]:
-    """First lines of the docstrings of the recipe's section classes in a file or folder of lmrl/recipe, by the name that selects
-    each: that of its field `key: Literal[NAME]`."""
+    """First paragraphs of the docstrings of the recipe's section classes in a file or folder of lmrl/recipe, by the name that
+    selects each: that of its field `key: Literal[NAME]`."""
     root = Path(__file__).parent / "recipe" / place
     found = {}
     for file in sorted(root.glob("*.py")) if root.is_dir() else [root]:
         for node in ast.parse(file.read_text()).body:
-            if not isinstance(node, ast.ClassDef):
-                continue
-            for name in _literals(node, key):
-                found[name] = (ast.get_docstring(node) or "").split("\n")[0]
+            if isinstance(node, ast.ClassDef):
+                found |= {name: _first_paragraph(node) for name in _literals(node, key)}
     return found
 
 
@@ -65,9 +63,13 @@ def _literals(node: ast.ClassDef, key: str) -> Iterator[str]:
                 yield ast.literal_eval(kind.slice)
 
 
+def _first_paragraph(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    return " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+
+
 def reward_docs() -> dict[str, str]:
     """The shipped rewards by dotted path: functions that take completions, and classes that can be called, with the first
-    lines of their docstrings."""
+    paragraphs of their docstrings."""
     found = {}
     for path in sorted(shipped("reward_models").glob("[!_]*.py")):
         for node in ast.parse(path.read_text()).body:
@@ -78,6 +80,5 @@ def reward_docs() -> dict[str, str]:
             else:
                 continue
             if is_reward:
-                text = (ast.get_docstring(node) or "").split("\n")[0]
-                found[f"lmrl.reward_models.{path.stem}.{node.name}"] = text
+                found[f"lmrl.reward_models.{path.stem}.{node.name}"] = _first_paragraph(node)
     return dict(sorted(found.items()))

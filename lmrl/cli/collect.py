@@ -57,7 +57,7 @@ def command(
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
-    """Play episodes and keep them as rows (see lmrl/trajectories/rows.py), for source.path=FOLDER."""
+    """Play episodes and keep them as rows to learn from, for source.path=FOLDER."""
     from lmrl.trajectories.store import EpisodeWriter, check_destination
 
     output = output or Path("data") / time.strftime("episodes-%Y%m%d-%H%M%S")

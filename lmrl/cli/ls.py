@@ -8,7 +8,8 @@ from importlib.metadata import EntryPoint
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -72,17 +73,26 @@ def command(
         for line in details(kind, name, console.width):
             console.print(line, markup=False)
         return
+    console = Console(highlight=False)
+    for one in [kind] if kind else KINDS:
+        found = listing(one)
+        if found or kind is not None:
+            console.print(f"[bold]{one}[/bold]")
+            console.print(_laid_out(found, console.width))
+
+
+def _laid_out(found: dict[str, str], width: int) -> RenderableType:
+    """Names with what they are beside them, or below where long names would leave no room. width: of the terminal, in columns."""
+    texts = {name: Text(text) for name, text in found.items()}  # brackets in them are no markup
+    if max(map(len, found), default=0) > width // 3:
+        parts = [(Padding(Text(name), (0, 0, 0, 2)), Padding(text, (0, 3, 0, 6))) for name, text in texts.items()]
+        return Group(*(part for pair in parts for part in pair))
     table = Table(show_header=False, box=None, padding=(0, 3, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column()
-    for one in [kind] if kind else KINDS:
-        found = listing(one)
-        if not found and kind is None:
-            continue
-        table.add_row(f"[bold]{one}[/bold]", "")
-        for each, text in found.items():
-            table.add_row(f"  {each}", Text(text))  # brackets in it are no markup
-    Console(highlight=False).print(table)
+    for name, text in texts.items():
+        table.add_row(Text(f"  {name}"), text)
+    return table
 
 
 def listing(kind: str) -> dict[str, str]:

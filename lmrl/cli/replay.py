@@ -17,7 +17,7 @@ def command(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Compute an update or pass that went wrong again, or play an episode again; exit code 1 where it comes out differently."""
+    """Repeat an update or pass that went wrong, or an episode; exit code 1 where it comes out differently."""
     if episode is None:
         from lmrl.training.replay import replay
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
 
 from lmrl.cli.common import Debug, Overrides
 from lmrl.cli.completion import recipes
@@ -35,4 +37,7 @@ def command(
             evaluation_line(resolved),
             *memory_lines(resolved),
         ]:
-            console.print(f"  {line}", markup=False, soft_wrap=True)
+            if console.is_terminal:
+                console.print(Padding(Text(line), (0, 0, 0, 2)))
+            else:
+                console.print(f"  {line}", markup=False, soft_wrap=True)

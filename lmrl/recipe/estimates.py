@@ -43,23 +43,33 @@ def arithmetic_line(recipe: Recipe) -> str:
     if not recipe.objective.leaves_policy:
         longest = (recipe.objective.tokens_a_row() or 0) // 2
         return (
-            f"a step: {a['episodes']} pairs of texts of at most {longest} tokens each -> microbatches of "
-            f"about {recipe.training.microbatch_tokens} tokens -> 1 update; {a['steps']} steps = {a['updates']} updates"
+            f"a step: {_counted(a['episodes'], 'pair')} of texts of at most {longest} tokens each -> microbatches of "
+            f"about {recipe.training.microbatch_tokens} tokens -> 1 update; {_counted(a['steps'], 'step')} = "
+            f"{_counted(a['updates'], 'update')}"
         )
     width = _tokens_an_episode(recipe)
     micro = math.ceil(a["episodes_per_minibatch"] * width / recipe.training.microbatch_tokens)
-    episodes = f"{a['prompts']} prompts x {a['samples']} samples = {a['episodes']} episodes"
+    episodes = _played(a["prompts"], a["samples"], a["episodes"])
     if isinstance(recipe.source, MixtureSource):
         played = recipe.rollouts.prompts * recipe.rollouts.samples
         episodes = (
-            f"plays {recipe.rollouts.prompts} prompts x {recipe.rollouts.samples} samples = {played} episodes into the "
-            f"replay buffer, learns from {a['episodes']}"
+            f"plays {_played(recipe.rollouts.prompts, recipe.rollouts.samples, played)} into the replay buffer, learns "
+            f"from {a['episodes']}"
         )
     return (
-        f"a step: {episodes} -> {a['minibatches']} minibatches of {a['episodes_per_minibatch']} -> about {micro} microbatches of at most "
-        f"{recipe.training.microbatch_tokens} tokens each -> {a['epochs']} epochs = {a['updates_per_step']} updates; "
-        f"{a['steps']} steps = {a['updates']} updates"
+        f"a step: {episodes} -> {_counted(a['minibatches'], 'minibatch', 'minibatches')} of {a['episodes_per_minibatch']} -> about "
+        f"{_counted(micro, 'microbatch', 'microbatches')} of at most {recipe.training.microbatch_tokens} tokens each -> "
+        f"{_counted(a['epochs'], 'epoch')} = {_counted(a['updates_per_step'], 'update')}; {_counted(a['steps'], 'step')} = "
+        f"{_counted(a['updates'], 'update')}"
     )
+
+
+def _played(prompts: int, samples: int, episodes: int) -> str:
+    return f"{_counted(prompts, 'prompt')} x {_counted(samples, 'sample')} = {_counted(episodes, 'episode')}"
+
+
+def _counted(count: int, one: str, several: str | None = None) -> str:
+    return f"{count} {one if count == 1 else several or f'{one}s'}"
 
 
 def evaluation_line(recipe: Recipe) -> str:
@@ -106,7 +116,7 @@ def memory_lines(recipe: Recipe) -> list[str]:
     shape, items = model_shape(recipe.model), memory(recipe)
     if shape is None or items is None:
         return [f"memory: unknown, because the sizes of '{recipe.model.path or 'model.config'}' are not known here yet"]
-    parts = ", ".join(f"{name} {size:,.0f}" for name, size in items.items())
+    parts = ", ".join(f"{name} {size:,.0f}" for name, size in items.items() if round(size))
     learned, copy, heads, _ = _trained(recipe, shape)
     count = f"{shape['parameters'] / 1e6:,.2f}M parameters, {(learned + copy + heads) / 1e6:,.2f}M trainable"
     return [f"model: {count}", f"memory: about {sum(items.values()):,.0f} MB ({parts})"]

@@ -271,7 +271,7 @@ class EpisodeLimits(Section):
 
 
 class RandomWalksTask(EpisodeLimits):
-    """Shortest paths on one generated graph (see lmrl/environments/random_walks.py)."""
+    """Shortest paths on one generated graph."""
 
     environment: Literal["random_walks"]
     graph: int = Field(1000, ge=0)
@@ -293,7 +293,7 @@ class RandomWalksTask(EpisodeLimits):
 
 
 class MazeTask(EpisodeLimits):
-    """Walk to the goal of a double-T maze, one move a turn (see lmrl/environments/maze.py)."""
+    """Walk to the goal of a double-T maze, one move a turn."""
 
     environment: Literal["maze"]
     history: Literal["all"] | Annotated[int, Field(ge=1)] = 1

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from lmrl.trajectories.trajectory import Trajectory
@@ -20,6 +20,8 @@ SHOWN = ("reward", "kl", "nll", "entropy", "approx_kl", "accuracy", "margin", "l
 TROUBLES = ("failed", "skipped")
 """Counts that are only shown where there is something to count."""
 PLAIN_EVERY_SECONDS = 2.0
+WIDE = 110
+"""Columns of a terminal from which the bar has its full length."""
 LOPSIDED = 0.2
 """Difference of an interval's sides, as a share of its width, from which both ends are written."""
 
@@ -35,8 +37,9 @@ class Display:
         self._began, self._done = 0.0, 0
         self._bar: NotebookBar | None = None
 
-    def say(self, text: str) -> None:
-        self.console.print(Text(visible(text)), soft_wrap=True)
+    def say(self, text: str, whole: bool = False) -> None:
+        """Print a line, which a terminal shows broken between words. whole: in one piece, as commands and paths are copied."""
+        self.console.print(Text(visible(text)), soft_wrap=whole or not self.console.is_terminal)
 
     def begin(self, stage: str, label: str, steps: int, done: int) -> None:
         self._stage, self._steps = f"{stage} ({label})", steps
@@ -45,12 +48,13 @@ class Display:
             self._bar = NotebookBar(self._stage, steps, done)
         elif self.console.is_terminal:
             self._progress = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[metrics]}"),
+                TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True)),
+                BarColumn(bar_width=24 if self.console.width >= WIDE else 8),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                TimeElapsedColumn(table_column=Column(no_wrap=True)),
+                TimeRemainingColumn(table_column=Column(no_wrap=True)),
+                # The one that takes a second line where there is no room.
+                TextColumn("{task.fields[metrics]}", table_column=Column(no_wrap=False)),
                 console=self.console,
             )
             self._task = self._progress.add_task(self._stage, total=steps, completed=done, metrics="")

@@ -271,7 +271,7 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
         display = Display(Console(quiet=True))
     try:
         with open_trackers(run, display) as trackers:
-            display.say(f"run folder: {run.folder}")
+            display.say(f"run folder: {run.folder}", whole=True)
             if resumed and not any(run.final(name).exists() or run.checkpoints(name) for name in stages_of(run.recipe)):
                 display.say("there is no checkpoint yet: starting over")
             if run.writes and (call := keep_note(run.folder / CALL_FILE)):
@@ -306,7 +306,7 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
         display.say(f"ended early: {ended}")
     if keeps and run.final(MAIN_STAGE).exists():
         for line in closing_lines(run):
-            display.say(line)
+            display.say(line, whole=True)
     return Result(run.folder, scores, ended, compared)
 
 

@@ -38,7 +38,7 @@ def test_cp_then_show_and_dry_run(tmp_path):
     assert "exists" in lmrl("cp", "random_walks/bc", "mine.yaml", cwd=tmp_path).stderr
     done = lmrl("show", "mine.yaml", "training.steps=9", cwd=tmp_path)
     assert "steps: 9" in done.stdout and "memory: about" in done.stdout
-    assert "1000 prompts" not in done.stdout and "128 prompts x 1 samples = 128 episodes" in done.stdout
+    assert "1000 prompts" not in done.stdout and "128 prompts x 1 sample = 128 episodes" in done.stdout
     assert lmrl("cp", "sentiment.py", cwd=tmp_path).returncode == 0 and (tmp_path / "sentiment.py").is_file()
 
 
@@ -77,7 +77,7 @@ def test_help_lists_each_verb_with_its_own_text():
     ("kind", "sections"), [("environments", ENVIRONMENTS), ("objectives", OBJECTIVES), ("sources", SOURCES)]
 )
 def test_ls_reads_the_docstrings_of_the_sections(kind, sections):
-    assert SHIPPED[kind]() == {name: cls.__doc__.split("\n")[0] for name, cls in sections.items()}
+    assert SHIPPED[kind]() == {name: " ".join(cls.__doc__.split("\n\n")[0].split()) for name, cls in sections.items()}
 
 
 def test_ls_knows_every_shipped_engine_and_tracker():
