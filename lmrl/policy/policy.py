@@ -409,8 +409,7 @@ class Policy(nn.Module):
         self.tokenizer.save_pretrained(folder)
         if self.values is not None:
             heads = self.values.state_dict() if weights is None else below("values.", weights)
-            state = {name: tensor.detach().clone().contiguous() for name, tensor in heads.items()}
-            save_file(state, folder / HEADS_FILE)
+            save_file(unshared(heads), folder / HEADS_FILE)
             (folder / HEADS_CONFIG).write_text(json.dumps(asdict(self.values.spec)) + "\n")
 
     def load_heads(self, folder: Path, put: Callable[[torch.Tensor, torch.Tensor], Any] = torch.Tensor.copy_) -> None:
@@ -430,6 +429,16 @@ class Policy(nn.Module):
 def below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors whose names begin with the prefix, named without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as a file can hold them: contiguous, and copied where one shares its memory with an earlier one."""
+    found, seen = {}, set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = (tensor.detach().clone() if place in seen else tensor.detach()).contiguous()
+        seen.add(place)
+    return found
 
 
 def saved_heads(folder: Path) -> HeadsSpec | None:

@@ -33,6 +33,7 @@ VLLM_CACHE_GIB = 1.0
 """vLLM's keys and values where the recipe does not say, as in lmrl.engines.vllm on a CPU."""
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 """Of a weight in 4 bits: each 64 share a scale in 8 bits, and each 256 scales another in 32 (arXiv 2305.14314, section 3)."""
+ON_THEIR_WAY = "gradients on their way"
 SPARE = 64
 """Columns of keys and values ahead of need, as in lmrl.policy.cache."""
 
@@ -138,7 +139,7 @@ def memory(recipe: Recipe, accelerator: bool = False) -> dict[str, float] | None
     items["gradients and Adam"] = learned * 4 + moments(learned)
     items["second model and its target"] = copy * 12 + moments(copy)  # weight, gradient, target
     items["heads and their targets"] = heads * 8 + targets * 4 + moments(heads, heads)
-    if getattr(recipe.objective, "kl_coef", 0) > 0 and lora is None:
+    if recipe.objective.holds_reference and lora is None:
         items["reference"] = base_bytes
     if recipe.rollouts.engine == "vllm":
         vllm = recipe.rollouts.vllm
@@ -152,7 +153,8 @@ def memory(recipe: Recipe, accelerator: bool = False) -> dict[str, float] | None
     if accelerator:
         return megabytes
     if "bfloat16" in (recipe.model.dtype, recipe.training.precision):
-        megabytes["a CPU's bfloat16 kernels"] = (CPU_BFLOAT16 - 1) * sum(passes.values()) / 2**20
+        computed = sum(size for name, size in passes.items() if name != ON_THEIR_WAY)
+        megabytes["a CPU's bfloat16 kernels"] = (CPU_BFLOAT16 - 1) * computed / 2**20
     return megabytes | {"python": PROCESS_MB + (VLLM_PROCESS_MB if recipe.rollouts.engine == "vllm" else 0)}
 
 
@@ -211,10 +213,21 @@ def _update_bytes(recipe: Recipe, shape: dict[str, int], width: int) -> dict[str
     per_token = shape["layers"] * (10 * shape["hidden"] + 4 * shape["intermediate"]) * width
     # With checkpointing only the layers' inputs are kept, and one layer is computed again at a time.
     kept = shape["layers"] * shape["hidden"] * width + per_token // shape["layers"]
-    items = {"activations": tokens * (kept if recipe.training.gradient_checkpointing else per_token)}
+    learned, copy, *_ = _trained(recipe, shape)
+    trunks = (learned > 0) + (copy > 0)  # of the policy, and of the second model that values stand on
+    items = {"activations": trunks * tokens * (kept if recipe.training.gradient_checkpointing else per_token)}
     if recipe.objective.leaves_policy:
         items["vocabulary slices"] = 3 * tokens * min(SLICE, shape["vocabulary"]) * 4
+        items[ON_THEIR_WAY] = 4 * _largest_gradients(recipe, shape)
     return items
+
+
+def _largest_gradients(recipe: Recipe, shape: dict[str, int]) -> int:
+    """Numbers in gradients of matrices over the vocabulary that a second microbatch holds beside those of the first, before both are
+    added up: of the projection, and of one Q head by its two uses, the value of the action and the push-down."""
+    own = shape["vocabulary"] * shape["hidden"] if recipe.model.lora is None else 0
+    heads, twins = recipe.objective.head_parameters(shape["hidden"], shape["vocabulary"])[0], recipe.objective.twins
+    return own + (2 * heads // twins if twins else 0)
 
 
 def _sampling_bytes(recipe: Recipe, shape: dict[str, int], width: int) -> dict[str, int]:

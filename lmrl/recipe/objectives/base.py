@@ -50,6 +50,8 @@ class ObjectiveOptions(Section):
     """True if it makes the policy more like the episodes it is given, whatever they earned."""
     leaves_policy: ClassVar[bool] = True
     """False if its result is a reward model instead of a policy."""
+    twins: ClassVar[int] = 0
+    """Q heads, each with a target."""
     episodes_a_row: ClassVar[int] = 1
     """Episodes in one row of logged data: 2 of pairs."""
 
@@ -79,6 +81,11 @@ class ObjectiveOptions(Section):
     def tokens_a_row(self) -> int | None:
         """Most tokens of a row, where the options say so."""
         return None
+
+    @property
+    def holds_reference(self) -> bool:
+        """True if a frozen copy of the policy is kept beside it, unless an adapter can be switched off instead."""
+        return False
 
     @property
     def export_options(self) -> str:

@@ -40,6 +40,10 @@ class PolicyGradientObjective(ObjectiveOptions):
     rate_curve = RateCurve(5e-4, 0.68, "policy gradients")
     betas = SHORT_MEMORY
 
+    @property
+    def holds_reference(self) -> bool:
+        return self.kl_coef > 0
+
     def mistakes(self, recipe: Recipe) -> Iterator[str]:
         name = self.name
         if recipe.source.has_log:

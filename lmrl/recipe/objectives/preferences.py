@@ -63,6 +63,10 @@ class DPOObjective(ObjectiveOptions):
     def reference_free(self) -> bool:
         return self.loss in ("simpo", "orpo")
 
+    @property
+    def holds_reference(self) -> bool:
+        return not (self.reference_free or self.cache_reference)
+
     @model_validator(mode="after")
     def _sensible(self) -> DPOObjective:
         if self.label_smoothing and self.loss not in ("sigmoid", "robust", "exo_pair"):
