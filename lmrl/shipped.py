@@ -47,7 +47,7 @@ def section_docs(place: str, key: str) -> dict[str, str]:
     """First paragraphs of the docstrings of the recipe's section classes in a file or folder of lmrl/recipe, by the name that
     selects each: that of its field `key: Literal[NAME]`."""
     root = Path(__file__).parent / "recipe" / place
-    found = {}
+    found: dict[str, str] = {}
     for file in sorted(root.glob("*.py")) if root.is_dir() else [root]:
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.ClassDef):

@@ -240,7 +240,7 @@ class ArCHer(PolicyGradient):
             stats["approx_kl"] = (k3(fields[OLD], outputs.logprobs) * real_N).sum()
         return Loss(policy + options.value_coef * critic - options.entropy_coef * entropy, stats)
 
-    def count(self, batch: Microbatch) -> float:
+    def count(self, batch: Batch) -> float:
         """Action tokens, without the ends of turns."""
         return float(batch.fields["real"].sum())
 

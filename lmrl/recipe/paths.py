@@ -52,7 +52,7 @@ def resolve_files(data: Any, beside: Path) -> None:
     resolve(_suite_path, "evaluation", "suite")
     evaluation = data.get("evaluation") if isinstance(data, dict) else None
     others = evaluation.get("before_after") if isinstance(evaluation, dict) else None
-    if isinstance(others, list):
+    if isinstance(evaluation, dict) and isinstance(others, list):
         evaluation["before_after"] = as_suites(others)
         for one in evaluation["before_after"]:
             resolve_files({"evaluation": one}, beside)
