@@ -109,7 +109,7 @@ class _Episode:
 class ArCHer(PolicyGradient):
     options: ArCHerObjective
     label = "ArCHer"
-    numbered = ()
+    index_fields = ()
 
     def __init__(self, options: ArCHerObjective):
         super().__init__(options)
