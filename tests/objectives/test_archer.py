@@ -188,7 +188,7 @@ def test_the_critic_fits_its_targets(policy):
     """Alone, on one batch: from the whole loss to a hundredth of it."""
     objective = ArCHer(options(value_warmup_steps=99))
     objective.begin(1)
-    (micro,) = objective.prepare(policy, [two_turns(), two_turns(False)]).microbatches(100, 0)
+    (micro,) = objective.prepare(policy, [two_turns()]).microbatches(100, 0)
     torch.nn.init.zeros_(policy.values.v.weight)
     weights = [parameter for parameter in policy.values.parameters() if parameter.requires_grad]
     optimizer, losses = torch.optim.Adam(weights, lr=1e-2), []
