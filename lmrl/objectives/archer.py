@@ -67,8 +67,11 @@ def to_turns(trajectory: Trajectory) -> list[Sequence]:
 
 def _with_ends(segment: Segment, truncated: bool) -> Sequence:
     entries: list[tuple[int, int, int]] = []  # state, target, kind
+    allowed = {}
     actions, turns = segment.actions, segment.turns
     for index, position in enumerate(actions):
+        if position in segment.allowed:
+            allowed[len(entries)] = segment.allowed[position]
         begins = index == 0 or turns[actions[index - 1]] != turns[position]
         entries.append((position - 1, segment.tokens[position], BEGIN if begins else INSIDE))
         if index == len(actions) - 1 or turns[actions[index + 1]] != turns[position]:
@@ -76,7 +79,8 @@ def _with_ends(segment: Segment, truncated: bool) -> Sequence:
     if truncated:
         entries.append((len(segment.tokens) - 1, 0, AFTER))
     states, targets, kinds = (torch.tensor(column, dtype=torch.long) for column in zip(*entries, strict=True))
-    return Sequence(torch.tensor(segment.tokens, dtype=torch.long), states, targets, {KIND: kinds})
+    tokens = torch.tensor(segment.tokens, dtype=torch.long)
+    return Sequence(tokens, states, targets, {KIND: kinds}, allowed=allowed, kind=segment.kind)
 
 
 @dataclass

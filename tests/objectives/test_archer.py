@@ -71,6 +71,14 @@ def test_states_of_turns():
     assert sequence.fields[KIND].tolist() == [BEGIN, INSIDE, END, BEGIN, INSIDE, INSIDE, END, AFTER]
 
 
+def test_what_an_action_was_chosen_from_stays_with_it():
+    trajectory = two_turns()
+    trajectory.segments[0].allowed = {4: (6, 7), 7: (9, 10)}
+    (sequence,) = to_turns(trajectory)
+    assert sequence.allowed == {1: (6, 7), 4: (9, 10)}
+    assert [int(sequence.targets[row]) for row in sequence.allowed] == [7, 10]
+
+
 def test_turns_without_an_observation_between_them():
     segment = Segment()
     segment.observe([3])
