@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 COLLAPSED = 3
@@ -52,7 +52,9 @@ class EndpointError(LmrlError):
 
 
 class EpisodeError(LmrlError):
-    """An environment failed on too many episodes."""
+    """An environment failed on too many episodes. episodes: those that failed in this process (Trajectory)."""
+
+    episodes: Sequence[Any] = ()
 
 
 class RunError(LmrlError):

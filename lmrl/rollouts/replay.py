@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,24 +15,30 @@ from lmrl.run import SAMPLES_FILE
 from lmrl.trajectories.trajectory import Messages, prompt_text
 
 Line = dict[str, Any]
+Tell = Callable[[str], None]
 SHOWN = 5
 """Differences that are told one by one."""
 
 
-def find_episodes(run: Path, wanted: str) -> list[Line]:
-    """The lines of a run's samples.jsonl with this `id`. More than one where a step played again what had taught nothing, or scored
-    two policies. Raises RunError where there is none."""
-    path = run / SAMPLES_FILE
+def find_episodes(source: Path, wanted: str | None = None) -> list[Line]:
+    """The lines with this `id` (None: all that can be played again) of a run's samples.jsonl, or of a file of such lines.
+
+    More than one of an id where a step played again what had taught nothing, or scored two policies. Raises RunError where there is
+    none.
+    """
+    path = source / SAMPLES_FILE if source.is_dir() else source
     if not path.is_file():
-        raise RunError(f"--episode: {path} does not exist: name a run folder")
-    lines = list(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
+        raise RunError(
+            f"--episode: {path} does not exist: name a run folder, or a file with lines of its {SAMPLES_FILE}"
+        )
+    lines = [_line(path, number, text) for number, text in enumerate(path.read_bytes().splitlines(), start=1)]
     episodes = [line for line in lines if "id" in line]
     if not episodes:
         raise RunError(
             f"--episode: {path} holds no episode that can be played again: prompts are judged by rewards (see `lmrl reward "
             "check`), and older runs have recorded no seeds"
         )
-    found = [line for line in episodes if line["id"] == wanted]
+    found = [line for line in episodes if wanted in (None, line["id"])]
     if not found:
         last = episodes[-1]["id"]
         raise RunError(
@@ -41,8 +47,26 @@ def find_episodes(run: Path, wanted: str) -> list[Line]:
     return found
 
 
-def replay_episode(line: Line) -> tuple[list[str], bool]:
-    """Play the episode of a line again; what people are told, and whether it came out as recorded."""
+def _line(path: Path, number: int, text: bytes) -> Line:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        line = None
+    if not isinstance(line, dict):
+        raise RunError(f"{path}, line {number}: is no JSON object: expected a line of a run's {SAMPLES_FILE}")
+    missing = [
+        name for name in ("environment", "seed", "start", "turns", "reward") if "id" in line and name not in line
+    ]
+    if missing:
+        raise RunError(f"{path}, line {number}: has no '{missing[0]}': expected a line of a run's {SAMPLES_FILE}")
+    return line
+
+
+def replay_episode(line: Line, tell: Tell = lambda text: None) -> tuple[list[str], bool]:
+    """Play the episode of a line again; what people are told at its end, and whether it came out as recorded.
+
+    tell: called with each observation, action and reward while it goes on.
+    """
     made = line["environment"]
     factory = environment_factory(SimpleNamespace(environment=made["name"], options=made["options"]))
     environment = factory()
@@ -50,7 +74,7 @@ def replay_episode(line: Line) -> tuple[list[str], bool]:
     now = version_of(environment)
     if any(now[name] != made[name] for name in now):
         lines.append(f"the environment is another one now: {_version(now)}")
-    found = list(differences(environment, line))
+    found = list(differences(environment, line, tell))
     lines += found[:SHOWN]
     if len(found) > SHOWN:
         lines.append(f"and {len(found) - SHOWN} more differences")
@@ -63,24 +87,31 @@ def _version(made: dict[str, Any]) -> str:
     return f"version {made['version'] or 'unknown'} (source {made['source'] or 'unknown'})"
 
 
-def differences(environment: Any, line: Line) -> Iterator[str]:
+def differences(environment: Any, line: Line, tell: Tell = lambda text: None) -> Iterator[str]:
     """Play an episode's actions; each difference from what was recorded as a line. Playing continues after a difference."""
     turns, failure = line["turns"], line.get("failure")
+    limit = line["environment"].get("call_timeout")
     over = terminated = False
     metrics: dict[str, float | None] = {}
     try:
-        observation, _ = begin_episode(environment, line["seed"], line["start"])
+        observation, _ = begin_episode(environment, line["seed"], line["start"], limit)
         for number, turn in enumerate(turns):
             if over:
                 yield f"turn {number}: the episode is over, recorded are {len(turns)} turns"
                 return
+            tell(prompt_text(observation))
             if observation != (recorded := _observation(line, number)):
                 yield f"turn {number}: observation {observation!r:.200}, recorded {recorded!r:.200}"
-            observation, reward, terminated, truncated, metrics = take_step(environment, turn["action"])
+            tell(f"> {turn['action']}")
+            observation, reward, terminated, truncated, metrics = take_step(environment, turn["action"], limit)
             over = terminated or truncated or number + 1 >= line["environment"]["max_turns"]
+            if reward:
+                tell(f"  {reward:+g}")
             if reward != turn["reward"]:
                 yield f"turn {number}: reward {reward:g}, recorded {turn['reward']:g}"
+        tell(prompt_text(observation))
     except (Exception, SystemExit) as error:
+        tell(failure_text(error))
         if failure_text(error) != failure:
             yield f"{failure_text(error)}, recorded {failure or 'no failure'}"
         return

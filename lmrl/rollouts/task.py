@@ -13,7 +13,7 @@ import numpy as np
 from lmrl.agents.play import Agent
 from lmrl.agents.programs import load_program
 from lmrl.environments import TextEnvironment, environment_factory, version_of
-from lmrl.errors import DataError, RecipeError
+from lmrl.errors import DataError, EpisodeError, RecipeError
 from lmrl.recipe import AgentTask, Prompts, PromptTask, Recipe
 from lmrl.rewards.early import EarlyScores
 from lmrl.rewards.load import load_rewards
@@ -74,7 +74,8 @@ class Task:
     """True if episodes are learned from, so that running statistics of rewards follow them."""
     judged_by: str = "environment"
     environment: dict[str, Any] | None = None
-    """How to make the environment again, and its version: `{"name", "options", "max_turns", "version", "source"}`; None for prompts."""
+    """How to make the environment again, and its version: `{"name", "options", "max_turns", "call_timeout", "version", "source"}`;
+    None for prompts."""
     longest_prompt: int | None = None
     """Tokens of the longest prompt (None: known only when it is played)."""
     notes: list[str] = field(default_factory=list)
@@ -108,7 +109,11 @@ class Task:
     def keep_judged(self, trajectories: list[Trajectory]) -> list[Trajectory]:
         """The judged trajectories; stops the run where too many are not (of those that all processes hold)."""
         name = self.environment["name"] if self.environment else None
-        return drop_failed(trajectories, self.max_failed, self.judged_by, name)
+        try:
+            return drop_failed(trajectories, self.max_failed, self.judged_by, name)
+        except EpisodeError as error:
+            error.episodes = [one for one in trajectories if one.failure]
+            raise
 
     def keep_groups(self, judged: list[Trajectory]) -> list[Trajectory]:
         """Of judged trajectories, those whose group has `min_group` of them."""
@@ -182,6 +187,7 @@ def build_task(section: Any, tokenizer: Any) -> Task:
             "name": section.environment,
             "options": section.options,
             "max_turns": section.max_turns,
+            "call_timeout": section.call_timeout,
             **version_of(environment),
         },
     )

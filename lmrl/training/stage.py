@@ -10,7 +10,7 @@ from typing import Any
 
 from lmrl import distributed
 from lmrl.engines.base import Engine
-from lmrl.errors import MemoryShortError
+from lmrl.errors import EpisodeError, MemoryShortError
 from lmrl.objectives import Objective
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Recipe
@@ -24,6 +24,7 @@ from lmrl.training.display import Display, spread_out
 from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.listeners import Listener
 from lmrl.training.monitoring.bundle import Attempt, keep_pass, rng_state
+from lmrl.training.monitoring.failed_batch import keep_failed
 from lmrl.training.monitoring.measures import (
     mean_of,
     measure,
@@ -118,6 +119,9 @@ class Stage:
                 listener.finish(self)
         except MemoryShortError as error:
             error.args = (f"{error}; {keep_pass(self, max(self.now, progress.step), error)}",)
+            raise
+        except EpisodeError as error:
+            keep_failed(self, error)
             raise
         except Interrupted:
             self.source.stop()

@@ -8,10 +8,11 @@ from typer.testing import CliRunner
 import lmrl
 from lmrl import cli
 from lmrl.environments import TextEnvironment, version_of
-from lmrl.errors import RunError
+from lmrl.errors import EpisodeError, RunError
 from lmrl.rollouts.replay import differences, find_episodes, replay_episode
 from lmrl.training.monitoring.measures import sample_line
 from lmrl.trajectories.trajectory import Trajectory, Turn
+from lmrl.visible import visible
 from tests.conftest import TINY_WALKS
 
 DICE = """
@@ -104,6 +105,68 @@ def test_the_command(dice):
     assert result.exit_code == 0 and result.output.endswith(": the same\n")
     with pytest.raises(RunError, match=r"holds no 'main/train/1/99': give an `id` .*such as main/eval/"):
         find_episodes(dice / "run", "main/train/1/99")
+
+
+def test_one_episode_is_shown_turn_by_turn(dice, tmp_path):
+    line = next(line for line in samples(dice / "run") if len(line["turns"]) == 3 and "failure" not in line)
+    (tmp_path / "one.jsonl").write_text(json.dumps(line) + "\n")
+    result = command(tmp_path / "one.jsonl")
+    assert result.exit_code == 0
+    expected = []
+    for turn in line["turns"]:
+        reward = [f"  {turn['reward']:+g}"] if turn["reward"] else []
+        expected += [turn["observation"], f"> {turn['action']}", *reward]
+    shown = result.output.splitlines()
+    assert shown[: len(expected)] == [visible(text) for text in expected]
+    assert shown[-1].startswith("3 turns, return ") and shown[-1].endswith(": the same")
+
+
+def test_a_file_of_several_is_played_whole(dice, tmp_path):
+    lines = [line for line in samples(dice / "run") if line["turns"]][:2]
+    lines[1]["turns"][0]["action"] += "0"
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = command(tmp_path / "some.jsonl")
+    assert result.exit_code == 1 and "> " not in result.output
+    assert result.output.endswith("\n2 episodes: not all the same\n")
+    assert command(tmp_path / "some.jsonl", "--episode", lines[0]["id"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "one.jsonl, line 1: is no JSON object"), ('{"id": "a", "seed": 1}', "line 1: has no 'environment'")],
+)
+def test_broken_lines_are_refused(tmp_path, text, message):
+    (tmp_path / "one.jsonl").write_text(text)
+    with pytest.raises(RunError, match=message):
+        find_episodes(tmp_path / "one.jsonl")
+
+
+def test_a_hang_is_interrupted_again(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import lmrl, time\nclass Slow(lmrl.TextEnvironment):\n"
+        "    def reset(self, *, seed=None, options=None):\n        return 'go', {}\n"
+        "    def step(self, action):\n        time.sleep(30)\n"
+    )
+    made = {"name": f"{tmp_path}/slow.py:Slow", "options": {}, "max_turns": 3, "call_timeout": 0.2}
+    failure = "environment timed out after 0.2 s (task.call_timeout)"
+    line = {"id": "main/train/1/0", "environment": made | {"version": None, "source": None}, "seed": 1, "start": None}
+    line |= {"prompt": "go", "turns": [{"observation": "go", "action": "a", "reward": 0.0}], "reward": None}
+    told, same = replay_episode(line | {"failure": failure})
+    assert same and told[-1] == f"1 turn, {failure}: the same"
+
+
+def test_a_batch_that_stops_the_run_is_kept(dice, tmp_path, capsys):
+    (tmp_path / "dice.py").write_text(DICE.replace('action.startswith("9")', "True"))
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("max_failed: 1", "max_failed: 0.5"))
+    with pytest.raises(EpisodeError, match="failed on 8 of 8"):
+        lmrl.train(tmp_path / "recipe.yaml", output=tmp_path / "run", overrides=["evaluation.suite=null"])
+    lines = samples(tmp_path / "run")
+    assert [line["id"] for line in lines] == [f"main/failed/1/{number}" for number in range(8)]
+    shown = capsys.readouterr().out
+    assert "   8 x environment raised RuntimeError: nine" in shown
+    assert f"lmrl replay {tmp_path / 'run'} --episode main/failed/1/0" in shown
+    result = command(tmp_path / "run", "--episode", "main/failed/1/7")
+    assert result.exit_code == 0 and result.output.endswith("environment raised RuntimeError: nine: the same\n")
 
 
 def test_a_changed_environment_fails_the_command(dice, tmp_path):

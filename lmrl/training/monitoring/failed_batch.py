@@ -1,0 +1,32 @@
+"""A batch in which too many episodes failed: what is kept of it, so that they can be played again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from lmrl.errors import EpisodeError
+from lmrl.training.monitoring.measures import sample_line, samples_to_keep
+
+if TYPE_CHECKING:
+    from lmrl.training.stage import Stage
+
+KIND = "failed"
+CAUSES = 5
+"""Causes that are told one by one."""
+
+
+def keep_failed(stage: Stage, error: EpisodeError) -> None:
+    """Write the failed episodes of the batch that stops the run to samples.jsonl, and tell their causes, most frequent first."""
+    kept = samples_to_keep(error.episodes)
+    if not kept:
+        return
+    lines = [sample_line(stage.name, stage.now, KIND, one, stage.task.environment) for one in kept]
+    stage.run.record_samples(lines)
+    causes = Counter(str(one.failure) for one in kept)
+    for cause, count in causes.most_common(CAUSES):
+        stage.display.say(f"{count:>4} x {cause}")
+    if len(causes) > CAUSES:
+        stage.display.say(f"     and {len(causes) - CAUSES} more causes")
+    if "id" in lines[0]:
+        stage.display.say(f"play one again: lmrl replay {stage.run.folder} --episode {lines[0]['id']}")
