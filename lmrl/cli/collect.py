@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lmrl.cli.common import Debug, EndpointOptions, TrustRemoteCode, endpoint_of
+from lmrl.cli.common import OVERRIDE, Debug, EndpointOptions, TrustRemoteCode, endpoint_of
 from lmrl.errors import RecipeError
 from lmrl.local_names import refuse_missing
 from lmrl.recipe import AgentTask, PromptTask, Rollouts, Section, TaskSection
@@ -31,12 +31,13 @@ class Collection(Section):
 
 def command(
     policy: Annotated[
-        str,
+        str | None,
         typer.Argument(
             help="A run folder, a checkpoint, a model folder, a GGUF file, a hub name, an address (http://HOST/v1#MODEL), or scripted players of the "
-            "environment: random, or shares such as random=0.9,optimal=0.1"
+            "environment: random, or shares such as random=0.9,optimal=0.1; none with --by-hand",
+            show_default=False,
         ),
-    ],
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes, for instance task.max_turns=20", metavar="[KEY=VALUE]...")
     ] = None,
@@ -52,6 +53,7 @@ def command(
         float | None, typer.Option("--temperature", help="Short for rollouts.temperature=...")
     ] = None,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: final, best, or step-N")] = "final",
+    by_hand: Annotated[bool, typer.Option("--by-hand", help="Play yourself, in the terminal; Ctrl-D ends it")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite collected episodes")] = False,
     endpoint: EndpointOptions = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -63,14 +65,22 @@ def command(
     output = output or Path("data") / time.strftime("episodes-%Y%m%d-%H%M%S")
     check_destination(output, force)
     changes = [*(overrides or []), *([] if temperature is None else [f"rollouts.temperature={temperature}"])]
+    if by_hand:
+        policy, changes = _person_of(policy, changes, environment)
+    elif policy is None:
+        raise RecipeError("POLICY: nobody plays: name a policy or a scripted player, or play yourself by --by-hand")
 
+    from lmrl.rollouts.by_hand import Left
     from lmrl.training.interrupt import Interrupt, Interrupted
 
     totals = Totals()
     with Interrupt() as interrupt:
         interrupt.safe = True
         asked = endpoint_of(endpoint, [policy])
-        player = open_player(policy, environment, changes, checkpoint, trust_remote_code, interrupt.check, asked)
+        if by_hand:
+            player = open_person(environment, changes, interrupt.check)
+        else:
+            player = open_player(policy, environment, changes, checkpoint, trust_remote_code, interrupt.check, asked)
         with EpisodeWriter(output, player.tokenizer, force=force) as writer:
             try:
                 for played in player.play(episodes, seed):
@@ -79,9 +89,20 @@ def command(
             except Interrupted:
                 print(f"interrupted; {totals.line(player.tokenizer is not None)} are kept in {output}")
                 raise
+            except Left:
+                print("left: the episode under way is not kept")
             finally:
                 player.close()
     print(f"{totals.line(player.tokenizer is not None)} -> {output}")
+
+
+def _person_of(policy: str | None, changes: list[str], environment: str | None) -> tuple[str, list[str]]:
+    """With --by-hand nobody is named, so that the first argument is an override."""
+    if policy is not None and not OVERRIDE.match(policy):
+        raise RecipeError(f"--by-hand: you play yourself, leave '{policy}' out")
+    if environment is None:
+        raise RecipeError("--by-hand: name what to play, --environment NAME (lmrl ls environments shows them)")
+    return "", changes if policy is None else [policy, *changes]
 
 
 def parse_players(text: str) -> Players:
@@ -197,6 +218,27 @@ def open_player(
     task = build_task(plan.task, model.tokenizer)
     engine = build_engine(plan.rollouts, model, check)
     return Player(Sampler(task, engine, model.decode, plan.rollouts.deterministic), plan.rollouts, None, path, check)
+
+
+def open_person(environment: str | None, overrides: list[str], check: Any) -> Player:
+    """A person in the terminal, who plays one episode after the other."""
+    from lmrl.cli.play import ask, printer
+    from lmrl.policy.tokenizers import build_tokenizer
+    from lmrl.rollouts.by_hand import PERSON, ByHand
+    from lmrl.rollouts.sampler import Sampler
+    from lmrl.rollouts.task import build_task
+
+    plan = resolve(environment, overrides, {})
+    if isinstance(plan.task, PromptTask | AgentTask):
+        raise RecipeError("--by-hand: plays an environment, and this task has none")
+    console, tell = printer()
+    # A person may think as long as they like; and a thread could not be left when the input ends.
+    section = plan.task.model_copy(update={"chat": False, "call_timeout": None, "workers": 0})
+    task = build_task(section, build_tokenizer("char", ()))
+    make = task.make
+    task.make = lambda: ByHand(make(), tell, lambda: ask(console))
+    one_by_one = plan.rollouts.model_copy(update={"prompts": 1, "samples": 1})
+    return Player(Sampler(task), one_by_one, PERSON, PERSON, check)
 
 
 def _remote_player(

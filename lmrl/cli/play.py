@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -61,7 +62,7 @@ def command(
         elif player is not None:
             action = game.act(player, rng)
         else:
-            action = _ask(console)
+            action = ask(console)
         if action is None:
             console.print(f"left after {turn} turns: return {total:g}", markup=False)
             return
@@ -80,7 +81,15 @@ def command(
     console.print(f"{ended} after {turn + 1} turns: return {total:g}{measured}", markup=False)
 
 
-def _ask(console: Console) -> str | None:
+def printer() -> tuple[Console, Callable[[str], None]]:
+    """A console, and what shows an environment's text on it."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console, lambda text: console.print(visible(text), style="cyan", markup=False)
+
+
+def ask(console: Console) -> str | None:
     """A person's action; None at the end of the input."""
     try:
         line = console.input("> ") if sys.stdin.isatty() else sys.stdin.readline()
