@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = [
     "Engine",
+    "Game",
     "Listener",
     "Objective",
     "ObjectiveOptions",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from lmrl import plots
     from lmrl.engines.base import Engine
     from lmrl.environments import TextEnvironment
+    from lmrl.environments.games import Game
     from lmrl.errors import TemporaryError
     from lmrl.evaluation import compare, evaluate, frontier, load_eval, load_run
     from lmrl.objectives import Objective
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Engine": "lmrl.engines.base",
+    "Game": "lmrl.environments.games",
     "Listener": "lmrl.training.listeners",
     "Objective": "lmrl.objectives",
     "ObjectiveOptions": "lmrl.recipe",

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lmrl.environments import environment_factory
 from lmrl.errors import DataError, RecipeError
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import CustomTask
@@ -68,7 +69,7 @@ def look_at_environment(name: str, max_turns: int) -> Look:
     )
     task = build_task(section, build_tokenizer(look.tokenizer, texts or ["a"]))
     if not look.players:
-        observation, _ = environment.reset(seed=0)
+        observation, _ = environment_factory(section)().reset(seed=0)
         look.said.append("no scripted player: lengths of actions are a guess (rollouts.max_new_tokens)")
         look.context = 4 * len(task.renderer.first(observation)) + 4 * look.turn
         return look

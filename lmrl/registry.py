@@ -54,6 +54,7 @@ SHIPPED: dict[str, dict[str, str]] = {
     "environment": {
         "random_walks": "lmrl.environments.random_walks:RandomWalks",
         "maze": "lmrl.environments.maze:Maze",
+        "nim": "lmrl.environments.nim:Nim",
     },
     "reward": {},
     "listener": {},

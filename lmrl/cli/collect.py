@@ -223,6 +223,7 @@ def open_player(
 def open_person(environment: str | None, overrides: list[str], check: Any) -> Player:
     """A person in the terminal, who plays one episode after the other."""
     from lmrl.cli.play import ask, printer
+    from lmrl.environments import environment_factory
     from lmrl.policy.tokenizers import build_tokenizer
     from lmrl.rollouts.by_hand import PERSON, ByHand
     from lmrl.rollouts.sampler import Sampler
@@ -235,7 +236,12 @@ def open_person(environment: str | None, overrides: list[str], check: Any) -> Pl
     # A person may think as long as they like; and a thread could not be left when the input ends.
     section = plan.task.model_copy(update={"chat": False, "call_timeout": None, "workers": 0})
     task = build_task(section, build_tokenizer("char", ()))
-    make = task.make
+    make = environment_factory(section)
+    if task.match is not None and task.match.party is None:
+        raise RecipeError(
+            "--by-hand: name who plays the other side, task.opponent=NAME (a scripted player, a model or an address)"
+        )
+    task.match = None  # the opponent moves inside of the environment
     task.make = lambda: ByHand(make(), tell, lambda: ask(console))
     one_by_one = plan.rollouts.model_copy(update={"prompts": 1, "samples": 1})
     return Player(Sampler(task), one_by_one, PERSON, PERSON, check)

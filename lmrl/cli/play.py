@@ -40,8 +40,8 @@ def command(
         raise RecipeError("--player and --policy: one of them plays, leave the other out")
     from rich.console import Console
 
-    from lmrl.environments import environment_factory
-    from lmrl.rollouts.sampler import begin_episode, take_step
+    from lmrl.environments import GameEnvironment, environment_factory
+    from lmrl.environments.calls import begin_episode, take_step
     from lmrl.seeding import stream
 
     task = task_section(environment, options)
@@ -51,14 +51,17 @@ def command(
         raise RecipeError(
             f"--player {player}: the environment has {', '.join(players) or 'no players'}{did_you_mean(player, players)}"
         )
-    speaker = _speaker(policy, task, temperature, max_new_tokens, beta, seed) if policy else None
+    speakers = _speakers(policy, task, temperature, max_new_tokens, beta, seed) if policy else None
     rng, total = stream(seed, "play"), 0.0
     observation, _ = begin_episode(game, seed, None)
     for turn in range(task.max_turns):
         console.print(visible(str(observation)), style="cyan", markup=False)
         action: str | None
-        if speaker is not None:
-            action = speaker.say(observation)
+        side = game.referee.to_move if isinstance(game, GameEnvironment) else 0
+        if isinstance(game, GameEnvironment) and game.new_opponent is None:
+            console.print(f"player {side + 1}", style="dim", markup=False)
+        if speakers is not None:
+            action = speakers(side).say(observation)
         elif player is not None:
             action = game.act(player, rng)
         else:
@@ -66,7 +69,7 @@ def command(
         if action is None:
             console.print(f"left after {turn} turns: return {total:g}", markup=False)
             return
-        if speaker is not None or player is not None:
+        if speakers is not None or player is not None:
             console.print(f"> {visible(action)}", markup=False)
         observation, reward, terminated, truncated, metrics = take_step(game, action)
         total += reward
@@ -98,15 +101,17 @@ def ask(console: Console) -> str | None:
     return line.rstrip("\n") if line or sys.stdin.isatty() else None
 
 
-def _speaker(
+def _speakers(
     policy: str, task: EpisodeLimits, temperature: float, max_new_tokens: int, beta: float | None, seed: int
-) -> Speaker:
+) -> Callable[[int], Speaker]:
+    """The policy as each side of a game, which has a dialogue of its own."""
+    from functools import cache
+
     from lmrl.chat import Speaker
     from lmrl.engines.base import Sampling
     from lmrl.policy.load import open_policy
     from lmrl.run_folders import checkpoint_of
 
     opened = open_policy(str(checkpoint_of(policy)))
-    return Speaker(
-        policy, opened, Sampling(max_new_tokens, temperature, beta=beta), None, seed, task.chat, task.history
-    )
+    sampling = Sampling(max_new_tokens, temperature, beta=beta)
+    return cache(lambda side: Speaker(policy, opened, sampling, None, seed + side, task.chat, task.history))

@@ -8,6 +8,7 @@ from typing import Any
 
 from lmrl import registry
 from lmrl.environments.base import TextEnvironment, limits_of, version_of
+from lmrl.environments.games import Game, GameEnvironment, check_game
 from lmrl.errors import LmrlError, PluginError
 from lmrl.foreign import foreign
 from lmrl.secrets import expand
@@ -15,16 +16,21 @@ from lmrl.secrets import expand
 ADAPTERS = {
     "gymnasium": "lmrl.environments.gymnasium_text:GymnasiumText",
     "reasoning_gym": "lmrl.environments.reasoning:ReasoningGym",
+    "textarena": "lmrl.environments.textarena_games:make",
 }
 """Adapters for environments of other libraries, by the name before the colon."""
 
-__all__ = ["TextEnvironment", "environment_factory", "limits_of", "version_of"]
+__all__ = ["Game", "GameEnvironment", "TextEnvironment", "environment_factory", "limits_of", "version_of"]
 
 
 def environment_factory(task: Any) -> Callable[[], Any]:
-    """A function that makes one environment of a recipe's `task` section."""
+    """A function that makes one environment of a recipe's `task` section; a game is one by its opponent, see GameEnvironment."""
     name, options = adapted(task.environment, expand(task.options, "task"))
     cls = registry.load("environment", name, "task.environment")
+    players = [key for key in ("opponent", "opponent_in_evaluation") if getattr(task, key, None) is not None]
+    if "opponent" in players and isinstance(cls, type) and not issubclass(cls, Game):
+        players.remove("opponent")  # an option of its own
+        options = options | {"opponent": task.opponent.player}
     make = partial(_make, cls, task.environment, options)
     try:
         environment = make()
@@ -35,6 +41,11 @@ def environment_factory(task: Any) -> Callable[[], Any]:
         raise PluginError(
             f"task: environment '{task.environment}' cannot be made with these options: {reason}"
         ) from error
+    if isinstance(environment, Game):
+        check_game(environment, task.environment)
+        return partial(_as_environment, make, task)
+    if players:
+        raise PluginError(f"task.{players[0]}: '{task.environment}' is no game of several players: leave it out")
     for method in ("reset", "step"):
         if not callable(getattr(environment, method, None)):
             raise PluginError(
@@ -47,6 +58,13 @@ def adapted(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The class that plays an environment of another library, named LIBRARY:ID, and its options; others as they are."""
     library, colon, id = name.partition(":")
     return (ADAPTERS[library], options | {"id": id}) if colon and library in ADAPTERS else (name, options)
+
+
+def _as_environment(make: Callable[[], Any], task: Any) -> GameEnvironment:
+    from lmrl.rollouts.parties import new_opponent  # models and endpoints, which games by themselves do without
+
+    game = make()
+    return GameEnvironment(game, new_opponent(task, game))
 
 
 def _make(cls: type, name: str, options: dict[str, Any]) -> Any:

@@ -68,7 +68,7 @@ def limits_of(environment: Any) -> dict[str, tuple[float, float]]:
 
 def version_of(environment: Any) -> dict[str, str | None]:
     """`version`: the environment's own, or else its package's; `source`: a hash of the file that defines it. None: unknown."""
-    inner = getattr(environment, "unwrapped", environment)
+    inner = getattr(environment, "game", getattr(environment, "unwrapped", environment))
     module = type(inner).__module__
     own = getattr(inner, "version", None)
     if not isinstance(own, str | int | float):

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from lmrl.environments import environment_factory, limits_of
+from lmrl.environments.calls import begin_episode, take_step
 from lmrl.errors import LmrlError
 from lmrl.findings import Finding
 from lmrl.recipe import EpisodeLimits
-from lmrl.rollouts.sampler import begin_episode, take_step
 from lmrl.seeding import stream
 from lmrl.visible import visible
 

@@ -19,6 +19,7 @@ from lmrl.evaluation.scoring import Scores, Scoring, check_metrics, exact, named
 from lmrl.evaluation.statistics import Limits
 from lmrl.evaluation.suites import Suite, refuse_code
 from lmrl.policy.policy import Policy
+from lmrl.rollouts.parties import against_other
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import build_task
 from lmrl.seeding import stream
@@ -36,7 +37,7 @@ class Evaluator:
         """engine: of the policy, where it has one already."""
         refuse_code(suite)
         self.policy, self.suite, self.name = policy, suite, ""
-        section = without_limit(suite.task) if isinstance(policy, RemotePolicy) else suite.task
+        section = against_other(without_limit(suite.task) if isinstance(policy, RemotePolicy) else suite.task)
         self.task = build_task(section, policy.tokenizer)
         self.sampling = Sampling.of(suite.rollouts)
         if engine is None:
@@ -159,7 +160,8 @@ class Evaluator:
         single = [metric for metric in self.suite.metrics if several_samples(metric) is None]
         scores = replace(self.scoring(), metrics=single).report(played)
         # From all the starts there are, each played as well as it can be: nothing is left to chance.
-        return {name: exact(score) for name, score in scores.items()} if self.plays_all else scores
+        certain = self.plays_all and self.task.match is None
+        return {name: exact(score) for name, score in scores.items()} if certain else scores
 
     def _play(self, player: str, starts: list[int | None]) -> list[Trajectory] | None:
         """Episodes of a scripted player of the environment, None where it has no such player."""

@@ -127,6 +127,8 @@ def own_suite(task: dict[str, Any], rollouts: dict[str, Any], overrides: Sequenc
     task, rollouts: of the run's recipe, as plain data. Raises RecipeError for a task of prompts that nothing judges.
     """
     sampling = {name: rollouts[name] for name in SAMPLING if name in rollouts}
+    if task.get("opponent_in_evaluation") is not None:
+        task = task | {"opponent": task["opponent_in_evaluation"], "opponent_in_evaluation": None}
     document = Document({"task": task, "rollouts": sampling})
     for override in overrides:
         apply_override(document, override)

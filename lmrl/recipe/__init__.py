@@ -38,6 +38,7 @@ from lmrl.recipe.task import (
     CustomTask,
     EpisodeLimits,
     MazeTask,
+    NimTask,
     Prompts,
     PromptTask,
     RandomWalksTask,

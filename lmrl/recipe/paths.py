@@ -44,6 +44,9 @@ def resolve_files(data: Any, beside: Path) -> None:
     resolve(_data_path, "task", "prompts", "shots", "path")
     resolve(_data_path, "source", "path")
     resolve(_plugin_path, "task", "environment")
+    for opponent in ("opponent", "opponent_in_evaluation"):
+        resolve(_player_path, "task", opponent)
+        resolve(_player_path, "task", opponent, "player")
     resolve(_plugin_path, "task", "agent")
     resolve(_data_path, "task", "data")
     resolve(_plugin_path, "objective", "name")
@@ -124,6 +127,13 @@ def _model_path(name: str, beside: Path, key: str) -> str:
             return str(place.resolve())
     refuse_missing(name, key)
     return name
+
+
+def _player_path(name: str, beside: Path, key: str) -> str:
+    """An opponent's run or model folder; a name without `/` or `.` in it may be a scripted player."""
+    path = Path(name).expanduser()
+    found = (place / path for place in (Path.cwd(), beside) if (place / path).exists())
+    return str(next(found, name)) if "/" in name or name.startswith((".", "~")) else name
 
 
 def _reward_model(name: Any, beside: Path, key: str) -> Any:

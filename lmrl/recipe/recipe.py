@@ -25,7 +25,7 @@ from lmrl.recipe.rollouts import Rollouts
 from lmrl.recipe.source import SOURCES as OF_ONE_KIND
 from lmrl.recipe.source import CustomSource, DatasetOptions, RolloutsSource, SourceOptions
 from lmrl.recipe.steps import Evaluation, Optimizer, Tracking, Training
-from lmrl.recipe.task import ENVIRONMENTS, AgentTask, CustomTask, MazeTask, PromptTask, RandomWalksTask
+from lmrl.recipe.task import ENVIRONMENTS, AgentTask, CustomTask, MazeTask, NimTask, PromptTask, RandomWalksTask
 
 MAIN_STAGE, REWARD_MODEL = "main", "reward_model"
 STAGE_NAME = re.compile(r"[^\W_][^/\\:\x00-\x1f\x7f]{0,99}")
@@ -82,7 +82,7 @@ def _union(section: str) -> Any:
 
 
 if TYPE_CHECKING:
-    TaskSection: TypeAlias = PromptTask | AgentTask | RandomWalksTask | MazeTask | CustomTask
+    TaskSection: TypeAlias = PromptTask | AgentTask | RandomWalksTask | MazeTask | NimTask | CustomTask
     SourceSection: TypeAlias = SourceOptions
     ObjectiveSection: TypeAlias = ObjectiveOptions
 else:

@@ -8,6 +8,7 @@ from pydantic import AllowInfNan, BeforeValidator, Field, field_validator, model
 
 from lmrl.objects import is_object, name_alone, named_rewards
 from lmrl.recipe.base import EnvironmentName, Plugin, RowsPath, Section
+from lmrl.recipe.players import OpponentOf
 from lmrl.recipe.templates import Shots
 
 SpecialTokens = Literal["text", "parse"]
@@ -305,10 +306,34 @@ class MazeTask(EpisodeLimits):
         return {"observed": self.observed}
 
 
+class NimTask(EpisodeLimits):
+    """Nim with one heap, for two players (see lmrl/environments/nim.py)."""
+
+    environment: Literal["nim"]
+    history: Literal["all"] | Annotated[int, Field(ge=1)] = 1
+    sticks: int = Field(10, ge=2)
+    """Of the largest heap to begin with."""
+    most: int = Field(3, ge=1)
+    """Sticks that a player may take."""
+    opponent: OpponentOf = None
+    """Who plays the other side (null: `self`), a name or a section."""
+    opponent_in_evaluation: OpponentOf = None
+    """The opponent that scores are made against (null: `opponent`, or in place of `self` a scripted player of the game)."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"sticks": self.sticks, "most": self.most}
+
+
 class CustomTask(EpisodeLimits, Plugin):
-    """A custom environment, `file.py:Name` or a dotted path."""
+    """A custom environment, `file.py:Name` or a dotted path, or one of another library, LIBRARY:ID."""
 
     environment: EnvironmentName
+    opponent: OpponentOf = None
+    """Of a game of several players: who plays the other sides (null: `self`), a name or a section. Another environment gets a name as
+    an option of its own."""
+    opponent_in_evaluation: OpponentOf = None
+    """The opponent that scores are made against (null: `opponent`, or in place of `self` a scripted player of the game)."""
 
 
-ENVIRONMENTS: dict[str, type[EpisodeLimits]] = {"random_walks": RandomWalksTask, "maze": MazeTask}
+ENVIRONMENTS: dict[str, type[EpisodeLimits]] = {"random_walks": RandomWalksTask, "maze": MazeTask, "nim": NimTask}

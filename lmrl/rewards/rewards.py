@@ -271,7 +271,7 @@ def drop_failed(
     from lmrl import distributed  # brings torch along, which the workers of rewards do without
 
     count, lost = map(round, distributed.all_sum([len(trajectories), len(failed)]))
-    if lost > max_failed * count or lost == count:
+    if count and (lost > max_failed * count or lost == count):
         first = distributed.all_gather(failed[:1])[0]
         error = RewardError if what == "reward" else EpisodeError
         raise error(

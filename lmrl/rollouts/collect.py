@@ -27,7 +27,8 @@ def collect(
     seed: int,
     check: Callable[[], Any] = lambda: None,
 ) -> Iterator[list[Trajectory]]:
-    """Play `episodes` episodes from random start states, `rollouts.prompts` starts at a time; yields the judged ones.
+    """Play `episodes` episodes from random start states, `rollouts.prompts` starts at a time; yields the judged ones. An episode of a
+    game that is played with itself is one for each side.
 
     players: None for the sampler's engine, which plays `rollouts.samples` episodes from each start. check: called
     between the parts; may raise to stop. Groups and episodes are numbered throughout.
@@ -41,16 +42,17 @@ def collect(
         if players:
             played = play_players(sampler, players, starts, name)
         else:
-            played = sampler.play(starts, samples, Sampling.of(rollouts), name)[:left]
+            played = sampler.play(starts, samples, Sampling.of(rollouts), name)
+            played = [one for one in played if one.episode < left * task.sides]
         for trajectory in played:
-            trajectory.episode += first
-            trajectory.group += first // samples
+            trajectory.episode += first * task.sides
+            trajectory.group += first // samples * task.sides
         if task.judged_by == "reward" and not task.rewards:
             for trajectory in played:
                 trajectory.reward = None  # prompts without a reward: nobody judges
             yield played
         else:
-            yield task.keep_judged(played)
+            yield task.with_turns(task.keep_judged(played))
 
 
 def draw_starts(task: Task, count: int, name: Name) -> list[int | None]:
@@ -75,11 +77,13 @@ def play_players(sampler: Sampler, players: Players, starts: list[int | None], n
         return sampler.play_scripted(players, starts, name)
     names, shares = list(players), np.array(list(players.values()), dtype=float)
     drawn = stream(*name, "players").choice(len(names), size=len(starts), p=shares / shares.sum())
-    found: dict[int, Trajectory] = {}
+    found: list[Trajectory] = []
+    sides = sampler.task.sides
     for number, player in enumerate(names):
         chosen = np.flatnonzero(drawn == number).tolist()
         played = sampler.play_scripted(player, [starts[index] for index in chosen], (*name, player))
-        for index, trajectory in zip(chosen, played, strict=True):
-            trajectory.group = trajectory.episode = index
-            found[index] = trajectory
-    return [found[index] for index in range(len(starts))]
+        for trajectory in played:
+            game, side = divmod(trajectory.episode, sides)
+            trajectory.group = trajectory.episode = chosen[game] * sides + side
+        found += played
+    return sorted(found, key=lambda trajectory: trajectory.episode)

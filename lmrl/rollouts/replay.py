@@ -8,9 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from lmrl.environments import environment_factory, version_of
+from lmrl.environments import GameEnvironment, environment_factory, version_of
+from lmrl.environments.calls import begin_episode, failure_text, take_step
 from lmrl.errors import RunError
-from lmrl.rollouts.sampler import begin_episode, failure_text, take_step
+from lmrl.rollouts.replay_game import game_differences
 from lmrl.run import SAMPLES_FILE
 from lmrl.trajectories.trajectory import Messages, prompt_text
 
@@ -74,7 +75,14 @@ def replay_episode(line: Line, tell: Tell = lambda text: None) -> tuple[list[str
     now = version_of(environment)
     if any(now[name] != made[name] for name in now):
         lines.append(f"the environment is another one now: {_version(now)}")
-    found = list(differences(environment, line, tell))
+    if isinstance(environment, GameEnvironment):
+        if "game" not in line:
+            raise RunError(
+                f"episode {line['id']}: '{made['name']}' is a game of several players now, of which no moves are recorded"
+            )
+        found = list(game_differences(environment.game, line, tell))
+    else:
+        found = list(differences(environment, line, tell))
     lines += found[:SHOWN]
     if len(found) > SHOWN:
         lines.append(f"and {len(found) - SHOWN} more differences")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import math
-import numbers
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,12 +13,13 @@ from lmrl.agents.play import play_agents
 from lmrl.coroutines import run, watched
 from lmrl.engines.base import Completion, Engine, Sampling
 from lmrl.engines.token_trie import TokenTrie
-from lmrl.foreign import CallTimedOut, foreign
+from lmrl.environments.calls import begin_episode, call_player, failure_text, take_step
+from lmrl.foreign import CallTimedOut
 from lmrl.rewards.early import EarlyScores
 from lmrl.rollouts.allowed_actions import ActionTries, allowed_actions
+from lmrl.rollouts.game_play import GamePlay
 from lmrl.rollouts.step_threads import StepThreads
 from lmrl.rollouts.task import Task
-from lmrl.secrets import redact
 from lmrl.seeding import key, stream
 from lmrl.trajectories.allowed import AllowedTokens
 from lmrl.trajectories.recorder import Recorder
@@ -38,7 +37,7 @@ class Action:
 
 
 @dataclass
-class _Episode:
+class Episode:
     """An episode in progress."""
 
     environment: Any
@@ -52,14 +51,18 @@ class _Episode:
     over: bool = False
     allowed: TokenTrie | None = None
     """The actions to choose from now (None: any)."""
+    place: int = 0
+    """Of its environment, among the sampler's."""
+    side: int = 0
+    """The player, in a game of several."""
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, failure: str) -> None:
         self.over = True
         self.trajectory.reward = None
-        self.trajectory.failure = failure_text(error)
+        self.trajectory.failure = failure
 
 
-Act = Callable[[_Episode, list[int]], Awaitable[Action]]
+Act = Callable[[Episode, list[int]], Awaitable[Action]]
 """Chooses the action that answers an episode's context."""
 
 
@@ -101,7 +104,7 @@ class Sampler:
         low, high = distributed.shard_bounds(len(starts)) if shared else (0, len(starts))
         episodes = self._new_episodes(starts[low:high], samples, name, first + low)
 
-        async def act(episode: _Episode, context: list[int]) -> Action:
+        async def act(episode: Episode, context: list[int]) -> Action:
             name = (*episode.name, episode.turn)
             completion = await self.engine.generate(context, sampling, name, allowed=episode.allowed)
             versions = [one for one in (completion.version, episode.trajectory.version) if one is not None]
@@ -114,12 +117,14 @@ class Sampler:
         early = EarlyScores(self.task.rewards, len(episodes)) if self.task.judged_by == "reward" else None
         if not self.engine.weights_pinned:
             self.engine.refresh()
-        self.engine.forget()  # a resumed run would not have it
-        self.engine.keeps = self.task.history == "all" and self.task.max_turns > 1
+        for engine in self._engines():
+            engine.forget()  # a resumed run would not have it
+            engine.keeps = self.task.history == "all" and self.task.max_turns > 1
         try:
             run(self._play_all(episodes, act, sampling.max_new_tokens, early))
         finally:
-            self.engine.forget()
+            for engine in self._engines():
+                engine.forget()
         for episode in episodes:
             if episode.trajectory.version is None:
                 episode.trajectory.version = self.engine.syncs
@@ -130,9 +135,9 @@ class Sampler:
         episodes = self._new_episodes(starts, 1, name)
         streams = {id(episode): stream(*episode.name, player) for episode in episodes}
 
-        async def act(episode: _Episode, context: list[int]) -> Action:
+        async def act(episode: Episode, context: list[int]) -> Action:
             rng = streams[id(episode)]
-            text = await self._call(lambda limit: call_player(episode.environment, player, rng, limit))
+            text = await self.call(lambda limit: call_player(episode.environment, player, rng, limit))
             return Action(self.task.renderer.action(text), None, text, "eos")
 
         for episode in episodes:
@@ -143,24 +148,29 @@ class Sampler:
     # ---------------------------------------------------------------------------------------------------- all episodes
     def _new_episodes(
         self, starts: Sequence[int | None], samples: int, name: tuple[int | str, ...], first: int = 0
-    ) -> list[_Episode]:
-        """first: number of the first group."""
-        episodes: list[_Episode] = []
+    ) -> list[Episode]:
+        """first: number of the first start state. Of a game that the policy plays with itself, each side is an episode, and a group
+        of its own: what sides of one game earned, or of one start state, has no common mean to be compared with."""
+        episodes: list[Episode] = []
+        sides = self.task.sides
         for group, start in enumerate(starts, start=first):
             for sample in range(samples):
-                number = group * samples + sample
-                trajectory = Trajectory([], "", "", group=group, episode=number)
-                # Episodes of a group share their start state, so it is drawn from the group's seed.
-                trajectory.seed, trajectory.start = key(*name, "start", group) % 2**31, start
-                if len(episodes) == len(self.environments):
+                place = len(episodes) // sides
+                if place == len(self.environments):
                     self.environments.append(self.task.make())
-                recorder = Recorder(trajectory, self.task.renderer, self.task.history)
-                episodes.append(_Episode(self.environments[len(episodes)], (*name, number), trajectory, recorder))
+                for side in range(sides):
+                    number = (group * samples + sample) * sides + side
+                    trajectory = Trajectory([], "", "", group=group * sides + side, episode=number)
+                    # Episodes of a group share their start state, so it is drawn from the group's seed.
+                    trajectory.seed, trajectory.start = key(*name, "start", group) % 2**31, start
+                    recorder = Recorder(trajectory, self.task.renderer, self.task.history)
+                    environment = self.environments[place]
+                    episodes.append(Episode(environment, (*name, number), trajectory, recorder, place=place, side=side))
         return episodes
 
     async def _play_all(
         self,
-        episodes: list[_Episode],
+        episodes: list[Episode],
         act: Act,
         max_new_tokens: int = 0,
         early: EarlyScores | None = None,
@@ -173,7 +183,13 @@ class Sampler:
         def columns() -> list[str]:
             return list(dict.fromkeys(name for episode in episodes for name in episode.trajectory.columns))
 
-        async def play(episode: _Episode) -> None:
+        sides = self.task.sides
+
+        async def play(first: int) -> None:
+            episode = episodes[first]
+            if self.task.match is not None:
+                await GamePlay(self, episodes[first : first + sides], act, max_new_tokens).play()
+                return
             await self._play(episode, act, max_new_tokens)
             group = episode.trajectory.group
             left[group] -= 1
@@ -181,7 +197,7 @@ class Sampler:
                 early.add(groups[group], columns)
 
         async def everything() -> None:
-            await asyncio.gather(*map(play, episodes))
+            await asyncio.gather(*map(play, range(0, len(episodes), sides)))
             if early is not None:
                 await early.finish(columns)
 
@@ -191,18 +207,17 @@ class Sampler:
             if self.threads is not None:
                 self.threads.close()
 
-    def _judged(self, episodes: list[_Episode], early: EarlyScores | None = None) -> list[Trajectory]:
-        for place, episode in enumerate(episodes):
-            if episode.trajectory.failure:  # an environment that failed is not trusted again
-                self.environments[place] = self.task.make()
+    def _judged(self, episodes: list[Episode], early: EarlyScores | None = None) -> list[Trajectory]:
+        for place in {episode.place for episode in episodes if episode.trajectory.failure}:
+            self.environments[place] = self.task.make()  # an environment that failed is not trusted again
         trajectories = [episode.trajectory for episode in episodes]
         self.task.judge(trajectories, early)
         return trajectories
 
     # ----------------------------------------------------------------------------------------------------- one episode
-    async def _play(self, episode: _Episode, act: Act, max_new_tokens: int) -> None:
+    async def _play(self, episode: Episode, act: Act, max_new_tokens: int) -> None:
         context: list[int] = []
-        with self._waited_for():
+        with self.waited_for():
             await self._begin(episode)
             if not episode.over:
                 context = episode.recorder.observe(episode.observation)
@@ -210,47 +225,59 @@ class Sampler:
             try:
                 action = await act(episode, context)
             except CallTimedOut as error:  # a scripted player
-                episode.fail(error)
+                episode.fail(failure_text(error))
                 break
-            with self._waited_for():
+            with self.waited_for():
                 await self._step(episode, action)
                 if not episode.over:
                     context = episode.recorder.observe(episode.observation)
-                    if not self._fits(len(context) + max_new_tokens):
+                    if not self.fits(len(context) + max_new_tokens):
                         episode.over = True
                         episode.trajectory.metrics = episode.metrics
                         episode.recorder.stop()
         episode.trajectory.completion = transcript(episode.trajectory.turns)
 
-    def _waited_for(self) -> AbstractContextManager[None]:
-        """Inside, an episode is between two requests, and the engine waits for it, unless episodes may overtake each other."""
-        return self.engine.held() if self.samples_from is not None and self.deterministic else nullcontext()
+    def waited_for(self, by: Engine | None = None) -> ExitStack:
+        """Inside, an episode is between two requests, and the engines wait for it, unless episodes may overtake each other.
 
-    def _fits(self, tokens: int) -> bool:
+        by: the engine that it waits for itself.
+        """
+        held = ExitStack()
+        for engine in self._engines() if self.deterministic else ():
+            if engine is not by:
+                held.enter_context(engine.held())
+        return held
+
+    def _engines(self) -> list[Engine]:
+        """The policy's, and that of an opponent that is a model."""
+        party = self.task.match.party if self.task.match is not None else None
+        return [engine for engine in (self.samples_from, party.engine if party else None) if engine is not None]
+
+    def fits(self, tokens: int) -> bool:
         """False if an episode has grown longer than the model can see: it is truncated then."""
         return self.task.positions is None or tokens <= self.task.positions or self.samples_from is None
 
-    async def _begin(self, episode: _Episode) -> None:
+    async def _begin(self, episode: Episode) -> None:
         trajectory = episode.trajectory
         try:
-            episode.observation, info = await self._call(
+            episode.observation, info = await self.call(
                 lambda limit: begin_episode(episode.environment, trajectory.seed, trajectory.start, limit)
             )
             trajectory.columns = info.get("columns", {})
-            episode.allowed = await self._allowed(episode)
+            episode.allowed = await self.allowed(episode)
         except (Exception, SystemExit) as error:
-            episode.fail(error)
+            episode.fail(failure_text(error))
 
-    async def _step(self, episode: _Episode, action: Action) -> None:
+    async def _step(self, episode: Episode, action: Action) -> None:
         trajectory = episode.trajectory
         cut = action.finish_reason == "length"
         episode.recorder.act(action.text, action.tokens, action.logprobs, cut=cut, allowed=action.allowed)
         try:
-            observation, reward, terminated, truncated, metrics = await self._call(
+            observation, reward, terminated, truncated, metrics = await self.call(
                 lambda limit: take_step(episode.environment, action.text, limit)
             )
         except (Exception, SystemExit) as error:
-            episode.fail(error)
+            episode.fail(failure_text(error))
             return
         trajectory.place_reward(reward, episode.turn)
         trajectory.reward += reward
@@ -264,18 +291,18 @@ class Sampler:
                 episode.recorder.truncate(observation)
             return
         try:
-            episode.allowed = await self._allowed(episode)
+            episode.allowed = await self.allowed(episode)
         except (Exception, SystemExit) as error:
-            episode.fail(error)
+            episode.fail(failure_text(error))
 
-    async def _allowed(self, episode: _Episode) -> TokenTrie | None:
+    async def allowed(self, episode: Episode) -> TokenTrie | None:
         """The actions that the environment allows now, for an engine that samples."""
         if self.tries is None or self.samples_from is None:
             return None
-        actions = await self._call(lambda limit: allowed_actions(episode.environment, limit))
+        actions = await self.call(lambda limit: allowed_actions(episode.environment, limit))
         return None if actions is None else self.tries.of(actions)
 
-    async def _call(self, work: Callable[[float | None], Any]) -> Any:
+    async def call(self, work: Callable[[float | None], Any]) -> Any:
         """Call an environment: here, where it is interrupted at the limit it is given; or in a thread, where it is left
         behind then."""
         if self.threads is None:
@@ -288,92 +315,3 @@ class Sampler:
             cuts = [text.find(stop) for stop in sampling.stop if stop in text]
             text = text[: min(cuts)] if cuts else text
         return text
-
-
-def call_player(environment: Any, player: str, rng: Any, limit: float | None = None) -> str:
-    """The action of a scripted player."""
-    with foreign("the environment", limit):
-        action: str = environment.act(player, rng)
-    return action
-
-
-def begin_episode(
-    environment: Any, seed: int | None, start: int | None, limit: float | None = None
-) -> tuple[Any, dict[str, Any]]:
-    """An environment's first observation, checked, and its info. start: number of the start state (None: drawn by the seed).
-
-    limit: seconds that the call may take.
-    """
-    options = None if start is None else {"start": start}
-    with foreign("the environment", limit):
-        result = environment.reset(seed=seed, options=options)
-    observation, info = unpacked("reset", result, ("observation", "info"))
-    return check_text(observation), info
-
-
-def take_step(
-    environment: Any, action: str, limit: float | None = None
-) -> tuple[Any, float, bool, bool, dict[str, float | None]]:
-    """A step of an environment, checked: observation, reward, terminated, truncated, metrics."""
-    with foreign("the environment", limit):
-        result = environment.step(action)
-    observation, reward, terminated, truncated, info = unpacked(
-        "step", result, ("observation", "reward", "terminated", "truncated", "info")
-    )
-    observation, reward = check_text(observation), checked_reward(reward)
-    terminated, truncated = checked_flag("terminated", terminated), checked_flag("truncated", truncated)
-    metrics: dict[str, float | None] = {name: float(value) for name, value in info.get("metrics", {}).items()}
-    return observation, reward, terminated, truncated, metrics
-
-
-def failure_text(error: BaseException) -> str:
-    if isinstance(error, CallTimedOut):
-        return f"environment {error}"
-    return redact(f"environment raised {type(error).__name__}: {error}")
-
-
-def check_text(observation: Any) -> Any:
-    """Observations are text; a prompt may also be a list of messages."""
-    if not isinstance(observation, str | list):
-        raise TypeError(f"the observation is a {type(observation).__name__}, expected text")
-    return observation
-
-
-def unpacked(method: str, result: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
-    """The values that an environment's method returned, checked for their number."""
-    if not isinstance(result, tuple | list) or len(result) != len(names):
-        count = f"{len(result)} values" if isinstance(result, tuple | list) else f"a {type(result).__name__}"
-        old = (
-            " (older gym returns four: its `done` is `terminated` here)"
-            if method == "step" and len(names) - 1 == _len(result)
-            else ""
-        )
-        raise TypeError(f"{method}() returned {count}; expected {', '.join(names)}{old}")
-    if not isinstance(result[-1], dict):
-        raise TypeError(f"{method}() returned the info {result[-1]!r:.60}; expected an object")
-    return tuple(result)
-
-
-def _len(result: Any) -> int:
-    return len(result) if isinstance(result, tuple | list) else 0
-
-
-def checked_reward(value: Any) -> float:
-    value = _plain(value)
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"step() returned the reward {value!r:.60} ({type(value).__name__}); expected a number")
-    if not math.isfinite(value):
-        raise ValueError(f"step() returned the reward {value}")
-    return float(value)
-
-
-def checked_flag(name: str, value: Any) -> bool:
-    value = _plain(value)
-    if not isinstance(value, bool | int) or value not in (0, 1):
-        raise TypeError(f"step() returned {name}={value!r:.60}; expected true or false")
-    return bool(value)
-
-
-def _plain(value: Any) -> Any:
-    """A scalar of numpy or torch as a number of Python."""
-    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value

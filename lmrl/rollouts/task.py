@@ -6,19 +6,21 @@ import string
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from lmrl.agents.play import Agent
 from lmrl.agents.programs import load_program
-from lmrl.environments import TextEnvironment, environment_factory, version_of
+from lmrl.environments import GameEnvironment, TextEnvironment, environment_factory, version_of
 from lmrl.errors import DataError, EpisodeError, RecipeError
 from lmrl.recipe import AgentTask, Prompts, PromptTask, Recipe
 from lmrl.rewards.early import EarlyScores
 from lmrl.rewards.load import load_rewards
 from lmrl.rewards.rewards import RewardFunction, drop_failed, judge
 from lmrl.rollouts.allowed_actions import check_says_what_is_allowed
+from lmrl.rollouts.parties import Party, build_party
 from lmrl.rollouts.templates import prompt_rows
 from lmrl.seeding import stream
 from lmrl.trajectories.fields import checked_messages
@@ -50,6 +52,19 @@ class AgentRows:
 
     def __init__(self, rows: list[dict[str, Any]]):
         self.rows, self.num_starts = rows, len(rows)
+
+
+@dataclass(frozen=True)
+class Match:
+    """How the games of a task are played. party: the other side; None: the policy plays every side, and learns from each."""
+
+    players: int
+    party: Party | None
+
+    @property
+    def learned(self) -> int:
+        """Sides of a game that become trajectories."""
+        return self.players if self.party is None else 1
 
 
 @dataclass
@@ -85,8 +100,15 @@ class Task:
     """The program that plays it, in place of an environment."""
     allowed_actions: bool = False
     """True if actions are sampled among those that the environment allows."""
+    match: Match | None = None
+    """Of a game of several players; then `make` gives a Game."""
     scored: set[str] = field(default_factory=set)
     """Keys of the prompts that the recipe's suite scores."""
+
+    @property
+    def sides(self) -> int:
+        """Trajectories that an episode becomes: one, but of a game that the policy plays with itself one a player."""
+        return 1 if self.match is None else self.match.learned
 
     def heldout_prompts(self) -> set[str]:
         """Keys of the prompts that serve evaluation alone (see Renderer.keys)."""
@@ -115,8 +137,13 @@ class Task:
             error.episodes = [one for one in trajectories if one.failure]
             raise
 
+    def with_turns(self, trajectories: list[Trajectory]) -> list[Trajectory]:
+        """Without sides of games that were over before they had a turn: nothing can be learned from these."""
+        return trajectories if self.match is None else [one for one in trajectories if one.turns]
+
     def keep_groups(self, judged: list[Trajectory]) -> list[Trajectory]:
-        """Of judged trajectories, those whose group has `min_group` of them."""
+        """Of judged trajectories with a turn, those whose group has `min_group` of them."""
+        judged = self.with_turns(judged)
         sizes = Counter(trajectory.group for trajectory in judged)
         return [trajectory for trajectory in judged if sizes[trajectory.group] >= self.min_group]
 
@@ -171,8 +198,12 @@ def build_task(section: Any, tokenizer: Any) -> Task:
         check_says_what_is_allowed(environment, section.environment)
     count = getattr(environment, "num_starts", None)
     starts = None if count is None else list(range(count))
+    match, made = None, make
+    if isinstance(environment, GameEnvironment):
+        match = Match(environment.game.num_players, build_party(section, environment.game))
+        made = partial(_game_of, make)
     return Task(
-        make,
+        made,
         Renderer(tokenizer, section.chat, special_tokens=section.special_tokens),
         training=starts,
         heldout=starts,
@@ -190,7 +221,12 @@ def build_task(section: Any, tokenizer: Any) -> Task:
             "call_timeout": section.call_timeout,
             **version_of(environment),
         },
+        match=match,
     )
+
+
+def _game_of(make: Callable[[], Any]) -> Any:
+    return make().game
 
 
 def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:

@@ -191,7 +191,7 @@ class Blend(Source):
             batch.learn += kept
             batch.failed += len(played) - len(judged)
             batch.dropped += len(judged) - len(kept)
-            groups += count
+            groups += count * one.task.sides
         counts, earlier = self._of_logs(step) if self._of_logs else ([], [])
         for (part, log), count, first in zip(self.logged, counts, earlier, strict=True):
             taken = log.take(first, count) if count else []

@@ -185,7 +185,7 @@ def play_dataset(task: Task, player: Players, episodes: int, seed: int) -> list[
     check_players(task, player, "source.player")
     name = (seed, "logged", player if isinstance(player, str) else "players")
     starts = draw_starts(task, episodes, name)
-    return task.keep_judged(play_players(Sampler(task), player, starts, name))
+    return task.with_turns(task.keep_judged(play_players(Sampler(task), player, starts, name)))
 
 
 def open_dataset_file(source: DatasetOptions, task: Task, bad_rows: Path | None = None) -> DatasetFile:

@@ -84,7 +84,7 @@ class FreshRollouts(Source):
             starts = starts_for(task.training, (step - 1) * count, len(zero_variance), *name)
             more = self.sampler.play(starts, self.options.samples, self.sampling, (*name, step), shared=True)
             for trajectory in more:
-                trajectory.group += again * count
+                trajectory.group += again * count * task.sides
             kept = task.keep_judged(more)
             failed, dropped = failed + len(more) - len(kept), dropped + len(kept)
             kept = task.keep_groups(kept)

@@ -11,7 +11,7 @@ from lmrl.trajectories.files import Row, quiet_datasets
 
 def flat_row(row: Row) -> Row:
     """A row that fits one schema with those of all other episodes: what is free-form in it becomes JSON text."""
-    texts = {name: json.dumps(row[name], default=str) for name in ("metrics", "components", "columns")}
+    texts = {name: json.dumps(row[name], default=str) for name in ("metrics", "components", "columns", "game")}
     return row | texts | _message_texts(row)
 
 
@@ -24,6 +24,7 @@ def episode_features(datasets: Any) -> dict[str, Any]:
         "seed": value("int64"),
         "start": value("int64"),
         "player": value("string"),
+        "game": value("string"),
         "prompt_messages": many(
             {name: value("string") for name in ("role", "content", "tool_calls", "tool_call_id", "name")}
         ),

@@ -15,6 +15,8 @@ lmrl's own format has one row an episode, the same in Parquet and JSONL:
     group episode      episodes of a group began alike
     seed start         what the environment's reset was given: seed, and options["start"] (null: drawn by the seed)
     player             who played
+    game               in a game of several players {"player", "start", "moves"}: whose side this is, the game's start state, and the
+                       moves of all as [player, action] (in Parquet as JSON text), else null
     tokenizer          fingerprint of the tokenizer of ...
     segments           [{"tokens", "turns", "logprobs", "rewards"}], as in `Segment`; null: only the text is known. "allowed", if
                        actions were restricted: {"places", "sets", "table"}, the token at a place was one of table[set]
@@ -94,6 +96,7 @@ def to_row(trajectory: Trajectory, tokenizer: str | None = None) -> Row:
         "seed": trajectory.seed,
         "start": trajectory.start,
         "player": trajectory.player,
+        "game": trajectory.game,
         "prompt_messages": messages,
         "turns": turns,
         "final_observation": None if final is None else prompt_text(final),
@@ -194,7 +197,9 @@ def is_dialogue(trajectory: Trajectory) -> bool:
 
 def _own(row: Row, number: int, tokenizer: str | None) -> Trajectory:
     given = take(row, "turns", list)
-    if not given and row.get("failure") is None:
+    if (
+        not given and row.get("failure") is None and row.get("game") is None
+    ):  # a game may be over before a side has had a turn
         raise Malformed("field 'turns' is empty; expected at least one turn")
     turns, rewards, cut_turns = [], [], []
     for index, turn in enumerate(given):
@@ -219,6 +224,7 @@ def _own(row: Row, number: int, tokenizer: str | None) -> Trajectory:
     if columns is not None and not isinstance(columns, dict):
         raise Malformed(f"field 'columns' is {columns!r:.60}; expected an object")
     trajectory.columns = columns or {}
+    trajectory.game = json_of(row, "game")
     if not trajectory.terminated:
         trajectory.final_observation = optional(row, "final_observation", str)
     segments = _segments(row, len(turns))

@@ -98,7 +98,7 @@ class DatasetFile:
     def _scan(
         self, without: Collection[str], skip_bad_rows: bool, bad_rows: Path | None, scored: Collection[str]
     ) -> None:
-        bad, failed, heldout, long, beyond, shared = [], 0, 0, 0, 0, 0
+        bad, failed, turnless, heldout, long, beyond, shared = [], 0, 0, 0, 0, 0, 0
         for number, row in enumerate(self.rows.scan()):
             try:
                 if isinstance(row, Malformed):
@@ -112,6 +112,8 @@ class DatasetFile:
             for part, episode in enumerate(episodes):
                 if episode.failure is not None:
                     failed += 1
+                elif not episode.turns:
+                    turnless += 1
                 elif (length := self._length(episode)) > (self.positions or math.inf):
                     beyond += 1
                 elif length > (self.max_tokens or math.inf):
@@ -126,6 +128,7 @@ class DatasetFile:
         counts = {
             f"malformed {self.rows.unit}s" + (f" (see {bad_rows})" if bad_rows else ""): len(bad),
             "episodes that failed when they were played": failed,
+            "sides of games that were over before these had a turn": turnless,
             "episodes of held-out prompts": heldout,
             f"episodes of more than {self.max_tokens} tokens": long,
             f"episodes of more than the {self.positions} tokens that the model has positions for": beyond,

@@ -131,6 +131,9 @@ class Trajectory:
     seed: int | None = field(default=None, compare=False)
     start: int | None = field(default=None, compare=False)
     """Arguments of the environment's `reset`, if known: the seed, and `options["start"]` (None: drawn by the seed)."""
+    game: dict[str, Any] | None = field(default=None, compare=False)
+    """Of a game of several players: `player`, whose side this is; `start`, the game's own start state; and `moves`, those of all
+    players as [player, action]."""
     version: int | None = field(default=None, compare=False)
     """Version of the weights that played: the number of the engine's weight sync (None: not played by this process)."""
 

@@ -84,10 +84,10 @@ class Guard(Listener):
         return {} if between is None else {"reward_between": between}
 
     def recorded(self, stage: Stage, step: int, source_batch: SourceBatch, metrics: dict[str, Any]) -> None:
-        row = row_of(metrics, self.recipe, step)
+        row = row_of(metrics, self.recipe, step, stage.task.sides)
         self.last = [*self.last, row][-WIDE:]
         note_first(self.first, row)
-        measured = measured_of(metrics, self.recipe, self.objective)
+        measured = measured_of(metrics, self.recipe, self.objective, stage.task.sides)
         if measured is not None:
             self.tracker.add(step, measured)
         gained = self.tracker.gained
@@ -195,23 +195,23 @@ def settings_of(stage: Stage) -> Settings:
     )
 
 
-def row_of(metrics: dict[str, Any], recipe: Recipe, step: int) -> Row:
-    """The part of a step's metrics that the detectors use."""
+def row_of(metrics: dict[str, Any], recipe: Recipe, step: int, sides: int = 1) -> Row:
+    """The part of a step's metrics that the detectors use. sides: trajectories of an episode."""
     row = {name: metrics[own] for name, own in OWN.items() if own in metrics}
     if "repetition" in metrics:  # something was played
         row |= {name: value for name, own in FRESH.items() if (value := fresh(metrics, own)) is not None}
         row["alike"] = metrics.get("zero_spread", float(row.get("reward_std") == 0))
-        row["failed"] = metrics["failed"] / (recipe.rollouts.prompts * recipe.rollouts.samples)
+        row["failed"] = metrics["failed"] / (recipe.rollouts.prompts * recipe.rollouts.samples * sides)
     moved = metrics.get("policy_change", metrics.get("approx_kl") if metrics["updates"] > 1 else None)
     if moved is not None and "approx_kl" in metrics and step > recipe.optimizer.warmup_steps:
         row["moved"] = moved
     return row
 
 
-def measured_of(metrics: dict[str, Any], recipe: Recipe, objective: Objective) -> Step | None:
+def measured_of(metrics: dict[str, Any], recipe: Recipe, objective: Objective, sides: int = 1) -> Step | None:
     """The measure that a collapse shows in: the reward of fresh episodes, or the negative loss on logged data."""
     if "repetition" in metrics:
-        failed, episodes = metrics["failed"], recipe.rollouts.prompts * recipe.rollouts.samples
+        failed, episodes = metrics["failed"], recipe.rollouts.prompts * recipe.rollouts.samples * sides
         mean, spread = fresh(metrics, "reward"), fresh(metrics, "reward_std")
         return None if mean is None or spread is None else Step(mean, spread, max(episodes - failed, 1))
     loss = metrics.get(objective.loss_of_data or "") if not recipe.source.plays else None

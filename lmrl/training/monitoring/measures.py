@@ -99,6 +99,8 @@ def sample_line(
         return line
     row = to_row(trajectory)
     episode = {name: row[name] for name in EPISODE}
+    if trajectory.game is not None:
+        episode["game"] = trajectory.game
     return line | {"id": f"{stage}/{kind}/{step}/{trajectory.episode}", **episode, "environment": environment}
 
 

@@ -1,0 +1,99 @@
+"""Calls of environments, with what they return checked."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+from lmrl.foreign import CallTimedOut, foreign
+from lmrl.secrets import redact
+
+
+def call_player(environment: Any, player: str, rng: Any, limit: float | None = None) -> str:
+    """The action of a scripted player."""
+    with foreign("the environment", limit):
+        action: str = environment.act(player, rng)
+    return action
+
+
+def begin_episode(
+    environment: Any, seed: int | None, start: int | None, limit: float | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """An environment's first observation, checked, and its info. start: number of the start state (None: drawn by the seed).
+
+    limit: seconds that the call may take.
+    """
+    options = None if start is None else {"start": start}
+    with foreign("the environment", limit):
+        result = environment.reset(seed=seed, options=options)
+    observation, info = unpacked("reset", result, ("observation", "info"))
+    return check_text(observation), info
+
+
+def take_step(
+    environment: Any, action: str, limit: float | None = None
+) -> tuple[Any, float, bool, bool, dict[str, float | None]]:
+    """A step of an environment, checked: observation, reward, terminated, truncated, metrics."""
+    with foreign("the environment", limit):
+        result = environment.step(action)
+    observation, reward, terminated, truncated, info = unpacked(
+        "step", result, ("observation", "reward", "terminated", "truncated", "info")
+    )
+    observation, reward = check_text(observation), checked_reward(reward)
+    terminated, truncated = checked_flag("terminated", terminated), checked_flag("truncated", truncated)
+    metrics: dict[str, float | None] = {name: float(value) for name, value in info.get("metrics", {}).items()}
+    return observation, reward, terminated, truncated, metrics
+
+
+def check_text(observation: Any) -> Any:
+    """Observations are text; a prompt may also be a list of messages."""
+    if not isinstance(observation, str | list):
+        raise TypeError(f"the observation is a {type(observation).__name__}, expected text")
+    return observation
+
+
+def unpacked(method: str, result: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
+    """The values that an environment's method returned, checked for their number."""
+    if not isinstance(result, tuple | list) or len(result) != len(names):
+        count = f"{len(result)} values" if isinstance(result, tuple | list) else f"a {type(result).__name__}"
+        old = (
+            " (older gym returns four: its `done` is `terminated` here)"
+            if method == "step" and len(names) - 1 == _len(result)
+            else ""
+        )
+        raise TypeError(f"{method}() returned {count}; expected {', '.join(names)}{old}")
+    if not isinstance(result[-1], dict):
+        raise TypeError(f"{method}() returned the info {result[-1]!r:.60}; expected an object")
+    return tuple(result)
+
+
+def _len(result: Any) -> int:
+    return len(result) if isinstance(result, tuple | list) else 0
+
+
+def checked_reward(value: Any) -> float:
+    value = _plain(value)
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"step() returned the reward {value!r:.60} ({type(value).__name__}); expected a number")
+    if not math.isfinite(value):
+        raise ValueError(f"step() returned the reward {value}")
+    return float(value)
+
+
+def checked_flag(name: str, value: Any) -> bool:
+    value = _plain(value)
+    if not isinstance(value, bool | int) or value not in (0, 1):
+        raise TypeError(f"step() returned {name}={value!r:.60}; expected true or false")
+    return bool(value)
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of numpy or torch as a number of Python."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
+
+
+def failure_text(error: BaseException) -> str:
+    if isinstance(error, CallTimedOut):
+        return f"environment {error}"
+    return redact(f"environment raised {type(error).__name__}: {error}")
