@@ -17,7 +17,8 @@ app = typer.Typer(help=VERBS["env"], no_args_is_help=True, **PLAIN)
 Named = Annotated[
     str,
     typer.Argument(
-        help="A name, file.py:Name, a dotted path, gymnasium:ID or reasoning_gym:TASK", metavar="ENVIRONMENT"
+        help="A name, file.py:Name, a dotted path, or LIBRARY:ID (gymnasium, textarena, reasoning_gym, verifiers, openenv)",
+        metavar="ENVIRONMENT",
     ),
 ]
 

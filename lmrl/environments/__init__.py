@@ -16,7 +16,9 @@ from lmrl.secrets import expand
 ADAPTERS = {
     "gymnasium": "lmrl.environments.gymnasium_text:GymnasiumText",
     "reasoning_gym": "lmrl.environments.reasoning:ReasoningGym",
+    "openenv": "lmrl.environments.openenv:OpenEnvText",
     "textarena": "lmrl.environments.textarena_games:make",
+    "verifiers": "lmrl.environments.verifiers_tasks:VerifiersTasks",
 }
 """Adapters for environments of other libraries, by the name before the colon."""
 

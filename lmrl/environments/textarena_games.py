@@ -8,7 +8,7 @@ import string
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import Any
 
 import numpy as np
@@ -36,14 +36,14 @@ def make(id: str, players: int | None = None, view: str = "new", **options: Any)
     if view not in ("new", "whole"):
         raise PluginError(f"task.view: expected new or whole, got '{view}'")
     try:
-        import textarena
-        from textarena.envs.registration import ENV_REGISTRY
+        textarena = import_module("textarena")
+        known = import_module("textarena.envs.registration").ENV_REGISTRY
     except ImportError as error:
         raise PluginError(
             f"task.environment: textarena cannot be imported ({error}): pip install -e '.[textarena]'"
         ) from error
-    if id not in ENV_REGISTRY:
-        raise PluginError(f"task.environment: textarena has no game '{id}'{did_you_mean(id, ENV_REGISTRY)}")
+    if id not in known:
+        raise PluginError(f"task.environment: textarena has no game '{id}'{did_you_mean(id, known)}")
     arena = Arena(textarena.make(id, **options), view)
     count = arena.least_players() if players is None else players
     arena.begin(count, 0)

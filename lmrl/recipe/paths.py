@@ -161,6 +161,7 @@ def _plugin_path(name: str, beside: Path, key: str) -> str:
             return f"{find_file(file, beside, key)}:{attribute}"
         except DataError as error:
             raise PluginError(str(error)) from error
-    if colon and "/" in file:
+    library = name.partition(":")[0]
+    if colon and "/" in file and ("/" in library or "." in library):  # LIBRARY:ID may have any ID, such as an address
         raise PluginError(f"{key}: '{name}' should be file.py:name or a dotted path")
     return name

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pickle
+import random
 
 import numpy as np
 import pytest
@@ -91,6 +92,21 @@ def test_reasoning_gym_scores_its_own_answers(task):
     assert question == environment.data[3]["question"] and environment.num_starts == 5
     assert environment.step(str(environment.entry["answer"]))[1:3] == (1.0, True)
     assert environment.step("no idea")[1] < 1.0
+
+
+@needs_reasoning_gym
+def test_ten_drawn_tasks_play_an_episode():
+    """Drawn by a fixed seed from all that the library has."""
+    from reasoning_gym.factory import DATASETS
+
+    for name in random.Random(19).sample(sorted(DATASETS), 10):
+        environment = make(f"reasoning_gym:{name}", size=3)
+        question, _ = environment.reset(seed=1)
+        observation, score, terminated, truncated, info = environment.step("no idea")
+        assert question and observation == "" and terminated and not truncated, name
+        assert 0.0 <= score < 1.0 and info["metrics"] == {"correct": 0.0}, (name, score)
+        again, _ = environment.reset(seed=1)
+        assert again == question, name
 
 
 @needs_reasoning_gym
