@@ -57,6 +57,10 @@ class Game:
     def texts(self) -> Iterable[str]:
         return ()
 
+    def allowed_actions(self) -> Sequence[str] | None:
+        """The actions of which the player to move may choose, for `task.allowed_actions` (None: any)."""
+        return None
+
 
 class Referee:
     """A game under way: calls it, checks what it returns, and keeps the moves and what each player earned."""
@@ -165,6 +169,9 @@ class GameEnvironment(TextEnvironment):
 
     def texts(self) -> Iterable[str]:
         return self.game.texts()
+
+    def allowed_actions(self) -> Sequence[str] | None:
+        return self.game.allowed_actions()
 
     def _begin(self, seed: int, start: int | None) -> dict[str, Any]:
         info = self.referee.begin(seed, start)

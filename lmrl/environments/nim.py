@@ -48,6 +48,9 @@ class Nim(Game):
             return str(rng.integers(1, self._largest() + 1))
         return str(self.left % (self.most + 1))
 
+    def allowed_actions(self) -> Sequence[str] | None:
+        return [str(number) for number in range(1, self._largest() + 1)]
+
     def texts(self) -> Iterable[str]:
         return [f"{number} left" for number in range(self.sticks + 1)] + [
             str(number) for number in range(self.most + 1)

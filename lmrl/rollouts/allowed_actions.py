@@ -6,6 +6,7 @@ from typing import Any
 
 from lmrl.engines.token_trie import TokenTrie
 from lmrl.environments.base import TextEnvironment
+from lmrl.environments.games import Game, GameEnvironment
 from lmrl.errors import PluginError
 from lmrl.foreign import foreign
 from lmrl.trajectories.render import Renderer
@@ -44,8 +45,9 @@ def allowed_actions(environment: Any, limit: float | None = None) -> tuple[str, 
 
 def check_says_what_is_allowed(environment: Any, name: str) -> None:
     """Raise PluginError for an environment that never says which actions are allowed."""
-    method = getattr(type(environment), "allowed_actions", None)
-    if method is None or method is TextEnvironment.allowed_actions:
+    inner = environment.game if isinstance(environment, GameEnvironment) else environment
+    method = getattr(type(inner), "allowed_actions", None)
+    if method in (None, TextEnvironment.allowed_actions, Game.allowed_actions):
         raise PluginError(
             f"task.allowed_actions: environment '{name}' has no method allowed_actions(): add it, or leave the key out"
         )

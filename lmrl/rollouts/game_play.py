@@ -70,7 +70,10 @@ class GamePlay:
             player = self.referee.to_move
             observation = await self._call(lambda limit: self.referee.observe(player, limit))
             episode = self.own.get(player)
-            context = [] if episode is None else episode.recorder.observe(observation)
+            context = []
+            if episode is not None:
+                context = episode.recorder.observe(observation)
+                episode.allowed = await self.sampler.allowed(episode)
         if episode is not None and episode.turn and not self.sampler.fits(len(context) + self.max_new_tokens):
             episode.recorder.stop()
             await self._truncate(but=episode)
@@ -90,7 +93,8 @@ class GamePlay:
 
     async def _own_action(self, episode: Episode, context: list[int]) -> str | None:
         action = await self.act(episode, context)
-        episode.recorder.act(action.text, action.tokens, action.logprobs, cut=action.finish_reason == "length")
+        cut = action.finish_reason == "length"
+        episode.recorder.act(action.text, action.tokens, action.logprobs, cut=cut, allowed=action.allowed)
         episode.turn += 1
         return action.text
 

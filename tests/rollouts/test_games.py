@@ -298,6 +298,17 @@ def test_a_model_answers_all_games_in_one_batch(nim_model, workers):
     assert len({json.dumps(one.game["moves"][0]) for one in played}) > 1
 
 
+def test_allowed_actions_hold_for_each_side(nim_model):
+    """An untrained policy then never loses by an illegal move."""
+    policy, _ = nim_model
+    task = build_task(nim(allowed_actions=True), policy.tokenizer)
+    played = Sampler(task, HFEngine(policy), policy.decode).play(task.training, 2, Sampling(max_new_tokens=2), ("s",))
+    assert {one.failure for one in played} == {None} and {one.metrics["illegal"] for one in played} == {0.0}
+    assert {turn.action for one in played for turn in one.turns} == {"1", "2", "3"}
+    with pytest.raises(PluginError, match=r"Echo' has no method allowed_actions\(\)"):
+        build_task(CustomTask(environment=f"{__file__}:Echo", allowed_actions=True), policy.tokenizer)
+
+
 def test_scores_are_against_another(nim_model):
     assert against_other(nim()).opponent.player == "random"
     assert against_other(nim(opponent="self", opponent_in_evaluation="optimal")).opponent.player == "optimal"
