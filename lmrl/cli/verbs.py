@@ -25,7 +25,7 @@ VERBS = {
     "collect": "Play episodes and keep them as rows to learn from, for source.path=FOLDER.",
     "serve": "Serve a policy over OpenAI's API: chat completions, completions, models.",
     "export": "Write a run as an ordinary transformers checkpoint, which any server decodes at full speed.",
-    "replay": "Repeat an update or pass that went wrong, or an episode; exit code 1 where it comes out differently.",
+    "replay": "Repeat an update or pass that went wrong, or episodes; exit code 1 where one comes out differently.",
     "env": "Check environments.",
     "doctor": "Look at versions, devices, memory, disk and optional parts, and say how to repair what is wrong. Exit code 1: something is.",
     "reward": "Check, score and serve rewards.",
