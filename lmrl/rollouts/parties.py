@@ -16,7 +16,7 @@ from lmrl.errors import RecipeError, did_you_mean
 from lmrl.foreign import CallTimedOut
 from lmrl.openai_client import OpenAIClient
 from lmrl.recipe.players import SELF, Opponent
-from lmrl.run import checkpoint_of
+from lmrl.run_folders import checkpoint_of
 from lmrl.secrets import redact
 from lmrl.seeding import key, stream
 from lmrl.trajectories.recorder import Recorder
