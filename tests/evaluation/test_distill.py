@@ -18,6 +18,7 @@ from lmrl.evaluation.export import export
 from lmrl.policy.load import open_policy
 from lmrl.run_folders import final_checkpoint
 from lmrl.trajectories.batch import Batch, Sequence, to_batch
+from lmrl.trajectories.trajectory import Segment, Trajectory
 from tests.conftest import TINY_WALKS
 
 BETA = 2.0
@@ -95,7 +96,10 @@ def test_half_of_a_batch_is_logged():
     logged = SimpleNamespace(
         taken=[], take=lambda first, count: logged.taken.append((first, count)) or [episode] * count
     )
-    episode = SimpleNamespace(segments=[SimpleNamespace(actions=[2], tokens=[1, 2, 3], turns=[-1, -1, 0])])
+    segment = Segment()
+    segment.observe([1, 2])
+    segment.act([3], None, 0)
+    episode = Trajectory([segment], "", "")
     states = States([logged], 5, 10, ("a", "test"))
     states.add([Sequence(torch.tensor([7, 8]), torch.tensor([0]), torch.tensor([8]))])
     batches = [states.batch(step) for step in range(3)]
