@@ -316,8 +316,13 @@ class SlotBatch(SlotStore):
 
 @functools.cache
 def kind_of(sampling: Sampling) -> Sampling:
-    """The part of a sampling that all sequences of a pass have in common."""
-    return replace(sampling, max_new_tokens=1, stop=())
+    """The part of a sampling that all sequences of a pass have in common; the same object for equal ones."""
+    return _same(replace(sampling, max_new_tokens=1, stop=()))
+
+
+@functools.cache
+def _same(sampling: Sampling) -> Sampling:
+    return sampling
 
 
 def common(one: Sequence[int], other: Sequence[int], most: int) -> int:

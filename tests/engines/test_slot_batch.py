@@ -167,6 +167,17 @@ def test_requests_of_different_kinds_are_completed_one_kind_after_the_other(poli
     assert found[0].tokens[:3] != [] and len(found[2].tokens) <= 3
 
 
+def test_requests_of_different_lengths_are_completed_together(policy):
+    policy.causal_lm.generation_config.eos_token_id = 1
+    engine = HFEngine(policy)
+
+    async def both():
+        return await asyncio.gather(*[engine.generate([5], Sampling(n), ("l", n)) for n in (3, 9)])
+
+    assert [len(one.tokens) for one in run(both())] == [3, 9]
+    assert engine.batch.passes == 9  # and not 3 + 9
+
+
 def test_a_cancelled_request_leaves_the_batch(policy):
     policy.causal_lm.generation_config.eos_token_id = 1
     engine = HFEngine(policy)
