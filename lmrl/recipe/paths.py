@@ -53,7 +53,7 @@ def resolve_files(data: Any, beside: Path) -> None:
     resolve(_plugin_path, "source", "name")
     resolve(_plugin_path, "rollouts", "engine")
     resolve(_suite_path, "evaluation", "suite")
-    evaluation = data.get("evaluation") if isinstance(data, dict) else None
+    evaluation: Any = data.get("evaluation") if isinstance(data, dict) else None
     others = evaluation.get("before_after") if isinstance(evaluation, dict) else None
     if isinstance(evaluation, dict) and isinstance(others, list):
         evaluation["before_after"] = as_suites(others)
