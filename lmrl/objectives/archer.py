@@ -26,6 +26,7 @@ from lmrl.policy.heads import HeadsSpec
 from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.policy import Policy
 from lmrl.recipe import ArCHerObjective
+from lmrl.trajectories.allowed import AllowedTokens
 from lmrl.trajectories.batch import Batch, Microbatch, Sequence
 from lmrl.trajectories.chain import returns_to_go, rewards_and_turns
 from lmrl.trajectories.trajectory import Segment, Trajectory
@@ -67,7 +68,7 @@ def to_turns(trajectory: Trajectory) -> list[Sequence]:
 
 def _with_ends(segment: Segment, truncated: bool) -> Sequence:
     entries: list[tuple[int, int, int]] = []  # state, target, kind
-    allowed = {}
+    allowed: dict[int, AllowedTokens] = {}
     actions, turns = segment.actions, segment.turns
     for index, position in enumerate(actions):
         if position in segment.allowed:
