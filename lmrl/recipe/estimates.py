@@ -22,6 +22,8 @@ from lmrl.recipe.rates import UNKNOWN_SIZE, default_rates, with_rates
 
 PROCESS_MB = 450
 """Python with torch and transformers imported, before any model."""
+TRL_MB = 140
+"""What trl's imports add, whose loop trains reward models."""
 VLLM_PROCESS_MB = 300
 """Memory of vLLM's imports in MB, without its copy and cache."""
 CPU_BFLOAT16 = 4
@@ -155,7 +157,10 @@ def memory(recipe: Recipe, accelerator: bool = False) -> dict[str, float] | None
     if "bfloat16" in (recipe.model.dtype, recipe.training.precision):
         computed = sum(size for name, size in passes.items() if name != ON_THEIR_WAY)
         megabytes["a CPU's bfloat16 kernels"] = (CPU_BFLOAT16 - 1) * computed / 2**20
-    return megabytes | {"python": PROCESS_MB + (VLLM_PROCESS_MB if recipe.rollouts.engine == "vllm" else 0)}
+    libraries = (VLLM_PROCESS_MB if recipe.rollouts.engine == "vllm" else 0) + (
+        0 if recipe.objective.leaves_policy else TRL_MB
+    )
+    return megabytes | {"python": PROCESS_MB + libraries}
 
 
 def _frozen_bytes(model: Model, shape: dict[str, int]) -> int:

@@ -96,6 +96,15 @@ def test_memory_of_a_reference(objective, held):
     assert load_objective(options).uses_reference == options.holds_reference
 
 
+def test_memory_of_a_reward_model(tmp_path):
+    """Beside torch there is trl, and no projection onto the vocabulary."""
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    (tmp_path / "config.json").write_text('{"hidden_size": 256, "num_hidden_layers": 2, "vocab_size": 50000}')
+    given = [f"model.path={tmp_path}", f"data.path={tmp_path / 'pairs.jsonl'}", "model.lora=null"]
+    found = memory(load_recipe("rm", given))
+    assert found["python"] == estimates.PROCESS_MB + estimates.TRL_MB and "gradients on their way" not in found
+
+
 def test_memory_of_two_trunks():
     """Values on a trunk of their own, beside a policy that imitates: activations of both wait for one backward pass."""
     _, plain = items("objective={name: ilql, trunk: shared}")
