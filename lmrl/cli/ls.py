@@ -74,11 +74,12 @@ def command(
             console.print(line, markup=False)
         return
     console = Console(highlight=False)
+    parts: list[RenderableType] = []
     for one in [kind] if kind else KINDS:
         found = listing(one)
         if found or kind is not None:
-            console.print(f"[bold]{one}[/bold]")
-            console.print(_laid_out(found, console.width))
+            parts += [f"[bold]{one}[/bold]", _laid_out(found, console.width)]
+    console.print(Group(*parts))  # at once, so that a reader such as `grep -q` may leave early
 
 
 def _laid_out(found: dict[str, str], width: int) -> RenderableType:

@@ -55,12 +55,14 @@ class Settings:
     """None: the objective has none."""
     missing_eos_penalty: float | None = None
     has_eos_penalty: bool = False
+    self_play: bool = False
+    """True if the policy plays all sides of a game: what one gains another may lose, so that no gain is seen in rewards."""
 
 
 def no_movement(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: bool) -> str | None:
     """The policy stays where it is although there is something to learn from."""
     rows = [row for row in last if "moved" in row][-STILL_STEPS:]
-    if gained or len(rows) < STILL_STEPS or not all(row.get("alike", 0.0) < ALIKE for row in rows):
+    if gained or of.self_play or len(rows) < STILL_STEPS or not all(row.get("alike", 0.0) < ALIKE for row in rows):
         return None
     moved = mean(max(row["moved"], 0.0) for row in rows)
     if moved * of.steps**2 >= STILL:
@@ -82,6 +84,11 @@ def no_signal(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: b
         return (
             f"nothing left to tell apart: rewards are all equal in {share:.0%} of groups, after they have risen; end here, or give "
             "task harder prompts"
+        )
+    if of.self_play:
+        return (
+            f"nothing left to tell apart: games of one start end alike in {share:.0%} of groups: if the scores are good, end here, else "
+            "raise objective.entropy_coef"
         )
     if of.samples > 1 and share < 1:
         return (

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -288,6 +289,13 @@ def test_each_failure_is_said_with_an_option_and_a_value(name, began, now, said)
 )
 def test_nothing_is_said_without_need(name, began, now, gained):
     assert DETECTORS[name](first(**began), rows(**now), SETTINGS, gained) is None
+
+
+def test_rewards_of_self_play_are_not_taken_for_a_failure():
+    """Both sides' rewards sum to zero, however well they play."""
+    own = replace(SETTINGS, self_play=True)
+    assert DETECTORS["no_movement"](first(), rows(moved=1e-9), own, False) is None
+    assert "if the scores are good, end here" in DETECTORS["no_signal"](first(), rows(alike=0.9), own, False)
 
 
 def test_detectors_wait_for_a_window():
