@@ -143,7 +143,7 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def _logprobs(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probability, entropy and whether the target is the likeliest token; arguments of `_TokenLogprobs.forward`."""
-    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _TokenLogprobs.apply(*arguments)  # type: ignore[no-untyped-call]
+    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _TokenLogprobs.apply(*arguments)  # type: ignore[no-untyped-call,unused-ignore]
     return found
 
 

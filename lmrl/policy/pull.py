@@ -19,13 +19,13 @@ def bounded(hidden_ND: torch.Tensor, limit: float, tally_3: torch.Tensor) -> tup
     tally_3: in the backward pass takes up the summed lengths of the values' and the policy's gradients, and the number of tokens
     at which the bound decided.
     """
-    twice: tuple[torch.Tensor, torch.Tensor] = _Bounded.apply(hidden_ND, limit, tally_3)  # type: ignore[no-untyped-call]
+    twice: tuple[torch.Tensor, torch.Tensor] = _Bounded.apply(hidden_ND, limit, tally_3)  # type: ignore[no-untyped-call,unused-ignore]
     return twice
 
 
 def with_gradient_times(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """The same values, whose gradient is multiplied on its way back."""
-    same: torch.Tensor = _Scaled.apply(values, factor)  # type: ignore[no-untyped-call]
+    same: torch.Tensor = _Scaled.apply(values, factor)  # type: ignore[no-untyped-call,unused-ignore]
     return same
 
 
