@@ -47,4 +47,4 @@ def as_opponent(given: Any) -> Any:
     return {"player": given} if isinstance(given, str) else given
 
 
-OpponentOf = Annotated[Opponent, BeforeValidator(as_opponent)] | None
+OpponentOf = Annotated[Opponent, BeforeValidator(as_opponent, json_schema_input_type=Opponent | str)] | None

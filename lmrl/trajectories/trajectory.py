@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lmrl.trajectories.allowed import AllowedTokens
+if TYPE_CHECKING:  # workers of rewards import this module, and can do without torch
+    from lmrl.trajectories.allowed import AllowedTokens
+
 
 Messages = list[dict[str, Any]]
 """`role` and `content`, text; of the assistant maybe `tool_calls`, of a tool `tool_call_id` and `name`; in the first one maybe

@@ -88,10 +88,12 @@ def checksums(place: Place) -> dict[str, str]:
 
 
 def check_line(result: tuple[int, str, str], message: str, code: int = 2) -> None:
-    """One clear line on stderr and the exit code; beside it only where the run was going to be, and notes on its data."""
+    """One clear line on stderr and the exit code; beside it only where the run was going to be, notes on its data, and the causes of
+    failed episodes with the command that plays one again."""
     found, out, err = result
     assert found == code, (found, out, err)
     assert err.startswith("lmrl: ") and err.count("\n") == 1 and "Traceback" not in err, err
     assert re.search(message, err), err
     assert len(err) < 1000, err
-    assert all(line.startswith(("run folder: ", "note: ")) for line in out.splitlines()), out
+    beside = r"run folder: |note: | +\d+ x |play one again: lmrl replay "
+    assert all(re.match(beside, line) for line in out.splitlines()), out

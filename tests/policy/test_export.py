@@ -198,7 +198,7 @@ def test_an_export_that_loses_too_much_is_not_kept(tmp_path, ilql_run):
 def test_without_players_the_loss_is_a_share_of_the_gain(tmp_path, ilql_run, monkeypatch, scores, loss):
     played = iter([({"optimality": {"mean": score}}, []) for score in scores])
     betas = []
-    monkeypatch.setattr(Evaluator, "__call__", lambda self, beta=None: betas.append(beta) or next(played))
+    monkeypatch.setattr(Evaluator, "__call__", lambda self, beta=None, **_: betas.append(beta) or next(played))
     monkeypatch.setattr(Evaluator, "scale", None)
     result = export(ilql_run, tmp_path / "out", 8.0, max_loss=1e9)
     assert list(result.rows) == ["guided", "exported", "without Q"] and betas == [8.0, None, 0.0]
