@@ -218,7 +218,8 @@ def build_task(section: Any, tokenizer: Any) -> Task:
             "name": section.environment,
             "options": section.options,
             "max_turns": section.max_turns,
-            "call_timeout": section.call_timeout,
+            # A recipe that was read again has a float where the default is an integer.
+            "call_timeout": None if section.call_timeout is None else float(section.call_timeout),
             **version_of(environment),
         },
         match=match,
