@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from lmrl.evaluation.rescoring import rescore_log
 from lmrl.evaluation.scoring import Scores, check_metrics
 from lmrl.evaluation.suites import Suite, allow_code, load_suite, own_suite
 from lmrl.policy.load import open_policy
+from lmrl.policy.policy import Policy
 from lmrl.recipe.files import locate_rewards
 from lmrl.run_folders import RECIPE_FILE, read_recipe
 from lmrl.trajectories.trajectory import Trajectory
@@ -161,25 +162,16 @@ def _harness_report(
     task: str, found: Sequence[Contender], overrides: Sequence[str], trust_remote_code: bool, run_code: bool
 ) -> Report:
     """Policies on a task of lm-eval."""
-    from lmrl.accelerators import default_device
-
     options = harness_options(overrides)
     from lmrl.evaluation.harness import run_harness
 
-    rows, episodes = {}, {}
-    for contender in found:
-        if is_address(contender.path):
-            raise RecipeError(
-                f"--suite {HARNESS}{task}: lm-eval asks for log-likelihoods, which an address does not tell: name the model itself, "
-                "a folder or a name on the hub"
-            )
-        policy = open_policy(contender.path, dtype_of(Path(contender.path)), trust_remote_code)
-        policy.to(default_device())
-        rows[contender.label], episodes[contender.label], played = run_harness(policy, task, options, run_code)
-        del policy
-    names = ", ".join(contender.name for contender in found)
-    columns = list(dict.fromkeys(name for scores in rows.values() for name in scores))
-    return Report(f"{HARNESS}{task}", names, rows, columns, episodes[contender.label], played, episodes)
+    return _foreign_report(
+        f"{HARNESS}{task}",
+        found,
+        trust_remote_code,
+        "lm-eval asks for log-likelihoods, which an address does not tell",
+        lambda policy, _: run_harness(policy, task, options, run_code),
+    )
 
 
 def _inspect_report(
@@ -191,29 +183,41 @@ def _inspect_report(
     run_code: bool,
 ) -> Report:
     """Policies on a task of inspect_ai. log: a folder for its own logs, a subfolder for each of several policies."""
-    from lmrl.accelerators import default_device
-
     options = inspect_options(overrides)
     if run_code:
         raise RecipeError(f"--suite {INSPECT}{task}: it runs code in inspect_ai's own sandboxes: leave --run-code out")
     from lmrl.evaluation.inspect_tasks import run_inspect
 
+    def play(policy: Policy, contender: Contender) -> tuple[Scores, list[Trajectory], str]:
+        folder = None if log is None else Path(log) if len(found) == 1 else Path(log) / folder_name(contender.label)
+        return run_inspect(policy, contender.name, task, options, folder)
+
+    unreachable = "inspect_ai asks an address itself (`inspect eval --model openai-api/...`)"
+    return _foreign_report(f"{INSPECT}{task}", found, trust_remote_code, unreachable, play)
+
+
+def _foreign_report(
+    suite: str,
+    found: Sequence[Contender],
+    trust_remote_code: bool,
+    unreachable: str,
+    play: Callable[[Policy, Contender], tuple[Scores, list[Trajectory], str]],
+) -> Report:
+    """Policies on another tool's suite, one after the other. unreachable: why addresses are refused. play: its scores, its samples as
+    episodes, and what was played, for people."""
+    from lmrl.accelerators import default_device
+
     rows, episodes = {}, {}
     for contender in found:
         if is_address(contender.path):
-            raise RecipeError(
-                f"--suite {INSPECT}{task}: inspect_ai asks an address itself (`inspect eval --model openai-api/...`): name "
-                "the model itself, a folder or a name on the hub"
-            )
+            raise RecipeError(f"--suite {suite}: {unreachable}: name the model itself, a folder or a name on the hub")
         policy = open_policy(contender.path, dtype_of(Path(contender.path)), trust_remote_code)
         policy.to(default_device())
-        folder = None if log is None else Path(log) if len(found) == 1 else Path(log) / folder_name(contender.label)
-        ran = run_inspect(policy, contender.name, task, options, folder)
-        rows[contender.label], episodes[contender.label], played = ran
+        rows[contender.label], episodes[contender.label], played = play(policy, contender)
         del policy
     names = ", ".join(contender.name for contender in found)
     columns = list(dict.fromkeys(name for scores in rows.values() for name in scores))
-    return Report(f"{INSPECT}{task}", names, rows, columns, episodes[contender.label], played, episodes)
+    return Report(suite, names, rows, columns, episodes[contender.label], played, episodes)
 
 
 def dtype_of(checkpoint: Path) -> str:

@@ -14,11 +14,14 @@ import torch
 from torch import nn
 from torch.nn.functional import rms_norm
 
+TAKEN = "hands_on_autocast"
+"""Attribute of the kinds of norms that do so already."""
+
 
 def take_mixed_precision(model: nn.Module) -> None:
     """Let the embeddings and RMSNorms of a model hand on autocast's precision; without autocast nothing changes."""
     for part in model.modules():
-        if isinstance(part, nn.Embedding):
+        if isinstance(part, nn.Embedding) and _lowered not in part._forward_hooks.values():
             part.register_forward_hook(_lowered)
         elif (offset := _offset(part)) is not None:
             part.__class__ = _fused(type(part), offset)  # type: ignore[arg-type]
@@ -39,7 +42,7 @@ def _offset(part: nn.Module) -> float | None:
     1910.07467) by what they compute."""
     weight, eps = getattr(part, "weight", None), _eps(part)
     is_norm = type(part).__name__.endswith("RMSNorm") and not isinstance(part, nn.RMSNorm)
-    if not is_norm or weight is None or eps is None or weight.is_meta:
+    if hasattr(part, TAKEN) or not is_norm or weight is None or eps is None or weight.is_meta:
         return None
     states = torch.linspace(-1, 2, weight.numel(), dtype=weight.dtype, device=weight.device).view(1, 1, -1)
     rounding = 1e-5 if weight.dtype.itemsize > 2 else 5e-2
@@ -71,4 +74,4 @@ def _fused(kind: type[nn.Module], offset: float) -> type[nn.Module]:
         with torch.autocast(states.device.type, enabled=False):
             return rms_norm(states.to(dtype), weight.shape, weight.to(dtype), _eps(self))
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, TAKEN: True})

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from lmrl.environments import GameEnvironment, environment_factory, version_of
-from lmrl.environments.calls import begin_episode, failure_text, take_step
+from lmrl.environments.calls import begin_episode, take_step
 from lmrl.errors import RunError
-from lmrl.rollouts.replay_game import game_differences
+from lmrl.rollouts.replay_game import failed, game_differences
 from lmrl.run import SAMPLES_FILE
 from lmrl.trajectories.trajectory import Messages, prompt_text
 
@@ -119,9 +119,7 @@ def differences(environment: Any, line: Line, tell: Tell = lambda text: None) ->
                 yield f"turn {number}: reward {reward:g}, recorded {turn['reward']:g}"
         tell(prompt_text(observation))
     except (Exception, SystemExit) as error:
-        tell(failure_text(error))
-        if failure_text(error) != failure:
-            yield f"{failure_text(error)}, recorded {failure or 'no failure'}"
+        yield from failed(error, failure, tell)
         return
     if failure:
         yield f"no failure, recorded: {failure}"

@@ -13,6 +13,14 @@ OPPONENT = "opponent "
 """What the failure of an opponent begins with."""
 
 
+def failed(error: BaseException, recorded: str | None, tell: Callable[[str], None]) -> Iterator[str]:
+    """Tell how an episode failed; the difference from the recorded failure, if it is another one."""
+    text = failure_text(error)
+    tell(text)
+    if text != recorded:
+        yield f"{text}, recorded {recorded or 'no failure'}"
+
+
 def game_differences(game: Game, line: dict[str, Any], tell: Callable[[str], None]) -> Iterator[str]:
     """Play the game of a line of samples.jsonl again; each difference from one player's recorded episode as a line."""
     recorded, turns, failure = line["game"], line["turns"], line.get("failure")
@@ -46,9 +54,7 @@ def game_differences(game: Game, line: dict[str, Any], tell: Callable[[str], Non
         elif failure and not failure.startswith(OPPONENT) and not referee.over:  # it had failed before another move
             referee.observe(referee.to_move, limit)
     except (Exception, SystemExit) as error:
-        tell(failure_text(error))
-        if failure_text(error) != failure:
-            yield f"{failure_text(error)}, recorded {failure or 'no failure'}"
+        yield from failed(error, failure, tell)
         return
     if failure:
         if not failure.startswith(OPPONENT):  # nobody is asked again

@@ -19,19 +19,12 @@ from lmrl.policy.policy import Policy
 from lmrl.recipe import Model
 from lmrl.trajectories.batch import VECTORS, Batch, Microbatch, contexts_batch
 from lmrl.trajectories.trajectory import Segment, Trajectory, Turn
+from tests.conftest import TINY_LLAMA
 
 KIND = "gaussian"
 TARGETS = {"a": (1.0, 0.0), "b": (-1.0, 0.5), "c": (0.0, -1.0)}
 TURNS = 2
-TINY = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
+TINY = TINY_LLAMA | {"num_hidden_layers": 1}
 
 
 class GaussianPolicy(Policy):

@@ -75,6 +75,14 @@ def test_a_copy_has_weights_of_its_own():
     torch.testing.assert_close(two, torch.full((1, 16), 2.0), rtol=1e-2, atol=0)
 
 
+def test_taken_twice_is_taken_once():
+    model = model_of("llama")
+    take_mixed_precision(model)
+    kind, hooks = type(model.model.norm), len(model.model.embed_tokens._forward_hooks)
+    take_mixed_precision(model)
+    assert type(model.model.norm) is kind and len(model.model.embed_tokens._forward_hooks) == hooks == 1
+
+
 def test_what_is_called_a_norm_and_is_none_is_left_alone():
     class OddRMSNorm(torch.nn.Module):
         def __init__(self):
