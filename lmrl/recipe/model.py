@@ -68,7 +68,8 @@ class Model(Section):
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     config: dict[str, Any] | None = None
-    """Transformers' configuration of a model from scratch: `model_type` and its sizes."""
+    """Transformers' configuration of a model from scratch: `model_type` and its sizes. Where it has no `initializer_range`, initial
+    weights have a deviation of 1 / sqrt(`hidden_size`), at least transformers' own."""
     tokenizer: Literal["char", "word"] = "char"
     """Tokenizer of a model from scratch: a token for each character, or each word, of the task's texts."""
     chat_template: str | None = None

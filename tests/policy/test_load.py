@@ -1,16 +1,18 @@
 """Policies: from scratch, from folders, with adapters; what is saved reads back as it was."""
 
 import shutil
+import string
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmrl.errors import ModelError
 from lmrl.policy.heads import HeadsSpec
-from lmrl.policy.load import load_classifier, load_policy, load_weights, open_policy
+from lmrl.policy.load import load_classifier, load_policy, load_weights, open_policy, spread_by_width
 from lmrl.policy.passes import ForwardRequest
 from lmrl.policy.policy import Policy
 from lmrl.policy.tokenizers import build_tokenizer
@@ -177,6 +179,25 @@ def test_what_cannot_be_built_is_named(options, message):
 
 
 # -------------------------------------------------------------------------------------------------------- missing weights
+@pytest.mark.parametrize(
+    ("kind", "width", "stated", "deviation"),
+    [("llama", 64, {}, 0.125), ("gpt2", 16, {}, 0.25), ("llama", 64, {"initializer_range": 0.02}, 0.02)],
+)
+def test_initial_weights_spread_by_width(kind, width, stated, deviation):
+    """1 / sqrt(width), unless the recipe states it."""
+    config = {"model_type": kind, "hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2, **stated}
+    torch.manual_seed(0)
+    model = load_policy(Model(config=config), texts=lambda: [string.printable]).model
+    assert model.config.initializer_range == deviation
+    assert model.get_input_embeddings().weight.std().item() == pytest.approx(deviation, rel=0.1)
+
+
+def test_initial_weights_of_wide_models_spread_as_transformers_has_them():
+    config = transformers.LlamaConfig(hidden_size=4096)
+    spread_by_width(config)
+    assert config.initializer_range == 0.02
+
+
 def copied(folder, target, change):
     """A model folder whose weights have been changed."""
     shutil.copytree(folder, target)
