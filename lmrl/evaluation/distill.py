@@ -21,6 +21,7 @@ from lmrl.engines.hf import HFEngine
 from lmrl.errors import ModelError, RunError
 from lmrl.policy.export import plain_model
 from lmrl.policy.heads import guide
+from lmrl.policy.language_model import float32
 from lmrl.policy.load import open_policy
 from lmrl.policy.passes import Guidance
 from lmrl.policy.policy import Policy
@@ -197,7 +198,7 @@ class Distillation:
 def _student(path: Path, trust_remote_code: bool) -> Policy:
     """A copy of the policy's language model to be trained: adapters merged, without quantization and heads."""
     opened = open_policy(str(path), trust_remote_code=trust_remote_code)
-    student = Policy(plain_model(opened).float().requires_grad_(True), opened.tokenizer)
+    student = Policy(float32(plain_model(opened)).requires_grad_(True), opened.tokenizer)
     if default_precision(default_device()) == "bfloat16":
         student.autocast_dtype = torch.bfloat16
     return student

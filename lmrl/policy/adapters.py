@@ -6,26 +6,33 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import safe_open
 from torch import nn
 
 from lmrl.errors import DataError, ModelError, did_you_mean
 from lmrl.local_names import refuse_missing
+from lmrl.policy.language_model import AnyModel, has_adapters
 from lmrl.policy.policy import REFERENCE_ADAPTER
 from lmrl.recipe import Lora
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 ADAPTER_CONFIG = "adapter_config.json"
 
 
 def with_lora(
-    model: Any, lora: Lora, origin: str | None, revision: str | None, reference: bool
-) -> tuple[nn.Module, str | None]:
-    """Add an adapter, or continue with the existing one; returns the kind of reference that this allows."""
-    if not hasattr(model, "peft_config"):
+    model: AnyModel, lora: Lora, origin: str | None, revision: str | None, reference: bool
+) -> tuple[PeftModel, Literal["adapter_off", "adapter"]]:
+    """Add an adapter, or continue with the existing one; returns the kind of reference that this allows.
+
+    origin: the adapter's folder.
+    """
+    if not has_adapters(model):
         return add_adapter(model, lora, "CAUSAL_LM", revision), "adapter_off"
-    found = model.peft_config["default"]
+    found: Any = model.peft_config["default"]
     if (found.r, found.lora_alpha) != (lora.r, lora.alpha):
         raise ModelError(
             f"model.lora: '{origin}' is an adapter with r={found.r} and alpha={found.lora_alpha}, but the recipe asks for "
@@ -39,6 +46,7 @@ def with_lora(
                 f"model.lora.{name}: '{origin}' is an adapter with {name}={own}, but the recipe asks for {asked}: make them equal"
             )
     if reference:
+        assert origin is not None  # an adapter was read from somewhere
         with quiet_peft():
             model.load_adapter(origin, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
         _tie_copies(model.get_base_model(), REFERENCE_ADAPTER)
@@ -46,8 +54,8 @@ def with_lora(
     return model, "adapter"
 
 
-def add_adapter(model: Any, lora: Lora, task: str, revision: str | None) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
+def add_adapter(model: Any, lora: Lora, task: str, revision: str | None) -> PeftModel:
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     config = LoraConfig(
@@ -74,9 +82,11 @@ def add_adapter(model: Any, lora: Lora, task: str, revision: str | None) -> nn.M
         )
     try:
         with quiet_peft():
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
     except (ValueError, TypeError) as error:
         raise ModelError(f"model.lora: {str(error).splitlines()[0]}") from error
+    assert isinstance(adapted, PeftModel)  # and no mixed model, which is made on request only
+    return adapted
 
 
 @contextmanager

@@ -85,6 +85,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 def take_attention(model: nn.Module) -> None:
     """Let the parts of a model whose attention is `sdpa` take the one above."""
+    part: Any
     for part in model.modules():
         if getattr(part, "_supports_attention_backend", False) and part.config._attn_implementation == "sdpa":
             part.config._attn_implementation = {"": ATTENTION}  # of this config alone, not of those inside of it
@@ -129,9 +130,13 @@ def packed_attention(
         # and keys, and takes fewer heads of keys than of queries. Without `scale` it divides by the root of the width, as models do.
         from torch.nn.attention.varlen import varlen_attn
 
-        rows = (part[0].transpose(0, 1) for part in (query, key, value))
+        q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
         left = -1 if window is None else window - 1
-        return varlen_attn(*rows, *ends, *longest, scale=scaling, window_size=(left, 0), **_grouped(query, key))[None]
+        # Newer releases of torch have to be told that there are fewer heads of keys than of queries.
+        told: dict[str, Any] = {"enable_gqa": True} if k.shape[1] < q.shape[1] and ASKS_FOR_GROUPS else {}
+        attended = varlen_attn(q, k, v, *ends, *longest, scale=scaling, window_size=(left, 0), **told)
+        assert isinstance(attended, torch.Tensor)
+        return attended[None]
     sizes = [ends.diff().tolist() for ends in ends]
     queries, keys, values = query.split(sizes[0], 2), key.split(sizes[1], 2), value.split(sizes[1], 2)
     parts = []
@@ -147,8 +152,3 @@ def packed_attention(
             )
         )
     return torch.cat(parts, 2).transpose(1, 2)
-
-
-def _grouped(query: torch.Tensor, key: torch.Tensor) -> dict[str, bool]:
-    """The option by which newer releases of torch are told that there are fewer heads of keys than of queries."""
-    return {"enable_gqa": True} if key.shape[1] < query.shape[1] and ASKS_FOR_GROUPS else {}

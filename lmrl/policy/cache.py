@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,16 +26,16 @@ SPARE = 64
 
 def cache_arguments(model: nn.Module, cache: Any) -> dict[str, Any]:
     """How a model's forward is given a cache (None: no cache)."""
-    return {_cache_argument(type(model)): cache, "use_cache": cache is not None}
+    return {_cache_argument(type(model).forward): cache, "use_cache": cache is not None}
 
 
 @functools.cache
-def _cache_argument(model: type[nn.Module]) -> str:
+def _cache_argument(forward: Callable[..., Any]) -> str:
     """The keyword for the cache; transformers 5.24 renamed it."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
-class RowsLayer(CacheLayerMixin):
+class RowsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call,unused-ignore]  # its hook for subclasses has no types
     """Keys and values of one layer, of which [:rows, :, start:end] are in use.
 
     Layers with a sliding window keep all columns as well: the mask hides those outside of the window.
@@ -44,7 +45,7 @@ class RowsLayer(CacheLayerMixin):
 
     def __init__(self, full: bool = True) -> None:
         """full: whether attention reaches all positions."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call,unused-ignore]  # typed in some releases of transformers
         self.full = full
         self.rows = self.start = self.end = 0
         self.room = 0
@@ -74,11 +75,12 @@ class RowsLayer(CacheLayerMixin):
         else:
             if self.end + new > self.keys.shape[-2]:
                 self._allocate(self, max(self.rows, self.room), self.width, max(new, SPARE))
-            self.keys[: self.rows, :, self.end : self.end + new] = key_states
-            self.values[: self.rows, :, self.end : self.end + new] = value_states
+            for buffer, states in zip(self._buffers(), (key_states, value_states), strict=True):
+                buffer[: self.rows, :, self.end : self.end + new] = states
             self.end += new
         used = slice(0, self.rows), slice(None), slice(self.start, self.end)
-        return self.keys[used], self.values[used]
+        keys, values = self._buffers()
+        return keys[used], values[used]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.width + query_length, 0
@@ -96,26 +98,31 @@ class RowsLayer(CacheLayerMixin):
         if self.keys is None or count > len(self.keys) or other.width > self.end:
             self._allocate(other, max(count, self.room), max(self.width, other.width), SPARE)
         first = self.end - other.width
-        self.keys[self.rows : count, :, first : self.end] = other.keys[rows_K, :, other.start : other.end]
-        self.values[self.rows : count, :, first : self.end] = other.values[rows_K, :, other.start : other.end]
+        for own, theirs in zip(self._buffers(), other._buffers(), strict=True):
+            own[self.rows : count, :, first : self.end] = theirs[rows_K, :, other.start : other.end]
         self.rows, self.start = count, min(self.start, first)
 
     def insert(self, other: RowsLayer, first_R: torch.Tensor) -> None:
         """Copy the single row of another layer into every row, from these columns on (counted from the first in use)."""
         columns_RT = self.start + first_R[:, None] + torch.arange(other.width, device=first_R.device)
         rows_R1 = torch.arange(self.rows, device=first_R.device)[:, None]
-        self.keys[rows_R1, :, columns_RT] = other.keys[0, :, other.start : other.end].transpose(0, 1)
-        self.values[rows_R1, :, columns_RT] = other.values[0, :, other.start : other.end].transpose(0, 1)
+        for own, theirs in zip(self._buffers(), other._buffers(), strict=True):
+            own[rows_R1, :, columns_RT] = theirs[0, :, other.start : other.end].transpose(0, 1)
 
     def move(self, sources_K: torch.Tensor, places_K: torch.Tensor) -> None:
         """Copy rows into the places of others."""
         if len(sources_K):
-            self.keys[places_K, :, self.start : self.end] = self.keys[sources_K, :, self.start : self.end]
-            self.values[places_K, :, self.start : self.end] = self.values[sources_K, :, self.start : self.end]
+            for buffer in self._buffers():
+                buffer[places_K, :, self.start : self.end] = buffer[sources_K, :, self.start : self.end]
 
     def trim(self, rows: int, width: int) -> None:
         """Go on with the first `rows` rows and the last `width` columns alone."""
         self.rows, self.start = rows, self.end - width
+
+    def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, of a layer that holds some."""
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
 
     def _allocate(self, like: RowsLayer, rows: int, width: int, ahead: int) -> None:
         """Move what is in use into a new buffer, where it ends at column `width`, with columns to spare behind it."""
@@ -153,9 +160,10 @@ class Cache:
         return self.takes_rows and all(layer.full for layer in self._layers())
 
     def expect(self, rows: int) -> None:
-        """Allocate for this many rows from now on."""
-        for layer in self._layers():
-            layer.room = rows
+        """Allocate for this many rows from now on, where they can join."""
+        if self.takes_rows:
+            for layer in self._layers():
+                layer.room = rows
 
     def join(self, other: Cache, rows_K: torch.Tensor) -> None:
         """Append copies of these rows of another cache. Raises where not `takes_rows`."""
@@ -178,7 +186,12 @@ class Cache:
             layer.trim(rows, width)
 
     def _layers(self) -> list[RowsLayer]:
-        return [layer for cache in self.caches for layer in cache.layers]
+        layers = []
+        for layer in (layer for cache in self.caches for layer in cache.layers):
+            if not isinstance(layer, RowsLayer):
+                raise TypeError(f"rows can neither join nor leave a layer of the kind {type(layer).__name__}")
+            layers.append(layer)
+        return layers
 
 
 def new_cache(config: Any) -> TransformersCache:

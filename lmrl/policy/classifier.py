@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lmrl.errors import ModelError
+from lmrl.policy.language_model import AnyModel, trunk_of, without_adapters
 from lmrl.recipe import SpecialTokens
 from lmrl.trajectories.encoding import Encoder, Part
 from lmrl.trajectories.trajectory import Messages, as_messages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BATCH_TOKENS = 8192
 """Tokens, padding included, that go through a classifier at once unless something else is asked for."""
@@ -24,7 +28,7 @@ class Classifier:
     (None: as long as tokenizer and model allow).
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, max_tokens: int | None = None):
+    def __init__(self, model: AnyModel, tokenizer: Any, max_tokens: int | None = None):
         self.model, self.tokenizer = model, tokenizer
         self._encoders: dict[SpecialTokens, Encoder] = {}
         positions = getattr(self.config, "max_position_embeddings", None)
@@ -40,13 +44,13 @@ class Classifier:
         return self.model.config.get_text_config()
 
     @property
-    def trunk(self) -> nn.Module:
+    def trunk(self) -> PreTrainedModel:
         """The model below the classification head."""
-        return getattr(self._plain, self._plain.base_model_prefix)
+        return trunk_of(self._plain)
 
     @property
-    def _plain(self) -> nn.Module:
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+    def _plain(self) -> PreTrainedModel:
+        return without_adapters(self.model)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -95,22 +99,22 @@ class Classifier:
         was_training = self.model.training
         self.model.eval()
         device, config = next(self.model.parameters()).device, self.config
-        own_pad, rows = config.pad_token_id, [None] * len(sequences)
+        own_pad: int | None = config.pad_token_id
+        rows: dict[int, torch.Tensor] = {}
         for batch in batches(list(map(len, sequences)), batch_tokens):
             chosen = [torch.tensor(sequences[index]) for index in batch]
             # The head reads the last token that is not padding. Without a pad token of its own a model reads the last
             # token there is, whichever it be: so pad with one that does not occur.
-            pad = own_pad if _is_token(own_pad, config) else _absent(chosen)
+            pad = own_pad if own_pad is not None and 0 <= own_pad < config.vocab_size else _absent(chosen)
             config.pad_token_id = pad
             ids = nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=pad)
             lengths = torch.tensor([len(one) for one in chosen])
             mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
             result = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float().cpu()
-            for index, row in zip(batch, result, strict=True):
-                rows[index] = row
+            rows.update(zip(batch, result, strict=True))
         config.pad_token_id = own_pad
         self.model.train(was_training)
-        return torch.stack(rows)
+        return torch.stack([rows[index] for index in range(len(sequences))])
 
     def compute_in_bfloat16(self) -> Callable[[], None]:
         """Run the trunk in bfloat16, and the head in float32: scores that differ little should not become equal.
@@ -139,10 +143,6 @@ def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         count = max(budget // lengths[order[0]], 1)
         yield order[:count]
         order = order[count:]
-
-
-def _is_token(pad: int | None, config: Any) -> bool:
-    return pad is not None and 0 <= pad < config.vocab_size
 
 
 def _absent(sequences: Sequence[torch.Tensor]) -> int:

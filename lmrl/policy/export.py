@@ -7,14 +7,19 @@ softmax: one matrix does both. The twins enter by their mean, since the lower of
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from lmrl.errors import ModelError
+from lmrl.policy.language_model import merged_model, projection_of
 from lmrl.policy.merged import merged_weights
 from lmrl.policy.policy import Policy
-from lmrl.policy.quantized import is_quantized, plain_copy, save_quantization
+from lmrl.policy.quantized import is_quantized, plain_copy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def fold(policy: Policy, beta: float) -> torch.Tensor:
@@ -38,7 +43,7 @@ def fold(policy: Policy, beta: float) -> torch.Tensor:
             "this model caps or scales its logits, so that Q cannot be folded into its vocabulary matrix: fit a plain model to the guided policy with --distill"
         )
     matrix_VD = policy.vocabulary.detach().float()
-    parts = [matrix_VD @ head.mix if values.spec.q == "tied" else head.weight for head in values.target_q]
+    parts = [head.linear_weight(matrix_VD) for head in values.target_q]
     q_VD = torch.stack([part.detach() for part in parts]).mean(0) * values.scale * values.gain
     q_VD = q_VD - q_VD.mean(0)  # a constant for every state, which would only cost precision
     return matrix_VD + beta * q_VD
@@ -52,32 +57,31 @@ def save_plain(policy: Policy, folder: Path, beta: float | None = None) -> None:
     matrix_VD = fold(policy, beta) if beta else None
     model = plain_model(policy)
     if matrix_VD is not None:
-        head = model.get_output_embeddings()
-        folded = nn.Linear(matrix_VD.shape[1], matrix_VD.shape[0], bias=getattr(head, "bias", None) is not None)
+        bias = getattr(projection_of(model), "bias", None)
+        folded = nn.Linear(matrix_VD.shape[1], matrix_VD.shape[0], bias=bias is not None)
         folded.weight = nn.Parameter(matrix_VD, requires_grad=False)
-        if folded.bias is not None:
-            folded.bias = nn.Parameter(head.bias.detach().float(), requires_grad=False)
-        model.set_output_embeddings(folded)
+        if bias is not None:
+            folded.bias = nn.Parameter(bias.detach().float(), requires_grad=False)
+        model.set_output_embeddings(folded)  # type: ignore[no-untyped-call,unused-ignore]  # typed in some releases
         for config in {id(one): one for one in (model.config, model.config.get_text_config())}.values():
             config.tie_word_embeddings = False
     model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
 
 
-def plain_model(policy: Policy) -> nn.Module:
+def plain_model(policy: Policy) -> PreTrainedModel:
     """The language model without adapters and quantization; what the policy holds may be taken apart for it."""
     if not policy.is_lora:
-        return policy.model
+        return policy.causal_lm
     if any(is_quantized(parameter) for parameter in policy.causal_lm.parameters()):
         weights = {name: tensor.to(torch.bfloat16) for name, tensor in merged_weights(policy)}
         return plain_copy(policy.causal_lm, weights)
-    return policy.model.merge_and_unload()
+    return merged_model(policy.adapted_model)
 
 
 def save_adapter(policy: Policy, folder: Path) -> None:
     """Write the LoRA adapter alone. Raises ModelError where there is none."""
     if not policy.is_lora:
         raise ModelError("--adapter-only needs a run with model.lora; this one trained all weights: leave it out")
-    policy.model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
-    save_quantization(policy.quantization, folder)
+    policy.save_adapter(folder)
     policy.tokenizer.save_pretrained(folder)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from lmrl.errors import ModelError
 from lmrl.policy.attention import ATTENTION, PLACEHOLDER, packed_arguments
 from lmrl.policy.heads import CHUNK, guide, probability_ratio
+from lmrl.policy.language_model import projection_of, trunk_of
 from lmrl.policy.logprobs import (
     at_least_float32,
     greedy_logprobs,
@@ -24,10 +24,12 @@ from lmrl.trajectories.shared import visible
 from lmrl.trajectories.trajectory import TOKENS
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from lmrl.policy.policy import Policy
 
 
-def run_pass(policy: Policy, lm: nn.Module, batch: Microbatch, request: ForwardRequest) -> Outputs:
+def run_pass(policy: Policy, lm: PreTrainedModel, batch: Microbatch, request: ForwardRequest) -> Outputs:
     """One pass through a policy's trunks and heads. lm: the policy's own language model, or its reference.
 
     Log-probabilities and entropy of restricted actions are those of the distribution over the allowed tokens; Q values know no
@@ -38,18 +40,20 @@ def run_pass(policy: Policy, lm: nn.Module, batch: Microbatch, request: ForwardR
     outputs = Outputs()
     with policy.autocast():
         inputs = _inputs(policy, batch)
-        separate = policy.values is not None and policy.values.trunk is not None
+        trunks = policy.values.trunks if policy.values is not None else None
         hidden_ND = None
-        if request.logprobs or not separate:
+        if request.logprobs or trunks is None:
             hidden_ND = _policy_outputs(policy, lm, inputs, batch, request, outputs)
         if request.probability is not None:
-            _second_model(policy, inputs, batch, request, outputs)
+            _second_model(policy, inputs, batch, request.probability, outputs)
         elif request.values or request.q:
-            target_ND = hidden_ND
-            if separate:
-                hidden_ND = policy.values.trunk(**inputs).last_hidden_state[batch.rows_N, batch.cols_N]
+            if trunks is not None:
+                hidden_ND = trunks.own(**inputs).last_hidden_state[batch.rows_N, batch.cols_N]
                 with torch.no_grad():
-                    target_ND = policy.values.target_trunk(**inputs).last_hidden_state[batch.rows_N, batch.cols_N]
+                    target_ND = trunks.target(**inputs).last_hidden_state[batch.rows_N, batch.cols_N]
+            else:
+                target_ND = hidden_ND
+            assert hidden_ND is not None and target_ND is not None
             with torch.autocast(hidden_ND.device.type, enabled=False):
                 hidden_ND = hidden_ND.detach() if request.detach_values else hidden_ND
                 _head_outputs(policy, hidden_ND, target_ND, batch, request, outputs)
@@ -74,11 +78,17 @@ def _inputs(policy: Policy, batch: Microbatch) -> dict[str, Any]:
 
 
 def _policy_outputs(
-    policy: Policy, lm: nn.Module, inputs: dict[str, Any], batch: Microbatch, request: ForwardRequest, outputs: Outputs
+    policy: Policy,
+    lm: PreTrainedModel,
+    inputs: dict[str, Any],
+    batch: Microbatch,
+    request: ForwardRequest,
+    outputs: Outputs,
 ) -> torch.Tensor:
     """Fill in log-probabilities and entropy; return the hidden states of the action tokens for the heads, (N, D)."""
+    hidden_BTD: torch.Tensor
     if policy.splits_head:
-        hidden_BTD = getattr(lm, lm.base_model_prefix)(**inputs).last_hidden_state
+        hidden_BTD = trunk_of(lm)(**inputs).last_hidden_state
     else:
         result = lm(**inputs, output_hidden_states=True)
         hidden_BTD = result.hidden_states[-1]
@@ -86,7 +96,7 @@ def _policy_outputs(
     if request.logprobs and request.value_pull is not None and policy.splits_head and hidden_ND.requires_grad:
         hidden_ND, values_ND = bounded(hidden_ND, request.value_pull, policy.value_pull)
     if request.logprobs and policy.splits_head:
-        head = lm.get_output_embeddings()
+        head = projection_of(lm)
         bias = getattr(head, "bias", None)
         if batch.allowed is not None:
             found = restricted_logprobs(
@@ -125,9 +135,10 @@ def _head_outputs(
     if request.values:
         outputs.values, outputs.value_logits = values.value(hidden_ND)
     if request.q:
-        taken, logits = zip(*[values.taken(q, hidden_ND, actions_N, matrix) for q in values.q], strict=True)
-        outputs.q = torch.stack(taken)
-        outputs.q_logits = torch.stack(logits) if values.spec.bins else None
+        taken = [values.taken(q, hidden_ND, actions_N, matrix) for q in values.q]
+        outputs.q = torch.stack([q_N for q_N, _ in taken])
+        if values.spec.bins:
+            outputs.q_logits = torch.stack([logits for _, logits in taken if logits is not None])
         with torch.no_grad():
             targets = [values.taken(q, target_ND, actions_N, matrix)[0] for q in values.target_q]
             outputs.target_q = torch.stack(targets).amin(0)
@@ -138,32 +149,32 @@ def _head_outputs(
         floors = batch.fields["floors"] if request.floors else None
         pushed = [values.push_down(q, hidden_ND, actions_N, matrix, request.push, floors) for q in values.q]
         outputs.push = torch.stack([push for push, _ in pushed])
-        outputs.bound = torch.stack([bound for _, bound in pushed]).mean(0) if request.floors else None
+        if request.floors:
+            outputs.bound = torch.stack([bound for _, bound in pushed if bound is not None]).mean(0)
 
 
-def _second_model(
-    policy: Policy, inputs: dict[str, Any], batch: Microbatch, request: ForwardRequest, outputs: Outputs
-) -> None:
+def _second_model(policy: Policy, inputs: dict[str, Any], batch: Microbatch, support: float, outputs: Outputs) -> None:
     """Q-SFT: log-probabilities of the second model, and the best supported ratio of its target to the policy."""
     rows, cols, actions_N = batch.rows_N, batch.cols_N, batch.targets_N
-    values = policy.values
-    head, trunk = values.trunk.get_output_embeddings(), getattr(values.trunk, values.trunk.base_model_prefix)
-    hidden_ND = trunk(**inputs).last_hidden_state[rows, cols]
-    logprobs_N, _ = token_logprobs(hidden_ND, head.weight, getattr(head, "bias", None), actions_N)
+    values, trunks = policy.values, policy.values.trunks
+    assert trunks is not None
+    head = projection_of(trunks.own)
+    bias = getattr(head, "bias", None)
+    hidden_ND = trunk_of(trunks.own)(**inputs).last_hidden_state[rows, cols]
+    logprobs_N, _ = token_logprobs(hidden_ND, head.weight, bias, actions_N)
     taken_N = (hidden_ND * head.weight[actions_N]).sum(-1)
     every_N = hidden_ND @ head.weight.sum(0)  # the sum of all logits, without the logits
-    if getattr(head, "bias", None) is not None:
-        taken_N, every_N = taken_N + head.bias[actions_N], every_N + head.bias.sum()
+    if bias is not None:
+        taken_N, every_N = taken_N + bias[actions_N], every_N + bias.sum()
     outputs.logprobs, outputs.vocabulary = logprobs_N, values.tokens
     outputs.other_logprobs = every_N - values.tokens * (taken_N - logprobs_N) - logprobs_N
     with torch.no_grad():
-        pi_ND = getattr(policy.causal_lm, policy.causal_lm.base_model_prefix)(**inputs).last_hidden_state[rows, cols]
-        target = values.target_trunk
-        p_ND = getattr(target, target.base_model_prefix)(**inputs).last_hidden_state[rows, cols]
+        pi_ND = trunk_of(policy.causal_lm)(**inputs).last_hidden_state[rows, cols]
+        p_ND = trunk_of(trunks.target)(**inputs).last_hidden_state[rows, cols]
         best = []
         for pi, p in zip(*(part.split(max(CHUNK // values.tokens, 1)) for part in (pi_ND, p_ND)), strict=True):
-            pi_logits = policy.causal_lm.get_output_embeddings()(pi).float()
-            ratio = probability_ratio(target.get_output_embeddings()(p), pi_logits)
-            supported = guide(pi_logits, torch.zeros_like(pi_logits), 0.0, request.probability).isfinite()
+            pi_logits = projection_of(policy.causal_lm)(pi).float()
+            ratio = probability_ratio(projection_of(trunks.target)(p), pi_logits)
+            supported = guide(pi_logits, torch.zeros_like(pi_logits), 0.0, support).isfinite()
             best.append(ratio.masked_fill(~supported, 0).amax(-1))
         outputs.best_ratio = torch.cat(best)

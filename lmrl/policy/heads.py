@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lmrl.policy.language_model import float32, trunk_of
 from lmrl.policy.logprobs import token_logprobs
 from lmrl.policy.pull import with_gradient_times
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BINS = 51
 """Categories of a value (Farebrother et al., section 4)."""
 CHUNK = 2**22
 """Numbers that a slice of Q values over the vocabulary may hold."""
 
-
+HeadKind = Literal["mlp", "linear", "tied"]
 BUFFERS = {
     "offset": 0.0,
     "scale": 1.0,
@@ -96,33 +101,75 @@ def guide(logits_BV: torch.Tensor, q_BV: torch.Tensor, beta: float, support: flo
 
 # ------------------------------------------------------------------------------------------------------------------ heads
 class Head(nn.Module):
-    """`features(hidden)` @ weight.T (+ bias), in float32; the last layer starts at (nearly) zero."""
+    """`features(hidden)` @ weight.T (+ bias), in float32; the last layer starts at (nearly) zero.
 
-    def __init__(self, kind: Literal["mlp", "linear", "tied"], width: int, outputs: int, bias: bool = True):
+    A `tied` head has no weight: it mixes the hidden states and takes the vocabulary's matrix for one.
+    """
+
+    def __init__(self, kind: HeadKind, width: int, outputs: int, bias: bool = True):
         super().__init__()
         self.kind, inner = kind, 2 * width if kind == "mlp" else width
         self.hidden = nn.Linear(width, inner) if kind == "mlp" else None
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
-        if kind == "tied":
-            self.mix, self.weight = nn.Parameter(torch.empty(width, width)), None
-        else:
-            self.mix, self.weight = None, nn.Parameter(torch.zeros(outputs, inner))
+        self.mix = nn.Parameter(torch.empty(width, width)) if kind == "tied" else None
+        self.weight = nn.Parameter(torch.zeros(outputs, inner)) if kind != "tied" else None
         if kind != "mlp" and not bias:  # twins that start equal would stay equal
-            nn.init.normal_(self.mix if kind == "tied" else self.weight, std=1e-3 / math.sqrt(width))
+            nn.init.normal_(self._parameter, std=1e-3 / math.sqrt(width))
+
+    @property
+    def _parameter(self) -> nn.Parameter:
+        """`mix` of a tied head, else `weight`."""
+        found = self.mix if self.weight is None else self.weight
+        assert found is not None
+        return found
 
     def features(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         hidden_ND = hidden_ND.to(self.precision)
         if self.hidden is not None:
-            return self.hidden(hidden_ND).relu()
+            deeper_ND: torch.Tensor = self.hidden(hidden_ND)
+            return deeper_ND.relu()
         return hidden_ND if self.mix is None else hidden_ND @ self.mix.T
 
     @property
     def precision(self) -> torch.dtype:
-        """Float32, or float64 where the policy has been cast to it."""
-        return (self.mix if self.weight is None else self.weight).dtype
+        """Float32, or float64 if the policy has been cast to it."""
+        return self._parameter.dtype
 
-    def matrix(self, vocabulary_VD: torch.Tensor | None = None) -> torch.Tensor:
+    def matrix(self, vocabulary_VD: torch.Tensor) -> torch.Tensor:
+        """What features are multiplied by, (outputs, F)."""
         return vocabulary_VD.detach() if self.weight is None else self.weight
+
+    def linear_weight(self, vocabulary_VD: torch.Tensor) -> torch.Tensor:
+        """The matrix that maps hidden states to outputs, (outputs, D), of a head that is linear in them."""
+        return self._parameter if self.mix is None else vocabulary_VD @ self.mix
+
+    def outputs(self, features_NF: torch.Tensor, vocabulary_VD: torch.Tensor | None = None) -> torch.Tensor:
+        """All outputs, (N, outputs). vocabulary_VD: needed by a tied head."""
+        matrix: torch.Tensor | None = self.weight if vocabulary_VD is None else self.matrix(vocabulary_VD)
+        assert matrix is not None
+        outputs = features_NF @ matrix.to(features_NF.dtype).T
+        return outputs if self.bias is None else outputs + self.bias
+
+
+def _set_bias(head: Head, bias: torch.Tensor) -> None:
+    assert head.bias is not None
+    head.bias.copy_(bias)
+
+
+class Heads(nn.ModuleList):
+    """Heads of one kind, as twins are."""
+
+    def __iter__(self) -> Iterator[Head]:
+        for head in super().__iter__():
+            assert isinstance(head, Head)
+            yield head
+
+
+class Trunks(NamedTuple):
+    """A second model that heads stand on, and its target."""
+
+    own: PreTrainedModel
+    target: PreTrainedModel
 
 
 class Values(nn.Module):
@@ -147,30 +194,37 @@ class Values(nn.Module):
     shift: torch.Tensor
     peak: torch.Tensor
 
-    def __init__(self, spec: HeadsSpec, width: int, tokens: int, lm: nn.Module):
+    def __init__(self, spec: HeadsSpec, width: int, tokens: int, lm: PreTrainedModel):
         super().__init__()
         self.spec, self.tokens = spec, tokens
         outputs = max(spec.bins, 1)
-        kind = "mlp" if spec.q else "linear"
-        self.v = Head(kind, width, outputs) if spec.value else None
-        heads = spec.twins if spec.q in ("mlp", "linear", "tied") else 0
-        self.q = nn.ModuleList(Head(spec.q, width, tokens * outputs, spec.q == "mlp") for _ in range(heads))
+        self.v = Head("mlp" if spec.q else "linear", width, outputs) if spec.value else None
+        kind = spec.q
+        self.q = Heads()
+        if kind is not None and kind != "probability":
+            self.q.extend(Head(kind, width, tokens * outputs, kind == "mlp") for _ in range(spec.twins))
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
-        self.target_v = (
-            copy.deepcopy(self.v).requires_grad_(False) if spec.value and (spec.q or spec.value_target) else None
-        )
-        own = lm if spec.q == "probability" else getattr(lm, lm.base_model_prefix)
-        separate = spec.trunk == "separate"
-        self.trunk = copy.deepcopy(own).float().requires_grad_(True) if separate else None
-        self.target_trunk = copy.deepcopy(self.trunk).requires_grad_(False) if separate else None
+        has_target = self.v is not None and (spec.q is not None or spec.value_target)
+        self.target_v = copy.deepcopy(self.v).requires_grad_(False) if self.v is not None and has_target else None
+        self.trunk: PreTrainedModel | None = None
+        self.target_trunk: PreTrainedModel | None = None
+        if spec.trunk == "separate":
+            own = copy.deepcopy(lm if spec.q == "probability" else trunk_of(lm))
+            self.trunk = float32(own).requires_grad_(True)
+            self.target_trunk = copy.deepcopy(self.trunk).requires_grad_(False)
         for name, value in BUFFERS.items():
             self.register_buffer(name, torch.tensor(value))
 
+    @property
+    def trunks(self) -> Trunks | None:
+        """The heads' own trunk and its target, if the spec asks for one. Of Q-SFT they are whole language models."""
+        if self.trunk is None or self.target_trunk is None:
+            return None
+        return Trunks(self.trunk, self.target_trunk)
+
     def _load_from_state_dict(self, state: dict[str, torch.Tensor], prefix: str, *rest: Any) -> None:
-        for (
-            name,
-            value,
-        ) in BUFFERS.items():  # heads saved before there were normalised units learned in those of the return
+        # Heads saved before there were normalised units learned in those of the return.
+        for name, value in BUFFERS.items():
             state.setdefault(prefix + name, torch.tensor(value))
         super()._load_from_state_dict(state, prefix, *rest)
 
@@ -182,10 +236,10 @@ class Values(nn.Module):
                 getattr(self, name).fill_(value)
             if self.spec.bins:
                 for head in (*self.q, *self.target_q):
-                    head.bias.copy_(self._logits_for(start).repeat(self.tokens))
-                for head in (self.v, self.target_v):
-                    if head is not None:
-                        head.bias.copy_(self._logits_for(mean))
+                    _set_bias(head, self._logits_for(start).repeat(self.tokens))
+                for value_head in (self.v, self.target_v):
+                    if value_head is not None:
+                        _set_bias(value_head, self._logits_for(mean))
 
     # -------------------------------------------------------------------------------------------------------------- units
     @property
@@ -218,9 +272,13 @@ class Values(nn.Module):
     @torch.no_grad()
     def polyak_update(self, polyak: float) -> None:
         """Move the target heads towards the heads: target += polyak * (head - target)."""
-        pairs = [(self.q, self.target_q), (self.v, self.target_v), (self.trunk, self.target_trunk)]
+        pairs: list[tuple[nn.Module | None, nn.Module | None]] = [
+            (self.q, self.target_q),
+            (self.v, self.target_v),
+            (self.trunk, self.target_trunk),
+        ]
         for source, target in pairs:
-            if target is None:
+            if source is None or target is None:
                 continue
             for new, old in zip(source.parameters(), target.parameters(), strict=True):
                 old.lerp_(new, polyak)
@@ -229,20 +287,25 @@ class Values(nn.Module):
     def value(self, hidden_ND: torch.Tensor, head: Head | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """V of each state (N,) by the head (or `target_v`), and its categories' logits (N, bins) where there are any."""
         head = head or self.v
+        assert head is not None
         if self.spec.bins:
-            outputs = head.features(hidden_ND) @ head.weight.T + head.bias
+            outputs = head.outputs(head.features(hidden_ND))
             return self._mean(outputs), outputs
         # The gain must not swell the head's gradient, which would fill the norm that all weights' gradients are clipped to.
         features = head.features(with_gradient_times(hidden_ND, self.gain))
-        outputs = with_gradient_times(features @ head.weight.T + head.bias, 1 / self.gain)
+        outputs = with_gradient_times(head.outputs(features), 1 / self.gain)
         return self.gain * (self.v_offset + self.scale * outputs[:, 0]) + self.shift, None
 
-    def taken(self, head: Head, hidden_ND: torch.Tensor, actions_N: torch.Tensor, vocabulary_VD: torch.Tensor):
-        """Q of the given actions (N,), and their categories' logits (N, bins) where there are any."""
+    def taken(
+        self, head: Head, hidden_ND: torch.Tensor, actions_N: torch.Tensor, vocabulary_VD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Q of the given actions (N,), and their categories' logits (N, bins) if there are any."""
         features, weight = head.features(hidden_ND), head.matrix(vocabulary_VD)
         if self.spec.bins:
             rows = weight.view(self.tokens, self.spec.bins, -1)[actions_N]
-            logits = torch.einsum("nkf,nf->nk", rows, features) + head.bias.view(self.tokens, -1)[actions_N]
+            logits = torch.einsum("nkf,nf->nk", rows, features)
+            if head.bias is not None:
+                logits = logits + head.bias.view(self.tokens, -1)[actions_N]
             return self._mean(logits), logits
         output = (weight[actions_N].to(features.dtype) * features).sum(-1)
         output = output if head.bias is None else output + head.bias[actions_N]
@@ -250,8 +313,7 @@ class Values(nn.Module):
 
     def all(self, head: Head, features_NF: torch.Tensor, vocabulary_VD: torch.Tensor) -> torch.Tensor:
         """Q of every token, (N, V), from `head.features(hidden)`."""
-        outputs = features_NF @ head.matrix(vocabulary_VD).to(features_NF.dtype).T
-        outputs = outputs if head.bias is None else outputs + head.bias
+        outputs = head.outputs(features_NF, vocabulary_VD)
         if self.spec.bins:
             return self._mean(outputs.view(len(outputs), self.tokens, self.spec.bins))
         return self.gain * (self.offset + self.scale * outputs) + self.shift
@@ -277,7 +339,9 @@ class Values(nn.Module):
             return -token_logprobs(features * unit, weight, bias, actions_N, temperature)[0], None
         floors_N = torch.full_like(features[:, 0], -torch.inf) if floor_N is None else floor_N
 
-        def rows(features_NF, actions_N, floors_N):
+        def rows(
+            features_NF: torch.Tensor, actions_N: torch.Tensor, floors_N: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             q_NV = self.all(head, features_NF, vocabulary_VD)
             data_N = q_NV.gather(1, actions_N[:, None])[:, 0]
             lifted_N = (q_NV < floors_N[:, None]).float().mean(1).detach()

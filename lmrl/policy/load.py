@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import transformers
@@ -20,18 +20,25 @@ from lmrl.policy.adapters import ADAPTER_CONFIG, add_adapter, base_of, labels_of
 from lmrl.policy.classifier import Classifier
 from lmrl.policy.failures import broken_file, load_failure, refuse_broken, refuse_missing_weights
 from lmrl.policy.heads import HeadsSpec
+from lmrl.policy.heads_files import saved_heads
+from lmrl.policy.language_model import AnyModel, has_adapters, merged_model, without_adapters
 from lmrl.policy.merged import merged_tensors
-from lmrl.policy.policy import Policy, saved_heads
+from lmrl.policy.policy import Policy, Reference
 from lmrl.policy.quantized import is_quantized, plain_copy, saved_quantization
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import Model
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+AutoModel: TypeAlias = type[transformers.AutoModelForCausalLM] | type[transformers.AutoModelForSequenceClassification]
 CAUSAL_LM = transformers.AutoModelForCausalLM
 CLASSIFIER = transformers.AutoModelForSequenceClassification
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call,unused-ignore]  # typed in some releases
+transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call,unused-ignore]  # likewise
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 ALIGNMENT = 64
@@ -52,11 +59,12 @@ def load_policy(
     reference: keep the policy as it is now to measure divergence from: the switched-off adapter where the stage begins
     from a bare base model, a second adapter where it begins from an adapter, a frozen copy otherwise.
     """
-    if start is None and options.path is None:
+    origin = _origin(options, start)
+    model: AnyModel
+    if origin is None:
         model, tokenizer = _from_scratch(options, texts, **attention_of(options))
-        origin = quantization = None
+        quantization = None
     else:
-        origin = str(start) if start else str(newest_checkpoint(options.path))
         model, tokenizer = _open(
             origin,
             options.dtype,
@@ -69,19 +77,18 @@ def load_policy(
         quantization = _agreed_quantization(options, origin)
     if options.chat_template is not None:
         tokenizer.chat_template = options.chat_template
-    kind = None
+    kept: Reference | None = None
     if options.lora is not None:
-        model, kind = with_lora(model, options.lora, origin, options.revision, reference)
-    elif hasattr(model, "peft_config"):
-        model = _merged(model)
-    if options.lora is None:
+        model, kept = with_lora(model, options.lora, origin, options.revision, reference)
+    else:
+        model = _merged(model) if has_adapters(model) else model
         model.requires_grad_(True)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = aligned(parameter.data.float())
-    if reference and kind is None:
-        kind = copy.deepcopy(model).requires_grad_(False).eval()
-    policy = Policy(model, tokenizer, heads=heads, reference=kind if reference else None)
+    if reference and kept is None:
+        kept = _frozen(copy.deepcopy(without_adapters(model)))
+    policy = Policy(model, tokenizer, heads=heads, reference=kept if reference else None)
     policy.quantization = quantization
     _match_arithmetic(policy, options.dtype)
     if start is not None:
@@ -89,8 +96,15 @@ def load_policy(
     return policy
 
 
-def attention_of(options: Model) -> dict[str, str]:
-    """The attention that transformers is to build a model with; nothing where its own choice is kept."""
+def _origin(options: Model, start: Path | None) -> str | None:
+    """The name or folder that a stage's policy is read from; None: it is built from a config."""
+    if start is not None:
+        return str(start)
+    return None if options.path is None else str(newest_checkpoint(options.path))
+
+
+def attention_of(options: Model) -> dict[str, Any]:
+    """Settings for the attention that transformers builds a model with; none if its own choice is kept."""
     return {} if options.attention in ("auto", "varlen") else {"attn_implementation": options.attention}
 
 
@@ -105,11 +119,11 @@ def _agreed_quantization(options: Model, origin: str) -> str | None:
     return options.quantization
 
 
-def _merged(model: nn.Module) -> nn.Module:
-    """The model that an adapter makes of its base, in float32 where that was quantized."""
-    lm = model.get_base_model()
+def _merged(model: PeftModel) -> PreTrainedModel:
+    """The model that an adapter makes of its base, in float32 if that was quantized."""
+    lm = without_adapters(model)
     if not any(is_quantized(parameter) for parameter in lm.parameters()):
-        return model.merge_and_unload()
+        return merged_model(model)
     return plain_copy(lm, {name: tensor.float() for name, tensor in merged_tensors(lm)})
 
 
@@ -143,16 +157,17 @@ def load_classifier(
     The head is new unless the model is such a classifier already. A LoRA adapter of an earlier stage is merged.
     max_tokens: of a longer text the end is kept.
     """
-    if start is None and options.path is None:
+    origin = options.path if start is None else str(start)
+    model: AnyModel
+    if origin is None:
         model, tokenizer = _from_scratch(options, texts, CLASSIFIER, num_labels=1)
     else:
-        origin = str(start) if start else options.path
         # Read in float32, so that merging an adapter rounds once and not for every matrix twice.
         model, tokenizer = _open(
             origin, "float32", options.trust_remote_code, options.revision, auto=CLASSIFIER, num_labels=1
         )
-        if hasattr(model, "peft_config"):
-            model = model.merge_and_unload()
+        if has_adapters(model):
+            model = merged_model(model)
         model.to(getattr(torch, options.dtype))
     if options.lora is not None:
         model = add_adapter(model, options.lora, "SEQ_CLS", options.revision)
@@ -187,9 +202,14 @@ def open_classifier(
     model, tokenizer = _open(
         path, dtype, trust_remote_code, revision, auto=CLASSIFIER, key="reward model", complete=True
     )
-    if hasattr(model, "peft_config"):
-        model = model.merge_and_unload()
-    return Classifier(model.requires_grad_(False).eval(), tokenizer, max_tokens)
+    model = merged_model(model) if has_adapters(model) else model
+    return Classifier(_frozen(model), tokenizer, max_tokens)
+
+
+def _frozen(model: PreTrainedModel) -> PreTrainedModel:
+    """This model, to be used and not trained."""
+    frozen: PreTrainedModel = model.requires_grad_(False).eval()  # type: ignore[no-untyped-call,unused-ignore]  # typed in some releases of transformers
+    return frozen
 
 
 def _match_arithmetic(policy: Policy, dtype: str) -> None:
@@ -203,6 +223,7 @@ def _keep_input_dtype(model: nn.Module) -> None:
 
     Otherwise peft keeps a float32 copy of every adapter's input for the backward pass.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
@@ -222,7 +243,7 @@ def load_weights(
     if policy.is_lora:
         from peft import get_peft_model_state_dict, load_peft_weights
 
-        adapter = get_peft_model_state_dict(policy.model, adapter_name="default", save_embedding_layers=False)
+        adapter = get_peft_model_state_dict(policy.adapted_model, adapter_name="default", save_embedding_layers=False)
         own = policy.model.state_dict() | adapter
         for name, other in load_peft_weights(str(folder), device="cpu").items():
             put(own[name], other)
@@ -235,11 +256,11 @@ def load_weights(
 
 # ---------------------------------------------------------------------------------------------------------------- origins
 def _from_scratch(
-    options: Model, texts: Callable[[], Iterable[str]], auto: type = CAUSAL_LM, **more: Any
-) -> tuple[nn.Module, Any]:
+    options: Model, texts: Callable[[], Iterable[str]], auto: AutoModel = CAUSAL_LM, **more: Any
+) -> tuple[PreTrainedModel, Any]:
     """A model of the kind `auto`; more: further settings of its config."""
     tokenizer = build_tokenizer(options.tokenizer, texts())
-    settings = dict(options.config)
+    settings = dict(options.config or {})
     attention = {name: more.pop(name) for name in ("attn_implementation",) if name in more}
     kind = settings.pop("model_type", None)
     if kind is None:
@@ -253,7 +274,7 @@ def _from_scratch(
         config = transformers.AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **ids, **settings, **more})
         if "initializer_range" not in settings:
             spread_by_width(config)
-        model = auto.from_config(config, dtype=torch.float32, **attention)
+        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32, **attention)  # type: ignore[no-untyped-call,unused-ignore]  # typed in some releases
     except ModelError:
         raise
     except Exception as error:  # transformers raises many kinds for sizes that do not fit together
@@ -283,12 +304,12 @@ def _open(
     trust_remote_code: bool = False,
     revision: str | None = None,
     trainable: bool = False,
-    auto: type = CAUSAL_LM,
+    auto: AutoModel = CAUSAL_LM,
     key: str = "model.path",
     complete: bool = False,
     quantization: str | None = None,
     **more: Any,
-) -> tuple[nn.Module, Any]:
+) -> tuple[AnyModel, Any]:
     """Model and tokenizer; a peft model where `path` is an adapter, which is then `trainable` or frozen.
 
     auto: the kind of model. key: what names it, for messages. complete: refuse a model without weights for its head.
@@ -299,7 +320,7 @@ def _open(
     if (folder / ADAPTER_CONFIG).exists():
         quantization = saved_quantization(folder) or quantization
         return _open_adapter(folder, dtype, trust_remote_code, trainable, auto, key, complete, quantization, more)
-    arguments = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     name = path
     if path.endswith(".gguf"):
         need("gguf", f"{key}: '{path}'", ModelError)
@@ -307,7 +328,7 @@ def _open(
     precision = quantized.arguments(quantization, getattr(torch, dtype), key)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **arguments)
-        model, found = auto.from_pretrained(
+        loaded: Any = auto.from_pretrained(  # a pair, for `output_loading_info`
             name,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
@@ -318,6 +339,8 @@ def _open(
         )
     except Exception as error:  # missing, torn, not a model, refused remote code: every library raises its own kinds
         raise ModelError(load_failure(path, key, error)) from error
+    model: PreTrainedModel = loaded[0]
+    found: dict[str, Any] = loaded[1]
     if auto is CAUSAL_LM and _is_classifier(model.config):
         raise ModelError(
             f"{key}: '{path}' is a sequence classifier, such as a reward model, and no language model: name it as "
@@ -330,13 +353,18 @@ def _open(
             f"{key}: '{path}' has no weights for '{sorted(found['missing_keys'])[0]}', so its scores would be random: "
             "train it first, with objective.name=reward_model"
         )
-    if path.endswith(".gguf"):  # the tensors are plain floats now, but the config still calls them quantized
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized = None, False
+    if path.endswith(".gguf"):
+        _forget_quantization(model)
     model.config._name_or_path = path
     quantized.keep_layout(model)
     return model, tokenizer
+
+
+def _forget_quantization(model: Any) -> None:
+    """Of a model read from a GGUF file: its tensors are plain floats, but transformers still calls them quantized."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
 
 
 def _open_adapter(
@@ -344,12 +372,12 @@ def _open_adapter(
     dtype: str,
     trust_remote_code: bool,
     trainable: bool,
-    auto: type,
+    auto: AutoModel,
     key: str,
     complete: bool,
     quantization: str | None,
     more: dict[str, Any],
-) -> tuple[nn.Module, Any]:
+) -> tuple[PeftModel, Any]:
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 
     try:
@@ -367,12 +395,12 @@ def _open_adapter(
     elif str(config.task_type).endswith("SEQ_CLS"):
         raise ModelError(f"{key}: '{folder}' is an adapter of a sequence classifier, and of no language model")
     base = base_of(folder, config, key)
-    model, tokenizer = _open(
+    below, tokenizer = _open(
         base, dtype, trust_remote_code, config.revision, auto=auto, key=key, quantization=quantization, **more
     )
     try:
         with quiet_peft():
-            model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
+            model = PeftModel.from_pretrained(below, str(folder), is_trainable=trainable, config=config)
     except Exception as error:  # torn weights, layers or sizes that the base does not have
         if broken_file(folder) is None:
             raise ModelError(

@@ -26,8 +26,10 @@ class Cuts(Protocol):
     """The part of a policy that cuts batches."""
 
     microbatch_tokens: int
-    pad_id: int
     synchronized: bool
+
+    @property
+    def pad_id(self) -> int: ...
 
     @property
     def packs(self) -> bool: ...

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -19,37 +17,55 @@ from lmrl import distributed
 from lmrl.accelerators import default_precision
 from lmrl.errors import ModelError
 from lmrl.policy.attention import take_attention
-from lmrl.policy.cache import Cache, cache_arguments
+from lmrl.policy.cache import Cache
 from lmrl.policy.forward import run_pass
-from lmrl.policy.heads import HeadsSpec, Values, guide, probability_ratio
+from lmrl.policy.heads import HeadsSpec, Values, guide
+from lmrl.policy.heads_files import below, load_heads, save_heads
+from lmrl.policy.language_model import (
+    AnyModel,
+    decoder_layers,
+    embeddings_of,
+    has_adapters,
+    projection_of,
+    without_adapters,
+)
 from lmrl.policy.logprobs import at_least_float32, product
-from lmrl.policy.memory import Passes, fit, needs_checkpointing
+from lmrl.policy.memory import fit, needs_checkpointing
 from lmrl.policy.mixed_precision import take_mixed_precision
 from lmrl.policy.passes import ABSENT, ForwardRequest, Guidance, Outputs, States
 from lmrl.policy.probes import can_hold_slots, can_pack, can_share_prompts, head_is_linear
 from lmrl.policy.quantized import numel, save_quantization
+from lmrl.policy.score import score_passes
 from lmrl.policy.slots import SlotCache
+from lmrl.policy.states import run_states
 from lmrl.recipe import Recipe
 from lmrl.trajectories.batch import Batch, Microbatch, Sequence
 
-HEADS_FILE, HEADS_CONFIG = "heads.safetensors", "heads.json"
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 REFERENCE_ADAPTER = "reference"
+Reference: TypeAlias = "Literal['adapter_off', 'adapter'] | PreTrainedModel"
+"""What divergence is measured from: the model without its adapter or with a second, frozen one, or a frozen copy."""
 
 
 class Policy(nn.Module):
     """A causal language model ready for reinforcement learning.
 
     model: a transformers causal LM, or a peft model around one (adapter `default`).
-    reference: None, `"adapter_off"`, `"adapter"` (a second, frozen adapter), or a frozen copy of the model.
     temperature: sampling temperature; log-probabilities are those of the distribution that is sampled from.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, heads: HeadsSpec | None = None, reference: Any = None):
+    def __init__(
+        self, model: AnyModel, tokenizer: Any, heads: HeadsSpec | None = None, reference: Reference | None = None
+    ):
         super().__init__()
-        self.model = model
+        self.model: AnyModel = model
         self.tokenizer = tokenizer
         self.values: Values = self._build_values(heads) if heads is not None else ABSENT
-        self._reference = reference if reference is None or isinstance(reference, str) else [reference]  # not a child
+        # In a list, so that torch does not take it for a part of this module.
+        self._reference = reference if reference is None or isinstance(reference, str) else [reference]
         self.heads_are_new = True
         """True until the heads have learned something."""
         self.quantization: str | None = None
@@ -67,13 +83,14 @@ class Policy(nn.Module):
         self._is_decoding = False
         self._projection: torch.Tensor | None = None
         """While decoding: the vocabulary's matrix in the precision of passes."""
-        self._compiled: dict[nn.Module, Callable] = {}
+        self._compiled: dict[nn.Module, Callable[..., Any]] = {}
         """Layers by what runs them, except while sampling."""
-        for part in (self, *(self._reference if isinstance(self._reference, list) else [])):
+        parts: list[nn.Module] = [self, *(self._reference if isinstance(self._reference, list) else [])]
+        for part in parts:
             take_attention(part)
             take_mixed_precision(part)
         self.splits_head = head_is_linear(self.causal_lm)
-        self._checkpointed: list[nn.Module] = []
+        self._checkpointed: list[GradientCheckpointingLayer] = []
         super().train()  # all parts in one mode, which `train` relies on
 
     def train(self, mode: bool = True) -> Policy:
@@ -103,7 +120,7 @@ class Policy(nn.Module):
             for layer, compiled in self._compiled.items():
                 layer.forward = compiled
 
-    def _checkpoint(self, trunks: list[nn.Module], asked: bool) -> None:
+    def _checkpoint(self, trunks: list[PreTrainedModel], asked: bool) -> None:
         """Let the layers of these trunks compute their activations again. asked: refuse trunks that cannot."""
         for trunk in trunks:
             if not trunk.supports_gradient_checkpointing:
@@ -130,7 +147,7 @@ class Policy(nn.Module):
     @property
     def vocabulary(self) -> torch.Tensor:
         """The matrix that projects hidden states to logits, (V, D)."""
-        return self.causal_lm.get_output_embeddings().weight
+        return projection_of(self.causal_lm).weight
 
     @property
     def guidance(self) -> Guidance | None:
@@ -139,16 +156,22 @@ class Policy(nn.Module):
         return Guidance(spec.beta, spec.support) if spec is not None and spec.q is not None else None
 
     @property
-    def causal_lm(self) -> nn.Module:
-        return _unwrapped(self.model)
+    def causal_lm(self) -> PreTrainedModel:
+        return without_adapters(self.model)
 
     @property
     def is_lora(self) -> bool:
-        return hasattr(self.model, "peft_config")
+        return has_adapters(self.model)
+
+    @property
+    def adapted_model(self) -> PeftModel:
+        """The model with its adapters, of a policy that has some."""
+        assert has_adapters(self.model)
+        return self.model
 
     @property
     def device(self) -> torch.device:
-        return self.causal_lm.get_input_embeddings().weight.device
+        return embeddings_of(self.causal_lm).device
 
     @property
     def size(self) -> tuple[int, int]:
@@ -185,7 +208,8 @@ class Policy(nn.Module):
 
     def decode(self, tokens: list[int]) -> str:
         """Text of sampled tokens, special tokens left out."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -267,9 +291,10 @@ class Policy(nn.Module):
                 return hidden_BTD[:, -1]
             return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
 
-        states = self._states(inputs, pick, guidance is not None, cache)
+        states = run_states(self, inputs, pick, guidance is not None, cache)
         if guidance is None:
             return states.logits_NV
+        assert states.q_NV is not None
         return guide(states.logits_NV, states.q_NV, guidance.beta, guidance.support)
 
     @torch.no_grad()
@@ -287,47 +312,19 @@ class Policy(nn.Module):
 
     def _states_of(self, batch: Microbatch, with_q: bool) -> States:
         inputs = {"input_ids": batch.tokens_BT, "attention_mask": batch.mask_BT}
-        return self._states(inputs, lambda hidden_BTD: hidden_BTD[batch.rows_N, batch.cols_N], with_q)
+        return run_states(self, inputs, lambda hidden_BTD: hidden_BTD[batch.rows_N, batch.cols_N], with_q)
 
-    def _states(
-        self, inputs: dict[str, Any], pick: Callable, with_q: bool, cache: Cache | SlotCache | None = None
-    ) -> States:
-        """Run the trunks that are needed; `pick` chooses states from hidden states of shape (B, T, D)."""
-        lm, values = self.causal_lm, self.values
-        kept = cache.policy if cache else None
-        with self.autocast():
-            if self.splits_head:
-                trunk = getattr(lm, lm.base_model_prefix)
-                hidden_ND = pick(trunk(**inputs, **cache_arguments(trunk, kept)).last_hidden_state)
-                logits_NV = self._logits(hidden_ND)
-            else:
-                result = lm(**inputs, **cache_arguments(lm, kept), output_hidden_states=True)
-                hidden_ND, logits_NV = pick(result.hidden_states[-1]), pick(result.logits)
-            states = States(hidden_ND, logits_NV)
-            if not with_q:
-                return states
-            if values.trunk is not None:
-                target = values.target_trunk
-                trunk = getattr(target, target.base_model_prefix) if values.spec.q == "probability" else target
-                arguments = cache_arguments(trunk, cache.values if cache else None)
-                states.features_ND = pick(trunk(**inputs, **arguments).last_hidden_state)
-            if values.spec.q == "probability":
-                states.q_NV = probability_ratio(target.get_output_embeddings()(states.features_ND), logits_NV)
-            else:
-                with torch.autocast(hidden_ND.device.type, enabled=False):
-                    states.q_NV = values.guiding(states.features_ND, self.vocabulary)
-        return states
-
-    def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Logits over the vocabulary, computed on an accelerator as `token_logprobs` does: not rounded to bfloat16."""
-        head = self.causal_lm.get_output_embeddings()
+    def logits_of(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Logits of hidden states, computed on an accelerator as `token_logprobs` does: not rounded to bfloat16."""
+        head = projection_of(self.causal_lm)
         if self.autocast_dtype is None or hidden_ND.device.type != "cuda" or hidden_ND.dim() != 2:
             return head(hidden_ND)
         matrix = head.weight.to(self.autocast_dtype) if self._projection is None else self._projection
         if self._is_decoding:
             self._projection = matrix
         logits_NV = product(hidden_ND.to(self.autocast_dtype), matrix.T)
-        return logits_NV if getattr(head, "bias", None) is None else logits_NV + head.bias
+        bias = getattr(head, "bias", None)
+        return logits_NV if bias is None else logits_NV + bias
 
     def autocast(self) -> torch.autocast:
         """The recipe's precision, for passes."""
@@ -342,49 +339,28 @@ class Policy(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            work = partial(self._score, count=len(batch.sequences), request=request, reference=reference)
+            work = partial(score_passes, self, count=len(batch.sequences), request=request, reference=reference)
             return fit(self, batch, work, "score", want=asdict(request), reference=reference)
         finally:
             self.train(was_training)
 
-    def _score(
-        self, passes: Passes, count: int, request: ForwardRequest, reference: bool
-    ) -> dict[str, list[torch.Tensor]]:
-        fields: dict[str, list[torch.Tensor]] = {}
-        if not count:
-            fields = {"logprobs": [], "entropy": [], "values": [], "greedy": []}
-        for micro, idle, _ in passes:
-            micro = micro.to(self.device)
-            outputs = self(micro, request, reference)
-            if idle:
-                continue
-            for name in ("logprobs", "entropy", "values", "target_values", "greedy"):
-                flat = getattr(outputs, name)
-                if flat is None:
-                    continue
-                slots = fields.setdefault(name, [None] * count)
-                for index, part in zip(
-                    micro.indices, flat.to("cpu", at_least_float32(flat.dtype)).split(micro.lengths), strict=True
-                ):
-                    slots[index] = part
-        return fields
-
     # ------------------------------------------------------------------------------------------------------ reference
     @contextmanager
-    def _reference_model(self) -> Iterator[nn.Module]:
-        if self._reference is None:
+    def _reference_model(self) -> Iterator[PreTrainedModel]:
+        reference = self._reference
+        if reference is None:
             raise RuntimeError("this policy was loaded without a reference")
-        if self._reference == "adapter_off":
-            with self.model.disable_adapter():
+        if isinstance(reference, list):
+            yield reference[0]
+        elif reference == "adapter_off":
+            with self.adapted_model.disable_adapter():
                 yield self.causal_lm
-        elif self._reference == "adapter":
-            self.model.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
+        else:
+            self.adapted_model.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
             try:
                 yield self.causal_lm
             finally:
-                self.model.set_adapter("default")
-        else:
-            yield self._reference[0]
+                self.adapted_model.set_adapter("default")
 
     def measure_from(self, other: Policy) -> None:
         """Take another policy's language model as the reference that divergence is measured from."""
@@ -397,68 +373,28 @@ class Policy(nn.Module):
 
     # --------------------------------------------------------------------------------------------------------- saving
     def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-        """Write an ordinary transformers or peft folder, with the heads beside it. weights: as `state_dict` names them,
-        where this process's own are but a part."""
+        """Write an ordinary transformers or peft folder, with the heads beside it.
+
+        weights: as `state_dict` names them, if this process holds only a part of each.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        own = {} if weights is None else {"state_dict": below("model.", weights)}
+        own = None if weights is None else below("model.", weights)
         if self.is_lora:
-            self.model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False, **own)
-            save_quantization(self.quantization, folder)
+            self.save_adapter(folder, own)
         else:
-            self.model.save_pretrained(folder, **own)
+            self.causal_lm.save_pretrained(folder, state_dict=own)
         self.tokenizer.save_pretrained(folder)
         if self.values is not None:
-            heads = self.values.state_dict() if weights is None else below("values.", weights)
-            save_file(unshared(heads), folder / HEADS_FILE)
-            (folder / HEADS_CONFIG).write_text(json.dumps(asdict(self.values.spec)) + "\n")
+            save_heads(self.values, folder, None if weights is None else below("values.", weights))
+
+    def save_adapter(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """Write the adapter, and how the model below it is quantized."""
+        self.adapted_model.save_pretrained(
+            str(folder), selected_adapters=["default"], save_embedding_layers=False, state_dict=weights
+        )
+        save_quantization(self.quantization, folder)
 
     def load_heads(self, folder: Path, put: Callable[[torch.Tensor, torch.Tensor], Any] = torch.Tensor.copy_) -> None:
-        """Take over the heads of a checkpoint, where it has the same ones. put: see lmrl.policy.load.load_weights."""
-        spec = saved_heads(folder)
-        if self.values is None or spec is None or not _same_heads(spec, self.values.spec):
-            return
-        own, saved = self.values.state_dict(), load_file(folder / HEADS_FILE)
-        with torch.no_grad():
-            for name in dict.fromkeys(
-                [*own, *saved]
-            ):  # in one order everywhere; a name that one of them lacks is an error
-                put(own[name], saved[name])
-        self.heads_are_new = False
-
-
-def below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors whose names begin with the prefix, named without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors as a file can hold them: contiguous, and copied where one shares its memory with an earlier one."""
-    found, seen = {}, set()
-    for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        found[name] = (tensor.detach().clone() if place in seen else tensor.detach()).contiguous()
-        seen.add(place)
-    return found
-
-
-def saved_heads(folder: Path) -> HeadsSpec | None:
-    """The heads that a checkpoint folder holds."""
-    file = folder / HEADS_CONFIG
-    return HeadsSpec(**json.loads(file.read_text())) if file.exists() else None
-
-
-def _same_heads(one: HeadsSpec, other: HeadsSpec) -> bool:
-    parts = ("value", "q", "twins", "bins", "value_target")
-    same_trunk = (one.trunk == "separate") == (other.trunk == "separate")
-    return same_trunk and all(getattr(one, part) == getattr(other, part) for part in parts)
-
-
-def decoder_layers(module: nn.Module) -> list[nn.Module]:
-    """The layers of a module that transformers says are not to be split."""
-    parts = list(module.modules())
-    kinds = {kind for part in parts for kind in getattr(part, "_no_split_modules", None) or ()}
-    return [part for part in parts if type(part).__name__ in kinds]
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+        """Take over the heads of a checkpoint if it has the same ones. put: see lmrl.policy.load.load_weights."""
+        if self.values is not None and load_heads(self.values, folder, put):
+            self.heads_are_new = False

@@ -8,11 +8,14 @@ import torch
 from torch import nn
 
 from lmrl.policy.attention import ATTENTION, HAS_VARLEN
+from lmrl.policy.language_model import projection_of
 from lmrl.policy.slots import SlotCache, slot_logits, slots_fit
 from lmrl.trajectories.batch import Batch, Sequence
 from lmrl.trajectories.shared import pack
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from lmrl.policy.policy import Policy
 
 LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -66,7 +69,7 @@ def can_share_prompts(policy: Policy) -> bool:
     """
     config = policy.causal_lm.config.get_text_config()
     if policy.packs:
-        return policy.causal_lm.config._attn_implementation == ATTENTION
+        return bool(policy.causal_lm.config._attn_implementation == ATTENTION)
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     if set(kinds) != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
         return False
@@ -74,9 +77,11 @@ def can_share_prompts(policy: Policy) -> bool:
     plain = [
         Sequence(torch.cat([tokens[:4], own]), torch.arange(3, 3 + len(own)), own) for own in (tokens[4:7], tokens[7:])
     ]
+    packed = pack(plain)
+    assert packed is not None  # they begin alike
     was_training = policy.training
     try:
-        scores = [policy.score(Batch(part))["logprobs"] for part in (plain, [pack(plain)])]
+        scores = [policy.score(Batch(part))["logprobs"] for part in (plain, [packed])]
     except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):
         return False
     finally:
@@ -124,19 +129,19 @@ def _tolerance(policy: Policy) -> float:
 
 
 @torch.no_grad()
-def head_is_linear(lm: nn.Module) -> bool:
+def head_is_linear(lm: PreTrainedModel) -> bool:
     """True if the logits are a plain projection of the trunk's last hidden state.
 
     Some models cap or scale their logits; those go through the model's own head, with more memory.
     """
-    head, trunk = lm.get_output_embeddings(), getattr(lm, lm.base_model_prefix, None)
+    head, trunk = projection_of(lm), getattr(lm, lm.base_model_prefix, None)
     if trunk is None or trunk is lm or getattr(head, "weight", None) is None or hasattr(head, "lora_A"):
         return False
     config = lm.config.get_text_config()
     if any(getattr(config, name, None) not in (None, 1, 1.0) for name in LOGIT_SETTINGS):
         return False
     was_training = lm.training
-    lm.eval()
+    lm.eval()  # type: ignore[no-untyped-call,unused-ignore]  # typed in some releases of transformers
     probe = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
     expected = lm(input_ids=probe, use_cache=False).logits.float()
     hidden = trunk(input_ids=probe, use_cache=False).last_hidden_state

@@ -10,7 +10,7 @@ import copy
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -18,6 +18,9 @@ from torch import nn
 
 from lmrl.errors import ModelError
 from lmrl.extras import need
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FILE = "quantization.json"
 """Beside an adapter: how lmrl quantizes its base model."""
@@ -74,7 +77,7 @@ def plain_config(lm: Any) -> Any:
     return config
 
 
-def plain_copy(lm: Any, weights: dict[str, torch.Tensor]) -> nn.Module:
+def plain_copy(lm: Any, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
     """An ordinary model of these weights, named as in `merged_tensors`, with the configuration of a quantized one."""
     config = plain_config(lm)
     with torch.device("meta"):
@@ -92,7 +95,7 @@ def plain_copy(lm: Any, weights: dict[str, torch.Tensor]) -> nn.Module:
     model.generation_config = copy.deepcopy(getattr(lm, "generation_config", None))
     if hasattr(lm, "_weight_conversions"):  # transformers writes some weights under other names than it holds them
         model._weight_conversions = lm._weight_conversions
-    whole: nn.Module = model
+    whole: PreTrainedModel = model
     return whole
 
 

@@ -129,7 +129,8 @@ def _open(
     name = (path, dtype, max_tokens, revision, trust_remote_code, device)
     if (found := _OPEN.get(name)) is None:
         found = open_classifier(path, dtype, max_tokens, revision, trust_remote_code)
-        found.model.to(device)
+        model: torch.nn.Module = found.model  # transformers wraps `to` in a way that loses its arguments' types
+        model.to(device)
         if dtype == "bfloat16":
             found.compute_in_bfloat16()
         _OPEN[name] = found

@@ -20,9 +20,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lmrl import distributed
 from lmrl.errors import NonFiniteError, RecipeError
+from lmrl.policy.language_model import decoder_layers, projection_of
 from lmrl.policy.load import load_weights
 from lmrl.policy.passes import ForwardRequest, Outputs
-from lmrl.policy.policy import Policy, decoder_layers
+from lmrl.policy.policy import Policy
 from lmrl.training.parallel.optimizer_state import entry_from_tensor, is_fused
 from lmrl.training.parallel.strategy import Strategy, entries_of
 from lmrl.trajectories.batch import Microbatch
@@ -61,16 +62,19 @@ class DeepSpeedStrategy(Strategy):
             "gradient_clipping": max_grad_norm or 0.0,
         }
         self.accelerator.prepare(policy, optimizer)
-        self.engine = self.accelerator.deepspeed_engine_wrapped.engine
-        self.optimizer = self.engine.optimizer
+        self.engine: Any = self.accelerator.deepspeed_engine_wrapped.engine
+        self.zero: Any = self.engine.optimizer
+        """DeepSpeed's optimizer, around the one that was given."""
+        self.optimizer = self.zero
         if self.shards_weights:
             self._keep_whole(used_outside_of_modules(policy))
 
     def _keep_whole(self, parameters: list[nn.Parameter]) -> None:
         """Keep these unsharded on every rank, as DeepSpeed does with small ones; their gradients and state stay
         sharded."""
-        held = self.optimizer.persistent_parameters
+        held: list[nn.Parameter] = self.zero.persistent_parameters
         known = {id(parameter) for parameter in held}
+        parameter: Any  # with attributes of DeepSpeed's
         for parameter in parameters:
             if id(parameter) not in known:
                 parameter.ds_persist = True
@@ -78,7 +82,7 @@ class DeepSpeedStrategy(Strategy):
         self._gather_kept()
 
     def _gather_kept(self) -> None:
-        kept = self.optimizer.persistent_parameters
+        kept = self.zero.persistent_parameters
         kept[0].all_gather(kept)
 
     def zero_grad(self) -> None:
@@ -86,7 +90,8 @@ class DeepSpeedStrategy(Strategy):
 
     def forward(self, micro: Microbatch, request: ForwardRequest) -> Outputs:
         # Not the policy itself: ZeRO-3 counts microbatches here, and would keep the last one's gradient alone.
-        return self.engine(micro, request)
+        outputs: Outputs = self.engine(micro, request)
+        return outputs
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
@@ -95,7 +100,7 @@ class DeepSpeedStrategy(Strategy):
     def step(self, finite: bool) -> float:
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm() or 0.0)
-        if self.optimizer.overflow:  # DeepSpeed has skipped the step
+        if self.zero.overflow:  # DeepSpeed has skipped the step
             if self.shards_weights:
                 self._gather_kept()
             return math.nan
@@ -109,7 +114,7 @@ class DeepSpeedStrategy(Strategy):
 
     def _pieces(self) -> list[tuple[int, dict[str, torch.Tensor]]]:
         """The number of its group, and the state, of each flat piece that DeepSpeed's own optimizer updates."""
-        zero = self.optimizer
+        zero = self.zero
         if self.shards_weights:
             pieces = [(zero.sub_group_to_group_id[i], one) for i, one in enumerate(zero.fp32_partitioned_groups_flat)]
         else:
@@ -200,7 +205,7 @@ class DeepSpeedStrategy(Strategy):
             return
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-        zero = self.optimizer
+        zero = self.zero
         for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
             lazy_init_hp_params_optimizer_state(group, flat, zero.optimizer.state)
 
@@ -226,20 +231,21 @@ class FSDPStrategy(Strategy):
         super().prepare(policy, optimizer, max_grad_norm)
         prepare_for_sharding(policy, True)
         names = {id(parameter): name for name, parameter in policy.named_parameters()}
-        self.layers = decoder_layers(policy)
         # Layers are gathered in the precision that they compute in, which halves what is sent; gradients are summed in float32.
         precision = MixedPrecisionPolicy(policy.autocast_dtype, torch.float32, cast_forward_inputs=False)
-        for layer in self.layers:
+        self.layers = [
             fully_shard(layer, mesh=self.mesh, reshard_after_forward=self.reshard, mp_policy=precision)
+            for layer in decoder_layers(policy)
+        ]
         # The vocabulary, the heads and what else stands outside of layers is one more piece.
-        fully_shard(policy, mesh=self.mesh, reshard_after_forward=False)
+        self.rest = fully_shard(policy, mesh=self.mesh, reshard_after_forward=False)
         sharded = dict(policy.named_parameters())
         for group in optimizer.param_groups:
             group["params"] = [sharded[names[id(parameter)]] for parameter in group["params"]]
         self.parameters = [one for group in optimizer.param_groups for one in group["params"]]
         with torch.no_grad():
             policy(policy.dummy_microbatch().to(policy.device))  # FSDP sets itself up in the first pass from the top
-        policy.reshard()  # else what stands outside of layers would be known by its gathered tensors
+        self.rest.reshard()  # else what stands outside of layers would be known by its gathered tensors
 
     def forward(self, micro: Microbatch, request: ForwardRequest) -> Outputs:
         # peft freezes and thaws adapters around passes of the reference, and may have thawed gathered weights alone.
@@ -259,21 +265,21 @@ class FSDPStrategy(Strategy):
 
     @contextmanager
     def gathered_weights(self) -> Iterator[None]:
-        modules = [self.policy, *self.layers]
-        for module in modules:
-            module.set_reshard_after_forward(False, recurse=False)
-            module.unshard()
+        pieces = [self.rest, *self.layers]
+        for piece in pieces:
+            piece.set_reshard_after_forward(False, recurse=False)
+            piece.unshard()
         self.policy.synchronized = False
         yield
         self.policy.synchronized = True
-        for module in modules:
-            module.set_reshard_after_forward(self.reshard and module is not self.policy, recurse=False)
-            module.reshard()
+        for piece in pieces:
+            piece.set_reshard_after_forward(self.reshard and piece is not self.rest, recurse=False)
+            piece.reshard()
         distributed.barrier()
 
     def load_weights(self, folder: Path, trust_remote_code: bool = False) -> None:
-        for module in [self.policy, *self.layers]:
-            module.reshard()  # otherwise the gathered copies would be written, not the shards
+        for piece in [self.rest, *self.layers]:
+            piece.reshard()  # otherwise the gathered copies would be written, not the shards
         load_weights(self.policy, folder, trust_remote_code, put_piece)
 
     def weights(self) -> dict[str, torch.Tensor] | None:
@@ -296,6 +302,7 @@ class FSDPStrategy(Strategy):
             for key, value in entries_of(name, tensors).items():
                 entry = entry_from_tensor(key, value, parameter.device, fused)
                 if key != "step":
+                    assert isinstance(parameter, DTensor)  # as `fully_shard` leaves every parameter
                     entry = distribute_tensor(entry, self.mesh, parameter.placements)
                 self.optimizer.state[parameter][key] = entry
 
@@ -327,5 +334,5 @@ def own_piece(value: torch.Tensor) -> torch.Tensor:
 def used_outside_of_modules(policy: Policy) -> list[nn.Parameter]:
     """Parameters that the policy multiplies with itself, where ZeRO-3 has no hook to gather them for the backward pass: of
     the projection to the vocabulary, and of the heads."""
-    heads = [] if policy.values is None else [policy.values]
-    return [one for module in [policy.causal_lm.get_output_embeddings(), *heads] for one in module.parameters()]
+    heads = [] if policy.values is None else list(policy.values.parameters())
+    return [*projection_of(policy.causal_lm).parameters(), *heads]
