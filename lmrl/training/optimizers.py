@@ -21,7 +21,11 @@ def build_optimizer(
     options: Optimizer, groups: list[dict[str, Any]], policy: Policy, strategy: Strategy
 ) -> torch.optim.Optimizer:
     """The optimizer of these groups of a policy's parameters, the trunk's first. Raises RecipeError where it cannot be had here."""
-    settings = {"betas": options.betas or LONG_MEMORY, "eps": options.eps, "weight_decay": options.weight_decay}
+    settings: dict[str, Any] = {
+        "betas": options.betas or LONG_MEMORY,
+        "eps": options.eps,
+        "weight_decay": options.weight_decay,
+    }
     fused = policy.device.type == "cuda" or None  # one kernel for all weights; on a CPU it would only round otherwise
     if options.name == "adamw":
         return torch.optim.AdamW(groups, fused=fused, **settings)
@@ -39,17 +43,19 @@ def build_optimizer(
             "optimizer.name=adamw"
         )
     try:
-        from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
+        # It exports both without saying so.
+        from bitsandbytes.optim import AdamW8bit, GlobalOptimManager  # type: ignore[attr-defined,unused-ignore]
     except ImportError as error:
         fix = fix_of("bitsandbytes")
         raise RecipeError(f"optimizer.name=adamw_8bit needs bitsandbytes ({error}): {fix}") from error
-    optimizer = AdamW8bit(groups, **settings)
+    optimizer: Any = AdamW8bit(groups, **settings)  # type: ignore[no-untyped-call,unused-ignore]  # it has no types
     # A separate manager instead of the global one, which keys parameters by ids that outlive them.
     optimizer.mng = GlobalOptimManager.__new__(GlobalOptimManager)
     optimizer.mng.initialize()
     embeddings = [module.weight for module in policy.modules() if isinstance(module, nn.Embedding)]
     optimizer.mng.override_config(embeddings, "optim_bits", 32)  # as its authors advise: their gradients vary much
-    return optimizer
+    eight_bit: torch.optim.Optimizer = optimizer
+    return eight_bit
 
 
 def undo_step(optimizer: torch.optim.Optimizer) -> None:

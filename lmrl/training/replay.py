@@ -76,7 +76,14 @@ def _load(folder: Path) -> _Parts:
     if not (folder / INFO_FILE).is_file():
         raise RunError(f"{folder} is not a bundle{_advice(folder)}")
     # Bundles of format 1 are of non-finite updates, and know neither generators nor the device.
-    info = {"event": "nonfinite", "pass": "update", "weights": ".", "options": {}, "device": "cpu", "versions": {}}
+    info: dict[str, Any] = {
+        "event": "nonfinite",
+        "pass": "update",
+        "weights": ".",
+        "options": {},
+        "device": "cpu",
+        "versions": {},
+    }
     info |= json.loads((folder / INFO_FILE).read_text())
     recipe = with_own_options(stages_of(read_recipe(folder))[info["stage"]])
     if recipe.training.threads is not None:
@@ -106,7 +113,7 @@ def _weights(folder: Path, info: dict[str, Any]) -> Path | None:
         return folder
     if info["weights"] is None:
         return None
-    found = (folder.parent.parent / info["weights"]).resolve()
+    found: Path = (folder.parent.parent / info["weights"]).resolve()
     if not found.is_dir():
         raise RunError(
             f"{folder}: its weights are in {found}, which does not exist: put a checkpoint of the stage there"

@@ -11,139 +11,46 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback
-from trl import RewardConfig, RewardTrainer
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.reward_trainer import RewardTrainer
 
 from lmrl import run as runs
 from lmrl.accelerators import default_precision
-from lmrl.errors import DataError, NonFiniteError
+from lmrl.errors import NonFiniteError
 from lmrl.evaluation.scoring import Scores
-from lmrl.evaluation.statistics import UNIT, UNLIMITED, bootstrap, summarize
-from lmrl.policy.classifier import Classifier
+from lmrl.policy.language_model import has_adapters, merged_model
 from lmrl.policy.load import load_classifier
-from lmrl.recipe import Optimizer, PromptTask, Recipe
-from lmrl.recipe.objectives.base import LONG_MEMORY
+from lmrl.recipe import DatasetOptions, PromptTask, Recipe
+from lmrl.recipe.objectives.preferences import RewardModelObjective
 from lmrl.recipe.rates import with_rates
 from lmrl.rollouts.task import build_task, starts_for, task_texts
-from lmrl.seeding import key, seed_everything, stream
+from lmrl.seeding import key, seed_everything
 from lmrl.sources.dataset import BAD_ROWS
+from lmrl.training.agreement import COLUMNS, agreement
 from lmrl.training.checkpoint import STATE, checkpoint_path, verify, write_checksums
 from lmrl.training.display import Display
 from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.monitoring.measures import SAMPLES_KEPT, peak_memory_mb
+from lmrl.training.preference_pairs import Pair, read_pairs, split_pairs
+from lmrl.training.skipping_adamw import build_optimizer
 from lmrl.training.tracking import StageTracking
 from lmrl.training.updater import schedule
-from lmrl.trajectories.files import Malformed, Selection, open_rows, quiet_datasets
-from lmrl.trajectories.formats import preference
-from lmrl.trajectories.store import UNMATCHED, report_bad_rows
-from lmrl.trajectories.trajectory import Messages, prompt_key
+from lmrl.trajectories.files import Selection, quiet_datasets
+from lmrl.trajectories.store import UNMATCHED
+from lmrl.trajectories.trajectory import Messages
 
 # trl 1.16 calls by their old names what transformers 5.24 renamed.
 warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
 
 LABEL = "reward model"
-COLUMNS = ["accuracy", "margin", "ece", "brier"]
-"""Metrics of held-out pairs in the closing table; see `agreement`."""
-ECE_BINS = 10
-BOOTSTRAP = 1000
 
 
-@dataclass
-class Pair:
-    """A preference: two completions of a prompt, all text or all messages."""
-
-    prompt: str | Messages
-    chosen: str | Messages
-    rejected: str | Messages
-
-
-# ------------------------------------------------------------------------------------------------------------------ data
-def read_pairs(
-    path: str, part: Selection = Selection(), skip_bad_rows: bool = False, bad_rows: Path | None = None
-) -> tuple[list[Pair], list[str]]:
-    """The preferences in a file of any format of rows.py that has them, and notes on what was left out.
-
-    Raises DataError with file, line, field and what was expected, unless malformed rows are to be skipped.
-    """
-    rows, pairs, bad = open_rows(path, part), [], []
-    for number, row in enumerate(rows.scan()):
-        try:
-            if isinstance(row, Malformed):
-                raise row
-            pairs.append(Pair(*preference(row)))
-        except Malformed as error:
-            if not skip_bad_rows:
-                raise DataError(f"{rows.where(number)}: {error}") from error
-            bad.append((number, str(error)))
-    notes = [f"{path}: left out {len(bad)} malformed {rows.unit}s (see {bad_rows})"] if bad else []
-    if bad and bad_rows is not None:
-        report_bad_rows(rows, bad, bad_rows)
-    return pairs, notes
-
-
-def split_pairs(
-    pairs: Sequence[Pair], share: float, is_reserved: Callable[[str | Messages], bool] = lambda prompt: False
-) -> tuple[list[int], list[int]]:
-    """Positions of the pairs to train on and to hold out: that share of the prompts, with all their pairs.
-
-    Reserved prompts are held out first, and further ones by a fixed draw that depends on nothing but their number.
-    Raises DataError where nothing is left to train on.
-    """
-    by_prompt: dict[str, list[int]] = {}
-    for position, pair in enumerate(pairs):
-        by_prompt.setdefault(prompt_key(pair.prompt), []).append(position)
-    held = {name for name, found in by_prompt.items() if is_reserved(pairs[found[0]].prompt)}
-    others = [name for name in by_prompt if name not in held]
-    missing = round(share * len(by_prompt)) - len(held)
-    if share > 0 and not held:
-        missing = max(missing, 1)
-    if missing > 0:
-        order = stream("holdout", len(others)).permutation(len(others))
-        held |= {others[index] for index in order[:missing]}
-    train = sorted(position for name, found in by_prompt.items() if name not in held for position in found)
-    if not train:
-        raise DataError(
-            f"none of {len(pairs)} pairs is left to train on, because {len(held)} of {len(by_prompt)} prompts are held "
-            "out: lower objective.holdout or task.prompts.holdout, or give more pairs"
-        )
-    return train, sorted(position for name in held for position in by_prompt[name])
-
-
-# ----------------------------------------------------------------------------------------------------------- measurement
-def agreement(margins: Sequence[float]) -> Scores:
-    """How well a reward model's margins (chosen minus rejected) agree with held-out preferences.
-
-    accuracy: share of pairs with the chosen completion above (a tie counts half). margin: mean margin. ece: expected
-    calibration error of the probability sigmoid(margin), in ten bins of equal width, biased upwards where there are few
-    pairs (Guo et al., arXiv 1706.04599); its interval is a bootstrap over pairs. brier: mean squared error of that
-    probability (0.25: a coin). nll: its negative log-likelihood, the training loss without centring.
-    """
-    margins_N = torch.tensor(margins, dtype=torch.float64)
-    wins_N = (margins_N > 0).double() + 0.5 * (margins_N == 0).double()
-    confidence_N = torch.sigmoid(margins_N.abs())
-    return {
-        "accuracy": summarize(wins_N.tolist(), limits=UNIT, unit="pair"),
-        "margin": summarize(margins_N.tolist(), limits=UNLIMITED, unit="pair"),
-        "ece": bootstrap(lambda rows: calibration_error(confidence_N[rows], wins_N[rows]), len(margins), BOOTSTRAP),
-        "brier": summarize(torch.sigmoid(-margins_N).square().tolist(), limits=UNIT, unit="pair"),
-        "nll": summarize((-torch.nn.functional.logsigmoid(margins_N)).tolist(), limits=(0.0, math.inf), unit="pair"),
-    }
-
-
-def calibration_error(confidence_N: torch.Tensor, wins_N: torch.Tensor) -> float:
-    """Expected calibration error of confidences in [0.5, 1]: mean gap between confidence and share of wins in a bin."""
-    bins_N = ((confidence_N - 0.5) * 2 * ECE_BINS).long().clamp(max=ECE_BINS - 1)
-    gaps = torch.zeros(ECE_BINS, dtype=torch.float64).index_add_(0, bins_N, wins_N - confidence_N)
-    return float(gaps.abs().sum()) / len(confidence_N)
-
-
-# ----------------------------------------------------------------------------------------------------------------- stage
 class RewardModelStage:
     """A stage as `Stage` is, whose result is a sequence classifier. `start`: the checkpoint it begins from."""
 
@@ -161,7 +68,10 @@ class RewardModelStage:
         self.run, self.name, self.recipe, self.device = run, name, recipe, device
         self.display, self.interrupt = display, interrupt
         self.track = track
-        self.seed, source, options = recipe.training.seed, recipe.source, recipe.objective
+        source, options = recipe.source, recipe.objective
+        assert isinstance(source, DatasetOptions) and source.path is not None  # see RewardModelObjective.mistakes
+        assert isinstance(options, RewardModelObjective)
+        self.seed, self.source, self.options = recipe.training.seed, source, options
         if recipe.training.threads is not None:
             torch.set_num_threads(recipe.training.threads)
         self.pairs, self.notes = read_pairs(
@@ -185,14 +95,17 @@ class RewardModelStage:
         task = build_task(self.recipe.task.model_copy(update={"rewards": []}), self.classifier.tokenizer)
         keys = task.heldout_prompts()
         if keys and all(task.renderer.keys(pair.prompt).isdisjoint(keys) for pair in self.pairs):
-            self.notes.append(f"{self.recipe.source.path}: {UNMATCHED}")
+            self.notes.append(f"{self.source.path}: {UNMATCHED}")
         return lambda prompt: not task.renderer.keys(prompt).isdisjoint(keys)
 
     def _tokens(self, pair: Pair) -> tuple[list[int], list[int]]:
         task = self.recipe.task
         special_tokens = "text" if task is None else task.special_tokens
-        answers = (pair.chosen, pair.rejected)
-        return tuple(self.classifier.tokens(pair.prompt, one, special_tokens=special_tokens) for one in answers)
+        chosen, rejected = (
+            self.classifier.tokens(pair.prompt, answer, special_tokens=special_tokens)
+            for answer in (pair.chosen, pair.rejected)
+        )
+        return chosen, rejected
 
     # -------------------------------------------------------------------------------------------------------- training
     def train(self) -> None:
@@ -224,9 +137,9 @@ class RewardModelStage:
 
     def _trainer(self) -> RewardTrainer:
         recipe, tokens = self.recipe, self.tokens
-        steps, size = recipe.training.steps, recipe.source.batch_size
+        steps, size = recipe.training.steps, self.source.batch_size
         rows = starts_for(self.training, 0, steps * size, self.seed, self.name, "rows")
-        position = {index: number for number, index in enumerate(self.training)}
+        position: dict[int | None, int] = {index: number for number, index in enumerate(self.training)}
         dataset = quiet_datasets().Dataset.from_dict(
             {
                 "chosen_ids": [tokens[index][0] for index in self.training],
@@ -240,6 +153,7 @@ class RewardModelStage:
             shutil.rmtree(torn)
         options = with_rates(recipe, *self.classifier.size)
         limit = options.max_grad_norm
+        assert not isinstance(limit, str)  # `with_rates` leaves nothing open
         arguments = RewardConfig(
             output_dir=str(folder),
             max_steps=steps,
@@ -247,7 +161,7 @@ class RewardModelStage:
             gradient_accumulation_steps=size // micro,
             train_sampling_strategy="sequential",
             max_grad_norm=math.inf if limit is None else limit,
-            center_rewards_coefficient=recipe.objective.center_coef or None,
+            center_rewards_coefficient=self.options.center_coef or None,
             max_length=None,
             seed=key(self.seed, self.name) % 2**32,
             bf16=False,  # the classifier has its own way to compute in bfloat16
@@ -285,7 +199,7 @@ class RewardModelStage:
         names = {"loss": "loss", "accuracy": "accuracy", "margin": "margin", "reward": "mean_reward"}
         metrics = {name: logs[given] for name, given in names.items()}
         metrics |= {"grad_norm": logs["grad_norm"], "skipped": self.optimizer.skipped}
-        size = self.recipe.source.batch_size
+        size = self.source.batch_size
         times = {"step_s": round(seconds, 3), "pairs_per_s": round(size / seconds, 3)}
         times["peak_memory_mb"] = peak_memory_mb()
         self.run.record({"stage": self.name, "step": step, "kind": "train", **metrics, "time": times})
@@ -335,14 +249,13 @@ class RewardModelStage:
 
     def _finish(self) -> None:
         """Merge the adapter, measure what is about to be saved, and save it."""
-        model = self.classifier.model
-        if hasattr(model, "peft_config"):
+        if has_adapters(self.classifier.model):
             # In float32: rounded to the base's bfloat16, most of what an adapter has learned would be lost.
-            self.classifier.model = model.float().merge_and_unload()
+            self.classifier.model = merged_model(self.classifier.model.float())
         scores = self._evaluate(self.recipe.training.steps)
 
         def write(folder: Path) -> None:
-            self.classifier.model.save_pretrained(folder)
+            self.classifier.model.save_pretrained(str(folder))
             self.classifier.tokenizer.save_pretrained(folder)
             (folder / STATE).mkdir()
             state = {
@@ -372,7 +285,8 @@ class _Loop(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.began = time.monotonic()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        logs: dict[str, float] = given["logs"]
         if "loss" in logs:  # the trainer also logs a summary at its end
             self.stage.after_step(state.global_step, logs, time.monotonic() - self.began)
 
@@ -385,42 +299,6 @@ class _Loop(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step = state.global_step
         self.stage.keep(step, Path(args.output_dir) / f"checkpoint-{step}")
-
-
-# ------------------------------------------------------------------------------------------------------------- optimizer
-class SkippingAdamW(torch.optim.AdamW):
-    """AdamW that leaves an update with a non-finite gradient out, and counts it; the counts are part of its state."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        group = self.param_groups[0]
-        gradients = [one.grad for each in self.param_groups for one in each["params"] if one.grad is not None]
-        if all(bool(gradient.isfinite().all()) for gradient in gradients):
-            group["skipped_in_a_row"] = 0
-            super().step(closure)
-        else:
-            group["skipped"] = self.skipped + 1
-            group["skipped_in_a_row"] = self.skipped_in_a_row + 1
-
-    @property
-    def skipped(self) -> int:
-        return self.param_groups[0].get("skipped", 0)
-
-    @property
-    def skipped_in_a_row(self) -> int:
-        return self.param_groups[0].get("skipped_in_a_row", 0)
-
-
-def build_optimizer(classifier: Classifier, options: Optimizer) -> SkippingAdamW:
-    """The optimizer of a reward model; `head_lr` is for its classification head."""
-    trunk = {id(parameter) for parameter in classifier.trunk.parameters()}
-    trained = [parameter for parameter in classifier.model.parameters() if parameter.requires_grad]
-    head_lr = options.lr if options.head_lr is None else options.head_lr
-    groups = [
-        {"params": [one for one in trained if id(one) in trunk], "lr": options.lr},
-        {"params": [one for one in trained if id(one) not in trunk], "lr": head_lr},
-    ]
-    return SkippingAdamW(groups, betas=options.betas or LONG_MEMORY, eps=options.eps, weight_decay=options.weight_decay)
 
 
 def pairs_at_once(batch_size: int, longest: int, microbatch_tokens: int) -> int:

@@ -63,7 +63,7 @@ class Point:
     def columns(self) -> list[str]:
         """The metrics of the run's suite, or of its reward model; the main one first."""
         if self.recipe.objective.name == REWARD_MODEL:
-            from lmrl.training.reward_model import COLUMNS
+            from lmrl.training.agreement import COLUMNS
 
             return COLUMNS
         suite = suite_of(self.recipe, self.recipe.task)

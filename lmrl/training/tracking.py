@@ -110,7 +110,7 @@ def _start(run: Run, spec: CustomTracker, index: int) -> Any:
     folder.mkdir(exist_ok=True)
     ids = _ids(folder)
     start = Start(run.folder.name, ids.get(spec.name, uuid.uuid4().hex), spec.name in ids, folder)
-    arguments = ARGUMENTS.get(spec.name, lambda start: {})(start) | spec.options
+    arguments = (ARGUMENTS[spec.name](start) if spec.name in ARGUMENTS else {}) | spec.options
     cls = _class_of(spec, index)
     places = [str(folder)] if getattr(cls, "requires_logging_directory", False) else []
     try:

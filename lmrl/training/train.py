@@ -3,84 +3,56 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from rich.console import Console
 
 from lmrl import distributed
-from lmrl.accelerators import has_memory
 from lmrl.allocator import keep_freed_memory
-from lmrl.errors import LmrlError, RecipeError, RunError
-from lmrl.evaluation.frames import load_run, load_samples
+from lmrl.errors import LmrlError, RunError
 from lmrl.evaluation.scoring import Scores
 from lmrl.foreign import drop_note, keep_note
-from lmrl.objects import Names, find, is_kind, is_object, named_rewards, require
-from lmrl.policy.classifier import Classifier
-from lmrl.policy.given import save_given
-from lmrl.policy.load import open_classifier, open_policy
-from lmrl.policy.policy import Policy
+from lmrl.objects import require
 from lmrl.recipe import MAIN_STAGE, Recipe
-from lmrl.recipe.estimates import memory
 from lmrl.recipe.files import load_recipe, stages_of
 from lmrl.recipe.own import with_own_options
-from lmrl.run import CALL_FILE, MODEL_FOLDER, Run
+from lmrl.run import CALL_FILE, Run
 from lmrl.run_folders import RECIPE_FILE, read_recipe
 from lmrl.training.before_after import before_after, check_before_after, flat
 from lmrl.training.build import build_stage
 from lmrl.training.closing import closing_lines, closing_table, ended_early, warnings_of
 from lmrl.training.display import Display
 from lmrl.training.extend import extend
+from lmrl.training.given_objects import at_hand, objects_as_overrides, with_saved_model
 from lmrl.training.interrupt import Interrupt, Interrupted
-from lmrl.training.monitoring.measures import peak_memory_mb
+from lmrl.training.memory_record import compare_memory, predicted_memory_mb
 from lmrl.training.parallel.launch import build_strategy, check_launch
+from lmrl.training.result import Result
 from lmrl.training.tracking import SCORE_COLUMNS, StageTracking, Trackers, check_trackers, open_trackers, score_rows
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from lmrl.training.reward_model import RewardModelStage
+    from lmrl.training.stage import Stage
 
 
-@dataclass
-class Result:
-    """The result of a finished run: its folder, the closing table and the final checkpoint; what it has recorded as tables."""
+class StageParts(NamedTuple):
+    """What every stage is built from."""
 
-    folder: Path
-    scores: dict[str, dict[str, dict[str, Any]]]
-    """By row (data, start, BC, PPO, optimum; `PPO, last` beside a better one that was left) and metric: see
-    lmrl.evaluation.statistics.summarize."""
-    ended: str | None = None
-    """Why the run ended before its last step, with the best policy of the stage that collapsed."""
-    before_after: dict[str, dict[str, Scores]] = field(default_factory=dict)
-    """By suite of `evaluation.before_after`, row (before, after, difference) and metric, as `scores`."""
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "stages" / MAIN_STAGE / "final"
-
-    @cached_property
-    def policy(self) -> Policy | Classifier:
-        """What was trained, loaded to be used: `.model` and `.tokenizer` are transformers'. A reward model is a classifier."""
-        if read_recipe(self.folder).objective.leaves_policy:
-            return open_policy(str(self.checkpoint))
-        return open_classifier(str(self.checkpoint))
-
-    @cached_property
-    def metrics(self) -> DataFrame:
-        """A row for each step of each stage, as `load_run` names the columns (`time/update_s` is one of `time`)."""
-        return load_run(self.folder, "train")
-
-    @cached_property
-    def samples(self) -> DataFrame:
-        """What was sampled, and its rewards: samples.jsonl."""
-        return load_samples(self.folder)
+    run: Run
+    name: str
+    recipe: Recipe
+    start: Path | None
+    """The checkpoint that it begins from; None: the recipe's model."""
+    device: torch.device
+    display: Display
+    interrupt: Interrupt
+    track: StageTracking
 
 
 def train(
@@ -129,36 +101,6 @@ def train(
     if resume:
         display.say(f"there is no run in {folder} to resume: starting over")
     return _execute(_open(lambda: Run.create(folder, recipe), folder), accelerator, display)
-
-
-def objects_as_overrides(given: Mapping[str, Any]) -> list[str]:
-    """Arguments of `train` as overrides, with names in place of objects."""
-    names = Names()
-    keys = {
-        "model": ("model.path", "model"),
-        "prompts": ("task.prompts.path", "rows"),
-        "data": ("source.path", "rows"),
-        "rewards": ("task.rewards", ""),
-        "environment": ("task.environment", "environment"),
-    }
-    overrides = []
-    for name, value in given.items():
-        key, kind = keys[name]
-        if not kind:
-            value = named_rewards(value, names)
-        elif is_kind(value, kind):
-            value = names(value)
-        elif not isinstance(value, str | Path):
-            raise RecipeError(f"{name}: expected {EXPECTED[kind]}, got a {type(value).__name__}")
-        overrides.append(f"{key}={json.dumps(value, default=str)}")
-    return overrides
-
-
-EXPECTED = {
-    "model": "a transformers model, (model, tokenizer), a folder or a name",
-    "rows": "a list of mappings, a datasets.Dataset, a data frame, a file or a name",
-    "environment": "a class, a function, an environment or a name",
-}
 
 
 def resume_run(folder: Path, recipe: Recipe | None = None, display: Display | None = None) -> Result:
@@ -211,11 +153,6 @@ def dry_run(recipe: Recipe, display: Display | None = None) -> None:
         _execute(_open(lambda: Run.create(folder, tiny), folder), accelerator, display or Display(), keeps=False)
 
 
-def at_hand(folder: str | Path | None) -> list[str]:
-    """Keys whose objects a run folder holds itself: the model, once it is saved."""
-    return ["model.path"] if folder is not None and (Path(folder) / MODEL_FOLDER).is_dir() else []
-
-
 def default_output(name: str) -> Path:
     """A fresh folder under `runs/`, named after recipe and time."""
     path = Path(name)
@@ -245,24 +182,29 @@ def join(recipe: Recipe) -> Any:
     # of accelerate's that lmrl does not use.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if accelerator.distributed_type == "DEEPSPEED":
-        from transformers.integrations import unset_hf_deepspeed_config
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        unset_hf_deepspeed_config()  # models are loaded whole and sharded afterwards, as with every other strategy
+        # Models are loaded whole and sharded afterwards, as with every other strategy.
+        unset_hf_deepspeed_config()  # type: ignore[no-untyped-call,unused-ignore]  # typed in some releases of transformers
     return accelerator
 
 
 def _open(make: Callable[[], Run], folder: Path) -> Run:
     """The run, as the main process makes it; the others follow it, or fail as it does."""
-    run = error = None
+    run: Run | None = None
+    error: LmrlError | None = None
     if distributed.is_main():
         try:
             run = make()
         except LmrlError as problem:
             error = problem
-    error, recipe = distributed.broadcast((error, run and run.recipe))
+    error, recipe = distributed.broadcast((error, None if run is None else run.recipe))
     if error is not None:
         raise error
-    return run or Run(folder, recipe, writes=False)
+    if run is not None:
+        return run
+    assert recipe is not None  # the main process has a run, or an error
+    return Run(folder, recipe, writes=False)
 
 
 def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False, keeps: bool = True) -> Result:
@@ -335,8 +277,8 @@ def _train_stages(run: Run, accelerator: Any, display: Display, interrupt: Inter
             if recipe.start != "previous":
                 start = None if recipe.start == "model" else run.final(recipe.start)
             track = StageTracking(trackers, name, steps)
-            parts = (run, name, recipe, start, accelerator.device, display, interrupt, track)
-            shared = _train_stage(parts, recipe, accelerator, display)
+            parts = StageParts(run, name, recipe, start, accelerator.device, display, interrupt, track)
+            shared = _train_stage(parts, accelerator)
             distributed.barrier()
             predicted = max(predicted, predicted_memory_mb(recipe))
             if not shared:
@@ -349,33 +291,23 @@ def _train_stages(run: Run, accelerator: Any, display: Display, interrupt: Inter
     return steps
 
 
-def with_saved_model(run: Run, recipe: Recipe) -> Recipe:
-    """A recipe whose model is an object, with the copy of it that the run keeps in MODEL_FOLDER."""
-    if not is_object(recipe.model.path):
-        return recipe
-    folder = run.folder / MODEL_FOLDER
-    if not distributed.broadcast(folder.exists()):
-        run.write_folder(folder, lambda scratch: save_given(find(recipe.model.path, "model.path"), scratch))
-        distributed.barrier()
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(folder)})})
-
-
-def _train_stage(parts: tuple[Any, ...], recipe: Recipe, accelerator: Any, display: Display) -> bool:
+def _train_stage(parts: StageParts, accelerator: Any) -> bool:
     """Build a stage of these parts and train it; returns True if its policy was sharded over processes."""
     shared = False
-    if not recipe.objective.leaves_policy:
-        stage = _reward_model_stage(*parts)
+    stage: Stage | RewardModelStage
+    if not parts.recipe.objective.leaves_policy:
+        stage = _reward_model_stage(parts)
     else:
         strategy = build_strategy(accelerator)
         shared = strategy.synchronized
         stage = build_stage(*parts, strategy)
     for note in stage.notes:
-        display.say(f"note: {note}")
+        parts.display.say(f"note: {note}")
     stage.train()
     return shared
 
 
-def _reward_model_stage(*parts: Any) -> Any:
+def _reward_model_stage(parts: StageParts) -> RewardModelStage:
     if distributed.size() > 1:
         raise RunError(
             f"a reward_model stage trains in one process, but this is a launch of {distributed.size()}: train it alone, and go on "
@@ -384,21 +316,3 @@ def _reward_model_stage(*parts: Any) -> Any:
     from lmrl.training.reward_model import RewardModelStage  # trl takes seconds to import
 
     return RewardModelStage(*parts)
-
-
-def compare_memory(run: Run, stage: str, recipe: Recipe, predicted: float, display: Display) -> None:
-    """Compare a process's peak memory so far with the prediction for its largest stage."""
-    measured = distributed.all_max(peak_memory_mb())
-    if not predicted:
-        return
-    ratio = round(measured / predicted, 3)
-    line = {"stage": stage, "step": recipe.training.steps, "kind": "memory"}
-    run.record(line | {"predicted_mb": round(predicted), "measured_mb": measured, "ratio": ratio})
-    display.say(
-        f"memory up to stage {stage}: {predicted:,.0f} MB predicted, {measured:,} MB measured, {ratio:.2f} times that"
-    )
-
-
-def predicted_memory_mb(recipe: Recipe) -> float:
-    """Predicted memory of this process, or of its accelerator where it has one, in MB; 0 if unknown."""
-    return sum((memory(recipe, accelerator=has_memory()) or {}).values())

@@ -4,12 +4,14 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from lmrl.evaluation.statistics import (
     UNIT,
     UNLIMITED,
     Clustered,
     between_clusters,
+    bootstrap,
     p_value,
     summarize,
     wilson,
@@ -189,3 +191,11 @@ def test_intervals_cover_the_mean(kind):
         low, high = summarize(values.ravel())["ci95"]
         naive += low <= true <= high
     assert 0.93 < hits / 1000 < 0.975 and naive < 700
+
+
+def test_bootstrap_of_a_mean_is_near_its_t_interval():
+    values = torch.linspace(0, 1, 101, dtype=torch.float64)
+    found = bootstrap(lambda rows: float(values[rows].mean()), 101, 2000)
+    half = 1.98 * float(values.std()) / math.sqrt(101)
+    assert found["mean"] == pytest.approx(0.5) and found["n"] == 101
+    assert found["ci95"] == pytest.approx([0.5 - half, 0.5 + half], abs=0.01)

@@ -1,7 +1,6 @@
 """Reward models as stages: they learn, resume to the bit, and judge the stages after them."""
 
 import json
-import math
 import os
 import random
 import signal
@@ -12,20 +11,11 @@ import transformers
 import yaml
 
 import lmrl.run
-from lmrl.errors import DataError, ModelError, NonFiniteError, RecipeError, RunError
-from lmrl.evaluation.statistics import bootstrap
+from lmrl.errors import ModelError, NonFiniteError, RecipeError, RunError
 from lmrl.recipe.files import load_recipe
 from lmrl.training import dry_run, resume_run, train
 from lmrl.training.interrupt import Interrupted
-from lmrl.training.reward_model import (
-    Pair,
-    SkippingAdamW,
-    agreement,
-    calibration_error,
-    pairs_at_once,
-    read_pairs,
-    split_pairs,
-)
+from lmrl.training.reward_model import pairs_at_once
 
 TINY = {
     "model_type": "llama",
@@ -191,15 +181,7 @@ def test_the_size_of_microbatches_changes_nothing(tmp_path):
         assert mean == pytest.approx(large["reward model"][metric]["mean"], abs=1e-4)
 
 
-def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path):
-    parameter = torch.nn.Parameter(torch.ones(2))
-    optimizer = SkippingAdamW([{"params": [parameter], "lr": 0.1}])
-    for gradient, expected in ((1.0, (0, 0)), (math.nan, (1, 1)), (math.inf, (2, 2)), (1.0, (2, 0))):
-        parameter.grad = torch.full((2,), gradient)
-        before = parameter.detach().clone()
-        optimizer.step()
-        assert torch.equal(before, parameter) == (not math.isfinite(gradient))
-        assert (optimizer.skipped, optimizer.skipped_in_a_row) == expected
+def test_too_many_skipped_updates_stop_the_stage(tmp_path):
     broken = load_recipe(write_recipe(tmp_path), ["optimizer.lr=1e30", "training.max_nonfinite=2"])
     with pytest.raises(NonFiniteError, match="2 updates in a row had a non-finite loss or gradient"):
         train(broken, output=tmp_path / "run")
@@ -301,94 +283,6 @@ def test_a_reward_model_run_is_no_policy(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------------- data
-def test_pairs_of_every_format(tmp_path):
-    user, good, bad = (
-        {"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "yes"), ("assistant", "no"))
-    )
-    rows = [
-        {"prompt": "p", "chosen": "a", "rejected": "b"},
-        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
-        {"prompt": [user], "chosen": [good], "rejected": [bad]},
-        {"chosen": [user, good], "rejected": [user, bad]},
-    ]
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pairs, notes = read_pairs(str(path))
-    assert notes == [] and pairs == [
-        Pair("p", "a", "b"),
-        Pair("\n\nHuman: q\n\nAssistant:", " a", " b"),
-        Pair([user], [good], [bad]),
-        Pair([user], [good], [bad]),
-    ]
-    path.write_text(path.read_text() + '{"prompt": "p", "completion": "c"}\n')
-    with pytest.raises(DataError, match="pairs.jsonl, line 5: has no field 'chosen'"):
-        read_pairs(str(path))
-    pairs, notes = read_pairs(str(path), skip_bad_rows=True, bad_rows=tmp_path / "bad.jsonl")
-    assert len(pairs) == 4 and "left out 1 malformed lines" in notes[0]
-    assert json.loads((tmp_path / "bad.jsonl").read_text())["line"] == 5
-
-
-def test_no_prompt_of_a_held_out_pair_is_trained_on():
-    pairs = [Pair(f"{number % 10}", "a", "b") for number in range(30)]
-    training, heldout = split_pairs(pairs, 0.2)
-    assert len(heldout) == 6 and sorted(training + heldout) == list(range(30))
-    assert not {pairs[index].prompt for index in training} & {pairs[index].prompt for index in heldout}
-    assert split_pairs(pairs, 0.2) == (training, heldout)
-    _, reserved = split_pairs(pairs, 0.2, lambda prompt: prompt in ("3", "4", "elsewhere"))
-    assert {pairs[index].prompt for index in reserved} == {"3", "4"}
-    assert split_pairs(pairs, 0.0) == (list(range(30)), [])
-    with pytest.raises(DataError, match="none of 30 pairs is left to train on"):
-        split_pairs(pairs, 0.1, lambda prompt: True)
-
-
-def test_the_split_agrees_with_that_of_the_prompts(tmp_path, tiny_folder):
-    """The same file as prompts, without a `prompt` column, and as pairs."""
-    rows = [
-        {"chosen": f"\n\nHuman: {n}\n\nAssistant: a", "rejected": f"\n\nHuman: {n}\n\nAssistant: b"} for n in range(40)
-    ]
-    recipe = load_recipe(stages_recipe(tmp_path, tiny_folder), ["stages.rm.training.steps=1"])
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    from lmrl.policy.tokenizers import build_tokenizer
-    from lmrl.rollouts.task import build_task
-
-    section = recipe.task.model_copy(update={"rewards": []})
-    task = build_task(section, build_tokenizer("char", ["abc"]))
-    reserved = {task.make().rows[row]["prompt"] for row in task.heldout}
-    pairs, _ = read_pairs(str(tmp_path / "pairs.jsonl"))
-    _, heldout = split_pairs(
-        pairs, 0.1, lambda prompt: not task.heldout_prompts().isdisjoint(task.renderer.keys(prompt))
-    )
-    assert {pairs[index].prompt for index in heldout} == reserved and len(reserved) == 4
-
-
-# ------------------------------------------------------------------------------------------------------------ measurement
-def test_agreement_by_hand():
-    scores = agreement([2.0, -1.0, 0.0, 3.0])
-    assert scores["accuracy"]["mean"] == pytest.approx((1 + 0 + 0.5 + 1) / 4)
-    assert scores["margin"]["mean"] == 1.0
-
-    def sigmoid(x):
-        return 1 / (1 + math.exp(-x))
-
-    assert scores["brier"]["mean"] == pytest.approx(sum(sigmoid(-m) ** 2 for m in (2, -1, 0, 3)) / 4)
-    assert scores["nll"]["mean"] == pytest.approx(sum(-math.log(sigmoid(m)) for m in (2, -1, 0, 3)) / 4)
-    low, high = scores["ece"]["ci95"]
-    assert 0 <= low <= high <= 1
-
-
-def test_calibration_error_by_hand():
-    confidence = torch.tensor([0.52, 0.54, 0.91, 1.0], dtype=torch.float64)
-    wins = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
-    expected = (abs(1 - 0.52 - 0.54) + (1 - 0.91) + 0.0) / 4
-    assert calibration_error(confidence, wins) == pytest.approx(expected)
-
-
-def test_bootstrap_of_a_mean_is_near_its_t_interval():
-    values = torch.linspace(0, 1, 101, dtype=torch.float64)
-    found = bootstrap(lambda rows: float(values[rows].mean()), 101, 2000)
-    half = 1.98 * float(values.std()) / math.sqrt(101)
-    assert found["mean"] == pytest.approx(0.5) and found["n"] == 101
-    assert found["ci95"] == pytest.approx([0.5 - half, 0.5 + half], abs=0.01)
 
 
 def test_pairs_at_once_divide_the_batch():

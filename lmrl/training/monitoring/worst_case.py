@@ -6,7 +6,8 @@ import torch
 
 from lmrl import distributed
 from lmrl.policy.policy import Policy
-from lmrl.recipe import PromptTask, Recipe
+from lmrl.recipe import Recipe
+from lmrl.recipe.task import EpisodeLimits
 from lmrl.rollouts.task import Task
 from lmrl.trajectories.batch import Batch, Sequence
 
@@ -42,12 +43,15 @@ def longest_sequence(recipe: Recipe, policy: Policy, task: Task) -> int:
         limits.append(None if prompt is None else prompt + recipe.rollouts.max_new_tokens)
     if recipe.source.has_log:
         limits.append(getattr(recipe.source, "max_tokens", None))
-    longest = policy.microbatch_tokens if None in limits else max(limits)
+    known = [limit for limit in limits if limit is not None]
+    longest = max(known) if len(known) == len(limits) else policy.microbatch_tokens
     return max(min(longest, policy.max_length or longest), 2)
 
 
 def sequences_of_a_minibatch(recipe: Recipe, pairs: bool) -> int:
     """How many sequences one process's part of a minibatch has at most."""
     episodes = -(-recipe.arithmetic()["episodes_per_minibatch"] // distributed.size()) * (2 if pairs else 1)
-    apart = not isinstance(recipe.task, PromptTask) and recipe.task.history != "all"
-    return episodes * (recipe.task.max_turns if apart else 1)
+    task = recipe.task
+    if isinstance(task, EpisodeLimits) and task.history != "all":  # each turn is a sequence
+        return episodes * task.max_turns
+    return episodes
