@@ -86,7 +86,7 @@ def command(
 ) -> None:
     """Compare policies, or logs of evaluations, on the same episodes: paired differences with p-values."""
     from lmrl.evaluation.bridges import is_foreign
-    from lmrl.evaluation.paired import read_claim
+    from lmrl.evaluation.claims import read_claim
     from lmrl.evaluation.suites import allow_code, load_suite, refuse_code
 
     names, overrides = split_policies(policies or [])

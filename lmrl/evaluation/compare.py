@@ -11,11 +11,12 @@ from lmrl.engines.remote import Endpoint
 from lmrl.errors import RecipeError, RunError
 from lmrl.evaluation.api import NamedSuite, evaluator_for, score_rows
 from lmrl.evaluation.bridges import is_foreign
+from lmrl.evaluation.claims import check_claims, read_claim
 from lmrl.evaluation.contenders import contenders
 from lmrl.evaluation.evaluate import Evaluator
 from lmrl.evaluation.judging import judge_pair, load_judge
 from lmrl.evaluation.log import EvalLog, is_log, logs_in
-from lmrl.evaluation.paired import Comparison, Played, check_claims, compare_played, key_of, read_claim
+from lmrl.evaluation.paired import Comparison, Played, compare_played, key_of
 from lmrl.evaluation.scoring import Scoring
 
 SHOWN = 5

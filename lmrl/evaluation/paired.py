@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ import numpy as np
 
 from lmrl.errors import RecipeError, RunError, ScoreError, did_you_mean
 from lmrl.evaluation.best_of import several_samples
+from lmrl.evaluation.claims import Claim, check_claims
 from lmrl.evaluation.controlled import controlled
 from lmrl.evaluation.ratings import Rating, ratings
 from lmrl.evaluation.scoring import Scores, Scoring, value_of
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 SETTLED, POWER = 1.959963984540054, 0.8416212335729143
 """Normal quantiles: of a two-sided p-value of 0.05, and of finding a difference with probability 0.8."""
-CLAIM = re.compile(
-    r"\s*(?:(?P<metric>[^:]+?)\s*:)?\s*(?P<first>[A-Z])\s*-\s*(?P<second>[A-Z])\s*(?P<sign>[<>])\s*(?P<margin>[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*"
-)
 AT_EQUAL = " at equal "
 """Between a metric and the one that is held equal."""
 ROUNDING = 1e-12
@@ -139,46 +136,6 @@ class Comparison:
         data: dict[str, Any] = {"suite": self.suite, "policies": self.names, "scores": self.rows}
         data |= {"ratings": list(map(vars, self.ratings)), "judged": list(map(vars, self.judged))}
         return json.dumps(data | {"differences": differences, "changes": changes}, indent=2, ensure_ascii=False) + "\n"
-
-
-# ----------------------------------------------------------------------------------------------------------------- claims
-@dataclass(frozen=True)
-class Claim:
-    """`B - A > -0.01`: what the interval of a difference has to exclude. metric: None for the main one."""
-
-    text: str
-    first: str
-    second: str
-    sign: str
-    margin: float
-    metric: str | None = None
-
-
-def read_claim(text: str) -> Claim:
-    """`B - A > -0.01`, or `METRIC: B - A > -0.01`. Raises RecipeError."""
-    match = CLAIM.fullmatch(text)
-    margin = _number(match["margin"]) if match else None
-    if match is None or margin is None or match["first"] == match["second"]:
-        raise RecipeError(
-            f"--fail-under: '{text}' compares no two policies: write 'B - A > -0.01', maybe with a metric, "
-            "'length: B - A < 20'"
-        )
-    return Claim(text.strip(), match["first"], match["second"], match["sign"], margin, match["metric"])
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def check_claims(claims: Sequence[Claim], keys: Sequence[str]) -> None:
-    """Raise RecipeError for a claim on a policy that there is not."""
-    for claim in claims:
-        for key in (claim.first, claim.second):
-            if key not in keys:
-                raise RecipeError(f"--fail-under: '{claim.text}' names {key}, but the policies are {', '.join(keys)}")
 
 
 # ------------------------------------------------------------------------------------------------------------- comparing

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lmrl.errors import RecipeError, RunError, ScoreError
-from lmrl.evaluation.paired import Played, compare_played, correlation, holm, prompts_needed, read_claim
+from lmrl.evaluation.claims import read_claim
+from lmrl.evaluation.paired import Played, compare_played, correlation, holm, prompts_needed
 from lmrl.evaluation.scoring import Scoring
 from lmrl.trajectories.trajectory import Trajectory
 

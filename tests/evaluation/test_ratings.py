@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lmrl.errors import RecipeError, ScoreError
+from lmrl.evaluation.claims import read_claim
 from lmrl.evaluation.controlled import controlled
-from lmrl.evaluation.paired import read_claim
 from lmrl.evaluation.ratings import ratings
 from tests.evaluation.test_paired import compared, played
 
