@@ -39,15 +39,18 @@ if TYPE_CHECKING:
     from lmrl.environments import TextEnvironment
     from lmrl.environments.games import Game
     from lmrl.errors import TemporaryError
-    from lmrl.evaluation import compare, evaluate, frontier, load_eval, load_run
+    from lmrl.evaluation.api import evaluate
+    from lmrl.evaluation.compare import compare
+    from lmrl.evaluation.frames import load_eval, load_run
+    from lmrl.evaluation.frontier import frontier
     from lmrl.objectives import Objective
     from lmrl.objects import provide
     from lmrl.recipe import ObjectiveOptions, Recipe, SourceOptions
     from lmrl.recipe.files import load_recipe
     from lmrl.registry import register
     from lmrl.sources.base import Source
-    from lmrl.training import train
     from lmrl.training.listeners import Listener
+    from lmrl.training.train import train
 
 _HOMES = {
     "Engine": "lmrl.engines.base",

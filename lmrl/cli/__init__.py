@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from lmrl.cli.usage import UsageError, usage_text
+from lmrl.cli.usage import UsageError, report_usage
 from lmrl.cli.verbs import PLAIN, Verbs
 from lmrl.errors import LmrlError
 from lmrl.visible import visible
@@ -61,13 +61,7 @@ def main() -> None:
         arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
         sys.exit(app(args=arguments, prog_name="lmrl", standalone_mode=False))
     except UsageError as error:
-        if (
-            type(error).__name__ == "NoArgsIsHelpError"
-        ):  # whose message is the help; newer versions have printed it already
-            print(error.format_message(), end="")
-        else:
-            print(usage_text(error), file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(report_usage(error))
     except typer.Abort:
         sys.exit(128 + signal.SIGINT)
     except LmrlError as error:

@@ -54,7 +54,8 @@ def command(
 ) -> None:
     """Train a recipe."""
     if name is not None and "=" in name:
-        name, overrides = None, [name, *(overrides or [])]
+        overrides = [name, *(overrides or [])]
+        name = None
     if processes or accelerate:
         if over:
             raise RecipeError("--over makes several runs, and --processes is for one: leave one of them out")
@@ -74,8 +75,10 @@ def command(
     is_run = name is not None and (Path(name) / RECIPE_FILE).is_file()
     if is_run and not resume:
         raise RecipeError(f"'{name}' is a run folder: go on with it by --resume")
-    recipe = load_recipe(name, overrides or []) if name is not None and not is_run else None
-    if recipe is None and overrides:  # of the run's own recipe, such as more steps
+    recipe = None
+    if name is not None and not is_run:
+        recipe = load_recipe(name, overrides or [])
+    elif folder is not None and overrides:  # of the run's own recipe, such as more steps
         recipe = load_recipe(folder / RECIPE_FILE, overrides)
 
     if skip_bad_rows:
@@ -83,13 +86,14 @@ def command(
 
     from lmrl import training
 
-    if dry_run:
-        training.dry_run(recipe)
-        print("dry run passed: nothing was kept")
-        return
     if folder is not None:
         result = training.resume_run(folder, recipe)
     else:
+        assert recipe is not None and name is not None  # else there is a run to resume
+        if dry_run:
+            training.dry_run(recipe)
+            print("dry run passed: nothing was kept")
+            return
         result = training.train(recipe, output=output or training.default_output(name), resume=resume)
     if result.ended:
         raise typer.Exit(COLLAPSED)
@@ -122,10 +126,10 @@ def _skip_bad_rows(recipe: Recipe | None) -> None:
     reading = [name for name, stage in stages_of(recipe).items() if isinstance(stage.source, DatasetOptions)]
     if not reading:
         raise RecipeError("--skip-bad-rows: the recipe reads no logged data")
+    if isinstance(recipe.source, DatasetOptions):
+        recipe.source.skip_bad_rows = True
     for name in reading:
-        if name == MAIN_STAGE:
-            recipe.source.skip_bad_rows = True
-        else:
+        if name != MAIN_STAGE:
             recipe.stages[name].setdefault("source", {})["skip_bad_rows"] = True
 
 

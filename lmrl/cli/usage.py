@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import typer
@@ -11,6 +12,15 @@ from lmrl.visible import visible
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 """The click that typer was built on; newer versions of typer carry it under a name of their own."""
+
+
+def report_usage(error: Any) -> int:
+    """Print a `UsageError`; returns the exit code."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help; newer versions have printed it already
+        print(error.format_message(), end="")
+    else:
+        print(usage_text(error), file=sys.stderr)
+    return int(error.exit_code)
 
 
 def usage_text(error: Any) -> str:

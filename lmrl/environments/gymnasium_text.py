@@ -74,15 +74,14 @@ class GymnasiumText(TextEnvironment):
         **options: Any,
     ):
         try:
-            self.env = gymnasium.make(id, **options)
+            self.env: gymnasium.Env[Any, Any] = gymnasium.make(id, **options)
         except gymnasium.error.Error as error:
             raise PluginError(f"task.environment: gymnasium has no '{id}': {' '.join(str(error).split())}") from error
-        if not isinstance(self.env.action_space, spaces.Discrete):
-            raise PluginError(
-                f"task.environment: actions of '{id}' are {self.env.action_space}; expected a Discrete space"
-            )
+        choices = self.env.action_space
+        if not isinstance(choices, spaces.Discrete):
+            raise PluginError(f"task.environment: actions of '{id}' are {choices}; expected a Discrete space")
         known = ACTIONS.get(id.rpartition("/")[2].partition("-v")[0])
-        count = int(self.env.action_space.n)
+        count, self.first = int(choices.n), int(choices.start)
         self.words = actions or (known if known and len(known) == count else [str(number) for number in range(count)])
         if len(self.words) != count or len(set(self.words)) != count:
             raise PluginError(
@@ -98,7 +97,8 @@ class GymnasiumText(TextEnvironment):
 
     def _describe_of(self, game: str) -> Callable[[Any], str]:
         if game == "FrozenLake":
-            return partial(_cell, columns=self.env.unwrapped.ncol)
+            lake: Any = self.env.unwrapped
+            return partial(_cell, columns=lake.ncol)
         return DESCRIPTIONS.get(game, as_text)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
@@ -113,7 +113,7 @@ class GymnasiumText(TextEnvironment):
         if word not in self.words:
             self.illegal += 1
             return self.shown, self.illegal_reward, False, False, {"metrics": {"illegal": self.illegal}}
-        number = self.words.index(word) + int(self.env.action_space.start)
+        number = self.words.index(word) + self.first
         observation, reward, terminated, truncated, info = self.env.step(number)
         self.mask = info.get("action_mask")
         self.shown = self._text(observation)
@@ -145,7 +145,7 @@ class GymnasiumText(TextEnvironment):
         return self.template.replace("{observation}", self.describe(observation))
 
 
-def _writable(space: spaces.Space, id: str) -> None:
+def _writable(space: spaces.Space[Any], id: str) -> None:
     """Raise PluginError for observations that are too large for text."""
     if isinstance(space, spaces.Tuple | spaces.Dict):
         for part in space.spaces.values() if isinstance(space, spaces.Dict) else space.spaces:

@@ -27,12 +27,13 @@ class ReasoningGym(TextEnvironment):
         if id not in DATASETS:
             raise PluginError(f"task.environment: reasoning_gym has no task '{id}'{did_you_mean(id, DATASETS)}")
         self.data = reasoning_gym.create_dataset(id, size=size, seed=seed, **options)
-        self.num_starts, self.answer_tag = size, answer_tag
+        self.size = self.num_starts = size
+        self.answer_tag = answer_tag
         self.version = f"reasoning-gym {reasoning_gym.__version__}" if hasattr(reasoning_gym, "__version__") else None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
-        drawn = int(self.np_random.integers(self.num_starts))
+        drawn = int(self.np_random.integers(self.size))
         self.entry = self.data[(options or {}).get("start", drawn)]
         return self.entry["question"], {}
 
@@ -41,7 +42,7 @@ class ReasoningGym(TextEnvironment):
         return "", score, True, False, {"metrics": {"correct": float(score >= 1.0)}}
 
     def texts(self) -> Iterable[str]:
-        rows = [self.data[index] for index in range(min(self.num_starts, 200))]
+        rows = [self.data[index] for index in range(min(self.size, 200))]
         return [text for row in rows for text in (row["question"], str(row["answer"]))]
 
     def _answer(self, action: str) -> str:
