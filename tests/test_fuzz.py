@@ -9,7 +9,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import fuzz
-from fuzz import RECIPES, ROWS, Case, as_yaml, resolved, run_case, table
+import fuzz_run
+from fuzz import table
+from fuzz_mutations import Case, as_yaml, resolved
+from fuzz_recipes import RECIPES, ROWS
+from fuzz_run import run_case
 
 import lmrl.cli
 
@@ -79,7 +83,7 @@ def test_defects_are_found(tmp_path, model, monkeypatch, act, defect):
 def test_what_takes_too_long_is_found(tmp_path, model, monkeypatch):
     import time
 
-    monkeypatch.setattr(fuzz, "MAX_SECONDS", 0)
+    monkeypatch.setattr(fuzz_run, "MAX_SECONDS", 0)
     monkeypatch.setattr(lmrl.cli, "main", lambda: time.sleep(30))
     assert "TookTooLong" in run_case(case("prompts"), model, tmp_path).defect
 
