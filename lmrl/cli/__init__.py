@@ -56,7 +56,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     faulthandler.enable(2)  # a crash in native code says in which call
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file should show a run as it goes on
+        sys.stdout.reconfigure(line_buffering=True)  # a log file should show a run as it progresses
     try:
         arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
         sys.exit(app(args=arguments, prog_name="lmrl", standalone_mode=False))
@@ -119,6 +119,6 @@ def _disk_full(error: BaseException | None) -> str | None:
 
 
 def _abandon() -> None:
-    """Leave other processes of the run without a farewell: after an error that could wait for what they never send."""
+    """Skip the shutdown of the process group: after an error it could wait for ranks that never answer."""
     if "lmrl.distributed" in sys.modules:
         atexit.unregister(sys.modules["lmrl.distributed"].shutdown)

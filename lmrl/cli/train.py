@@ -158,7 +158,7 @@ def _sweep(
 
 
 def _run_to_resume(name: str | None, output: Path | None) -> Path | None:
-    """The run folder that --resume means, or None where there is none yet and the recipe starts over."""
+    """The run folder that --resume means, or None if there is none yet and the recipe starts over."""
     if name is not None and (Path(name) / RECIPE_FILE).is_file():
         return Path(name)
     folder = output if output is not None else Path(name) if name is not None and Path(name).is_dir() else None

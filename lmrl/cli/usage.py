@@ -11,7 +11,7 @@ from lmrl.errors import did_you_mean
 from lmrl.visible import visible
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[2]
-"""The click that typer was built on; newer versions of typer carry it under a name of their own."""
+"""The click that typer was built on; newer versions of typer contain it under another name."""
 
 
 def report_usage(error: Any) -> int:

@@ -78,7 +78,7 @@ class Difference:
 
     @property
     def more(self) -> int | None:
-        """Further prompts that would settle it; 0 where it is settled, None where there is no difference."""
+        """Further prompts that would settle it; 0 if it is settled, None if there is no difference."""
         if self.p < 0.05:
             return 0
         return None if self.needed is None else max(self.needed - self.prompts, 1)
@@ -110,7 +110,7 @@ class Comparison:
     """By a judge, every policy against the first."""
 
     def require(self, claims: Sequence[Claim]) -> None:
-        """Raise ScoreError where an interval does not exclude what a claim excludes."""
+        """Raise ScoreError if an interval does not exclude what a claim excludes."""
         failed = []
         for claim in claims:
             found = self.difference(claim)
@@ -310,7 +310,7 @@ def _sign(a: float, b: float) -> int:
 
 
 def correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Pearson's, None where a side does not vary."""
+    """Pearson's; None if a side does not vary."""
     a, b = (math.fsum(side) / len(side) for side in (one, other))
     spread = math.fsum((x - a) ** 2 for x in one) * math.fsum((y - b) ** 2 for y in other)
     if spread <= 0:

@@ -99,7 +99,7 @@ def quiet_peft() -> Iterator[None]:
 
 
 def _tie_copies(lm: Any, adapter: str) -> None:
-    """Let an adapter's copies of embeddings and head share their weights, where the model's do: peft ties the first adapter's
+    """Let an adapter's copies of embeddings and head share their weights, if the model's do: peft ties the first adapter's
     alone."""
     embeddings, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     if not lm.config.get_text_config().tie_word_embeddings or not hasattr(embeddings, "modules_to_save"):
@@ -126,7 +126,7 @@ def _refuse_unknown_layers(model: nn.Module, lora: Lora) -> None:
 
 
 def base_of(folder: Path, config: Any, key: str) -> str:
-    """The model that an adapter belongs to. Raises ModelError where it is not named, or no longer there."""
+    """The model that an adapter belongs to. Raises ModelError if it is not named, or no longer there."""
     base = config.base_model_name_or_path
     place = f"base_model_name_or_path in {folder / ADAPTER_CONFIG}"
     if not base:
@@ -142,7 +142,7 @@ def base_of(folder: Path, config: Any, key: str) -> str:
 
 
 def labels_of_adapter(folder: Path) -> int | None:
-    """Outputs of the classification head that an adapter brings along; None where it brings none."""
+    """Outputs of the classification head that comes with an adapter; None if none does."""
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"'{folder}' holds no adapter_model.safetensors (pickled weights are not read)")
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:

@@ -1,4 +1,4 @@
-"""The attention of policies: transformers' `sdpa`, computed in another way where that is faster."""
+"""The attention of policies: transformers' `sdpa`, computed in another way when that is faster."""
 
 from __future__ import annotations
 

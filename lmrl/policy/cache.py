@@ -49,7 +49,7 @@ class RowsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call,unused-ignore]
         self.full = full
         self.rows = self.start = self.end = 0
         self.room = 0
-        """Rows to allocate for, where more are expected."""
+        """Rows to allocate for, if more are expected."""
 
     @property
     def width(self) -> int:
@@ -139,7 +139,7 @@ class RowsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call,unused-ignore]
 
 
 class Cache:
-    """Keys and values of active rows, for each trunk that decoding runs: `policy`, and `values` where there are two."""
+    """Keys and values of active rows, for each trunk that decoding runs: `policy`, and `values` if there are two."""
 
     def __init__(self, config: Any, two: bool):
         self.config, self.two = config, two
@@ -156,17 +156,17 @@ class Cache:
 
     @property
     def takes_gaps(self) -> bool:
-        """True if masked columns may lie inside a row: not where a window is measured in columns."""
+        """True if masked columns may lie inside a row, which a window measured in columns rules out."""
         return self.takes_rows and all(layer.full for layer in self._layers())
 
     def expect(self, rows: int) -> None:
-        """Allocate for this many rows from now on, where they can join."""
+        """Allocate for this many rows from now on, if rows can join."""
         if self.takes_rows:
             for layer in self._layers():
                 layer.room = rows
 
     def join(self, other: Cache, rows_K: torch.Tensor) -> None:
-        """Append copies of these rows of another cache. Raises where not `takes_rows`."""
+        """Append copies of these rows of another cache. Raises TypeError unless `takes_rows`."""
         for mine, theirs in zip(self._layers(), other._layers(), strict=True):
             mine.join(theirs, rows_K)
 
@@ -195,7 +195,7 @@ class Cache:
 
 
 def new_cache(config: Any) -> TransformersCache:
-    """A cache of RowsLayers where all layers are attention, else transformers' own."""
+    """A cache of RowsLayers if all layers are attention, else transformers' own."""
     own = DynamicCache(config=config)
     if not own.layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in own.layers):
         return own

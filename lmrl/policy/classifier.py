@@ -70,7 +70,7 @@ class Classifier:
 
         ended: end text with the end-of-sequence token, as trl's RewardTrainer. special_tokens: what becomes of those in
         the text: `text`, or control tokens (`parse`; one at the end is then not added again).
-        Raises ModelError for messages where the tokenizer has no chat template.
+        Raises ModelError for messages if the tokenizer has no chat template.
         """
         encoder = self._encoders.setdefault(special_tokens, Encoder(self.tokenizer, special_tokens))
         if isinstance(prompt, str) and isinstance(completion, str):
@@ -103,7 +103,7 @@ class Classifier:
         rows: dict[int, torch.Tensor] = {}
         for batch in batches(list(map(len, sequences)), batch_tokens):
             chosen = [torch.tensor(sequences[index]) for index in batch]
-            # The head reads the last token that is not padding. Without a pad token of its own a model reads the last
+            # The head reads the last token that is not padding. A model without a pad token reads the last
             # token there is, whichever it be: so pad with one that does not occur.
             pad = own_pad if own_pad is not None and 0 <= own_pad < config.vocab_size else _absent(chosen)
             config.pad_token_id = pad

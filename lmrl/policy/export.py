@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def fold(policy: Policy, beta: float) -> torch.Tensor:
-    """The vocabulary matrix (V, D), float32, of pi exp(beta mean(Qbar_1, Qbar_2)). Raises ModelError where Q is not linear."""
+    """The vocabulary matrix (V, D), float32, of pi exp(beta mean(Qbar_1, Qbar_2)). Raises ModelError if Q is not linear."""
     values = policy.values
     if values is None or values.spec.q is None:
         raise ModelError("--beta folds Q heads into the model, but this policy has none: leave it out")
@@ -80,7 +80,7 @@ def plain_model(policy: Policy) -> PreTrainedModel:
 
 
 def save_adapter(policy: Policy, folder: Path) -> None:
-    """Write the LoRA adapter alone. Raises ModelError where there is none."""
+    """Write the LoRA adapter alone. Raises ModelError if there is none."""
     if not policy.is_lora:
         raise ModelError("--adapter-only needs a run with model.lora; this one trained all weights: leave it out")
     policy.save_adapter(folder)

@@ -73,7 +73,7 @@ def _inputs(policy: Policy, batch: Microbatch) -> dict[str, Any]:
             dtype = policy.causal_lm.dtype
             mask_B1TT = torch.zeros_like(mask_B1TT, dtype=dtype).masked_fill(~mask_B1TT, torch.finfo(dtype).min)
         return inputs | {"attention_mask": mask_B1TT}
-    # Padding stands on the right, where no token of a causal model sees it; without a mask attention takes its fastest path.
+    # Padding is on the right, so no token of a causal model sees it; without a mask attention takes its fastest path.
     return {"input_ids": batch.tokens_BT, "attention_mask": None, "use_cache": False}
 
 

@@ -1,7 +1,7 @@
 """Heads next to the vocabulary projection: a value head, and twin Q heads with targets.
 
 Every head is `features(hidden)` times a weight matrix, so that Q values of a large vocabulary can be sliced as its
-log-probabilities are (see logprobs.py) and, where the features are linear, folded into it (see export.py).
+log-probabilities are (see logprobs.py) and, if the features are linear, folded into it (see export.py).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BUFFERS = {
     "shift": 0.0,
     "peak": 0.0,
 }
-"""Numbers of `Values` and what they are where nothing was learned from returns; `peak`: the largest `std` so far."""
+"""Numbers of `Values` and their values before anything is learned from returns; `peak`: the largest `std` so far."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class HeadsSpec:
     """probability: no head, but the probabilities of a second model (Q-SFT)."""
     twins: int = 2
     value_target: bool = False
-    """A target of the value head also where there are no Q heads."""
+    """Give the value head a target even if there are no Q heads."""
     trunk: Literal["shared", "detached", "separate"] = "shared"
     bins: int = 0
     """Categories of a value (HL-Gauss); 0: plain numbers and squared error."""
@@ -285,7 +285,7 @@ class Values(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------------- values
     def value(self, hidden_ND: torch.Tensor, head: Head | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """V of each state (N,) by the head (or `target_v`), and its categories' logits (N, bins) where there are any."""
+        """V of each state (N,) by the head (or `target_v`), and its categories' logits (N, bins) if there are any."""
         head = head or self.v
         assert head is not None
         if self.spec.bins:

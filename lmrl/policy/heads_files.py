@@ -1,4 +1,4 @@
-"""The files of a policy's heads, beside the model in a checkpoint folder."""
+"""The files of a policy's heads, next to the model in a checkpoint folder."""
 
 from __future__ import annotations
 

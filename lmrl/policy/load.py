@@ -56,8 +56,8 @@ def load_policy(
 
     start: checkpoint folder of the stage before, instead of `model.path` or `model.config`.
     texts: called for the vocabulary of a model from scratch.
-    reference: keep the policy as it is now to measure divergence from: the switched-off adapter where the stage begins
-    from a bare base model, a second adapter where it begins from an adapter, a frozen copy otherwise.
+    reference: keep the policy as it is now to measure divergence from: the switched-off adapter if the stage begins
+    from a bare base model, a second adapter if it begins from an adapter, a frozen copy otherwise.
     """
     origin = _origin(options, start)
     model: AnyModel
@@ -197,7 +197,7 @@ def open_classifier(
 ) -> Classifier:
     """A saved sequence classifier (hub name, folder or adapter), to be asked and not trained.
 
-    Raises ModelError where it cannot be loaded, or is a language model without a classification head.
+    Raises ModelError if it cannot be loaded, or is a language model without a classification head.
     """
     model, tokenizer = _open(
         path, dtype, trust_remote_code, revision, auto=CLASSIFIER, key="reward model", complete=True
@@ -310,7 +310,7 @@ def _open(
     quantization: str | None = None,
     **more: Any,
 ) -> tuple[AnyModel, Any]:
-    """Model and tokenizer; a peft model where `path` is an adapter, which is then `trainable` or frozen.
+    """Model and tokenizer; a peft model if `path` is an adapter, which is then `trainable` or frozen.
 
     auto: the kind of model. key: what names it, for messages. complete: refuse a model without weights for its head.
     quantization: of the base's linear layers; an adapter's own goes before it. more: further settings of its config.

@@ -70,7 +70,7 @@ class FailedPass:
 
 
 def needs_checkpointing(recipe: Recipe, device: torch.device) -> bool:
-    """True if activations are to be computed again: as the recipe says, else on an accelerator whose memory they would not fit."""
+    """True if activations are recomputed: as the recipe says, else if an accelerator's memory would not hold them."""
     if recipe.training.gradient_checkpointing is not None or device.type != "cuda":
         return bool(recipe.training.gradient_checkpointing)
     estimate = memory(recipe, accelerator=True)
@@ -97,7 +97,7 @@ def fit(policy: Cuts, batch: Batch, work: Callable[[Passes], T], kind: PassKind 
     """The result of `work` on a batch's microbatches. Where memory runs out, it begins once more, with smaller ones.
 
     work: goes through all passes it is given; whatever it leaves behind when it fails, it has to clear when it begins.
-    `policy.microbatch_tokens` keeps the size that was found. Raises MemoryShortError where no smaller size helps; kind and options
+    `policy.microbatch_tokens` keeps the size that was found. Raises MemoryShortError if no smaller size helps; kind and options
     describe the work then, see `FailedPass`.
     """
     while True:
@@ -118,7 +118,7 @@ def fit(policy: Cuts, batch: Batch, work: Callable[[Passes], T], kind: PassKind 
 
 
 def smaller(policy: Cuts, batch: Batch, micro: Microbatch, error: Exception) -> int:
-    """Tokens that microbatches may have after this one did not fit; raises where it cannot be cut."""
+    """Tokens that microbatches may have after this one did not fit; raises MemoryShortError if it cannot be cut."""
     rows, width = micro.shape
     if policy.synchronized:
         raise MemoryShortError(

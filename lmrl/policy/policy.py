@@ -72,7 +72,7 @@ class Policy(nn.Module):
         """How the frozen weights were quantized as they were read (see quantized.py)."""
         self.temperature = 1.0
         self.microbatch_tokens = 4096
-        """Tokens of a pass at most; becomes less where memory runs out (see memory.py)."""
+        """Tokens of a pass at most; becomes less if memory runs out (see memory.py)."""
         self.value_pull = torch.zeros(3)
         """Tally of the last update's gradients at the last hidden states (see pull.py)."""
         self.synchronized = False
@@ -94,7 +94,7 @@ class Policy(nn.Module):
         super().train()  # all parts in one mode, which `train` relies on
 
     def train(self, mode: bool = True) -> Policy:
-        """As for any module, but free where nothing changes: a step changes modes several times, over thousands of modules."""
+        """As for any module, but free if nothing changes: a step changes modes several times, over thousands of modules."""
         if mode != self.training:
             super().train(mode)
         for layer in self._checkpointed:
@@ -151,7 +151,7 @@ class Policy(nn.Module):
 
     @property
     def guidance(self) -> Guidance | None:
-        """How this policy decodes unless something else is asked for; None where it has no Q values."""
+        """How this policy decodes by default; None if it has no Q values."""
         spec = self.values.spec if self.values is not None else None
         return Guidance(spec.beta, spec.support) if spec is not None and spec.q is not None else None
 
@@ -187,7 +187,7 @@ class Policy(nn.Module):
 
     @property
     def max_length(self) -> int | None:
-        """Tokens of context the model has positions for, where its config says so."""
+        """Tokens of context the model has positions for; None if its config does not say."""
         return getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
 
     @property
@@ -302,7 +302,7 @@ class Policy(nn.Module):
         """Logits, values and Q of the states of a small batch, over the whole vocabulary."""
         states = self._states_of(batch, self.guidance is not None)
         if self.values is not None and self.values.v is not None:
-            # The features are the target trunk's where there is one; V's target belongs to them.
+            # The features are the target trunk's if there is one; V's target belongs to them.
             states.values_N = self.values.value(states.features_ND, self.values.target_v)[0]
         return states
 
@@ -373,7 +373,7 @@ class Policy(nn.Module):
 
     # --------------------------------------------------------------------------------------------------------- saving
     def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-        """Write an ordinary transformers or peft folder, with the heads beside it.
+        """Write an ordinary transformers or peft folder, with the heads in files next to it.
 
         weights: as `state_dict` names them, if this process holds only a part of each.
         """

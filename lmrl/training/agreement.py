@@ -20,7 +20,7 @@ def agreement(margins: Sequence[float]) -> Scores:
     """How well a reward model's margins (chosen minus rejected) agree with held-out preferences.
 
     accuracy: share of pairs with the chosen completion above (a tie counts half). margin: mean margin. ece: expected
-    calibration error of the probability sigmoid(margin), in ten bins of equal width, biased upwards where there are few
+    calibration error of the probability sigmoid(margin), in ten bins of equal width, biased upwards if there are few
     pairs (Guo et al., arXiv 1706.04599); its interval is a bootstrap over pairs. brier: mean squared error of that
     probability (0.25: a coin). nll: its negative log-likelihood, the training loss without centring.
     """

@@ -25,5 +25,5 @@ def compare_memory(run: Run, stage: str, recipe: Recipe, predicted: float, displ
 
 
 def predicted_memory_mb(recipe: Recipe) -> float:
-    """Predicted memory of this process, or of its accelerator where it has one, in MB; 0 if unknown."""
+    """Predicted memory of this process, or of its accelerator if it has one, in MB; 0 if unknown."""
     return sum((memory(recipe, accelerator=has_memory()) or {}).values())

@@ -20,7 +20,7 @@ from lmrl.training.parallel.strategy import Strategy
 def build_optimizer(
     options: Optimizer, groups: list[dict[str, Any]], policy: Policy, strategy: Strategy
 ) -> torch.optim.Optimizer:
-    """The optimizer of these groups of a policy's parameters, the trunk's first. Raises RecipeError where it cannot be had here."""
+    """The optimizer of these groups of a policy's parameters, the trunk's first. Raises RecipeError if it is not available here."""
     settings: dict[str, Any] = {
         "betas": options.betas or LONG_MEMORY,
         "eps": options.eps,

@@ -28,7 +28,7 @@ def read_pairs(
 ) -> tuple[list[Pair], list[str]]:
     """The preferences in a file of any format of rows.py that has them, and notes on what was left out.
 
-    Raises DataError with file, line, field and what was expected, unless malformed rows are to be skipped.
+    Raises DataError with file, line, field and what was expected, unless malformed rows are skipped.
     """
     rows, pairs, bad = open_rows(path, part), [], []
     for number, row in enumerate(rows.scan()):
@@ -52,7 +52,7 @@ def split_pairs(
     """Positions of the pairs to train on and to hold out: that share of the prompts, with all their pairs.
 
     Reserved prompts are held out first, and further ones by a fixed draw that depends on nothing but their number.
-    Raises DataError where nothing is left to train on.
+    Raises DataError if nothing is left to train on.
     """
     by_prompt: dict[str, list[int]] = {}
     for position, pair in enumerate(pairs):

@@ -25,7 +25,7 @@ class Result:
 
     folder: Path
     scores: dict[str, dict[str, dict[str, Any]]]
-    """By row (data, start, BC, PPO, optimum; `PPO, last` beside a better one that was left) and metric: see
+    """By row (data, start, BC, PPO, optimum; `PPO, last` next to a better one that was left) and metric: see
     lmrl.evaluation.statistics.summarize."""
     ended: str | None = None
     """Why the run ended before its last step, with the best policy of the stage that collapsed."""

@@ -195,7 +195,7 @@ class RewardModelStage:
         return trainer
 
     def after_step(self, step: int, logs: dict[str, float], seconds: float) -> None:
-        """Record a step, stop where training has broken down, and evaluate where it is due."""
+        """Record a step, stop if training has broken down, and evaluate if it is due."""
         names = {"loss": "loss", "accuracy": "accuracy", "margin": "margin", "reward": "mean_reward"}
         metrics = {name: logs[given] for name, given in names.items()}
         metrics |= {"grad_norm": logs["grad_norm"], "skipped": self.optimizer.skipped}

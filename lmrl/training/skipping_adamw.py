@@ -1,4 +1,4 @@
-"""The optimizer of a reward model: AdamW that leaves out what is not finite."""
+"""The optimizer of a reward model: AdamW that skips updates that are not finite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lmrl.recipe.objectives.base import LONG_MEMORY
 
 
 class SkippingAdamW(torch.optim.AdamW):
-    """AdamW that leaves an update with a non-finite gradient out, and counts it; the counts are part of its state."""
+    """AdamW that skips updates with a non-finite gradient, and counts them; the counts are part of its state."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # trl's trainer passes no closure

@@ -257,7 +257,7 @@ def log_table(tracker: Any, name: str, columns: list[str], rows: list[list[Any]]
 
 
 def finish_tracker(tracker: Any, name: str, failed: bool) -> None:
-    """Finish a tracker; where it can be told that the run failed, tell it."""
+    """Finish a tracker, and tell it that the run failed, if it has a way to be told."""
     if failed and name == "wandb":
         tracker.tracker.finish(exit_code=1)
     elif failed and name == "mlflow":

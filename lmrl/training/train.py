@@ -70,8 +70,8 @@ def train(
 ) -> Result:
     """Train a recipe: a `Recipe`, a mapping of the same keys, a file, or a shipped name such as `random_walks/ppo`.
 
-    output: the run folder (default: a new one under `runs/`). resume: go on with the run in that folder (or in a run folder in
-    place of the recipe), or start it where there is none. SIGTERM and Ctrl-C save a checkpoint and raise `Interrupted`.
+    output: the run folder (default: a new one under `runs/`). resume: continue the run in that folder (or in a run folder in
+    place of the recipe), or start it if there is none. SIGTERM and Ctrl-C save a checkpoint and raise `Interrupted`.
 
     These replace keys of the recipe, and take objects as well as text: model (`model.path`): a transformers model, or
     (model, tokenizer); prompts (`task.prompts.path`) and data (`source.path`): rows as a list, a `datasets.Dataset` or a
@@ -104,7 +104,7 @@ def train(
 
 
 def resume_run(folder: Path, recipe: Recipe | None = None, display: Display | None = None) -> Result:
-    """Go on with a run; recipe: None takes the run's own."""
+    """Continue a run; recipe: None takes the run's own."""
     folder = folder.resolve()
     before, display = read_recipe(folder), display or Display()
     require((recipe or before).model_dump(mode="json"), at_hand(folder))
@@ -168,9 +168,7 @@ def default_output(name: str) -> Path:
 def join(recipe: Recipe) -> Any:
     """Meet the other processes of this launch, if there are any; returns accelerate's Accelerator."""
     if not torch.accelerator.is_available():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # else deepspeed, where it is installed, warns in every run that it finds none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed, if installed, warns in every run that it finds none
     from accelerate import Accelerator
 
     keep_freed_memory()
@@ -208,7 +206,7 @@ def _open(make: Callable[[], Run], folder: Path) -> Run:
 
 
 def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False, keeps: bool = True) -> Result:
-    """keeps: False where the run's folder is about to be deleted."""
+    """keeps: False if the run's folder is about to be deleted."""
     if not run.writes:
         display = Display(Console(quiet=True))
     try:
@@ -253,7 +251,7 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
 
 
 def _before_after(run: Run, display: Display) -> tuple[dict[str, dict[str, Scores]], LmrlError | None]:
-    """What the suites beside the task say, and an error that must not keep the run's own results from being shown."""
+    """Scores of the suites in addition to the task's, and an error that must not keep the run's own results from being shown."""
     if not run.recipe.evaluation.before_after or not distributed.broadcast(run.final(MAIN_STAGE).exists()):
         return {}, None
     base = with_saved_model(run, run.recipe).model.path

@@ -36,7 +36,7 @@ def full_sequence(length: int, chain: int | None = None) -> Sequence:
 
 
 def longest_sequence(recipe: Recipe, policy: Policy, task: Task) -> int:
-    """Tokens of the longest sequence that can be met; where nothing limits them, as many as a microbatch has."""
+    """Tokens of the longest sequence that can occur; if nothing limits them, as many as a microbatch has."""
     limits: list[int | None] = []
     if recipe.source.plays:
         prompt = None if recipe.source.name == "blend" else task.longest_prompt  # other parts have other prompts

@@ -332,7 +332,7 @@ def own_piece(value: torch.Tensor) -> torch.Tensor:
 
 
 def used_outside_of_modules(policy: Policy) -> list[nn.Parameter]:
-    """Parameters that the policy multiplies with itself, where ZeRO-3 has no hook to gather them for the backward pass: of
+    """Parameters that the policy multiplies with itself, so that no hook of ZeRO-3 gathers them for the backward pass: of
     the projection to the vocabulary, and of the heads."""
     heads = [] if policy.values is None else list(policy.values.parameters())
     return [*projection_of(policy.causal_lm).parameters(), *heads]
