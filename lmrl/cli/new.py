@@ -79,7 +79,7 @@ def _tokenizer(model: str) -> object | None:
     """The tokenizer of a model that lies here; None where it would have to be downloaded."""
     from transformers import AutoTokenizer
 
-    from lmrl.policy.load import newest_checkpoint
+    from lmrl.policy.origins import newest_checkpoint
 
     try:
         return AutoTokenizer.from_pretrained(newest_checkpoint(model), local_files_only=True)

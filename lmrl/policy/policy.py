@@ -64,8 +64,9 @@ class Policy(nn.Module):
         self.model: AnyModel = model
         self.tokenizer = tokenizer
         self.values: Values = self._build_values(heads) if heads is not None else ABSENT
-        # In a list, so that torch does not take it for a part of this module.
-        self._reference = reference if reference is None or isinstance(reference, str) else [reference]
+        self._reference = (
+            reference if reference is None or isinstance(reference, str) else [reference]
+        )  # hidden from torch
         self.heads_are_new = True
         """True until the heads have learned something."""
         self.quantization: str | None = None

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmrl.errors import ModelError
 from lmrl.policy.heads import HeadsSpec
-from lmrl.policy.load import load_classifier, load_policy, load_weights, open_policy, spread_by_width
+from lmrl.policy.load import load_classifier, load_policy, load_weights, open_policy
+from lmrl.policy.origins import spread_by_width
 from lmrl.policy.passes import ForwardRequest
 from lmrl.policy.policy import Policy
 from lmrl.policy.tokenizers import build_tokenizer
