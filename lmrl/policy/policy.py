@@ -64,9 +64,7 @@ class Policy(nn.Module):
         self.model: AnyModel = model
         self.tokenizer = tokenizer
         self.values: Values = self._build_values(heads) if heads is not None else ABSENT
-        self._reference = (
-            reference if reference is None or isinstance(reference, str) else [reference]
-        )  # hidden from torch
+        self._reference = reference if reference is None or isinstance(reference, str) else [reference]  # not a child
         self.heads_are_new = True
         """True until the heads have learned something."""
         self.quantization: str | None = None
@@ -209,8 +207,7 @@ class Policy(nn.Module):
 
     def decode(self, tokens: list[int]) -> str:
         """Text of sampled tokens, special tokens left out."""
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return text
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
