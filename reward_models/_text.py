@@ -1,8 +1,8 @@
-"""What the rewards here share."""
+"""Helpers shared by the rewards of this folder."""
 
 from __future__ import annotations
 
 
 def text_of(completion) -> str:
-    """A completion is text, or a list of messages where the prompt is a dialogue."""
+    """Text of a completion, which is a list of messages if the prompt is a dialogue."""
     return completion if isinstance(completion, str) else completion[-1]["content"]

@@ -1,4 +1,4 @@
-"""Rewards for answers that can be looked up: 1 if right, 0 if wrong, None where the row has no answer to compare with."""
+"""Rewards that compare with a known answer: 1 if right, 0 if wrong, None if the row has no answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FINAL = re.compile(r"####\s*(.+)|\\boxed\{([^{}]*)\}", re.MULTILINE)
 
 
 def exact(completions: list, answer: list, ignore_case: bool = True, **_) -> list[float | None]:
-    """Whether a completion is the row's `answer`, up to white space, Unicode form, a final stop and (if so set) case."""
+    """1 if a completion is the row's `answer`, up to white space, Unicode form, a final full stop and, if `ignore_case`, case."""
 
     def normal(text: object) -> str:
         text = " ".join(unicodedata.normalize("NFKC", str(text)).split()).rstrip(".")
@@ -37,11 +37,11 @@ def extracted(
     ignore_punctuation: bool = False,
     **_,
 ) -> list[float | None]:
-    """Whether what a completion holds of `pattern` is the row's `answer`, compared as lm-eval's exact_match does.
+    """1 if the match of `pattern` in a completion is the row's `answer`, compared like lm-eval's exact_match.
 
-    pattern: a regular expression (none: the whole completion counts); its first group counts, or the one that matched. which:
-    of several matches, 0 the first and -1 the last. ignore: regular expressions that are removed from both sides. A completion
-    without a match is wrong.
+    pattern: a regular expression (None: the whole completion counts); the first group that matched counts. which:
+    of several matches, 0 is the first and -1 the last. ignore: regular expressions that are removed from both sides. A
+    completion without a match is wrong.
     """
     compiled, removed = re.compile(pattern or "(?s).*"), [re.compile(one) for one in ignore]
 
@@ -69,10 +69,10 @@ def extracted(
 
 
 def numeric(completions: list, answer: list, tolerance: float = 1e-6, **_) -> list[float | None]:
-    """Whether a completion's number equals the row's `answer`, up to a relative `tolerance`.
+    """1 if a completion's number equals the row's `answer`, up to a relative `tolerance`.
 
-    The number is the one after `####` or in `\\boxed{}`, as in GSM8K and MATH, and else the last one there is. The answer
-    may be a number, or text that ends with it in the same way. A completion without a number is wrong.
+    The number is the one after `####` or in `\\boxed{}`, as in GSM8K and MATH, otherwise the last one. The answer
+    may be a number, or text that contains it in the same form. A completion without a number is wrong.
     """
     rewards: list[float | None] = []
     for completion, wanted in zip(completions, answer, strict=True):
@@ -85,16 +85,16 @@ def numeric(completions: list, answer: list, tolerance: float = 1e-6, **_) -> li
 
 
 def number_in(text: str) -> float | None:
-    """The number that a text ends on."""
+    """The last number of a text, or of its last marked answer."""
     marked = [one or other for one, other in FINAL.findall(text)]
     found = NUMBER.findall(marked[-1] if marked else text)
     return float(found[-1].replace(",", "")) if found else None
 
 
 def math(completions: list, answer: list, **_) -> list[float | None]:
-    """Whether a completion's mathematical answer equals the row's `answer`, by math-verify (pip install 'lmrl[rewards]').
+    """1 if a completion's mathematical answer equals the row's `answer`, by math-verify (pip install 'lmrl[rewards]').
 
-    Its time limits use signals, which only a main thread has, so they are off: give the reward a `timeout` in the recipe.
+    math-verify's time limits use signals, which only work in a main thread, so they are off: set a `timeout` in the recipe.
     """
     parse, verify = _math_verify()
     rewards: list[float | None] = []

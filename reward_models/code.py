@@ -1,9 +1,8 @@
 """Rewards for code, by running it.
 
-Code runs in a process of its own with limits on time, memory, processes and files, an empty environment, a temporary folder, and,
-where the system allows a process to have a network namespace of its own (Linux with user namespaces), no network. This
-stops accidents, not attackers: the process runs as the same user, can read what that user can read, and without the
-namespace has the network. Run rewards for code that nobody has seen in a container.
+Code runs in a separate process with limits on time, memory and file size, an empty environment, a temporary folder, and, on Linux with
+user namespaces, no network. This stops accidents, not attackers: the process runs as the same user, can read what that user can
+read, and has network access if there are no user namespaces. Run unreviewed code in a container.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 
 
 def passes(completions: list, tests: list, seconds: float = 5.0, memory_mb: int = 512, **_) -> list[float | None]:
-    """The share of the row's `tests` that a completion passes; None for a row without tests.
+    """Share of the row's `tests` that a completion passes; None for a row without tests.
 
-    tests: statements such as `assert add(1, 2) == 3`, a list or one to a line; each runs after the code in a process of its
-    own. The code is what stands in the last fence (```), or else the whole completion. `seconds` and `memory_mb` are for
-    each test.
+    tests: statements such as `assert add(1, 2) == 3`, as a list or one per line; each runs after the code in a separate
+    process. The code is the content of the last fence (```), otherwise the whole completion. `seconds` and `memory_mb` are
+    limits per test.
     """
     rewards: list[float | None] = []
     for completion, given in zip(completions, tests, strict=True):
@@ -48,9 +47,9 @@ def completes(
     fence: bool = False,
     **_,
 ) -> list[float]:
-    """1 where the row's `before`, a completion and the row's `after` run as one program without an error, else 0.
+    """1 if the row's `before`, a completion and the row's `after` run as one program without an error, else 0.
 
-    fence: of a completion that holds a fence (```), what stands in it counts alone. The limits are those of `passes`.
+    fence: if a completion has a fence (```), only its content counts. The limits are those of `passes`.
     """
     rewards = []
     for completion, start, end in zip(completions, before, after, strict=True):
@@ -60,13 +59,13 @@ def completes(
 
 
 def code_in(text: str) -> str:
-    """The code of a completion."""
+    """Content of the last fence of a completion, otherwise the whole completion."""
     found = FENCE.findall(text)
     return found[-1] if found else text
 
 
 def run(code: str, seconds: float, memory_mb: int) -> bool:
-    """Whether Python code runs to its end without an error, within the limits."""
+    """True if Python code runs to its end without an error, within the limits."""
 
     def limit() -> None:
         size = memory_mb << 20
@@ -75,7 +74,7 @@ def run(code: str, seconds: float, memory_mb: int) -> bool:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
-    # That the code has come to its end, and has not just left with exit code 0, a secret word tells.
+    # The exit code FINISHED shows that the code reached its end and did not just exit with 0.
     with tempfile.TemporaryDirectory() as folder:
         command = [*_isolated(), sys.executable, "-I", "-c", _RUNNER]
         process = subprocess.Popen(
@@ -120,7 +119,7 @@ def _kill_group(process: subprocess.Popen) -> None:
 
 @cache
 def _isolated() -> tuple[str, ...]:
-    """The command that takes the network away, where the system lets it."""
+    """Command prefix that removes network access; empty if the system does not allow it."""
     if shutil.which("unshare") is None:
         return ()
     command = ("unshare", "--user", "--map-root-user", "--net")
