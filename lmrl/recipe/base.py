@@ -1,4 +1,4 @@
-"""The base of all sections of a recipe: a strict, torch-free pydantic model."""
+"""Base class of all sections of a recipe: a strict, torch-free pydantic model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, fie
 from lmrl import objects
 
 LARGEST = 2**63 - 1
-"""Range of whole numbers in torch and numpy."""
+"""Largest whole number in torch and numpy."""
 
 
 RowsPath = Annotated[str, BeforeValidator(objects.by_name("rows"))]
 ModelPath = Annotated[str, BeforeValidator(objects.by_name("model"))]
 EnvironmentName = Annotated[str, BeforeValidator(objects.by_name("environment"))]
-"""Text that names something; an object of Python in its place is named, see lmrl/objects.py."""
+"""Text that names something; a Python object in its place is replaced by a name, see lmrl/objects.py."""
 
 
 class Section(BaseModel):
@@ -34,14 +34,14 @@ class Section(BaseModel):
                 if isinstance(one, bool) and bool not in kinds:
                     raise ValueError(f"expected a number, got {str(one).lower()}")
                 if isinstance(one, int) and abs(one) > LARGEST:
-                    raise ValueError(f"a number beyond {LARGEST} is of no use")
+                    raise ValueError(f"expected a number of at most {LARGEST}")
                 if isinstance(one, str) and str not in kinds and _reads_as_number(one):
                     raise ValueError(f"expected a number, got the text {one!r}: leave out the quotes")
         return value
 
 
 class Plugin(Section):
-    """A part that names custom code: further keys are that code's options, checked when it is loaded."""
+    """A section that names custom code: further keys are that code's options, checked when it is loaded."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=(), allow_inf_nan=False)
 

@@ -27,34 +27,34 @@ SIZES = (
 
 
 class Lora(Section):
-    """Low-rank adapters through peft."""
+    """Low-rank adapters, by peft."""
 
     r: int = Field(16, ge=1)
     """Rank."""
     alpha: float = Field(32, gt=0)
     """Adapters are scaled by alpha / r (by alpha / sqrt(r) with `use_rslora`)."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """While imitating; objectives that compare log-probabilities switch all dropout off."""
+    """Dropout of the adapters while imitating; objectives that compare log-probabilities switch all dropout off."""
     target_modules: str | list[str] = "all-linear"
-    """Names of the layers that get one, as peft takes them."""
+    """Layers that get an adapter, named as in peft."""
     target_parameters: list[str] | None = None
-    """Names of further parameters that get one, for those that are no layer's `weight`, such as `mlp.experts.gate_up_proj` of
+    """Further parameters that get an adapter although they are not the `weight` of a layer, such as `mlp.experts.gate_up_proj` of
     mixtures of experts. Not with `dropout` or `use_dora`."""
     modules_to_save: list[str] | None = None
-    """Names of layers that are trained whole, as a copy that is saved with the adapter: `embed_tokens`, `lm_head`. Embeddings
-    that share their weights with the head keep sharing them."""
+    """Layers to train in full, as copies saved with the adapter: `embed_tokens`, `lm_head`. Embeddings
+    tied to the head stay tied."""
     use_rslora: bool = False
-    """Scale adapters by alpha / sqrt(r), under which larger ranks learn no slower (Kalajdzievski, arXiv 2312.03732)."""
+    """Scale adapters by alpha / sqrt(r), so that larger ranks do not learn more slowly (Kalajdzievski, arXiv 2312.03732)."""
     use_dora: bool = False
-    """Learn the length of each weight row apart from its direction (DoRA; Liu et al., arXiv 2402.09353): nearer to training all
-    weights at small ranks, at more time a pass."""
+    """Learn the magnitude of each weight row separately from its direction (DoRA; Liu et al., arXiv 2402.09353): closer to training
+    all weights at small ranks, but slower."""
 
     @model_validator(mode="after")
     def _fits(self) -> Lora:
         if self.target_parameters and (self.use_dora or self.dropout):
             other = "use_dora" if self.use_dora else "dropout"
             raise ValueError(
-                f"`target_parameters` does not go with `{other}` (peft has neither for them): leave one out"
+                f"`target_parameters` cannot be combined with `{other}` (peft supports neither): leave one out"
             )
         if not self.target_modules and not self.target_parameters:
             raise ValueError("`target_modules` names no layer: name some, or parameters by `target_parameters`")
@@ -62,29 +62,29 @@ class Lora(Section):
 
 
 class Model(Section):
-    """The policy's starting point: `path` (hub name, folder, GGUF file), or `config` for one built from scratch."""
+    """The policy's starting point: `path` (hub name, folder, GGUF file), or `config` for a model from scratch."""
 
     path: ModelPath | None = None
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     config: dict[str, Any] | None = None
-    """Transformers' configuration of a model from scratch: `model_type` and its sizes. Where it has no `initializer_range`, initial
-    weights have a deviation of 1 / sqrt(`hidden_size`), at least transformers' own."""
+    """Transformers configuration of a model from scratch: `model_type` and its sizes. Without `initializer_range`, initial
+    weights have a standard deviation of 1 / sqrt(`hidden_size`), but at least transformers' own."""
     tokenizer: Literal["char", "word"] = "char"
-    """Tokenizer of a model from scratch: a token for each character, or each word, of the task's texts."""
+    """Tokenizer of a model from scratch: one token per character, or per word, of the task's texts."""
     chat_template: str | None = None
-    """Chat template (Jinja) in place of the tokenizer's own; one from scratch has none. Saved with the policy."""
+    """Chat template (Jinja) that replaces the tokenizer's own; a tokenizer from scratch has none. Saved with the policy."""
     lora: Lora | None = None
-    """Train adapters and leave the model as it is (null: train all weights)."""
+    """Train adapters and freeze the model (null: train all weights)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of frozen weights; trained ones are float32."""
     attention: str = "auto"
-    """How attention is computed. auto: sequences end to end without padding where the device and the model can, else `sdpa`. Or `sdpa`,
-    `eager`, `varlen` (end to end), flash_attention_2, flash_attention_3, flex_attention, or a kernel of the hub (`owner/name`), as
-    transformers takes them."""
+    """How attention is computed. auto: packed sequences without padding if the device and the model support it, else `sdpa`. Or `sdpa`,
+    `eager`, `varlen` (packed), flash_attention_2, flash_attention_3, flex_attention, or a hub kernel (`owner/name`), named as in
+    transformers."""
     quantization: Literal["nf4"] | None = None
-    """nf4: hold the frozen weights of linear layers, but for the head, in 4 bits, and compute with them in `dtype` (QLoRA; Dettmers
-    et al., arXiv 2305.14314), by bitsandbytes; needs `lora`. Exports are merged with the rounded weights, in bfloat16."""
+    """nf4: keep the frozen weights of linear layers, except the head, in 4 bits, and compute with them in `dtype` (QLoRA; Dettmers
+    et al., arXiv 2305.14314), with bitsandbytes; needs `lora`. Exports merge the adapter into the rounded weights, in bfloat16."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
 
@@ -108,7 +108,7 @@ class Model(Section):
             )
         if self.quantization is not None and str(self.path).endswith(".gguf"):
             raise ValueError(
-                "`quantization` cannot round what a GGUF file has rounded already: give a folder or hub name as `path`"
+                "`quantization` cannot be applied to a GGUF file, which is quantized already: give a folder or hub name as `path`"
             )
         if self.dtype != "float32" and self.lora is None:
             raise ValueError(

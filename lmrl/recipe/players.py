@@ -1,4 +1,4 @@
-"""Who plays the other side of a game: `task.opponent`."""
+"""The opponent in a game: `task.opponent`."""
 
 from __future__ import annotations
 
@@ -9,41 +9,42 @@ from pydantic import BeforeValidator, Field
 from lmrl.recipe.base import Section
 
 SELF = "self"
-"""The policy itself, whose every side is learned from."""
+"""Self-play: the policy plays and learns from every side."""
 
 
 class Opponent(Section):
-    """The other side of a game, and how a model plays it."""
+    """Who plays the other sides of a game, and how a model plays them."""
 
     player: str
-    """`self`: the policy itself, both of whose sides are learned from; a scripted player of the game; a run folder, a checkpoint, a
-    model's folder or hub name; or an address, `http://HOST/v1#MODEL`."""
+    """`self`: the policy itself, which then learns from every side; a scripted player of the game; a run folder, a checkpoint, a
+    model folder or hub name; or an address, `http://HOST/v1#MODEL`."""
     system: str | None = None
     """System message, for instance who a simulated user is; needs a chat template or an address."""
     temperature: float = Field(1.0, ge=0)
     max_new_tokens: int = Field(256, ge=1)
     """Maximum new tokens of an answer."""
     stop: list[str] = []
-    """Texts that end an answer, and are cut off."""
+    """Strings that end an answer; they are removed from it."""
     chat: bool | None = None
-    """Put what a local model sees through its chat template (null: as `task.chat` says). An address is always asked by chat."""
+    """Use a local model's chat template (null: as `task.chat`). An address always gets chat messages."""
     checkpoint: str = "final"
-    """Of a run folder: final, best, or step-N."""
+    """For a run folder: final, best, or step-N."""
     key_env: str | None = None
-    """Of an address: environment variable with the key (null: OPENAI_API_KEY for OpenAI's own address, no key elsewhere)."""
+    """For an address: environment variable with the key (null: OPENAI_API_KEY for OpenAI's own address, no key elsewhere)."""
     timeout: float = Field(120, gt=0)
-    """Of an address: seconds a request."""
+    """For an address: seconds per request."""
     retries: int = Field(5, ge=0)
-    """Of an address: further requests after a failure that may pass; then the episode has failed."""
+    """For an address: retries after a temporary failure; after these the episode fails."""
     connections: int = Field(8, ge=1, le=1024)
-    """Of an address: requests side by side."""
+    """For an address: concurrent requests."""
     requests_per_minute: float | None = Field(None, gt=0)
+    """For an address: limit on the rate of requests (null: none)."""
     cache: str | None = None
-    """A folder for answers of an address: what was asked before is not asked again."""
+    """Folder that caches the answers of an address, so that no request is sent twice."""
 
 
 def as_opponent(given: Any) -> Any:
-    """A name alone stands for a section."""
+    """Turn a bare name into a section."""
     return {"player": given} if isinstance(given, str) else given
 
 

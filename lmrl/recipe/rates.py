@@ -1,4 +1,4 @@
-"""Learning rates where a recipe names none: by what is learned, what is trained, and how large the model is.
+"""Default learning rates, by objective, trained weights and model size.
 
 | trained | imitation, values | policy gradients, reward models | preferences |
 |---|---|---|---|
@@ -6,15 +6,15 @@
 | an adapter on it | 10 times as much | 10 times as much | 10 times as much |
 | a model from scratch | 1e-3 (N / 1M)^-0.25 | 5e-4 (N / 1M)^-0.25 | half of that |
 
-None is above 1e-3, and N counts as 1M at least. The curves go through settings that are known to work: fine-tuning of all weights with 1e-5 at 7B (Llama 2,
-arXiv 2307.09288, has 2e-5) and about 1e-4 at 125M; policy gradients with 1e-6 at 7B (verl's examples), which is far below
-imitation; DPO with 5e-7 at 7B (Zephyr, arXiv 2310.16944). Adapters want about ten times the rate of all weights (Schulman et al.,
-"LoRA without regret", 2025). Where policy gradients still move the policy too far, `training.kl_band` lowers the rate.
+None is above 1e-3, and N counts as at least 1M. The curves go through settings that are known to work: fine-tuning of all weights
+with 1e-5 at 7B (Llama 2, arXiv 2307.09288, uses 2e-5) and about 1e-4 at 125M; policy gradients with 1e-6 at 7B (verl's examples),
+far below imitation; DPO with 5e-7 at 7B (Zephyr, arXiv 2310.16944). Adapters need about ten times the rate of all weights (Schulman
+et al., "LoRA without regret", 2025). If policy gradients still move the policy too far, `training.kl_band` lowers the rate.
 
-Muon takes the rates of AdamW: its steps are scaled to the same length (Liu et al., arXiv 2502.16982, section 2.2).
+Muon uses the rates of AdamW: its steps are scaled to the same size (Liu et al., arXiv 2502.16982, section 2.2).
 
-A head begins at zero, on a hidden state of D numbers: a step of Adam moves a linear one by up to the rate times their sum. So a
-value head's rate is 1 / D, at most 1e-2; Q heads, which have their own layer or an entry for each token, take 1e-3.
+A head starts at zero, on a hidden state of D numbers: one step of Adam moves a linear head's output by up to the rate times their sum.
+So a value head's rate is 1 / D, at most 1e-2; Q heads, which have their own layer or an entry for each token, use 1e-3.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from lmrl.recipe.steps import Optimizer
 MOST = 1e-3
 MILLION = 1e6
 ADAPTER = 10.0
-"""How many times the rate of all weights an adapter takes."""
+"""Learning rate of an adapter, relative to that of all weights."""
 UNKNOWN_SIZE = 1e9
-"""Parameters of a model whose size cannot be told before it is loaded."""
+"""Parameters assumed for a model whose size is unknown before it is loaded."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Rates:
 
 
 def default_rates(recipe: Recipe, parameters: int, hidden: int) -> Rates:
-    """The rates of a stage whose model has this many parameters and this width."""
+    """Default rates of a stage whose model has this many parameters and this hidden size."""
     curve = recipe.objective.rate_curve
     exponent = curve.exponent
     size = f"{parameters / MILLION:,.2g}M" if parameters < 10 * MILLION else f"{parameters / MILLION:,.0f}M"
@@ -59,9 +59,9 @@ def default_rates(recipe: Recipe, parameters: int, hidden: int) -> Rates:
 
 
 def with_rates(recipe: Recipe, parameters: int, hidden: int) -> Optimizer:
-    """A stage's optimizer section with the rates, the schedule, the decay rates and the norm that it leaves open.
+    """A stage's optimizer section with defaults for the rates, the schedule, the decay rates and the norm that it does not set.
 
-    Heads follow a stated `lr` if no `head_lr` is stated, unless the objective says otherwise.
+    If only `lr` is set, heads use it too, unless the objective says otherwise.
     """
     stated, rates = recipe.optimizer, default_rates(recipe, parameters, hidden)
     lr = rates.lr if stated.lr is None else stated.lr

@@ -1,7 +1,7 @@
 """The recipe: one strict, typed description of a run.
 
-Everything a run does is written here and nowhere else; each section has its own file in this folder. Reading
-files and overrides is files.py; nothing here imports torch, so that `lmrl show` answers at once.
+Everything a run does is declared here; each section has its own file in this folder. files.py reads
+files and overrides. Nothing here imports torch, so that `lmrl show` is fast.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lmrl.recipe.task import ENVIRONMENTS, AgentTask, CustomTask, MazeTask, NimT
 
 MAIN_STAGE, REWARD_MODEL = "main", "reward_model"
 STAGE_NAME = re.compile(r"[^\W_][^/\\:\x00-\x1f\x7f]{0,99}")
-"""Names that are folder names on any system: nothing hidden, no separators, no control characters."""
+"""Valid folder names on any system: not hidden, no separators, no control characters."""
 
 
 SOURCES: dict[str, type[SourceOptions]] = OF_ONE_KIND | {"blend": BlendSource}
@@ -90,12 +90,12 @@ else:
 
 
 class Recipe(Section):
-    """A run. Top-level keys describe the last stage; `stages` holds what earlier ones do differently, in order."""
+    """A run. Top-level keys describe the last stage; `stages` has, in order, the keys in which earlier stages differ."""
 
     description: str = ""
     model: Model
     task: TaskSection | None = None
-    """The task that the policy plays; needed by all but a reward model."""
+    """The task that the policy plays; required except for a reward model."""
     source: SourceSection = RolloutsSource()
     rollouts: Rollouts = Rollouts()
     objective: ObjectiveSection
@@ -104,8 +104,8 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
     start: str = "previous"
-    """Where a stage's policy comes from: `previous` (the last stage before it that left a policy, and not a reward model;
-    the model itself where there is none), `model`, or the name of an earlier stage."""
+    """Where a stage's policy comes from: `previous` (the last earlier stage that left a policy, not a reward model;
+    if there is none, the model itself), `model`, or the name of an earlier stage."""
     stages: dict[str, dict[str, Any]] = {}
 
     @model_validator(mode="before")
@@ -119,7 +119,7 @@ class Recipe(Section):
         for name in stages:
             if not STAGE_NAME.fullmatch(name):
                 raise ValueError(
-                    f"{name!r:.60} cannot name a stage, because its folder in the run is called so: use letters, digits, "
+                    f"{name!r:.60} cannot name a stage, because the stage's folder has the same name: use letters, digits, "
                     "- and _"
                 )
         return stages
@@ -141,11 +141,13 @@ class Recipe(Section):
                 setattr(self.task.prompts, name, getattr(source, name, getattr(self.task.prompts, name)))
         if isinstance(self.task, PromptTask) and self.task.prompts.holdout == 1:
             raise ValueError(
-                "`task.prompts.holdout`: 1 holds all prompts out, so that none is left to train on: set it below 1, such "
-                "as 0.1"
+                "`task.prompts.holdout`: 1 holds out all prompts and leaves none to train on: set it below 1, for instance "
+                "to 0.1"
             )
         if MAIN_STAGE in self.stages:
-            raise ValueError(f"`stages.{MAIN_STAGE}` is what the top-level keys describe: choose another name")
+            raise ValueError(
+                f"`stages.{MAIN_STAGE}`: the top-level keys describe stage {MAIN_STAGE}: choose another name"
+            )
         names = list(self.stages)
         trained = [self._objective_name(changes) for changes in self.stages.values()] + [self.objective.name]
         starts = [changes.get("start", "previous") for changes in self.stages.values()] + [self.start]
@@ -155,7 +157,7 @@ class Recipe(Section):
                 raise ValueError(f"`{where}`: '{start}' is no earlier stage (nor `previous`, nor `model`)")
             if start in names and trained[names.index(start)] == REWARD_MODEL != trained[index]:
                 raise ValueError(
-                    f"`{where}`: stage '{start}' trains a reward model, and leaves no policy to start from"
+                    f"`{where}`: stage '{start}' trains a reward model, and leaves no policy to start from: name another stage"
                 )
         for mistake in self.mistakes():
             raise ValueError(mistake)
@@ -163,7 +165,7 @@ class Recipe(Section):
 
     @staticmethod
     def _prompts_of_logs(blend: BlendSource, task: PromptTask) -> SourceOptions:
-        """Give each log of a blend its own prompts, as a log alone would; return the first of the logs."""
+        """Give each log of a blend its own prompts, as for a single log; return the first of the logs."""
         for part in blend.parts:
             if part.log is not None and part.log.path is not None and part.task is None:
                 own = {name: getattr(part.log, name) for name in ("path", "split", "config", "revision", "columns")}
@@ -171,12 +173,12 @@ class Recipe(Section):
         return next((part.log for part in blend.parts if part.log is not None), blend)
 
     def mistakes(self) -> Iterator[str]:
-        """One line for each combination of settings that cannot work."""
+        """Yield one line for each combination of settings that cannot work."""
         yield from mistakes(self)
         yield from self._idle_settings()
 
     def _idle_settings(self) -> Iterator[str]:
-        """Settings that are stated for a reward model, and not only shared with it, although it cannot use them."""
+        """Yield one line for each setting made for a reward model's own stage that it cannot use."""
         stated = {
             f"stages.{name}.": own for name, own in self.stages.items() if self._objective_name(own) == REWARD_MODEL
         }
@@ -190,8 +192,8 @@ class Recipe(Section):
             for name in ("suite", "gate", "metric"):
                 if given.get(name) not in (None, OWN_TASK):
                     yield (
-                        f"`{place}evaluation.{name}`: a reward model plays no suite; it is measured on the pairs that "
-                        "objective.holdout keeps aside: leave it out"
+                        f"`{place}evaluation.{name}`: a reward model plays no suite; it is evaluated on the pairs that "
+                        "objective.holdout holds out: leave it out"
                     )
 
     @property
@@ -203,28 +205,28 @@ class Recipe(Section):
 
     @property
     def scores_own_task(self) -> bool:
-        """True if a stage is to be evaluated on its own task, and that can judge what is played."""
+        """True if a stage is to be evaluated on its own task, and that task can judge episodes."""
         if self.evaluation.suite != OWN_TASK or self.objective.name == REWARD_MODEL or self.task is None:
             return False
         if not isinstance(self.task, PromptTask):
             return True
-        # An offline stage would load a model, or ask a server, for its evaluations alone.
+        # An offline stage would load a model, or call a server, only for its evaluations.
         cheap = all(reward.kind == "function" for reward in self.task.rewards)
         judged = any(reward.weight for reward in self.task.rewards)
         return judged and self.task.prompts.holdout > 0 and (plays_to_learn(self) or cheap)
 
     @property
     def resolved_objective(self) -> ObjectiveOptions:
-        """The objective with what it leaves to the rest of the recipe."""
+        """The objective, with `auto` values filled in from the rest of the recipe."""
         return self.objective.resolved(self)
 
     def _objective_name(self, changes: dict[str, Any]) -> str:
-        """The objective's name of a stage, given its changes."""
+        """Name of a stage's objective, given the stage's changes."""
         objective = changes.get("objective")
         return (objective.get("name") if isinstance(objective, dict) else None) or self.objective.name
 
     def arithmetic(self) -> dict[str, int]:
-        """How a step's episodes become updates, as far as it is known before sampling."""
+        """Numbers of prompts, episodes, minibatches and updates, as far as they are known before sampling."""
         prompts, samples = self.source.episodes_a_step(self)
         epochs = getattr(self.objective, "epochs", 1)
         minibatches = getattr(self.objective, "minibatches", 1)

@@ -67,7 +67,7 @@ OVERRIDES = [
     ("stages={'': {training: {steps: 1}}}", r"stages: '' cannot name a stage"),
     ("training.steps=" + "[" * 3000, r"override 'training.steps=\[+': the value is not valid YAML"),
     ("training.steps=&a [*a]", r"refers to itself by an alias"),
-    ("training.seed=9223372036854775808", r"training.seed: a number beyond 9223372036854775807 is of no use"),
+    ("training.seed=9223372036854775808", r"training.seed: expected a number of at most 9223372036854775807"),
     ("training.threads=1000000000000", r"wrong value for 'training.threads'.*less than or equal to 4096"),
     ("model.config.hidden_size=0", "config.hidden_size.*at least 1, got 0"),
     ("model.config.num_hidden_layers=-2", "config.num_hidden_layers.*at least 1, got -2"),

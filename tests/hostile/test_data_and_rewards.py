@@ -63,7 +63,7 @@ DATA = [
     ([], "task.prompts.path=promts.jsonl", r"task.prompts.path: file 'promts.jsonl' does not exist \(looked in "),
     ([], "task.prompts.path=prompts", r"there is no 'prompts' here: did you mean 'prompts.jsonl'\?"),
     ([folder("data")], "task.prompts.path=data/prompts", r"there is no 'data/prompts' here \(a dataset of the hub"),
-    ([], "task.prompts.holdout=1", r"`task.prompts.holdout`: 1 holds all prompts out.*set it below 1"),
+    ([], "task.prompts.holdout=1", r"`task.prompts.holdout`: 1 holds out all prompts.*set it below 1"),
     ([], "task.prompts.limit=0", r"wrong value for 'task.prompts.limit' .*greater than or equal to 1"),
     ([], "task.prompts.system=Hi", r"`system` needs `chat: true`"),
     (

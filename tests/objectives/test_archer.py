@@ -230,7 +230,7 @@ def test_parameters_are_estimated(policy):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        (["task={prompts: {path: x.jsonl}, rewards: ['r.py:f']}"], "has a critic of turns"),
+        (["task={prompts: {path: x.jsonl}, rewards: ['r.py:f']}"], "has a turn-level critic"),
         (["model.path=m", "model.lora={r: 4}"], "a second copy of all weights"),
         (["rollouts.top_p=0.9"], "needs the full distribution"),
     ],

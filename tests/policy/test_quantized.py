@@ -219,7 +219,7 @@ def test_memory_of_the_weights(folder):
     ("changes", "message"),
     [
         ({}, "`quantization: nf4` is for frozen weights, so it needs `lora`"),
-        ({"path": "a.gguf", "lora": {"r": 4}}, "what a GGUF file has rounded already: give a folder"),
+        ({"path": "a.gguf", "lora": {"r": 4}}, "a GGUF file, which is quantized already: give a folder"),
     ],
 )
 def test_models_that_cannot_be_quantized(changes, message):

@@ -52,7 +52,7 @@ REFUSED = [
         )
         for name in ("ilql", "mc", "q_sft")
     ),
-    (ADAPTED + WALKS + DATA + "objective: {name: q_sft}", "'q_sft' trains a second copy of all weights .* leave model.lora out"),
+    (ADAPTED + WALKS + DATA + "objective: {name: q_sft}", "'q_sft' trains a second copy of all weights: leave model.lora out"),
     (ADAPTED + WALKS + DATA + "objective: {name: ilql, trunk: separate}", "with model.lora use shared"),
     (MODEL + PROMPTS + ROLLOUTS + "objective: {name: ppo}", "list at least one under task.rewards"),
     (MODEL + PROMPTS + "source: {name: mixture, path: prompts.jsonl}\nobjective: {name: ilql}", "list at least one under"),

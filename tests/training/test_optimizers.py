@@ -113,5 +113,5 @@ def test_it_cannot_be_shared_out(tiny_policy):
 
 def test_reward_models_have_their_own(tmp_path):
     changes = ["model.path=.", "source.path=nobody/pairs", "optimizer.name=adamw_8bit"]
-    with pytest.raises(RecipeError, match="`optimizer.name=adamw_8bit`: a reward model is trained by adamw"):
+    with pytest.raises(RecipeError, match="`optimizer.name=adamw_8bit`: a reward model is trained with adamw"):
         load_recipe("dialogues/reward_model", changes)

@@ -1,4 +1,4 @@
-"""The `objective` section: one class an objective, a file a family."""
+"""The `objective` section: one class per objective, one file per family."""
 
 from lmrl.recipe.objectives.base import CustomObjective, ObjectiveOptions, RateCurve
 from lmrl.recipe.objectives.likelihood import LikelihoodObjective

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class LikelihoodObjective(ObjectiveOptions):
-    """Behaviour cloning: the likelihood of the action tokens."""
+    """Behaviour cloning: maximises the likelihood of the action tokens."""
 
     name: Literal["likelihood"]
     uses_sampling_temperature = False
@@ -26,7 +26,7 @@ class LikelihoodObjective(ObjectiveOptions):
     def mistakes(self, recipe: Recipe) -> Iterator[str]:
         if not recipe.source.has_log and recipe.source.best == 1:
             yield (
-                "objective 'likelihood' imitates, and imitating all of one's own episodes changes nothing: set source.best=0.3 "
+                "objective 'likelihood' imitates, and imitating all of its own episodes changes nothing: set source.best=0.3 "
                 "to keep the best (expert iteration), or source.name=dataset with source.path or source.player"
             )
         if recipe.source.plays and recipe.source.has_log:

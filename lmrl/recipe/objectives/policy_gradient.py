@@ -1,4 +1,4 @@
-"""Policy gradients: PPO, and those whose baseline is the episodes of a group."""
+"""Policy gradients: PPO, ArCHer, and those whose baseline comes from a group of episodes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class PolicyGradientObjective(ObjectiveOptions):
-    """Options of all policy gradients, with the limits of an update."""
+    """Options of all policy gradients, including the bounds of an update."""
 
     epochs: int = Field(2, ge=1)
     """Passes over a step's episodes."""
@@ -24,18 +24,18 @@ class PolicyGradientObjective(ObjectiveOptions):
     clip: float = Field(0.2, gt=0)
     """Clipping range of the ratio of new to old probability: [1 - clip, 1 + clip] (upper bound: `clip_high`, if set)."""
     clip_high: float | None = Field(None, gt=0)
-    """Upper clipping bound where it differs from `clip` (DAPO, arXiv 2503.14476, has 0.28)."""
+    """Upper clipping bound, if it differs from `clip` (DAPO, arXiv 2503.14476, uses 0.28)."""
     dual_clip: float | None = Field(3.0, gt=1)
-    """Largest ratio that counts where the advantage is negative (Ye et al., arXiv 1912.09729; null: no bound)."""
+    """Upper bound of the ratio for negative advantages (Ye et al., arXiv 1912.09729; null: no bound)."""
     target_kl: float | None = Field(0.05, gt=0)
-    """A minibatch on which the policy has moved further than this from the one that played, in nats a token, is not stepped
-    on, and the step's updates end there (null: no limit)."""
+    """Limit in nats per token. If the policy has moved further than this from the sampling policy on a minibatch, that update is
+    skipped, the previous one is undone, and the step's updates end (null: no limit). Shrinks below half a nat of entropy."""
     entropy_coef: float = Field(0.0, ge=0)
     """Weight of an entropy bonus."""
     kl_coef: float = Field(0.0, ge=0)
     """Weight of the divergence from the reference (0: none, and no reference is kept)."""
     missing_eos_penalty: float = Field(0.0, ge=0)
-    """Taken from the reward of a turn that was cut off by the token limit."""
+    """Subtracted from the reward of a turn that was cut off by the token limit."""
 
     rate_curve = RateCurve(5e-4, 0.68, "policy gradients")
     betas = SHORT_MEMORY
@@ -62,8 +62,8 @@ class PolicyGradientObjective(ObjectiveOptions):
             yield f"objective '{name}' explores by sampling: set rollouts.temperature above 0"
         if recipe.rollouts.ahead and recipe.rollouts.correction == "none":
             yield (
-                f"`rollouts.ahead` has objective '{name}' learn from what older weights have played, which importance weights have "
-                "to correct: leave rollouts.correction at auto, or set rollouts.ahead=0"
+                f"`rollouts.ahead=1` needs importance correction with objective '{name}', since older weights played the episodes: "
+                "leave rollouts.correction at auto, or set rollouts.ahead=0"
             )
 
 
@@ -73,35 +73,35 @@ class PPOObjective(PolicyGradientObjective):
     name: Literal["ppo"]
     head_lr_follows = False
     value_coef: float = Field(0.5, ge=0)
-    """Weight of the values' loss."""
+    """Weight of the value loss."""
     value_normalization: Literal["returns", "none"] = "returns"
-    """returns: values are learned in units of the running mean and deviation of returns, so that the size of rewards does not
-    matter; advantages that are not whitened are in these units too. none: in the unit of the reward."""
+    """returns: values are learned in units of the running mean and standard deviation of returns, so that the scale of rewards does
+    not matter; unwhitened advantages are in these units too. none: in units of the reward."""
     value_clip: float | None = Field(None, gt=0)
-    """Clipping of the value around its old estimate, in the values' units (null: none)."""
+    """Clipping range of the value around its old estimate, in the values' units (null: none)."""
     value_pull: float | None = Field(1.0, ge=0)
-    """Bound on the gradient that values send into a trunk they share with the policy, relative to the policy's own, token by
+    """Bound on the values' gradient into a trunk shared with the policy, relative to the policy's own gradient, per
     token (null: none)."""
     detach_value: bool = False
-    """Stop the value loss at the trunk, so that it trains the head alone."""
+    """Stop the value loss's gradient at the trunk, so that it trains only the head."""
     value_warmup_steps: int = Field(10, ge=0)
-    """First steps, at most, that train the values alone; fewer where their error on fresh returns stops falling."""
+    """Maximum number of first steps that train only the values; it ends earlier when their error on fresh returns stops falling."""
     value_loss: Literal["squared", "hl_gauss"] = "squared"
     """hl_gauss: values as categories over `value_range` (Farebrother et al., arXiv 2403.03950)."""
     value_range: tuple[float, float] = (-5.0, 5.0)
     """Lowest and highest value that `hl_gauss` can express, in the values' units."""
     gamma: float = Field(1.0, gt=0, le=1)
-    """Discount a turn."""
+    """Discount per turn."""
     gamma_token: float = Field(1.0, gt=0, le=1)
-    """Discount a token inside a turn."""
+    """Discount per token inside a turn."""
     lam: float = Field(0.95, ge=0, le=1)
     """Lambda of generalised advantage estimation: 0 trusts the values, 1 the returns."""
     whiten_advantages: bool = True
     """Give a step's advantages zero mean and unit variance."""
     kl_in: Literal["reward", "loss"] = "reward"
-    """Where the divergence enters: per-token in the reward (k1), or as a loss term (k3)."""
+    """Where the divergence enters: per token in the reward (k1), or as a loss term (k3)."""
     kl_target: float | None = Field(None, gt=0)
-    """Nats an episode that `kl_coef` is adapted towards (null: fixed)."""
+    """Target divergence in nats per episode, towards which `kl_coef` is adapted (null: `kl_coef` is fixed)."""
     kl_horizon: int = Field(1000, ge=1)
     """Episodes over which `kl_coef` adapts."""
 
@@ -129,27 +129,27 @@ class PPOObjective(PolicyGradientObjective):
 
 
 class ArCHerObjective(PolicyGradientObjective):
-    """A critic of whole turns, in a network of its own, and a policy of tokens (Zhou et al., arXiv 2402.19446)."""
+    """ArCHer: a turn-level critic in a separate network, and a token-level policy (Zhou et al., arXiv 2402.19446)."""
 
     name: Literal["archer"]
     head_lr_follows = False
     value_coef: float = Field(0.5, ge=0)
-    """Weight of the critic's loss, a mean over the begins and ends of turns."""
+    """Weight of the critic's loss, a mean over the starts and ends of turns."""
     value_warmup_steps: int = Field(10, ge=0)
-    """First steps, at most, that train the critic alone; fewer where its error on fresh returns stops falling."""
+    """Maximum number of first steps that train only the critic; it ends earlier when its error on fresh returns stops falling."""
     gamma: float = Field(1.0, gt=0, le=1)
-    """Discount a turn."""
+    """Discount per turn."""
     lam: float = Field(0.95, ge=0, le=1)
     """How far the critic's targets look ahead: 0 to the next turn, as in the paper; 1 to the end of the episode, without bootstrapping."""
     polyak: float = Field(0.1, gt=0, le=1)
-    """How far the critic's target follows at every update."""
+    """Polyak step of the critic's target at every update."""
 
     def mistakes(self, recipe: Recipe) -> Iterator[str]:
         yield from super().mistakes(recipe)
         if isinstance(recipe.task, PromptTask):
-            yield "objective 'archer' has a critic of turns, and episodes of `task.prompts` have one: use ppo or grpo"
+            yield "objective 'archer' has a turn-level critic, but episodes of `task.prompts` have one turn: use ppo or grpo"
         if recipe.model.lora is not None:
-            yield "objective 'archer' trains a critic that is a second copy of all weights: leave model.lora out, or use ppo"
+            yield "objective 'archer' trains a second copy of all weights as its critic: leave model.lora out, or use ppo"
 
     def head_lr(self, lr: float, hidden: int) -> float:
         return min(1 / hidden, LARGEST_HEAD_LR)
@@ -162,24 +162,24 @@ class ArCHerObjective(PolicyGradientObjective):
 
 
 class GroupObjective(PolicyGradientObjective):
-    """Options of policy gradients without a critic: their baseline is the other episodes of the prompt, or the batch.
+    """Options of policy gradients without a critic: their baseline comes from the other episodes of the prompt, or from the batch.
 
-    `kl_coef` weighs the divergence in the reward with rloo and reinforce_pp, and a term of the loss (k3) with grpo and dr_grpo.
+    `kl_coef` weights the divergence in the reward with rloo and reinforce_pp, and a loss term (k3) with grpo and dr_grpo.
     """
 
     scale_rewards: Literal["group", "batch", "none"] = "none"
-    """Divisor of advantages: the group's standard deviation, the batch's, or nothing, which leaves the step's size to the
-    size of rewards. Where rewards fall at turns it is one number for all turns."""
+    """Divisor of advantages: the group's standard deviation, the batch's, or none, so that the size of updates depends on the
+    scale of rewards. With per-turn rewards it is one number for all turns."""
     mask_cut: bool = False
     """Leave episodes with a turn that was cut off by the token limit out of the loss (overlong filtering, DAPO, arXiv
     2503.14476); they still count in the baseline."""
     state_weight: float = Field(0.0, ge=0)
-    """Weight of a second advantage, by state: a turn's discounted return less the mean over all visits of the same observation in the
-    group, where a state is visited more than once (GiGPO, Feng et al., arXiv 2505.10978, which has 1). 0: none."""
+    """Weight of a second advantage, by state: a turn's discounted return minus the mean over all visits of the same observation in the
+    group, if there are several (GiGPO, Feng et al., arXiv 2505.10978, uses 1). 0: none."""
     state_gamma: float = Field(0.95, gt=0, le=1)
-    """Discount a turn in the returns of `state_weight`: below 1, also a reward at the end tells early turns from late ones."""
+    """Discount per turn in the returns of `state_weight`: below 1, a reward at the end counts less in early turns than in late ones."""
     share_prompts: bool = True
-    """Compute the prompt of a group once in the updates, where the model allows it."""
+    """Compute a group's prompt only once in updates, if the model allows it."""
 
     compares_samples: ClassVar[bool] = True
     """True if a prompt needs several samples."""
@@ -188,7 +188,7 @@ class GroupObjective(PolicyGradientObjective):
         yield from super().mistakes(recipe)
         if self.state_weight and (isinstance(recipe.task, PromptTask) or recipe.rollouts.samples == 1):
             yield (
-                "`objective.state_weight` compares turns that begin in the same state: it needs a task of several turns, and "
+                "`objective.state_weight` compares turns that start in the same state: it needs a multi-turn task, and "
                 "rollouts.samples of 2 or more"
             )
         if self.compares_samples and recipe.rollouts.samples == 1:
@@ -196,7 +196,7 @@ class GroupObjective(PolicyGradientObjective):
 
 
 class GRPOObjective(GroupObjective):
-    """Rewards standardised in the group, the mean over each episode's tokens (Shao et al., arXiv 2402.03300)."""
+    """GRPO: rewards standardised within the group, loss averaged over each episode's tokens (Shao et al., arXiv 2402.03300)."""
 
     name: Literal["grpo"]
     scale_rewards: Literal["group", "batch", "none"] = "group"
@@ -204,7 +204,7 @@ class GRPOObjective(GroupObjective):
 
 
 class DrGRPOObjective(GroupObjective):
-    """Rewards less the group's mean, the sum over tokens by a constant (Liu et al., arXiv 2503.20783)."""
+    """Dr. GRPO: rewards minus the group's mean, loss summed over tokens and divided by a constant (Liu et al., arXiv 2503.20783)."""
 
     name: Literal["dr_grpo"]
     constant_length: int = Field(256, ge=1)
@@ -212,7 +212,7 @@ class DrGRPOObjective(GroupObjective):
 
 
 class RLOOObjective(GroupObjective):
-    """Rewards less the mean of the others in the group, the sum over tokens (Ahmadian et al., arXiv 2402.14740)."""
+    """RLOO: rewards minus the mean of the others in the group, loss summed over tokens (Ahmadian et al., arXiv 2402.14740)."""
 
     name: Literal["rloo"]
     scale_rewards: Literal["group", "batch", "none"] = "batch"
@@ -220,7 +220,7 @@ class RLOOObjective(GroupObjective):
 
 
 class ReinforcePPObjective(GroupObjective):
-    """REINFORCE++: the divergence in the reward, standardised over the batch (Hu et al., arXiv 2501.03262)."""
+    """REINFORCE++: divergence in the reward, advantages standardised over the batch (Hu et al., arXiv 2501.03262)."""
 
     name: Literal["reinforce_pp"]
     compares_samples = False

@@ -42,21 +42,21 @@ class DPOObjective(ObjectiveOptions):
     uses_correction = False
     episodes_a_row = 2
     loss: PREFERENCE_LOSSES = "sigmoid"
-    """As trl calls them (sigmoid_norm: a token instead of an episode); formulas and papers are in lmrl/objectives/dpo.py."""
+    """Named as in trl (sigmoid_norm: per token instead of per episode); formulas and papers are in lmrl/objectives/dpo.py."""
     beta: float = Field(0.1, gt=0)
-    """How closely the policy is held to the reference; of simpo and orpo, the weight of the margin."""
+    """How strongly the policy is held to the reference; for simpo and orpo, the weight of the margin."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Share of the pairs that is taken to be labelled the wrong way round (sigmoid, robust, exo_pair)."""
+    """Assumed share of pairs with swapped labels (sigmoid, robust, exo_pair)."""
     target_margin: float = Field(0.5, ge=0)
     """Margin of simpo: how much better a token of the chosen episode has to be, times beta."""
     sft_coef: float | None = Field(None, ge=0)
-    """Weight of the likelihood of the chosen episodes, a token (null: 1 with orpo, else 0)."""
+    """Weight of the likelihood of the chosen episodes, per token (null: 1 with orpo, else 0)."""
     minibatches: int = Field(1, ge=1)
-    """Updates a step, each on a part of its pairs."""
+    """Updates per step, each on a part of its pairs."""
     share_prompts: bool = True
-    """Compute what both episodes of a pair begin with once, where the model allows it."""
+    """Compute the common prefix of a pair only once, if the model allows it."""
     cache_reference: bool = False
-    """Compute the reference's log-probabilities of logged episodes once, before the first step, and keep them on disk
+    """Compute the reference's log-probabilities of logged episodes once, before the first step, and cache them on disk
     for later runs of the same model on the same data. Without LoRA this saves the reference's memory."""
 
     @property
@@ -72,7 +72,7 @@ class DPOObjective(ObjectiveOptions):
         if self.label_smoothing and self.loss not in ("sigmoid", "robust", "exo_pair"):
             raise ValueError(f"`label_smoothing` is for sigmoid, robust and exo_pair; loss '{self.loss}' has none")
         if self.loss == "exo_pair" and not self.label_smoothing:
-            raise ValueError("`loss: exo_pair` needs `label_smoothing` above 0 (its paper has 1e-3)")
+            raise ValueError("`loss: exo_pair` needs `label_smoothing` above 0 (its paper uses 1e-3)")
         if self.cache_reference and self.reference_free:
             raise ValueError(f"`cache_reference`: loss '{self.loss}' has no reference")
         return self
@@ -80,7 +80,7 @@ class DPOObjective(ObjectiveOptions):
     def mistakes(self, recipe: Recipe) -> Iterator[str]:
         source = recipe.source
         if source.plays and source.has_log:
-            yield "objective 'dpo' learns from pairs of one origin: set source.name=dataset (or rollouts)"
+            yield "objective 'dpo' learns from logged pairs or from fresh ones, not both: set source.name=dataset (or rollouts)"
         elif not source.has_log and recipe.rollouts.samples == 1:
             yield "objective 'dpo' compares samples of the same prompt: set rollouts.samples to 2 or more"
         if source.best < 1:
@@ -88,14 +88,14 @@ class DPOObjective(ObjectiveOptions):
         if getattr(source, "turns", None) is not None:
             yield "objective 'dpo' compares whole episodes: leave source.turns out"
         if self.cache_reference and source.plays:
-            yield "`objective.cache_reference` is for logged episodes, which come again: set source.name=dataset"
+            yield "`objective.cache_reference` is for logged episodes, which are used again: set source.name=dataset"
 
 
 class RewardModelObjective(ObjectiveOptions):
     """A reward model from preferences (Bradley-Terry; Ouyang et al., arXiv 2203.02155), trained by trl's RewardTrainer.
 
     The source is a dataset of chosen and rejected completions. The result is a transformers sequence classifier with one
-    output, which later stages name as a reward: `task.rewards: [{model: stages/NAME}]`.
+    output, which later stages can use as a reward: `task.rewards: [{model: stages/NAME}]`.
     """
 
     name: Literal["reward_model"]
@@ -103,10 +103,9 @@ class RewardModelObjective(ObjectiveOptions):
     leaves_policy = False
     uses_correction = False
     holdout: float = Field(0.1, ge=0, lt=1)
-    """Share of the prompts whose pairs are never trained on and measure the result; those that `task.prompts` holds out
-    are among them."""
+    """Share of the prompts whose pairs are held out for evaluation; includes those that `task.prompts` holds out."""
     max_length: int = Field(1024, ge=1)
-    """Tokens of a prompt with its completion; of a longer text the end is kept."""
+    """Maximum tokens of prompt plus completion; a longer text keeps its end."""
     center_coef: float = Field(0.0, ge=0)
     """Weight of the squared sum of a pair's rewards, which keeps their mean at zero (Eisenstein et al., arXiv 2312.09244)."""
 
@@ -115,7 +114,7 @@ class RewardModelObjective(ObjectiveOptions):
 
         source = recipe.source
         if recipe.optimizer.name != "adamw":
-            yield f"`optimizer.name={recipe.optimizer.name}`: a reward model is trained by adamw, set that for its stage"
+            yield f"`optimizer.name={recipe.optimizer.name}`: a reward model is trained with adamw: set that for its stage"
         learns = "objective 'reward_model' learns from pairs of a chosen and a rejected completion"
         if not isinstance(source, DatasetSource) or source.path is None:
             yield f"{learns}: set source.name=dataset and source.path (and leave source.player out)"

@@ -1,4 +1,4 @@
-"""Objectives whose policy decodes by Q values: ILQL, Monte Carlo returns, Q-SFT."""
+"""Objectives whose policy decodes with Q values: ILQL, Monte Carlo returns, Q-SFT."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ CUT_RETURNS = "`source.turns` cuts off the returns that followed, which the obje
 
 
 class Discounts(ObjectiveOptions):
-    """How later rewards count."""
+    """Discounting of later rewards."""
 
     gamma: float = Field(0.99, gt=0, le=1)
-    """Discount a turn."""
+    """Discount per turn."""
     gamma_token: float = Field(1.0, gt=0, le=1)
-    """Discount a token inside a turn."""
+    """Discount per token inside a turn."""
 
 
 class Guidance(ObjectiveOptions):
-    """How a policy with Q values decodes: log pi + beta Q, over the tokens that the behaviour supports."""
+    """How a policy with Q values decodes: log pi + beta Q, over the tokens within the behaviour policy's support."""
 
     beta: float = Field(64.0, ge=0)
-    """Weight of Q where decoding says nothing else (an inference setting: sweep it with `lmrl eval --beta 1,4,16,64`)."""
+    """Default weight of Q in decoding (an inference setting: sweep it with `lmrl eval --beta 1,4,16,64`)."""
     support: float = Field(0.01, ge=0, lt=1)
     """Tokens less likely than this under the likelihood-trained policy are never drawn (0: no such mask)."""
 
@@ -53,28 +53,29 @@ class QObjective(Discounts, Guidance):
     """Options of all objectives with Q heads."""
 
     minibatches: int = Field(1, ge=1)
-    """Updates a step, each on a part of its episodes."""
+    """Updates per step, each on a part of its episodes."""
     q_head: Literal["mlp", "linear", "tied"] = "mlp"
     """mlp: two layers; linear: one; tied: the vocabulary matrix times a d x d matrix. `lmrl export` folds the last two."""
     trunk: Literal["auto", "shared", "detached", "separate"] = "auto"
-    """Where the heads stand: on the policy's last hidden states, on those without a gradient into the policy, or on a
-    copy of the model of their own. auto: separate for MLP heads where all weights are trained, since what values need of a state
-    imitation may have no use for; else shared, as adapters and exports want it."""
+    """What the heads are built on: the policy's last hidden states (shared), the same without a gradient into the policy (detached), or
+    a separate copy of the model (separate). auto: separate for MLP heads if all weights are trained, since values may need features
+    that imitation does not; else shared, which adapters and exports need."""
     value_normalization: Literal["returns", "none"] = "returns"
-    """returns: values are learned, and `beta` and `start_value` are given, in units of the log's returns: their mean, and their
-    deviation or the size of a reward, whichever is less. none: in the unit of the reward."""
+    """returns: values, `beta` and `start_value` are in units of the log's returns: relative to their mean, and divided by their
+    standard deviation or the size of a reward, whichever is less. none: in units of the reward."""
     start_value: float | Literal["lowest", "mean"] = "mean"
-    """Value of Q before anything is learned, which it keeps for tokens never seen: `mean` is the mean return in the data, from where
-    values have the least way to go; `lowest` is the lowest, so that what is unknown looks bad even without `support`."""
+    """Value of Q before learning, which it keeps for unseen tokens: `mean` is the mean return in the data, the start closest to most
+    values; `lowest` is the lowest return, so that unseen tokens look bad even without `support`."""
     value_loss: Literal["squared", "hl_gauss"] = "squared"
     """hl_gauss: values as categories over the returns in the data (Farebrother et al., arXiv 2403.03950)."""
     cql_coef: float = Field(0.1, ge=0)
     """Weight of the push-down of Q outside the data, CE(Q / cql_temperature, action) (CQL, arXiv 2006.04779)."""
     cql_temperature: float = Field(1.0, gt=0)
+    """Temperature of that push-down."""
     calibrated: bool = False
     """Push no value below the return that the data realised (Cal-QL, Nakamoto et al., arXiv 2303.05479)."""
     bc_coef: float = Field(1.0, ge=0)
-    """Weight of the likelihood of the actions (0: the policy stays as it is)."""
+    """Weight of the likelihood of the actions (0: the policy is not trained)."""
 
     @model_validator(mode="after")
     def _bins_need_mlp(self) -> QObjective:
@@ -85,13 +86,12 @@ class QObjective(Discounts, Guidance):
         return self
 
     max_grad_norm = 10.0
-    """A regression on returns must not be held to what its usual gradients have: the mean of rare large returns is in the rare large
-    gradients, and where these count no more than the others, the values learn about the median (docs/offline.md has what was
-    measured). 10 is also what DQNs use."""
+    """Rare large returns cause rare large gradients: if these are clipped to the size of usual ones, the regression learns about the
+    median instead of the mean (measurements: docs/offline.md). 10 is also usual for DQNs."""
     twins: ClassVar[int] = 1
     """Q heads, each with a target."""
     has_value: ClassVar[bool] = False
-    """True with a head for V as well."""
+    """True if there is also a head for V."""
 
     def mistakes(self, recipe: Recipe) -> Iterator[str]:
         yield from super().mistakes(recipe)
@@ -130,16 +130,16 @@ class ILQLObjective(QObjective):
     name: Literal["ilql"]
     twins, has_value = 2, True
     expectile: float = Field(0.8, gt=0, lt=1)
-    """How near V comes to the best action in the data (0.5: their mean)."""
+    """How close V is to the best action in the data (0.5: the mean)."""
     polyak: float = Field(0.05, gt=0, le=1)
-    """How far the targets of Q and V follow at every update. What a last turn is worth takes about 2 / polyak updates to reach the
-    turn before it; published runs of tens of thousands of updates have 0.005."""
+    """Polyak step of the targets of Q and V at every update. Values propagate back by one turn in about 2 / polyak updates;
+    published runs of tens of thousands of updates use 0.005."""
     awbc_beta: float = Field(0.0, ge=0)
-    """Weight the likelihood by exp(awbc_beta x advantage) (0: plain)."""
+    """Weights the likelihood by exp(awbc_beta x advantage) (0: unweighted)."""
 
 
 class MCObjective(QObjective):
-    """Q by regression on the returns that followed (Monte Carlo returns), and decoding guided by it."""
+    """Q by regression on observed (Monte Carlo) returns, and decoding guided by it."""
 
     name: Literal["mc"]
 
@@ -150,13 +150,13 @@ class MCObjective(QObjective):
 
 
 class QSFTObjective(Discounts, Guidance):
-    """Q-learning by supervised fine-tuning (Hong et al., arXiv 2411.05193): no heads, a second model's probabilities."""
+    """Q-learning by supervised fine-tuning (Hong et al., arXiv 2411.05193): Q from a second model's probabilities, without heads."""
 
     name: Literal["q_sft"]
     return_range: tuple[float, float] = (0.0, 1.0)
-    """Lowest and highest return-to-go of an episode; returns are scaled from there to [0, 1]."""
+    """Lowest and highest return-to-go of an episode; returns are scaled from this range to [0, 1]."""
     polyak: float = Field(0.005, gt=0, le=1)
-    """How far the target model follows at every update."""
+    """Polyak step of the target model at every update."""
 
     @model_validator(mode="after")
     def _ordered_range(self) -> QSFTObjective:
@@ -172,7 +172,7 @@ class QSFTObjective(Discounts, Guidance):
             )
         yield from super().mistakes(recipe)
         if recipe.model.lora is not None:
-            yield "objective 'q_sft' trains a second copy of all weights beside the policy: leave model.lora out"
+            yield "objective 'q_sft' trains a second copy of all weights: leave model.lora out"
 
     def trained_parameters(self, learned: int, total: int) -> tuple[int, int]:
-        return 0, total  # trains a copy, and leaves the policy as it is
+        return 0, total  # trains a copy, not the policy
