@@ -1,4 +1,4 @@
-"""Sections of a recipe that describe custom code: checked by that code's own schema, once it is loaded."""
+"""Sections of a recipe that name custom code: checked against that code's own schema when it is loaded."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ OWN: dict[registry.Kind, type[CustomObjective | CustomSource]] = {"objective": C
 
 
 def with_own_options(recipe: Recipe) -> Recipe:
-    """The recipe with each custom section replaced by an instance of its class's `Options`, so that its limits, rates and
-    estimates hold as a shipped one's do. Raises PluginError for code that cannot be loaded, RecipeError for a mistake."""
+    """The recipe with each custom section replaced by an instance of its class's `Options`, so that its checks, rates and
+    estimates apply as for shipped code. Raises PluginError for code that cannot be loaded, RecipeError for a mistake."""
     for section, custom in OWN.items():
         given = getattr(recipe, section)
         if type(given) is custom:
@@ -24,7 +24,7 @@ def with_own_options(recipe: Recipe) -> Recipe:
 
 
 def own_options(section: registry.Kind, given: CustomObjective | CustomSource) -> Section:
-    """The section checked by its own class's `Options`; as it is if that class has none."""
+    """The section checked against its class's `Options`; unchanged if that class has none."""
     cls = registry.load(section, given.name, f"{section}.name")
     schema = getattr(cls, "Options", None)
     if schema is None:

@@ -19,17 +19,17 @@ class VLLM(Section):
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Precision of vLLM's own copy of the weights, whatever the learner's is."""
     max_model_len: int | None = Field(None, ge=1)
-    """Tokens of context and completion at most (null: what the model has positions for)."""
+    """Maximum tokens of context and completion (null: the model's maximum)."""
     memory: float | None = Field(None, gt=0)
     """GiB for the cache of keys and values (null: on a CPU 1, on a GPU what `gpu_memory_utilization` leaves)."""
     gpu_memory_utilization: float = Field(0.3, gt=0, le=1)
-    """Share of the GPU's memory that vLLM takes in all; the learner needs the rest."""
+    """Share of the GPU's memory that vLLM uses in total; the learner needs the rest."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs that the model is split over."""
     enforce_eager: bool | None = None
-    """Run without compilation and CUDA graphs: a quicker start, slower sampling (null: on a CPU yes, on a GPU no)."""
+    """Run without compilation and CUDA graphs: starts faster, samples more slowly (null: on a CPU yes, on a GPU no)."""
     sleep: bool = False
-    """Give the GPU memory of weights and cache back during updates. Only on a GPU."""
+    """Release the GPU memory of weights and cache during updates. Only on a GPU."""
 
 
 class Rollouts(Section):
@@ -37,51 +37,51 @@ class Rollouts(Section):
 
     engine: str = "hf"
     """hf: the policy's own transformers model; vllm: a copy of its weights in vLLM, in the same process; vllm-server: copies
-    in one or several vLLM servers; or one of your own (docs/plugins.md)."""
+    in one or several vLLM servers; or your own engine (docs/plugins.md)."""
     options: dict[str, Any] = {}
-    """Keyword arguments of an engine of your own."""
+    """Keyword arguments of your own engine."""
     prompts: int = Field(32, ge=1, le=1_000_000)
     """Prompts (or start states) per step."""
     samples: int = Field(1, ge=1, le=1_000_000)
-    """Episodes for each prompt."""
+    """Episodes per prompt."""
     max_new_tokens: int = Field(64, ge=1, le=10_000_000)
     """Maximum new tokens per turn."""
     temperature: float = Field(1.0, ge=0)
-    """Divides the logits; what is learned is the distribution at this temperature. 0: the likeliest token."""
+    """Divides the logits; training is on the distribution at this temperature. 0: greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Draw from the likeliest tokens that have this probability together. Refused by policy gradients, as is `top_k`."""
+    """Nucleus sampling: draw from the most likely tokens with this total probability. Policy gradients refuse it, as they do `top_k`."""
     top_k: int = Field(0, ge=0)
-    """Draw from this many of the likeliest tokens (0: no limit)."""
+    """Draw from this many of the most likely tokens (0: no limit)."""
     stop: list[str] = []
     """Strings that end a turn."""
     slots: int = Field(256, ge=1, le=1_000_000)
-    """Sequences decoded at a time; one that has ended gives its place to the next. Engine `hf` counts those that it keeps
+    """Sequences decoded at a time; a finished one makes room for the next. With engine `hf` this includes sequences kept
     between two turns of an episode."""
     cache_tokens: int | None = Field(None, ge=1)
-    """Tokens whose keys and values engine `hf` holds at a time, padding and what `max_new_tokens` may bring included (null: no
-    limit). Where these take too much memory, fewer sequences than `slots` are decoded at a time."""
+    """Limit on the tokens whose keys and values engine `hf` holds at a time, including padding and `max_new_tokens` (null: no
+    limit). Sequences that do not fit wait, even if `slots` are free."""
     ahead: Literal[0, 1] = 0
-    """1: the episodes of a step are played while the step before is learned from, with weights one step old (engine
-    `vllm-server` does both at once; the others play first). Of stages that play; for one process."""
+    """1: play the next step's episodes while the current step trains, with weights one step old (engine
+    `vllm-server` overlaps the two; the others play first). For stages that play; for one process."""
     deterministic: bool = True
-    """The engine waits for every step of an environment, so that nothing depends on how long steps take. false: episodes
-    overtake each other, which saves time where environments are slow (`task.workers`)."""
+    """true: the engine waits for every environment step, so that results do not depend on timing. false: episodes may
+    overtake each other, which saves time with slow environments (`task.workers`)."""
     beta: float | None = Field(None, ge=0)
     """Weight of Q added to the log-probabilities, for a policy with Q heads (null: its objective's; 0: none)."""
     support: float | None = Field(None, ge=0, lt=1)
-    """Tokens less likely than this under the policy without Q are never drawn, for a policy with Q heads (null: as its
-    objective said)."""
+    """For a policy with Q heads: tokens less likely than this under the policy without Q are never drawn (null: the objective's
+    value)."""
     check_every: int = Field(50, ge=0)
-    """Weight syncs between comparisons of sampled and learner's log-probabilities, beside the one after the first sync
-    (0: that one only)."""
+    """Weight syncs between checks that compare the sampler's and the learner's log-probabilities, in addition to the check after the
+    first sync (0: only that one)."""
     tolerance: float = Field(0.1, gt=0)
-    """Mean absolute difference of those, in nats a token, at which the run stops."""
+    """Mean absolute difference in such a check, in nats per token, at which the run stops."""
     correction: Literal["auto", "none"] | CorrectionMode = "auto"
-    """Importance weights against the difference of sampler and learner, in policy gradients: a token's or an episode's
-    ratio, held below a cap or left out above it (see lmrl/objectives/correction.py). auto: `token_truncate`, but none
+    """Importance weights that correct policy gradients for the mismatch of sampler and learner: ratios per token or per episode,
+    truncated at a cap or masked above it (see lmrl/objectives/correction.py). auto: `token_truncate`, or none
     with engine `hf` and `ahead: 0`, which samples from the learner itself."""
     correction_cap: float = Field(3.0, gt=0)
-    """Largest such ratio."""
+    """Largest importance ratio."""
     vllm: VLLM = VLLM()
     server: Server = Server()
 
@@ -91,13 +91,13 @@ class Rollouts(Section):
             raise ValueError(f"`engine`: {registry.unknown('engine', self.engine)}")
         if self.options and self.engine in registry.SHIPPED["engine"]:
             raise ValueError(
-                f"`options` are an engine's of your own, and engine '{self.engine}' has other keys: leave it out"
+                f"`options` are for an engine of your own, and engine '{self.engine}' has other keys: leave it out"
             )
         return self
 
     @property
     def corrects(self) -> CorrectionMode | None:
-        """The correction that is meant; None: none."""
+        """The correction that `auto` stands for; None: no correction."""
         if self.correction == "auto":
             return None if self.engine == "hf" and not self.ahead else "token_truncate"
         return None if self.correction == "none" else self.correction

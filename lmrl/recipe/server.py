@@ -9,33 +9,33 @@ from pydantic import Field, field_validator, model_validator
 from lmrl.recipe.base import Section
 
 STARTED = ("count", "restarts", "dtype", "max_model_len", "memory", "tensor_parallel_size")
-"""Keys that say how servers are started, and mean nothing where they are given."""
+"""Keys that say how servers are started; refused together with `urls`."""
 
 
 class Server(Section):
-    """Servers that are given by address, or else started by the run."""
+    """vLLM servers, given by address or started by the run."""
 
     urls: list[str] = []
-    """Addresses of servers that run already, `http://HOST:PORT` (docs/rollouts_server.md says how to start them)."""
+    """Addresses of running servers, `http://HOST:PORT` (docs/rollouts_server.md says how to start them)."""
     count: int = Field(1, ge=1)
     """How many servers the run starts, each on a free port of the loopback interface."""
     in_flight: int = Field(64, ge=1)
-    """Requests that each process of the run has in flight at a server, and sequences that a started one decodes."""
+    """Requests that each process of the run has in flight at a server; also the sequences that a started server decodes at a time."""
     timeout: float = Field(600, gt=0)
-    """Seconds that one completion, or loading new weights, may take."""
+    """Maximum seconds for one completion, or for loading new weights."""
     start_timeout: float = Field(600, gt=0)
-    """Seconds until a server that starts, or one that is lost and not ours to start, has to answer."""
+    """Seconds to wait for a starting server, or for a lost one of `urls`, to answer."""
     restarts: int = Field(3, ge=0)
-    """How often each server is started again after it died or stopped answering."""
+    """How often each server is restarted at most after it died or stopped answering."""
     transfer: Literal["auto", "nccl", "files"] = "auto"
-    """How weights travel: `nccl` broadcasts them from GPU to GPU, `files` puts them in shared memory on the same machine;
-    `auto` takes nccl if both sides have their own GPUs."""
+    """How weights are transferred: `nccl` broadcasts them from GPU to GPU, `files` puts them in shared memory on the same machine;
+    `auto` uses nccl if both sides have their own GPUs."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of the servers' weights and arithmetic, whatever the learner's is."""
     max_model_len: int | None = Field(None, ge=1)
-    """Tokens of context and completion at most (null: what the model has positions for)."""
+    """Maximum tokens of context and completion (null: the model's maximum)."""
     memory: float = Field(4, gt=0)
-    """GiB for keys and values, on each device."""
+    """GiB for keys and values on each device."""
     tensor_parallel_size: int = Field(1, ge=1)
     """Devices that share the weights of one server."""
 

@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from lmrl.recipe.recipe import Recipe
 
 Players = str | dict[str, float]
-"""A scripted player, or several with the share of the episodes that each plays."""
+"""A scripted player, or several with their shares of the episodes."""
 
 
 class SourceOptions(Section):
-    """Base of all. A subclass holds a source's options, and overrides what is otherwise with it."""
+    """Base class of all sources' options. A subclass adds its options, and overrides the defaults that differ."""
 
     name: str
     plays: ClassVar[bool] = True
-    """True if it plays fresh episodes, which are counted in `rollouts`."""
+    """True if it plays fresh episodes, whose number `rollouts` sets."""
     has_log: ClassVar[bool] = False
     """True if it also learns from logged episodes."""
     best: Any = 1.0
@@ -32,7 +32,7 @@ class SourceOptions(Section):
         return self.plays
 
     def episodes_a_step(self, recipe: Recipe) -> tuple[int, int]:
-        """Prompts a step, and episodes of each, that are learned from."""
+        """Prompts per step, and episodes per prompt, that are learned from."""
         return recipe.rollouts.prompts, recipe.rollouts.samples
 
 
@@ -41,12 +41,12 @@ class RolloutsSource(SourceOptions):
 
     name: Literal["rollouts"] = "rollouts"
     best: float = Field(1.0, gt=0, le=1)
-    """Share of each step's episodes, those with the highest returns, that is learned from."""
+    """Learn only from this share of each step's episodes, those with the highest returns."""
     best_among: Literal["all", "prompt"] = "all"
-    """The episodes that `best` is a share of: all of a step's, or those of each prompt (at least one of them).
-    Which of equal returns is kept is drawn."""
+    """What `best` is a share of: all episodes of a step, or those of each prompt (keeping at least one).
+    Ties are broken at random."""
     resample: int = Field(0, ge=0)
-    """Rounds of further prompts at most, drawn in place of those whose samples all earned the same (dynamic sampling,
+    """Maximum rounds in which prompts whose samples all earned the same are replaced by further ones (dynamic sampling,
     DAPO, arXiv 2503.14476). Needs rollouts.samples of at least 2."""
 
 
@@ -58,31 +58,31 @@ class DatasetOptions(SourceOptions):
     path: RowsPath | None = None
     """JSONL or Parquet, a folder of Parquet shards, or a dataset on the hub (see lmrl/trajectories/rows.py)."""
     split: str = "train"
-    """Split of a dataset on the hub; `config` and `revision` are the hub's too."""
+    """Split of a hub dataset; `config` and `revision` also apply only to the hub."""
     config: str | None = None
-    """Name of its configuration (null: its only or default one)."""
+    """Configuration of a hub dataset (null: its only or default one)."""
     revision: str | None = None
     """Branch, tag or commit (null: main)."""
     columns: dict[str, str] = {}
-    """Fields of the formats whose columns have other names in the file: `{prompt: question, completion: answer}`."""
+    """Column names in the file that differ from the format's: `{prompt: question, completion: answer}`."""
     player: Players | None = None
     """A scripted player of the environment, for instance `random`, or shares: `{random: 0.9, optimal: 0.1}`."""
     episodes: int = Field(1000, ge=1, le=100_000_000)
-    """How many episodes the player plays."""
+    """Number of episodes that the player plays."""
     batch_size: int = Field(64, ge=1, le=1_000_000)
-    """Episodes a step; of an objective that compares episodes, pairs."""
+    """Episodes per step; pairs, for objectives that compare episodes."""
     max_tokens: int | None = Field(None, ge=1)
-    """Episodes with more tokens are dropped, and counted."""
+    """Episodes with more tokens are dropped and counted."""
     turns: int | None = Field(None, ge=1)
     """Learn from a random piece of this many turns of each episode (null: from all of it). Many
     pieces of many episodes make steadier updates than a few whole ones. Needs `task.history: N`."""
     best: float = Field(1.0, gt=0, le=1)
-    """Share of the episodes, those with the highest returns, that is learned from (below 1: filtered)."""
+    """Learn only from this share of the episodes, those with the highest returns (below 1: filtered)."""
     best_among: Literal["all", "prompt"] = "all"
-    """The episodes that `best` is a share of: all, or those of each prompt (at least one of them).
-    Which of equal returns is kept is drawn."""
+    """What `best` is a share of: all episodes, or those of each prompt (keeping at least one).
+    Ties are broken at random."""
     skip_bad_rows: bool = False
-    """Count malformed rows and keep them aside, in the run's bad_rows.jsonl, instead of stopping."""
+    """Count malformed rows and move them to the run's bad_rows.jsonl, instead of stopping."""
 
     @field_validator("player")
     @classmethod
@@ -97,7 +97,7 @@ class DatasetOptions(SourceOptions):
             raise ValueError("needs either `path` (logged episodes) or `player` (a scripted player)")
         if self.player is not None and (self.config or self.revision):
             raise ValueError(
-                "`config` and `revision` choose from a dataset on the hub, and a player has none: leave them out"
+                "`config` and `revision` belong to a dataset on the hub, and `player` uses none: leave them out"
             )
         return self
 
@@ -113,7 +113,7 @@ class DatasetSource(DatasetOptions):
 
 
 class MixtureSource(DatasetOptions):
-    """Logged episodes and fresh ones together: from offline to online learning.
+    """Logged and fresh episodes together: from offline to online learning.
 
     Each step plays `rollouts.prompts` x `rollouts.samples` fresh episodes into a replay buffer, and learns from
     `batch_size` episodes, of which a share comes from the buffer and the rest from the log.
@@ -121,13 +121,13 @@ class MixtureSource(DatasetOptions):
 
     name: Literal["mixture"]
     online: float = Field(0.5, ge=0, le=1)
-    """Share of the fresh episodes in a batch at the first step ..."""
+    """Share of fresh episodes in a batch at the first step ..."""
     online_end: float = Field(1.0, ge=0, le=1)
     """... and at the last; linear in between."""
     warmup_steps: int = Field(0, ge=0)
     """First steps that only collect, without updates (WSRL, Zhou et al., arXiv 2412.07762)."""
     replay: int = Field(2000, ge=1)
-    """Newest fresh episodes that the buffer keeps."""
+    """Capacity of the buffer: it keeps the newest episodes."""
 
 
 class CustomSource(SourceOptions, Plugin):

@@ -1,4 +1,4 @@
-"""The likely meaning of an unknown key: a near name, the right section, or another tool's name for it."""
+"""Suggestions for an unknown key: a similar name, the right section, or the key for another tool's name."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ ELSEWHERE = {
     "warmup": ("optimizer.warmup_steps",),
     "warmup_ratio": ("optimizer.warmup_steps",),
 }
-"""Names of keys in trl, transformers, verl and stable-baselines, and the keys here, the likeliest first."""
+"""Names of keys in trl, transformers, verl and stable-baselines, and the keys here, the most likely first."""
 
 
 def suggest(name: str, section: Iterable[str], sections: Mapping[str, Iterable[str]], above: str = "") -> str:
     """`"; did you mean 'optimizer.lr'?"` for an unknown key.
 
-    name: its last part. section: the keys beside it. sections: all keys that there are, by dotted section ('' for the
-    top level). above: what comes before dotted names of this section. Without an idea: the list of its keys.
+    name: its last part. section: the valid keys of its section. sections: all keys, by dotted section ('' for the
+    top level). above: dotted name of this section. Without a match: the list of the section's keys.
     """
     known = {f"{place}.{key}".lstrip("."): key for place, keys in sections.items() for key in keys}
     word = name.lower().replace("-", "_")
