@@ -1,4 +1,4 @@
-"""The recipe's schema, torch-free: one file a section, put together in recipe.py."""
+"""The recipe's schema, torch-free: one file per section, combined in recipe.py."""
 
 from lmrl.recipe.base import Plugin, Section
 from lmrl.recipe.blend import BlendSource

@@ -13,33 +13,32 @@ if TYPE_CHECKING:
     from lmrl.recipe.recipe import Recipe
 
 OWN = "own"
-"""Name of the part that is the recipe's own task, where it has no other."""
+"""Default name of the part that is the recipe's own task."""
 
 
 class PartLog(DatasetOptions):
-    """Logged episodes of a part; how many a step is the blend's to say."""
+    """Logged episodes of a part; the blend decides how many are used per step."""
 
     name: str = "log"
 
     @model_validator(mode="after")
     def _no_batch(self) -> PartLog:
         if self.batch_size != type(self).model_fields["batch_size"].default:
-            raise ValueError("`batch_size` of a part comes of its weight: set source.batch_size")
+            raise ValueError("`batch_size` of a part follows from its weight: set source.batch_size")
         return self
 
 
 class Part(Section):
-    """A part of a blend: a task that is played, or a log of one that is learned from."""
+    """A part of a blend: a task to play, or logged episodes of one."""
 
     name: str = Field(OWN, pattern=r"^[A-Za-z0-9_][\w.-]*$")
-    """Names its metrics: `NAME/reward`, ..."""
+    """Prefix of its metrics: `NAME/reward`, ..."""
     weight: float = Field(1.0, gt=0)
-    """Its share of the prompts (of `rollouts.prompts`), or of the logged episodes (of `batch_size`), relative to the others of its
-    kind."""
+    """Its share of `rollouts.prompts` (tasks) or of `batch_size` (logs), relative to the other parts of the same kind."""
     task: Any = None
-    """As the recipe's `task`, with prompts or an environment (null: the recipe's own)."""
+    """Like the recipe's `task`, with prompts or an environment (null: the recipe's own)."""
     log: PartLog | None = None
-    """Logged episodes of that task, as under a source `dataset` (null: the task is played)."""
+    """Logged episodes of that task, as in source `dataset` (null: the task is played)."""
 
     @field_validator("task")
     @classmethod
@@ -61,20 +60,20 @@ class Part(Section):
 
 
 class Curriculum(Section):
-    """Leave out prompts (or start states) that are always or never solved, and bring them back later."""
+    """Pause prompts (or start states) that are always or never solved, and bring them back later."""
 
     solved: float = 1.0
-    """An episode is solved from this reward (or return) on."""
+    """An episode counts as solved if its reward (or return) is at least this."""
     low: float = Field(0.0, ge=0, le=1)
-    """A prompt of which no larger share is solved rests ..."""
+    """A prompt rests if its solved share is at most this ..."""
     high: float = Field(1.0, ge=0, le=1)
-    """... and so does one of which no smaller share is."""
+    """... or at least this."""
     episodes: int = Field(8, ge=1)
-    """Episodes of a prompt after which its share is judged; then the count restarts."""
+    """Number of episodes of a prompt from which its solved share is computed; then the count restarts."""
     rest: int = Field(20, ge=1)
-    """Steps that it rests. One that is found the same again rests twice as long as before."""
+    """Steps that it rests. If it is still too easy or too hard afterwards, it rests twice as long."""
     longest: int = Field(320, ge=1)
-    """Most steps of a rest."""
+    """Maximum steps of a rest."""
 
     @model_validator(mode="after")
     def _apart(self) -> Curriculum:
@@ -84,25 +83,25 @@ class Curriculum(Section):
 
 
 class BlendSource(SourceOptions):
-    """Several tasks and logs together: prompts of each task by its weight, logged episodes of each log by its weight.
+    """Several tasks and logs together, mixed by weight.
 
     Every part has its own metrics, `NAME/reward` and others. Evaluation is on the recipe's own task.
     """
 
     name: Literal["blend"]
     parts: list[Part] = Field([Part()], min_length=1)
-    """Tasks that are played and logs; without any, the recipe's own task alone (for a curriculum)."""
+    """Tasks and logs; by default only the recipe's own task (for a curriculum)."""
     batch_size: int = Field(64, ge=1, le=1_000_000)
-    """Logged episodes a step, of all logs together."""
+    """Logged episodes per step, over all logs."""
     curriculum: Curriculum | None = None
-    """Of the parts that are played (null: all prompts in turn)."""
+    """Curriculum over the prompts of the played parts (null: all prompts in turn)."""
 
     @model_validator(mode="after")
     def _sensible(self) -> BlendSource:
         names = [part.name for part in self.parts]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"two parts are called '{name}': give each a `name` of its own")
+                raise ValueError(f"two parts are called '{name}': give each its own `name`")
         if self.curriculum is not None and not self.plays:
             raise ValueError("`curriculum` chooses what is played, and all parts are logs: leave it out")
         if self.batch_size != type(self).model_fields["batch_size"].default and not self.has_log:

@@ -1,6 +1,6 @@
-"""Which sections go together: a combination that makes no sense is refused with the reason and the fix.
+"""Checks across sections: a combination that cannot work is refused with the reason and the fix.
 
-What holds for one objective alone is in its own section (lmrl/recipe/objectives).
+Rules for a single objective are in its own section (lmrl/recipe/objectives).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def mistakes(recipe: Recipe) -> Iterator[str]:
-    """One line for each combination in a recipe that cannot work."""
+    """Yield one line for each combination in a recipe that cannot work."""
     objective, source, task = recipe.objective, recipe.source, recipe.task
     if source.best_among == "prompt" and source.best == 1:
         yield (
-            "`source.best_among=prompt` says among which episodes source.best ranks, but that is 1 and keeps all: set "
-            "source.best below 1, or leave it at all"
+            "`source.best_among=prompt` has no effect while source.best is 1, which keeps all episodes: set "
+            "source.best below 1, or source.best_among=all"
         )
     if not objective.leaves_policy:
         if recipe.model.quantization is not None:
@@ -36,7 +36,7 @@ def mistakes(recipe: Recipe) -> Iterator[str]:
         return
     if not objective.uses_correction and source.plays and recipe.rollouts.correction not in ("auto", "none"):
         yield (
-            f"`rollouts.correction` weighs policy gradients (ppo, archer, grpo, dr_grpo, rloo, reinforce_pp), and '{objective.name}' "
+            f"`rollouts.correction` weights policy gradients (ppo, archer, grpo, dr_grpo, rloo, reinforce_pp), and '{objective.name}' "
             "is none: leave it at auto"
         )
     yield from objective.mistakes(recipe)
@@ -54,7 +54,7 @@ def mistakes(recipe: Recipe) -> Iterator[str]:
     if source.plays and task.min_group > recipe.rollouts.samples:
         yield (
             f"`task.min_group`={task.min_group} keeps no group of rollouts.samples={recipe.rollouts.samples} episodes: set it "
-            "to that at most"
+            "to that number at most"
         )
     if isinstance(task, PromptTask):
         if source.plays_own_task:
@@ -70,4 +70,4 @@ def mistakes(recipe: Recipe) -> Iterator[str]:
     if evaluation.gate is not None and unscored:
         yield "`evaluation.gate` measures on a suite: set evaluation.suite"
     if recipe.training.final == "best" and unscored and evaluation.metric is None:
-        yield "`training.final=best` keeps the policy that scores best, but none is scored: set evaluation.suite"
+        yield "`training.final=best` keeps the policy with the best score, but nothing is scored: set evaluation.suite"

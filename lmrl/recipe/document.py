@@ -1,4 +1,4 @@
-"""Recipes and suites as YAML: plain data that knows where each key was written."""
+"""Recipes and suites as YAML: plain data that records where each key was written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Keys = tuple[str | int, ...]
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-4` as a string; people mean a number."""
+    """Reads `1e-4` as a number; YAML 1.1 reads it as a string."""
 
 
 Loader.add_implicit_resolver(
@@ -31,15 +31,15 @@ class Document:
     path: Path | None = None
     places: dict[Keys, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    """For the user, once all is found to be right."""
+    """Notes to print once the document has been validated."""
 
     @property
     def folder(self) -> Path:
-        """The folder that relative files are named from."""
+        """The folder that relative paths refer to."""
         return Path.cwd() if self.path is None else self.path.parent
 
     def place(self, keys: Keys) -> str:
-        """Where a key, what is below it, or its nearest written parent stands."""
+        """File and line of a key, of a key below it, or of its nearest written parent."""
         below = [place for known, place in self.places.items() if known[: len(keys)] == keys]
         if keys and keys not in self.places and below:
             return below[0]
@@ -58,7 +58,7 @@ def read_yaml(path: Path) -> Document:
         data = yaml.load(text, Loader=Loader)
     except RecursionError as error:
         raise RecipeError(f"{path}: is nested too deeply to be a recipe") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, an integer of too many digits
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an invalid date, an integer with too many digits
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or " ".join(str(error).split())
@@ -70,7 +70,7 @@ def read_yaml(path: Path) -> Document:
         return document
     if not isinstance(root, yaml.MappingNode):
         raise RecipeError(
-            f"{path}: holds a {type(root).__name__.removesuffix('Node').lower()}, but a recipe is a mapping of keys to values"
+            f"{path}: contains a {type(root).__name__.removesuffix('Node').lower()}, but a recipe is a mapping of keys to values"
         )
     _note_places(root, (), document)
     document.data = data
@@ -78,11 +78,11 @@ def read_yaml(path: Path) -> Document:
 
 
 MAX_VALUES = 100_000
-"""A recipe with more values, aliases written out, is none."""
+"""Maximum number of values of a recipe, with aliases expanded."""
 
 
 def check_size(root: yaml.Node | None, where: str) -> None:
-    """Refuse YAML whose aliases lead back to themselves, or write out to more values than any recipe has."""
+    """Refuse YAML whose aliases are circular, or expand to more values than any recipe has."""
     sizes: dict[int, int | None] = {}
 
     def size(node: yaml.Node) -> int:

@@ -1,4 +1,4 @@
-"""The recipe's keys as people read them: from the schema and the docstrings beneath its attributes."""
+"""Documentation of the recipe's keys, from the schema and the docstrings beneath its attributes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lmrl.recipe import CHOICES, Recipe
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a section: its type and default as a recipe would write them, and what its docstring says."""
+    """A key of a section: its type and default as in a recipe, and its docstring."""
 
     name: str
     kind: str
@@ -29,7 +29,7 @@ class Key:
 
 
 def keys_of(section: type[BaseModel]) -> list[Key]:
-    """All keys of a section, those of its bases first."""
+    """All keys of a section, those of its base classes first."""
     texts: dict[str, str] = {}
     for cls in reversed(section.__mro__):
         if issubclass(cls, BaseModel) and cls is not BaseModel:
@@ -41,7 +41,7 @@ def keys_of(section: type[BaseModel]) -> list[Key]:
 
 
 def docstrings(cls: type) -> dict[str, str]:
-    """The strings beneath a class's own attributes, by name, each as one line."""
+    """Docstrings of a class's own attributes, by name, each as one line."""
     try:
         (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     except (OSError, TypeError, SyntaxError, ValueError):
@@ -57,7 +57,7 @@ def docstrings(cls: type) -> dict[str, str]:
 
 
 def sections() -> Iterator[tuple[str, str | None, type[BaseModel]]]:
-    """Every section that a recipe can hold: its dotted key, the name that chooses it (None: there is no choice), its class."""
+    """Yield every possible section of a recipe: its dotted key, the name that selects it (None: no choice), its class."""
     for key, field in Recipe.model_fields.items():
         if key in CHOICES:
             for tag, cls in CHOICES[key][2].items():
@@ -83,7 +83,7 @@ def _classes(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _kind(annotation: Any) -> str:
-    """A type in a recipe's words: `number`, `text`, `one of a, b`, `list of text`."""
+    """A type in words: `number`, `text`, `one of a, b`, `list of text`."""
     origin, arms = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return "one of " + ", ".join(json.dumps(arm) if not isinstance(arm, str) else arm for arm in arms)
@@ -117,7 +117,7 @@ def _default(field: Any) -> str:
 
 
 def describe(section: type[BaseModel], width: int = 100) -> Iterator[str]:
-    """A section for a terminal of this width: what it is, then each key."""
+    """Describe a section for a terminal of this width: its docstring, then each key."""
     yield inspect.cleandoc(section.__doc__ or "")
     for key in keys_of(section):
         yield f"\n{key.name}: {key.kind}" + (f" (default {key.default})" if key.default not in ("", "required") else "")
@@ -130,7 +130,7 @@ def reference() -> str:
     lines = [
         "# Recipe keys",
         "",
-        "Every key of a recipe, generated from the schema. Where a section depends on a name in it (`objective.name: ppo`), each name "
+        "Every key of a recipe, generated from the schema. If a section depends on a name in it (`objective.name: ppo`), each name "
         "has its own table. `lmrl show RECIPE` prints a recipe with all defaults; `lmrl ls objectives ppo` prints one section.",
     ]
     top: tuple[str, str | None, type[BaseModel]] = ("", None, Recipe)
@@ -147,8 +147,8 @@ def reference() -> str:
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, with the docstrings as descriptions."""
     schema = Recipe.model_json_schema()
-    schema["properties"]["arguments"] = {"type": "object", "description": "What a recipe by method has to be given."}
-    for key, _, by_tag in CHOICES.values():  # code of one's own has any name but the shipped ones
+    schema["properties"]["arguments"] = {"type": "object", "description": "Arguments that a recipe by method requires."}
+    for key, _, by_tag in CHOICES.values():  # custom code may have any name except the shipped ones
         taken = [tag.strip("<>") for tag in by_tag if tag != "<custom>"]
         schema["$defs"][by_tag["<custom>"].__name__]["properties"][key]["not"] = {"enum": taken}
     classes: dict[str, type[BaseModel]] = {cls.__name__: cls for _, _, cls in sections()} | {"Recipe": Recipe}

@@ -23,18 +23,18 @@ from lmrl.recipe.rates import UNKNOWN_SIZE, default_rates, with_rates
 PROCESS_MB = 450
 """Python with torch and transformers imported, before any model."""
 TRL_MB = 140
-"""What trl's imports add, whose loop trains reward models."""
+"""Added by trl's imports; trl's loop trains reward models."""
 VLLM_PROCESS_MB = 300
 """Memory of vLLM's imports in MB, without its copy and cache."""
 CPU_BFLOAT16 = 4
-"""How many times the tensors of its passes a CPU comes to hold where it computes in bfloat16. oneDNN keeps prepared kernels for
-every new shape; what else there is was not found. Fitted to long runs (see docs/memory.md); float32 shows nothing of it."""
+"""Factor on the tensors of a pass for a CPU that computes in bfloat16. oneDNN caches kernels for every new shape; the rest of the
+growth is unexplained. Fitted to long runs (see docs/memory.md); float32 does not show it."""
 SLICE = 8192
 """Vocabulary entries that lmrl.policy.logprobs projects at a time."""
 VLLM_CACHE_GIB = 1.0
-"""vLLM's keys and values where the recipe does not say, as in lmrl.engines.vllm on a CPU."""
+"""Default size of vLLM's keys and values, as in lmrl.engines.vllm on a CPU."""
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
-"""Of a weight in 4 bits: each 64 share a scale in 8 bits, and each 256 scales another in 32 (arXiv 2305.14314, section 3)."""
+"""Bytes of a weight in 4 bits: 64 weights share an 8-bit scale, and 256 scales share a 32-bit one (arXiv 2305.14314, section 3)."""
 ON_THEIR_WAY = "gradients on their way"
 SPARE = 64
 """Columns of keys and values ahead of need, as in lmrl.policy.cache."""
@@ -76,7 +76,7 @@ def _counted(count: int, one: str, several: str | None = None) -> str:
 
 
 def evaluation_line(recipe: Recipe) -> str:
-    """When a stage is scored, and on what."""
+    """One line that says when a stage is scored, and on what."""
     options = recipe.evaluation
     if not recipe.objective.leaves_policy:
         return "evaluation: on held-out pairs, at the end" + (
@@ -85,7 +85,7 @@ def evaluation_line(recipe: Recipe) -> str:
     if options.suite is None:
         return "evaluation: none"
     if options.suite != OWN_TASK:
-        between = {None: "now and then where there is room", 0: ""}.get(options.every, f"every {options.every} steps")
+        between = {None: "in between if the budget allows", 0: ""}.get(options.every, f"every {options.every} steps")
         return f"evaluation on suite {options.suite}: {_when(between)}"
     if not recipe.scores_own_task:
         return "evaluation: none, since nothing judges held-out episodes of this task"
@@ -94,7 +94,7 @@ def evaluation_line(recipe: Recipe) -> str:
         return "evaluation: none, since the stage is too short to spare any (evaluation.every=0 asks for it)"
     when = _when(f"every {plan.every} steps" if plan.every else "")
     if is_imitation(recipe) and recipe.model.path is None and recipe.evaluation.gate is None:
-        when = "at the end, and at the start if it goes on from another stage"
+        when = "at the end, and at the start if it continues from another stage"
     return f"evaluation on the stage's own task: {plan.episodes} episodes each, {when}"
 
 
@@ -106,7 +106,7 @@ def rate_line(recipe: Recipe) -> str:
     """The learning rates, and where they come from."""
     shape, stated = model_shape(recipe.model), recipe.optimizer
     if shape is None and stated.lr is None:
-        return "learning rate: by the size of the model, which is not known here yet (lmrl/recipe/rates.py)"
+        return "learning rate: depends on the size of the model, which is not known here yet (lmrl/recipe/rates.py)"
     sizes = (shape["parameters"], shape["hidden"]) if shape else (int(UNKNOWN_SIZE), 1024)
     chosen, rates = with_rates(recipe, *sizes), default_rates(recipe, *sizes)
     reason = "as stated" if stated.lr is not None else rates.reason
@@ -126,9 +126,9 @@ def memory_lines(recipe: Recipe) -> list[str]:
 
 
 def memory(recipe: Recipe, accelerator: bool = False) -> dict[str, float] | None:
-    """An estimate of peak memory in MB, item by item; None where the model's sizes are not known on this machine.
+    """Estimate of peak memory in MB, item by item; None if the model's sizes are not known on this machine.
 
-    It is that of one process that shares nothing out. accelerator: of its memory alone; else that of a process on a CPU.
+    It is for one process, without sharding. accelerator: only the accelerator's memory; else that of a process on a CPU.
     """
     shape = model_shape(recipe.model)
     if shape is None:
@@ -149,7 +149,7 @@ def memory(recipe: Recipe, accelerator: bool = False) -> dict[str, float] | None
         items["vLLM's copy and cache"] = copied + round((vllm.memory or VLLM_CACHE_GIB) * 2**30)
     width = 2 if "bfloat16" in (recipe.model.dtype, recipe.training.precision or (accelerator and "bfloat16")) else 4
     update, sampling = _update_bytes(recipe, shape, width), _sampling_bytes(recipe, shape, width)
-    # Not at the same time, and what the one has freed the other takes.
+    # They do not happen at the same time, and each reuses the memory that the other has freed.
     passes = update if sum(update.values()) >= sum(sampling.values()) else sampling
     megabytes = {name: size / 2**20 for name, size in (items | passes).items() if size}
     if accelerator:
@@ -164,7 +164,7 @@ def memory(recipe: Recipe, accelerator: bool = False) -> dict[str, float] | None
 
 
 def _frozen_bytes(model: Model, shape: dict[str, int]) -> int:
-    """Bytes of the weights as they are read, and of the one that is turned back at a time where they are quantized."""
+    """Bytes of the frozen weights and, if they are quantized, of the one matrix that is dequantized at a time."""
     width = 2 if model.dtype == "bfloat16" else 4
     if model.quantization is None:
         return shape["parameters"] * width
@@ -173,7 +173,7 @@ def _frozen_bytes(model: Model, shape: dict[str, int]) -> int:
 
 
 def _trained(recipe: Recipe, shape: dict[str, int]) -> tuple[int, int, int, int]:
-    """Parameters that are trained in the policy, in a second model and in heads, and those of the heads' targets."""
+    """Numbers of parameters trained in the policy, in a second model and in heads, and of the heads' targets."""
     lora, total = recipe.model.lora, shape["parameters"]
     heads, targets = recipe.objective.head_parameters(shape["hidden"], shape["vocabulary"])
     learned = total if lora is None else _adapter(lora, shape)
@@ -181,21 +181,21 @@ def _trained(recipe: Recipe, shape: dict[str, int]) -> tuple[int, int, int, int]
 
 
 def _adapter(lora: Lora, shape: dict[str, int]) -> int:
-    """Parameters of an adapter with one on every linear layer, and of the embeddings and the head that are trained beside it."""
+    """Parameters of an adapter on every linear layer, plus embeddings and head if they are trained too."""
     magnitudes = shape["dora"] if lora.use_dora else 0
     return lora.r * shape["lora_per_rank"] + magnitudes + _copied_embeddings(lora, shape)
 
 
 def _copied_embeddings(lora: Lora, shape: dict[str, int]) -> int:
-    """Parameters of the embeddings and the head that are trained whole; both are one matrix where the model ties them."""
+    """Parameters of embeddings and head that are trained in full; they are one matrix if the model ties them."""
     copies = {name.rpartition(".")[2] for name in lora.modules_to_save or ()} & {"embed_tokens", "lm_head", "wte"}
     return min(len(copies) * shape["vocabulary"] * shape["hidden"], shape["embeddings"])
 
 
 def _moments_bytes(recipe: Recipe, shape: dict[str, int]) -> Callable[..., int]:
-    """Bytes of the optimizer's state for this many parameters, of which some belong to the embeddings and others to heads.
+    """Bytes of the optimizer's state as a function of the number of parameters, and of those in heads.
 
-    AdamW has two moments; 8 bits leave the embeddings' as they are; Muon has one of each matrix, and its last step's in bfloat16.
+    AdamW has two moments; with 8 bits, those of embeddings stay in float32; Muon has one per matrix, plus its last step in bfloat16.
     """
     lora, name = recipe.model.lora, recipe.optimizer.name
     embeddings, head = shape["vocabulary"] * shape["hidden"], shape["embeddings"]
@@ -212,14 +212,14 @@ def _moments_bytes(recipe: Recipe, shape: dict[str, int]) -> Callable[..., int]:
 
 
 def _update_bytes(recipe: Recipe, shape: dict[str, int], width: int) -> dict[str, int]:
-    """Bytes that a pass of an update keeps for its backward pass. width: bytes of a number in it."""
+    """Bytes that a pass of an update keeps for its backward pass. width: bytes per number."""
     tokens = min(recipe.training.microbatch_tokens, recipe.arithmetic()["episodes"] * _tokens_an_episode(recipe))
     # Attention input, q, k, v, output, two norms and three feed-forward maps are kept for the backward pass.
     per_token = shape["layers"] * (10 * shape["hidden"] + 4 * shape["intermediate"]) * width
     # With checkpointing only the layers' inputs are kept, and one layer is computed again at a time.
     kept = shape["layers"] * shape["hidden"] * width + per_token // shape["layers"]
     learned, copy, *_ = _trained(recipe, shape)
-    trunks = (learned > 0) + (copy > 0)  # of the policy, and of the second model that values stand on
+    trunks = (learned > 0) + (copy > 0)  # the policy's, and that of a second model for values
     items = {"activations": trunks * tokens * (kept if recipe.training.gradient_checkpointing else per_token)}
     if recipe.objective.leaves_policy:
         items["vocabulary slices"] = 3 * tokens * min(SLICE, shape["vocabulary"]) * 4
@@ -228,15 +228,15 @@ def _update_bytes(recipe: Recipe, shape: dict[str, int], width: int) -> dict[str
 
 
 def _largest_gradients(recipe: Recipe, shape: dict[str, int]) -> int:
-    """Numbers in gradients of matrices over the vocabulary that a second microbatch holds beside those of the first, before both are
-    added up: of the projection, and of one Q head by its two uses, the value of the action and the push-down."""
+    """Numbers in gradients of vocabulary matrices that a second microbatch holds in addition to those of the first, before they are
+    summed: of the projection, and of one Q head for its two uses, the value of the action and the push-down."""
     own = shape["vocabulary"] * shape["hidden"] if recipe.model.lora is None else 0
     heads, twins = recipe.objective.head_parameters(shape["hidden"], shape["vocabulary"])[0], recipe.objective.twins
     return own + (2 * heads // twins if twins else 0)
 
 
 def _sampling_bytes(recipe: Recipe, shape: dict[str, int], width: int) -> dict[str, int]:
-    """Bytes that engine `hf` holds while it samples. width: bytes of a number."""
+    """Bytes that engine `hf` holds while it samples. width: bytes per number."""
     options = recipe.rollouts
     if not recipe.source.plays or options.engine != "hf":
         return {}
@@ -251,7 +251,7 @@ def _sampling_bytes(recipe: Recipe, shape: dict[str, int], width: int) -> dict[s
 
 
 def _tokens_an_episode(recipe: Recipe) -> int:
-    """Tokens of an episode at most; guessed where only playing tells."""
+    """Maximum tokens of an episode; a guess if it is only known from playing."""
     if (stated := recipe.objective.tokens_a_row()) is not None:
         return stated
     logged = getattr(recipe.source, "max_tokens", None)
@@ -262,7 +262,7 @@ def _tokens_an_episode(recipe: Recipe) -> int:
 
 
 def model_shape(model: Model) -> dict[str, int] | None:
-    """Sizes of the model, from its config and, where it lies on disk, its file header. None: not on this machine."""
+    """Sizes of the model, from its config and, if it is on disk, from its file headers. None: not on this machine."""
     try:
         if model.config is not None:
             return _sensible(_shape_of_config(model.config, None))
@@ -275,11 +275,11 @@ def model_shape(model: Model) -> dict[str, int] | None:
         config = json.loads((folder / "config.json").read_text())
         return _sensible(_shape_of_config(config, _count_parameters(folder)))
     except (TypeError, ValueError, ZeroDivisionError, struct.error):
-        return None  # sizes that make no sense are the model loader's to explain
+        return None  # the model loader explains invalid sizes
 
 
 def _sensible(shape: dict[str, int]) -> dict[str, int] | None:
-    """The sizes, or None where one is nothing or less."""
+    """The sizes, or None if one is not positive."""
     return shape if all(size > 0 for size in shape.values()) else None
 
 
@@ -321,7 +321,7 @@ def _count_parameters(folder: Path) -> int | None:
 
 
 def _cached(name: str, revision: str | None) -> Path | None:
-    """The snapshot of a hub model in the local cache, of a branch, tag or commit (None: main); None: it is not there."""
+    """Snapshot folder of a hub model's branch, tag or commit (None: main) in the local cache; None if it is not there."""
     from huggingface_hub import (
         constants,  # where HF_HOME and its kind put the cache; the library itself takes .4 s to import
     )

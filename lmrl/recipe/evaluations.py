@@ -1,7 +1,7 @@
-"""How often a stage is evaluated, and on how many episodes, where its recipe leaves that open.
+"""Default number of evaluations of a stage, and of their episodes.
 
-An evaluation plays episodes that nothing is learned from. Counts decide, not clocks, so that a run and its resumption
-evaluate alike: all evaluations together play a small share of the episodes that the stage learns from.
+An evaluation plays episodes that are not trained on. The plan depends on counts, not on time, so that a resumed run
+evaluates like an uninterrupted one: all evaluations together play a small share of the episodes that the stage learns from.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from lmrl.recipe.recipe import Recipe
 
 OWN_TASK = "task"
-"""In place of a suite's name: the stage's own task."""
+"""Value of `evaluation.suite` that means the stage's own task."""
 SHARE, OFFLINE_SHARE = 0.08, 0.02
-"""Episodes to play in all evaluations of a stage, as a share of those it learns from. An offline stage only learns from its
-episodes, which takes less time than playing one as well."""
+"""Episodes played in all evaluations of a stage, as a share of those it learns from. The share is smaller for an offline stage,
+which learns from episodes without the time to play them."""
 BETWEEN = 8
-"""Evaluations between a stage's start and its end, at most."""
+"""Maximum number of evaluations between a stage's start and end."""
 AROUND = 4
-"""Evaluations at the start and the end, and the fresh ones of the last and the best policy."""
+"""Evaluations at the start and the end, plus the fresh ones of the last and the best policy."""
 LEAST, ENOUGH, MOST, MOST_OFFLINE = 16, 32, 256, 64
-"""Episodes of an evaluation: below LEAST nothing is measured, and below ENOUGH no policies are compared."""
+"""Episodes of an evaluation: with fewer than LEAST there is none; fewer than ENOUGH are too few to compare policies."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def plays_to_learn(recipe: Recipe) -> bool:
 
 
 def room(recipe: Recipe) -> float:
-    """Episodes that all evaluations of a stage may play together."""
+    """Budget: episodes that all evaluations of a stage may play together."""
     steps, rollouts = recipe.training.steps, recipe.rollouts
     if plays_to_learn(recipe):
         return SHARE * steps * rollouts.prompts * rollouts.samples
@@ -53,9 +53,9 @@ def is_imitation(recipe: Any) -> bool:
 
 
 def own_plan(recipe: Any) -> Plan | None:
-    """Evaluations of a stage on its own task; None where it is too short to spare any.
+    """Evaluations of a stage on its own task; None if it is too short for any.
 
-    What the recipe states holds. Otherwise they are as many as leave each enough episodes.
+    The recipe's own settings take precedence. Otherwise there are as many as the budget allows with enough episodes each.
     """
     stated, steps, spare = recipe.evaluation, recipe.training.steps, room(recipe)
     counts = [0] if is_imitation(recipe) else [count for count in (BETWEEN, 4, 2, 1, 0) if count < steps]

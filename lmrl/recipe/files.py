@@ -1,4 +1,4 @@
-"""Recipes and suites on disk: finding them, loading them, and the stages of a recipe."""
+"""Find and load recipes and suites, and split a recipe into stages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lmrl.shipped import LAUNCHES, shipped, shipped_file, shipped_names
 
 
 def find_launch(name: str) -> Path:
-    """A configuration file of accelerate by path, or by name among those beside the shipped recipes."""
+    """An accelerate configuration file by path, or by name among the shipped ones."""
     if Path(name).is_file():
         return Path(name)
     folder = shipped("recipes") / LAUNCHES
@@ -42,7 +42,7 @@ def find_yaml(name: str | Path, kind: str) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        raise RecipeError(f"'{name}' is a folder, and no {noun}: name a {noun}'s file")
+        raise RecipeError(f"'{name}' is a folder, not a {noun}: name a {noun}'s file")
     if path.suffix in (".yaml", ".yml"):
         raise RecipeError(f"{noun} file '{name}' does not exist")
     names = shipped_names(kind)
@@ -55,7 +55,7 @@ def find_yaml(name: str | Path, kind: str) -> Path:
 
 
 def is_suite(name: str) -> bool:
-    """True if a name or file is a suite: it has a task, and neither a model nor an objective, which every recipe has."""
+    """True if a name or file is a suite: it has a task, but neither a model nor an objective, which every recipe has."""
     path = Path(name)
     if path.is_file():
         keys = read_yaml(path).data.keys()
@@ -98,7 +98,7 @@ def stages_of(recipe: Recipe) -> dict[str, Recipe]:
 
 
 def _check_stage_rewards(stages: dict[str, Recipe]) -> None:
-    """Rewards of the form `stages/NAME` have to be there when a stage needs them."""
+    """Check that rewards of the form `stages/NAME` are trained before a stage needs them."""
     models = [name for name, recipe in stages.items() if recipe.objective.name == REWARD_MODEL]
     for position, (name, recipe) in enumerate(stages.items()):
         before = list(stages)[:position]
@@ -121,7 +121,7 @@ def _check_stage_rewards(stages: dict[str, Recipe]) -> None:
 
 
 def locate_rewards(task: dict[str, Any], run: Path) -> dict[str, Any]:
-    """A task as plain data, in which rewards of the form `stages/NAME` became the folders of that run."""
+    """A task's plain data with rewards of the form `stages/NAME` replaced by folders of the run."""
     rewards = []
     for given in task.get("rewards") or ():
         reward, spec = dict(given), Reward.model_validate(given)
@@ -133,7 +133,7 @@ def locate_rewards(task: dict[str, Any], run: Path) -> dict[str, Any]:
 
 
 def _stage(document: Document, name: str) -> Recipe:
-    """An earlier stage: the top-level keys with the stage's own laid over them."""
+    """An earlier stage: the top-level keys overridden by the stage's own."""
     base = {key: value for key, value in document.data.items() if key not in ("stages", "start")}
     merged = merge(base, document.data["stages"][name])
     start = merged.pop("start", "previous")  # checked where all stages are known
@@ -142,7 +142,7 @@ def _stage(document: Document, name: str) -> Recipe:
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Lay changes over plain recipe data; a section that becomes another kind is replaced as a whole."""
+    """Merge changes into plain recipe data; a section that changes its kind is replaced as a whole."""
     merged = dict(base)
     for key, value in changes.items():
         if not isinstance(value, dict) or not isinstance(merged.get(key), dict):
@@ -155,12 +155,12 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_yaml(recipe: BaseModel) -> str:
-    """The resolved recipe, every default written out."""
+    """The resolved recipe as YAML, with every default."""
     try:
         data = recipe.model_dump(mode="json")
-    except PydanticSerializationError as error:  # an object of Python's among free-form options
+    except PydanticSerializationError as error:  # a Python object among free-form options
         raise RecipeError(
-            f"the recipe holds what no file can hold ({str(error).splitlines()[0]}): name functions as 'file.py:name', "
+            f"the recipe contains a value that cannot be written to a file ({str(error).splitlines()[0]}): name functions as 'file.py:name', "
             "and give numbers, text, lists and mappings as options"
         ) from error
     text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)

@@ -1,6 +1,6 @@
-"""Recipes for one's own model and data: `lmrl train sft model.path=MODEL data.path=FILE`.
+"""Recipes by method, for the user's model and data: `lmrl train sft model.path=MODEL data.path=FILE`.
 
-Such a recipe names what it needs under `arguments`: a key of the recipe, or a short name for one, and what is expected there.
+Such a recipe lists what it requires under `arguments`: a key of the recipe, or a short name for one, and what is expected there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Argument:
 
 
 def take_arguments(data: dict[str, Any]) -> list[Argument]:
-    """The arguments of a recipe's plain data, which they are taken out of."""
+    """Remove the arguments from a recipe's plain data and return them."""
     stated = data.pop("arguments", None) or {}
     return [
         Argument(name, one["key"], one["what"]) if isinstance(one, dict) else Argument(name, name, one)
@@ -30,7 +30,7 @@ def take_arguments(data: dict[str, Any]) -> list[Argument]:
 
 
 def spelled_out(override: str, arguments: list[Argument]) -> str:
-    """An override with the key that its short name stands for; one below it too (`prompts.chat=true`)."""
+    """An override with its short name replaced by the key; also for keys below it (`prompts.chat=true`)."""
     name, equals, value = override.partition("=")
     for one in arguments:
         if name == one.name:
@@ -42,7 +42,7 @@ def spelled_out(override: str, arguments: list[Argument]) -> str:
 
 
 def check_arguments(data: dict[str, Any], arguments: list[Argument], name: str) -> None:
-    """Raise RecipeError where the recipe has not been given all that it needs."""
+    """Raise RecipeError if a required argument is missing."""
     missing = [one for one in arguments if _lookup(data, one.key) is None]
     if missing:
         example = " ".join(f"{one.name}=..." for one in arguments)

@@ -12,7 +12,7 @@ from lmrl.recipe.document import Document, Keys, Loader, check_size, dotted
 
 
 def apply_override(document: Document, override: str) -> None:
-    """Apply `a.b.c=value`; the value is read as YAML. A list is reached into by index: `task.rewards.0.weight=2`."""
+    """Apply `a.b.c=value`; the value is read as YAML. Items of a list have an index: `task.rewards.0.weight=2`."""
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise RecipeError(f"override '{override}' is not of the form key=value, for instance training.steps=50")
@@ -35,7 +35,7 @@ def apply_override(document: Document, override: str) -> None:
 
 
 def _check_stage(data: dict[str, Any], keys: Keys, override: str) -> None:
-    """An override changes stages that there are; a new one is written as a whole: `stages.NAME={...}`."""
+    """Refuse an override of a stage that does not exist; a new stage is written as a whole: `stages.NAME={...}`."""
     stages = data.get("stages") or {}
     if keys[0] != "stages" or len(keys) < 3 or not isinstance(stages, dict) or str(keys[1]) in map(str, stages):
         return
@@ -50,14 +50,14 @@ def _check_stage(data: dict[str, Any], keys: Keys, override: str) -> None:
 
 
 def _keep_shared(section: str, given: dict[str, Any], override: str, notes: list[str]) -> None:
-    """Leave out the keys that another task, source or objective cannot have, and say which; what holds for any task stays."""
+    """Remove keys that another task, source or objective cannot have, and note which; keys common to all tasks stay."""
     shared = EpisodeLimits.model_fields if section == "task" and "environment" in given else ()
     lost = [key for key in given if key not in shared and key != CHOICES[section][0]]
     for key in [*lost, CHOICES[section][0]]:
         given.pop(key, None)
     if lost:
         left = ", ".join(f"{section}.{key}" for key in lost)
-        notes.append(f"override {override} leaves out {left} of the recipe, which may not go with it")
+        notes.append(f"override {override} leaves out {left} of the recipe, which may not fit it")
 
 
 def _child(target: Any, key: str | int, keys: Keys, override: str) -> Any:
@@ -67,7 +67,7 @@ def _child(target: Any, key: str | int, keys: Keys, override: str) -> Any:
     elif target.get(key) is None:
         target[key] = {}
     if not isinstance(target[key], dict | list):
-        raise RecipeError(f"override '{override}': '{dotted(keys)}' holds a single value and has no keys below it")
+        raise RecipeError(f"override '{override}': '{dotted(keys)}' is a single value and has no keys below it")
     return target[key]
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that a recipe names, made absolute."""
+"""Make the files and folders that a recipe names absolute."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".gz")
 
 
 def find_file(name: str, beside: Path, key: str) -> str:
-    """Absolute path of a file that a recipe names: from the current folder, the recipe's, or the shipped recipes'."""
+    """Absolute path of a file that a recipe names: in the current folder, the recipe's, or that of the shipped recipes."""
     folders = [Path.cwd(), beside, shipped("recipes")]
     for folder in folders:
         if (folder / name).exists():
@@ -88,7 +88,7 @@ def resolve_files(data: Any, beside: Path) -> None:
 
 
 def _server_path(tool: Any, beside: Path) -> Any:
-    """A tool of an MCP server whose command names its files absolutely."""
+    """An MCP server with the files of its command made absolute."""
     server = tool.get("mcp") if isinstance(tool, dict) else None
     if not isinstance(server, dict) or not isinstance(server.get("command"), list):
         return tool
@@ -96,7 +96,7 @@ def _server_path(tool: Any, beside: Path) -> Any:
 
 
 def _beside(part: Any, beside: Path) -> Any:
-    """A part of a command, absolute if it is a file beside the caller or the recipe. Programs that PATH finds stay names."""
+    """A part of a command, made absolute if it is a file in the current or the recipe's folder. Programs on PATH stay names."""
     for place in (Path.cwd(), beside) if isinstance(part, str) and ("/" in part or "." in part) else ():
         if (place / part).is_file():
             return str((place / part).absolute())
@@ -104,7 +104,7 @@ def _beside(part: Any, beside: Path) -> Any:
 
 
 def _resolve_items(data: Any, keys: tuple[str, str], name: str, beside: Path) -> None:
-    """Make the files absolute that the items of a list name as code."""
+    """Make absolute the files that items of a list name as code."""
     section = data.get(keys[0]) if isinstance(data, dict) else None
     items = section.get(keys[1]) if isinstance(section, dict) else None
     if not isinstance(items, list):
@@ -150,7 +150,7 @@ def _data_path(name: str, beside: Path, key: str) -> str:
 
 
 def _suite_path(name: str, beside: Path, key: str) -> str:
-    """A suite's file beside the caller or the recipe; anything else is a shipped name."""
+    """A suite's file in the current or the recipe's folder; anything else is a shipped name."""
     return find_file(name, beside, key) if name.endswith((".yaml", ".yml")) else name
 
 
@@ -162,6 +162,6 @@ def _plugin_path(name: str, beside: Path, key: str) -> str:
         except DataError as error:
             raise PluginError(str(error)) from error
     library = name.partition(":")[0]
-    if colon and "/" in file and ("/" in library or "." in library):  # LIBRARY:ID may have any ID, such as an address
+    if colon and "/" in file and ("/" in library or "." in library):  # LIBRARY:ID takes any ID, such as an address
         raise PluginError(f"{key}: '{name}' should be file.py:name or a dotted path")
     return name

@@ -12,18 +12,18 @@ from lmrl.recipe.players import OpponentOf
 from lmrl.recipe.templates import Shots
 
 SpecialTokens = Literal["text", "parse"]
-"""Reading of a special token's name, such as `<|im_end|>`, inside prompts, observations, tool results and logged actions:
-text like any other, or that token (`parse`: for prompts that come rendered). A chat template's own are always tokens."""
+"""How names of special tokens, such as `<|im_end|>`, are read inside prompts, observations, tool results and logged actions:
+as plain text, or as that token (`parse`: for prompts that are already rendered). Those of a chat template are always tokens."""
 
 OpenEnd = Annotated[float, AllowInfNan(True)]
 STAGE_PREFIX = "stages/"
-"""A reward's `model` that begins so is the result of an earlier stage of the same run."""
+"""Prefix of a reward's `model` that is the result of an earlier stage of the same run."""
 
 
 CallTimeout = Annotated[float, Field(gt=0)] | None
-"""Seconds that one call of a reward function or an environment may take (null: any time). Then it counts as failed: a worker is
-replaced, a call in the run's own process is interrupted, and where that is not possible the run ends with a line that names it.
-A reward's own `timeout` comes first; `url` and `model` limit themselves."""
+"""Maximum seconds for one call of a reward function or an environment (null: no limit). After that the call fails: a worker is
+replaced, a call in the run's own process is interrupted, and if that is impossible the run ends with a line that names it.
+A reward's own `timeout` takes precedence; `url` and `model` have their own limits."""
 
 
 class Prompts(Section):
@@ -32,34 +32,33 @@ class Prompts(Section):
     path: RowsPath | None = None
     """Null: the prompts of the logged episodes, `source.path`."""
     column: str = "prompt"
-    """Column of the prompt. In preference data without it, the prompt is the common beginning of chosen and rejected."""
+    """Column of the prompt. In preference data without it, the prompt is the common prefix of chosen and rejected."""
     split: str = "train"
-    """Split of a dataset on the hub; `config` and `revision` are the hub's too."""
+    """Split of a hub dataset; `config` and `revision` also apply only to the hub."""
     config: str | None = None
-    """Name of its configuration (null: its only or default one)."""
+    """Configuration of a hub dataset (null: its only or default one)."""
     revision: str | None = None
     """Branch, tag or commit (null: main)."""
     columns: dict[str, str] = {}
-    """Fields whose columns have other names in the file; those of the prompt's messages or pairs, as under `source`."""
+    """Column names in the file that differ from the format's, for the prompt's messages or pairs, as under `source`."""
     chat: bool = False
-    """Put each prompt through the model's chat template (columns holding message lists always are)."""
+    """Put each prompt through the model's chat template (columns with lists of messages always are)."""
     system: str | None = None
-    """System message, with the chat template only."""
+    """System message; only with the chat template."""
     max_tokens: int = Field(512, ge=1)
-    """Prompts with more tokens are dropped, and counted."""
+    """Prompts with more tokens are dropped and counted."""
     holdout: float = Field(0.1, ge=0, le=1)
-    """Share of the rows, drawn by a fixed seed, that is never trained on and serves evaluation. 1: all of them, for suites, whose
-    default it is."""
+    """Share of the rows, drawn with a fixed seed, that is held out for evaluation. 1, the default of suites: all rows."""
     limit: int | None = Field(None, ge=1)
-    """Use only the first rows."""
+    """Use only this many rows, the first ones."""
     where: str | None = None
     """Jinja expression of a row's columns: rows for which it is false are dropped (`subject == 'anatomy'`)."""
     fields: dict[str, str] = {}
-    """Further columns, each a Jinja expression of the others; those below see those above."""
+    """Further columns, each a Jinja expression of the others, evaluated in order."""
     template: str | None = None
-    """Jinja template of the prompt (null: `column` as it stands)."""
+    """Jinja template of the prompt (null: the text of `column`)."""
     opening: str = ""
-    """Jinja template of what stands before the examples and the prompt."""
+    """Jinja template of the text before the examples and the prompt."""
     shots: Shots = Shots()
 
     @model_validator(mode="after")
@@ -73,28 +72,29 @@ class Reward(Section):
     """One reward: a function, a scorer behind HTTP, or a learned model."""
 
     function: str | None = None
-    """`file.py:name` or a dotted path, of trl's protocol."""
+    """`file.py:name` or a dotted path; a function or class with trl's signature."""
     url: str | None = None
     """Address of a scorer (see lmrl/rewards/http.py), for instance `lmrl reward serve`."""
     model: str | list[str] | None = None
     """A sequence classifier: a folder, a hub name, or `stages/NAME` for the reward model that an earlier stage trained; several
-    make an ensemble. Its options are the arguments of lmrl.rewards.model.RewardModel."""
+    make an ensemble. `options` are the arguments of lmrl.rewards.model.RewardModel."""
     weight: float = 1.0
-    """0: watched, not trained on."""
+    """Weight in the sum of rewards. 0: watched, not trained on."""
     options: dict[str, Any] = {}
-    """Arguments of the function, of the class, or of what `url` and `model` stand for."""
+    """Arguments of the function or class, or options of `url` and `model`."""
     name: str | None = None
+    """Name in metrics (null: from `function`, `url` or `model`)."""
     timeout: float | None = Field(None, gt=0)
-    """Seconds that a call may take; a function that is not async then runs in a worker process, as nothing else stops it."""
+    """Maximum seconds per call; a synchronous function then runs in a worker process, since nothing else can stop it."""
     workers: int = Field(0, ge=0)
-    """Processes that run it side by side, each on a part of the batch (0: the run's own process)."""
+    """Concurrent processes, each for a part of the batch (0: the run's own process)."""
     memory_mb: int | None = Field(None, ge=64)
-    """Address space that a worker may take."""
+    """Limit on the address space of a worker, in MB."""
     retries: int = Field(2, ge=0)
-    """Further calls after a failure that may pass (lmrl.TemporaryError, ConnectionError, TimeoutError)."""
+    """Retries after a temporary failure (lmrl.TemporaryError, ConnectionError, TimeoutError)."""
     normalize: Literal["running"] | tuple[float, float] | None = None
     """Subtract a mean and divide by a standard deviation before weighting: [MEAN, STD], or `running`, those of all
-    training samples so far (evaluation then reports the score as it is). Components stay as they were scored."""
+    training samples so far (evaluation then reports raw scores). Recorded components keep their raw scores."""
     clip: tuple[OpenEnd, OpenEnd] | None = None
     """Lowest and highest value, after normalisation (-.inf and .inf: no limit on that side)."""
 
@@ -115,7 +115,7 @@ class Reward(Section):
             raise ValueError("`clip` is [LOW, HIGH] with LOW < HIGH")
         if is_object(self.function) and (self.workers or self.timeout is not None):
             raise ValueError(
-                f"`{'workers' if self.workers else 'timeout'}`: an object of Python's runs in the run's own process: leave it out, or "
+                f"`{'workers' if self.workers else 'timeout'}`: a Python object runs in the run's own process: leave it out, or "
                 "put the function into a file, `file.py:name`"
             )
         return self
@@ -152,7 +152,7 @@ class Reward(Section):
 
 
 def as_rewards(given: Any) -> Any:
-    """Rewards as a list of sections: one alone, and those that are named by text, are written out."""
+    """Turn a single reward, and rewards given by name, into a list of sections."""
     given = named_rewards(given)
     items = given if isinstance(given, list) else [given]
     return [
@@ -164,20 +164,19 @@ def as_rewards(given: Any) -> Any:
 
 
 class PromptTask(Section):
-    """Episodes of one step: a prompt, a completion, and rewards computed for the whole batch at once."""
+    """Episodes of one turn: a prompt, a completion, and rewards computed for the whole batch at once."""
 
     prompts: Prompts
     rewards: Annotated[list[Reward], BeforeValidator(as_rewards)] = []
     """`file.py:function` (or several of them), an address, or sections with the options of each."""
     max_failed: float = Field(0.1, ge=0, le=1)
-    """The run stops when a larger share of a batch could not be judged."""
+    """The run stops if a larger share of a batch could not be judged."""
     min_group: int = Field(1, ge=1)
-    """Episodes of a prompt that must be judged for them to be learned from; the episodes of smaller groups are dropped and
-    counted (`dropped`)."""
+    """Minimum number of judged episodes of a prompt; smaller groups are dropped and counted (`dropped`)."""
     call_timeout: CallTimeout = 600
-    """Seconds that one call of a reward function may take; then its batch is tried row by row."""
+    """Maximum seconds for one call of a reward function; after that its batch is retried row by row."""
     special_tokens: SpecialTokens = "text"
-    """Inside prompts and completions: `text`, or `parse` for prompts that hold control tokens on purpose."""
+    """How special tokens in prompts and completions are read: `text`, or `parse` for prompts with control tokens on purpose."""
 
     @model_validator(mode="after")
     def _distinct_names(self) -> PromptTask:
@@ -189,49 +188,48 @@ class PromptTask(Section):
 
 
 class AgentTask(Section):
-    """Episodes that a program plays: it asks the policy at an OpenAI-compatible address, as often as it likes."""
+    """Episodes played by a program, which calls the policy through an OpenAI-compatible API as often as it likes."""
 
     agent: str | None = None
     """`file.py:solve` or a dotted path: `solve(row, client, **options)`, plain or async, returns the reward, or a dict with `reward`
-    and measurements; with `rewards` text or nothing."""
+    and metrics; with `rewards`, text or nothing."""
     agent_command: list[str] | None = None
-    """A program in any language and its arguments: the row comes as JSON on its standard input, the address in OPENAI_BASE_URL and
-    OPENAI_API_KEY; the last line that it prints is what `solve` would return, as JSON."""
+    """A program in any language and its arguments: it gets the row as JSON on its standard input, and the address and key in
+    OPENAI_BASE_URL and OPENAI_API_KEY; its last printed line is, as JSON, what `solve` would return."""
     tools: list[str | dict[str, Any]] = []
-    """Instead of a program of your own, these tools, which the policy calls until it answers: `file.py:function` or a dotted path, a
+    """Instead of a program, tools that the policy calls until it answers: `file.py:function` or a dotted path, a
     function with type hints; `python`, or `{python: {seconds: 5}}`, runs code; `{mcp: {command: [...]}}` or `{mcp: {url: ...}}` are
     the tools of an MCP server. `rewards` judge the answer. `options`: `prompt` (the column with the question), `system`, `rounds`
-    (answers at most, 8), `seconds` of a call (30) and `characters` of a result (4000)."""
+    (maximum answers, 8), `seconds` per call (30) and `characters` of a result (4000)."""
     data: str
-    """Rows of tasks: a JSONL, Parquet or CSV file, or a dataset on the hub."""
+    """Rows of tasks: a JSONL, Parquet or CSV file, or a hub dataset."""
     split: str = "train"
-    """Split of a dataset on the hub; `config` and `revision` are the hub's too."""
+    """Split of a hub dataset; `config` and `revision` also apply only to the hub."""
     config: str | None = None
-    """Name of its configuration (null: its only or default one)."""
+    """Configuration of a hub dataset (null: its only or default one)."""
     revision: str | None = None
     """Branch, tag or commit (null: main)."""
     holdout: float = Field(0.1, ge=0, lt=1)
-    """Share of the rows, drawn by a fixed seed, that is never trained on and serves evaluation."""
+    """Share of the rows, drawn with a fixed seed, that is held out for evaluation."""
     limit: int | None = Field(None, ge=1)
-    """Use only the first rows."""
+    """Use only this many rows, the first ones."""
     options: dict[str, Any] = {}
     """Further arguments of `agent`."""
     rewards: Annotated[list[Reward], BeforeValidator(as_rewards)] = []
-    """Reward functions that judge episodes in place of the program: they get the row's columns, and as completion the text that the
-    program returned (or else all that was said)."""
+    """Reward functions that judge episodes instead of the program: they get the row's columns, and as completion the text that the
+    program returned (if none, everything the policy said)."""
     max_calls: int = Field(100, ge=1)
-    """Answers that an episode may ask for; it has failed where it asks for more."""
+    """Maximum answers per episode; an episode that asks for more fails."""
     workers: int = Field(64, ge=1, le=10_000)
-    """Programs side by side."""
+    """Number of concurrent programs."""
     max_failed: float = Field(0.1, ge=0, le=1)
-    """The run stops when a larger share of a batch's episodes failed."""
+    """The run stops if a larger share of a batch's episodes fails."""
     min_group: int = Field(1, ge=1)
-    """Episodes of a row that must not fail for them to be learned from; the episodes of smaller groups are dropped and counted
-    (`dropped`)."""
+    """Minimum number of successful episodes of a row; smaller groups are dropped and counted (`dropped`)."""
     call_timeout: CallTimeout = 600
-    """Seconds that an episode may take; then it has failed, and a command is killed."""
+    """Maximum seconds for an episode; after that it fails, and a command is killed."""
     special_tokens: SpecialTokens = "text"
-    """Inside messages and prompts: `text`, or `parse` where control tokens are meant."""
+    """How special tokens in messages and prompts are read: `text`, or `parse` as control tokens."""
 
     history: ClassVar[str] = "all"
     chat: ClassVar[bool] = True
@@ -239,7 +237,7 @@ class AgentTask(Section):
     @model_validator(mode="after")
     def _one_program(self) -> AgentTask:
         if sum(bool(one) for one in (self.agent, self.agent_command, self.tools)) != 1:
-            raise ValueError("a task of this kind is played by one of `agent`, `agent_command` and `tools`")
+            raise ValueError("an agent task is played by exactly one of `agent`, `agent_command` and `tools`: set one")
         if self.tools and not any(reward.weight for reward in self.rewards):
             raise ValueError("`tools` end with an answer, and nothing judges it: list a reward under `rewards`")
         if self.agent_command is not None and (not self.agent_command or self.options):
@@ -253,34 +251,37 @@ class EpisodeLimits(Section):
     max_turns: int = Field(100, ge=1)
     """An episode is truncated after this many turns."""
     max_failed: float = Field(0.1, ge=0, le=1)
-    """The run stops when the environment fails in a larger share of a batch."""
+    """The run stops if the environment fails in a larger share of a batch."""
     call_timeout: CallTimeout = 600
-    """Seconds that one call of the environment may take; then its episode has failed."""
+    """Maximum seconds for one call of the environment; after that its episode fails."""
     min_group: int = Field(1, ge=1)
-    """Episodes from a start state that must not fail for them to be learned from; the episodes of smaller groups are dropped
-    and counted (`dropped`)."""
+    """Minimum number of successful episodes of a start state; smaller groups are dropped and counted (`dropped`)."""
     workers: int = Field(0, ge=0, le=10_000)
-    """Threads that step environments side by side (0: the run's own thread steps one after another). For environments that
-    wait, for tools or services; a call over `call_timeout` is left behind in its thread. See `rollouts.deterministic`."""
+    """Threads that step environments concurrently (0: one after another in the run's own thread). For environments that
+    wait for tools or services; a call over `call_timeout` is abandoned in its thread. See `rollouts.deterministic`."""
     chat: bool = False
     """Put observations through the model's chat template."""
     special_tokens: SpecialTokens = "text"
-    """Inside observations and logged actions: `text`, or `parse` where control tokens are meant."""
+    """How special tokens in observations and logged actions are read: `text`, or `parse` as control tokens."""
     allowed_actions: bool = False
-    """Sample only actions that the environment's `allowed_actions()` lists. Probabilities are renormalised over them, in training as
-    well. With rollouts.engine=hf."""
+    """Sample only actions that the environment's `allowed_actions()` lists. Probabilities are renormalised over them, also in
+    training. Only with rollouts.engine=hf."""
 
 
 class RandomWalksTask(EpisodeLimits):
-    """Shortest paths on one generated graph."""
+    """Shortest paths on a generated graph."""
 
     environment: Literal["random_walks"]
     graph: int = Field(1000, ge=0)
+    """Number (seed) of the graph."""
     nodes: int = Field(21, ge=3, le=26)
+    """Nodes of the graph."""
     max_length: int = Field(10, ge=3)
+    """Maximum nodes of a walk."""
     edge_probability: float = Field(0.1, gt=0, le=1)
+    """Probability of an edge between two nodes."""
     stepwise: bool = False
-    """One node a turn, instead of the whole walk in one."""
+    """One node per turn, instead of the whole walk in one turn."""
 
     @model_validator(mode="after")
     def _walks_are_free(self) -> RandomWalksTask:
@@ -294,12 +295,12 @@ class RandomWalksTask(EpisodeLimits):
 
 
 class MazeTask(EpisodeLimits):
-    """Walk to the goal of a double-T maze, one move a turn."""
+    """Walk to the goal of a double-T maze, one move per turn."""
 
     environment: Literal["maze"]
     history: Literal["all"] | Annotated[int, Field(ge=1)] = 1
     observed: Literal["fully", "partially"] = "fully"
-    """partially: the observation tells the walls around, and not the position."""
+    """partially: the observation shows the surrounding walls but not the position."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -312,13 +313,13 @@ class NimTask(EpisodeLimits):
     environment: Literal["nim"]
     history: Literal["all"] | Annotated[int, Field(ge=1)] = 1
     sticks: int = Field(10, ge=2)
-    """Of the largest heap to begin with."""
+    """Sticks in the largest starting heap."""
     most: int = Field(3, ge=1)
-    """Sticks that a player may take."""
+    """Maximum sticks that a player may take."""
     opponent: OpponentOf = None
     """Who plays the other side (null: `self`), a name or a section."""
     opponent_in_evaluation: OpponentOf = None
-    """The opponent that scores are made against (null: `opponent`, or in place of `self` a scripted player of the game)."""
+    """The opponent in evaluations (null: `opponent`; instead of `self`, a scripted player of the game)."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -330,10 +331,10 @@ class CustomTask(EpisodeLimits, Plugin):
 
     environment: EnvironmentName
     opponent: OpponentOf = None
-    """Of a game of several players: who plays the other sides (null: `self`), a name or a section. Another environment gets a name as
-    an option of its own."""
+    """In a multi-player game: who plays the other sides (null: `self`), a name or a section. Other environments get a bare name as
+    an option of their own."""
     opponent_in_evaluation: OpponentOf = None
-    """The opponent that scores are made against (null: `opponent`, or in place of `self` a scripted player of the game)."""
+    """The opponent in evaluations (null: `opponent`; instead of `self`, a scripted player of the game)."""
 
 
 ENVIRONMENTS: dict[str, type[EpisodeLimits]] = {"random_walks": RandomWalksTask, "maze": MazeTask, "nim": NimTask}

@@ -1,4 +1,4 @@
-"""Plain data against the schema: the first mistake in one line, with its key, its place and the nearest name."""
+"""Validate plain data against the schema: report the first mistake in one line, with its key, its place and the nearest name."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _explain(schema: type[BaseModel], document: Document, mistake: Mapping[str, 
 
 
 def _shown(value: Any) -> str:
-    """A wrong value, as short as a line has room for."""
+    """A wrong value, shortened to fit a line."""
     text = "nothing" if value is None else repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -85,7 +85,7 @@ def _sections(schema: Any, data: Any, above: Keys = ()) -> dict[str, list[str]]:
 
 
 def _schema_at(schema: Any, data: Any, keys: Keys) -> type[BaseModel] | None:
-    """The section class that describes `data` at `keys`, or None where it is free-form."""
+    """The section class that describes `data` at `keys`, or None if it is free-form."""
     for key in keys:
         if isinstance(schema, type) and issubclass(schema, BaseModel):
             annotation = schema.model_fields[key].annotation if key in schema.model_fields else None

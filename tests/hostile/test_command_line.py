@@ -130,7 +130,7 @@ KEYS = [
     ("evaluation.suite=mine.yaml", r"mine.yaml is a recipe, and no suite: a suite has a task"),
     ("stages.warmup.training.steps=2", r"the recipe has no stage 'warmup'"),
     ("start=warmup", r"`start`: 'warmup' is no earlier stage"),
-    ("training.final=best", r"`training.final=best` keeps the policy that scores best, but none is scored"),
+    ("training.final=best", r"`training.final=best` keeps the policy with the best score, but nothing is scored"),
 ]
 
 
@@ -150,7 +150,7 @@ FILES = [
         written("mine.yaml", RECIPE + "training: {steps: 2}\n"),
         r"key 'training' stands twice \(mine.yaml, line 6 and .*keep one",
     ),
-    (folder("mine.yaml"), r"'mine.yaml' is a folder, and no recipe: name a recipe's file"),
+    (folder("mine.yaml"), r"'mine.yaml' is a folder, not a recipe: name a recipe's file"),
     (written("mine.yaml", "---\na: 1\n---\nb: 2\n"), r"mine.yaml, line 3: not valid YAML"),
     (
         written("mine.yaml", "model: !!python/object/apply:os.getcwd []\n"),
@@ -174,7 +174,7 @@ def test_recipes_suites_and_folders_are_told_apart(lmrl, place):
     check_line(
         lmrl("eval", "model", "--suite", "mine.yaml"), r"mine.yaml is a recipe, and no suite: a suite has a task"
     )
-    check_line(lmrl("show", "model"), r"'model' is a folder, and no recipe")
+    check_line(lmrl("show", "model"), r"'model' is a folder, not a recipe")
     check_line(
         lmrl("cp", "random_walks/ppo", "mine.yaml"), r"mine.yaml exists: choose another destination, or .* --force"
     )

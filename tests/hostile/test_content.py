@@ -84,7 +84,7 @@ def test_values_that_make_no_sense(lmrl, tmp_path, override, message):
 def test_an_override_below_a_number(lmrl, tmp_path):
     (tmp_path / "mine.yaml").write_text(RECIPE + "optimizer: {betas: [0.9, 0.95]}\n")
     check_line(
-        lmrl("show", "mine.yaml", "optimizer.betas.1.x=2"), "'optimizer.betas.1' holds a single value and has no keys"
+        lmrl("show", "mine.yaml", "optimizer.betas.1.x=2"), "'optimizer.betas.1' is a single value and has no keys"
     )
 
 
@@ -100,7 +100,7 @@ def test_another_environment_keeps_what_holds_for_any(lmrl, tmp_path):
     code, out, err = lmrl("show", "mine.yaml", "task.environment=maze")
     assert code == 0 and "environment: maze" in out and "history: 2" in out and "graph" not in out
     assert err == (
-        "lmrl: note: override task.environment=maze leaves out task.graph of the recipe, which may not go with it\n"
+        "lmrl: note: override task.environment=maze leaves out task.graph of the recipe, which may not fit it\n"
     )
 
 
@@ -191,5 +191,5 @@ def test_recipes_that_hold_objects():
         load_recipe(7)
     recipe = load_recipe("sentiment/ppo")
     recipe.task.rewards[0].options = {"function": len}
-    with pytest.raises(LmrlError, match="holds what no file can hold .*name functions as 'file.py:name'"):
+    with pytest.raises(LmrlError, match="contains a value that cannot be written to a file .*name functions as 'file.py:name'"):
         to_yaml(recipe)

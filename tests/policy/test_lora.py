@@ -149,8 +149,8 @@ def test_a_later_stage_adapts_as_the_first(tmp_path, folders, options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_parameters": ["a"], "use_dora": True}, "`target_parameters` does not go with `use_dora`"),
-        ({"target_parameters": ["a"], "dropout": 0.1}, "`target_parameters` does not go with `dropout`"),
+        ({"target_parameters": ["a"], "use_dora": True}, "`target_parameters` cannot be combined with `use_dora`"),
+        ({"target_parameters": ["a"], "dropout": 0.1}, "`target_parameters` cannot be combined with `dropout`"),
         ({"target_modules": []}, "`target_modules` names no layer"),
     ],
 )

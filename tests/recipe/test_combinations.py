@@ -32,7 +32,7 @@ REFUSED = [
     *(
         (
             MODEL + WALKS + f"source: {{{source}, best_among: prompt}}\nobjective: {{name: {name}}}",
-            "`source.best_among=prompt` says among which .* set source.best below 1",
+            "`source.best_among=prompt` has no effect .* set source.best below 1",
         )
         for source in ("name: dataset, player: random", "name: rollouts", "name: mixture, player: random")
         for name in ("likelihood", "ilql", "ppo", "reward_model")
@@ -64,7 +64,7 @@ REFUSED = [
     *(
         (
             MODEL + task + ROLLOUTS + f"evaluation: {{suite: {suite}}}\ntraining: {{final: best}}\nobjective: {{name: ppo}}",
-            "`training.final=best` keeps the policy that scores best, but none is scored: set evaluation.suite",
+            "`training.final=best` keeps the policy with the best score, but nothing is scored: set evaluation.suite",
         )
         for task, suite in ((WALKS, "null"), (UNHELD, "task"))
     ),

@@ -183,7 +183,7 @@ def test_arithmetic_of_a_mixture():
         (
             "random_walks/ppo",
             [],
-            "evaluation on suite random_walks: at the start, now and then where there is room and at the end",
+            "evaluation on suite random_walks: at the start, in between if the budget allows and at the end",
         ),
         ("random_walks/ppo", ["evaluation.every=0"], "evaluation on suite random_walks: at the start and the end"),
         ("random_walks/ppo", ["evaluation.suite=null"], "evaluation: none"),
@@ -195,7 +195,7 @@ def test_arithmetic_of_a_mixture():
         (
             "random_walks/bc",
             ["evaluation.suite=task"],
-            "evaluation on the stage's own task: 64 episodes each, at the end, and at the start if it goes on from another stage",
+            "evaluation on the stage's own task: 64 episodes each, at the end, and at the start if it continues from another stage",
         ),
         (
             "random_walks/bc",

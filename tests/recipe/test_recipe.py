@@ -90,7 +90,7 @@ def test_mistakes_in_a_file(tmp_path, change, message):
         ("training.steps=many", r"wrong value for 'training.steps' \(override training.steps=many\)"),
         ("training.steps.more=1", "unknown key|valid integer"),
         ("task.rewards.0.weight=2", "unknown key 'task.rewards'"),
-        ("objective.clip.high=2", "'objective.clip' holds a single value"),
+        ("objective.clip.high=2", "'objective.clip' is a single value"),
         (
             "stages.warm.objective.clp=1",
             r"the recipe has no stage .warm.; a new one is written as a whole: stages.warm=",
