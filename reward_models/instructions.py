@@ -1,6 +1,6 @@
-"""Rewards for instructions that can be checked by a rule, as IFEval asks them (Zhou et al., arXiv 2311.07911).
+"""Rewards for rule-checkable instructions, as in IFEval (Zhou et al., arXiv 2311.07911).
 
-The rules are those of lm-eval 0.4.13. Left out are instructions that need a language detector or a sentence splitter: the language of
+The rules are those of lm-eval 0.4.13, except for instructions that need a language detector or a sentence splitter: the language of
 the answer, all capitals and all lower case in English, the number of sentences, and the number of words in capitals.
 """
 
@@ -20,11 +20,11 @@ FENCES = ("```json", "```Json", "```JSON", "```")
 def follows(
     completions: list, instruction_id_list: list, kwargs: list, loose: bool = False, **_
 ) -> list[dict[str, float] | None]:
-    """1 where a completion follows every instruction of its row, else 0; and as `share`, the share that it follows. None for a row
+    """1 if a completion follows every instruction of its row, else 0; `share` is the share that it follows. None for a row
     with an instruction that no rule here checks.
 
-    instruction_id_list, kwargs: of each row, the instructions and their arguments, as IFEval's file has them. loose: a
-    completion counts as well without asterisks, without its first line, its last, or both.
+    instruction_id_list, kwargs: each row's instructions and their arguments, as in IFEval's file. loose: also accept the
+    completion without asterisks, without its first line, its last line, or both.
     """
     rewards: list[dict[str, float] | None] = []
     for completion, names, arguments in zip(completions, instruction_id_list, kwargs, strict=True):
@@ -42,14 +42,14 @@ def plain(text: str) -> list[str]:
 
 
 def variants(text: str) -> list[str]:
-    """The forms that the loose score tries."""
+    """The variants of a text that the loose score tries."""
     lines = text.split("\n")
     forms = [text, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
     return forms + [form.replace("*", "") for form in forms]
 
 
 def followed(name: str, text: str, arguments: dict[str, Any]) -> bool:
-    """Whether a text follows one instruction."""
+    """True if a text follows one instruction."""
     given = {key: value for key, value in arguments.items() if value}
     return bool(CHECKS[name](text, **given))
 
@@ -76,7 +76,7 @@ def letter_frequency(text: str, letter: str, let_frequency: int, let_relation: s
 
 
 def number_paragraphs(text: str, num_paragraphs: int) -> bool:
-    """Paragraphs stand between dividers, ***; empty ones only at the ends."""
+    """True for this number of paragraphs between dividers, ***; empty ones only at the ends."""
     parts = re.split(r"\s?\*\*\*\s?", text)
     empty = [place for place, part in enumerate(parts) if not part.strip()]
     return set(empty) <= {0, len(parts) - 1} and len(parts) - len(empty) == num_paragraphs
@@ -87,7 +87,7 @@ def number_words(text: str, num_words: int, relation: str) -> bool:
 
 
 def nth_paragraph_first_word(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
-    """Paragraphs stand between empty lines."""
+    """True for this number of paragraphs, separated by empty lines, if the nth one starts with the word."""
     parts = text.split("\n\n")
     count = sum(bool(part.strip()) for part in parts)
     if nth_paragraph > count or not parts[nth_paragraph - 1].strip():
@@ -143,7 +143,7 @@ def title(text: str) -> bool:
 
 
 def two_responses(text: str) -> bool:
-    """Two different answers around ******."""
+    """True for two different answers separated by ******."""
     parts = text.split("******")
     empty = [place for place, part in enumerate(parts) if not part.strip()]
     full = [part.strip() for part in parts if part.strip()]
@@ -189,4 +189,4 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "punctuation:no_comma": no_comma,
     "startend:quotation": quotation,
 }
-"""Rules by the name of the instruction; each takes the text and the instruction's arguments."""
+"""Rules by instruction name; each takes the text and the instruction's arguments."""

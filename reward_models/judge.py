@@ -1,6 +1,6 @@
-"""A language model as a judge, behind any endpoint that speaks OpenAI's chat completions.
+"""A language model as a judge, behind any OpenAI-compatible chat endpoint.
 
-Zheng et al., "Judging LLM-as-a-judge" (arXiv 2306.05685), also for why pairs are judged in both orders.
+See Zheng et al., "Judging LLM-as-a-judge" (arXiv 2306.05685), also for why pairs are judged in both orders.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ Reply with the letter alone, as in "Better: A".
 class Judge:
     """Scores completions in [0, 1] by a rubric, and compares pairs.
 
-    model: the judge's name at the endpoint. url: up to and without `/chat/completions`. token_env: name of the environment
+    model: the judge's name at the endpoint. url: the endpoint without `/chat/completions`. token_env: name of the environment
     variable with the key. rubric: text with {prompt}, {completion}, {low}, {high} and columns by name. pattern: a regular
-    expression whose last match's first group is the score, from low to high. A reply without one, or outside, is no score.
+    expression; the first group of its last match is the score, from low to high. A reply without a match or out of range gives no score.
     requests_per_minute, prices, max_spend, cache: see lmrl.openai_client.OpenAIClient.
     """
 
@@ -86,7 +86,7 @@ class Judge:
         self.concurrency = concurrency
 
     def __call__(self, prompts: list, completions: list, **columns) -> list:
-        """A score in [0, 1] for each completion, or why there is none."""
+        """A score in [0, 1] for each completion, or a Failure that says why there is none."""
 
         def judge(row: int):
             known = {name: column[row] for name, column in columns.items()}
@@ -99,9 +99,9 @@ class Judge:
         return self._side_by_side(judge, len(prompts))
 
     def compare(self, prompts: list, first: list, second: list) -> list:
-        """1 where the first completion is better in both orders, 0 where the second is, 0.5 where the orders disagree.
+        """1 if the first completion is better in both orders, 0 if the second is, 0.5 if the orders disagree.
 
-        In place of a number a Failure says why there is none.
+        A Failure instead of a number says why there is none.
         """
 
         one = self.prefers_first(prompts, first, second)
@@ -112,7 +112,7 @@ class Judge:
         ]
 
     def prefers_first(self, prompts: list, first: list, second: list) -> list:
-        """1 where the first completion is found better, in this order alone, and 0 where the second is; or a Failure."""
+        """1 if the first completion is judged better, in this order only, 0 if the second is; or a Failure."""
 
         def judge(row: int):
             try:
@@ -123,7 +123,7 @@ class Judge:
         return self._side_by_side(judge, len(prompts))
 
     def prefers(self, prompts: list, first: list, second: list) -> list:
-        """1 where the completion shown first is better, 0 where the second is, in this order alone (lmrl compare --judge)."""
+        """1 if the completion shown first is judged better, 0 if the second is, in this order only (lmrl compare --judge)."""
 
         def judge(row: int):
             try:
@@ -134,7 +134,7 @@ class Judge:
         return self._side_by_side(judge, len(prompts))
 
     def score_in(self, reply: str) -> float:
-        """The score in a reply, in [0, 1]. Failure: there is none."""
+        """The score in a reply, in [0, 1]. Raises Failure if there is none."""
         found = self.pattern.findall(reply)
         value = float(found[-1]) if found else None
         if value is None or not self.low <= value <= self.high:
@@ -162,7 +162,7 @@ class Judge:
 
 
 def _filled(template: str, values: dict) -> str:
-    """The template with its fields filled in. What is filled in is not looked into again."""
+    """The template with its fields filled in. Braces inside the values are not expanded again."""
     return template.format_map(values)
 
 

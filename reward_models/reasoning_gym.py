@@ -20,10 +20,10 @@ TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def verified(completions: list, reasoning_gym: list, **_) -> list[float | None]:
-    """The verifier's score in [0, 1] of each completion; None for a row that is no task of reasoning-gym.
+    """The verifier's score in [0, 1] of each completion; None for a row that is not a reasoning-gym task.
 
-    `reasoning_gym` is the column that this module writes. The answer is what stands in the last <answer> tag, or else all of
-    the completion, stripped.
+    `reasoning_gym` is the column that this module writes. The answer is the content of the last <answer> tag, otherwise the
+    whole completion, stripped.
     """
     from reasoning_gym import get_score_answer_fn
 
@@ -41,7 +41,7 @@ def verified(completions: list, reasoning_gym: list, **_) -> list[float | None]:
 
 
 def write_prompts(task: str, size: int, seed: int, output: Path, ask: str = "", **settings) -> None:
-    """Write `size` tasks as rows of prompt and entry. ask: text that is put after each question."""
+    """Write `size` tasks as rows of prompt and entry. ask: text to append to each question."""
     from reasoning_gym import create_dataset
 
     with open(output, "w", encoding="utf-8") as file:

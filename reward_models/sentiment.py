@@ -22,9 +22,9 @@ def sentiment(completions: list, **_) -> list[float]:
 
 
 def variety(completions: list, **_) -> list[float]:
-    """Distinct words over all words, in [0, 1]: falls when a policy repeats itself to please a lexicon.
+    """Distinct words over all words, in [0, 1]: falls if a policy repeats itself to exploit the lexicon.
 
-    Meant to be watched with `weight: 0`.
+    Meant to be watched, with `weight: 0`.
     """
     words = [text_of(completion).lower().split() for completion in completions]
     return [len(set(found)) / len(found) if found else 0.0 for found in words]

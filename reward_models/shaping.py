@@ -1,4 +1,4 @@
-"""Rewards for the form of a completion, to be weighed beside one for what it says."""
+"""Rewards for the form of a completion, to combine with a reward for its content."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lmrl.reward_models._text import text_of
 
 
 def format(completions: list, pattern: str, **_) -> list[float]:
-    """1 where the whole completion matches a regular expression (its dot matches line breaks), else 0."""
+    """1 if the whole completion matches a regular expression (its dot matches line breaks), else 0."""
     compiled = re.compile(pattern, re.DOTALL)
     return [float(compiled.fullmatch(text_of(completion)) is not None) for completion in completions]
 
 
 def length(completions: list, low: int = 0, high: int = 200, margin: int = 50, **_) -> list[float]:
-    """1 where a completion has `low` to `high` words, falling in a line to 0 at `margin` words below or above."""
+    """1 if a completion has `low` to `high` words, falling linearly to 0 at `margin` words below or above."""
     rewards = []
     for completion in completions:
         words = len(text_of(completion).split())
@@ -25,7 +25,7 @@ def length(completions: list, low: int = 0, high: int = 200, margin: int = 50, *
 
 
 def repetition(completions: list, n: int = 3, **_) -> list[float]:
-    """Minus the share of a completion's n-grams of words that have been there before: 0 is none, near -1 is all."""
+    """Minus the share of repeated word n-grams in a completion: 0 means none, near -1 all."""
     rewards = []
     for completion in completions:
         words = text_of(completion).lower().split()
@@ -36,9 +36,9 @@ def repetition(completions: list, n: int = 3, **_) -> list[float]:
 
 
 def keywords(completions: list, required: list[str] = (), forbidden: list[str] = (), **_) -> list[float]:
-    """The share of the `required` words that are there, less 1 where a `forbidden` one is; whole words in any case.
+    """Share of the `required` words that occur, minus 1 if a `forbidden` one does; whole words, ignoring case.
 
-    From -1 to 1; 1 where nothing is required.
+    From -1 to 1; 1 if nothing is required.
     """
 
     def holds(text: str, word: str) -> bool:

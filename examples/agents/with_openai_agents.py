@@ -1,4 +1,4 @@
-"""Agents of OpenAI's Agents SDK (pip install openai-agents), unchanged but for the client that leads to the policy.
+"""Agents of OpenAI's Agents SDK (pip install openai-agents), unchanged except for the client, which calls the policy.
 
 task: {agent: examples/agents/with_openai_agents.py:calculator, data: tasks.jsonl}     # rows: prompt, answer
 """
@@ -25,7 +25,7 @@ async def calculator(row, client):
 
 
 async def committee(row, client):
-    """Two sub-agents side by side, whose answers a third one joins."""
+    """Two concurrent sub-agents, and a third agent that chooses between their answers."""
     model = OpenAIChatCompletionsModel(model="policy", openai_client=client)
     members = [Agent(name=name, instructions=f"You are {name}.", model=model) for name in ("A", "B")]
     found = await asyncio.gather(*[Runner.run(member, row["prompt"]) for member in members])

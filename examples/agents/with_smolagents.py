@@ -1,4 +1,4 @@
-"""An agent of smolagents (pip install 'smolagents[openai]') that writes code, unchanged but for the address.
+"""A smolagents agent (pip install 'smolagents[openai]') that writes code, unchanged except for the address.
 
 task: {agent: examples/agents/with_smolagents.py:coder, data: tasks.jsonl}     # rows: prompt, answer
 """

@@ -191,5 +191,7 @@ def test_recipes_that_hold_objects():
         load_recipe(7)
     recipe = load_recipe("sentiment/ppo")
     recipe.task.rewards[0].options = {"function": len}
-    with pytest.raises(LmrlError, match="contains a value that cannot be written to a file .*name functions as 'file.py:name'"):
+    with pytest.raises(
+        LmrlError, match="contains a value that cannot be written to a file .*name functions as 'file.py:name'"
+    ):
         to_yaml(recipe)

@@ -1,1 +1,1 @@
-"""Things for lmrl, made known by the entry points in setup.cfg."""
+"""Parts for lmrl, registered by the entry points in setup.cfg."""

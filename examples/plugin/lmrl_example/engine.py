@@ -9,7 +9,7 @@ from lmrl.seeding import key as number
 
 
 class Completions(Engine):
-    """`rollouts.options: {url: ...}`. The server is expected to hold the policy's weights: `sync` tells it when they have changed."""
+    """`rollouts.options: {url: ...}`. The server has to load the policy's weights itself: `sync` tells it when they have changed."""
 
     is_remote = True
 

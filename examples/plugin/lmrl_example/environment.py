@@ -4,7 +4,7 @@ from lmrl import TextEnvironment
 
 
 class Parity(TextEnvironment):
-    """One turn: `1 0 1 1` is shown, and `odd` or `even` earns 1 where it is right."""
+    """One turn: the observation is `1 0 1 1`, and the right one of `odd` and `even` earns 1."""
 
     players = ("random", "optimal")
     metric_limits = {"return": (0, 1)}

@@ -1,4 +1,4 @@
-"""A measure of one's own, and a word when it goes too far."""
+"""An extra metric, and a message when it exceeds a limit."""
 
 from lmrl import Listener
 

@@ -1,4 +1,4 @@
-"""Imitation of logged episodes, weighted by what they earned."""
+"""Imitation of logged episodes, weighted by their returns."""
 
 import torch
 from pydantic import Field
@@ -15,7 +15,7 @@ class Tilted(Objective):
         """Imitation, weighted by exp(return / temperature)."""
 
         temperature: float = Field(1.0, gt=0)
-        """Reward that makes an episode count e times as much."""
+        """Difference in return that makes an episode count e times as much."""
 
         def mistakes(self, recipe):
             if recipe.source.plays:

@@ -1,4 +1,4 @@
-"""A tracker that appends what it is told to a file of JSON lines."""
+"""A tracker that appends everything it gets to a file of JSON lines."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ class JsonLog(GeneralTracker):
         return self.file
 
     def start(self):
-        self.file = open(self.path, "a")  # a resumed run goes on in the same file
+        self.file = open(self.path, "a")  # a resumed run continues the same file
 
     def store_init_configuration(self, values):
         self._write({"config": values})
