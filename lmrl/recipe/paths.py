@@ -18,9 +18,9 @@ from lmrl.shipped import shipped
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".gz")
 
 
-def find_file(name: str, beside: Path, key: str) -> str:
+def find_file(name: str, recipe_folder: Path, key: str) -> str:
     """Absolute path of a file that a recipe names: in the current folder, the recipe's, or that of the shipped recipes."""
-    folders = [Path.cwd(), beside, shipped("recipes")]
+    folders = [Path.cwd(), recipe_folder, shipped("recipes")]
     for folder in folders:
         if (folder / name).exists():
             return str((folder / name).resolve())
@@ -28,7 +28,7 @@ def find_file(name: str, beside: Path, key: str) -> str:
     raise DataError(f"{key}: file '{name}' does not exist (looked in {looked})")
 
 
-def resolve_files(data: Any, beside: Path) -> None:
+def resolve_files(data: Any, recipe_folder: Path) -> None:
     """Make the files that plain recipe data name absolute, in place, so that a run resumes from any folder."""
 
     def resolve(resolver: Callable[[str, Path, str], str], *keys: str) -> None:
@@ -37,7 +37,7 @@ def resolve_files(data: Any, beside: Path) -> None:
             section = section.get(key) if isinstance(section, dict) else None
         name = section.get(keys[-1]) if isinstance(section, dict) else None
         if isinstance(name, str) and not is_object(name):
-            section[keys[-1]] = resolver(name, beside, dotted(keys))
+            section[keys[-1]] = resolver(name, recipe_folder, dotted(keys))
 
     resolve(_model_path, "model", "path")
     resolve(_data_path, "task", "prompts", "path")
@@ -58,52 +58,54 @@ def resolve_files(data: Any, beside: Path) -> None:
     if isinstance(evaluation, dict) and isinstance(others, list):
         evaluation["before_after"] = as_suites(others)
         for one in evaluation["before_after"]:
-            resolve_files({"evaluation": one}, beside)
-    _resolve_items(data, ("training", "listeners"), "name", beside)
-    _resolve_items(data, ("tracking", "trackers"), "name", beside)
+            resolve_files({"evaluation": one}, recipe_folder)
+    _resolve_items(data, ("training", "listeners"), "name", recipe_folder)
+    _resolve_items(data, ("tracking", "trackers"), "name", recipe_folder)
     source = data.get("source") if isinstance(data, dict) else None
     parts = source.get("parts") if isinstance(source, dict) else None
     for part in parts if isinstance(parts, list) else ():
         if isinstance(part, dict):
-            resolve_files({"task": part.get("task"), "source": part.get("log")}, beside)
+            resolve_files({"task": part.get("task"), "source": part.get("log")}, recipe_folder)
     task = data.get("task") if isinstance(data, dict) else None
     if isinstance(task, dict) and isinstance(task.get("tools"), list):
         given = enumerate(task["tools"])
         task["tools"] = [
-            _plugin_path(one, beside, f"task.tools.{n}") if isinstance(one, str) else _server_path(one, beside)
+            _plugin_path(one, recipe_folder, f"task.tools.{n}")
+            if isinstance(one, str)
+            else _server_path(one, recipe_folder)
             for n, one in given
         ]
     if isinstance(task, dict) and isinstance(task.get("agent_command"), list):
-        task["agent_command"] = [_beside(part, beside) for part in task["agent_command"]]
+        task["agent_command"] = [_beside(part, recipe_folder) for part in task["agent_command"]]
     if isinstance(task, dict) and "rewards" in task:
         task["rewards"] = as_rewards(task["rewards"])
     rewards = task.get("rewards") if isinstance(task, dict) else None
     for index, reward in enumerate(rewards if isinstance(rewards, list) else ()):
         if isinstance(reward, dict) and isinstance(reward.get("function"), str):
-            reward["function"] = _plugin_path(reward["function"], beside, f"task.rewards.{index}.function")
+            reward["function"] = _plugin_path(reward["function"], recipe_folder, f"task.rewards.{index}.function")
         if isinstance(reward, dict) and isinstance(reward.get("model"), str | list):
             models = [reward["model"]] if isinstance(reward["model"], str) else reward["model"]
-            found = [_reward_model(model, beside, f"task.rewards.{index}.model") for model in models]
+            found = [_reward_model(model, recipe_folder, f"task.rewards.{index}.model") for model in models]
             reward["model"] = found[0] if isinstance(reward["model"], str) else found
 
 
-def _server_path(tool: Any, beside: Path) -> Any:
+def _server_path(tool: Any, recipe_folder: Path) -> Any:
     """An MCP server with the files of its command made absolute."""
     server = tool.get("mcp") if isinstance(tool, dict) else None
     if not isinstance(server, dict) or not isinstance(server.get("command"), list):
         return tool
-    return tool | {"mcp": server | {"command": [_beside(part, beside) for part in server["command"]]}}
+    return tool | {"mcp": server | {"command": [_beside(part, recipe_folder) for part in server["command"]]}}
 
 
-def _beside(part: Any, beside: Path) -> Any:
+def _beside(part: Any, recipe_folder: Path) -> Any:
     """A part of a command, made absolute if it is a file in the current or the recipe's folder. Programs on PATH stay names."""
-    for place in (Path.cwd(), beside) if isinstance(part, str) and ("/" in part or "." in part) else ():
+    for place in (Path.cwd(), recipe_folder) if isinstance(part, str) and ("/" in part or "." in part) else ():
         if (place / part).is_file():
             return str((place / part).absolute())
     return part
 
 
-def _resolve_items(data: Any, keys: tuple[str, str], name: str, beside: Path) -> None:
+def _resolve_items(data: Any, keys: tuple[str, str], name: str, recipe_folder: Path) -> None:
     """Make absolute the files that items of a list name as code."""
     section = data.get(keys[0]) if isinstance(data, dict) else None
     items = section.get(keys[1]) if isinstance(section, dict) else None
@@ -111,54 +113,54 @@ def _resolve_items(data: Any, keys: tuple[str, str], name: str, beside: Path) ->
         return
     for index, item in enumerate(items):
         if isinstance(item, dict) and isinstance(item.get(name), str):
-            item[name] = _plugin_path(item[name], beside, f"{dotted(keys)}.{index}.{name}")
+            item[name] = _plugin_path(item[name], recipe_folder, f"{dotted(keys)}.{index}.{name}")
         elif isinstance(item, str):
-            items[index] = _plugin_path(item, beside, f"{dotted(keys)}.{index}")
+            items[index] = _plugin_path(item, recipe_folder, f"{dotted(keys)}.{index}")
 
 
 def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.endswith(DATA_SUFFIXES)
 
 
-def _model_path(name: str, beside: Path, key: str) -> str:
+def _model_path(name: str, recipe_folder: Path, key: str) -> str:
     name = str(Path(name).expanduser()) if name.startswith("~") else name
-    for place in (Path(name), beside / name):
+    for place in (Path(name), recipe_folder / name):
         if place.exists():
             return str(place.resolve())
     refuse_missing(name, key)
     return name
 
 
-def _player_path(name: str, beside: Path, key: str) -> str:
+def _player_path(name: str, recipe_folder: Path, key: str) -> str:
     """An opponent's run or model folder; a name without `/` or `.` in it may be a scripted player."""
     path = Path(name).expanduser()
-    found = (place / path for place in (Path.cwd(), beside) if (place / path).exists())
+    found = (place / path for place in (Path.cwd(), recipe_folder) if (place / path).exists())
     return str(next(found, name)) if "/" in name or name.startswith((".", "~")) else name
 
 
-def _reward_model(name: Any, beside: Path, key: str) -> Any:
+def _reward_model(name: Any, recipe_folder: Path, key: str) -> Any:
     is_path = isinstance(name, str) and not name.startswith(STAGE_PREFIX)
-    return _model_path(name, beside, key) if is_path else name
+    return _model_path(name, recipe_folder, key) if is_path else name
 
 
-def _data_path(name: str, beside: Path, key: str) -> str:
+def _data_path(name: str, recipe_folder: Path, key: str) -> str:
     name = str(Path(name).expanduser()) if name.startswith("~") else name
-    if _looks_local(name) or Path(name).exists() or (beside / name).exists():
-        return find_file(name, beside, key)
+    if _looks_local(name) or Path(name).exists() or (recipe_folder / name).exists():
+        return find_file(name, recipe_folder, key)
     refuse_missing(name, key, "dataset")
     return name
 
 
-def _suite_path(name: str, beside: Path, key: str) -> str:
+def _suite_path(name: str, recipe_folder: Path, key: str) -> str:
     """A suite's file in the current or the recipe's folder; anything else is a shipped name."""
-    return find_file(name, beside, key) if name.endswith((".yaml", ".yml")) else name
+    return find_file(name, recipe_folder, key) if name.endswith((".yaml", ".yml")) else name
 
 
-def _plugin_path(name: str, beside: Path, key: str) -> str:
+def _plugin_path(name: str, recipe_folder: Path, key: str) -> str:
     file, colon, attribute = name.rpartition(":")
     if colon and file.endswith(".py"):
         try:
-            return f"{find_file(file, beside, key)}:{attribute}"
+            return f"{find_file(file, recipe_folder, key)}:{attribute}"
         except DataError as error:
             raise PluginError(str(error)) from error
     library = name.partition(":")[0]

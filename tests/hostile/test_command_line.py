@@ -148,7 +148,7 @@ FILES = [
     (written("mine.yaml", "model:\n\tpath: x\n"), r"mine.yaml, line 2: not valid YAML: .*'\\t'"),
     (
         written("mine.yaml", RECIPE + "training: {steps: 2}\n"),
-        r"key 'training' stands twice \(mine.yaml, line 6 and .*keep one",
+        r"key 'training' is written twice \(mine.yaml, line 6 and .*keep one",
     ),
     (folder("mine.yaml"), r"'mine.yaml' is a folder, not a recipe: name a recipe's file"),
     (written("mine.yaml", "---\na: 1\n---\nb: 2\n"), r"mine.yaml, line 3: not valid YAML"),

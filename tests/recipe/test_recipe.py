@@ -62,7 +62,7 @@ def test_a_resolved_recipe_reads_back_as_itself(name, tmp_path):
             ("environment: random_walks", "environment: randomwalks"),
             r"'task.environment' names no known task: 'randomwalks' \(.*line 5\); did you mean 'random_walks'",
         ),
-        (("  graph: 3", "  graph: 3\n  graph: 4"), r"key 'task.graph' stands twice \(.*line 6 and .*line 7\)"),
+        (("  graph: 3", "  graph: 3\n  graph: 4"), r"key 'task.graph' is written twice \(.*line 6 and .*line 7\)"),
         (("model:", "model: ["), r"mine.yaml, line \d+: not valid YAML"),
         (("config: {model_type: llama}", "dtype: float32"), r"model: needs `path`.*or `config`"),
         (("clip: 0.1", "kl_target: 6"), r"objective: `kl_target` adapts `kl_coef`"),
