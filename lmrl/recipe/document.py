@@ -112,7 +112,9 @@ def _note_places(node: yaml.Node, keys: Keys, document: Document) -> None:
             here = (*keys, key.value)
             place = f"{document.path}, line {key.start_mark.line + 1}"
             if here in document.places:
-                raise RecipeError(f"key '{dotted(here)}' is written twice ({document.places[here]} and {place}): keep one")
+                raise RecipeError(
+                    f"key '{dotted(here)}' is written twice ({document.places[here]} and {place}): keep one"
+                )
             document.places[here] = place
             _note_places(value, here, document)
     elif isinstance(node, yaml.SequenceNode):
