@@ -17,19 +17,19 @@ from lmrl.cli.common import Debug, TrustRemoteCode
 from lmrl.errors import RecipeError
 from lmrl.visible import visible
 
-HELP = "/new  begin again    /system TEXT    /temperature T    /quit"
+HELP = "/new  start over     /system TEXT    /temperature T    /quit"
 
 
 def command(
-    policies: Annotated[list[str], typer.Argument(help="A run, a checkpoint, a folder or a name on the hub; or two")],
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Say this alone, and print the answer")] = None,
+    policies: Annotated[list[str], typer.Argument(help="A run, checkpoint, folder or hub name; one or two of them")],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Send only this, and print the answer")] = None,
     system: Annotated[str | None, typer.Option("--system", help="System message")] = None,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0: the likeliest token")] = 0.7,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0: the most likely token")] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maximum tokens per answer")] = 256,
     beta: Annotated[
-        float | None, typer.Option("--beta", min=0.0, help="Of a policy with Q values: their weight")
+        float | None, typer.Option("--beta", min=0.0, help="Weight of the Q values, for a policy that has them")
     ] = None,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: final, best or step-N")] = "final",
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="For a run: final, best or step-N")] = "final",
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
@@ -87,7 +87,7 @@ def _each(speakers: list[Any], method: str, *arguments: float) -> None:
 
 
 def _read(console: Console) -> str | None:
-    """A line of the person's; None at the end of the input."""
+    """A line that the user types; None at the end of the input."""
     try:
         return console.input("[bold]> [/bold]") if sys.stdin.isatty() else (sys.stdin.readline().rstrip("\n") or None)
     except (EOFError, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""`lmrl collect`: play episodes and keep them, to learn from later."""
+"""`lmrl collect`: play episodes and save them for training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def command(
         ),
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes, for instance task.max_turns=20", metavar="[KEY=VALUE]...")
+        list[str] | None, typer.Argument(help="Overrides, for instance task.max_turns=20", metavar="[KEY=VALUE]...")
     ] = None,
     episodes: Annotated[int, typer.Option("--episodes", "-n", min=1, help="How many to play")] = 1000,
     environment: Annotated[
@@ -48,18 +48,18 @@ def command(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A folder, or a .jsonl file (default: a folder under data/)")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of start states and sampling")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of start states and sampling")] = 0,
     temperature: Annotated[
         float | None, typer.Option("--temperature", help="Short for rollouts.temperature=...")
     ] = None,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: final, best, or step-N")] = "final",
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="For a run: final, best, or step-N")] = "final",
     by_hand: Annotated[bool, typer.Option("--by-hand", help="Play yourself, in the terminal; Ctrl-D ends it")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite collected episodes")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite episodes collected earlier")] = False,
     endpoint: EndpointOptions = None,
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
-    """Play episodes and keep them as rows to learn from, for source.path=FOLDER."""
+    """Play episodes and save them as training rows, for source.path=FOLDER."""
     from lmrl.trajectories.store import EpisodeWriter, check_destination
 
     output = output or Path("data") / time.strftime("episodes-%Y%m%d-%H%M%S")
@@ -68,7 +68,9 @@ def command(
     if by_hand:
         policy, changes = _person_of(policy, changes, environment)
     elif policy is None:
-        raise RecipeError("POLICY: nobody plays: name a policy or a scripted player, or play yourself by --by-hand")
+        raise RecipeError(
+            "POLICY: no player is named. Name a policy or a scripted player, or play yourself with --by-hand"
+        )
 
     from lmrl.rollouts.by_hand import Left
     from lmrl.training.interrupt import Interrupt, Interrupted
@@ -87,17 +89,17 @@ def command(
                     writer.write(played)
                     totals.add(played)
             except Interrupted:
-                print(f"interrupted; {totals.line(player.tokenizer is not None)} are kept in {output}")
+                print(f"interrupted; {totals.line(player.tokenizer is not None)} are saved in {output}")
                 raise
             except Left:
-                print("left: the episode under way is not kept")
+                print("stopped: the unfinished episode is not saved")
             finally:
                 player.close()
     print(f"{totals.line(player.tokenizer is not None)} -> {output}")
 
 
 def _person_of(policy: str | None, changes: list[str], environment: str | None) -> tuple[str, list[str]]:
-    """With --by-hand nobody is named, so that the first argument is an override."""
+    """With --by-hand no policy is named, so the first argument is an override."""
     if policy is not None and not OVERRIDE.match(policy):
         raise RecipeError(f"--by-hand: you play yourself, leave '{policy}' out")
     if environment is None:
@@ -152,7 +154,7 @@ class Player:
         self.tokenizer = None if players else fingerprint(sampler.task.renderer.tokenizer)
 
     def close(self) -> None:
-        """Give back what the engine of a policy holds."""
+        """Close the policy's engine, which may hold memory and processes."""
         if self.sampler.samples_from is not None:
             self.sampler.engine.close()
 
@@ -188,7 +190,7 @@ def open_player(
     path, dtype, saved = _saved(policy, checkpoint) if local else (policy, "float32", {})
     if not local and environment is None and not any(change.startswith("task") for change in overrides):
         raise RecipeError(
-            f"'{policy}' is no folder here; to have a scripted player or a model of the hub play, name the environment: "
+            f"there is no folder '{policy}'; for a scripted player or a hub model, name the environment: "
             "--environment NAME (lmrl ls environments shows them)"
         )
     plan = resolve(environment, overrides, saved)
@@ -197,14 +199,14 @@ def open_player(
     if make and players and (isinstance(players, dict) or players in getattr(make(), "players", ())):
         from lmrl.policy.tokenizers import build_tokenizer
 
-        # Only text is kept, so any tokenizer does, and no chat template is needed.
+        # Only text is saved, so any tokenizer will do, and no chat template is needed.
         task = build_task(plan.task.model_copy(update={"chat": False}), build_tokenizer("char", ()))
         check_players(task, players, "POLICY")
         return Player(Sampler(task), plan.rollouts, players, policy, check)
 
     if make and (near := difflib.get_close_matches(policy, getattr(make(), "players", ()))):
         raise RecipeError(
-            f"'{policy}' is no player of environment '{getattr(plan.task, 'environment', '')}'; did you mean '{near[0]}'?"
+            f"'{policy}' is not a player of environment '{getattr(plan.task, 'environment', '')}'; did you mean '{near[0]}'?"
         )
     if not local:
         refuse_missing(policy, "policy")
@@ -231,9 +233,9 @@ def open_person(environment: str | None, overrides: list[str], check: Any) -> Pl
 
     plan = resolve(environment, overrides, {})
     if isinstance(plan.task, PromptTask | AgentTask):
-        raise RecipeError("--by-hand: plays an environment, and this task has none")
+        raise RecipeError("--by-hand plays an environment, but this task has none")
     console, tell = printer()
-    # A person may think as long as they like; and a thread could not be left when the input ends.
+    # A person may think as long as they like, and a thread could not be stopped when the input ends.
     section = plan.task.model_copy(update={"chat": False, "call_timeout": None, "workers": 0})
     task = build_task(section, build_tokenizer("char", ()))
     make = environment_factory(section)
@@ -241,7 +243,7 @@ def open_person(environment: str | None, overrides: list[str], check: Any) -> Pl
         raise RecipeError(
             "--by-hand: name who plays the other side, task.opponent=NAME (a scripted player, a model or an address)"
         )
-    task.match = None  # the opponent moves inside of the environment
+    task.match = None  # the opponent moves inside the environment
     task.make = lambda: ByHand(make(), tell, lambda: ask(console))
     one_by_one = plan.rollouts.model_copy(update={"prompts": 1, "samples": 1})
     return Player(Sampler(task), one_by_one, PERSON, PERSON, check)
@@ -250,7 +252,7 @@ def open_person(environment: str | None, overrides: list[str], check: Any) -> Pl
 def _remote_player(
     policy: str, environment: str | None, overrides: list[str], checkpoint: str, check: Any, endpoint: Any
 ) -> Player:
-    """A policy behind an address. Only text of it is kept, as its tokens are not known."""
+    """A policy served at an address. Only its text is saved, because its tokens are not known."""
     from lmrl.engines.remote import RemoteEngine, RemotePolicy, without_limit
     from lmrl.rollouts.sampler import Sampler
     from lmrl.rollouts.task import build_task
@@ -265,7 +267,7 @@ def _remote_player(
 
 
 def _saved(policy: str, checkpoint: str) -> tuple[str, str, dict[str, Any]]:
-    """Checkpoint folder, dtype, and task and rollouts of the run that made it, where it says so."""
+    """Checkpoint folder, dtype, and task and rollouts of the run that made it, if they are recorded."""
     from lmrl.evaluation.api import TASK_FILE, saved_task
     from lmrl.run_folders import RECIPE_FILE, read_recipe
 

@@ -12,7 +12,7 @@ import typer
 from lmrl.errors import RecipeError, RunError
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Changes, for instance training.steps=50", metavar="[KEY=VALUE]...")
+    list[str] | None, typer.Argument(help="Overrides, for instance training.steps=50", metavar="[KEY=VALUE]...")
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Allow a hub model to run its own code")]
 RunCode = Annotated[
@@ -23,7 +23,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Policies = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Run folders, checkpoints, model folders, GGUF files, hub names or addresses (http://HOST/v1#MODEL); then changes of the suite",
+        help="Run folders, checkpoints, model folders, GGUF files, hub names or addresses (http://HOST/v1#MODEL); then overrides of the suite",
         metavar="POLICY... [KEY=VALUE]...",
         show_default=False,
     ),
@@ -33,20 +33,20 @@ EndpointOptions = Annotated[
     typer.Option(
         "--endpoint",
         metavar="KEY=VALUE",
-        help="Of policies that are addresses: key_env, timeout, retries, connections, requests_per_minute, prices, max_spend, cache",
+        help="For policies that are addresses: key_env, timeout, retries, connections, requests_per_minute, prices, max_spend, cache",
     ),
 ]
 OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 
 
 def split_policies(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Policies, and the overrides among them: what begins with `KEY=` and is no file here."""
+    """Policies, and the overrides among them: arguments that begin with `KEY=` and are not files here."""
     overrides = [one for one in arguments if OVERRIDE.match(one) and not Path(one).expanduser().exists()]
     return [one for one in arguments if one not in overrides], overrides
 
 
 def check_outputs(json: Path | None, plot: Path | None = None) -> None:
-    """Refuse names that nothing can be written to, before anything is played."""
+    """Raise RunError for output files that cannot be written, before anything is played."""
     if json is not None and json.is_dir():
         raise RunError(f"--json: {json} is a folder, name a file")
     if plot is not None:
@@ -56,7 +56,7 @@ def check_outputs(json: Path | None, plot: Path | None = None) -> None:
 
 
 def write_json(path: Path | None, what: str, text: Callable[[], str]) -> None:
-    """Write what a verb found to the file of --json, where there is one."""
+    """Write a command's result to the --json file, if one is named."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text())
@@ -64,7 +64,7 @@ def write_json(path: Path | None, what: str, text: Callable[[], str]) -> None:
 
 
 def draw(path: Path | None, picture: str, found: Any) -> None:
-    """Draw what a verb found into the file of --plot, where there is one. picture: a function of lmrl.plots."""
+    """Draw a command's result into the --plot file, if one is named. picture: a function of lmrl.plots."""
     if path is not None:
         from lmrl import plots
 
@@ -73,14 +73,14 @@ def draw(path: Path | None, picture: str, found: Any) -> None:
 
 
 def endpoint_of(options: Sequence[str] | None, policies: Sequence[str]) -> Any:
-    """`--endpoint KEY=VALUE` as an Endpoint. Raises RecipeError for what is none, and where no policy is an address."""
+    """`--endpoint KEY=VALUE` as an Endpoint. Raises RecipeError if it is invalid, or if no policy is an address."""
     from lmrl.engines.remote import Endpoint, is_address
     from lmrl.recipe.document import Document
     from lmrl.recipe.overrides import apply_override
     from lmrl.recipe.validation import validate
 
     if options and not any(map(is_address, policies)):
-        raise RecipeError("--endpoint says how an address is asked, and no policy is one: leave it out")
+        raise RecipeError("--endpoint is for policies that are addresses, and none is: leave it out")
     document = Document({})
     for option in options or ():
         apply_override(document, option)
@@ -94,7 +94,7 @@ def weights(text: str | None) -> list[float]:
     except ValueError:
         numbers = [-1.0]
     if any(not 0 <= number < float("inf") for number in numbers):
-        raise RecipeError(f"--beta: '{text}' is no list of weights, for instance 1,4,16,64")
+        raise RecipeError(f"--beta: '{text}' is not a list of weights, for instance 1,4,16,64")
     return numbers
 
 

@@ -39,12 +39,14 @@ def command(
     suite: Annotated[
         str | None, typer.Option("--suite", "-s", help="A suite's file or name (default: the first policy's own)")
     ] = None,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: final, best, or step-N")] = "final",
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="For a run: final, best, or step-N")] = "final",
     checkpoints: Annotated[
-        str | None, typer.Option("--checkpoints", help="Several of each run: all, or for instance step-20,best,final")
+        str | None,
+        typer.Option("--checkpoints", help="Several checkpoints of each run: all, or for instance step-20,best,final"),
     ] = None,
     beta: Annotated[
-        str | None, typer.Option("--beta", help="Of policies with Q heads: weights of Q, each a policy of its own")
+        str | None,
+        typer.Option("--beta", help="For policies with Q heads: weights of Q, each compared as a separate policy"),
     ] = None,
     metric: Annotated[
         list[str] | None, typer.Option("--metric", "-m", help="What to compare (default: the suite's metrics)")
@@ -67,7 +69,7 @@ def command(
         list[str] | None,
         typer.Option("--judge-option", help="NAME=VALUE for the judge, as under `options` in a recipe"),
     ] = None,
-    log: Annotated[Path | None, typer.Option("--log", help="Keep every episode that is played in this folder")] = None,
+    log: Annotated[Path | None, typer.Option("--log", help="Save every episode that is played to this folder")] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the comparison to this file")] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw the differences into this file (.png, .svg, .pdf)")
@@ -92,13 +94,13 @@ def command(
     names, overrides = split_policies(policies or [])
     check_outputs(json, plot)
     if judge_option and judge is None:
-        raise RecipeError("--judge-option is for a judge: name it, --judge NAME")
+        raise RecipeError("--judge-option needs a judge: add --judge NAME")
     options = read_options(judge_option or (), "--judge-option")
     if not names:
         raise RecipeError("name the policies or logs to compare: lmrl compare A B --suite NAME")
     claims, betas = [read_claim(text) for text in fail_under or ()], weights(beta)
     if suite is not None and not is_foreign(suite):
-        loaded = load_suite(suite, overrides)  # a mistake in the suite should not wait for the models to load
+        loaded = load_suite(suite, overrides)  # report a mistake in the suite before any model is loaded
         refuse_code(allow_code(loaded) if run_code else loaded)
 
     from lmrl.evaluation.compare import compare
@@ -160,7 +162,7 @@ def _show(found: Comparison) -> None:
 
 
 def _table(title: str, heads: Sequence[str]) -> Table:
-    """An empty table, its columns to the right but for the first."""
+    """An empty table; every column but the first is right-aligned."""
     from rich.table import Table as NewTable
 
     table = NewTable(title=title, title_justify="left")

@@ -1,4 +1,4 @@
-"""`lmrl completion`: what makes a shell complete verbs, options and names on TAB."""
+"""`lmrl completion`: the script that lets a shell complete commands, options and names on TAB."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from lmrl.cli.common import Debug
 from lmrl.errors import RecipeError, did_you_mean
 
 VARIABLE = "_LMRL_COMPLETE"
-"""Set by the script: the shell asks what may come next, and nothing else is done."""
+"""The script sets this variable when the shell asks for completions; lmrl then does nothing else."""
 SHELLS = {
     "bash": "lmrl completion bash > ~/.local/share/bash-completion/completions/lmrl",
     "zsh": "lmrl completion zsh > ~/.zfunc/_lmrl, with `fpath+=~/.zfunc` before `compinit` in ~/.zshrc",
     "fish": "lmrl completion fish > ~/.config/fish/completions/lmrl.fish",
 }
-"""Shells, and how each keeps its script."""
+"""Shells, and how to install the script for each."""
 
 
 def command(
     shell: Annotated[str, typer.Argument(help=f"One of {', '.join(SHELLS)}")],
     debug: Debug = False,
 ) -> None:
-    """Print the script by which bash, zsh or fish completes verbs, options, recipes and suites; `eval` it, or keep it in a file."""
+    """Print the script that lets bash, zsh or fish complete commands, options, recipes and suites; `eval` it, or save it."""
     if shell not in SHELLS:
         raise RecipeError(f"no shell called '{shell}'{did_you_mean(shell, SHELLS)}")
     from typer.completion import get_completion_script  # type: ignore[attr-defined]
 
-    print(f"# Keep it: {SHELLS[shell]}")
+    print(f"# Save it: {SHELLS[shell]}")
     print(get_completion_script(prog_name="lmrl", complete_var=VARIABLE, shell=shell))
 
 

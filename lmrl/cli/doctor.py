@@ -12,10 +12,10 @@ from lmrl.cli.common import Debug
 
 def command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where runs will be written")] = Path("runs"),
-    to_json: Annotated[Path | None, typer.Option("--json", help="Write the findings there as well")] = None,
+    to_json: Annotated[Path | None, typer.Option("--json", help="Also write the findings to this file")] = None,
     debug: Debug = False,
 ) -> None:
-    """Look at versions, devices, memory, disk and optional parts, and say how to repair what is wrong. Exit code 1: something is."""
+    """Check versions, devices, memory, disk and optional parts, and say how to fix what is wrong. Exit code 1: something is."""
     from lmrl.doctor import examine
     from lmrl.findings import show
 

@@ -33,10 +33,10 @@ def check(
     environment: Named,
     options: Overrides = None,
     episodes: Annotated[int, typer.Option("--episodes", min=2, help="Episodes to play")] = 20,
-    to_json: Annotated[Path | None, typer.Option("--json", help="Write the findings there as well")] = None,
+    to_json: Annotated[Path | None, typer.Option("--json", help="Also write the findings to this file")] = None,
     debug: Debug = False,
 ) -> None:
-    """Try an environment before training: seeds, five values, ends, rewards, players, odd actions, speed. Exit code 1: a check failed."""
+    """Check an environment before training: seeds, return values, episode ends, rewards, players, odd actions, speed. Exit code 1: a check failed."""
     from lmrl.environments.check import check_environment
     from lmrl.findings import show
 
@@ -45,7 +45,7 @@ def check(
 
 
 def task_section(environment: str, options: list[str] | None) -> EpisodeLimits:
-    """The `task` of an environment with options as a recipe would have them."""
+    """The `task` section that a recipe would have for this environment and these options."""
     from lmrl.recipe import EpisodeLimits, Section, TaskSection
     from lmrl.recipe.document import Document
     from lmrl.recipe.overrides import apply_override

@@ -36,16 +36,17 @@ def command(
             autocompletion=suites,
         ),
     ] = None,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: final, best, or step-N")] = "final",
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="For a run: final, best, or step-N")] = "final",
     checkpoints: Annotated[
-        str | None, typer.Option("--checkpoints", help="Several of each run: all, or for instance step-20,best,final")
+        str | None,
+        typer.Option("--checkpoints", help="Several checkpoints of each run: all, or for instance step-20,best,final"),
     ] = None,
     log: Annotated[
-        Path | None, typer.Option("--log", help="Keep every episode in this folder, and resume what is there")
+        Path | None, typer.Option("--log", help="Save every episode to this folder, or resume the log there")
     ] = None,
     part: Annotated[
         int | None,
-        typer.Option("--log-every", min=1, help="Of a new log: episodes that are played and written at a time"),
+        typer.Option("--log-every", min=1, help="For a new log: episodes played and written at a time"),
     ] = None,
     rescore: Annotated[
         Path | None, typer.Option("--rescore", help="Score the episodes of this log again; nothing is generated")
@@ -59,7 +60,8 @@ def command(
         Path | None, typer.Option("--inspect", help="Also write the log for inspect_ai, into this folder")
     ] = None,
     beta: Annotated[
-        str | None, typer.Option("--beta", help="Of a policy with Q heads: weights of Q to try, for instance 1,4,16,64")
+        str | None,
+        typer.Option("--beta", help="For a policy with Q heads: weights of Q to try, for instance 1,4,16,64"),
     ] = None,
     overlap: Annotated[
         list[str] | None,
@@ -107,17 +109,17 @@ def command(
     if rescore is not None and (idle := [name for name, given in unused.items() if given]):
         raise RecipeError(f"{idle[0]}: --rescore loads no policy and plays nothing: leave it out")
     if part is not None and log is None:
-        raise RecipeError("--log-every says how a log is written: name its folder, --log FOLDER")
+        raise RecipeError("--log-every needs a log: add --log FOLDER")
     if overlap_words is not None and not overlap:
-        raise RecipeError("--overlap-words says what prompts may share with training data: name it, --overlap RUN")
+        raise RecipeError("--overlap-words needs training data to compare with: add --overlap RUN")
     if inspect is not None and log is None:
-        raise RecipeError("--inspect writes what a log holds: name its folder, --log FOLDER")
+        raise RecipeError("--inspect converts a log: add --log FOLDER")
     if inspect is not None and inspect_task(suite) is not None:
-        raise RecipeError(f"--inspect: the --log of {suite} is inspect_ai's already: leave it out")
+        raise RecipeError(f"--inspect: {suite} already writes its --log in inspect_ai's format: leave it out")
     if is_foreign(suite):
         check_foreign(suite, overrides)
     elif suite is not None and rescore is None:
-        loaded = load_suite(suite, overrides)  # a mistake in the suite should not wait for the model to load
+        loaded = load_suite(suite, overrides)  # report a mistake in the suite before the model is loaded
         refuse_code(allow_code(loaded) if run_code else loaded)
 
     from lmrl.evaluation.api import evaluate, rescored
@@ -149,7 +151,7 @@ def command(
     if report.overlap is not None:
         display.say(f"overlap: {report.overlap}")
     if report.clean:
-        display.table("Without the prompts that share something", report.clean)
+        display.table("Without overlapping prompts", report.clean)
     write_json(json, "scores", report.to_json)
     for path in export or ():
         write_table(frame_of(list(records_of(report.episodes))), path)
@@ -162,7 +164,7 @@ def command(
 
 
 def _floors(texts: list[str]) -> dict[str, float]:
-    """`return=-3` as a metric and the least that its mean may be."""
+    """`return=-3` as a metric and the lowest mean allowed."""
     floors = {}
     for text in texts:
         metric, _, value = text.partition("=")

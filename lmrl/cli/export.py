@@ -20,14 +20,16 @@ def command(
     ] = None,
     distill: Annotated[
         bool,
-        typer.Option("--distill", help="Fit a plain model to the policy that Q heads of any kind guide with --beta"),
+        typer.Option("--distill", help="Fit a plain model to the policy guided by --beta, with Q heads of any kind"),
     ] = False,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", min=1, help="With --distill: updates at most  [default: 2000]", show_default=False),
+        typer.Option(
+            "--steps", min=1, help="With --distill: maximum number of updates  [default: 2000]", show_default=False
+        ),
     ] = None,
     adapter_only: Annotated[
-        bool, typer.Option("--adapter-only", help="Of a LoRA run: the adapter instead of merged weights")
+        bool, typer.Option("--adapter-only", help="For a LoRA run: write the adapter instead of merged weights")
     ] = False,
     max_loss: Annotated[
         float, typer.Option("--max-loss", help="Points of normalised score that --beta may cost")
@@ -36,16 +38,14 @@ def command(
     suite: Annotated[
         str | None, typer.Option("--suite", "-s", help="A suite's file or name (default: the run's own)")
     ] = None,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: final, best, or step-N")] = "final",
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="For a run: final, best, or step-N")] = "final",
     push: Annotated[
         str | None,
         typer.Option(
             "--push", metavar="OWNER/NAME", help="Also upload it to the Hugging Face hub, with the token in HF_TOKEN"
         ),
     ] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="With --push: a repository that only its owner sees")
-    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="With --push: make the repository private")] = False,
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:

@@ -16,7 +16,7 @@ def command(
     run: Annotated[
         list[str] | None,
         typer.Argument(
-            help="A run folder; then changes of the suite", metavar="RUN [KEY=VALUE]...", show_default=False
+            help="A run folder; then overrides of the suite", metavar="RUN [KEY=VALUE]...", show_default=False
         ),
     ] = None,
     suite: Annotated[
@@ -26,14 +26,15 @@ def command(
         str, typer.Option("--checkpoints", help="Which: all, or for instance step-20,best,final")
     ] = "all",
     best_of: Annotated[
-        int, typer.Option("--best-of", min=1, help="Samples of each prompt by the start: the highest n of best-of-n")
+        int,
+        typer.Option("--best-of", min=1, help="Samples per prompt from the initial policy: the largest n of best-of-n"),
     ] = 16,
-    json: Annotated[Path | None, typer.Option("--json", help="Also write all of it to this file")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw it into this file (.png, .svg, .pdf)")] = None,
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
-    """Score a run's checkpoints against their divergence from its start, and against best-of-n of the start."""
+    """Score a run's checkpoints against their divergence from the initial policy, and against its best-of-n."""
     from lmrl.evaluation.suites import load_suite
 
     names, overrides = split_policies(run or [])
@@ -41,7 +42,7 @@ def command(
         raise RecipeError("frontier: name one run: lmrl frontier runs/a --suite NAME")
     check_outputs(json, plot)
     if suite is not None:
-        load_suite(suite, overrides)  # a mistake in the suite should not wait for the models to load
+        load_suite(suite, overrides)  # report a mistake in the suite before any model is loaded
 
     from lmrl.evaluation.frontier import frontier
     from lmrl.training.display import Display
@@ -57,9 +58,9 @@ def command(
         ]
         for one in found.points
     }
-    display.number_table(f"{found.run} on {found.suite}: kl in nats an episode from the start", heads, rows)
+    display.number_table(f"{found.run} on {found.suite}: kl to the initial policy, in nats per episode", heads, rows)
     yardstick = {f"best of {one.n}": [one.kl, one.score, *one.ci95] for one in found.yardstick}
-    display.number_table("Best-of-n of the start", ["kl at most", found.metric, "from", "to"], yardstick)
+    display.number_table("Best-of-n of the initial policy", ["kl at most", found.metric, "from", "to"], yardstick)
     display.say(f"played: {found.played}")
     write_json(json, "frontier", found.to_json)
     draw(plot, "frontier", found)

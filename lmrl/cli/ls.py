@@ -1,4 +1,4 @@
-"""`lmrl ls`: what there is."""
+"""`lmrl ls`: list recipes, environments, rewards and other parts."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ def command(
         found = listing(one)
         if found or kind is not None:
             parts += [f"[bold]{one}[/bold]", _laid_out(found, console.width)]
-    console.print(Group(*parts))  # at once, so that a reader such as `grep -q` may leave early
+    console.print(Group(*parts))  # in one write, so that a reader such as `grep -q` may close the pipe early
 
 
 def _laid_out(found: dict[str, str], width: int) -> RenderableType:
-    """Names with what they are beside them, or below where long names would leave no room. width: of the terminal, in columns."""
-    texts = {name: Text(text) for name, text in found.items()}  # brackets in them are no markup
+    """Names with their descriptions beside them, or below if long names leave no room. width: columns of the terminal."""
+    texts = {name: Text(text) for name, text in found.items()}  # so that brackets in them are not taken for markup
     if max(map(len, found), default=0) > width // 3:
         parts = [(Padding(Text(name), (0, 0, 0, 2)), Padding(text, (0, 3, 0, 6))) for name, text in texts.items()]
         return Group(*(part for pair in parts for part in pair))
@@ -97,20 +97,20 @@ def _laid_out(found: dict[str, str], width: int) -> RenderableType:
 
 
 def listing(kind: str) -> dict[str, str]:
-    """Names of that kind, each with one line about it; reads files, imports neither pydantic nor anything of the user's."""
+    """Names of that kind, each with a one-line summary; reads files, and imports neither pydantic nor user code."""
     own = KINDS[kind]
     extra = {} if own is None else {name: _origin(point) for name, point in registry.installed(own).items()}
     return SHIPPED[kind]() | extra
 
 
 def details(kind: str, name: str, width: int) -> Iterator[str]:
-    """One thing of a kind: its docstring and its keys; imports it where an installed package has it."""
+    """One thing of a kind: its docstring and its keys. A part of an installed package is imported."""
     from lmrl.recipe import ENVIRONMENTS, OBJECTIVES, SOURCES
     from lmrl.recipe.documentation import describe
 
     known = listing(kind)
     if name not in known:
-        raise RecipeError(f"{kind}: {name!r} is none of them{did_you_mean(name, known)}")
+        raise RecipeError(f"{kind}: there is no {name!r}{did_you_mean(name, known)}")
     sections: dict[str, Any] = {"environments": ENVIRONMENTS, "objectives": OBJECTIVES, "sources": SOURCES}
     shown = sections.get(kind, {}).get(name)
     own = KINDS[kind]

@@ -1,4 +1,4 @@
-"""`lmrl new`: a first recipe for one's own environment or data."""
+"""`lmrl new`: a first recipe for your own environment or data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def command(
     method: Annotated[str | None, typer.Option("--method", "-m", help="An objective (default: the usual one)")] = None,
     model: Annotated[str | None, typer.Option("--model", help="A hub name, a folder or a run")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="A tiny model from scratch (of an environment)")] = False,
-    max_turns: Annotated[int, typer.Option("--max-turns", min=1, help="Turns of an episode at most")] = 100,
+    max_turns: Annotated[int, typer.Option("--max-turns", min=1, help="Maximum turns per episode")] = 100,
     debug: Debug = False,
 ) -> None:
     """Write a first recipe for an environment or data of your own, after looking at it."""
@@ -41,7 +41,7 @@ def command(
     if file.suffix not in (".yaml", ".yml"):
         raise RecipeError(f"{file}: a recipe's file ends in .yaml")
     if (reward is not None) != (kind == "prompts"):
-        raise RecipeError("--reward goes with --prompts, and --prompts with --reward: who judges what is written")
+        raise RecipeError("--prompts and --reward go together: the reward judges the completions")
     if model is not None and tiny:
         raise RecipeError("--model names a model, and --tiny makes one: leave one of them out")
     if model is None and kind != "environment":
@@ -76,7 +76,7 @@ def command(
 
 
 def _tokenizer(model: str) -> object | None:
-    """The tokenizer of a model that lies here; None where it would have to be downloaded."""
+    """The tokenizer of a local model; None if it would have to be downloaded."""
     from transformers import AutoTokenizer
 
     from lmrl.policy.origins import newest_checkpoint

@@ -1,4 +1,4 @@
-"""`lmrl play`: play an environment in the terminal, or watch who plays it."""
+"""`lmrl play`: play an environment in the terminal, or watch a player or a policy."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ def command(
     policy: Annotated[
         str | None, typer.Option("--policy", help="Watch a policy: a run, a folder or a hub name")
     ] = None,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="Of the policy")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of the policy, a turn")] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="The policy's temperature")] = 1.0,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Maximum tokens per turn of the policy")
+    ] = 64,
     beta: Annotated[
-        float | None, typer.Option("--beta", min=0.0, help="Of a policy with Q values: their weight")
+        float | None, typer.Option("--beta", min=0.0, help="Weight of the Q values, for a policy that has them")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     debug: Debug = False,
@@ -85,7 +87,7 @@ def command(
 
 
 def printer() -> tuple[Console, Callable[[str], None]]:
-    """A console, and what shows an environment's text on it."""
+    """A console, and a function that shows an environment's text on it."""
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -93,7 +95,7 @@ def printer() -> tuple[Console, Callable[[str], None]]:
 
 
 def ask(console: Console) -> str | None:
-    """A person's action; None at the end of the input."""
+    """The user's action; None at the end of the input."""
     try:
         line = console.input("> ") if sys.stdin.isatty() else sys.stdin.readline()
     except (EOFError, KeyboardInterrupt):
@@ -104,7 +106,7 @@ def ask(console: Console) -> str | None:
 def _speakers(
     policy: str, task: EpisodeLimits, temperature: float, max_new_tokens: int, beta: float | None, seed: int
 ) -> Callable[[int], Speaker]:
-    """The policy as each side of a game, which has a dialogue of its own."""
+    """The policy as each side of a game; each side has its own dialogue."""
     from functools import cache
 
     from lmrl.chat import Speaker

@@ -1,4 +1,4 @@
-"""`lmrl replay`: compute again what went wrong in a run, or play its episodes again."""
+"""`lmrl replay`: recompute a failed update of a run, or play its episodes again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def command(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Repeat an update or pass that went wrong, or episodes; exit code 1 where one comes out differently."""
+    """Repeat a failed update or pass, or episodes; exit code 1 if one comes out differently."""
     same = _play(source, episode) if episode is not None or source.is_file() else _compute(source)
     if not same:
         raise typer.Exit(1)

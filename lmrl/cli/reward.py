@@ -34,10 +34,12 @@ def check(
     data: Data = None,
     option: Options = None,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds that a call may take")] = 30.0,
-    to_json: Annotated[Path | None, typer.Option("--json", help="Write the findings there as well")] = None,
+    to_json: Annotated[Path | None, typer.Option("--json", help="Also write the findings to this file")] = None,
     gold: Annotated[
         str | None,
-        typer.Option("--gold", metavar="COLUMN", help="Of --data: right answers, which should score higher ..."),
+        typer.Option(
+            "--gold", metavar="COLUMN", help="Column of --data with right answers, which should score higher ..."
+        ),
     ] = None,
     wrong: Annotated[
         str | None,
@@ -45,7 +47,7 @@ def check(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Try a reward before training: protocol, purity, odd completions, speed, distribution. Exit code 1: a check failed."""
+    """Check a reward before training: protocol, purity, odd completions, speed, distribution. Exit code 1: a check failed."""
     from itertools import chain
 
     from lmrl.errors import DataError
@@ -76,7 +78,7 @@ def calibrate(
     option: Options = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first pairs")] = None,
     timeout: Annotated[float | None, typer.Option("--timeout", help="Seconds that a call may take")] = None,
-    to_json: Annotated[Path | None, typer.Option("--json", help="Write the findings there as well")] = None,
+    to_json: Annotated[Path | None, typer.Option("--json", help="Also write the findings to this file")] = None,
     debug: Debug = False,
 ) -> None:
     """Compare a reward or a judge with people's preferences: agreement, and bias for length and position. Exit code 1: a check
@@ -102,7 +104,7 @@ def score(
     run: Annotated[Path | None, typer.Option("--run", "-r", help="Score the saved samples of a run")] = None,
     option: Options = None,
     output: Annotated[
-        Path | None, typer.Option("--output", help="Write samples with their scores there, as JSONL")
+        Path | None, typer.Option("--output", help="Write the samples with their scores to this file, as JSONL")
     ] = None,
     timeout: Annotated[float | None, typer.Option("--timeout", help="Seconds that a call may take")] = None,
     workers: Annotated[int, typer.Option("--workers", min=0, help="Processes (0: this one)")] = 0,
@@ -155,10 +157,12 @@ def score(
 def serve(
     reward: Named,
     option: Options = None,
-    host: Annotated[str, typer.Option("--host", help="Anything but this machine needs a token")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; any but 127.0.0.1 needs a token")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 8765,
     token_env: Annotated[
-        str | None, typer.Option("--token-env", help="Environment variable with the token that requests have to bear")
+        str | None, typer.Option("--token-env", help="Environment variable with the token that requests must carry")
     ] = None,
     timeout: Annotated[float | None, typer.Option("--timeout", help="Seconds that a call may take")] = None,
     workers: Annotated[int, typer.Option("--workers", min=0, help="Processes (0: this one)")] = 0,

@@ -26,31 +26,33 @@ class Serving(Section):
 
 
 def command(
-    policy: Annotated[str, typer.Argument(help="A run, a checkpoint, a folder, a GGUF file or a name on the hub")],
+    policy: Annotated[str, typer.Argument(help="A run, checkpoint, folder, GGUF file or hub name")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Changes, for instance rollouts.engine=vllm", metavar="[KEY=VALUE]..."),
+        typer.Argument(help="Overrides, for instance rollouts.engine=vllm", metavar="[KEY=VALUE]..."),
     ] = None,
-    host: Annotated[str, typer.Option("--host", help="Anything but this machine needs a key")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; any but 127.0.0.1 needs a key")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: a free one")] = 8000,
     name: Annotated[
-        str | None, typer.Option("--name", help="Of the model, for clients (default: the folder's)")
+        str | None, typer.Option("--name", help="The model's name for clients (default: the folder's)")
     ] = None,
     key_env: Annotated[
-        str | None, typer.Option("--key-env", help="Environment variable with the key that requests have to bear")
+        str | None, typer.Option("--key-env", help="Environment variable with the key that requests must carry")
     ] = None,
     key_file: Annotated[
-        Path | None, typer.Option("--key-file", help="File with such keys, one a line, for its owner's eyes alone")
+        Path | None, typer.Option("--key-file", help="File of such keys, one per line, that only its owner may read")
     ] = None,
     concurrent: Annotated[
         int, typer.Option("--concurrent", min=1, help="Completions at a time; further requests are refused (429)")
     ] = 256,
-    max_mb: Annotated[float, typer.Option("--max-mb", min=0.001, help="Of a request")] = 8,
-    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="For an answer")] = 600,
+    max_mb: Annotated[float, typer.Option("--max-mb", min=0.001, help="Maximum size of a request")] = 8,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time limit of an answer")] = 600,
     grace: Annotated[
-        float, typer.Option("--grace", min=0, help="Seconds in which requests may finish when the server ends")
+        float, typer.Option("--grace", min=0, help="Seconds that running requests get to finish when the server stops")
     ] = 30,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of a run: final, best or step-N")] = "final",
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="For a run: final, best or step-N")] = "final",
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
@@ -105,8 +107,8 @@ def read_keys(variable: str | None, file: Path | None) -> list[str]:
         keys += found
     if short := [key for key in keys if len(key) < SHORTEST_KEY or not key.isascii() or " " in key]:
         raise RunError(
-            f"a key of {len(short[0])} characters could be guessed or not be sent: take {SHORTEST_KEY} or more of ASCII, such "
-            "as those of openssl rand -hex 24"
+            f"a key of {len(short[0])} characters could be guessed, or could not be sent: take {SHORTEST_KEY} or more ASCII "
+            "characters without spaces, such as the output of openssl rand -hex 24"
         )
     return keys
 

@@ -11,7 +11,7 @@ from lmrl.errors import did_you_mean
 from lmrl.visible import visible
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[2]
-"""The click that typer was built on; newer versions of typer contain it under another name."""
+"""The click that typer was built on; newer versions of typer bundle it under another name."""
 
 
 def report_usage(error: Any) -> int:
@@ -24,7 +24,7 @@ def report_usage(error: Any) -> int:
 
 
 def usage_text(error: Any) -> str:
-    """The mistake, and the command that tells more."""
+    """The mistake, and the command that shows help."""
     command = error.ctx.command_path if error.ctx else "lmrl"
     return f"lmrl: {visible(_reason(error))} (see `{command} -h`)"
 

@@ -1,4 +1,4 @@
-"""The verbs by name, each imported when it is called: `lmrl --help` loads none of them."""
+"""The commands by name, each imported when it is called: `lmrl --help` loads none of them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ VERBS = {
     "train": "Train a recipe.",
     "eval": "Score policies: a table of means with 95 % confidence intervals.",
     "compare": "Compare policies, or logs of evaluations, on the same episodes: paired differences with p-values.",
-    "frontier": "Score a run's checkpoints against their divergence from its start, and against best-of-n of the start.",
+    "frontier": "Score a run's checkpoints against their divergence from the initial policy, and against its best-of-n.",
     "chat": "Talk to a policy, or to two side by side.",
     "play": "Play an environment, or watch a scripted player or a policy. Ctrl-D ends the game.",
-    "collect": "Play episodes and keep them as rows to learn from, for source.path=FOLDER.",
+    "collect": "Play episodes and save them as training rows, for source.path=FOLDER.",
     "serve": "Serve a policy over OpenAI's API: chat completions, completions, models.",
     "export": "Write a run as an ordinary transformers checkpoint, which any server decodes at full speed.",
-    "replay": "Repeat an update or pass that went wrong, or episodes; exit code 1 where one comes out differently.",
+    "replay": "Repeat a failed update or pass, or episodes; exit code 1 if one comes out differently.",
     "env": "Check environments.",
-    "doctor": "Look at versions, devices, memory, disk and optional parts, and say how to repair what is wrong. Exit code 1: something is.",
+    "doctor": "Check versions, devices, memory, disk and optional parts, and say how to fix what is wrong. Exit code 1: something is.",
     "reward": "Check, score and serve rewards.",
-    "completion": "Print the script by which bash, zsh or fish completes verbs, options, recipes and suites; `eval` it, or keep it in a file.",
+    "completion": "Print the script that lets bash, zsh or fish complete commands, options, recipes and suites; `eval` it, or save it.",
 }
-"""The help of each verb, written down here as well so that listing them imports none."""
+"""Each command's help, repeated here so that listing the commands imports none of them."""
 PLAIN: dict[str, Any] = {"add_completion": False, "rich_markup_mode": None}
 """Help without rich, whose Markdown renderer takes longer to import than the rest of the command line."""
 

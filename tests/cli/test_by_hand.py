@@ -58,7 +58,7 @@ def test_what_was_typed_is_kept(folder):
     result = play("3\n5\n5\n1\n2\n3\n7\n", "task.max_turns=3")
     assert result.exit_code == 0, result.output
     assert result.output.startswith("guess\n  -1\nhigher\n  +1\nover\nguess\n  +1\nover\nguess\n  -1\nhigher\n")
-    assert "left: the episode under way is not kept\n3 episodes, 6 turns, mean return " in result.output
+    assert "stopped: the unfinished episode is not saved\n3 episodes, 6 turns, mean return " in result.output
     kept = rows(folder)
     assert [[turn["action"] for turn in row["turns"]] for row in kept] == [["3", "5"], ["5"], ["1", "2", "3"]]
     assert [row["reward"] for row in kept] == [0.0, 1.0, -3.0]
@@ -87,7 +87,7 @@ def test_a_failure_keeps_what_came_before(folder):
     [
         (["--by-hand"], "--by-hand: name what to play"),
         (["random", "--by-hand", "-e", "maze"], "leave 'random' out"),
-        (["-e", "maze"], "POLICY: nobody plays"),
+        (["-e", "maze"], "POLICY: no player is named"),
     ],
 )
 def test_who_plays_is_clear(arguments, message):

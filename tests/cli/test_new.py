@@ -111,7 +111,7 @@ def test_refusals(tmp_path):
         ([file, "-e", game, "--pairs", "x"], "name one of --environment"),
         ([tmp_path / "taken.yaml", "-e", game], "exists: choose another name"),
         ([tmp_path / "mine", "-e", game], "ends in .yaml"),
-        ([file, "--prompts", "p.jsonl"], "--reward goes with --prompts"),
+        ([file, "--prompts", "p.jsonl"], "--prompts and --reward go together"),
         ([file, "--pairs", "p.jsonl"], "--pairs needs --model"),
         ([file, "-e", game, "-m", "dpo"], "does not go with --environment"),
         ([file, "-e", game, "--tiny", "--model", "m"], "leave one of them out"),

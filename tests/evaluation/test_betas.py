@@ -44,6 +44,6 @@ def test_on_the_command_line(tmp_path, ilql_run):
 def test_weights_are_numbers(text):
     from lmrl.cli.common import weights
 
-    with pytest.raises(RecipeError, match="is no list of weights, for instance 1,4,16,64"):
+    with pytest.raises(RecipeError, match="is not a list of weights, for instance 1,4,16,64"):
         weights(text)
     assert weights("0,4.5") == [0.0, 4.5] and weights(None) == []

@@ -98,7 +98,7 @@ def test_command_reports_overlap(suite, tiny_folder, tmp_path):
     arguments = ["eval", str(tiny_folder), "--suite", str(suite), "--overlap", file, "--overlap-words", "12"]
     shown = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "200"})
     assert shown.exit_code == 0 and "overlap: 1 of 3 prompts share 12 words in a row with" in shown.output
-    assert "Without the prompts that share something" in shown.output
+    assert "Without overlapping prompts" in shown.output
 
 
 def test_mistakes_are_named(tiny_folder, ilql_run):

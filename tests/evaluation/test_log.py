@@ -256,8 +256,8 @@ def test_rescoring_by_command(logged, prompts_suite, tmp_path):
         ([], "name a policy to score, or a log to score again"),
         (["some/model", "--rescore", "log"], "name a policy to score, or a log to score again"),
         (["--rescore", "log", "--beta", "2"], "--beta: --rescore loads no policy and plays nothing: leave it out"),
-        (["some/model", "--log-every", "4"], "--log-every says how a log is written: name its folder"),
-        (["some/model", "--inspect", "out"], "--inspect writes what a log holds: name its folder, --log FOLDER"),
+        (["some/model", "--log-every", "4"], "--log-every needs a log: add --log FOLDER"),
+        (["some/model", "--inspect", "out"], "--inspect converts a log: add --log FOLDER"),
         (["some/model", "--export", "table.xls"], "--export: 'table.xls' is no name for a table"),
     ],
 )

@@ -30,7 +30,7 @@ OPTIONS = [
     ("cp a b c", r"unexpected extra argument"),
     ("ls recipies", r"no kind called 'recipies'; did you mean 'recipes'\?"),
     ("show", r"missing argument 'name' \(see `lmrl show -h`\)"),
-    ("eval run --beta 1,x", r"--beta: '1,x' is no list of weights, for instance 1,4,16,64"),
+    ("eval run --beta 1,x", r"--beta: '1,x' is not a list of weights, for instance 1,4,16,64"),
     ("eval run --fail-under return", r"--fail-under: 'return' is not METRIC=VALUE, for instance return=-3"),
     ("train", r"name a recipe, for instance: lmrl train random_walks/ppo"),
     ("train random_walks/bc --jobs 2", r"--jobs goes with --over"),
@@ -53,8 +53,11 @@ OPTIONS = [
     ("cp sentimental.py", r"no shipped reward file called 'sentimental.py'"),
     ("reward score r.py:f", r"name either --data FILE or --run FOLDER"),
     ("replay bundles/none", r"bundles/none"),
-    ("collect randm -e random_walks", r"'randm' is no player of environment 'random_walks'; did you mean 'random'\?"),
-    ("collect random", r"'random' is no folder here.*name the environment: --environment NAME"),
+    (
+        "collect randm -e random_walks",
+        r"'randm' is not a player of environment 'random_walks'; did you mean 'random'\?",
+    ),
+    ("collect random", r"there is no folder 'random'.*name the environment: --environment NAME"),
     ("collect random -e random_walk", r"'random_walk'.*did you mean 'random_walks'\?"),
     (
         "collect random=half -e random_walks",
