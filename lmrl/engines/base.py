@@ -29,7 +29,7 @@ from lmrl.trajectories.allowed import AllowedTokens
 Key = tuple[int | str, ...]
 Keys = Sequence[Key]
 SETTLE = 4
-"""Turns of the event loop that other coroutines get, before those that wait are taken for a batch."""
+"""Event-loop turns that other coroutines get before the waiting requests are batched."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,18 @@ class Completion:
     version: int | None = field(default=None, compare=False)
     """Weight syncs of the engine when sampling began (see Engine.syncs)."""
     allowed: list[AllowedTokens | None] = field(default_factory=list)
-    """What each token was chosen from, if the request restricted them; else empty."""
+    """The tokens that each was chosen from, if the request restricted them; else empty."""
 
 
 @dataclass(eq=False)
 class Request:
-    """What a coroutine waits for. sampling: None for the log-probabilities of `tokens`."""
+    """A request that a coroutine waits for. sampling: None to score `tokens` instead of completing them."""
 
     tokens: list[int]
     sampling: Sampling | None = None
     key: Key = ()
     heard: Callable[[int], None] | None = None
-    """Called with each token as it is sampled, by engines that have tokens one by one (hf)."""
+    """Called with each token as it is sampled, by engines that sample token by token (hf)."""
     allowed: TokenTrie | None = None
     """The completions to choose from; None: any."""
     future: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -125,16 +125,16 @@ class Engine:
         """Weight syncs so far: the version of the weights that are sampled from, which trajectories carry."""
         self.weights_pinned = False
         self.keeps = True
-        """True if what was computed of a request is worth keeping for the next turn, whose key differs in its last part."""
+        """True if what was computed for a request is worth keeping for the next turn, whose key differs only in its last part."""
         self._waiting: list[Request] = []
         self._driver: asyncio.Task[None] | None = None
         self._held = 0
         self._news = asyncio.Event()
-        """Set when there is a new request, and when nobody holds the engine any more."""
+        """Set when there is a new request, and when no coroutine holds the engine any more."""
 
     @classmethod
     def build(cls, policy: Policy, options: Rollouts, check: Callable[[], None], folder: Path | None) -> Engine:
-        """The engine that a recipe's `rollouts` section describes. One of one's own gets `rollouts.options` as keyword arguments.
+        """The engine that a recipe's `rollouts` section describes. A custom engine gets `rollouts.options` as keyword arguments.
 
         folder: the run's, for logs (None: a temporary one).
         """
@@ -149,11 +149,11 @@ class Engine:
         heard: Callable[[int], None] | None = None,
         allowed: TokenTrie | None = None,
     ) -> Completion:
-        """Complete a prompt with the policy as it is. `key` names the random stream, so that a repeated call draws the same,
-        whoever is served beside it (rounding aside). heard: called with each token as it comes, where the engine can. allowed:
-        the completions to choose from, each with the policy's probability of it, renormalised at every token.
+        """Complete a prompt with the policy as it is. `key` names the random stream, so that a repeated call draws the same
+        tokens whatever else is in the batch (rounding aside). heard: called with each token as it comes, if the engine can.
+        allowed: the completions to choose from; the policy's probabilities are renormalised over them at every token.
 
-        Raises ModelError for a prompt that does not fit, and for `allowed` where the engine cannot restrict what it samples.
+        Raises ModelError for a prompt that does not fit, and for `allowed` if the engine cannot restrict what it samples.
         """
         if allowed is not None and not self.can_restrict:
             raise ModelError(
@@ -166,13 +166,13 @@ class Engine:
     async def score(self, tokens: Sequence[int]) -> list[float]:
         """The log-probability (temperature 1, without Q) of each token but the first, given those before it.
 
-        Raises ModelError for tokens that do not fit, and where an engine cannot score.
+        Raises ModelError for tokens that do not fit, and if the engine cannot score.
         """
         return await self._submit(Request(list(tokens))) if len(tokens) > 1 else []
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, nothing is computed: a coroutine that is about to ask says so, and joins those that wait already."""
+        """Inside, nothing is computed: a coroutine that is about to send a request uses this to join the waiting batch."""
         self._held += 1
         try:
             yield
@@ -219,8 +219,7 @@ class Engine:
             self.check, self.weights_pinned = before, False
 
     def staleness(self, version: int | None) -> int:
-        """How many weight versions lie between a sample with this version and the policy (None, of unknown origin:
-        0)."""
+        """How many weight versions a sample is behind the policy (0 for None, a sample of unknown origin)."""
         return 0 if version is None else self.syncs + self.stale - version
 
     # ------------------------------------------------------------------------------------------ what subclasses implement
@@ -231,14 +230,13 @@ class Engine:
         """Drop what is kept of finished requests, such as keys and values of their tokens."""
 
     def sample(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
-        """Complete a batch. A remote engine's is called from a thread."""
+        """Complete a batch. Called from a thread if the engine is remote."""
         raise NotImplementedError
 
     def score_batch(self, sequences: Sequence[list[int]]) -> list[list[float]]:
         """`score` for a batch."""
         raise ModelError(
-            f"engine '{type(self).__name__}' has no log-probabilities of given tokens (score_batch): set "
-            "rollouts.engine=hf"
+            f"engine '{type(self).__name__}' cannot score given tokens (it has no score_batch): set rollouts.engine=hf"
         )
 
     def validate(self, request: Request) -> None:
@@ -250,7 +248,7 @@ class Engine:
         return False
 
     async def advance(self, arrived: list[Request]) -> None:
-        """Go on a little with the requests that are being served, and with those that have arrived since the last call."""
+        """Advance the running requests, and those that have arrived since the last call, by a step."""
         for sampling in dict.fromkeys(request.sampling for request in arrived):
             batch = [request for request in arrived if request.sampling == sampling]
             results = await self._served(batch, sampling)
@@ -355,7 +353,7 @@ async def _gathered(calls: list[Any]) -> list[Any]:
 
 
 def guidance_of(policy: Policy, sampling: Sampling) -> Guidance | None:
-    """How Q guides this policy: as the sampling says, else as the policy itself says; None where it has no Q."""
+    """How Q guides this policy: as the sampling says, else as the policy itself says; None if it has no Q."""
     own = policy.guidance
     if own is None:
         return None

@@ -18,7 +18,7 @@ def build_engine(
     """The engine that a recipe's `rollouts` section names. folder: the run's, for logs (None: a temporary one)."""
     cls = registry.load("engine", options.engine, "rollouts.engine")
     if not (isinstance(cls, type) and issubclass(cls, Engine)):
-        raise PluginError(f"rollouts.engine: '{options.engine}' is no lmrl.Engine")
+        raise PluginError(f"rollouts.engine: '{options.engine}' is not an lmrl.Engine")
     try:
         return cls.build(policy, options, check, folder)
     except (LmrlError, MemoryError):

@@ -1,8 +1,9 @@
 """The `hf` engine: sampling with the policy's own transformers model, on any device.
 
 Continuous batching (Yu et al., "Orca", OSDI 2022): sequences are decoded together, one token each at a time; one that has
-ended leaves at once, waiting ones take the free places, and what is known of a prompt already (earlier turns, other
-samples of its group, a beginning that all share) is not computed again. See slot_batch.py, and waves.py for models that cannot.
+ended leaves at once, waiting ones take the free places, and what has been computed of a prompt already (earlier
+turns, other samples of its group, a beginning that all share) is not computed again: see slot_batch.py. Models that do not
+support this are served by waves.py.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ class HFEngine(Engine):
         cache_tokens: int | None = None,
         check: Callable[[], None] = lambda: None,
     ):
-        """slots: sequences decoded at a time, those included that are kept between two turns. cache_tokens: tokens whose keys
-        and values are held at a time, at most. check: called between tokens; may raise to abandon the rollout."""
+        """slots: maximum sequences held at a time, including those kept between two turns. cache_tokens: maximum tokens whose
+        keys and values are held. check: called between tokens; may raise to abandon the rollout."""
         super().__init__(policy, check)
         self.slots, self.cache_tokens = slots, cache_tokens
         self.heard: Callable[[list[int]], None] | None = None
-        """Called with the tokens that sequences were just continued by, one each."""
-        # Found out now, when all ranks are here: it takes a pass.
+        """Called with the tokens just sampled, one for each running sequence."""
+        # Determined now, while all ranks are here, because it takes a forward pass.
         fits = slots_fit(policy.causal_lm.config) and policy.holds_slots
         self.batch = SlotBatch(self) if fits else None
         """None: every turn is computed anew (see waves.py)."""
@@ -91,7 +92,7 @@ class HFEngine(Engine):
     @contextmanager
     def _decoding(self) -> Iterator[None]:
         """Inside, one pass is made. Between passes other code runs, to which neither no_grad nor autocast may apply; what is
-        costly to undo and do again (the mode of all modules, the weights that autocast has cast) stays until `idle`."""
+        costly to switch off and on (the mode of all modules, the weights that autocast has cast) stays until `idle`."""
         if self._was_training is None:
             self._was_training = self.policy.training
             self.policy.eval()
@@ -121,7 +122,7 @@ class HFEngine(Engine):
         self.forget()
 
     def places(self, tokens: int) -> int:
-        """How many sequences of so many tokens are decoded at a time."""
+        """How many sequences of this many tokens are decoded at a time."""
         if self.cache_tokens is None:
             return self.slots
         return min(self.slots, self.cache_tokens // (tokens + SPARE))

@@ -1,7 +1,7 @@
-"""Policies behind an address: any endpoint that speaks OpenAI's API, to be scored and to play. Nothing of them can be trained.
+"""Policies served at an address, any endpoint with OpenAI's API: they can be scored and can play, but not be trained.
 
-What such a policy sees is text, or messages, and its own tokens are not known. Here it has a tokenizer of bytes, in which every text
-can be written and read back; so lengths are bytes, and log-probabilities are unknown.
+Such a policy sees text or messages; its own tokens are not known. Here it gets a byte tokenizer, which encodes and decodes any
+text, so lengths are in bytes, and log-probabilities are unknown.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ TEMPLATE = (
 
 
 class Endpoint(Section):
-    """How an address is asked; see lmrl.openai_client.OpenAIClient."""
+    """How requests are sent to an address; see lmrl.openai_client.OpenAIClient."""
 
     key_env: str | None = None
     """Environment variable with the key (null: OPENAI_API_KEY for OpenAI's own address, no key elsewhere)."""
     timeout: float = Field(120, gt=0)
-    """Seconds a request."""
+    """Seconds per request."""
     retries: int = Field(5, ge=0)
-    """Further requests after a failure that may pass."""
+    """Retries after a transient failure."""
     connections: int = Field(8, ge=1, le=1024)
-    """Requests side by side."""
+    """Maximum requests in flight."""
     requests_per_minute: float | None = Field(None, gt=0)
     prices: tuple[float, float] | None = None
-    """Dollars for a million tokens of prompts, and of completions."""
+    """Dollars per million prompt tokens, and per million completion tokens."""
     max_spend: float | None = Field(None, ge=0)
-    """Dollars after which no request is begun; needs `prices`."""
+    """Send no further request once this many dollars are spent; needs `prices`."""
     cache: str | None = None
-    """A folder for answers: what was asked before is not asked again."""
+    """Folder that caches answers, so that no request is sent twice."""
 
 
 def is_address(name: Any) -> bool:
@@ -59,7 +59,7 @@ def is_address(name: Any) -> bool:
 
 
 def check_address(name: str) -> None:
-    """Raise RecipeError for an address with a password, which would stand in logs."""
+    """Raise RecipeError for an address with a password, which would end up in logs."""
     if "@" in urlsplit(name).netloc:
         raise RecipeError(
             "policy: an address holds no user or password: put the key into an environment variable, key_env=NAME"
@@ -81,7 +81,7 @@ def byte_tokenizer() -> Any:
 
 
 class RemotePolicy:
-    """A policy behind an address, where a Policy is expected that samples and is not trained."""
+    """A policy served at an address, for use where a Policy is sampled from and not trained."""
 
     guidance = None
     has_reference = False
@@ -91,7 +91,7 @@ class RemotePolicy:
     device = torch.device("cpu")
 
     def __init__(self, address: str, endpoint: Endpoint | None = None):
-        """address: `http://HOST/v1#MODEL`; without a model the only one that is served. Raises EndpointError, RecipeError."""
+        """address: `http://HOST/v1#MODEL`; without a model, the only one that the server has. Raises EndpointError, RecipeError."""
         check_address(address)
         url, _, model = address.partition("#")
         self.client = OpenAIClient(url, model or None, **(endpoint or Endpoint()).model_dump())
@@ -119,7 +119,7 @@ class RemotePolicy:
 
 
 class RemoteEngine(Engine):
-    """Samples from an address: chat completions where the task is a dialogue, else completions of the text."""
+    """Samples from an address: chat completions if the task is a dialogue, else plain-text completions."""
 
     kind = "openai"
     is_remote = True
@@ -146,7 +146,7 @@ class RemoteEngine(Engine):
                 if error.temporary:
                     raise
                 raise EndpointError(
-                    f"{error}; where it has no completions of plain text, ask by chat: task.prompts.chat=true (of an environment: "
+                    f"{error}; if it has no plain-text completions, use chat: task.prompts.chat=true (for an environment: "
                     "task.chat=true)"
                 ) from error
 
@@ -164,7 +164,7 @@ class RemoteEngine(Engine):
 
 
 def without_limit(task: Any) -> Any:
-    """A task's section that leaves no prompt out for its length, which nobody knows here in the policy's own tokens."""
+    """A task's section without a limit on prompt length: lengths in the policy's own tokens are not known."""
     if not isinstance(task, PromptTask):
         return task
     prompts = task.prompts.model_copy(update={"max_tokens": 2**31 - 1})

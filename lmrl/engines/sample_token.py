@@ -11,7 +11,7 @@ from lmrl.engines.base import Sampling
 from lmrl.trajectories.allowed import AllowedTokens
 
 BLOCK = 256
-"""Tokens whose probabilities are summed before one of them is looked for."""
+"""Size of the vocabulary blocks whose probabilities are summed before a token is looked for in one of them."""
 CANDIDATES = 1024
 """Most likely tokens among which the edge of top-p is looked for first."""
 
@@ -68,7 +68,7 @@ def _invert(weights_BN: torch.Tensor, shares_B: torch.Tensor) -> tuple[torch.Ten
     """Where the running sums pass these shares of the total, and the share of the weight there that was passed."""
     sums_BN = weights_BN.cumsum(-1)
     total_B1 = sums_BN[:, -1:]
-    below_B1 = total_B1.nextafter(torch.zeros_like(total_B1))  # rounding must not reach what has no weight
+    below_B1 = total_B1.nextafter(torch.zeros_like(total_B1))  # rounding must not select an index without weight
     targets_B1 = torch.minimum(shares_B[:, None] * total_B1, below_B1)
     found_B1 = torch.searchsorted(sums_BN, targets_B1, right=True)
     weights_B1 = weights_BN.gather(1, found_B1)

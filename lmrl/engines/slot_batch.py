@@ -1,9 +1,9 @@
 """Continuous batching over slots: sequences join and leave the running batch, and keep their keys and values between turns.
 
 Slots [0, running) hold the sequences that are being completed; behind them lie finished ones, which may go on: a request whose
-key differs from an earlier one's in its last part alone (the turn) takes its slot up again, and only the tokens that are new
-are computed. A prompt that is held already (other samples of a group) is copied, and so is a beginning that prompts share. What
-is held longest without use gives way.
+key differs from an earlier one's in its last part alone (the turn) resumes its slot, and only the new tokens are
+computed. A prompt that is held already (other samples of a group) is copied, and so is a beginning that prompts share. What
+was least recently used is dropped first.
 
 The order of everything depends on prompts, sampling, keys, and on which requests wait at the same time, never on the clock.
 """
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from lmrl.engines.hf import HFEngine
 
 REFILL = 8
-"""Requests join when they are one for so many running ones, or after so many tokens: a pass for several costs less than a
-pass for each."""
+"""Waiting requests join once there is one per this many running ones, or once one has waited for this many passes: a pass for
+several costs less than a pass for each."""
 WORTHWHILE = 16
-"""Tokens that prompts must begin with alike for these to be computed once, or to be taken from a sequence that went on otherwise."""
+"""Minimum tokens of a shared beginning for it to be computed once, or copied from a sequence that continues differently."""
 
 
 @dataclass(eq=False)
@@ -40,7 +40,7 @@ class Waiting:
     kind: Sampling
     rank: tuple[Any, ...]
     since: int
-    """Passes until it came."""
+    """Passes made before it arrived."""
 
 
 class SlotBatch(SlotStore):
@@ -53,7 +53,7 @@ class SlotBatch(SlotStore):
         self.kind = kind_of(Sampling())
         self.passes = 0
         self.computed_tokens = 0
-        """Tokens of prompts that went through the model, padding left out."""
+        """Prompt tokens that went through the model, without padding."""
 
     @property
     def busy(self) -> bool:
@@ -67,8 +67,8 @@ class SlotBatch(SlotStore):
             order = tuple((isinstance(part, str), part) for part in request.key)
             rank = not goes_on, -new, request.tokens, order
             self.waiting.append(Waiting(request, kind, rank, self.passes))
-        # Dialogues that go on come first, so that their slots are not taken by new ones. Then the longest: prompts that are
-        # computed together are of alike lengths, equal ones side by side; and if memory is short, it is so at once.
+        # Dialogues that go on come first, so that new ones do not take their slots. Then the longest prompts: those that are
+        # computed together have similar lengths, equal ones are neighbours, and a lack of memory shows at once.
         self.waiting.sort(key=lambda one: one.rank)
 
     def advance(self) -> None:
@@ -88,7 +88,7 @@ class SlotBatch(SlotStore):
     @property
     def requests(self) -> list[Request]:
         """Those that have no answer yet."""
-        # Not by place: where memory runs out while slots are moved, places and states may disagree.
+        # Not by place: if memory runs out while slots are moved, places and states may disagree.
         running = [slot.pending for slot in self.slots if slot.pending is not None]
         return running + self.joining + [one.request for one in self.waiting]
 
@@ -100,7 +100,7 @@ class SlotBatch(SlotStore):
 
     # -------------------------------------------------------------------------------------------------------- admission
     def _begin(self, kind: Sampling) -> None:
-        """Complete requests of this kind from now on: a pass draws all its tokens in one way."""
+        """Complete requests of this kind from now on: all tokens of a pass are sampled with the same settings."""
         self.kind, self.guidance = kind, guidance_of(self.policy, kind)
         self.eos = self.policy.eos_ids
         two = self.guidance is not None and self.policy.values.trunk is not None
@@ -120,7 +120,7 @@ class SlotBatch(SlotStore):
         return joining >= max(1, 1 if late else self.running // REFILL)
 
     def _places(self, next_one: Request | None = None) -> int:
-        """Sequences that may run while `next_one` does: the longest decides, as every slot has as many columns."""
+        """Maximum sequences while `next_one` runs: the longest decides, because all slots have the same number of columns."""
         ends = [slot.end for slot in self.slots[: self.running]]
         if next_one is not None:
             ends.append(len(next_one.tokens) + next_one.generation.max_new_tokens)
@@ -128,7 +128,7 @@ class SlotBatch(SlotStore):
 
     def _source(self, request: Request) -> tuple[Slot | None, int, bool]:
         """The slot that holds the most of a request's first tokens, how many, and whether it may go on as this request."""
-        tokens, most = request.tokens, len(request.tokens) - 1  # the last is computed in any case, for what follows it
+        tokens, most = request.tokens, len(request.tokens) - 1  # the last one is computed in any case, for its logits
         own = self.by_name.get(request.key[:-1])
         if own is not None and own.pending is None:
             shared = common(own.tokens, tokens, min(own.computed, most))
@@ -144,7 +144,7 @@ class SlotBatch(SlotStore):
         return None, 0, False
 
     def _admit(self) -> None:
-        """Compute the next waiting prompts, draw their first tokens, and let those that go on run."""
+        """Compute the next waiting prompts and sample their first tokens; those that have not ended keep running."""
         self._compute_beginning()
         joins, places = self._choose()
         self.joining = [join.request for join in joins]
@@ -220,7 +220,7 @@ class SlotBatch(SlotStore):
         return slot
 
     def _compute_beginning(self) -> None:
-        """Compute what the waiting prompts begin with alike and no slot holds, where it is worth a pass of its own."""
+        """Compute the beginning that the waiting prompts share, if no slot holds it and it is worth a pass."""
         mine = [one.request for one in self.waiting if one.kind is self.kind]
         if self.beginning is None and shared_beginning([request.tokens for request in mine]) < WORTHWHILE:
             return
@@ -255,7 +255,7 @@ class SlotBatch(SlotStore):
 
     def _take(self, slots: list[Slot], logits_RV: torch.Tensor) -> list[bool]:
         """Draw a token for each of these slots, and answer the requests that have ended; returns which have."""
-        if logits_RV.device.type == "mps":  # has no float64, which drawing needs
+        if logits_RV.device.type == "mps":  # has no float64, which sampling needs
             logits_RV = logits_RV.cpu()
         uniforms_R = np.array([slot.uniforms[len(slot.logprobs)] for slot in slots])
         allowed = [None if slot.node is None else slot.node.allowed for slot in slots]
@@ -291,13 +291,13 @@ class SlotBatch(SlotStore):
         return "length" if count == len(slot.uniforms) else None
 
     def _part(self, first: int, ended: list[bool]) -> None:
-        """Put those of the running slots, from `first` on, that have ended behind those that go on."""
+        """Move the running slots, from `first` on, that have ended behind those that go on."""
         if not any(ended):
             return
         section = list(zip(self.slots[first : self.running], ended, strict=True))
         finished = [slot for slot, over in section if over]
         going = len(section) - len(finished)
-        # Who is beyond the new end moves into the places that became free; all others stay where they are.
+        # Slots beyond the new end move into the places that became free; all others stay where they are.
         moving = iter([slot for slot, over in section[going:] if not over])
         order = [next(moving) if over else slot for slot, over in section[:going]]
         staying = iter([slot for slot, over in section[:going] if over])
@@ -326,14 +326,14 @@ def _same(sampling: Sampling) -> Sampling:
 
 
 def common(one: Sequence[int], other: Sequence[int], most: int) -> int:
-    """How many tokens two sequences begin with alike, `most` at most."""
+    """Length of the common prefix of two sequences, at most `most`."""
     if one[:most] == other[:most]:
         return most
     return next(place for place in range(most) if one[place] != other[place])
 
 
 def shared_beginning(prompts: Sequence[list[int]]) -> int:
-    """How many tokens distinct prompts begin with alike, at least one short of each; 0 where all are equal."""
+    """Length of the common prefix of distinct prompts, shorter than each of them; 0 if all are equal."""
     first, last = min(prompts), max(prompts)  # all others lie between them, and share what these two do
     if first == last:
         return 0

@@ -1,4 +1,4 @@
-"""Where sequences stand in the buffers of keys and values: slots of running ones first, then those of finished ones that are kept."""
+"""The layout of the key and value buffers: slots of running sequences first, then kept slots of finished ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Slot:
     name: Key
     """Key without the turn."""
     placed: int | None = None
-    """Its place among the slots; None before it has one."""
+    """Its index among the slots; None before it has one."""
     computed: int = 0
     """Tokens whose keys and values are held."""
     used: int = 0
@@ -37,7 +37,7 @@ class Slot:
     uniforms: np.ndarray = field(default_factory=lambda: np.zeros(0))
     logprobs: list[float] = field(default_factory=list)
     node: Node | None = None
-    """Where it stands among the completions that its request allows (None: it allows all)."""
+    """Its node in the trie of the completions that the request allows (None: it allows all)."""
     allowed: list[AllowedTokens | None] = field(default_factory=list)
     version: int = 0
 
@@ -53,14 +53,14 @@ class Slot:
 
     @property
     def end(self) -> int:
-        """Tokens that it may come to."""
+        """Its maximum length in tokens."""
         return len(self.prompt) + len(self.uniforms)
 
 
 @dataclass(eq=False)
 class Join:
-    """A request that joins. source: the slot that holds its first `shared` tokens. goes_on: this slot becomes its own. twin:
-    another one that joins with the same prompt."""
+    """A request that joins. source: the slot that holds its first `shared` tokens. goes_on: it
+    takes over this slot instead of a copy. twin: another one that joins with the same prompt."""
 
     request: Request
     slot: Slot
@@ -78,11 +78,11 @@ class SlotStore:
         self.cache: SlotCache | None = None
         self.slots: list[Slot] = []
         self.running = 0
-        """The first so many slots are being completed."""
+        """How many slots are being completed; these come first."""
         self.by_name: dict[Key, Slot] = {}
         self.by_prompt: dict[tuple[int, ...], Slot] = {}
         self.beginning: Slot | None = None
-        """What prompts begin with alike."""
+        """The slot of the beginning that prompts share."""
         self.admissions = 0
 
     @property
@@ -119,7 +119,7 @@ class SlotStore:
         self._arrange(self._order(distinct, twins, kept), most)
 
     def _order(self, distinct: list[Slot], twins: list[Slot], kept: list[Slot]) -> list[Slot]:
-        """All slots: the running ones, those that join, the kept ones. Who can stays where it is."""
+        """All slots: the running ones, those that join, the kept ones. Each stays where it is if it can."""
         first, second = self.running, self.running + len(distinct)
         third = second + len(twins)
         zones = [
@@ -135,7 +135,7 @@ class SlotStore:
         return list(order.values())
 
     def _drop_excess(self, kept: list[Slot], count: int, joins: Sequence[Join] = ()) -> set[Slot]:
-        """Drop so many kept slots: of those that nobody copies from if possible, and what was used the longest ago."""
+        """Drop `count` kept slots: first those that no join copies from, and of these the least recently used."""
         sources = {join.source for join in joins}
         candidates = [slot for slot in kept if slot is not self.beginning]
         candidates.sort(key=lambda slot: (slot in sources, slot.used))
@@ -143,23 +143,23 @@ class SlotStore:
         for slot in dropped:
             self._drop(slot)
         for join in joins:
-            if join.source in dropped:  # the first that needs it has it whole, before it is lost
+            if join.source in dropped:  # the first join that needs it takes it over
                 join.goes_on = all(other.source is not join.source for other in joins if other.goes_on)
                 if not join.goes_on:
                     join.source, join.shared = None, 0
         return dropped
 
     def _drop(self, slot: Slot) -> None:
-        """Take a slot out of what can be found."""
+        """Remove a slot from the indexes."""
         if self.by_name.get(slot.name) is slot:
             del self.by_name[slot.name]
         if self.by_prompt.get(slot.prompt) is slot:
             del self.by_prompt[slot.prompt]
 
     def _arrange(self, order: list[Slot], most: int) -> None:
-        """Bring the slots into this order, in buffers that have room for them. most: slots that there may ever be.
+        """Bring the slots into this order, in buffers that have room for them. most: maximum number of slots.
 
-        What is lacking in the buffers is doubled, as far as it can be needed.
+        A buffer that is too small is doubled, up to the size that can be needed.
         """
         cache, limit = self.buffers, self.engine.cache_tokens
         running = [slot for slot in order if slot.pending is not None]

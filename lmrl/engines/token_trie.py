@@ -25,10 +25,10 @@ class Node:
 
 
 class TokenTrie:
-    """Actions by their tokens. Each has one spelling in tokens, so that its probability is the product of theirs."""
+    """Actions by their tokens. Each has a single tokenization, so its probability is the product of its tokens'."""
 
     def __init__(self, actions: Mapping[str, Sequence[int]]):
-        """actions: tokens of each text, those that end a turn included.
+        """actions: the tokens of each text, including those that end a turn.
 
         Raises DataError if there are none, or if two cannot be told apart: because their tokens are the same, or because one is
         the beginning of the other.
@@ -50,7 +50,7 @@ class TokenTrie:
         _fill(self.root)
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The action that these tokens are."""
+        """The action that these tokens spell."""
         node = self.root
         for token in tokens:
             node = node.children[token]

@@ -35,7 +35,7 @@ GIB = 2**30
 
 
 class VLLMEngine(Engine):
-    """Samples with vLLM. Raises ModelError where vLLM is missing, or for a policy that Q heads guide."""
+    """Samples with vLLM. Raises ModelError if vLLM is missing, or for a policy that Q heads guide."""
 
     def __init__(self, policy: Policy, rollouts: Rollouts, check: Callable[[], None] = lambda: None):
         """check: called before every step of vLLM's; may raise to abandon the rollout."""
@@ -50,7 +50,7 @@ class VLLMEngine(Engine):
         self.llm: Any = None
         self.asleep = False
         self._running: dict[str, tuple[Request, Completion]] = {}
-        """Requests that vLLM is serving, by the names it has them under, with what it sampled so far."""
+        """Requests that vLLM is serving, by vLLM's request ids, with what it has sampled so far."""
         self._begun = 0
 
     @classmethod
@@ -72,11 +72,11 @@ class VLLMEngine(Engine):
     def sync(self) -> None:
         if self.llm is None:
             with undisturbed(self.policy.device), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of vLLM's own modules about torch's
+                warnings.simplefilter("ignore")  # vLLM's modules warn about torch's
                 self.llm = self._start()
             check_heads(self.llm.model_config)
         weights: Any = merged_weights(self.policy)
-        if self.options.tensor_parallel_size > 1:  # goes to other processes
+        if self.options.tensor_parallel_size > 1:  # they are sent to other processes
             weights = [(name, tensor.cpu()) for name, tensor in weights]
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self.llm.apply_model(pack_head)
@@ -92,7 +92,7 @@ class VLLMEngine(Engine):
 
         options, on_cpu = self.options, current_platform.is_cpu()
         if options.sleep and on_cpu:
-            raise ModelError("rollouts.vllm.sleep gives GPU memory back, and vLLM runs on a CPU here: leave it out")
+            raise ModelError("rollouts.vllm.sleep frees GPU memory, but vLLM runs on a CPU here: leave it out")
         memory = VLLM_CACHE_GIB if options.memory is None and on_cpu else options.memory
         own = self.policy.causal_lm
         config = plain_config(own)
@@ -121,7 +121,7 @@ class VLLMEngine(Engine):
 
     def release_memory(self) -> None:
         if self.options.sleep and self.llm is not None and not self.asleep:
-            self.llm.sleep(level=2)  # the weights are dropped: they come again from the policy
+            self.llm.sleep(level=2)  # drops the weights: the next sync sends them again
             self.asleep = self.stale = True
 
     def close(self) -> None:
@@ -173,7 +173,7 @@ class VLLMEngine(Engine):
                 top_k=sampling.top_k,
                 seed=key(*request.key) % 2**63,
                 logprobs=0,  # of the sampled token alone
-                ignore_eos=True,  # vLLM's own idea of it; these are the policy's:
+                ignore_eos=True,  # vLLM takes it from the model's configuration; these are the policy's:
                 stop_token_ids=sorted(self.policy.eos_ids),
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA if sampling.stop else RequestOutputKind.FINAL_ONLY,
@@ -237,12 +237,12 @@ class VLLMEngine(Engine):
 
 
 def prompt_logprobs(tokens: list[int], found: list[Any]) -> list[float]:
-    """The log-probability of each token but the first, from what vLLM says of a prompt: a mapping a token."""
+    """The log-probability of each token but the first, from vLLM's prompt_logprobs: one mapping per token."""
     return [chosen[token].logprob for token, chosen in zip(tokens[1:], found[1:], strict=True)]
 
 
 def refuse_guidance(policy: Policy, sampling: Sampling) -> None:
-    """vLLM knows language models alone."""
+    """Raise ModelError for a policy that Q heads guide: vLLM only runs plain language models."""
     if guidance_of(policy, sampling) is not None:
         raise ModelError(
             "rollouts.engine: vllm cannot sample with Q heads: set rollouts.engine=hf, or export the policy first "
@@ -251,7 +251,7 @@ def refuse_guidance(policy: Policy, sampling: Sampling) -> None:
 
 
 def check_heads(model_config: Any) -> None:
-    """On a CPU, raise ModelError for attention heads of a size that vLLM would only refuse at the first token."""
+    """On a CPU, raise ModelError for attention heads whose size vLLM would refuse only at the first token."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu() or model_config.use_mla:
@@ -267,7 +267,7 @@ def check_heads(model_config: Any) -> None:
 
 
 def own_torch_random(device: torch.device) -> Any:
-    """A context that leaves torch's generators as they were: vLLM seeds them, and draws from them beside each request's."""
+    """A context that leaves torch's generators as they were: vLLM seeds them, and draws from them as well as from each request's."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
@@ -289,7 +289,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
         for name in {*os.environ, *environment}:
             if name in environment and not name.startswith("VLLM_"):
                 os.environ[name] = environment[name]
-            elif not name.startswith("VLLM_"):  # its own it reads again later
+            elif not name.startswith("VLLM_"):  # vLLM reads its own again later
                 del os.environ[name]
         random.setstate(python)
         np.random.set_state(numpy)

@@ -1,4 +1,4 @@
-"""lmrl's extension of a vLLM server's workers: they load weights from a file, and tell which weights they hold.
+"""lmrl's extension of a vLLM server's workers: they load weights from a file, and report which weights they hold.
 
 A server takes it by `--worker-extension-cls lmrl.engines.vllm_worker.PolicyWorker`; its methods are then called over
 HTTP, by `/collective_rpc`. They answer `{"error": ...}` instead of raising, so that the cause reaches the caller.
@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 
 
-def _told(method: Callable[..., dict[str, Any] | None]) -> Callable[..., dict[str, Any]]:
-    """Errors as an answer."""
+def _answering(method: Callable[..., dict[str, Any] | None]) -> Callable[..., dict[str, Any]]:
+    """Return errors as an answer instead of raising them."""
 
     @functools.wraps(method)
     def call(self: Any, *args: Any) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def _told(method: Callable[..., dict[str, Any] | None]) -> Callable[..., dict[st
 
 
 class PolicyWorker:
-    """Mixed into vLLM's own worker class, which has what is only declared here."""
+    """Mixed into vLLM's own worker class, which has the attributes that are only declared here."""
 
     model_runner: Any
     vllm_config: Any
@@ -36,11 +36,11 @@ class PolicyWorker:
     reload_weights: Callable[..., None]
 
     lmrl_version: str | None = None
-    """Name of the weights; None for those that the server has started with."""
+    """Name of the weights; None for those that the server started with."""
     lmrl_group: str | None = None
-    """Name of the group of processes in which weights are broadcast to it."""
+    """Name of the process group in which weights are broadcast to it."""
 
-    @_told
+    @_answering
     def lmrl_describe(self) -> dict[str, Any]:
         """Facts about this worker for the run."""
         model, device = self.vllm_config.model_config, torch.device(self.device)
@@ -57,18 +57,18 @@ class PolicyWorker:
             "vocabulary": model.hf_text_config.vocab_size,
         }
 
-    @_told
+    @_answering
     def lmrl_load(self, path: str) -> None:
-        """Take over the weights of a safetensors file, named as in the model's ordinary checkpoint."""
+        """Load the weights of a safetensors file, with the tensor names of the model's ordinary checkpoint."""
         self.lmrl_version = None  # neither the old weights nor the new ones until they are named
         with safe_open(path, framework="pt") as file:
             self.reload_weights(weights_iterator=((name, file.get_tensor(name)) for name in file.keys()))
         if torch.device(self.device).type == "cpu":
             pack_head(self.model_runner.get_model())
 
-    @_told
+    @_answering
     def lmrl_name(self, version: str, group: str | None = None) -> None:
-        """Name the weights that have come, and the group they came in where that was by vLLM's own transfer."""
+        """Name the loaded weights, and their group if they came by vLLM's own transfer."""
         self.lmrl_version, self.lmrl_group = version, group
 
 
@@ -76,7 +76,7 @@ def pack_head(model: torch.nn.Module) -> None:
     """On a CPU, pack the vocabulary projection again after its weights have changed.
 
     vLLM's kernel multiplies by a packed copy of the matrix. A reload makes a new copy for the layers it loads, but a head
-    that is tied to the embeddings is not loaded as such, and would go on with the old one.
+    that is tied to the embeddings is not loaded as such, and would keep using the old one.
     """
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding

@@ -1,8 +1,8 @@
 """Completing a batch of prompts over a cache of rows that all end at the same column, or of one row.
 
-For models that the slots of `slot_batch.py` do not take: with sliding windows, with a state instead of attention, or with an
-attention that needs a mask of its own. Every turn is computed anew; requests that come later wait for the batch to end.
-Inside of it rows are decoded together, and one that has ended gives its place to the next prompt.
+For models that `slot_batch.py` does not support: those with sliding windows, with a recurrent state instead of attention, or
+with attention that needs its own mask. Every turn is computed anew, and requests that come later wait for the batch to end.
+Within a batch, rows are decoded together, and a row that has ended gives its place to the next prompt.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Rows:
-    """Rows under way. Arrays of shape (R,) or (R, max_new_tokens), one entry a row, in the order of the cache."""
+    """Running rows. Arrays of shape (R,) or (R, max_new_tokens), one entry per row, in the order of the cache."""
 
     index_R: np.ndarray
     """Which prompt."""
     length_R: np.ndarray
-    """Tokens so far, those of the prompt included."""
+    """Tokens so far, including the prompt's."""
     count_R: np.ndarray
     """Tokens sampled so far."""
     uniforms_RT: np.ndarray
     tokens_RT: np.ndarray
     logprobs_RT: np.ndarray
     node_R: np.ndarray
-    """Where each stands among the completions that it may choose from (None: all)."""
+    """The node of each in the trie of completions that it may choose from (None: all)."""
 
     def __len__(self) -> int:
         return len(self.index_R)
@@ -54,7 +54,7 @@ class _Rows:
 
 
 class Wave:
-    """Completes a list of prompts. What happens when depends on nothing but prompts, sampling, keys and weights."""
+    """Completes a list of prompts. The order of events depends only on prompts, sampling, keys and weights."""
 
     def __init__(
         self,
@@ -69,8 +69,8 @@ class Wave:
         self.prompts, self.sampling, self.keys = prompts, sampling, keys
         self.allowed = allowed or [None] * len(prompts)
         self.chosen_from: dict[int, list[AllowedTokens | None]] = {}
-        """Of each restricted prompt, what its tokens so far were chosen from."""
-        # Longest first: of alike lengths, with equal prompts side by side; and if memory is short, it is so at once.
+        """For each restricted prompt, what its tokens so far were chosen from."""
+        # Longest first: neighbours have similar lengths, equal prompts are adjacent, and a lack of memory shows at once.
         self.waiting = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), prompts[index], -index))
         self.done: dict[int, Completion] = {}
         self.eos = np.array(sorted(self.policy.eos_ids), dtype=np.int64)
@@ -89,15 +89,15 @@ class Wave:
         return [self.done[index] for index in range(len(self.prompts))]
 
     def due(self) -> bool:
-        """True if waiting prompts should join now: enough places are free, or no row is under way."""
+        """True if waiting prompts should join now: enough places are free, or no row is running."""
         if not self.waiting or not len(self.rows):
             return bool(self.waiting)
         places = self._places()
         return places - len(self.rows) >= max(1, min(len(self.waiting), places // REFILL))
 
     def admit(self) -> None:
-        """Compute the next waiting prompts, draw their first tokens, and let those that go on join the others."""
-        found: dict[tuple[int, ...], int] = {}  # distinct prompts in the order they are met
+        """Compute the next waiting prompts and sample their first tokens; those that have not ended join the others."""
+        found: dict[tuple[int, ...], int] = {}  # distinct prompts, in order of appearance
         chosen: list[tuple[int, int]] = []
         free = self._places() - len(self.rows)
         while self.waiting and len(chosen) < free:
@@ -120,7 +120,7 @@ class Wave:
         self._fit()
 
     def decode(self) -> None:
-        """One more token for each row under way."""
+        """One more token for each running row."""
         rows, device = self.rows, self.policy.device
         latest = rows.tokens_RT[np.arange(len(rows)), rows.count_R - 1]
         length_R = torch.from_numpy(rows.length_R).to(device)
@@ -135,7 +135,7 @@ class Wave:
         going = self._take(rows, logits_RV)
         if len(going) == len(rows):
             return
-        # Who is beyond the new end moves into the places that became free; all others stay where they are.
+        # Rows beyond the new end move into the places that became free; all others stay where they are.
         count = len(going)
         holes, sources = np.setdiff1d(np.arange(count), going), going[going >= count]
         order = np.arange(count)
@@ -147,11 +147,11 @@ class Wave:
             self._expect()
 
     def _expect(self) -> None:
-        """Let the cache allocate for the rows under way and those that can still join them."""
+        """Let the cache allocate for the running rows and those that can still join them."""
         self.cache.expect(min(self._places(), len(self.rows) + len(self.waiting)))
 
     def _fit(self) -> None:
-        """Let the cache hold the rows under way alone, in the columns that the longest needs before its latest token."""
+        """Let the cache hold only the running rows, in the columns that the longest needs before its latest token."""
         self.cache.trim(len(self.rows), int(self.rows.length_R.max(initial=1)) - 1)
 
     def _prefill(self, prompts: list[tuple[int, ...]]) -> tuple[Cache, torch.Tensor]:
@@ -173,12 +173,12 @@ class Wave:
             attention_mask=mask_UT.to(device),
             position_ids=positions_UT.to(device),
         )
-        if self.beginning is not None:  # from before the padding to behind it
+        if self.beginning is not None:  # move it from before the padding to after it
             cache.insert(self.beginning, (shared + width - length_U).to(device))
         return cache, logits_UV
 
     def _compute_beginning(self) -> None:
-        """Compute the tokens that all prompts begin with, `shared` in number, where they are worth a pass of their own."""
+        """Compute the `shared` tokens that all prompts begin with, if they are worth a pass."""
         self.shared = shared_beginning(self.prompts)
         if self.shared < WORTHWHILE or not self.cache.takes_gaps:
             self.shared, self.beginning = 0, None
@@ -195,8 +195,8 @@ class Wave:
         )
 
     def _take(self, rows: _Rows, logits_RV: torch.Tensor) -> np.ndarray:
-        """Draw a token for each row, and close those that have ended; returns which rows go on."""
-        if logits_RV.device.type == "mps":  # has no float64, which drawing needs
+        """Sample a token for each row, and close those that have ended; returns which rows go on."""
+        if logits_RV.device.type == "mps":  # has no float64, which sampling needs
             logits_RV = logits_RV.cpu()
         every = np.arange(len(rows))
         uniforms_R = rows.uniforms_RT[every, rows.count_R]
@@ -230,7 +230,7 @@ class Wave:
         return np.flatnonzero(~(eos_R | stop_R | full_R))
 
     def _places(self) -> int:
-        """Rows that may be under way while the next waiting prompt is: the longest decides, as all are padded to it."""
+        """Maximum rows while the next waiting prompt runs: the longest decides, because all are padded to it."""
         if not self.cache.takes_rows:
             return 1
         prompt_R = self.rows.length_R - self.rows.count_R

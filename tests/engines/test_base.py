@@ -155,7 +155,7 @@ def test_watched_gives_up_where_the_check_raises():
 
 
 def test_an_engine_that_cannot_score_says_so():
-    with pytest.raises(ModelError, match=r"'Recorded' has no log-probabilities of given tokens"):
+    with pytest.raises(ModelError, match=r"'Recorded' cannot score given tokens"):
         Recorded().score_all([[1, 2]])
 
 

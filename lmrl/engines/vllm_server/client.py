@@ -1,4 +1,4 @@
-"""Speaking with one vLLM server over HTTP: completions, tokens in and tokens out, and the control of its weights."""
+"""HTTP client of one vLLM server: completions, tokens in and tokens out, and control of its weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lmrl.engines.base import Completion, Sampling
 from lmrl.errors import EngineError, ModelError
 
 CONNECT_TIMEOUT, PROBE_TIMEOUT = 10.0, 60.0
-"""Seconds to reach a server, and for it to say how it is."""
+"""Seconds to connect to a server, and to get its status."""
 COMPLETIONS = "/inference/v1/generate"
 MODEL_NAME = "policy"
 SERVE_OPTIONS = (
@@ -25,7 +25,7 @@ SERVE_OPTIONS = (
     "--generation-config=vllm",
     "--worker-extension-cls=lmrl.engines.vllm_worker.PolicyWorker",
 )
-"""Options that every server must be started with, beside VLLM_SERVER_DEV_MODE=1 in its environment."""
+"""Options that every server must be started with, besides VLLM_SERVER_DEV_MODE=1 in its environment."""
 
 
 class ServerLost(Exception):
@@ -72,9 +72,9 @@ class Client:
     def complete(
         self, prompt: list[int], sampling: Sampling, seed: int, eos: set[int], version: str | None = None
     ) -> Completion:
-        """Sample one completion. version: of the weights it has to come from.
+        """Sample one completion. version: the weights it must come from.
 
-        Raises ServerLost where the server does not give it, ModelError where it refuses the request.
+        Raises ServerLost if the server does not return it, ModelError if it refuses the request.
         """
         request = request_of(prompt, sampling, seed, eos)
         return completion_of(self.post(COMPLETIONS, request), sampling, eos, version)
@@ -86,7 +86,7 @@ class Client:
         return scores_of(answer, tokens, version)
 
     def hang_up(self, completions_only: bool = True) -> None:
-        """Break off the requests under way; the server stops working on them."""
+        """Abort the requests in flight; the server stops working on them."""
         with self._lock:
             live = [one for one, path in self._live.items() if path == COMPLETIONS or not completions_only]
         for connection in live:
@@ -95,7 +95,7 @@ class Client:
 
     # --------------------------------------------------------------------------------------------------------- weights
     def describe(self) -> Description:
-        """Raises ServerLost where nobody answers, ModelError where it is no server that lmrl can use."""
+        """Ask for the server's status. Raises ServerLost if it does not answer, ModelError if lmrl cannot use it."""
         try:
             workers = self.call("lmrl_describe", timeout=min(PROBE_TIMEOUT, self.timeout))
         except RequestFailed as failure:
@@ -122,15 +122,15 @@ class Client:
         )
 
     def load(self, path: Path, version: str) -> None:
-        """Have the server take over the weights of a file."""
+        """Have the server load weights from a file."""
         self.call("lmrl_load", str(path))
         self.name(version)
 
     def name(self, version: str, group: str | None = None) -> None:
-        """After new weights: completions are to carry their name, and what was computed with the old ones is dropped.
+        """Name newly loaded weights: completions then carry the name, and the prefix cache of the old ones is dropped.
 
-        Only then the server says that it has them, because whoever hears of it may send requests. group: in which they were
-        broadcast to it.
+        Only after that does the server report the new name, because requests may follow at once. group: the group in which
+        the weights were broadcast.
         """
         self.post("/update_weight_version", {"new_version": version})
         answer = self.post("/reset_prefix_cache?reset_running_requests=true", {})
@@ -178,7 +178,7 @@ class Client:
             try:
                 return json.loads(data) if data else {}
             except ValueError as error:
-                raise RequestFailed(f"{self.url} answered with what is no JSON: {data[:60]!r}") from error
+                raise RequestFailed(f"{self.url} returned invalid JSON: {data[:60]!r}") from error
         said = said_by(data)
         if status in (403, 404):
             raise ModelError(f"{self.url}{path} answered {status} ({said}); {how_to_serve()}")
@@ -211,8 +211,8 @@ def request_of(prompt: list[int], sampling: Sampling, seed: int, eos: set[int]) 
 
 
 def completion_of(answer: dict[str, Any], sampling: Sampling, eos: set[int], version: str | None) -> Completion:
-    """The completion in an answer. Raises RequestFailed where it was broken off or comes from other weights than
-    `version`, EngineError where it is none."""
+    """The completion in an answer. Raises RequestFailed if it was aborted or comes from other weights than
+    `version`, EngineError if it is malformed."""
     try:
         choice = answer["choices"][0]
         tokens, reason = list(choice["token_ids"]), choice["finish_reason"]
@@ -220,9 +220,9 @@ def completion_of(answer: dict[str, Any], sampling: Sampling, eos: set[int], ver
         logprobs = [float(one["logprob"]) for one in content]
         spans = versions_of(choice)
     except (KeyError, IndexError, TypeError) as error:
-        raise EngineError(f"a server answered otherwise than vLLM does: {str(answer)[:200]}") from error
+        raise EngineError(f"a server's answer does not have vLLM's format: {str(answer)[:200]}") from error
     if reason not in ("stop", "length") or not tokens or len(tokens) != len(logprobs):
-        raise RequestFailed(f"a completion was broken off (finish reason {reason})")
+        raise RequestFailed(f"a completion was aborted (finish reason {reason})")
     check_version(spans, version)
     if sampling.temperature == 0:
         logprobs = [0.0] * len(tokens)  # a greedy choice is certain
@@ -249,7 +249,7 @@ def versions_of(choice: dict[str, Any]) -> set[str]:
 
 
 def check_version(spans: set[str], version: str | None) -> None:
-    """Raise RequestFailed for what comes from other weights than `version` (None: any)."""
+    """Raise RequestFailed if a completion comes from other weights than `version` (None: any)."""
     if version is not None and spans != {version}:
         said = (
             f"came from the weights {', '.join(sorted(spans))}" if spans else "does not say which weights it came from"
@@ -258,7 +258,7 @@ def check_version(spans: set[str], version: str | None) -> None:
 
 
 def said_by(data: bytes) -> str:
-    """The message in an answer that is an error."""
+    """The message of an error answer."""
     try:
         parsed = json.loads(data)
         error = parsed.get("error", parsed.get("detail", parsed))

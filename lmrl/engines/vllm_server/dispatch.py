@@ -54,14 +54,14 @@ class Dispatcher:
                 self.threads[-1].start()
 
     def close(self) -> None:
-        """Break off what has no answer, and end the threads."""
+        """Abort unanswered requests, and end the threads."""
         with self.changed:
             self.over = True
             broken_off = self.unanswered > 0
             self.changed.notify_all()
         deadline = time.monotonic() + PATIENCE
         while any(thread.is_alive() for thread in self.threads) and time.monotonic() < deadline:
-            if broken_off:  # again and again: a request may have been about to be sent
+            if broken_off:  # repeatedly: a request may have been about to be sent
                 for supervisor in self.supervisors:
                     supervisor.client.hang_up()
             for thread in self.threads:

@@ -1,6 +1,6 @@
 """The `vllm-server` engine: sampling from vLLM servers, given by address or started by the run.
 
-All ranks of a run share the servers. One rank owns them: it starts them and gives them the weights; the others are handed
+All ranks of a run share the servers. One rank owns them: it starts them and sends them the weights; the others get
 `engine.shared` and only sample.
 """
 
@@ -41,8 +41,8 @@ from lmrl.seeding import key
 class VLLMServerEngine(Engine):
     """Samples from servers, and supervises them: see lmrl/engines/vllm_server/supervisor.py.
 
-    folder: where `servers/server-N.log` goes (None: a temporary folder). shared: what the owner's `shared` says, on every
-    other rank. Servers start with the first `refresh` of the owner. Raises ModelError for a policy guided by Q heads.
+    folder: where `servers/server-N.log` goes (None: a temporary folder). shared: the owner's `shared`, on every other
+    rank. Servers start with the first `refresh` of the owner. Raises ModelError for a policy guided by Q heads.
     """
 
     is_remote = True
@@ -92,7 +92,7 @@ class VLLMServerEngine(Engine):
         server = options.server
         if not server.urls and distributed.size() > int(os.environ.get("LOCAL_WORLD_SIZE", distributed.size())):
             raise RunError(
-                "rollouts.engine=vllm-server: servers that a run starts are reached from their own machine alone, and this "
+                "rollouts.engine=vllm-server: servers that a run starts can be reached only from their own machine, and this "
                 "launch has several: start them by hand, and name them in rollouts.server.urls (docs/rollouts_server.md)"
             )
         if not distributed.is_main():
@@ -120,7 +120,7 @@ class VLLMServerEngine(Engine):
 
     # --------------------------------------------------------------------------------------------------------- weights
     def sync(self) -> None:
-        """Have all servers take over the policy's weights. On other ranks than the owner's: take no other weights."""
+        """Have all servers load the policy's weights. On ranks other than the owner's: accept only these weights."""
         version = f"{self.run_id}-{self.syncs + 1}"
         for supervisor in self.supervisors:
             supervisor.set_target(None)
@@ -132,9 +132,9 @@ class VLLMServerEngine(Engine):
             try:
                 self.broadcast.send([member_of(supervisor) for supervisor in self._alive()], version)
             except ServerLost as lost:
-                raise EngineError(f"weights could not be broadcast, go on with --resume: {lost}") from lost
+                raise EngineError(f"weights could not be broadcast ({lost}): resume the run with --resume") from lost
         if self.owner and (not broadcasts or distributed.size() > 1):
-            # Beside a broadcast for a server that is started again while this process waits for the others.
+            # In addition to a broadcast: for a server that is restarted while this process waits for the others.
             path = self._write(version)
         for supervisor in self.supervisors:
             supervisor.set_target(Target(version, path))
@@ -152,7 +152,7 @@ class VLLMServerEngine(Engine):
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which weights travel: that of started servers; given ones may have any."""
+        """The dtype in which weights are sent: that of started servers; servers given by address may have any."""
         return torch.float32 if self.options.urls else getattr(torch, self.options.dtype)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -20,7 +20,7 @@ LAUNCHER_VARIABLES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"),
     *("MASTER_ADDR", "MASTER_PORT"),
 )
-"""Set by torchrun for the ranks of the run, of which a server is none."""
+"""Set by torchrun for the ranks of the run; a server is not one of them."""
 
 ERROR_LINE = re.compile(r"\w(Error|Exception): \S")
 GRACE = 10.0
@@ -104,7 +104,7 @@ def serve_command(
             "-P",
             "-m",
             "lmrl.engines.vllm_launch",
-        ),  # -P: the folder of the run is no place to import from
+        ),  # -P: import nothing from the current folder
         f"--model={model}",
         f"--served-model-name={MODEL_NAME}",
         "--host=127.0.0.1",
@@ -120,7 +120,7 @@ def serve_command(
     if max_model_len is not None:
         command.append(f"--max-model-len={max_model_len}")
     if gpus:
-        # `memory` alone says what is taken: by itself vLLM wants nine tenths of the GPU to be free.
+        # Only `memory` decides how much is taken: by default vLLM requires nine tenths of the GPU to be free.
         return [*command, "--gpu-memory-utilization=0.01", '--weight-transfer-config={"backend": "nccl"}']
     return [*command, "--enforce-eager"]  # compiling takes minutes on a CPU
 

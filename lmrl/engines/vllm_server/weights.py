@@ -32,9 +32,9 @@ Weights = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 class WeightFiles:
     """Files with the policy's weights, in shared memory where there is any; only the newest one is kept.
 
-    It is kept until the next one comes, so that a server that is started again can take it over. parent: where the folder
+    It is kept until the next one comes, so that a restarted server can load it. parent: where the folder
     of files is made (None: in shared memory, if as much as `need` bytes are free there, else in the temporary folder). Folders
-    there that a killed run has left are removed.
+    that a killed run has left there are removed.
     """
 
     def __init__(self, parent: Path | None = None, need: int = 0) -> None:
@@ -45,7 +45,7 @@ class WeightFiles:
         self.folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         self._lock = open(self.folder / ".lock", "w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
-        (self.folder / ".lock").rename(self.folder / LOCK)  # under this name it has always been locked
+        (self.folder / ".lock").rename(self.folder / LOCK)  # a file of this name is always locked
 
     def write(self, weights: Weights, names: Sequence[str], version: str) -> Path:
         """names: of all tensors, or of more, from which the size of the header is estimated."""
@@ -53,7 +53,7 @@ class WeightFiles:
         if path.exists():  # a server may be reading it
             return path
         for older in self.folder.glob("*.safetensors"):
-            older.unlink()  # first, so that there is room; who reads it goes on reading it
+            older.unlink()  # first, so that there is room; a reader keeps the open file
         part = path.with_suffix(".part")
         try:
             write_safetensors(part, weights(), sum(len(name) + ENTRY_BYTES for name in names))
@@ -80,7 +80,7 @@ def _remove_if_left(folder: Path) -> None:
 def write_safetensors(path: Path, tensors: Iterator[tuple[str, torch.Tensor]], room: int) -> None:
     """Write tensors to a safetensors file one at a time, so that merged weights never exist all at once.
 
-    room: bytes at least for the header, which is written last and padded with spaces, as the format allows.
+    room: bytes kept free for the header, which is written last and padded with spaces, as the format allows.
     """
     room += -room % 8
     header: dict[str, Any] = {}
@@ -105,7 +105,7 @@ def write_safetensors(path: Path, tensors: Iterator[tuple[str, torch.Tensor]], r
 
 @dataclass(frozen=True)
 class Member:
-    """A server in a broadcast: how many workers it has, and the group in which it says to be."""
+    """A server in a broadcast: how many workers it has, and the group that it reports."""
 
     client: Client
     workers: int
@@ -113,7 +113,7 @@ class Member:
 
 
 class ControlPlane:
-    """Tells all servers of a broadcast what vLLM's trainer side wants told, each at the same time.
+    """Relays the messages of vLLM's trainer side to all servers of a broadcast at the same time.
 
     It has the methods of vLLM's `VLLMWeightSyncClient` (vllm/distributed/weight_transfer/base.py).
     """
@@ -154,12 +154,12 @@ class Broadcast:
     def __init__(self, weights: Weights):
         self.weights = weights
         self.group: str | None = None
-        """Name of the processes that are joined now."""
+        """Name of the current process group."""
         self.members: tuple[Member, ...] = ()
         self._engine: Any = None
 
     def send(self, members: Sequence[Member], version: str) -> None:
-        """Send the weights. The processes join anew where servers have come, gone or been started again."""
+        """Send the weights. The group is formed anew if servers have joined, left or been restarted."""
         if tuple(members) != self.members or any(member.group != self.group for member in members):
             self.close()
             members = [replace(member, group=version) for member in members]
@@ -176,7 +176,7 @@ class Broadcast:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
         found = [address_towards(member.client.url) for member in members]
-        address = next((one for one in found if not one.startswith("127.")), found[0])  # which all of them reach
+        address = next((one for one in found if not one.startswith("127.")), found[0])  # one that all servers can reach
         with socket.socket() as probe:
             probe.bind((address, 0))
             port = probe.getsockname()[1]
