@@ -26,12 +26,12 @@ __all__ = ["Game", "GameEnvironment", "TextEnvironment", "environment_factory", 
 
 
 def environment_factory(task: Any) -> Callable[[], Any]:
-    """A function that makes one environment of a recipe's `task` section; a game is one by its opponent, see GameEnvironment."""
+    """A function that makes one environment of a recipe's `task` section; a game is wrapped with its opponent, see GameEnvironment."""
     name, options = adapted(task.environment, expand(task.options, "task"))
     cls = registry.load("environment", name, "task.environment")
     players = [key for key in ("opponent", "opponent_in_evaluation") if getattr(task, key, None) is not None]
     if "opponent" in players and isinstance(cls, type) and not issubclass(cls, Game):
-        players.remove("opponent")  # an option of its own
+        players.remove("opponent")  # it is the environment's own option
         options = options | {"opponent": task.opponent.player}
     make = partial(_make, cls, task.environment, options)
     try:
@@ -47,23 +47,23 @@ def environment_factory(task: Any) -> Callable[[], Any]:
         check_game(environment, task.environment)
         return partial(_as_environment, make, task)
     if players:
-        raise PluginError(f"task.{players[0]}: '{task.environment}' is no game of several players: leave it out")
+        raise PluginError(f"task.{players[0]}: '{task.environment}' is not a game of several players: leave it out")
     for method in ("reset", "step"):
         if not callable(getattr(environment, method, None)):
             raise PluginError(
-                f"task.environment: '{task.environment}' has no {method}(): it is no gymnasium environment"
+                f"task.environment: '{task.environment}' has no {method}(): it is not a gymnasium environment"
             )
     return make
 
 
 def adapted(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The class that plays an environment of another library, named LIBRARY:ID, and its options; others as they are."""
+    """The class that plays an environment of another library, named LIBRARY:ID, and its options; any other name is returned as it is."""
     library, colon, id = name.partition(":")
     return (ADAPTERS[library], options | {"id": id}) if colon and library in ADAPTERS else (name, options)
 
 
 def _as_environment(make: Callable[[], Any], task: Any) -> GameEnvironment:
-    from lmrl.rollouts.parties import new_opponent  # models and endpoints, which games by themselves do without
+    from lmrl.rollouts.parties import new_opponent  # imports models and endpoints, which not every game needs
 
     game = make()
     return GameEnvironment(game, new_opponent(task, game))

@@ -26,10 +26,10 @@ class TextEnvironment(gymnasium.Env):
     - `allowed_actions()`: the texts that may answer the last observation (None: any). With `task.allowed_actions=true` the
       policy samples one of these, each by its own probability among them.
     - `texts()`: samples of all observations and actions, from which a model built from scratch takes its vocabulary.
-    - `info["metrics"]` of the last step: a dict of numbers that evaluation reports beside `return`.
+    - `info["metrics"]` of the last step: a dict of numbers that evaluation reports along with `return`.
     - `version`: text or a number that changes with what the environment does; `lmrl replay` names it.
-    - `metric_limits`: of such metrics and of `return`, by name, the lowest and highest value that is possible;
-      95 % intervals stay within. Metrics that are always 0 or 1 need none.
+    - `metric_limits`: the lowest and highest possible value of such metrics and of `return`, by name; 95 % intervals
+      stay within. Metrics that are always 0 or 1 need none.
     """
 
     num_starts: int | None = None
@@ -52,7 +52,7 @@ class TextEnvironment(gymnasium.Env):
 
 
 def limits_of(environment: Any) -> dict[str, tuple[float, float]]:
-    """The environment's `metric_limits`, {} where it has none. Raises PluginError for what are not pairs of numbers."""
+    """The environment's `metric_limits`, {} if it has none. Raises PluginError for anything but pairs of numbers."""
     limits = getattr(environment, "metric_limits", {})
     try:
         pairs = {str(name): (float(low), float(high)) for name, (low, high) in limits.items()}

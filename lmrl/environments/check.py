@@ -1,4 +1,4 @@
-"""Trying an environment out before anything is trained on it."""
+"""Checks of an environment before anything is trained on it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lmrl.visible import visible
 
 EPISODES = 20
 NONSENSE = ("", "nonsense \x00", "A" * 10_000)
-"""Actions that a model may come to write."""
+"""Actions that a model might write."""
 
 
 def check_environment(task: EpisodeLimits, episodes: int = EPISODES) -> Iterator[Finding]:
-    """Check the environment of a recipe's `task`. Findings come as they are made; one that makes the others meaningless is the last."""
+    """Check the environment of a recipe's `task`. Findings are yielded one by one; a failure that makes the rest meaningless is the last."""
     try:
         make = environment_factory(task)
         environment = make()
@@ -42,7 +42,7 @@ def check_environment(task: EpisodeLimits, episodes: int = EPISODES) -> Iterator
     yield Finding(
         "the seed decides the start",
         first == again,
-        "same seed, same start" if first == again else "same seed, other start",
+        "same seed, same start" if first == again else "same seed, different start",
     )
     yield _starts(environment)
     player = _player(environment)
@@ -52,14 +52,14 @@ def check_environment(task: EpisodeLimits, episodes: int = EPISODES) -> Iterator
     except (Exception, SystemExit) as error:
         yield Finding("step", False, f"{type(error).__name__}: {error}")
         return
-    yield Finding("step", True, f"five values of the right kinds in {sum(len(one.rewards) for one in played)} steps")
+    yield Finding("step", True, f"five values of the right types in {sum(len(one.rewards) for one in played)} steps")
     same = repeated.trace == played[0].trace
     yield Finding(
         "the seed decides the episode",
         same,
         "same seed and actions, same episode"
         if same
-        else "same seed and actions, another episode: draw from self.np_random",
+        else "same seed and actions, different episode: draw from self.np_random",
     )
     ended = sum(one.ended for one in played)
     yield Finding(
@@ -73,7 +73,7 @@ def check_environment(task: EpisodeLimits, episodes: int = EPISODES) -> Iterator
         "rewards differ",
         True if spread else None,
         f"returns of {'random play' if player == 'random' else player} {min(returns):.3g} to {max(returns):.3g}, mean {np.mean(returns):.3g}"
-        + ("" if spread else ": where all episodes earn the same, nothing can be learned"),
+        + ("" if spread else ": if all episodes earn the same, nothing can be learned"),
     )
     yield _within_limits(environment, returns)
     yield from _scripted(make, environment, task)
@@ -122,7 +122,7 @@ def _picklable(environment: Any) -> Finding:
         pickle.loads(pickle.dumps(environment))
     except Exception as error:
         return Finding(
-            "can be pickled", None, f"no ({type(error).__name__}: {error}): it cannot move to another process"
+            "can be pickled", None, f"no ({type(error).__name__}: {error}): it cannot be sent to another process"
         )
     return Finding("can be pickled", True, "for other processes")
 
@@ -133,7 +133,7 @@ def _starts(environment: Any) -> Finding:
         return Finding(
             "start states",
             None,
-            "drawn by the seed; with `num_starts` rollouts and evaluation would go through all of them",
+            "drawn by the seed; with `num_starts`, rollouts and evaluation would go through all of them",
         )
     try:
         pairs = [begin_episode(environment, seed, count - 1)[0] for seed in (1, 2)]
@@ -147,7 +147,7 @@ def _starts(environment: Any) -> Finding:
     detail = (
         f"{count} of them"
         if same
-        else f"start {count - 1} depends on the seed: reset(options={{'start': i}}) is to begin in the i-th"
+        else f"start {count - 1} depends on the seed: reset(options={{'start': i}}) must begin in the i-th"
     )
     return Finding("start states", same, detail)
 
@@ -170,7 +170,7 @@ def _scripted(make: Any, environment: Any, task: EpisodeLimits) -> Iterator[Find
         yield Finding(
             "scripted players",
             None,
-            "none; with `players` and `act` it can be collected from, imitated, and its scores compared",
+            "none; with `players` and `act`, episodes can be collected and imitated, and scores compared with theirs",
         )
     for player in players:
         try:
@@ -188,8 +188,10 @@ def _nonsense(make: Any) -> Finding:
             begin_episode(environment, 0, None)
             take_step(environment, action)
         except (Exception, SystemExit) as error:
-            return Finding("bears nonsense", False, f"action {action[:12]!r} raises {type(error).__name__}: {error}")
-    return Finding("bears nonsense", True, "empty, odd and very long actions")
+            return Finding(
+                "survives odd actions", False, f"action {action[:12]!r} raises {type(error).__name__}: {error}"
+            )
+    return Finding("survives odd actions", True, "empty, odd and very long actions")
 
 
 def _texts(environment: Any, played: list[_Played]) -> Finding:
@@ -212,5 +214,5 @@ def _speed(played: list[_Played]) -> Finding:
     return Finding(
         "speed",
         True if each < 0.1 else None,
-        f"{each * 1000:.3g} ms a step" + ("" if each < 0.1 else ": rollouts wait for it"),
+        f"{each * 1000:.3g} ms per step" + ("" if each < 0.1 else ": rollouts wait for it"),
     )

@@ -1,4 +1,4 @@
-"""Games of several players: what a game says, and a game as an environment of one player."""
+"""Games of several players: the interface of a game, and a game as an environment for one player."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lmrl.errors import PluginError
 from lmrl.foreign import foreign
 
 Move = tuple[int, str]
-"""The player, and what it did."""
+"""The player, and its action."""
 
 
 class Game:
@@ -22,9 +22,9 @@ class Game:
 
     - `num_players`, and `to_move`: the player whose turn it is, from 0, which `reset` and `step` set.
     - `reset(seed=..., options=...)` begins a game and returns info; `options["start"]` is the number of the start state.
-    - `observe(player)`: what is new to that player since it looked last. It is asked before each of the player's turns, and once
-      more where a limit ends the game.
-    - `step(action)`: the turn of the player to move. Returns rewards (one a player), terminated, truncated, and info.
+    - `observe(player)`: what is new to that player since its last look. It is called before each of the player's turns, and once
+      more if a limit ends the game.
+    - `step(action)`: the turn of the player to move. Returns rewards (one per player), terminated, truncated, and info.
 
     `num_starts`, `players` with `act`, `texts()`, `version`, `metric_limits` and `info["metrics"]` are those of a TextEnvironment;
     `act` plays for the player to move, and `return` is that of one player.
@@ -58,12 +58,12 @@ class Game:
         return ()
 
     def allowed_actions(self) -> Sequence[str] | None:
-        """The actions of which the player to move may choose, for `task.allowed_actions` (None: any)."""
+        """The actions that the player to move may choose from, for `task.allowed_actions` (None: any)."""
         return None
 
 
 class Referee:
-    """A game under way: calls it, checks what it returns, and keeps the moves and what each player earned."""
+    """Runs a game: calls it, checks what it returns, and records the moves and what each player earned."""
 
     def __init__(self, game: Game):
         self.game = game
@@ -100,7 +100,7 @@ class Referee:
 
     def step(self, action: str, limit: float | None = None) -> list[float]:
         """The move of the player to move; what each player earned by it."""
-        self.moves.append((self.to_move, action))  # also one that fails
+        self.moves.append((self.to_move, action))  # also a move that fails
         with foreign("the environment", limit):
             result = self.game.step(action)
         given, terminated, truncated, info = unpacked("step", result, ("rewards", "terminated", "truncated", "info"))
@@ -115,17 +115,17 @@ class Referee:
         return rewards
 
     def metrics_of(self, player: int) -> dict[str, float]:
-        """The game's own metrics, and `won`: 1 where this player earned more than every other."""
+        """The game's own metrics, and `won`: 1 if this player earned more than every other."""
         others = [total for other, total in enumerate(self.totals) if other != player]
         return self.metrics | {"won": float(bool(others) and self.totals[player] > max(others))}
 
 
 Answer = Callable[[Game, Any], str]
-"""The other side's action: from the game, for scripted players, and what it observes."""
+"""Gives the other side's action, from the game (for scripted players) and that side's observation."""
 
 
 class GameEnvironment(TextEnvironment):
-    """A game as an environment. With an opponent, one player is who plays it, and the opponent all others; without, who plays it plays
+    """A game as an environment. With an opponent, the policy plays one side and the opponent all others; without one, the policy plays
     all sides in turn, and the reward is the first player's.
 
     The side is drawn by the seed; with numbered start states each is played from every side: start i is the game's start
@@ -133,7 +133,7 @@ class GameEnvironment(TextEnvironment):
     """
 
     def __init__(self, game: Game, new_opponent: Callable[[int, int], Answer] | None = None):
-        """new_opponent: the other side of a new game, from the player's number and the seed."""
+        """new_opponent: makes the other side of a new game, from the player's number and the seed."""
         self.game, self.new_opponent = game, new_opponent
         count = game.num_starts
         self.num_starts = count if count is None or new_opponent is None else count * game.num_players
@@ -181,7 +181,7 @@ class GameEnvironment(TextEnvironment):
         return info
 
     def _others_move(self) -> float:
-        """Let the other sides move until it is the player's turn; what the player earned meanwhile."""
+        """Let the other sides move until it is the player's turn; returns what the player earned meanwhile."""
         earned = 0.0
         while not self.referee.over and (other := self.others.get(self.referee.to_move)) is not None:
             observation = self.referee.observe(self.referee.to_move)
@@ -193,14 +193,14 @@ class GameEnvironment(TextEnvironment):
 
 
 def split_start(game: Game, start: int | None, number: int) -> tuple[int | None, int]:
-    """The game's start state, and the player whose side is played. number: of the episode, which decides where starts have none."""
+    """The game's start state, and the player whose side is played. number: of the episode, which chooses the side if there are no numbered starts."""
     if start is None:
         return None, number % game.num_players
     return start // game.num_players, start % game.num_players
 
 
 def check_game(game: Any, name: str) -> None:
-    """Raise PluginError for what cannot be played as a game of several players."""
+    """Raise PluginError for anything that cannot be played as a game of several players."""
     count = game.num_players
     if isinstance(count, bool) or not isinstance(count, int) or count < 2:
         raise PluginError(f"task.environment: num_players of '{name}' is {count!r:.40}; expected 2 or more")

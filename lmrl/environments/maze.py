@@ -1,8 +1,8 @@
-"""The double-T maze: walk to the goal, one move a turn, told where the walls are.
+"""The double-T maze: walk to the goal, one move per turn, seeing where the walls are.
 
-The maze of LMRL-Gym (Abdulhai et al., arXiv 2311.18232), with its texts and its rewards: -1 a step, a walk into a wall
-included, 0 for the step that reaches the goal, -4 for text that is no move. A return is therefore 1 minus the steps of
-an episode that arrives by legal moves. Positions are (row, column), counted from the top left corner, 0.
+The maze of LMRL-Gym (Abdulhai et al., arXiv 2311.18232), with its texts and its rewards: -1 per step, walking into a
+wall included, 0 for the step that reaches the goal, -4 for text that is not a move. The return of an episode that arrives by
+legal moves is therefore 1 minus its steps. Positions are (row, column), counted from the top left corner, 0.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Maze(TextEnvironment):
         self.steps += 1
         reached = self.position == GOAL
         reward = ILLEGAL if move is None else ARRIVAL if reached else STEP
-        # At every step, because an episode that is truncated does not know its last one.
+        # At every step, because the environment does not know which step is the last if the episode is truncated.
         metrics = {"reached": float(reached), "steps": self.steps}
         return "" if reached else self._describe(self.position), reward, reached, False, {"metrics": metrics}
 
@@ -91,7 +91,7 @@ class Maze(TextEnvironment):
 
     # ---------------------------------------------------------------------------------------------------------- extras
     def act(self, player: str, rng: np.random.Generator) -> str:
-        """random: each of the four moves alike. optimal: the first move, in their order, on a shortest path."""
+        """random: each of the four moves with equal probability. optimal: the first move, in their order, on a shortest path."""
         if player == "random":
             return str(rng.choice(list(MOVES)))
         return min(MOVES, key=lambda text: self.distance[_after(self.position, MOVES[text])])
@@ -104,7 +104,7 @@ class Maze(TextEnvironment):
 
 
 def _after(position: Position, move: tuple[int, int]) -> Position:
-    """The position after a move; the same one where a wall is in the way."""
+    """The position after a move; unchanged if a wall is in the way."""
     row, column = position[0] + move[0], position[1] + move[1]
     return position if WALLS[row][column] == "1" else (row, column)
 

@@ -1,4 +1,4 @@
-"""Environments behind an OpenEnv server (https://github.com/meta-pytorch/OpenEnv): `environment: openenv:http://HOST:8000`."""
+"""Environments on an OpenEnv server (https://github.com/meta-pytorch/OpenEnv): `environment: openenv:http://HOST:8000`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ OWN = ("done", "reward", "metadata")
 
 
 class OpenEnvText(TextEnvironment):
-    """An environment that runs on another machine; each episode under way has a session, a connection of its own.
+    """An environment that runs on another machine; each running episode has its own session and connection.
 
-    id: the server's address. action_field, observation_field: the fields that hold the action's and the observation's text (None: as the server's
-    schema says, where one field alone is text; of an observation with several the whole as JSON). action: further fields of
-    each action. reset: further arguments of each reset, beside the seed. timeout: seconds that the server has for an answer.
+    id: the server's address. action_field, observation_field: the fields that hold the action's and the observation's text (None: the
+    only text field in the server's schema; an observation with several becomes JSON as a whole). action: further fields of each
+    action. reset: further arguments of each reset, besides the seed. timeout: seconds that the server has to answer.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ def fields_of(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def only_text(schema: dict[str, Any]) -> str | None:
-    """The field that is text; None where there is none, or several. Fields that have to be there come first."""
+    """The field that is text; None if there is none, or several. Required fields take precedence."""
     texts = [name for name, field in fields_of(schema).items() if "string" in types_of(field)]
     required = [name for name in texts if name in schema.get("required", ())]
     chosen = required or texts

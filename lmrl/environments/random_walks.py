@@ -1,7 +1,7 @@
 """Random walks: find the shortest path to a goal on a graph known only from experience.
 
-The task of trlx's example of the same name (Chen et al., "Decision Transformer", arXiv 2106.01345, section 3, had the
-idea): a directed graph of `nodes` nodes called a, b, c, ...; the goal is `a`. The observation is a start node, the
+The task of trlx's example of the same name (the idea is from Chen et al., "Decision Transformer", arXiv 2106.01345, section
+3): a directed graph of `nodes` nodes called a, b, c, ...; the goal is `a`. The observation is a start node, the
 action is the rest of the walk, at most `max_length` nodes in all, for instance `f` -> `kca`. The reward is the walk's
 optimality, (max_length - length) / (max_length - shortest), and 0 for a walk that takes a missing edge or does not end
 at the goal, which no edge leaves. Start nodes without a path shorter than `max_length` are left out.
@@ -31,9 +31,9 @@ REDRAWS = 100
 
 
 class RandomWalks(TextEnvironment):
-    """One graph, drawn by its number as trlx draws it, so that its graphs keep their numbers.
+    """One graph, drawn from its number exactly as in trlx, so graph numbers mean the same in both.
 
-    A number whose first graph has no start node from which the goal can be reached stands for the next graph that has.
+    If the first graph drawn from a number has no start node that can reach the goal, the next one that has is taken.
     """
 
     players = ("random", "suboptimal", "optimal")
@@ -52,7 +52,7 @@ class RandomWalks(TextEnvironment):
         for _ in range(1000):
             self.edges = _draw_graph(random, nodes, edge_probability)
             self.distance = _distances_to_goal(self.edges)
-            # A path of d edges has d + 1 nodes; one of max_length nodes earns 0, so it is no use as an optimum.
+            # A path of d edges has d + 1 nodes; one of max_length nodes earns 0, so it is useless as an optimum.
             self.starts = [node for node in range(nodes) if node != GOAL and self.distance[node] + 1 < max_length]
             if self.starts:
                 break
@@ -126,10 +126,10 @@ class RandomWalks(TextEnvironment):
             walk = self._walk(rng)
             if self._arrival(walk) != self.distance[self.start] + 1:
                 return walk
-        return walk[:-1]  # there is no way but the shortest: stop before the goal, which fails
+        return walk[:-1]  # every path is a shortest one: stop before the goal, so that the walk fails
 
     def _walk(self, rng: np.random.Generator, shortest: bool = False) -> str:
-        """Nodes after the start, along random edges (shortest: of those that bring the goal nearer)."""
+        """Nodes after the start, along random edges (shortest: only those that lead closer to the goal)."""
         node, walk = self.start, list[str]()
         while node != GOAL and len(walk) < self.max_length - 1:
             following = np.nonzero(self.edges[node])[0]
@@ -148,7 +148,7 @@ def _name(node: int) -> str:
 
 
 def _draw_graph(random: np.random.RandomState, nodes: int, edge_probability: float) -> np.ndarray:
-    """Directed edges, none from a node to itself; drawn again until every node has a way out."""
+    """Directed edges, none from a node to itself; drawn again until every node has an outgoing edge."""
     while True:
         edges = random.rand(nodes, nodes) > 1 - edge_probability
         np.fill_diagonal(edges, False)
@@ -158,7 +158,7 @@ def _draw_graph(random: np.random.RandomState, nodes: int, edge_probability: flo
 
 
 def _distances_to_goal(edges: np.ndarray) -> np.ndarray:
-    """Edges on the shortest path from each node to the goal, by breadth-first search; a huge number where none is."""
+    """Edges on the shortest path from each node to the goal, by breadth-first search; a huge number if there is none."""
     distance = np.full(len(edges), np.iinfo(np.int32).max // 2)
     distance[GOAL] = 0
     queue = deque([GOAL])

@@ -1,4 +1,4 @@
-"""Games of TextArena (https://github.com/LeonGuertler/TextArena), of one and of several players: `environment: textarena:TicTacToe-v0`."""
+"""Games of TextArena (https://github.com/LeonGuertler/TextArena), for one or several players: `environment: textarena:TicTacToe-v0`."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from lmrl.errors import PluginError, did_you_mean
 
 MOST_PLAYERS = 15
 BRACKETED = re.compile(r"\[[^\[\]\n]{1,40}\]")
-"""What actions look like in most of its games."""
+"""The format of actions in most of its games."""
 SAMPLED_STARTS = 10
-"""Games whose beginnings a vocabulary is taken from."""
+"""How many games' beginnings the vocabulary is taken from."""
 _generators = threading.RLock()
 
 
 def make(id: str, players: int | None = None, view: str = "new", **options: Any) -> TextArenaGame | TextArenaSolo:
-    """A game of TextArena by its name there.
+    """A game of TextArena by its TextArena name.
 
-    players: how many play (None: the least that it takes). view: `new` shows a player what has happened since its last turn, for
-    `task.history: all`; `whole` what TextArena shows itself, usually everything so far (names that end with -train: the current board), for
-    `task.history: 1`. Further keys go to `textarena.make`. Its games draw from Python's and numpy's global generators; each is given
-    states of its own here, so that games do not disturb one another.
+    players: how many play (None: as few as it allows). view: `new` shows a player what has happened since its last turn, for
+    `task.history: all`; `whole` shows what TextArena itself shows, usually everything so far (names that end with -train: the current board), for
+    `task.history: 1`. Further keys go to `textarena.make`. TextArena's games draw from Python's and numpy's global generators; here each
+    game gets its own generator states, so that games do not disturb one another.
     """
     if view not in ("new", "whole"):
         raise PluginError(f"task.view: expected new or whole, got '{view}'")
@@ -78,7 +78,7 @@ class Arena:
                 np.random.set_state(outer[1])
 
     def least_players(self) -> int:
-        """The least number of players that the game begins with."""
+        """The smallest number of players that the game accepts."""
         errors = []
         for count in range(1, MOST_PLAYERS + 1):
             try:
@@ -88,14 +88,14 @@ class Arena:
             else:
                 return count
         raise PluginError(
-            f"task.environment: textarena's '{self.inner.env_id}' begins with no number of players up to {MOST_PLAYERS}; with one: "
+            f"task.environment: textarena's '{self.inner.env_id}' cannot be started with 1 to {MOST_PLAYERS} players; with one: "
             f"{' '.join(errors[0].split())}"
         )
 
     def begin(self, players: int, seed: int) -> None:
         self.states = random.Random(seed).getstate(), np.random.RandomState(seed % 2**32).get_state()
         self.seen = {}
-        for name in ("full_observations",):  # what wrappers remember of the game before
+        for name in ("full_observations",):  # wrappers keep these from the previous game
             wrapper = self.env
             while wrapper is not self.inner:
                 if name in vars(wrapper):
@@ -137,7 +137,7 @@ class Arena:
         return bool(done)
 
     def rewards(self, players: int) -> tuple[list[float], dict[str, float]]:
-        """Of a game that is over: what each player earned, and the share of players who ended it by an invalid move."""
+        """What each player earned in a finished game, and the share of players who ended it by an invalid move."""
         with self.own_generators():
             rewards, info = self.env.close()
         earned = [float((rewards or {}).get(player, 0.0)) for player in range(players)]
@@ -145,7 +145,7 @@ class Arena:
         return earned, {"invalid": sum(invalid) / players}
 
     def act(self, rng: np.random.Generator) -> str:
-        """Any of the bracketed texts that the player to move has just seen, among which legal moves often are."""
+        """A random one of the bracketed texts that the player to move has just seen; legal moves are often among them."""
         found = sorted(set(BRACKETED.findall(self.seen.get(self.to_move, ""))) - {"[GAME]"})
         return str(rng.choice(found)) if found else "[0]"
 
@@ -159,7 +159,7 @@ class Arena:
 
 
 class TextArenaGame(Game):
-    """A game of several players; TextArena's rewards at its end are theirs."""
+    """A game of several players, with TextArena's rewards at its end."""
 
     players = ("random",)
 

@@ -13,14 +13,14 @@ from lmrl.environments.base import TextEnvironment
 from lmrl.errors import PluginError
 
 SAMPLED = 200
-"""Prompts that a vocabulary is taken from."""
+"""How many prompts the vocabulary is taken from."""
 
 
 class VerifiersTasks(TextEnvironment):
-    """Tasks of one answer, scored by the taskset's own rewards and judges; its metrics and rewards by name are the metrics.
+    """Single-answer tasks, scored by the taskset's own rewards and judges; its rewards and metrics are reported as metrics by name.
 
-    id: of a taskset that is installed. size: tasks to take, of one without an end. Further keys are the taskset's own. Tasks that need tools, a sandbox
-    or a conversation are refused: verifiers runs these as programs, which an agent task asks for (`task.agent`).
+    id: an installed taskset. size: how many tasks to take from an endless one. Further keys are the taskset's own. Tasks that need
+    tools, a sandbox or a conversation are refused: verifiers runs these as programs, which an agent task plays (`task.agent`).
     """
 
     def __init__(self, id: str, size: int = 500, **options: Any):
@@ -65,7 +65,7 @@ class VerifiersTasks(TextEnvironment):
 
 
 def prompt_of(data: Any) -> str | list[dict[str, str]]:
-    """A task's prompt: text, or messages where it has a system message or several."""
+    """A task's prompt: text, or messages if it has a system message or several messages."""
     messages = [] if data.system_prompt is None else [{"role": "system", "content": data.system_prompt}]
     if isinstance(data.prompt, str):
         return [*messages, {"role": "user", "content": data.prompt}] if messages else data.prompt
@@ -82,7 +82,7 @@ def _text(content: Any) -> str:
 
 
 def _trace(task: Any, answer: str) -> Any:
-    """What verifiers records of a rollout: the prompt's messages, and the answer as a sampled one."""
+    """What verifiers would record of a rollout: the prompt's messages, and the answer as a sampled one."""
     v1, records = import_module("verifiers.v1"), import_module("verifiers.v1.trace")
     node = import_module("verifiers.v1.graph").MessageNode
     trace = records.Trace(
@@ -104,7 +104,7 @@ def _last(trace: Any) -> int | None:
 
 
 def _needs(task: Any, base: type[Any]) -> str | None:
-    """What a task needs beside one answer; None: nothing."""
+    """What a task needs besides one answer; None: nothing."""
     cls = type(task)
     if task.NEEDS_CONTAINER:
         return "a container"
@@ -123,7 +123,7 @@ def _needs(task: Any, base: type[Any]) -> str | None:
 
 def _program(id: str, needs: str) -> str:
     return (
-        f"task.environment: verifiers' taskset '{id}' needs {needs}: play it as a program that asks the policy at an address, task.agent "
+        f"task.environment: verifiers' taskset '{id}' needs {needs}: play it as a program that calls the policy at an address, task.agent "
         "(see docs/agents.md)"
     )
 

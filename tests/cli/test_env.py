@@ -79,7 +79,7 @@ def test_a_good_environment_is_fit(game, tmp_path):
     ("name", "failed"),
     [
         ("Unseeded", {"the seed decides the episode", "limits of the return"}),
-        ("Fragile", {"bears nonsense"}),
+        ("Fragile", {"survives odd actions"}),
         ("Four", {"step"}),
         ("Beyond", {"limits of the return", "texts"}),
         ("Missing", {"can be made"}),

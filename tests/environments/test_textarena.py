@@ -129,5 +129,7 @@ def test_what_is_refused():
         make("TicTacTo-v0")
     with pytest.raises(PluginError, match="task.view: expected new or whole"):
         make("TicTacToe-v0", view="old")
-    with pytest.raises(PluginError, match="task.opponent: 'textarena:GuessTheNumber-v0' is no game of several players"):
+    with pytest.raises(
+        PluginError, match="task.opponent: 'textarena:GuessTheNumber-v0' is not a game of several players"
+    ):
         environment_factory(CustomTask(environment="textarena:GuessTheNumber-v0", opponent="random"))

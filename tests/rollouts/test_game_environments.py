@@ -29,7 +29,7 @@ class Own(lmrl.TextEnvironment):
 
 def test_an_own_option_called_opponent_stays():
     assert environment_factory(CustomTask(environment=f"{__file__}:Own", opponent="strong"))().opponent == "strong"
-    with pytest.raises(PluginError, match="is no game of several players: leave it out"):
+    with pytest.raises(PluginError, match="is not a game of several players: leave it out"):
         environment_factory(CustomTask(environment=f"{__file__}:Own", opponent_in_evaluation="strong"))
 
 
