@@ -1,4 +1,4 @@
-"""Suites, statistics, scores, logs of them and comparisons."""
+"""Suites, scores with intervals, evaluation logs and comparisons."""
 
 from lmrl.evaluation.api import Report, evaluate
 from lmrl.evaluation.compare import compare

@@ -27,16 +27,17 @@ from lmrl.run_folders import RECIPE_FILE, read_recipe
 from lmrl.trajectories.trajectory import Trajectory
 
 TASK_FILE = "lmrl.json"
-"""Beside the weights of a checkpoint: the task it was trained on, how it sampled, and the suite that scored it."""
+"""File next to a checkpoint's weights: the task it was trained on, how it sampled, and the suite that scored it."""
 OWN_TASK = "its own task"
-"""Stands for a suite where a policy is scored on the task of its own run."""
+"""Takes the place of a suite's name if a policy is scored on the task of its own run."""
 OWN_EPISODES, OWN_STARTS = 100, 500
-"""Of an own task: the fewest episodes that score it (several from each start state if need be), and the most starts."""
+"""For a run's own task: the minimum number of episodes (several from each start state if need be), and the maximum number
+of starts."""
 
 
 @dataclass(frozen=True)
 class NamedSuite:
-    """A suite as it is played, and what it is called."""
+    """A suite as it is played, with its name."""
 
     suite: Suite
     name: str
@@ -48,24 +49,24 @@ class Report:
     """The suite's name, or `OWN_TASK`."""
     policy: str
     rows: dict[str, Scores]
-    """By what was varied: `policy` alone, or `beta 1`, `beta 4`, ..."""
+    """By label of what was varied: only `policy`, or `beta 1`, `beta 4`, ..."""
     columns: list[str]
     """The metrics that the suite puts into tables."""
     trajectories: list[Trajectory]
     """Of the last row."""
     played: str = ""
-    """What was played: how many start states or prompts, which, and how often."""
+    """What was played: how many start states or prompts, which ones, and how often."""
 
     episodes: dict[str, list[Trajectory]] = field(default_factory=dict)
     """The judged episodes of each row."""
     overlap: Overlap | None = None
     """What the prompts share with training data."""
     clean: dict[str, Scores] = field(default_factory=dict)
-    """The rows without prompts that share something; {} where none does, or all do."""
+    """The rows without the prompts that share something; {} if none does, or all do."""
 
     @property
     def metrics(self) -> Scores:
-        """Scores of the only row."""
+        """Scores of the report's only row."""
         (scores,) = self.rows.values()
         return scores
 
@@ -75,7 +76,7 @@ class Report:
         for metric in floors:
             if metric not in known:
                 raise RecipeError(
-                    f"there is no metric '{metric}' to be held to: this evaluation has {', '.join(known)}"
+                    f"there is no metric '{metric}' with a floor to meet: this evaluation has {', '.join(known)}"
                 )
         low = [
             f"{metric} of {label} is {scores[metric]['mean']:.4g}, below {floor:g}"
@@ -112,31 +113,32 @@ def evaluate(
     """Score a policy: a run folder, a checkpoint, any transformers or peft folder, a GGUF file, a hub name, or an address
     of OpenAI's API, `http://HOST/v1#MODEL`.
 
-    policy: or several, which then all play the suite of the first, with the same random numbers. suite: a file or a
-    shipped
-    name (default: the suite of the policy's own recipe; without one the recipe's own task: fresh episodes of its
+    policy: or a list, whose members all play the suite of the first, with the same random numbers. suite: a file or a
+    shipped name (default: the suite of the policy's own recipe; without one the recipe's own task: fresh episodes of its
     environment, or its held-out prompts). A suite that follows runs, as the shipped ones do, scores a policy made by
     lmrl on the task it was trained for (its graph, its held-out prompts); `overrides` such as `task.graph=7` or
     `samples=4` change the suite.
-    checkpoint: of a run, `final`, `best` or `step-N`; checkpoints: several of these, or `["all"]`.
-    betas: weights of Q to try one after the other, of a policy with Q heads (0: without Q).
-    log: a folder for every episode (see lmrl/evaluation/log.py), with a subfolder each where there are several rows; an
-    evaluation that was stopped resumes there. part: of a log, episodes played side by side and written at once.
+    checkpoint: for a run, `final`, `best` or `step-N`; checkpoints: several of these, or `["all"]`.
+    betas: weights of Q to try one after the other, for a policy with Q heads (0: without Q).
+    log: a folder that gets every episode (see lmrl/evaluation/log.py), with a subfolder for each row if there are several;
+    an evaluation that was stopped resumes there. part: episodes of a log that are played together and written at once.
     run_code: allow a suite to run code that the policy writes.
-    overlap: runs or files whose training data to look for the suite's prompts in: stretches of `overlap_words` words.
+    overlap: runs or files whose training data is searched for the suite's prompts, by n-grams of `overlap_words` words.
     A suite `lm-eval:TASK` is a task of lm-eval, with the overrides of `HarnessOptions`; `inspect:TASK` one of inspect_ai,
     with those of `InspectOptions`.
-    endpoint: how addresses are asked.
+    endpoint: how requests are sent to addresses.
     """
     policies = [policy] if isinstance(policy, str | Path) else list(policy)
     found = contenders(policies, checkpoint, checkpoints)
     if (task := harness_task(suite)) is not None:
         if betas or log is not None or part is not None or overlap:
-            raise RecipeError(f"--suite {suite}: it has no --beta, --log, --log-every and --overlap: leave them out")
+            raise RecipeError(
+                f"--suite {suite}: it does not support --beta, --log, --log-every or --overlap: leave them out"
+            )
         return _harness_report(task, found, overrides, trust_remote_code, run_code)
     if (task := inspect_task(suite)) is not None:
         if betas or part is not None or overlap:
-            raise RecipeError(f"--suite {suite}: it has no --beta, --log-every and --overlap: leave them out")
+            raise RecipeError(f"--suite {suite}: it does not support --beta, --log-every or --overlap: leave them out")
         return _inspect_report(task, found, overrides, trust_remote_code, log, run_code)
     rows: dict[str, Scores] = {}
     episodes: dict[str, list[Trajectory]] = {}
@@ -169,7 +171,7 @@ def _harness_report(
         f"{HARNESS}{task}",
         found,
         trust_remote_code,
-        "lm-eval asks for log-likelihoods, which an address does not tell",
+        "lm-eval needs log-likelihoods, which an address does not give",
         lambda policy, _: run_harness(policy, task, options, run_code),
     )
 
@@ -182,17 +184,17 @@ def _inspect_report(
     log: str | Path | None,
     run_code: bool,
 ) -> Report:
-    """Policies on a task of inspect_ai. log: a folder for its own logs, a subfolder for each of several policies."""
+    """Policies on a task of inspect_ai. log: a folder for inspect_ai's logs, with a subfolder for each policy if there are several."""
     options = inspect_options(overrides)
     if run_code:
-        raise RecipeError(f"--suite {INSPECT}{task}: it runs code in inspect_ai's own sandboxes: leave --run-code out")
+        raise RecipeError(f"--suite {INSPECT}{task}: inspect_ai runs code in its own sandboxes: leave --run-code out")
     from lmrl.evaluation.inspect_tasks import run_inspect
 
     def play(policy: Policy, contender: Contender) -> tuple[Scores, list[Trajectory], str]:
         folder = None if log is None else Path(log) if len(found) == 1 else Path(log) / folder_name(contender.label)
         return run_inspect(policy, contender.name, task, options, folder)
 
-    unreachable = "inspect_ai asks an address itself (`inspect eval --model openai-api/...`)"
+    unreachable = "inspect_ai can score an address itself (`inspect eval --model openai-api/...`)"
     return _foreign_report(f"{INSPECT}{task}", found, trust_remote_code, unreachable, play)
 
 
@@ -203,8 +205,8 @@ def _foreign_report(
     unreachable: str,
     play: Callable[[Policy, Contender], tuple[Scores, list[Trajectory], str]],
 ) -> Report:
-    """Policies on another tool's suite, one after the other. unreachable: why addresses are refused. play: its scores, its samples as
-    episodes, and what was played, for people."""
+    """Policies on another tool's suite, one after the other. unreachable: why addresses are refused. play: returns scores, samples
+    as episodes, and a readable description of what was played."""
     from lmrl.accelerators import default_device
 
     rows, episodes = {}, {}
@@ -221,7 +223,7 @@ def _foreign_report(
 
 
 def dtype_of(checkpoint: Path) -> str:
-    """The precision that a checkpoint was trained with; float32 for what is none of lmrl's."""
+    """The precision that a checkpoint was trained with; float32 for a checkpoint that is not lmrl's."""
     return str(saved_task(checkpoint)["dtype"]) if (checkpoint / TASK_FILE).is_file() else "float32"
 
 
@@ -234,7 +236,7 @@ def rescored(
 ) -> Report:
     """Score the episodes of a log, or of all logs in a folder, again, without playing anything; see `rescore_log`.
 
-    target: a folder for a new log with the new scores, or for as many as there are. run_code: allow rewards to run code
+    target: a folder for a new log with the new scores, or for one new log per old one. run_code: allow rewards to run code
     that the policy wrote.
     """
     logs = logs_in(log)
@@ -255,7 +257,7 @@ def score_rows(
     several: bool = False,
     part: int | None = None,
 ) -> Iterator[tuple[str, Scores, list[Trajectory]]]:
-    """A policy's rows of a report: label, scores and judged episodes at each beta. At the end the policy is let go.
+    """A policy's rows of a report: label, scores and judged episodes at each beta. The policy is released at the end.
 
     several: the policy is one of several.
     """
@@ -293,8 +295,8 @@ def evaluator_for(
     run_code: bool = False,
     endpoint: Endpoint | None = None,
 ) -> Evaluator:
-    """A saved policy and the suite it is scored on, loaded; see `evaluate`. given: play this suite, as it is.
-    endpoint: how an address is asked."""
+    """A saved policy and the suite it is scored on, loaded; see `evaluate`. given: play this suite unchanged.
+    endpoint: how requests are sent to an address."""
     keep_freed_memory()
     if not isinstance(policy, Contender):
         (policy,) = contenders([policy], checkpoint)
@@ -325,7 +327,7 @@ def evaluator_for(
 
 
 def size_own(evaluator: Evaluator, overridden: set[str]) -> None:
-    """Decide how many episodes an own task is scored by, where overrides do not."""
+    """Decide how many episodes score a run's own task, unless overrides do."""
     if "episodes" not in overridden and len(evaluator.starts()) > OWN_STARTS:
         evaluator.suite.episodes = OWN_STARTS
     if "samples" not in overridden:
@@ -333,8 +335,8 @@ def size_own(evaluator: Evaluator, overridden: set[str]) -> None:
 
 
 def saved_task(checkpoint: Path) -> dict[str, Any]:
-    """`{"task", "suite", "dtype", "rollouts"}` as a checkpoint was saved with, its run's reward models found where they
-    lie now. Checkpoints of older versions lack `rollouts`."""
+    """`{"task", "suite", "dtype", "rollouts"}` that a checkpoint was saved with; paths of its run's reward models are those
+    of today. Checkpoints of older versions lack `rollouts`."""
     saved: dict[str, Any] = json.loads((checkpoint / TASK_FILE).read_text())
     run = run_of(checkpoint)
     return saved | ({"task": locate_rewards(saved["task"], run)} if run else {})

@@ -16,9 +16,9 @@ from lmrl.recipe.overrides import apply_override
 from lmrl.recipe.validation import validate
 
 HARNESS = "lm-eval:"
-"""Before the name of a task of lm-eval."""
+"""Prefix of an lm-eval task's name."""
 INSPECT = "inspect:"
-"""Before the name of a task of inspect_ai."""
+"""Prefix of an inspect_ai task's name."""
 
 
 class HarnessOptions(Section):
@@ -35,9 +35,9 @@ class HarnessOptions(Section):
     engine: str = "hf"
     """The engine that samples; log-likelihoods are computed by the policy's own model."""
     seed: int = Field(0, ge=0)
-    """Of sampling, and of Python's generator, by which some tasks order their choices."""
+    """Seed of sampling, and of Python's generator, with which some tasks shuffle their choices."""
     shots_seed: int = Field(1234, ge=0)
-    """Of drawing examples."""
+    """Seed for drawing examples."""
 
 
 class InspectOptions(Section):
@@ -46,29 +46,29 @@ class InspectOptions(Section):
     limit: int | None = Field(None, ge=1)
     """Use only the first samples of the task's data."""
     samples: int | None = Field(None, ge=1)
-    """Times that each is played, inspect_ai's epochs (null: as the task says)."""
+    """How often each sample is played: inspect_ai's epochs (null: as the task says)."""
     args: dict[str, Any] = {}
     """Arguments of the task."""
     temperature: float | None = Field(None, ge=0)
-    """Of sampling, where it is not the task's (null: the task's, else 1)."""
+    """Sampling temperature (null: the task's, else 1)."""
     max_tokens: int = Field(1024, ge=1)
-    """Tokens of an answer at most, where the task does not say."""
+    """Maximum tokens per answer, unless the task sets it."""
     seed: int | None = None
-    """Of sampling; each request of the same prompt then draws the same (null: every time anew)."""
+    """Sampling seed; requests with the same prompt then get the same answer (null: a new draw every time)."""
     engine: str = "hf"
     """The engine that samples."""
     connections: int = Field(16, ge=1)
-    """Requests side by side."""
+    """Maximum requests in flight."""
 
 
 def inspect_task(suite: str | Path | None) -> str | None:
-    """The task of inspect_ai that a suite's name stands for; None for another suite."""
+    """The inspect_ai task that a suite's name stands for; None for other suites."""
     name = "" if suite is None else str(suite)
     return name.removeprefix(INSPECT) if name.startswith(INSPECT) else None
 
 
 def inspect_options(overrides: Sequence[str]) -> InspectOptions:
-    """Raises RecipeError for an option that there is not, and where inspect_ai or openai, which it asks by, is not installed."""
+    """Parse overrides. Raises RecipeError for an unknown option, or if inspect_ai or the openai package that it needs is missing."""
     document = Document({})
     for override in overrides:
         apply_override(document, override)
@@ -100,7 +100,7 @@ def harness_task(suite: str | Path | None) -> str | None:
 
 
 def harness_options(overrides: Sequence[str]) -> HarnessOptions:
-    """Raises RecipeError for an option that there is not, and where lm-eval is not installed."""
+    """Parse overrides. Raises RecipeError for an unknown option, or if lm-eval is not installed."""
     document = Document({})
     for override in overrides:
         apply_override(document, override)

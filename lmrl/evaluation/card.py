@@ -1,4 +1,4 @@
-"""The model card of an export: README.md with what the hub and its readers look for."""
+"""The model card of an export: a README.md with the metadata that the hub expects and what readers need."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def write_card(
 ) -> None:
     """Write the card of an exported folder.
 
-    run: the run that it comes from (None: unknown). name: what code in the card loads, a name on the hub or the folder.
-    checkpoint: of the run, `final`, `best` or `step-N`. beta: weight of the Q values that were folded in. distilled: the model was fitted
-    to the policy that they guide, instead.
+    run: the run that it comes from (None: unknown). name: what the card's code loads, a hub name or the folder.
+    checkpoint: the run's `final`, `best` or `step-N`. beta: weight of the Q values that were folded in. distilled: True if the
+    model was instead fitted to the policy that they guide.
     """
     recipe = read_recipe(run) if run else None
     base = _base(folder, recipe)
@@ -56,7 +56,7 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def _base(folder: Path, recipe: Recipe | None) -> str | None:
-    """The model that training began from; of one from scratch None."""
+    """The model that training began from; None for one from scratch."""
     if _is_adapter(folder):
         found: str | None = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
         return found
@@ -66,7 +66,7 @@ def _base(folder: Path, recipe: Recipe | None) -> str | None:
 
 
 def _shown(path: str) -> str:
-    """A file's or folder's name for others: without the folders above it, which are of this machine."""
+    """A file's or folder's name for publication: without the folders above it, which are specific to this machine."""
     if is_object(path):
         return f"{path.removeprefix(PREFIX)} (given in Python)"
     if not path.startswith(("/", "~")):
@@ -94,7 +94,7 @@ def _front_matter(folder: Path, recipe: Recipe | None, base: str | None) -> str:
 
 
 def _data_of(stages: Mapping[str, Recipe]) -> dict[str, str]:
-    """Files and datasets by what they hold, for each stage once."""
+    """Files and datasets by what they contain, once per stage."""
     found: dict[str, str] = {}
     for name, stage in stages.items():
         place = "" if name == MAIN_STAGE else f" of stage {name}"
@@ -120,7 +120,7 @@ def _summary(
     which = "" if checkpoint == "final" else f"It is checkpoint `{checkpoint}` of its run."
     guided = f"Q values of weight {beta:g} are folded into its vocabulary matrix." if beta else ""
     if distilled:
-        guided = f"It was fitted to the policy that Q values of weight {beta:g} guide (distillation)."
+        guided = f"It was distilled from the policy guided by Q values of weight {beta:g}."
     return " ".join(part for part in (what, origin, which, guided) if part)
 
 
@@ -150,7 +150,7 @@ def _training(recipe: Recipe) -> str:
 
 
 def _metrics(run: Path, checkpoint: str) -> str:
-    """The run's closing table with its intervals; "" where it has none."""
+    """The run's final table with its intervals; "" if it has none."""
     path = run / RESULTS_FILE
     rows: dict[str, Any] = {
         label: row for label, row in (json.loads(path.read_text()) if path.is_file() else {}).items() if row
@@ -166,7 +166,7 @@ def _metrics(run: Path, checkpoint: str) -> str:
     scope = scope_of(rows)
     lines += ["", "Means with 95 % intervals" + (f", which hold for {scope}." if scope else ".")]
     if checkpoint != "final":
-        lines.append("The table is of the policies that the run compared at its end, and not of this checkpoint.")
+        lines.append("The table shows the policies that the run compared at its end, not this checkpoint.")
     return "\n".join(lines)
 
 

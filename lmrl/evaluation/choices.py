@@ -1,4 +1,4 @@
-"""Multiple choice by log-likelihood: of given answers to a prompt, the one that the policy finds likeliest.
+"""Multiple choice by log-likelihood: the policy's choice is the most likely of the given answers to a prompt.
 
 Scored as lm-eval does: `acc` by the sum over the answer's tokens, `acc_norm` by that sum per character of the answer.
 """
@@ -23,7 +23,7 @@ from lmrl.trajectories.trajectory import Segment, Trajectory, Turn, prompt_text
 
 
 class Chooser:
-    """Answers the prompts of a task by choice. Raises RecipeError for expressions that are none."""
+    """Answers the prompts of a task by choice. Raises RecipeError for invalid expressions."""
 
     def __init__(self, policy: Policy, task: Task, choices: Choices):
         self.policy, self.task, self.delimiter = policy, task, choices.delimiter
@@ -32,9 +32,9 @@ class Chooser:
         self.rows, self.column = environment.rows, environment.column
 
     def play(self, starts: Sequence[int | None], first: int, sampling: Sampling) -> list[Trajectory]:
-        """An episode from each prompt: the likeliest answer. first: number of the first prompt in the suite.
+        """An episode for each prompt: its most likely answer. first: number of the first prompt in the suite.
 
-        Raises RecipeError where Q would guide the policy, as nothing is drawn, and DataError for a row without choices.
+        Raises RecipeError if Q guides the policy, because nothing is sampled, and DataError for a row without choices.
         """
         if guidance_of(self.policy, sampling) is not None:
             raise RecipeError(
@@ -85,7 +85,7 @@ class Chooser:
     def _episode(
         self, row: dict[str, Any], texts: Sequence[str], right: int, totals: Sequence[float], best: int
     ) -> Trajectory:
-        """What was chosen, and whether it is right, as an episode without its tokens."""
+        """The choice, and whether it is right, as an episode without tokens."""
         prompt = row[self.column]
         by_length = int(np.argmax(np.array(totals) / [len(text) for text in texts]))
         columns = {name: value for name, value in row.items() if name != self.column}
@@ -103,10 +103,10 @@ class Chooser:
 
 
 def continued(renderer: Renderer, prompt: Any, texts: Sequence[str], delimiter: str = "") -> Continued:
-    """Tokens of a prompt and of what may follow it.
+    """Tokens of a prompt and of each possible continuation.
 
-    Of plain text, tokens are those of both together after as many as the prompt alone has, as lm-eval takes them; white space at
-    the prompt's end goes to what follows. In a dialogue, an answer begins the assistant's turn.
+    Plain text is tokenized together and split after as many tokens as the prompt has alone, as in lm-eval; white space at the
+    prompt's end goes to the continuation. In a dialogue, an answer begins the assistant's turn.
     """
     if renderer.chat or not isinstance(prompt, str):
         return Continued(renderer.first(prompt), [renderer.plain(text) for text in texts])

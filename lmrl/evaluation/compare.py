@@ -20,7 +20,7 @@ from lmrl.evaluation.paired import Comparison, Played, compare_played, key_of
 from lmrl.evaluation.scoring import Scoring
 
 SHOWN = 5
-"""Samples that changed most, to show."""
+"""How many of the samples that changed most are shown."""
 
 
 def compare(
@@ -43,13 +43,13 @@ def compare(
 ) -> Comparison:
     """Compare policies with the first of them: differences of the same samples, with intervals and p-values.
 
-    policies: as of `lmrl.evaluate`, and evaluation logs, of which nothing is played again. suite: what is played
-    (default: that of the logs, else of the first policy). claims: `B - A > -0.01` and its like, to be held to by
+    policies: as for `lmrl.evaluate`, or evaluation logs, whose episodes are not played again. suite: what is played
+    (default: that of the logs, else of the first policy). claims: for instance `B - A > -0.01`, checked by
     `Comparison.require`.
-    metrics: what to compare (default: the suite's). log: a folder to keep what is played. run_code: allow a suite to run
-    code that the policies write. control: a metric, such as `length`, at equal values of which the others are compared too.
-    judge, judge_options: a judge of pairs of answers, see `load_judge`. endpoint: how policies that are addresses are asked.
-    Raises RunError for logs of different suites, RecipeError for a metric or policy that there is not.
+    metrics: what to compare (default: the suite's). log: a folder to save what is played. run_code: allow a suite to run
+    code that the policies write. control: a metric, such as `length`; the others are also compared at equal values of it.
+    judge, judge_options: a judge of pairs of answers, see `load_judge`. endpoint: how requests are sent to addresses.
+    Raises RunError for logs of different suites, RecipeError for an unknown metric or policy.
     """
     if is_foreign(suite):
         raise RecipeError(
@@ -62,14 +62,14 @@ def compare(
     check_same_suite(given)
     if given and (suite is not None or overrides):
         raise RecipeError(
-            "--suite: a log has been played on a suite already, which the others play as well: leave it out, or score "
-            "logs by other rewards first, lmrl eval --rescore LOG --suite NAME"
+            "--suite: a log already has a suite, which the other policies play as well: leave --suite out, or score "
+            "the logs by other rewards first, lmrl eval --rescore LOG --suite NAME"
         )
     names = [str(name) for name in policies if str(name) not in logs]
     fresh = contenders(names, checkpoint, checkpoints) if names else []
     if not fresh and (checkpoints or betas or log is not None or checkpoint != "final"):
         raise RecipeError(
-            "compare: logs are not played again, so no --checkpoint, --beta or --log goes with them alone"
+            "compare: logs are not played again: leave out --checkpoint, --beta and --log, or add a policy"
         )
     count = len(fresh) * max(len(betas), 1) + len(given)
     if count < 2:
@@ -115,7 +115,7 @@ class Common:
     @classmethod
     def of_log(cls, log: EvalLog, run_code: bool) -> Common:
         suite = log.suite
-        if suite.run_code and not run_code:  # leave was given to another call
+        if suite.run_code and not run_code:  # permission was given to an earlier call
             suite = suite.model_copy(update={"run_code": False})
         return cls(NamedSuite(suite, log.header["suite"]["name"]), log.scoring, log.header["played"])
 
@@ -126,7 +126,7 @@ def has_logs(folder: Path) -> bool:
 
 
 def check_same_suite(logs: Sequence[EvalLog]) -> None:
-    """Raise RunError for logs whose episodes cannot be paired: of other suites, or other start states."""
+    """Raise RunError for logs whose episodes cannot be paired, because their suites or start states differ."""
     for one in logs[1:]:
         first, other = logs[0].header, one.header
         differs = [
@@ -139,13 +139,13 @@ def check_same_suite(logs: Sequence[EvalLog]) -> None:
         ]
         if differs:
             raise RunError(
-                f"{logs[0].folder} and {one.folder} are not of the same suite (its {differs[0]} differs), so their "
-                "episodes make no pairs: play one suite with both policies, or score both logs by the same rewards, "
+                f"{logs[0].folder} and {one.folder} do not share a suite (its {differs[0]} differs), so their "
+                "episodes cannot be paired: play one suite with both policies, or score both logs by the same rewards, "
                 "lmrl eval --rescore"
             )
 
 
 def _logged(log: EvalLog, name: str, several: bool) -> Played:
-    """What a log holds. several: the user named a folder with more than one."""
+    """What a log holds. several: True if the user named a folder with several logs."""
     trajectories, extra = log.judged()
     return Played(f"{name} {log.folder.name}" if several else name, trajectories, extra)

@@ -1,6 +1,6 @@
-"""Contamination: which prompts of a suite share a stretch of words with training data (Brown et al., arXiv 2005.14165, appendix C).
+"""Contamination: which prompts of a suite share an n-gram with training data (Brown et al., arXiv 2005.14165, appendix C).
 
-The suite's n-grams are indexed, and training data streams past them, so its size does not matter.
+The suite's n-grams are indexed, and training data is streamed, so its size does not matter.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from lmrl.trajectories.trajectory import Trajectory, prompt_text
 
 WORD = re.compile(r"\w+")
 WORDS = 13
-"""Words in a row that two texts hardly share by chance."""
+"""Length of a word n-gram that two texts rarely share by chance."""
 
 
 @dataclass
 class Overlap:
-    """What a suite's prompts share with training data. shared, short: numbers of prompts (groups) that share a stretch, and that
-    have fewer words than one."""
+    """What a suite's prompts share with training data. shared, short: indices of prompts (groups) that share an n-gram,
+    and that have too few words for one."""
 
     against: list[str]
     words: int
     prompts: int
     shared: dict[int, str] = field(default_factory=dict)
-    """The first stretch that each shares."""
+    """The first n-gram that each shares."""
     short: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -51,10 +51,10 @@ class Overlap:
 
 
 def overlap_of(trajectories: Sequence[Trajectory], suite: Suite, against: Sequence[str], words: int = WORDS) -> Overlap:
-    """Compare a suite's prompts with training data: of run folders, or of files and hub datasets of rows.
+    """Compare a suite's prompts with the training data of runs, or with the rows of files and hub datasets.
 
-    Of prompts made from columns these count, and not the examples before them, which are training data on purpose. Raises
-    RecipeError for a suite that plays an environment, and RunError for a run that learned from no text of others.
+    If prompts are made from columns, the columns count, but not the few-shot examples before them, which are training data on
+    purpose. Raises RecipeError for a suite that plays an environment, and RunError for a run without prompts or logged data.
     """
     if not isinstance(suite.task, PromptTask):
         raise RecipeError("--overlap: the suite plays an environment, which has no prompts to find in training data")
@@ -80,7 +80,7 @@ def overlap_of(trajectories: Sequence[Trajectory], suite: Suite, against: Sequen
 
 
 def texts_of(one: Trajectory, made: bool) -> list[str]:
-    """A prompt's own texts. made: its prompt was put together from its columns."""
+    """A prompt's own texts. made: True if its prompt was made from its columns."""
     if not made:
         return [prompt_text(one.messages or one.prompt)]
     computed = ("choices", "loglikelihoods", "right")
@@ -127,7 +127,7 @@ def stage_texts(recipe: Recipe, folder: Path) -> Iterator[str]:
 
 
 def row_texts(rows: Iterable[Any]) -> Iterator[str]:
-    """Texts of rows, also those inside of fields that hold JSON; malformed rows are left out, as in training."""
+    """Texts of rows, including those inside fields that hold JSON; malformed rows are skipped, as in training."""
     for row in rows:
         if isinstance(row, Malformed):
             continue

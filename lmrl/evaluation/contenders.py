@@ -11,7 +11,7 @@ from lmrl.errors import RecipeError, RunError
 from lmrl.run_folders import checkpoint_names, checkpoint_of
 
 ALONE = "policy"
-"""The label of a policy that is scored alone."""
+"""The label of the only policy that is scored."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def contenders(
     policies: Sequence[str | Path], checkpoint: str = "final", checkpoints: Sequence[str] = ()
 ) -> list[Contender]:
     """The policies in order. checkpoint: of every run, see `checkpoint_of`. checkpoints: several of each run instead,
-    or `all`. Raises DataError or RunError for what is no policy, RecipeError for a policy that is named twice."""
+    or `all`. Raises DataError or RunError if something is not a policy, RecipeError for a policy that is named twice."""
     if checkpoints and checkpoint != "final":
         raise RecipeError(f"--checkpoint {checkpoint}: --checkpoints names the checkpoints already: add it there")
     found: list[tuple[str, str, str]] = []
@@ -47,7 +47,7 @@ def contenders(
     ]
     for label in labels:
         if labels.count(label) > 1:
-            raise RecipeError(f"policy: '{label}' is there twice: name each once")
+            raise RecipeError(f"policy: '{label}' is named twice: name each once")
     return [Contender(label, name, path) for label, (name, _, path) in zip(labels, found, strict=True)]
 
 
@@ -57,7 +57,7 @@ def _expanded(name: str, checkpoints: Sequence[str]) -> list[str]:
         return list(checkpoints)
     found = checkpoint_names(Path(name).expanduser())
     if not found:
-        raise RunError(f"--checkpoints all: '{name}' is no run with checkpoints: leave it out")
+        raise RunError(f"--checkpoints all: '{name}' is not a run with checkpoints: leave it out")
     return found
 
 

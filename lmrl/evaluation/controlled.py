@@ -1,7 +1,7 @@
 """Differences between policies at equal length, or at equal any other metric.
 
 Longer answers often score higher whatever they say. The difference of two scores of a prompt is regressed on the difference of
-the two lengths; the intercept is the difference that is left where both are equally long.
+the two lengths; the intercept is the difference that remains at equal length.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from lmrl.errors import RecipeError
 from lmrl.evaluation.student import t95, upper_tail
 
 FEWEST = 4
-"""Prompts below which no slope is estimated."""
+"""Minimum number of prompts for estimating a slope."""
 
 
 @dataclass
 class Controlled:
-    """A difference with another held at 0, and what one unit of that is worth."""
+    """A difference while the difference of another metric is held at 0, and the slope per unit of that metric."""
 
     mean: float
     ci95: list[float]
@@ -30,15 +30,17 @@ class Controlled:
 
 
 def controlled(gaps_G: Sequence[float], others_G: Sequence[float], name: str) -> Controlled:
-    """The mean of `gaps_G` where `others_G` is 0, one value a prompt each. name: of the other, for messages.
+    """The mean of `gaps_G` where `others_G` is 0, one value of each per prompt. name: of the other metric, for messages.
 
     Least squares with the standard errors HC3 (MacKinnon and White, Journal of Econometrics 29, 1985), G - 2 degrees of freedom.
-    Without spread in `others_G` there is nothing to hold, and the mean is as it is. Raises RecipeError for too few prompts.
+    Without spread in `others_G` there is nothing to control for, and the mean is returned as it is. Raises RecipeError for too few prompts.
     """
     y_G, x_G = np.asarray(gaps_G, float), np.asarray(others_G, float)
     count = len(y_G)
     if count < FEWEST:
-        raise RecipeError(f"--control {name}: {count} prompts say nothing about its influence: take {FEWEST} or more")
+        raise RecipeError(
+            f"--control {name}: {count} prompts are too few to estimate its influence: take {FEWEST} or more"
+        )
     columns = [np.ones(count)] + ([x_G] if np.ptp(x_G) > 0 else [])
     design_GP = np.stack(columns, 1)
     inverse_PP = np.linalg.inv(design_GP.T @ design_GP)

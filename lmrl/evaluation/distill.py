@@ -1,8 +1,8 @@
 """Fitting one plain model to a policy that Q values guide, so that anything can decode it at full speed.
 
 A copy of the policy's language model, the student, learns the guided distribution: KL(guided || student) over the whole vocabulary,
-the support mask included, on logged states, on those of the guided policy, and on those that the student comes to itself (DAgger: Ross
-et al., arXiv 1011.0686). The last matter: a student that only saw the log does not know what to do where its own mistakes lead.
+the support mask included, on logged states, on states of the guided policy, and on states that the student itself visits (DAgger:
+Ross et al., arXiv 1011.0686). The last ones matter: a student trained only on the log does not know what to do after its own mistakes.
 """
 
 from __future__ import annotations
@@ -40,35 +40,35 @@ from lmrl.trajectories.batch import Batch, Microbatch, Sequence, to_batch
 from lmrl.trajectories.trajectory import Trajectory
 
 STEPS = 2000
-"""Updates at most, where nothing else is asked for."""
+"""Default maximum number of updates."""
 ROUND = 100
-"""Updates between two visits to the student's own states."""
+"""Updates between two collections of the student's own states."""
 EPISODES = 64
-"""Episodes of each visit."""
+"""Episodes of each collection."""
 WARMUP = 20
-"""Updates in which the learning rate climbs; then it falls to 0 at the last update that is allowed."""
+"""Updates of learning-rate warmup; then the rate decays to 0 at the maximum number of updates."""
 CLOSE = 0.01
-"""Nats a token from the guided policy, on episodes of its own, at which a student is done: it then takes about one token in a hundred
-otherwise."""
+"""KL to the guided policy, in nats per token of that policy's episodes, at which a student is done: about one token in a hundred
+then differs."""
 NUMBERS = 2**25
-"""Numbers that a table of states by vocabulary may hold."""
+"""Maximum elements of a table of states by vocabulary."""
 FLOOR = -1e4
-"""Stands for the logarithm of 0 where it is multiplied by 0."""
+"""Replaces the logarithm of 0 where it is multiplied by 0."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How a distillation went: its updates, and the student's distance from the guided policy at the end, in nats a token."""
+    """How a distillation went: its updates, and the student's final KL from the guided policy, in nats per token."""
 
     steps: int
     kl: float
 
 
 class States:
-    """Where the student learns: half of every batch from the log, half from episodes that were played."""
+    """The states that the student is trained on: half of every batch from the log, half from played episodes."""
 
     def __init__(self, logs: List[Dataset], episodes: int, longest: int, name: tuple[int | str, ...]):
-        """episodes: logged ones in an update. longest: states of a sequence that an update takes at most."""
+        """episodes: logged episodes per update. longest: maximum states per sequence in an update."""
         self.logs, self.episodes, self.longest, self.name = list(logs), episodes, longest, name
         self.played: list[Sequence] = []
 
@@ -87,7 +87,7 @@ class States:
 
 
 def thinned(sequence: Sequence, longest: int, rng: np.random.Generator) -> Sequence:
-    """The sequence with `longest` of its states, drawn, where it has more."""
+    """The sequence with `longest` of its states drawn at random, if it has more."""
     if len(sequence.states) <= longest:
         return sequence
     kept = torch.from_numpy(rng.choice(len(sequence.states), longest, replace=False))
@@ -125,9 +125,9 @@ class Distillation:
         good: Callable[[Policy], bool] = lambda student: True,
         report: Callable[[str], None] = lambda line: None,
     ) -> Fit:
-        """Train the student until it is CLOSE to the guided policy and `good`, for `steps` updates at most.
+        """Train the student until it is CLOSE to the guided policy and `good`, for at most `steps` updates.
 
-        good: whether the student scores well enough; asked only where it is close. report: told of every round.
+        good: True if the student scores well enough; called only once it is close. report: called with a line on every round.
         """
         parameters = list(self.student.parameters())
         rate = default_rates(self._all_weights(), *self.student.size).lr
@@ -143,7 +143,7 @@ class Distillation:
                 continue
             visited = to_batch(self.play(self.student, done))
             kl = self.divergence(visited)
-            report(f"update {done} of at most {steps}: {kl:.4f} nats a token from the guided policy")
+            report(f"update {done} of at most {steps}: {kl:.4f} nats per token from the guided policy")
             if kl <= CLOSE and good(self.student):
                 return Fit(done, kl)
             self.states.add(visited.sequences)
@@ -191,7 +191,7 @@ class Distillation:
         return (guided_NV.exp() * (guided_NV.clamp(min=FLOOR) - student_NV)).sum()
 
     def _all_weights(self) -> Recipe:
-        """The recipe as if it trained all weights, as the student does."""
+        """The recipe with all weights trained, as those of the student are."""
         return self.recipe.model_copy(update={"model": self.recipe.model.model_copy(update={"lora": None})})
 
 
@@ -205,10 +205,10 @@ def _student(path: Path, trust_remote_code: bool) -> Policy:
 
 
 def _task(recipe: Recipe, policy: Policy) -> Task:
-    """The stage's task, to be played without being judged: rewards would only cost time."""
+    """The stage's task without its rewards, which would only cost time."""
     section = recipe.task
     if section is None:
-        raise RunError("--distill plays the run's own task, and it has none: leave it out")
+        raise RunError("--distill plays the run's own task, but the run has none: leave it out")
     task = build_task(
         section.model_copy(update={"rewards": []}) if isinstance(section, PromptTask) else section, policy.tokenizer
     )
@@ -232,6 +232,6 @@ def _logs(recipe: Recipe, task: Task, policy: Policy, stage: str) -> list[Datase
 
 
 def _stage_of(checkpoint: Path, run: Path) -> str:
-    """The stage that a checkpoint of a run is of."""
+    """The stage that a run's checkpoint belongs to."""
     parts = checkpoint.resolve().relative_to(run.resolve()).parts
     return parts[1] if len(parts) > 1 and parts[0] == "stages" else MAIN_STAGE

@@ -27,14 +27,14 @@ from lmrl.trajectories.batch import to_batch
 from lmrl.trajectories.trajectory import Trajectory
 
 RANDOM_EPISODES = 8
-"""Of the random player from each start, for the low end of normalised scores."""
+"""Episodes of the random player from each start, for the low end of normalised scores."""
 
 
 class Evaluator:
     """A suite made ready for one policy, to be scored any number of times."""
 
     def __init__(self, policy: Policy | RemotePolicy, suite: Suite, engine: Engine | None = None):
-        """engine: of the policy, where it has one already."""
+        """engine: the policy's, if it has one already."""
         refuse_code(suite)
         self.policy, self.suite, self.name = policy, suite, ""
         section = against_other(without_limit(suite.task) if isinstance(policy, RemotePolicy) else suite.task)
@@ -49,15 +49,15 @@ class Evaluator:
         if suite.choices is not None:
             if isinstance(policy, RemotePolicy):
                 raise RunError(
-                    "this suite compares log-likelihoods of choices, which an address does not tell: score the "
+                    "this suite compares log-likelihoods of choices, which an address does not give: score the "
                     "model itself, from a folder or by its name on the hub"
                 )
             self.chooser = Chooser(policy, self.task, suite.choices)
         self.at_once: int | None = None
-        """Episodes to play side by side (None: all)."""
+        """Episodes to play together (None: all)."""
 
     def close(self) -> None:
-        """Close the engine, and let go of the policy, so that another finds room in memory."""
+        """Close the engine and release the policy, to make room in memory for another."""
         self.engine.close()
         del self.policy, self.engine, self.sampler, self.chooser
 
@@ -72,13 +72,12 @@ class Evaluator:
 
     @property
     def unit(self) -> str:
-        """What episodes of one group have in common."""
+        """The name of what episodes of one group share: a prompt or a start state."""
         return "prompt" if self.task.judged_by == "reward" else "start state"
 
     @property
     def plays_all(self) -> bool:
-        """True if the suite plays all start states that there are, or prompts that were trained on: scores then say how
-        these go, and nothing about others."""
+        """True if the suite plays all start states, or prompts that were trained on: scores then hold for these only."""
         task = self.task
         if task.heldout is None or task.heldout != task.training:
             return False
@@ -86,10 +85,10 @@ class Evaluator:
 
     @property
     def played(self) -> str:
-        """What the suite plays, for people."""
+        """A readable description of what the suite plays."""
         task, count, samples = self.task, len(self.starts()), self.suite.samples
         if task.judged_by == "reward":
-            whole = not task.training  # of a suite's own file, none of which is for training
+            whole = not task.training  # a suite's own file, of which nothing is for training
             what = f"{'all ' if whole and count == len(task.heldout or ()) else ''}{count} {'' if whole else 'held-out '}prompts"
             if task.heldout == task.training:
                 what = f"{count} prompts of the task itself (task.prompts.holdout keeps none aside)"
@@ -104,15 +103,15 @@ class Evaluator:
 
     @cached_property
     def limits(self) -> dict[str, Limits]:
-        """Lowest and highest possible value of metrics, as far as the environment says."""
+        """Lowest and highest possible value of metrics, if the environment declares them."""
         return limits_of(self.task.make())
 
     def __call__(self, beta: float | None = None, choosing: bool = False) -> tuple[Scores, list[Trajectory]]:
         """Play the suite. Episodes draw the same random numbers every time, so two scores are paired.
 
-        beta: weight of Q instead of the suite's or the policy's own. choosing: play other episodes, for scores that a
-        policy is chosen by; its own score is then from episodes that did not choose it. Several processes share the
-        episodes, and have the same result.
+        beta: weight of Q instead of the suite's or the policy's own. choosing: play other episodes, for scores by which a
+        policy is selected; its final score then comes from episodes that did not select it. Several processes share the
+        episodes and get the same result.
         """
         check_metrics(self.suite.metrics, self.suite.samples)
         starts, played = self.starts(), []
@@ -127,7 +126,7 @@ class Evaluator:
     def play(
         self, starts: Sequence[int | None], first: int, beta: float | None = None, choosing: bool = False
     ) -> list[Trajectory]:
-        """This process's share of the episodes from some of the suite's start states, failed ones among them.
+        """This process's share of the episodes from some of the suite's start states, including failed ones.
 
         first: number of the first of them in the suite. beta, choosing: see `__call__`.
         """
@@ -142,7 +141,7 @@ class Evaluator:
         return self.sampling if beta is None else replace(self.sampling, beta=beta)
 
     def extra(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
-        """What is measured of judged episodes beside their scores: `kl`, where the policy has a reference."""
+        """Further measures of judged episodes: `kl`, if the policy has a reference."""
         if isinstance(self.policy, RemotePolicy) or self.chooser is not None or not self.policy.has_reference:
             return {}
         before = self.policy.temperature
@@ -153,25 +152,25 @@ class Evaluator:
             self.policy.temperature = before
 
     def optimum(self) -> Scores | None:
-        """The exact optimum, where the environment has a player for it."""
+        """The exact optimum, if the environment has a player for it."""
         played = self._play("optimal", self.starts())
         if not played:
             return None
         single = [metric for metric in self.suite.metrics if several_samples(metric) is None]
         scores = replace(self.scoring(), metrics=single).report(played)
-        # From all the starts there are, each played as well as it can be: nothing is left to chance.
+        # From every start, each played optimally: nothing is left to chance.
         certain = self.plays_all and self.task.match is None
         return {name: exact(score) for name, score in scores.items()} if certain else scores
 
     def _play(self, player: str, starts: list[int | None]) -> list[Trajectory] | None:
-        """Episodes of a scripted player of the environment, None where it has no such player."""
+        """Episodes of a scripted player of the environment; None if it has no such player."""
         if player not in getattr(self.task.make(), "players", ()):
             return None
         return Sampler(self.task).play_scripted(player, starts, ("suite", self.suite.seed))
 
     @cached_property
     def scale(self) -> tuple[float, float] | None:
-        """The main metric of the environment's players `random` and `optimal`, where it has both."""
+        """The main metric of the environment's players `random` and `optimal`, if it has both."""
         metric = self.suite.metrics[0]
         random = self._play("random", [start for start in self.starts() for _ in range(RANDOM_EPISODES)])
         best = self._play("optimal", self.starts())
@@ -181,14 +180,14 @@ class Evaluator:
         return (low, high) if high > low else None
 
     def normalize(self, value: float) -> float:
-        """A value of the main metric in points: 0 for the random player, 100 for the optimum; as it is without them."""
+        """A value of the main metric in points: 0 for the random player, 100 for the optimum; unchanged without these players."""
         if self.scale is None:
             return value
         low, high = self.scale
         return 100 * (value - low) / (high - low)
 
     def by_start(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        """Of each start state, the mean of the main metric in points."""
+        """The mean of the main metric in points, for each start state."""
         groups: dict[int, list[float]] = {}
         for trajectory in trajectories:
             value = dict(named_values(trajectory))[self.suite.metrics[0]]
@@ -206,7 +205,7 @@ class Evaluator:
 
 
 def divergences(policy: Policy, trajectories: Sequence[Trajectory]) -> list[float]:
-    """Of each episode, log(policy / reference) of what was sampled: its mean estimates the KL in nats an episode."""
+    """log(policy / reference) of each episode's sampled tokens: the mean estimates the KL in nats per episode."""
     batch = to_batch(list(trajectories))
     own, reference = policy.score(batch)["logprobs"], policy.score(batch, reference=True)["logprobs"]
     gaps = [float((a - b).sum()) for a, b in zip(own, reference, strict=True)]

@@ -1,4 +1,4 @@
-"""Exporting a run, and checking on its suite that what was exported still does what the run does."""
+"""Exporting a run, and checking on its suite that the export performs like the run."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from lmrl.run_folders import checkpoint_of
 
 @dataclass
 class Export:
-    """Where an export went, and what it scores beside the policy that it was made of."""
+    """Where an export was written, and its scores next to those of the policy that it was made from."""
 
     folder: Path
     metric: str = ""
     rows: dict[str, Scores] = field(default_factory=dict)
     loss: float | None = None
     """Points of normalised score (100: from the random player to the optimum) that the export lost; without players to
-    scale by, percent of what Q had gained over beta 0."""
+    scale by, percent of the gain of Q over beta 0."""
     address: str | None = None
-    """On the hub, where it was pushed."""
+    """Its address on the hub, if it was pushed."""
 
 
 def export(
@@ -54,8 +54,10 @@ def export(
     """Write a run or checkpoint as an ordinary transformers (or adapter) folder, with a model card.
 
     beta: fold the Q heads into the vocabulary matrix at this weight; then both policies play the suite, and nothing is
-    kept where the export loses more than `max_loss`. distill: fit a plain model to the guided policy instead, in so many updates
-    at most (see lmrl/evaluation/distill.py). report: told how that goes. push_to: upload it to this repository on the hub, OWNER/NAME. Raises RunError there, and where `destination` is no empty folder.
+    kept if the export loses more than `max_loss`. distill: instead fit a plain model to the guided policy, in at most this
+    many updates (see lmrl/evaluation/distill.py). report: called with lines on the fit's progress. push_to: also upload the
+    folder to this repository on the hub, OWNER/NAME. Raises RunError if that fails, or if `destination` is not an empty
+    folder.
     """
     if destination.is_file() or destination.is_dir() and any(destination.iterdir()):
         raise RunError(f"{destination} is not an empty folder: choose another destination")
@@ -67,10 +69,10 @@ def export(
         exported = open_policy(str(path), trust_remote_code=trust_remote_code)
         if distill is not None and (beta is None or adapter_only):
             raise RunError(
-                "--distill fits a plain model to the policy that Q values guide: say how much, --beta B, and drop --adapter-only"
+                "--distill fits a plain model to the policy that Q values guide: add their weight, --beta B, and drop --adapter-only"
             )
         if beta is None and exported.guidance is not None and not adapter_only:
-            raise RunError("this policy is guided by Q heads: say how much, --beta B (0: leave them behind)")
+            raise RunError("this policy is guided by Q heads: add their weight, --beta B (0: export without them)")
         if adapter_only:
             if beta is not None:
                 raise RunError(
@@ -80,10 +82,12 @@ def export(
         elif distill is None:
             save_plain(exported, written, beta)
         del exported
-        advice = "The support mask and the lower twin cannot travel along: try --distill or another --beta"
+        advice = "The support mask and the lower twin cannot be folded in: try --distill or another --beta"
         if distill is not None and beta is not None:
             fit = distilled(path, written, beta, distill, max_loss, check, suite, trust_remote_code, report)
-            advice = f"After {fit.steps} updates it is {fit.kl:.3f} nats a token from the guided policy: raise --steps"
+            advice = (
+                f"After {fit.steps} updates it is {fit.kl:.3f} nats per token from the guided policy: raise --steps"
+            )
         result = Export(destination)
         if check and (beta or (distill is not None and beta is not None)):
             result = compare(path, written, destination, beta, suite, trust_remote_code)
@@ -119,7 +123,7 @@ def distilled(
     run = run_of(path)
     if run is None:
         raise RunError(
-            f"--distill needs the run's task and log, and '{path}' lies outside of its run: name the run folder"
+            f"--distill needs the run's task and log, but '{path}' lies outside its run: name the run folder"
         )
     work = Distillation(path, run, beta, dtype_of(path), trust_remote_code)
     good = (
@@ -131,7 +135,7 @@ def distilled(
 
 
 def close_on(evaluator: Evaluator, beta: float, max_loss: float) -> Callable[[Policy], bool]:
-    """Tells of a policy whether it loses no more than `max_loss` of the guided one's score, on episodes that choose and do not count."""
+    """A test whether a policy loses at most `max_loss` of the guided policy's score, on episodes that are not used for the final scores."""
     guided = evaluator(beta, choosing=True)[0]
 
     def close(policy: Policy) -> bool:
@@ -159,7 +163,7 @@ def compare(
 
 
 def points_lost(evaluator: Evaluator, beta: float, rows: dict[str, Scores], choosing: bool = False) -> float:
-    """What the row `exported` lost of `guided`, see `Export.loss`. The row `without Q` is added where it takes one."""
+    """How much less `exported` scores than `guided`, see `Export.loss`. Adds the row `without Q` if it is needed."""
     metric = evaluator.suite.metrics[0]
 
     def score(row: dict[str, Any]) -> float:

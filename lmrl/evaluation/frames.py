@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 KINDS = (".csv", ".json", ".jsonl", ".parquet")
 LISTS = ("tokens", "logprobs")
-"""Columns that CSV has no room for."""
+"""Columns that CSV cannot hold."""
 
 
 def load_eval(log: str | Path) -> DataFrame:
     """The episodes of an evaluation log, or of all logs in a folder: one row each.
 
-    Columns: policy, group, episode, prompt, completion, reward (or return), components, metrics and what else was
-    measured, length, turns, failure, tokens and logprobs (of what was sampled), began, seconds. Raises RunError where
-    there is no log.
+    Columns: policy, group, episode, prompt, completion, reward (or return), components, metrics and further
+    measures, length, turns, failure, tokens and logprobs (of sampled tokens), began, seconds. Raises RunError if there is
+    no log.
     """
     records: list[dict[str, Any]] = []
     for label, one in in_order(logs_in(log)):
@@ -41,23 +41,23 @@ def load_run(run: str | Path, kind: str | None = None) -> DataFrame:
     """The metrics of a run, from its metrics.jsonl: one row a line, of one kind or of all.
 
     Columns: stage, step, kind (`train`, `eval`, `final`, `check`, ...), and every metric. A score with an interval is three columns,
-    NAME, NAME_low and NAME_high; what is nested otherwise is NAME/PART. A torn last line, of a run that is being written, is left
-    out. Raises RunError for what is no run, or has no metrics yet.
+    NAME, NAME_low and NAME_high; other nested values are NAME/PART. A torn last line, of a run that is being written, is left
+    out. Raises RunError if the folder is not a run, or has no metrics yet.
     """
     path = Path(run).expanduser() / METRICS_FILE
     if not path.is_file():
-        raise RunError(f"{run} is no run with metrics: it holds no {METRICS_FILE}")
+        raise RunError(f"{run} is not a run with metrics: it holds no {METRICS_FILE}")
     return frame_of([line for line in _lines(path) if kind in (None, line.get("kind"))])
 
 
 def load_samples(run: str | Path) -> DataFrame:
-    """What a run has sampled and shown, from its samples.jsonl, with the rewards: one row a sample, none where it sampled nothing."""
+    """The samples that a run has saved in samples.jsonl, with their rewards: one row per sample, no rows if there are none."""
     path = Path(run).expanduser() / SAMPLES_FILE
     return frame_of(_lines(path) if path.is_file() else [])
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON lines, without nesting."""
+    """The complete lines of a JSON Lines file, flattened."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -70,7 +70,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A line without nesting."""
+    """A line, flattened."""
     flat: dict[str, Any] = {}
     for name, value in line.items():
         name = f"{prefix}{name}"
@@ -130,6 +130,6 @@ def write_table(frame: DataFrame, path: Path) -> None:
 
 
 def check_table_name(path: Path) -> None:
-    """Raise RunError for a name that no table can be written to."""
+    """Raise RunError for a file name that does not end in a table's format."""
     if path.suffix not in KINDS or path.is_dir():
-        raise RunError(f"--export: '{path}' is no name for a table: end it in {', '.join(KINDS)}")
+        raise RunError(f"--export: '{path}' does not name a table: end it in {', '.join(KINDS)}")

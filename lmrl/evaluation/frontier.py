@@ -1,8 +1,8 @@
-"""Reward against divergence over a run's checkpoints, with best-of-n of the start as the yardstick.
+"""Reward against divergence over a run's checkpoints, with best-of-n of the initial policy as the yardstick.
 
-A policy that moves further from its start can always score more; what counts is the score at a given distance. Best-of-n, the best
-of n samples of the start by the same reward, is what costs no training: its divergence is at most log n - (n - 1) / n nats
-(Beirami et al., arXiv 2401.01879), and a run is worth its training where it lies above that curve.
+A policy that moves further from the initial one can usually score more; what counts is the score at a given distance. Best-of-n,
+the best of n samples of the initial policy by the same reward, needs no training: its divergence is at most log n - (n - 1) / n
+nats (Beirami et al., arXiv 2401.01879), and training paid off where the run lies above that curve.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from lmrl.run_folders import RECIPE_FILE, checkpoint_of, read_recipe
 from lmrl.trajectories.trajectory import Trajectory
 
 BEST_OF = 16
-"""Samples of each prompt by the start, for the yardstick."""
+"""Samples per prompt from the initial policy, for the yardstick."""
 START = "start"
 
 
 @dataclass
 class Point:
-    """A checkpoint. kl: from the start, in nats an episode."""
+    """A checkpoint. kl: to the initial policy, in nats per episode."""
 
     label: str
     kl: float
@@ -45,9 +45,9 @@ class Point:
     score: float
     ci95: list[float]
     at_equal_length: float | None
-    """The score that is left at the start's length (see lmrl/evaluation/controlled.py); None with too few prompts."""
+    """The score at the initial policy's length (see lmrl/evaluation/controlled.py); None if there are too few prompts."""
     best_of_n: float | None
-    """What best-of-n of the start scores at this divergence; None beyond the n that was sampled."""
+    """The score of the initial policy's best-of-n at this divergence; None beyond the largest n that was sampled."""
     gain: float | None
     """score - best_of_n."""
 
@@ -83,13 +83,13 @@ def frontier(
     best_of: int = BEST_OF,
     trust_remote_code: bool = False,
 ) -> Frontier:
-    """Score a run's checkpoints, their divergence from where its last stage began, and best-of-n of that beginning.
+    """Score a run's checkpoints, their divergence from the initial policy of its last stage, and that policy's best-of-n.
 
-    suite, overrides: as of `lmrl.evaluate`; the main metric counts. best_of: the highest n. Raises RunError for what is no
-    run, RecipeError for a suite that is not sampled.
+    suite, overrides: as for `lmrl.evaluate`; its main metric is used. best_of: the largest n. Raises RunError if `run` is not
+    a run, RecipeError for a suite that is not sampled.
     """
     if best_of < 1:
-        raise RecipeError(f"--best-of: {best_of} samples are none: 1 or more")
+        raise RecipeError(f"--best-of: expected 1 or more samples, got {best_of}")
     folder = Path(run).expanduser()
     if not (folder / RECIPE_FILE).is_file():
         raise RunError(f"frontier: {run} is not a run: name the folder of one, which holds a {RECIPE_FILE}")
@@ -100,7 +100,9 @@ def frontier(
     metric = _metric_of(first)
     device = default_device()
     start = open_policy(origin, dtype_of(Path(found[0].path)), trust_remote_code).to(device)
-    scores, episodes = Evaluator(start, first.suite)()  # the random numbers of the checkpoints, so that all are paired
+    scores, episodes = Evaluator(
+        start, first.suite
+    )()  # with the same random numbers as the checkpoints, so that all are paired
     base = Played(START, episodes)
     many = Evaluator(start, first.suite.model_copy(update={"samples": best_of}))
     sampled = many()[1] if best_of != first.suite.samples else episodes
@@ -108,7 +110,7 @@ def frontier(
     points = [Point(START, 0.0, [0.0, 0.0], *_of(scores, metric), scores[metric]["mean"], scores[metric]["mean"], 0.0)]
     for number, contender in enumerate(found):
         evaluator = evaluator_for(contender, trust_remote_code=trust_remote_code, given=named) if number else first
-        assert isinstance(evaluator.policy, Policy)  # a run's checkpoints are no addresses
+        assert isinstance(evaluator.policy, Policy)  # a run's checkpoints are not addresses
         evaluator.policy.measure_from(start)
         evaluator.policy.to(device)
         try:
@@ -119,7 +121,7 @@ def frontier(
 
 
 def start_of(folder: Path) -> str:
-    """The policy that a run's last stage began with: a checkpoint, a model's folder, or a name on the hub. Raises RunError where it
+    """The policy that a run's last stage began with: a checkpoint, a model's folder, or a name on the hub. Raises RunError if it
     is gone."""
     recipe = read_recipe(folder)
     own = folder / "stages" / MAIN_STAGE / "start"
@@ -134,7 +136,7 @@ def start_of(folder: Path) -> str:
             raise RunError(f"{folder}: the stage before, '{wanted[0]}', has left no {final}, so the start is unknown")
         return str(final)
     if recipe.model.path is None:
-        raise RunError(f"{folder}: a model from scratch, of whose start nothing was kept")
+        raise RunError(f"{folder}: its model was built from scratch, and the initial weights were not saved")
     return checkpoint_of(recipe.model.path, key="model.path")
 
 
@@ -143,7 +145,7 @@ def _metric_of(evaluator: Evaluator) -> str:
     suite = evaluator.suite
     if suite.choices is not None or not suite.rollouts.temperature:
         raise RecipeError(
-            "frontier: divergence and best-of-n are of sampled episodes: take a suite with rollouts.temperature above 0"
+            "frontier: divergence and best-of-n need sampled episodes: take a suite with rollouts.temperature above 0"
         )
     return suite.metrics[0]
 
@@ -154,7 +156,7 @@ def powers(most: int) -> list[int]:
 
 
 def divergence_of(n: int) -> float:
-    """Nats that best-of-n moves from its policy, at most."""
+    """Upper bound, in nats, of the divergence of best-of-n from its policy."""
     return math.log(n) - (n - 1) / n
 
 
@@ -168,7 +170,7 @@ def best_of_n(evaluator: Evaluator, episodes: Sequence[Trajectory], metric: str,
 
 
 def at_divergence(yardstick: Sequence[BestOf], kl: float) -> float | None:
-    """What best-of-n scores at a divergence, between the n that were sampled in a straight line; None beyond them."""
+    """The score of best-of-n at a divergence, interpolated linearly between the sampled n; None beyond them."""
     for one, other in pairwise(yardstick):
         if one.kl <= kl <= other.kl:
             return one.score + (other.score - one.score) * (kl - one.kl) / (other.kl - one.kl)
@@ -189,7 +191,7 @@ def _point(evaluator: Evaluator, label: str, metric: str, base: Played, yardstic
 
 
 def at_equal_length(own: Played, base: Played, metric: str, evaluator: Evaluator) -> float | None:
-    """What a policy would score if its episodes were as long as those of the start."""
+    """The score that a policy would have if its episodes were as long as the initial policy's."""
     scoring = evaluator.scoring()
     means = [[means_by_group(one, name, scoring) for name in (metric, "length")] for one in (own, base)]
     groups = [group for group in means[0][0] if group in means[1][0]]

@@ -29,15 +29,15 @@ from lmrl.policy.policy import Policy
 from lmrl.recipe import Rollouts
 from lmrl.trajectories.trajectory import Trajectory, Turn
 
-os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork beside threads and CUDA
+os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that has threads and CUDA
 
 BOOTSTRAP = 1000
-"""Resamples for standard errors that lm-eval has no formula for."""
+"""Bootstrap resamples for standard errors without a closed form in lm-eval."""
 NEW_TOKENS = 256
-"""Of a task that does not say, as for lm-eval's own models."""
+"""Maximum new tokens of a task that does not set it, as for lm-eval's own models."""
 NORMAL = 1.959963984540054
 KNOWN = {"until", "do_sample", "temperature", "top_p", "top_k", "max_gen_toks"}
-"""What a task may say about sampling."""
+"""Sampling options that a task may set."""
 
 
 class PolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
@@ -57,7 +57,7 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context stands for."""
+        """The token that stands for an empty context."""
         bos = self.tokenizer.bos_token_id
         return int(bos) if bos is not None else self.eot_token_id
 
@@ -70,7 +70,7 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Tokens of a text; special tokens in it are meant, as chat templates write them."""
+        """Tokens of a text; special tokens in it are parsed as such, because chat templates write them."""
         if add_special_tokens is None:
             opened = self.tokenizer.bos_token is not None and string.startswith(self.tokenizer.bos_token)
             add_special_tokens = not opened
@@ -87,8 +87,8 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         )
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        """requests: (texts or None, tokens of the context, tokens of the continuation), the context cut on the left where
-        both are too long together."""
+        """requests: (texts or None, tokens of the context, tokens of the continuation), the context is cut on the left if
+        both together are too long."""
         places: dict[tuple[int, ...], list[int]] = {}
         pairs = []
         for place, (_, context, continuation) in enumerate(requests):
@@ -111,7 +111,7 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return result
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows of the model's length, each token predicted once."""
+        """Log-likelihoods of whole texts, in windows of the model's length, each token predicted once."""
         windows, counts = [], []
         for request in requests:
             own = get_rolling_token_windows(
@@ -175,16 +175,16 @@ def _answer(one: Likelihood) -> tuple[float, bool]:
 
 @cache
 def manager_of(include: str | None) -> TaskManager:
-    """What finds tasks: lm-eval's own and those of a folder. It reads thousands of files, so it is kept."""
+    """lm-eval's task manager, for its own tasks and those of a folder. It reads thousands of files, so it is cached."""
     return TaskManager(include_path=include)
 
 
 def run_harness(
     policy: Policy, task: str, options: HarnessOptions, run_code: bool = False
 ) -> tuple[Scores, list[Trajectory], str]:
-    """Scores of a task or group of lm-eval, its documents as episodes, and what was played, for people.
+    """Scores of a task or group of lm-eval, its documents as episodes, and a description of what was played.
 
-    Raises RecipeError for a task that there is not, or one that runs code without leave.
+    Raises RecipeError for an unknown task, or one that runs code without permission.
     """
     manager = manager_of(options.include)
     if task not in manager.all_tasks:
@@ -266,7 +266,7 @@ def _is_mean(name: str, trajectories: Sequence[Trajectory], results: Mapping[str
 
 
 def _scores(trajectories: Sequence[Trajectory], results: Mapping[str, Mapping[str, Any]]) -> Scores:
-    """Means over documents with lmrl's intervals; what lm-eval aggregates otherwise as it says, with its standard error."""
+    """Means over documents with lmrl's intervals; other aggregates are lm-eval's, with its standard error."""
     scores: Scores = {}
     names = dict.fromkeys(name for one in trajectories for name in one.components)
     for name in [name for name in names if _is_mean(name, trajectories, results)]:

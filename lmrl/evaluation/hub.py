@@ -1,4 +1,4 @@
-"""Pushing an export to the Hugging Face hub. The token is the hub's own: HF_TOKEN, or what `hf auth login` has kept."""
+"""Pushing an export to the Hugging Face hub, with the token in HF_TOKEN or the one that `hf auth login` has saved."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lmrl.secrets import redact
 
 
 def prepare(repository: str, private: bool = False) -> Any:
-    """Make the repository on the hub, where it is not there, before anything is exported; returns the hub's API.
+    """Create the repository on the hub if it does not exist, before anything is exported; returns the hub's API.
 
-    repository: OWNER/NAME. Raises RunError in one line: no token, no right to it, no network.
+    repository: OWNER/NAME. Raises RunError: no token, no permission, no network.
     """
     from huggingface_hub import HfApi
 
     if "/" not in repository or not HUB_NAME.fullmatch(repository):
-        raise RunError(f"--push: '{repository}' is no name on the hub: expected OWNER/NAME")
+        raise RunError(f"--push: '{repository}' is not a hub name: expected OWNER/NAME")
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-    except Exception as error:  # of the network, of the hub, of the token
+    except Exception as error:  # a fault of the network, the hub or the token
         raise RunError(_why(repository, error)) from error
     return api
 

@@ -1,4 +1,4 @@
-"""What a suite and a policy are, as hashes: of their content, and not of where they lie."""
+"""Hashes that identify a suite or a policy by content, not by location."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from lmrl.evaluation.suites import SAMPLING, Suite
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf", ".json", ".model", ".txt", ".jinja")
-"""Files of a model's folder that make the policy: weights, configuration, tokenizer, heads."""
+"""Files of a model's folder that define the policy: weights, configuration, tokenizer, heads."""
 NO_WEIGHTS = ("lmrl.json",)
-"""What lmrl puts beside them for people and for itself."""
+"""Files that lmrl adds for people and for its own use."""
 OF_THE_ENGINE = ("slots", "cache_tokens")
-"""Sampling options that change the speed alone."""
+"""Sampling options that change only the speed."""
 NOT_PLAYED = ("description", "metrics", "follows_run", "run_code")
-"""Keys of a suite that change no score."""
+"""Keys of a suite that do not change scores."""
 BLOCK = 1 << 20
 
 
@@ -27,8 +27,8 @@ NO_PART_OF_TASKS = ("call_timeout", "max_failed", "min_group", "workers", "envir
 def suite_version(suite: Suite, environment: dict[str, Any] | None = None) -> str:
     """A hash of what is played, how it is sampled and what judges it: 16 hexadecimal digits.
 
-    Files that it names count by their content. environment: what plays it, see `Task.environment`, whose version and
-    source count. Columns of tables, the engine and limits of time do not.
+    Files that it names count by their content. environment: what plays it, see `Task.environment`; its version and source
+    count. Columns of tables, the engine and time limits do not count.
     """
     data = suite.model_dump(mode="json", exclude_defaults=True)
     sampling = data.pop("rollouts", {})
@@ -42,7 +42,7 @@ def suite_version(suite: Suite, environment: dict[str, Any] | None = None) -> st
 
 
 def policy_hash(path: str, commit: str | None = None) -> str:
-    """A hash of a policy's files: 16 hexadecimal digits. Of a name on the hub its commit, or the name."""
+    """A hash of a policy's files: 16 hexadecimal digits. For a hub name, its commit or the name."""
     place = Path(path)
     if not place.exists():
         return commit or path
@@ -53,7 +53,7 @@ def policy_hash(path: str, commit: str | None = None) -> str:
 
 
 def policy_files(folder: Path) -> list[Path]:
-    """The files of a model's folder that make the policy, by name."""
+    """The files of a model's folder that define the policy, by name."""
     files = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     return sorted(file for file in files if file.suffix in WEIGHT_SUFFIXES and file.name not in NO_WEIGHTS)
 
@@ -67,7 +67,7 @@ def _file_hash(file: Path) -> str:
 
 
 def _by_content(value: Any) -> Any:
-    """Plain data in which absolute names of files became hashes of what they hold."""
+    """Plain data with absolute file names replaced by hashes of the files' content."""
     if isinstance(value, dict):
         return {name: _by_content(one) for name, one in value.items()}
     if isinstance(value, list):

@@ -1,6 +1,6 @@
 """Evaluation logs in the format of inspect_ai (its JSON, version 2), for `inspect view` and its data frames.
 
-Written without the package, which none of lmrl needs; a test opens what is written by the package's own reader.
+Written without the inspect_ai package, which lmrl does not need; a test reads the files with the package's own reader.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from lmrl.trajectories.trajectory import Messages, Trajectory, as_messages
 
 VERSION = 2
 TARGETS = ("target", "answer", "solution")
-"""Columns of a prompt that hold what is wanted, the first that there is."""
+"""Columns that may hold the target answer; the first one present is taken."""
 
 
 def export_inspect(log: str | Path, folder: Path) -> list[Path]:
     """Write a log, or all logs in a folder, as files that inspect_ai opens; returns their names.
 
-    Raises RunError where a log is incomplete, or `folder` is a file.
+    Raises RunError if a log is incomplete, or `folder` is a file.
     """
     if folder.is_file():
         raise RunError(f"--inspect: {folder} is a file, name a folder")
@@ -113,7 +113,7 @@ def _sample(row: Row, trajectory: Trajectory, samples: int, model: str) -> dict[
 
 
 def dialogue(trajectory: Trajectory) -> Iterator[dict[str, Any]]:
-    """The episode as a dialogue; calls of tools as inspect_ai spells them."""
+    """The episode as a dialogue; tool calls in inspect_ai's form."""
     for turn in trajectory.turns:
         yield from map(_message, _seen(turn.observation))
         yield _message(turn.message or {"role": "assistant", "content": turn.action})

@@ -1,6 +1,6 @@
-"""Tasks of inspect_ai as suites, `inspect:TASK`: its data, solvers, tools and scorers, asking lmrl's policy at a local address.
+"""Tasks of inspect_ai as suites, `inspect:TASK`: its data, solvers, tools and scorers, calling lmrl's policy at a local address.
 
-Imported only where such a suite is named: it needs the extra `inspect`.
+Imported only if such a suite is named: it needs the extra `inspect`.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ SERVICE = "lmrl"
 """The service's name in inspect_ai's names of models."""
 LIMITS = Limits(body_bytes=64 * 2**20, connections=4096, grace_seconds=0)
 SECONDS = 3600.0
-"""For an answer."""
+"""Time limit of an answer."""
 MEANS = ("accuracy", "mean")
 """Metrics of inspect_ai that are the mean over samples."""
 ERRORS = ("stderr", "bootstrap_stderr", "std", "var")
-"""Metrics about the spread of samples, in whose place lmrl's intervals stand."""
+"""Metrics about the spread of samples, which lmrl's intervals replace."""
 
 
 def run_inspect(
     policy: Policy, name: str, task: str, options: InspectOptions, log: Path | None = None
 ) -> tuple[Scores, list[Trajectory], str]:
-    """Scores of a task, its samples as episodes, and what was played, for people. name: of the policy. log: a folder for its log.
+    """Scores of a task, its samples as episodes, and a description of what was played. name: of the policy. log: a folder for its log.
 
-    Raises RecipeError for a task that there is not, RunError for one that fails.
+    Raises RecipeError for an unknown task, RunError for one that fails.
     """
     engine = build_engine(Rollouts(engine=options.engine, max_new_tokens=options.max_tokens), policy)
     served_name = re.sub(r"[^\w.-]+", "-", name).strip("-") or "policy"
@@ -83,7 +83,7 @@ def run_inspect(
                 max_connections=options.connections,
                 **{setting: value for setting, value in sampling.items() if value is not None},
             )
-        except Exception as error:  # a file of the user's, or a name that there is not
+        except Exception as error:  # an error in the user's file, or an unknown name
             raise RecipeError(f"--suite {INSPECT}{task}: {redact(' '.join(str(error).split()))[:300]}") from error
         if len(logs) != 1:
             raise RecipeError(f"--suite {INSPECT}{task}: it names {len(logs)} tasks, name one: FILE.py@TASK")
@@ -93,14 +93,14 @@ def run_inspect(
         if unknown := sorted(set(options.args) - set(logs[0].eval.task_args)):
             known = ", ".join(logs[0].eval.task_args) or "none"
             raise RecipeError(f"args: {INSPECT}{task} has no argument '{unknown[0]}'; it has {known}")
-        trajectories = list(episodes_of(logs[0]))  # samples are read from the file of the log
+        trajectories = list(episodes_of(logs[0]))  # samples are read lazily from the log's file
     played = f"{len(trajectories)} samples of {logs[0].eval.task}, by inspect_ai {inspect_ai.__version__}"
     return scores_of(trajectories, logs[0]), trajectories, played
 
 
 @contextmanager
 def serving(app: App) -> Iterator[int]:
-    """Inside, the app is served from a thread of its own; gives the port."""
+    """Serve the app from a separate thread inside the block; yields the port."""
     ready = threading.Event()
     found: dict[str, Any] = {}
 
@@ -183,7 +183,7 @@ def _text(given: Any) -> str:
 
 
 def scores_of(trajectories: Sequence[Trajectory], log: EvalLog) -> Scores:
-    """Means over samples with lmrl's intervals, and what inspect_ai computes otherwise as it says, without one."""
+    """Means over samples with lmrl's intervals, and inspect_ai's other metrics as they are, without one."""
     scores: Scores = {}
     for name in dict.fromkeys(name for one in trajectories for name in one.components):
         held = [(one.components[name], one.group) for one in trajectories if one.components.get(name) is not None]

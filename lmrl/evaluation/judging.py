@@ -1,7 +1,7 @@
-"""Comparing policies by a judge that sees two answers to a prompt, each pair in both orders.
+"""Comparing policies with a judge that sees two answers to a prompt, each pair in both orders.
 
-A judge is an object or function that says which of two answers is better, or any reward, which scores each by itself. Judges prefer
-what they see first, or last (Zheng et al., arXiv 2306.05685): asked in both orders, that bias cancels, and is reported.
+A judge is an object or function that says which of two answers is better, or any reward, which scores each alone. Judges tend to
+prefer what they see first, or last (Zheng et al., arXiv 2306.05685): with both orders, that bias cancels, and is reported.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from lmrl.trajectories.trajectory import Trajectory
 
 KEY = "--judge"
 REMOTE = "lmrl.reward_models.judge.Judge"
-"""What an address stands for."""
+"""The judge that is used if an address is named."""
 MAX_FAILED = 0.1
-"""Share of pairs that a judge may leave without an answer."""
+"""Maximum share of pairs that a judge may leave unanswered."""
 
 Preference = Callable[[Sequence[Trajectory], Sequence[Trajectory]], list[float | None]]
-"""Of each pair, how surely the first answer is better: from 0 to 1; None where the judge gave no answer."""
+"""The confidence that the first answer of each pair is better, from 0 to 1; None if the judge gave no answer."""
 
 
 @dataclass
@@ -44,14 +44,14 @@ class Judged:
     """Share of pairs in which the first is better; one that the judge decides differently in the two orders counts half."""
     ci95: list[float]
     p: float
-    """Two-sided, of a win rate of 1/2."""
+    """Two-sided, for the null hypothesis of a win rate of 1/2."""
     wins: int
     ties: int
     losses: int
-    """Pairs: the first better in both orders, neither, the second better in both. Equal answers are not judged, and tie."""
+    """Numbers of pairs: first better in both orders; neither; second better in both. Equal answers tie without being judged."""
     position: float | None
-    """Share of judged answers that won because, or although, they were shown first; 1/2 is a judge without bias, None one that sees
-    answers alone."""
+    """Share of judged answers that won because, or although, they were shown first; 1/2 is a judge without bias, None for one that scores
+    answers one by one."""
     position_ci95: list[float] | None
     pairs: int
     failed: int
@@ -59,7 +59,7 @@ class Judged:
 
 @dataclass
 class Judge:
-    """prefer: of pairs in one order. sees_pairs: False for a reward, which scores each answer alone."""
+    """prefer: judges pairs in one order. sees_pairs: False for a reward, which scores each answer alone."""
 
     name: str
     prefer: Preference
@@ -76,7 +76,7 @@ def load_judge(name: str, options: Mapping[str, Any] = {}) -> Judge:
     if name.startswith(("http://", "https://")):
         address, found, model = name.partition("#")
         if not found or not model:
-            raise RecipeError(f"{KEY}: '{name}' names no model: write it behind the address, {address}#MODEL")
+            raise RecipeError(f"{KEY}: '{name}' names no model: append it to the address, {address}#MODEL")
         given |= {"url": address, "model": model}
         label, name = model, REMOTE
     else:
@@ -134,7 +134,7 @@ def _share(value: Any) -> float | None:
 def judge_pair(judge: Judge, first: Played, second: Played, fixed: bool = False) -> Judged:
     """Judge the answers of two policies to the same samples, in both orders.
 
-    fixed: the prompts are all there are, see `summarize`. Raises RewardError where the judge leaves too many without an answer.
+    fixed: True if these are all the prompts there are, see `summarize`. Raises RewardError if the judge leaves too many pairs unanswered.
     """
     sides = [{(one.group, one.episode): one for one in played.trajectories} for played in (first, second)]
     keys = [key for key in sides[0] if key in sides[1]]

@@ -1,14 +1,14 @@
-"""Evaluation logs: a folder with everything that a score was made of.
+"""Evaluation logs: a folder with everything that a score is computed from.
 
-    eval.json       what is played by whom: suite with its version, policy with its hash, engine, sampling, start states
-    samples.jsonl   one line an episode: lmrl's row (see trajectories/rows.py), free-form fields as JSON text, and
+    eval.json       what is evaluated, and how: suite with its version, policy with its hash, engine, sampling, start states
+    samples.jsonl   one line per episode: lmrl's row (see trajectories/rows.py), free-form fields as JSON text, and
                     prompt, completion    as text
                     extra                 further measures, such as kl
                     began, seconds        when its part was played, and how long that took
     scores.json     every metric with its interval, once all is played
 
-Episodes are played and written in parts. A part is written at once and brought to disk; what a killed evaluation has
-left of a torn one is cut off, and the part is played again with the same random numbers.
+Episodes are played and written in parts. A part is written in one call and synced to disk; a part that a killed
+evaluation left incomplete is cut off and played again with the same random numbers.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from lmrl.trajectories.trajectory import Trajectory
 HEADER_FILE, EPISODES_FILE, SCORES_FILE = "eval.json", "samples.jsonl", "scores.json"
 FORMAT = 1
 PART_ON_CPU, PART = 64, 256
-"""Episodes of a part, which are played side by side: fewer where they are slow, as a kill costs no more than a part."""
+"""Episodes of a part, which are played together: fewer if they are slow, so that a kill loses less work."""
 SAME = ("suite.version", "policy.hash", "engine", "sampling", "starts", "samples", "seed", "tokenizer")
-"""What a log that is resumed has to have in common with the evaluation."""
+"""What a log must have in common with the evaluation that resumes it."""
 
 
 class EvalLog:
     """A log on disk, complete or not."""
 
     def __init__(self, folder: str | Path):
-        """Raises RunError where there is none."""
+        """Raises RunError if there is none."""
         self.folder = Path(folder)
         if not is_log(self.folder):
             raise RunError(f"{folder} is not an evaluation log: it holds no {HEADER_FILE}")
@@ -63,7 +63,7 @@ class EvalLog:
 
     @property
     def episodes(self) -> int:
-        """How many there are once all is played."""
+        """How many there are once all have been played."""
         return len(self.header["starts"]) * int(self.header["samples"])
 
     @property
@@ -87,7 +87,7 @@ class EvalLog:
         return list(JsonLines(path)) if path.is_file() else []
 
     def trajectories(self) -> list[Trajectory]:
-        """All episodes as they were played, token by token, failed ones among them."""
+        """All episodes as they were played, token by token, including failed ones."""
         return [self._trajectory(number, row) for number, row in enumerate(self.rows(), start=1)]
 
     def _trajectory(self, number: int, row: Row) -> Trajectory:
@@ -98,11 +98,11 @@ class EvalLog:
         return trajectory
 
     def judged(self) -> tuple[list[Trajectory], dict[str, list[float]]]:
-        """The judged episodes, and what else was measured of each. Raises RunError where not all were played."""
+        """The judged episodes, and further measures of each. Raises RunError if not all were played."""
         rows, trajectories = self.rows(), self.trajectories()
         if len(rows) != self.episodes:
             raise RunError(
-                f"{self.folder} holds {len(rows)} of {self.episodes} episodes: resume it by the command that began it"
+                f"{self.folder} holds {len(rows)} of {self.episodes} episodes: resume it with the command that began it"
             )
         judged = [one.reward is not None for one in trajectories]
         extras = [json_of(row, "extra") or {} for row, fine in zip(rows, judged, strict=True) if fine]
@@ -124,7 +124,7 @@ def is_log(folder: Path) -> bool:
 
 
 def logs_in(folder: str | Path) -> list[EvalLog]:
-    """The log in a folder, or those in its subfolders, by name. Raises RunError where there is none."""
+    """The log in a folder, or those in its subfolders, by name. Raises RunError if there is none."""
     folder = Path(folder)
     if is_log(folder):
         return [EvalLog(folder)]
@@ -136,13 +136,13 @@ def logs_in(folder: str | Path) -> list[EvalLog]:
 
 # --------------------------------------------------------------------------------------------------------------- writing
 class LogWriter:
-    """Appends parts of an evaluation to a log, new or resumed. Only one process may."""
+    """Appends parts of an evaluation to a log, new or resumed. Only one process may write to a log."""
 
     def __init__(self, folder: Path, header: dict[str, Any]):
         """Raises RunError for a log of another evaluation, and for a folder that holds something else."""
         self.folder = folder
         if folder.is_dir() and not is_log(folder) and any(one.name != ".lock" for one in folder.iterdir()):
-            raise RunError(f"--log: {folder} exists and is no evaluation log: choose another folder")
+            raise RunError(f"--log: {folder} exists and is not an evaluation log: choose another folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -163,7 +163,7 @@ class LogWriter:
         self._file = open(folder / EPISODES_FILE, "ab")  # noqa: SIM115
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Append a part, by one call, and bring it to disk."""
+        """Append a part in one call, and sync it to disk."""
         text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
         self._file.write(text.encode())
         self._file.flush()
@@ -174,7 +174,7 @@ class LogWriter:
         self._lock.close()
 
     def _cut(self) -> int:
-        """Cut off what follows the last complete part; return how many there are."""
+        """Cut off what follows the last complete part; return how many complete parts there are."""
         path = self.folder / EPISODES_FILE
         if not path.exists():
             return 0
@@ -210,7 +210,7 @@ def _check_same(log: EvalLog, header: dict[str, Any]) -> None:
         for part in key.split("."):
             old, new = old[part], new[part]
         if old != new:
-            what = f" ({old} there, {new} here)" if isinstance(old, str) else ""
+            what = f" ({old} in the log, {new} now)" if isinstance(old, str) else ""
             raise RunError(
                 f"--log: {log.folder} holds another evaluation, its {key} differs{what}: choose another folder"
             )
@@ -223,16 +223,16 @@ def play_into_log(
     beta: float | None = None,
     part_episodes: int | None = None,
 ) -> tuple[Scores, list[Trajectory]]:
-    """Play a suite part by part into a log, or what is left of it; scores and judged episodes come from the log.
+    """Play a suite, or the rest of it, part by part into a log; scores and judged episodes come from the log.
 
-    policy: `{"name", "label", "path"}`. part_episodes: of a new log, about how many episodes are played side by side
-    and written at once. Raises RunError for a log of another evaluation.
+    policy: `{"name", "label", "path"}`. part_episodes: for a new log, about how many episodes are played together and
+    written at once. Raises RunError for a log of another evaluation.
     """
     header = header_of(evaluator, policy, beta, part_episodes)
     with contextlib.ExitStack() as stack:
         writer = LogWriter(folder, header) if distributed.is_main() else None
         if writer:
-            stack.callback(writer.close)  # after an error too: the log can be gone on with in this process
+            stack.callback(writer.close)  # after an error too, so that this process can resume the log
         done, width = distributed.broadcast((writer.parts_done, writer.part) if writer else (0, 0))
         starts = evaluator.starts()
         for first in range(done * width, len(starts), width):
@@ -250,7 +250,7 @@ def play_into_log(
 
 
 def _with_extra(evaluator: Evaluator, played: Sequence[Trajectory]) -> Iterator[tuple[Trajectory, dict[str, float]]]:
-    """Episodes with what is measured of them beside their scores; nothing is of those that failed."""
+    """Episodes with their further measures; none for those that failed."""
     extra = evaluator.extra([one for one in played if one.reward is not None])
     measured = (dict(zip(extra, values, strict=True)) for values in zip(*extra.values(), strict=True))
     for one in played:
@@ -271,7 +271,7 @@ def episode_row(trajectory: Trajectory, tokenizer: str | None, extra: Mapping[st
 def header_of(
     evaluator: Evaluator, policy: Mapping[str, Any], beta: float | None, part_episodes: int | None
 ) -> dict[str, Any]:
-    """What is played by whom. Raises RecipeError for a suite that holds a secret."""
+    """The log's header: what is evaluated, and how. Raises RecipeError for a suite that holds a secret."""
     suite, task = evaluator.suite, evaluator.task
     check_no_secrets(suite)
     usual = PART_ON_CPU if evaluator.policy.device.type == "cpu" else PART
@@ -302,7 +302,7 @@ def header_of(
 
 
 def in_order(logs: Sequence[EvalLog]) -> Iterator[tuple[str, EvalLog]]:
-    """Logs by the label of their policy, which is made unique by the folder's name where two share it."""
+    """Logs by the label of their policy; if two share a label, the folder's name makes it unique."""
     labels = [log.policy for log in logs]
     for log in logs:
         yield log.policy if labels.count(log.policy) == 1 else log.folder.name, log

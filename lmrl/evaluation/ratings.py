@@ -12,7 +12,7 @@ from lmrl.seeding import stream
 
 RESAMPLES = 500
 PRIOR = 0.5
-"""Ties that every pair is taken to have played beside the real ones, so that a policy that wins always stays finite."""
+"""Imaginary ties added to every pair, so that the rating of a policy that always wins stays finite."""
 ELO = 400 / math.log(10)
 """Points for a factor e of the odds: 400 points are odds of 10 to 1."""
 STEPS, CLOSE = 1000, 1e-9
@@ -20,7 +20,7 @@ STEPS, CLOSE = 1000, 1e-9
 
 @dataclass
 class Rating:
-    """Strength of a policy in points, that of the first policy being 0."""
+    """Strength of a policy in points; the first policy has 0."""
 
     key: str
     points: float
@@ -29,9 +29,9 @@ class Rating:
 
 
 def ratings(keys: Sequence[str], scores_KG: np.ndarray) -> list[Rating]:
-    """Ratings from the scores of each policy on each prompt, (K, G): the higher of two wins, equal ones tie.
+    """Ratings from the scores of each policy on each prompt, (K, G): the higher score wins, equal ones tie.
 
-    Intervals are percentiles of ratings from resampled prompts, so they are for new prompts.
+    Intervals are percentiles of ratings from resampled prompts, so they hold for new prompts.
     """
     wins_GKK = outcomes(scores_KG)
     rated = fit(wins_GKK.sum(0))
@@ -47,7 +47,7 @@ def ratings(keys: Sequence[str], scores_KG: np.ndarray) -> list[Rating]:
 
 
 def outcomes(scores_KG: np.ndarray) -> np.ndarray:
-    """Of each prompt, who beats whom: 1, a tie 1/2, (G, K, K); 0 on the diagonal."""
+    """Who beats whom on each prompt, (G, K, K): 1 for a win, 1/2 for a tie; 0 on the diagonal."""
     first_KKG, second_KKG = scores_KG[:, None, :], scores_KG[None, :, :]
     alike_KKG = np.isclose(first_KKG, second_KKG, rtol=1e-12, atol=1e-12)
     wins_KKG = np.where(alike_KKG, 0.5, (first_KKG > second_KKG).astype(float))

@@ -28,11 +28,11 @@ def rescore_log(
     target: Path | None = None,
     run_code: bool = False,
 ) -> tuple[Suite, Scores, list[Trajectory]]:
-    """Score a log's episodes by the rewards of a suite (None: of the log's own), changed by overrides.
+    """Score a log's episodes by the rewards of a suite (None: the log's own suite), changed by overrides.
 
     Only rewards and metrics of the suite count: prompts, completions and sampling are the log's. target: a folder for a
     new log with the new scores; the old one stays as it is. run_code: allow rewards to run code that the policy wrote.
-    Raises RecipeError where there are no rewards to score by.
+    Raises RecipeError if there are no rewards to score by.
     """
     judged_by, task = judging_suite(log, suite, overrides)
     judged_by = allow_code(judged_by) if run_code else judged_by
@@ -64,18 +64,16 @@ def rescore_log(
 
 
 def judging_suite(log: EvalLog, suite: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Suite, PromptTask]:
-    """The log's suite with the rewards and metrics of another, and with overrides; and its task."""
+    """The log's suite with the rewards and metrics of another one and with overrides, and its task."""
     data = json.loads(json.dumps(log.header["suite"]["resolved"]))
     if log.header["judged_by"] != "reward":
-        raise RecipeError(
-            f"--rescore: the episodes of {log.folder} were judged by their environment, and not by rewards"
-        )
+        raise RecipeError(f"--rescore: the episodes of {log.folder} were judged by their environment, not by rewards")
     if data.get("choices") is not None:
         raise RecipeError(
             f"--rescore: the episodes of {log.folder} are choices by log-likelihood, which have no rewards to score by"
         )
     if data.get("run_code"):
-        data["run_code"] = False  # leave was given to another call
+        data["run_code"] = False  # permission was given to an earlier call
     if suite is not None:
         other = load_suite(suite)
         if not isinstance(other.task, PromptTask):
@@ -90,7 +88,7 @@ def judging_suite(log: EvalLog, suite: str | Path | None, overrides: Sequence[st
     found = validate(Suite, document)
     task = found.task
     if not isinstance(task, PromptTask) or not any(reward.weight for reward in task.rewards):
-        raise RecipeError("task.rewards: there is none with a weight to score by: name a suite, --suite NAME")
+        raise RecipeError("task.rewards: no reward has a weight to score by: name a suite, --suite NAME")
     check_metrics(found.metrics, log.header["samples"])
     return found, task
 

@@ -1,4 +1,4 @@
-"""From episodes to scores: every metric of a suite with its interval."""
+"""Turning episodes into scores: every metric of a suite with its interval."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lmrl.trajectories.trajectory import Trajectory
 
 Scores = dict[str, dict[str, Any]]
 LIMITS: dict[str, Limits] = {"length": (0.0, inf), "kl": UNLIMITED}
-"""Of lmrl's own metrics."""
+"""Limits of lmrl's own metrics."""
 RESERVED = ("reward", "return", "length", "kl", "normalized")
-"""Metrics of lmrl's own; a reward function or environment metric of that name is reported as `component/NAME`."""
+"""Names of lmrl's own metrics; a reward function or environment metric of that name is reported as `component/NAME`."""
 
 
 @dataclass
@@ -24,19 +24,19 @@ class Scoring:
     """How the episodes of a suite become scores; plain data, so that a log can be scored again without its policy."""
 
     metrics: list[str]
-    """Of the suite; the first is the main one."""
+    """The suite's metrics; the first is the main one."""
     unit: str = "prompt"
     """The name of what episodes of one group have in common."""
     limits: dict[str, Limits] = field(default_factory=dict)
     """Lowest and highest possible value, by metric."""
     fixed: bool = False
-    """True if the groups are all there are, see `summarize`."""
+    """True if these are all the groups there are, see `summarize`."""
     scale: tuple[float, float] | None = None
     """The main metric of the environment's players `random` and `optimal`."""
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Scoring:
-        """From `to_plain`, as JSON has kept it."""
+        """From the output of `to_plain`, read from JSON."""
         limits = {
             name: (-inf if low is None else low, inf if high is None else high)
             for name, (low, high) in data["limits"].items()
@@ -44,7 +44,7 @@ class Scoring:
         return cls(**{**data, "limits": limits, "scale": tuple(data["scale"]) if data["scale"] else None})
 
     def to_plain(self) -> dict[str, Any]:
-        """As JSON can hold it: None for a limit that there is not."""
+        """As JSON can hold it: None for a missing limit."""
         limits = {name: [one if isfinite(one) else None for one in pair] for name, pair in self.limits.items()}
         return asdict(self) | {"limits": limits}
 
@@ -67,8 +67,7 @@ class Scoring:
     def values(
         self, metric: str, trajectories: Sequence[Trajectory], extra: Mapping[str, Sequence[float]] = {}
     ) -> tuple[list[float], list[int]]:
-        """A metric's values and the group of each: one of each episode that has it, or of each group for pass@k and its
-        like."""
+        """A metric's values and the group of each: one per episode that has it, or one per group for pass@k and the like."""
         several = several_samples(metric)
         if several is not None:
             return self._of_groups(several, trajectories)
@@ -95,7 +94,7 @@ class Scoring:
         return list(found.values()), list(found)
 
     def limits_of(self, metric: str, trajectories: Sequence[Trajectory]) -> Limits | None:
-        """The lowest and highest value that a metric can have (None: values say it themselves, see `summarize`)."""
+        """The lowest and highest value that a metric can have (None: inferred from the values, see `summarize`)."""
         several = several_samples(metric)
         if several is None:
             return (self.limits | LIMITS).get(metric)
@@ -114,7 +113,7 @@ def check_metrics(metrics: Sequence[str], samples: int) -> None:
             continue
         if place == 0:
             raise RecipeError(
-                f"metrics: '{metric}' is of several samples, and the first metric has to be of one: put reward or return first"
+                f"metrics: '{metric}' combines several samples, but the first metric must be of single ones: put reward or return first"
             )
         if several.count > samples:
             raise RecipeError(
@@ -123,7 +122,7 @@ def check_metrics(metrics: Sequence[str], samples: int) -> None:
 
 
 def exact(score: dict[str, Any]) -> dict[str, Any]:
-    """A score whose mean is known and not estimated."""
+    """A score whose mean is known exactly."""
     return {name: value for name, value in score.items() if name != "holds_for"} | {"ci95": [score["mean"]] * 2}
 
 
@@ -132,7 +131,7 @@ def summarize_trajectories(
 ) -> Scores:
     """Return (or reward), every component and metric, and length in tokens, each with its interval over groups.
 
-    unit: the name of a group. limits: of metrics, by name. fixed: the groups are all there are, see `summarize`.
+    unit: the name of a group. limits: of metrics, by name. fixed: True if these are all the groups, see `summarize`.
     """
     groups: dict[str, list[int]] = {}
     for trajectory in trajectories:
@@ -146,7 +145,7 @@ def summarize_trajectories(
 
 
 def values_of(trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
-    """What the episodes scored, by metric."""
+    """The episodes' values, by metric."""
     columns: dict[str, list[float]] = {}
     for trajectory in trajectories:
         for name, value in named_values(trajectory):
@@ -155,7 +154,7 @@ def values_of(trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
 
 
 def named_values(trajectory: Trajectory) -> Iterator[tuple[str, float]]:
-    """What one episode scored: `return` (of prompts, `reward`), components, metrics, length in tokens."""
+    """One episode's values: `return` (for prompts, `reward`), components, metrics, length in tokens."""
     yield "reward" if trajectory.components else "return", cast(float, trajectory.reward)
     for name, value in {**trajectory.components, **trajectory.metrics}.items():
         if value is not None:
@@ -164,5 +163,5 @@ def named_values(trajectory: Trajectory) -> Iterator[tuple[str, float]]:
 
 
 def value_of(trajectory: Trajectory, metric: str | None) -> float | None:
-    """An episode's value of a metric (None: its reward or return), None where it has none."""
+    """An episode's value of a metric (None: its reward or return); None if it has none."""
     return trajectory.reward if metric is None else dict(named_values(trajectory)).get(metric)

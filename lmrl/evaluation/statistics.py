@@ -8,7 +8,7 @@ prompts would. `summarize` takes the interval from the means of clusters, by the
 - skewed values without limits: the bootstrap-t over clusters (`bootstrap_t`);
 - otherwise Student's t with a cluster-robust variance and as many degrees of freedom as it has (`between_clusters`).
 
-benchmarks/coverage.py measures how often these intervals hold what they promise, and how wide they are.
+benchmarks/coverage.py measures the coverage of these intervals, and how wide they are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ UNLIMITED: Limits = (-math.inf, math.inf)
 UNIT: Limits = (0.0, 1.0)
 
 ROUNDING = 1e-28
-"""Variance that equal values in [0, 1] may have by rounding."""
+"""Variance that equal values in [0, 1] may have from rounding."""
 RESAMPLES = 999
 BOOTSTRAP_CLUSTERS = 8
 """With fewer, a resample has too few distinct clusters for a variance of its own."""
@@ -44,12 +44,12 @@ def summarize(
     """`{"mean", "ci95": [low, high], "n", "clusters", "holds_for"}` of values: their mean and its 95 % interval.
 
     clusters: the prompt or start state of each value (None: values are independent). limits: the lowest and highest
-    value that is possible (None: 0 and 1 where every value is one of these, otherwise none); a value outside refutes
-    them. fixed: the clusters are all there are, so the interval is for new samples of them and not for new clusters.
+    possible value (None: 0 and 1 if every value is one of these, otherwise none); a value outside disables them.
+    fixed: True if these are all the clusters, so that the interval holds for new samples of them, not for new clusters.
     unit: the name of a cluster, for `holds_for`, which says what the interval generalises to.
 
-    A single value without limits has an interval of width 0: nothing is known about its spread. Raises ValueError where
-    there is no value, or where values and clusters differ in number.
+    A single value without limits has an interval of width 0: nothing is known about its spread. Raises ValueError if
+    there is no value, or if values and clusters differ in number.
     """
     data = Clustered.of(values, clusters)
     low, high = limits_for(data, limits)
@@ -77,7 +77,7 @@ def p_value(
 ) -> float:
     """Two-sided p-value of the hypothesis that the mean is 0; arguments and errors as for `summarize`.
 
-    It inverts the interval of `summarize`: below 0.05 where that leaves 0 out. A single value proves nothing: 1.
+    It inverts the interval of `summarize`: below 0.05 if that excludes 0. A single value proves nothing: 1.
     """
     data = Clustered.of(values, clusters)
     low, high = limits_for(data, limits)
@@ -98,7 +98,7 @@ def p_value(
 
 
 def limited_p_value(data: Clustered, null: float, variance: float, df: float, within: bool) -> float:
-    """Of values in [0, 1], that their mean is `null`: the interval of `limited_interval`, inverted."""
+    """The p-value of values in [0, 1] for the mean `null`: `limited_interval` inverted."""
     share = min(max(data.mean, 0.0), 1.0)
     if share * (1 - share) <= ROUNDING or variance <= ROUNDING:
         # `unanimous` reaches as far as `null` with the quantile q, if q^2 / (count + q^2) is this part of the way.
@@ -112,20 +112,20 @@ def limited_p_value(data: Clustered, null: float, variance: float, df: float, wi
 
 
 def limits_for(data: Clustered, limits: Limits | None) -> Limits:
-    """The limits of these values: 0 and 1 by themselves where all are one of them, and none where a value refutes
-    them."""
+    """The limits of these values: 0 and 1 if every value is one of them, and none if a value lies
+    outside."""
     low, high = limits or (UNIT if data.is_binary else UNLIMITED)
     return (low, high) if low <= data.lowest and data.highest <= high else UNLIMITED
 
 
 def is_within(data: Clustered, fixed: bool) -> bool:
-    """True if the spread within clusters is what counts: they are fixed. Without a second sample of any, the spread
-    between clusters stands in, which holds that of samples too."""
+    """True if the spread within clusters is what counts, because they are fixed. If none has a second sample, the spread
+    between clusters is used instead, which includes that of samples."""
     return fixed and data.values > data.clusters
 
 
 def limited_interval(data: Clustered, within: bool) -> tuple[float, float]:
-    """Of values in [0, 1]. within: for new samples of the same clusters."""
+    """The interval of values in [0, 1]. within: for new samples of the same clusters."""
     variance, df = within_clusters(data) if within else between_clusters(data)
     share = min(max(data.mean, 0.0), 1.0)
     if share * (1 - share) <= ROUNDING or variance <= ROUNDING:
@@ -135,7 +135,7 @@ def limited_interval(data: Clustered, within: bool) -> tuple[float, float]:
 
 
 def effective_number(data: Clustered, share: float, variance: float, df: float, within: bool) -> tuple[float, float]:
-    """Of values in [0, 1]: the number of independent ones with the same variance of the mean, and degrees of
+    """For values in [0, 1]: the number of independent ones with the same variance of the mean, and degrees of
     freedom."""
     effective = share * (1 - share) / variance
     if not within and not data.is_independent:
@@ -147,7 +147,7 @@ def effective_number(data: Clustered, share: float, variance: float, df: float, 
 
 
 def unlimited_interval(data: Clustered, within: bool) -> tuple[float, float]:
-    """Of any values. within: for new samples of the same clusters."""
+    """The interval of values without limits. within: for new samples of the same clusters."""
     variance, df = within_clusters(data) if within else between_clusters(data)
     if not within and is_skewed(data):
         return bootstrap_t(data, variance)
@@ -168,7 +168,7 @@ class Clustered:
 
     sums_G: np.ndarray
     squares_G: np.ndarray
-    """Of each cluster, the sum of squared differences from its mean."""
+    """The sum of squared differences from its mean, for each cluster."""
     sizes_G: np.ndarray
     mean: float
     lowest: float
@@ -212,7 +212,7 @@ class Clustered:
 
     @property
     def shares_G(self) -> np.ndarray:
-        """Of all values, the share in each cluster."""
+        """The share of all values in each cluster."""
         return self.sizes_G / self.values
 
     @property
@@ -288,9 +288,9 @@ def wilson(share: float, effective: float, quantile: float) -> tuple[float, floa
 
 
 def unanimous(share: float, count: int) -> tuple[float, float]:
-    """Interval of a mean in [0, 1] whose `count` independent parts are all alike.
+    """Interval of a mean in [0, 1] whose `count` independent parts are all equal.
 
-    None of them differs, so the share that does is at most Wilson's upper bound for 0 of `count` (the rule of three,
+    None of them differs, so the share that could is at most Wilson's upper bound for 0 of `count` (the rule of three,
     with a margin), and these may lie anywhere.
     """
     most = wilson(0.0, count, t95(max(count - 1, 1)))[1]
@@ -300,7 +300,7 @@ def unanimous(share: float, count: int) -> tuple[float, float]:
 def rare_clusters(data: Clustered) -> float:
     """Effective number of clusters that hold the rarer outcome: (sum k)^2 / sum k^2 of the amounts k they hold.
 
-    How strongly values in [0, 1] cluster shows in these alone, so the variance has about two degrees of freedom for
+    Only these clusters show how strongly values in [0, 1] cluster, so the variance has about two degrees of freedom for
     each, however many clusters without the outcome there are. benchmarks/coverage.py chose the numbers of this rule and
     of `cautious`: with less, coverage is lost.
     """
@@ -320,7 +320,7 @@ def cautious(effective: float, data: Clustered, rare: float) -> float:
 
 
 def is_skewed(data: Clustered) -> bool:
-    """True if cluster means are so skewed that a t interval misses: surely skewed, and few for that.
+    """True if cluster means are so skewed that a t interval misses: significantly skewed, and too few for that skewness.
 
     The t interval's error on one side is about 0.08 skewness / sqrt(G) (Hall, The Bootstrap and Edgeworth Expansion,
     1992).
@@ -358,7 +358,7 @@ def bootstrap_ts(data: Clustered) -> np.ndarray:
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], count: int, draws: int) -> dict[str, Any]:
-    """`{"mean", "ci95": [low, high], "n"}` of a statistic of `count` rows that is no mean: a percentile interval.
+    """`{"mean", "ci95": [low, high], "n"}` of a statistic of `count` rows other than a mean: a percentile interval.
 
     statistic: called with row numbers, all of them first and then `draws` times as many drawn with replacement.
     """

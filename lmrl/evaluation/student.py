@@ -1,4 +1,4 @@
-"""Student's t distribution with any degrees of freedom, whole or not."""
+"""Student's t distribution with any, also fractional, degrees of freedom."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def upper_tail(t: float, df: float) -> float:
 
 def t95(df: float) -> float:
     """Two-sided 95 % quantile: P(T > t) is 0.025."""
-    return _t95(float(df))  # not a scalar of numpy, which would be remembered for equal numbers of Python
+    return _t95(float(df))  # not a numpy scalar, which the cache would return for equal Python numbers
 
 
 @lru_cache(maxsize=4096)
@@ -43,7 +43,7 @@ def density(t: float, df: float) -> float:
 
 
 def incomplete_beta(a: float, b: float, x: float, rest: float) -> float:
-    """The regularized incomplete beta function I_x(a, b). rest: 1 - x, given apart because it may be tiny.
+    """The regularized incomplete beta function I_x(a, b). rest: 1 - x, passed separately because it may be tiny.
 
     The continued fraction 26.5.8 of Abramowitz and Stegun, by Lentz's method.
     """

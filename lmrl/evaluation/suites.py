@@ -18,7 +18,7 @@ from lmrl.recipe.paths import resolve_files
 from lmrl.recipe.validation import validate
 
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "slots", "cache_tokens", "beta", "support")
-"""What of a run's `rollouts` its own task is sampled with; the engine is `hf`."""
+"""Keys of a run's `rollouts` that evaluating its own task takes over; the engine is `hf`."""
 
 
 class Suite(Section):
@@ -27,21 +27,21 @@ class Suite(Section):
     description: str = ""
     task: TaskSection
     follows_run: bool = False
-    """Score a run on its own task instead, where it is of the same kind."""
+    """Score a run on its own task instead, if it is of the same kind."""
     rollouts: Rollouts = Rollouts()
     episodes: int | None = Field(None, ge=1)
     """Start states to play, in order (null: every held-out prompt, or every start state)."""
     shuffled: bool = False
-    """Take them in an order that is drawn, and always the same."""
+    """Take them in a random order that is always the same."""
     samples: int = Field(1, ge=1)
-    """Episodes from each."""
+    """Episodes from each start state."""
     metrics: list[str] = Field(["return"], min_length=1)
     """Columns of tables; the first is the main one, which also names the best checkpoint."""
     seed: int = Field(0, ge=0)
     choices: Choices | None = None
-    """Score given answers to the prompts by their log-likelihood, in place of sampled ones by rewards."""
+    """Score given answers to the prompts by their log-likelihood, instead of sampled ones by rewards."""
     run_code: bool | None = None
-    """True: rewards may run code that the policy writes. False: they would, and `lmrl eval` asks for --run-code first."""
+    """True: rewards may run code that the policy writes. False: they do run such code, and `lmrl eval` requires --run-code."""
 
     @model_validator(mode="after")
     def _sensible(self) -> Suite:
@@ -69,7 +69,7 @@ def load_suite(name: str | Path, overrides: Sequence[str] = (), task: dict[str, 
     document = read_yaml(find_yaml(name, "eval"))
     if "objective" in document.data:
         raise RecipeError(
-            f"{document.path} is a recipe, and no suite: a suite has a task, and maybe rollouts, episodes, samples and "
+            f"{document.path} is a recipe, not a suite: a suite has a task, and maybe rollouts, episodes, samples and "
             "metrics"
         )
     resolve_files(document.data, document.folder)
@@ -88,7 +88,7 @@ def load_suite(name: str | Path, overrides: Sequence[str] = (), task: dict[str, 
 
 
 def _read_own_file(document: Document) -> None:
-    """Where an override names a file in place of the suite's dataset on the hub, leave out what chooses from that."""
+    """If an override names a file instead of the suite's hub dataset, drop the keys that select from the dataset."""
     task = document.data.get("task")
     prompts = task.get("prompts") if isinstance(task, dict) else None
     for section, keys in ((prompts, ("task", "prompts")), ((prompts or {}).get("shots"), ("task", "prompts", "shots"))):
@@ -106,25 +106,25 @@ def _score_whole_file(task: Any) -> None:
 
 
 def allow_code(suite: Suite) -> Suite:
-    """The suite with leave to run code that the policy writes. Raises RecipeError where it runs none."""
+    """The suite with permission to run code that the policy writes. Raises RecipeError if it runs none."""
     if suite.run_code is None:
         raise RecipeError("--run-code: nothing of this suite runs code that the policy writes: leave it out")
     return suite.model_copy(update={"run_code": True})
 
 
 def refuse_code(suite: Suite) -> None:
-    """Raise RecipeError for a suite that runs the policy's code without leave."""
+    """Raise RecipeError for a suite that runs the policy's code without permission."""
     if suite.run_code is False:
         raise RecipeError(
             "the suite runs code that the policy writes, as your user and on this machine: allow it, --run-code "
-            "(run_code=true where the suite is loaded otherwise)"
+            "(or run_code=true in the suite)"
         )
 
 
 def own_suite(task: dict[str, Any], rollouts: dict[str, Any], overrides: Sequence[str] = ()) -> Suite:
     """The suite that a run's own task makes: fresh episodes of an environment, or prompts, sampled as the run sampled.
 
-    task, rollouts: of the run's recipe, as plain data. Raises RecipeError for a task of prompts that nothing judges.
+    task, rollouts: of the run's recipe, as plain data. Raises RecipeError for a task of prompts without a reward.
     """
     sampling = {name: rollouts[name] for name in SAMPLING if name in rollouts}
     if task.get("opponent_in_evaluation") is not None:

@@ -40,7 +40,7 @@ def test_checkpoints_of_a_run_make_one_table(run, tmp_path):
     assert set(frame["policy"]) == set(report.rows) and list(json.loads(report.to_json())["rows"]) == list(report.rows)
     with pytest.raises(RecipeError, match="--checkpoint best: --checkpoints names the checkpoints already"):
         lmrl.evaluate(run, checkpoint="best", checkpoints=["all"])
-    with pytest.raises(RunError, match="is no run with checkpoints"):
+    with pytest.raises(RunError, match="is not a run with checkpoints"):
         lmrl.evaluate(run / "stages" / "main" / "final", checkpoints=["all"])
 
 
@@ -50,7 +50,7 @@ def test_several_policies_play_the_suite_of_the_first(run, ilql_run):
     assert {score["n"] for row in report.rows.values() for score in row.values()} == {
         report.rows[str(run)]["length"]["n"]
     }
-    with pytest.raises(RecipeError, match="is there twice: name each once"):
+    with pytest.raises(RecipeError, match="is named twice: name each once"):
         lmrl.evaluate([run, run])
 
 
@@ -74,12 +74,12 @@ def test_policies_and_logs_compare_alike(run, tmp_path):
     assert logs.differences == fresh.differences and logs.rows == fresh.rows and logs.changes == fresh.changes
     mixed = lmrl.compare([tmp_path / "old", run])
     assert mixed.differences == fresh.differences and mixed.names == {"A": str(tmp_path / "old"), "B": str(run)}
-    with pytest.raises(RecipeError, match="--suite: a log has been played on a suite already"):
+    with pytest.raises(RecipeError, match="--suite: a log already has a suite"):
         lmrl.compare([tmp_path / "old", run], "random_walks")
     lmrl.evaluate(run, overrides=[*SUITE, "seed=1"], log=tmp_path / "other")
-    with pytest.raises(RunError, match=r"are not of the same suite \(its version differs\)"):
+    with pytest.raises(RunError, match=r"do not share a suite \(its version differs\)"):
         lmrl.compare([tmp_path / "old", tmp_path / "other"])
-    with pytest.raises(RecipeError, match="logs are not played again, so no --checkpoint"):
+    with pytest.raises(RecipeError, match="logs are not played again: leave out --checkpoint"):
         lmrl.compare([tmp_path / "old", tmp_path / "new"], betas=[1])
     with pytest.raises(RecipeError, match="two policies or more are needed"):
         lmrl.compare([tmp_path / "old"])

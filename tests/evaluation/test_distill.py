@@ -149,7 +149,7 @@ def test_it_stops_where_it_is_close_and_good(separate_run, short, monkeypatch):
     work = distillation(separate_run)
     fit = work.fit(200, good=lambda student: asked.append(student) or len(asked) == 2, report=said.append)
     assert fit.steps == 40 and asked == [work.student] * 2
-    assert said[1] == f"update 40 of at most 200: {fit.kl:.4f} nats a token from the guided policy"
+    assert said[1] == f"update 40 of at most 200: {fit.kl:.4f} nats per token from the guided policy"
     monkeypatch.setattr(distill, "CLOSE", 0.0)
     fit = distillation(separate_run).fit(2, good=lambda student: pytest.fail("asked before it was close"))
     assert fit.steps == 2
@@ -180,7 +180,7 @@ def test_an_exported_student(tmp_path, separate_run, short):
     assert not torch.equal(model.lm_head.weight, before.lm_head.weight) and model.dtype == torch.float32
     assert lmrl.evaluate(tmp_path / "out").metrics == result.rows["exported"]
     card = (tmp_path / "out/README.md").read_text()
-    assert "It was fitted to the policy that Q values of weight 2 guide (distillation)." in card
+    assert "It was distilled from the policy guided by Q values of weight 2." in card
 
 
 def test_a_student_that_falls_short_is_not_kept(tmp_path, separate_run, short):
@@ -191,14 +191,14 @@ def test_a_student_that_falls_short_is_not_kept(tmp_path, separate_run, short):
 
 
 def test_what_cannot_be_distilled(tmp_path, separate_run, ilql_run):
-    with pytest.raises(RunError, match="say how much, --beta B, and drop --adapter-only"):
+    with pytest.raises(RunError, match="add their weight, --beta B, and drop --adapter-only"):
         export(separate_run, tmp_path / "out", distill=1)
-    with pytest.raises(RunError, match="say how much, --beta B, and drop --adapter-only"):
+    with pytest.raises(RunError, match="add their weight, --beta B, and drop --adapter-only"):
         export(separate_run, tmp_path / "out", 1.0, adapter_only=True, distill=1)
     with pytest.raises(ModelError, match="this one is not: leave it out"):  # neither weight nor mask
         export(ilql_run, tmp_path / "out", 0.0, distill=1)
     lone = shutil.copytree(final_checkpoint(separate_run), tmp_path / "lone")
-    with pytest.raises(RunError, match="lone' lies outside of its run: name the run folder"):
+    with pytest.raises(RunError, match="lone' lies outside its run: name the run folder"):
         export(lone, tmp_path / "out", 1.0, distill=1)
     assert not (tmp_path / "out").exists()
 

@@ -142,9 +142,9 @@ def test_mistakes_are_named(model, tasks, tmp_path, monkeypatch):
         lmrl.evaluate(model, f"inspect:{tasks}@letters", ["limits=1"])
     with pytest.raises(RecipeError, match="all `samples` of a prompt would be the same"):
         lmrl.evaluate(model, f"inspect:{tasks}@letters", ["seed=1", "samples=2"])
-    with pytest.raises(RecipeError, match="it has no --beta, --log-every and --overlap"):
+    with pytest.raises(RecipeError, match="it does not support --beta, --log-every or --overlap"):
         lmrl.evaluate(model, f"inspect:{tasks}@letters", betas=[1.0])
-    with pytest.raises(RecipeError, match="asks an address itself"):
+    with pytest.raises(RecipeError, match="can score an address itself"):
         lmrl.evaluate("http://127.0.0.1:1/v1#some-model", f"inspect:{tasks}@letters")
     with pytest.raises(RecipeError, match="scored, not compared"):
         lmrl.compare([model, model], f"inspect:{tasks}@letters")

@@ -110,7 +110,7 @@ def test_judge_behind_an_address(judges):
 
 
 def test_mistakes_are_named(judges):
-    with pytest.raises(RecipeError, match="names no model: write it behind the address"):
+    with pytest.raises(RecipeError, match="names no model: append it to the address"):
         load_judge("http://127.0.0.1:1/v1")
     with pytest.raises(PluginError, match="takes no option 'margins'; did you mean 'margin'"):
         judges("Biased", margins=1)

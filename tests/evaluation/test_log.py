@@ -101,7 +101,7 @@ def test_another_evaluation_is_refused(logged, tiny_folder, prompts_suite, tmp_p
         with pytest.raises(RunError, match=f"holds another evaluation, its {key} differs"):
             lmrl.evaluate(tiny_folder, prompts_suite, overrides, log=folder)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RunError, match="is no evaluation log: choose another folder"):
+    with pytest.raises(RunError, match="is not an evaluation log: choose another folder"):
         lmrl.evaluate(tiny_folder, prompts_suite, log=tmp_path)
     shutil.copytree(tiny_folder, tmp_path / "other")
     (tmp_path / "other" / "extra.txt").write_text("changed")
@@ -258,7 +258,7 @@ def test_rescoring_by_command(logged, prompts_suite, tmp_path):
         (["--rescore", "log", "--beta", "2"], "--beta: --rescore loads no policy and plays nothing: leave it out"),
         (["some/model", "--log-every", "4"], "--log-every needs a log: add --log FOLDER"),
         (["some/model", "--inspect", "out"], "--inspect converts a log: add --log FOLDER"),
-        (["some/model", "--export", "table.xls"], "--export: 'table.xls' is no name for a table"),
+        (["some/model", "--export", "table.xls"], "--export: 'table.xls' does not name a table"),
     ],
 )
 def test_mistakes_of_the_command(arguments, message):

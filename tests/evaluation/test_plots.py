@@ -31,7 +31,7 @@ def test_run_is_a_data_frame(run):
     last = frame.iloc[-1]
     assert (last["reward"], last["reward_low"], last["reward_high"]) == (0.5, 0.4, 0.7)
     assert frame["time/update_s"].dropna().tolist() == [2.0] * 4
-    with pytest.raises(RunError, match="is no run with metrics"):
+    with pytest.raises(RunError, match="is not a run with metrics"):
         lmrl.load_run(run / "nothing")
 
 

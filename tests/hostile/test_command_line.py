@@ -130,7 +130,7 @@ KEYS = [
     ("model.path=weights.gguf", r"model.path: there is no 'weights.gguf' here"),
     ("evaluation.suite=random_walk", r"no suite called 'random_walk'; did you mean 'random_walks'\?"),
     ("evaluation.suite=suite.yaml", r"evaluation.suite: file 'suite.yaml' does not exist"),
-    ("evaluation.suite=mine.yaml", r"mine.yaml is a recipe, and no suite: a suite has a task"),
+    ("evaluation.suite=mine.yaml", r"mine.yaml is a recipe, not a suite: a suite has a task"),
     ("stages.warmup.training.steps=2", r"the recipe has no stage 'warmup'"),
     ("start=warmup", r"`start`: 'warmup' is no earlier stage"),
     ("training.final=best", r"`training.final=best` keeps the policy with the best score, but nothing is scored"),
@@ -175,7 +175,7 @@ def test_recipes_suites_and_folders_are_told_apart(lmrl, place):
     written("mine.yaml", RECIPE)(place)
     copied("model")(place)
     check_line(
-        lmrl("eval", "model", "--suite", "mine.yaml"), r"mine.yaml is a recipe, and no suite: a suite has a task"
+        lmrl("eval", "model", "--suite", "mine.yaml"), r"mine.yaml is a recipe, not a suite: a suite has a task"
     )
     check_line(lmrl("show", "model"), r"'model' is a folder, not a recipe")
     check_line(

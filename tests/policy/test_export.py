@@ -216,7 +216,7 @@ def test_what_is_there_is_not_overwritten(tmp_path, ilql_run):
     (tmp_path / "empty").mkdir()
     export(ilql_run, tmp_path / "empty", 8.0, check=False)
     assert (tmp_path / "empty/model.safetensors").exists() and (tmp_path / "folder/mine").read_text() == "mine"
-    with pytest.raises(RunError, match=r"say how much, --beta B \(0: leave them behind\)"):
+    with pytest.raises(RunError, match=r"add their weight, --beta B \(0: export without them\)"):
         export(ilql_run, tmp_path / "new")
 
 
