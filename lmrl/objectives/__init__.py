@@ -1,4 +1,4 @@
-"""Objectives: what turns trajectories into a batch and a loss. Pure tensor code, one short file each."""
+"""Objectives turn trajectories into a batch, and a batch into a loss. Pure tensor code, one short file each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Loss", "Objective", "load_objective"]
 
 
 def load_objective(options: ObjectiveOptions) -> Objective:
-    """The objective of a recipe section. A custom one without `Options` gets the section's further keys as keyword arguments."""
+    """The objective of a recipe section. A custom objective without `Options` gets the section's further keys as keyword arguments."""
     cls = registry.load("objective", options.name, "objective.name")
     own = expand(options.options, "objective") if isinstance(options, CustomObjective) else None
     try:
@@ -21,5 +21,5 @@ def load_objective(options: ObjectiveOptions) -> Objective:
         reason = f"{type(error).__name__}: {error}"
         raise PluginError(f"objective: '{options.name}' cannot be made with these options: {reason}") from error
     if not isinstance(objective, Objective):
-        raise PluginError(f"objective.name: '{options.name}' is not a lmrl.Objective")
+        raise PluginError(f"objective.name: '{options.name}' is not an lmrl.Objective")
     return objective

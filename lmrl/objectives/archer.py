@@ -1,11 +1,11 @@
-"""ArCHer: a critic of whole turns teaches a policy of tokens.
+"""ArCHer: a turn-level critic trains a token-level policy.
 
-Zhou et al., "ArCHer: training language model agents via hierarchical multi-turn RL" (arXiv 2402.19446). The critic knows the value of
-a state, V(s), where a turn begins, and of what was then said, Q(s, u), where it ends; both learn from one turn to the next, by a
+Zhou et al., "ArCHer: training language model agents via hierarchical multi-turn RL" (arXiv 2402.19446). The critic estimates V(s)
+for the state in which a turn begins, and Q(s, u) for the utterance u once it has ended; both bootstrap from turn to turn, with a
 target network. All tokens of a turn share its advantage, Q(s, u) - V(s).
 
-Differences from the paper: one network tells both values, as the value of a text up to that point; its targets look further ahead by
-`lam` (the paper: 0), and are computed once a step; the episodes are fresh (no replay); the policy's surrogate is PPO's.
+Differences from the paper: one network gives both values, as the value of the text up to that point; its targets look further
+ahead by `lam` (the paper: 0) and are computed once per step; the episodes are fresh (no replay); the policy's surrogate is PPO's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lmrl.trajectories.chain import returns_to_go, rewards_and_turns
 from lmrl.trajectories.trajectory import Segment, Trajectory
 
 INSIDE, BEGIN, END, AFTER = range(4)
-"""What an entry of a sequence asks for: an action inside a turn, a turn's first action, a turn's end, a truncated episode's end."""
+"""Kinds of a sequence's entries: an action inside a turn, a turn's first action, a turn's end, a truncated episode's end."""
 KIND = "kind"
 
 
@@ -40,11 +40,11 @@ KIND = "kind"
 def turn_targets(
     rewards_K: torch.Tensor, values_K: torch.Tensor, q_K: torch.Tensor, last_value: float, gamma: float, lam: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What V and Q of each turn of an episode are regressed on, both (K,).
+    """The regression targets of V and Q for each turn of an episode, both (K,).
 
     rewards_K: earned by each turn; values_K, q_K: V before and Q after it, by the target network; last_value: of the state after the
-    last turn (0 where the episode terminated). With lam 0 Q_k <- r_k + gamma V_{k+1} and V_k <- Q_k; else lam of the next state's
-    value is its own target, so that 1 gives the returns.
+    last turn (0 if the episode terminated). With lam 0, Q_k <- r_k + gamma V_{k+1} and V_k <- Q_k; otherwise
+    lam is the weight of the next state's own target in place of its value, so that lam 1 gives the returns.
     """
     v_targets, q_targets, following = [], [], last_value
     for reward, value, q in zip(*(one.flip(0).tolist() for one in (rewards_K, values_K, q_K)), strict=True):
@@ -55,8 +55,8 @@ def turn_targets(
 
 
 def to_turns(trajectory: Trajectory) -> list[Sequence]:
-    """One sequence a segment: its actions, after the last of each turn an entry for the turn's end, and one for the end of an episode
-    that was truncated. The field `kind` says which is which."""
+    """One sequence per segment: its actions, an entry for each turn's end after the turn's last action, and one for the end of a
+    truncated episode. The field `kind` holds the kind of each entry."""
     last = trajectory.segments[-1]
     found = []
     for segment in trajectory.segments:
@@ -97,14 +97,14 @@ class _Episode:
     q_targets_K: torch.Tensor
 
     def spread_out(self, begin_K: torch.Tensor, end_K: torch.Tensor) -> torch.Tensor:
-        """Numbers of turns at the entries of their begins and ends, 0 elsewhere, (E,)."""
+        """Values per turn, placed at the entries where turns begin and end; 0 elsewhere, (E,)."""
         placed_E = torch.zeros(len(self.kinds_E), dtype=torch.float64)
         placed_E[self.kinds_E == BEGIN] = begin_K
         placed_E[self.kinds_E == END] = end_K
         return placed_E
 
     def at_actions(self, values_K: torch.Tensor) -> torch.Tensor:
-        """Numbers of turns at each of their actions, 0 elsewhere, (E,)."""
+        """Values per turn, placed at each of the turn's actions; 0 elsewhere, (E,)."""
         placed_E = torch.zeros(len(self.kinds_E), dtype=torch.float64)
         placed_E[self.kinds_E < END] = values_K[self.turns_A]
         return placed_E
@@ -188,7 +188,7 @@ class ArCHer(PolicyGradient):
         floor = ADVANTAGE_FLOOR * float(units.std) if units.is_normalised else 0.0
         whitened_N[real_N] = whiten(advantages_N[real_N], floor)
         regressed_N = flat([one.spread_out(one.v_targets_K, one.q_targets_K) for one in episodes])
-        # The critic's mean is over states, whatever the turns' lengths: the updater divides by actions.
+        # The critic's mean is over states, however long the turns are: the updater divides by actions.
         of_turns_N = (kinds_N == BEGIN) | (kinds_N == END)
         actions, states = distributed.all_sum([int(real_N.sum()), int(of_turns_N.sum())])
         sampled = [sampled_logprobs(trajectory) for trajectory in trajectories]
@@ -208,7 +208,7 @@ class ArCHer(PolicyGradient):
         )
 
     def _measure(self, policy: Policy, episodes: list[_Episode]) -> dict[str, float]:
-        """How well Q foresaw its targets; the units and the end of the warm-up follow."""
+        """How well Q predicted its targets; also updates the units and the warm-up."""
         units, options = policy.values, self.options
         values_K, q_K = flat([one.values_K for one in episodes]), flat([one.q_K for one in episodes])
         v_targets_K, q_targets_K = (
@@ -217,7 +217,7 @@ class ArCHer(PolicyGradient):
         mean, variance = distributed.moments(q_targets_K)
         error = distributed.moments(q_targets_K - q_K)[1]
         explained = 1 - error / variance if variance > (ROUNDING * mean) ** 2 else 0.0
-        self.warmup.add(explained)  # of Q: what a random policy earns may be foreseen after a turn, and not before it
+        self.warmup.add(explained)  # Q's: what a random policy earns may be predictable after a turn, but not before it
         mean, variance = distributed.moments(v_targets_K)
         if units.is_normalised and math.isfinite(variance):
             units.renormalise(*followed(float(units.mean), float(units.std), float(units.peak), mean, variance))
@@ -264,7 +264,7 @@ class ArCHer(PolicyGradient):
 
 
 def _by_turn(rewards_A: torch.Tensor, kinds_E: torch.Tensor) -> torch.Tensor:
-    """What each turn earned, (K,), double, from what its actions did."""
+    """The reward of each turn, (K,), in double, from those of its actions."""
     turns_A = (kinds_E[kinds_E < END] == BEGIN).cumsum(0) - 1
     return torch.zeros(int((kinds_E == BEGIN).sum()), dtype=torch.float64).index_add(0, turns_A, rewards_A.double())
 

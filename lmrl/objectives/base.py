@@ -28,7 +28,7 @@ class Loss:
 
 
 class Objective:
-    """Base of all objectives. Subclasses implement `loss`, and `prepare` where they need more than the tokens."""
+    """Base of all objectives. Subclasses implement `loss`, and `prepare` if they need more than the tokens."""
 
     Options: type[ObjectiveOptions] | None = None
     """The class of its section in a recipe, for a custom objective. The section is checked before anything is built; the
@@ -53,7 +53,7 @@ class Objective:
     these numbers differ from those of other ranks. (): there are none; None: each rank keeps what it prepared."""
 
     kl_controlled = False
-    """True if `training.kl_band` lowers the learning rate where a step has moved the policy too far from what played."""
+    """True if `training.kl_band` lowers the learning rate if a step has moved the policy too far from the one that sampled."""
 
     loss_of_data: str | None = None
     """The metric on logged data that must fall while the policy learns; None if none must."""
@@ -94,7 +94,7 @@ class Objective:
         raise NotImplementedError
 
     def count(self, batch: Batch) -> float:
-        """A batch's weight in the mean over a minibatch that it is a part of: its number of action tokens."""
+        """A batch's weight in the mean over the minibatch it belongs to: its number of action tokens."""
         return batch.num_actions
 
     def heldout(self, policy: Policy, trajectories: list[Trajectory]) -> dict[str, list[float]]:

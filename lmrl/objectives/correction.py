@@ -1,4 +1,4 @@
-"""Importance weights against the difference between the sampler that played and the learner.
+"""Importance weights that correct for the difference between the sampler and the learner.
 
 An engine with its own arithmetic samples from mu, while the learner computes pi_old with the same weights. Then the
 expectation over samples of (pi_old / mu) f is the learner's expectation of f; the ratio is bounded to bound its variance.
@@ -23,16 +23,16 @@ from lmrl.trajectories.batch import Batch
 from lmrl.trajectories.trajectory import Trajectory
 
 OLD, WEIGHTS = "old_logprobs", "correction"
-"""Fields of a sequence: the learner's log-probabilities of what was played, before any update; and the weights."""
+"""Fields of a sequence: the learner's log-probabilities of the sampled tokens, before any update; and the weights."""
 
 
 def importance_weights(
     old_N: torch.Tensor, sampled_N: torch.Tensor, episodes_N: torch.Tensor, mode: CorrectionMode, cap: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight of each action token, and whether the cap decided it, both (N,).
+    """Weight of each action token, and whether the cap applied, both (N,).
 
-    old_N, sampled_N: log-probabilities under learner and sampler (NaN: unknown, counted as equal). episodes_N: number of
-    the episode a token belongs to. The same as trl 1.16's `vllm_importance_sampling_mode` for episodes of one turn.
+    old_N, sampled_N: log-probabilities under learner and sampler (NaN: unknown, counted as equal). episodes_N: index of
+    the episode a token belongs to. Equal to trl 1.16's `vllm_importance_sampling_mode` for episodes of one turn.
     """
     difference_N = torch.nan_to_num(old_N - sampled_N, nan=0.0)
     if mode.startswith("sequence"):
@@ -55,20 +55,20 @@ class Correction:
         return None if rollouts.corrects is None else cls(rollouts.corrects, rollouts.correction_cap)
 
     def weigh(self, batch: Batch, sampled_N: torch.Tensor, episodes_N: torch.Tensor) -> dict[str, float]:
-        """Set WEIGHTS in a batch that has OLD; returns the mean weight and the share that the cap decided."""
+        """Set WEIGHTS in a batch that has OLD; returns the mean weight and the share of weights that were capped."""
         weights_N, beyond_N = importance_weights(batch.get(OLD), sampled_N, episodes_N, self.mode, self.cap)
         batch.set(WEIGHTS, weights_N)
         return {"correction_mean": distributed.mean(weights_N), "correction_capped": distributed.mean(beyond_N.float())}
 
 
 def sampled_logprobs(trajectory: Trajectory) -> torch.Tensor:
-    """Log-probabilities that the sampler reported for the action tokens, in order, (A,); NaN where they are unknown."""
+    """Log-probabilities that the sampler reported for the action tokens, in order, (A,); NaN for unknown ones."""
     found = [segment.logprobs[position] for segment in trajectory.segments for position in segment.actions]
     return torch.tensor([float("nan") if one is None else one for one in found])
 
 
 def mismatch(old_N: torch.Tensor, sampled_N: torch.Tensor) -> dict[str, float]:
-    """KL(sampler || learner) a token, estimated from what was sampled, and the largest difference; {} where unknown."""
+    """KL(sampler || learner) per token, estimated from the sampled tokens, and the largest difference; {} if unknown."""
     gap_N = (sampled_N - old_N)[~sampled_N.isnan()]
     gaps = distributed.all_gather([float(gap_N.abs().max())] if len(gap_N) else [])
     return {"sampler_kl": distributed.mean(gap_N), "sampler_gap": max(gaps)} if gaps else {}

@@ -1,7 +1,7 @@
 """Direct preference optimisation and its variants, on pairs of episodes.
 
 Rafailov et al., "Direct preference optimization" (arXiv 2305.18290). An episode's log-probability is the sum over all of
-its action tokens, in however many turns; environment tokens do not count.
+its action tokens, over all its turns; environment tokens do not count.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Pairs:
 
     @property
     def means_P2(self) -> torch.Tensor:
-        """log(policy / reference) a token."""
+        """log(policy / reference) per token."""
         return self.ratios_P2 / self.lengths_P2
 
 
 def preference_loss(pairs: Pairs, options: DPOObjective) -> torch.Tensor:
-    """The loss of each pair, (P,). Of simpo and orpo the reference has to be 0."""
+    """The loss of each pair, (P,). For simpo and orpo, the reference must be 0."""
     beta, epsilon = options.beta, options.label_smoothing
     chosen, rejected = pairs.ratios_P2.unbind(-1)
     logit = beta * (chosen - rejected)
@@ -61,7 +61,7 @@ def preference_loss(pairs: Pairs, options: DPOObjective) -> torch.Tensor:
             return (-(1 - epsilon) * up + epsilon * down) / (1 - 2 * epsilon)
         case "hinge":  # SLiC, Zhao et al., arXiv 2305.10425
             return torch.relu(1 - logit)
-        case "ipo":  # Azar et al., arXiv 2310.12036, eq. 17, a token
+        case "ipo":  # Azar et al., arXiv 2310.12036, eq. 17, per token
             return (mean_gap - 1 / (2 * beta)) ** 2
         case "sigmoid_norm":  # length-normalised DPO, Tülu 3, arXiv 2411.15124
             return -F.logsigmoid(beta * mean_gap)
@@ -90,7 +90,7 @@ def preference_loss(pairs: Pairs, options: DPOObjective) -> torch.Tensor:
 
 
 def log1mexp(values: torch.Tensor) -> torch.Tensor:
-    """log(1 - exp(x)) for x < 0, without cancellation (Mächler, 2012); 0 is taken for the number just below."""
+    """log(1 - exp(x)) for x < 0, without cancellation (Mächler, 2012); 0 is treated as the largest number below it."""
     values = values.clamp(max=-torch.finfo(values.dtype).eps)
     near = values > -0.6931
     small = torch.log(-torch.expm1(torch.where(near, values, -1.0)))
@@ -99,7 +99,7 @@ def log1mexp(values: torch.Tensor) -> torch.Tensor:
 
 
 def best_and_worst(trajectories: List[Trajectory]) -> list[list[Trajectory]]:
-    """The episodes with the highest and the lowest reward of each group; groups whose rewards are all equal have none."""
+    """The episodes with the highest and the lowest reward of each group; groups whose rewards are all equal are left out."""
     pairs = []
     for group in groups_of(trajectories):
         ranked = sorted((trajectories[position] for position in group), key=lambda one: -(one.reward or 0.0))
@@ -127,7 +127,7 @@ class DPO(Objective):
             self.cache_key = model_key(policy)
 
     def ready(self, policy: Policy, dataset: Iterable[list[Trajectory]], fresh: bool) -> None:
-        """Compute what the cache of the reference lacks, while the policy still is the reference."""
+        """Compute what is missing in the reference's cache, while the policy still equals the reference."""
         if not self.options.cache_reference:
             return
         self.cache = cache = ReferenceCache(self.cache_key or model_key(policy))
@@ -136,12 +136,12 @@ class DPO(Objective):
             if lacking and not fresh:
                 raise RunError(
                     f"{self.cache.path}: {len(lacking)} episodes of this run are missing in the reference's cache, and the "
-                    "policy has moved on: start the run again, or set objective.cache_reference=false"
+                    "policy has changed since: start the run again, or set objective.cache_reference=false"
                 )
             if lacking and distributed.size() > 1:
                 raise RunError(
-                    f"{self.cache.path}: {len(lacking)} episodes are missing in the reference's cache, which one process fills: "
-                    "begin the run in one and go on by --resume --processes N, or set objective.cache_reference=false"
+                    f"{self.cache.path}: {len(lacking)} episodes are missing in the reference's cache, which only a single process fills: "
+                    "start the run in one process and continue it with --resume --processes N, or set objective.cache_reference=false"
                 )
             self.cache.add(policy, lacking)
 

@@ -1,4 +1,4 @@
-"""Dr. GRPO: GRPO without what favours some lengths and difficulties (Liu et al., arXiv 2503.20783)."""
+"""Dr. GRPO: GRPO without its bias for some lengths and difficulties (Liu et al., arXiv 2503.20783)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lmrl.recipe.objectives.policy_gradient import DrGRPOObjective
 
 
 class DrGRPO(GroupPolicyGradient):
-    """A = R - mean of the group, not divided by the group's deviation; the sum over tokens by a constant."""
+    """A = R - mean of the group, not divided by its standard deviation; the sum over tokens is divided by a constant."""
 
     options: DrGRPOObjective
     label = "Dr. GRPO"

@@ -1,7 +1,7 @@
-"""Policy gradients without a critic: what they share.
+"""The base of policy gradients without a critic.
 
-The advantage of a turn is what the episode earned from that turn on, less a baseline: the other episodes of its group at the
-same turn. Where rewards fall at the end of episodes alone, an episode has one advantage, which all its turns share, as in the
+The advantage of a turn is what the episode earned from that turn on, minus a baseline from the other episodes of its group at the
+same turn. If rewards come only at the end of episodes, an episode has a single advantage that all its turns share, as in the
 papers. The methods differ in baseline, scale and token weights; each has its own file. The mathematics of turns is in turns.py.
 """
 
@@ -38,19 +38,19 @@ TURN = "turn"
 
 
 class GroupPolicyGradient(PolicyGradient):
-    """Base of GRPO, Dr. GRPO, RLOO and REINFORCE++: a subclass says what it does with turns, and how tokens weigh."""
+    """Base of GRPO, Dr. GRPO, RLOO and REINFORCE++: a subclass defines the baseline and the weights of tokens."""
 
     options: GroupObjective
     index_fields = (EPISODE, TURN)
     penalises_reward = False
-    """True if the divergence from the reference is taken from the reward; else it is a term of the loss."""
+    """True if the divergence from the reference is subtracted from the reward; otherwise it is a term of the loss."""
 
     pays_by_token = False
-    """True if each token pays for its own divergence and all after it, and not the turn for all of its tokens'."""
+    """True if each token is charged its own divergence and all that follows; False if the turn is charged that of all its tokens."""
 
-    # ---------------------------------------------------------------------------------------- what the methods differ in
+    # ----------------------------------------------------------------------------------------- where the methods differ
     def baseline(self, turns: Turns) -> torch.Tensor:
-        """Each turn's return less its baseline, (K,), in double."""
+        """Each turn's return minus its baseline, (K,), in double."""
         return less_group_mean(turns)
 
     def token_advantages(self, advantages_N: torch.Tensor) -> torch.Tensor:
@@ -60,14 +60,14 @@ class GroupPolicyGradient(PolicyGradient):
     def weights(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight of each token in the loss, and in reported means, (N,); see `count`.
 
-        fields: `share` is 1 by the number of the episode's tokens.
+        fields: `share` is 1 / the number of the episode's tokens.
         """
         raise NotImplementedError
 
     def token_losses(
         self, logprobs_N: torch.Tensor, old_N: torch.Tensor, fields: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The bounded loss of each token, (N,), and whether a bound decided it."""
+        """The bounded loss of each token, (N,), and whether a bound applied."""
         return self.surrogate(logprobs_N, old_N, fields)
 
     # ------------------------------------------------------------------------------------------------------------ shared
@@ -123,7 +123,7 @@ class GroupPolicyGradient(PolicyGradient):
         if ratio_N is not None:
             batch.stats["kl"] = distributed.mean(episode_sums(ratio_N, episodes_N))
         sampled_N = flat([sampled_logprobs(episode) for episode in episodes])
-        # Packed or not, actions stand in the order of the episodes.
+        # Packed or not, actions are in the order of the episodes.
         if not distributed.all_max(int(sampled_N.isnan().any())):
             batch.set("sampled_logprobs", sampled_N)
         if self.correction is not None:
@@ -144,7 +144,7 @@ class GroupPolicyGradient(PolicyGradient):
 
     @staticmethod
     def _measure(groups: list[list[Trajectory]]) -> dict[str, float]:
-        """How many groups there are, and the share whose episodes all earned the same, turn by turn."""
+        """The number of groups, and the share of those whose episodes all earned the same, turn by turn."""
         alike = []
         for group in groups:
             earned = [tuple(turn.reward for turn in one.turns) or (one.reward,) for one in group]
@@ -154,7 +154,7 @@ class GroupPolicyGradient(PolicyGradient):
 
     def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
         options, fields, logprobs_N = self.options, batch.fields, outputs.logprobs
-        old_N = fields.get(OLD, logprobs_N.detach())  # one update a step: the policy is still the old one
+        old_N = fields.get(OLD, logprobs_N.detach())  # with one update per step, the policy is still the old one
         losses_N, clipped_N = self.token_losses(logprobs_N, old_N, fields)
         if self.uses_reference and not self.kl_in_reward:
             divergence_N = k3(logprobs_N, fields["reference_logprobs"])
@@ -171,7 +171,7 @@ class GroupPolicyGradient(PolicyGradient):
                 "approx_kl": k3(old_N, logprobs_N),
             }
             if self.uses_reference and not self.kl_in_reward:
-                stats["kl"] = (logprobs_N - fields["reference_logprobs"]) / fields["share"]  # nats an episode
+                stats["kl"] = (logprobs_N - fields["reference_logprobs"]) / fields["share"]  # nats per episode
             if "sampled_logprobs" in fields:
                 stats["sampler_kl"] = fields["sampled_logprobs"] - old_N
             sums = {name: (stat_N * value).sum() for name, value in stats.items()}

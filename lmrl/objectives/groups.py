@@ -17,7 +17,7 @@ EPISODE = "episode"
 
 
 def groups_of(trajectories: List[Trajectory]) -> list[list[int]]:
-    """Positions of the episodes of each group, in order of appearance."""
+    """Indices of the episodes of each group, in order of appearance."""
     groups: dict[int, list[int]] = {}
     for position, trajectory in enumerate(trajectories):
         groups.setdefault(trajectory.group, []).append(position)
@@ -25,7 +25,7 @@ def groups_of(trajectories: List[Trajectory]) -> list[list[int]]:
 
 
 def gathered(sequences: List[Sequence]) -> list[Sequence]:
-    """The sequences of all processes, in which chains and episodes of different processes stay apart."""
+    """The sequences of all processes, with chains and episodes of different processes kept distinct."""
     offset = distributed.rank() << 32
     for sequence in sequences:
         sequence.chain = None if sequence.chain is None else sequence.chain + offset
@@ -35,12 +35,12 @@ def gathered(sequences: List[Sequence]) -> list[Sequence]:
 
 
 def flat(parts: List[torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """These one after the other; an empty tensor where there are none, as in a process without episodes."""
+    """The concatenated parts; an empty tensor if there are none, as in a process without episodes."""
     return torch.cat(list(parts)) if len(parts) else torch.zeros(0, dtype=dtype)
 
 
 def grouped_batch(groups: List[List[Trajectory]], policy: Policy, share: bool, whole: bool) -> Batch:
-    """A batch in which every action token knows the number of its episode, counted through the groups.
+    """A batch in which every action token carries its episode's index, counted through the groups.
 
     share: pack episodes of a group that have one segment each and share a beginning, as many as a microbatch holds.
     whole: keep the sequences of a group together in a microbatch.
@@ -64,11 +64,11 @@ def grouped_batch(groups: List[List[Trajectory]], policy: Policy, share: bool, w
 
 
 def _packed(singles: list[Sequence], max_tokens: int) -> list[Sequence]:
-    """Packed sequences of at most `max_tokens` tokens each, where there is something to share."""
+    """Packed sequences of at most `max_tokens` tokens each, for episodes that share something."""
     parts: list[list[Sequence]] = [[]]
     size = 0
     for sequence in singles:
-        own = len(sequence.targets)  # about what it adds
+        own = len(sequence.targets)  # about how many tokens it adds
         if parts[-1] and size + own > max_tokens:
             parts.append([])
         size = size + own if parts[-1] else len(sequence.tokens)
@@ -81,6 +81,6 @@ def _packed(singles: list[Sequence], max_tokens: int) -> list[Sequence]:
 
 
 def episode_sums(values_N: torch.Tensor, episodes_N: torch.Tensor) -> torch.Tensor:
-    """Sum over the action tokens of each episode that is there, in the order of their numbers, (E,)."""
+    """Sum over the action tokens of each episode present, in order of their indices, (E,)."""
     numbers_E, places_N = episodes_N.unique(return_inverse=True)
     return values_N.new_zeros(len(numbers_E)).index_add(0, places_N, values_N)

@@ -10,7 +10,7 @@ from lmrl.objectives.group import GroupPolicyGradient
 class GRPO(GroupPolicyGradient):
     """A = (R - mean of the group) / standard deviation of the group; the mean over each episode's tokens.
 
-    A group whose episodes all earned the same has no advantage.
+    In a group whose episodes all earned the same, advantages are 0.
     """
 
     label = "GRPO"

@@ -19,7 +19,7 @@ MAX_WEIGHT = 20.0
 
 
 def next_values(values_N: torch.Tensor) -> torch.Tensor:
-    """Value of the state after each action, where the next action of an episode stands at the next place, (N,)."""
+    """Value of the state after each action, if an episode's next action is the next entry, (N,)."""
     return torch.cat([values_N[1:], values_N.new_zeros(1)])
 
 
@@ -31,8 +31,8 @@ def expectile_weights(errors_N: torch.Tensor, expectile: float) -> torch.Tensor:
 class ILQL(QLearning):
     """L = sum_i (Q_i - (r + discount V'))^2 + |tau - 1(u < 0)| u^2 + c CE(Q_i / T, a) - w log pi(a|s)
 
-    with u = min(Qbar_1, Qbar_2) - V and w = exp(awbc_beta u), per action token. V' is a Polyak target as well: where Q and V
-    share a trunk, a V' that moves with every update of Q sets both swinging.
+    with u = min(Qbar_1, Qbar_2) - V and w = exp(awbc_beta u), per action token. V' is a Polyak target as well: if Q and V
+    share a trunk, a V' that moves with every update of Q makes both oscillate.
     """
 
     options: ILQLObjective

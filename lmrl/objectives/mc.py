@@ -1,4 +1,4 @@
-"""Monte Carlo returns: Q by regression on what followed, and decoding guided by it.
+"""Monte Carlo returns: Q by regression on the observed returns, and decoding guided by it.
 
 The one-step improvement over the behaviour that Snell et al. (arXiv 2206.11871) and LMRL-Gym (arXiv 2311.18232) compare
 ILQL with.
@@ -17,11 +17,11 @@ class MCReturns(QLearning):
     """L = known ((Q - sum_k gamma^k r_k)^2 + c CE(Q / T, a)) - log pi(a|s), per action token.
 
     known = 0 where a truncation hides what followed, unless discounting makes that negligible: such a token has no return to
-    regress on, and the push-down alone would raise its Q without bound. The statistic `known` is the share of the others.
+    regress on, and the push-down alone would raise its Q without bound. The statistic `known` is the share of tokens with known 1.
     """
 
     label = "MC returns"
-    polyak = 1.0  # decoding reads the targets, which are Q itself here
+    polyak = 1.0  # decoding reads the targets, which here are Q itself
 
     def __init__(self, options: MCObjective):
         super().__init__(options, twins=1, value=False)

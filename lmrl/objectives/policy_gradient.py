@@ -1,4 +1,4 @@
-"""Policy gradients, with a critic or without: the surrogate and its bounds, and the mathematics of advantages."""
+"""The base of policy gradients with or without a critic: the surrogate and its bounds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmrl.recipe.objectives import PolicyGradientObjective
 from lmrl.trajectories.batch import Batch
 
 ROUNDING = 1e-8
-"""Numbers, in double, that differ by less than this share of their size count as equal."""
+"""Relative difference below which two double-precision numbers count as equal."""
 
 OPEN_ENTROPY = 0.5
 """Entropy in nats per token below which the limit on the policy's change shrinks in proportion."""
@@ -30,10 +30,10 @@ def policy_loss(
     high: float,
     dual: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clipped surrogate, to be minimised, per action; and whether clipping decided it.
+    """Clipped surrogate per action, to be minimised; and whether clipping applied.
 
-    dual: the loss of an action with a negative advantage is at most this many times the advantage, where the plain surrogate
-    grows with the ratio without a bound (Ye et al., arXiv 1912.09729, eq. 5).
+    dual: the loss of an action with a negative advantage is at most this many times the advantage, whereas the plain surrogate
+    grows with the ratio without bound (Ye et al., arXiv 1912.09729, eq. 5).
     """
     ratio_N = (logprobs_N - old_N).exp()
     free_N, clipped_N = -advantages_N * ratio_N, -advantages_N * ratio_N.clamp(1 - low, 1 + high)
@@ -54,9 +54,9 @@ def k3(logprobs_N: torch.Tensor, reference_N: torch.Tensor) -> torch.Tensor:
 
 
 def whiten(values_N: torch.Tensor, floor: float = 0.0) -> torch.Tensor:
-    """Zero mean and unit variance over what all processes hold, in double; equal numbers become 0.
+    """Zero mean and unit variance over the values of all processes, in double; equal numbers become 0.
 
-    floor: divide by at least this, so that a spread that has nearly vanished is not blown up.
+    floor: divide by at least this, so that a nearly vanished spread is not magnified.
     """
     mean, variance = distributed.moments(values_N)
     deviation = math.sqrt(variance)
@@ -69,7 +69,7 @@ def bearable(limit: float, entropy: float) -> float:
     """The limit on the policy's change for a policy of this entropy, both in nats per token: less for one that is nearly
     deterministic.
 
-    A change that is small for a policy with high entropy is a large one for a policy that is nearly deterministic.
+    A change that is small for a policy with high entropy is large for a nearly deterministic one.
     """
     return limit * min(max(entropy, 0.0) / OPEN_ENTROPY, 1.0)  # rounding may leave it below 0
 
@@ -89,7 +89,7 @@ class PolicyGradient(Objective):
     def surrogate(
         self, logprobs_N: torch.Tensor, old_N: torch.Tensor, fields: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The bounded loss of each action, corrected for the sampler; and whether a bound decided it."""
+        """The bounded loss of each action, corrected for the sampler; and whether a bound applied."""
         options = self.options
         high = options.clip if options.clip_high is None else options.clip_high
         losses_N, clipped_N = policy_loss(

@@ -29,9 +29,9 @@ from lmrl.trajectories.trajectory import Trajectory
 UNIT_RATE = 0.1
 """Weight of a step's returns in the running mean and deviation of returns."""
 UNIT_FLOOR = 0.05
-"""Least deviation, relative to the largest so far."""
+"""Minimum standard deviation of returns, relative to the largest so far."""
 ADVANTAGE_FLOOR = 0.05
-"""Least deviation that advantages are divided by, relative to that of returns."""
+"""Minimum standard deviation that advantages are divided by, relative to that of returns."""
 PLATEAU_STEPS, PLATEAU_GAIN = 2, 0.02
 """The critic's warm-up ends when its explained variance has gained less than PLATEAU_GAIN in PLATEAU_STEPS steps."""
 
@@ -43,7 +43,7 @@ def advantages(
     """Generalised advantage estimation over the action tokens of one episode.
 
     rewards_A: what was earned at each action; values_A: value of the state each action was taken in; last_value: value
-    of the state after the last action (0 where the episode terminated); discounts_A: discount from each action to the
+    of the state after the last action (0 if the episode terminated); discounts_A: discount from each action to the
     next. Shape (A,). A_t = delta_t + discount_t lam A_{t+1}, delta_t = r_t + discount_t V_{t+1} - V_t.
     """
     following_A = torch.cat([values_A[1:], values_A.new_tensor([last_value])])
@@ -79,8 +79,8 @@ def spread(returns_N: torch.Tensor) -> tuple[float, float] | None:
 
 
 def followed(mean: float, std: float, peak: float, new_mean: float, new_variance: float) -> tuple[float, float]:
-    """Mean and deviation of the mixture of what was known and of a step's returns, the latter with weight UNIT_RATE; the
-    deviation is held above UNIT_FLOOR times its largest so far, since a policy near its optimum has returns that hardly vary."""
+    """Mean and standard deviation of the mixture of the running estimate and a step's returns, the latter with weight UNIT_RATE; the
+    deviation stays above UNIT_FLOOR times its largest so far, because a policy near its optimum has returns that hardly vary."""
     gap = new_mean - mean
     variance = (1 - UNIT_RATE) * (std**2 + UNIT_RATE * gap**2) + UNIT_RATE * new_variance
     return mean + UNIT_RATE * gap, max(math.sqrt(variance), UNIT_FLOOR * peak)
@@ -88,7 +88,7 @@ def followed(mean: float, std: float, peak: float, new_mean: float, new_variance
 
 @dataclass
 class Warmup:
-    """The critic's first steps, in which it learns alone: until its error on fresh returns stops falling, or `cap` steps."""
+    """The first steps, in which only the critic is trained: until its error on fresh returns stops falling, or `cap` steps."""
 
     explained: list[float] = field(default_factory=list)
     """Explained variance of fresh returns at each step so far, before its updates."""
@@ -104,7 +104,7 @@ class Warmup:
         self.step, self.cap = step, cap
 
     def add(self, explained: float) -> None:
-        """Note what the values explain of a step's returns."""
+        """Record how much of a step's returns the values explain."""
         if self.over:
             return
         self.explained.append(explained)
@@ -185,7 +185,7 @@ class PPO(PolicyGradient):
         batch.set("reference_logprobs", reference_N)
         batch.set("old_values", units.to_values(values_N).to(policy.precision))
         batch.set("returns", units.to_values(gae_N + values_N).to(policy.precision))
-        if options.value_loss == "hl_gauss":  # which mean the same whatever the units have become
+        if options.value_loss == "hl_gauss":  # categories mean the same however the units have changed
             batch.set("categories", (batch.get("returns") - units.shift.cpu()) / units.gain.cpu())
         if options.whiten_advantages:
             gae_N = whiten(gae_N, ADVANTAGE_FLOOR * float(units.std) if units.is_normalised else 0.0)
@@ -208,7 +208,7 @@ class PPO(PolicyGradient):
         explained = 1 - error / variance if variance > (ROUNDING * mean) ** 2 else 0.0
         self.warmup.add(explained)
         follows = self.options.value_normalization == "returns" and self.options.value_loss != "hl_gauss"
-        if follows and units.is_normalised and math.isfinite(variance):  # categories keep the units they began with
+        if follows and units.is_normalised and math.isfinite(variance):  # categories keep their initial units
             units.renormalise(*followed(float(units.mean), float(units.std), float(units.peak), mean, variance))
         return {
             "value_mean": distributed.mean(values_N),

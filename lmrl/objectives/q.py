@@ -21,8 +21,8 @@ from lmrl.trajectories.trajectory import Trajectory
 def units(returns_N: torch.Tensor, rewards_N: torch.Tensor) -> tuple[float, float, float]:
     """Mean of returns-to-go, the unit of values, and the root mean square of the rewards that are not 0.
 
-    The unit is the spread of returns, or the size of a reward where that is less: where every turn earns something, returns of
-    long episodes spread far wider than what one action can change.
+    The unit is the spread of returns, or the size of a reward if that is smaller: if every turn earns something, the returns of
+    long episodes spread far wider than what a single action can change.
     """
     earned_N = rewards_N[rewards_N != 0]
     size = float(earned_N.square().mean().sqrt()) if len(earned_N) else 1.0
@@ -44,16 +44,16 @@ def in_units(batch: Batch, mean: float, std: float) -> dict[str, torch.Tensor]:
 
 
 class QLearning(Objective):
-    """Base of objectives with Q heads: subclasses say what Q is regressed on.
+    """Base of objectives with Q heads: subclasses define the regression target of Q.
 
-    `calibrated` (Cal-QL): the floor of the push-down is the return that the log holds. Where a truncation hides a part
-    of it there is no floor. One bootstrapped from V would be no return of the data, and rise with any overestimation.
+    `calibrated` (Cal-QL): the floor of the push-down is the logged return. Where a truncation hides a part of it, there
+    is no floor: one bootstrapped from V would not be a return of the data, and would rise with any overestimation.
     """
 
     index_fields = ()
 
     def __init__(self, options: QObjective, twins: int, value: bool):
-        if options.trunk == "auto":  # a recipe has resolved it
+        if options.trunk == "auto":  # resolved when the recipe was loaded
             options = options.model_copy(update={"trunk": "shared"})
         self.options, self.minibatches = options, options.minibatches
         self.needs_returns = options.calibrated
@@ -70,7 +70,7 @@ class QLearning(Objective):
         )
 
     def calibrate(self, policy: Policy, trajectories: list[Trajectory]) -> None:
-        """Take units from logged returns, and say what values are before learning; see `units` and `start_value`."""
+        """Set the values' units from logged returns, and their initial value; see `units` and `start_value`."""
         options, values = self.options, policy.values
         if not trajectories:
             raise RecipeError(
@@ -87,7 +87,7 @@ class QLearning(Objective):
         low, high, middle = values.to_values(extremes).tolist()
         stated = options.start_value
         start = stated if isinstance(stated, float | int) else {"lowest": low, "mean": middle}[stated]
-        # Bootstrapped values may pass what was realised, and a Gaussian's mass at an end needs bins on both sides.
+        # Bootstrapped values may exceed realised ones, and a Gaussian at the edge needs bins on both sides.
         margin = 0.1 * (high - low) or size
         values.calibrate(
             start,
@@ -98,7 +98,7 @@ class QLearning(Objective):
         )
 
     def ready(self, policy: Policy, dataset: Iterable[list[Trajectory]], fresh: bool) -> None:
-        """Raise DataError where returns are needed, but truncation hides those of all logged episodes."""
+        """Raise DataError if returns are needed, but truncation hides those of all logged episodes."""
         options, count = self.options, 0
         for part in dataset if self.needs_returns else ():
             if any(has_known_return(one, options.gamma, options.gamma_token) for one in part):
@@ -155,7 +155,7 @@ class QLearning(Objective):
     def q_loss(self, outputs: Outputs, targets_N: torch.Tensor) -> torch.Tensor:
         """Sum over the heads of the error of Q against its targets, (N,), in units of a squared reward.
 
-        Then neither the likelihood term nor the learning rate depends on the scale of rewards.
+        In these units, neither the likelihood term nor the learning rate depends on the scale of rewards.
         """
         if outputs.q_logits is None:
             return ((outputs.q - targets_N) ** 2).sum(0) / self.unit

@@ -1,11 +1,11 @@
 """Q-learning by supervised fine-tuning: a second model whose probabilities, over the policy's, are Q values.
 
-Hong, Dragan, Levine, "Q-SFT" (arXiv 2411.05193). The policy pi is the imitation of the data and stays as it is. The
+Hong, Dragan, Levine, "Q-SFT" (arXiv 2411.05193). The policy pi imitates the data and stays fixed. The
 second model p is trained by a weighted cross-entropy, with w = clip(r + gamma max_a' pbar(a'|s') / pi(a'|s'), 0, 1):
 
     L = -[w log p(a|s) + (1 - w) / (V - 1) sum_{a' != a} log p(a'|s)]
 
-Where the data are drawn from pi, setting the expected gradient to zero gives
+If the data are drawn from pi, setting the expected gradient to zero gives
 p(a) = pi(a) w(a) + sum_{a' != a} pi(a') (1 - w(a')) / (V - 1): p / pi is the value w of an action only where pi(a) is well
 above 1 / V. Elsewhere the second term makes unlikely actions look good, so both the maximum and decoding stay inside the
 behaviour support.
@@ -64,7 +64,7 @@ class QSFT(Objective):
     def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
         fields, real_N = batch.fields, batch.fields["real"]
         low, high = self.options.return_range
-        # In units of the range, and counted from its low end: what an episode's end is worth, 0, becomes -low.
+        # In units of the range, and counted from its low end: the value 0 of an episode's end becomes -low.
         rewards_N = fields["rewards"] / (high - low)
         zero = -low / (high - low)
         following_N = next_values(outputs.best_ratio) - zero

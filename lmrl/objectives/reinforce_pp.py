@@ -1,4 +1,4 @@
-"""REINFORCE++: standardised over the batch (Hu et al., arXiv 2501.03262)."""
+"""REINFORCE++: advantages standardised over the batch (Hu et al., arXiv 2501.03262)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from lmrl.objectives.turns import Turns, less_group_mean
 
 
 class ReinforcePP(GroupPolicyGradient):
-    """A = R, standardised over all tokens of the batch; each token pays for its own divergence from the reference and what follows.
+    """A = R, standardised over all tokens of the batch; each token is charged its own divergence from the reference and all that
+    follows.
 
-    Where a prompt has several episodes, the group's mean at the same turn is taken from R first (the paper's variant with a
-    baseline); one episode of a prompt is compared with the batch alone.
+    If a prompt has several episodes, the group's mean at the same turn is subtracted from R first (the paper's variant with a
+    baseline); a prompt's only episode is compared with the batch only.
     """
 
     label = "REINFORCE++"

@@ -10,9 +10,9 @@ from lmrl.objectives.turns import Turns, less_group_mean
 
 
 class RLOO(GroupPolicyGradient):
-    """A = R - mean of the others of the group; a turn is one action, with the ratio of its tokens' joint probability.
+    """A = R - mean of the other episodes of the group; a turn is one action, with the ratio of its tokens' joint probability.
 
-    The divergence from the reference is taken from the reward of the turn.
+    The divergence from the reference is subtracted from the turn's reward.
     """
 
     label = "RLOO"
@@ -27,7 +27,7 @@ class RLOO(GroupPolicyGradient):
     def token_losses(
         self, logprobs_N: torch.Tensor, old_N: torch.Tensor, fields: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A turn's loss in equal parts at its tokens."""
+        """A turn's loss, split evenly over its tokens."""
         turn_N = fields[TURN]
         place_N = turn_N.unique(return_inverse=True)[1]
         size_N = episode_sums(torch.ones_like(logprobs_N), turn_N)[place_N]

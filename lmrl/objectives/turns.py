@@ -1,7 +1,7 @@
-"""Advantages of turns: what each earned from there on, less what the others of its group earned, and on which scale.
+"""Advantages of turns: the return from the turn on, minus that of the group's other episodes, and how to scale it.
 
 Advantages are divided by one number per group or batch, never by one per turn: which episodes reach a late turn depends on earlier
-actions, so a scale per turn would weigh the same loss by when it happens.
+actions, so with a scale per turn the weight of a loss would depend on when it happens.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class Turns:
     """The turns of a batch's episodes, one after the other, K in all. Groups are numbered within this process."""
 
     to_go_K: torch.Tensor
-    """Return from this turn on, in double; the whole episode's where rewards fall at its end alone."""
+    """Return from this turn on, in double; the whole episode's if rewards come only at its end."""
     index_K: torch.Tensor
-    """Which turn of its episode it is; 0 for all where rewards fall at the end of episodes alone."""
+    """Index of the turn in its episode; 0 for all if rewards come only at the end of episodes."""
     group_K: torch.Tensor
 
     @property
     def cell_K(self) -> torch.Tensor:
-        """Number of the group and turn: what a turn is compared within."""
+        """Index of the (group, turn) cell within which a turn is compared."""
         return self.group_K * (int(self.index_K.max()) + 1 if len(self.index_K) else 1) + self.index_K
 
 
@@ -47,7 +47,7 @@ def cell_means(values_K: torch.Tensor, cell_K: torch.Tensor) -> tuple[torch.Tens
 
 
 def centred(values_K: torch.Tensor, cell_K: torch.Tensor) -> torch.Tensor:
-    """Less the mean of the cell, (K,); where all of a cell are equal exactly 0, in spite of the mean's rounding."""
+    """Each entry minus the mean of its cell, (K,); exactly 0 if all of a cell are equal, whatever the rounding of the mean."""
     mean_K, _ = cell_means(values_K, cell_K)
     centred_K = values_K - mean_K
     size_K, _ = cell_means(values_K.abs(), cell_K)
@@ -55,10 +55,10 @@ def centred(values_K: torch.Tensor, cell_K: torch.Tensor) -> torch.Tensor:
 
 
 def less_group_mean(turns: Turns, leave_one_out: bool = False) -> torch.Tensor:
-    """Each turn's return less the mean of its group at the same turn, (K,). leave_one_out: the mean of the others alone.
+    """Each turn's return minus the mean of its group at the same turn, (K,). leave_one_out: the mean of the others only.
 
-    A turn that but one episode of the group has reached is compared with the other groups at that turn (of all processes);
-    where there is none, its advantage is 0.
+    A turn that only one episode of the group has reached is compared with the other groups at that turn (of all processes);
+    if there is none, its advantage is 0.
     """
     cell_K = turns.cell_K
     _, count_K = cell_means(turns.to_go_K, cell_K)
@@ -69,9 +69,9 @@ def less_group_mean(turns: Turns, leave_one_out: bool = False) -> torch.Tensor:
 
 
 def _over_groups(turns: Turns) -> torch.Tensor:
-    """Less the mean of the other episodes at the same turn in all groups of all processes, (K,); 0 where there are none.
+    """Each return minus the mean of the other episodes at the same turn in all groups of all processes, (K,); 0 if there are none.
 
-    Each is counted from the mean return of its own group, so that easy and hard prompts can be compared.
+    Returns are measured from the mean of their own group, so that easy and hard prompts can be compared.
     """
     deepest = max(distributed.all_gather([int(turns.index_K.max()) + 1 if len(turns.index_K) else 0]))
     first_K = turns.index_K == 0
@@ -94,21 +94,21 @@ def _over_groups(turns: Turns) -> torch.Tensor:
 
 
 def group_scales(turns: Turns) -> torch.Tensor:
-    """The deviation of each turn's group, (K,): of what was earned around the mean at the same turn, pooled over the turns.
+    """The standard deviation of each turn's group, (K,): of returns around the mean at the same turn, pooled over the turns.
 
-    With one turn it is the sample's standard deviation. 0 where nothing was compared.
+    With one turn it is the sample standard deviation. 0 if nothing was compared.
     """
     cell_K, group_K = turns.cell_K, turns.group_K
     squares_K = centred(turns.to_go_K, cell_K) ** 2
     _, count_K = cell_means(squares_K, cell_K)
     mean_K, size_K = cell_means(squares_K, group_K)
-    # Cells of the group, each of which costs a degree of freedom.
+    # Each cell of the group costs a degree of freedom.
     cells_K = cell_means(1 / count_K, group_K)[0] * size_K
     return (mean_K * size_K / (size_K - cells_K).round().clamp(min=1)).sqrt()
 
 
 def over_batch_scale(advantages_K: torch.Tensor) -> torch.Tensor:
-    """Divided by the root mean square of those that are not 0, over all processes, (K,)."""
+    """Advantages divided by the root mean square of the nonzero ones, over all processes, (K,)."""
     earned_K = advantages_K[advantages_K != 0]
     square = distributed.mean(earned_K.square())
     return advantages_K / square**0.5 if square > 0 else advantages_K
@@ -121,7 +121,7 @@ def rewards_fall_at_turns(earned: Sequence[tuple[torch.Tensor, torch.Tensor]]) -
 
 
 def less_state_mean(visits: Turns) -> torch.Tensor:
-    """Each visit's return less the mean of all visits of its state in the group, (K,); 0 for a state visited once."""
+    """Each visit's return minus the mean over all visits of its state in the group, (K,); 0 for a state visited once."""
     return centred(visits.to_go_K, visits.cell_K)
 
 
@@ -136,10 +136,10 @@ def visits_of(
     states: Sequence[Sequence[str]],
     gamma: float,
 ) -> tuple[Turns, torch.Tensor]:
-    """The turns of these episodes as visits of states, whose numbers stand in `index_K`; and the turn of each action token, (N,).
+    """The turns of these episodes as visits of states, with the states' indices in `index_K`; and the turn of each action token, (N,).
 
-    earned, groups: as for turns_of. states: of each episode what makes a turn's state the same as another's, by the turn's number.
-    gamma: discount of a turn; returns count from the visit on.
+    earned, groups: as for turns_of. states: for each episode, a key by turn number that is equal for equal states.
+    gamma: discount per turn; returns count from the visit on.
     """
     turns, turn_N = turns_of(earned, groups, by_turn=True)
     numbers: dict[str, int] = {}
@@ -156,10 +156,10 @@ def visits_of(
 def turns_of(
     earned: Sequence[tuple[torch.Tensor, torch.Tensor]], groups: Sequence[int], by_turn: bool
 ) -> tuple[Turns, torch.Tensor]:
-    """The turns of these episodes, and the number of the turn that each action token belongs to, (N,).
+    """The turns of these episodes, and the index of the turn that each action token belongs to, (N,).
 
-    earned: rewards and turns of each episode's tokens; groups: the group of each. by_turn: compare what was earned from each
-    turn on; else an episode counts as a single turn.
+    earned: rewards and turns of each episode's tokens; groups: the group of each. by_turn: compare the return from each
+    turn on; otherwise an episode counts as a single turn.
     """
     to_go, index, group, numbers, first = [], [], [], [], 0
     for (rewards_A, turns_A), own in zip(earned, groups, strict=True):
