@@ -1,6 +1,6 @@
 """Tasks that a program plays: any code that talks to an OpenAI-compatible address.
 
-client.py is what programs are given, programs.py runs them, play.py makes episodes of what they had the policy say.
+client.py is the client that programs get, programs.py runs the programs, play.py turns their requests into episodes.
 """
 
 from lmrl.agents.client import APIError, AsyncClient, Client

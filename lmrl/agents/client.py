@@ -1,10 +1,10 @@
-"""The client that an agent is given: the `openai` package's where it is installed, else a small one of the same shape.
+"""The client that an agent is given: the `openai` package's if it is installed, else a small one with the same interface.
 
     answer = await client.chat.completions.create(messages=[...], max_tokens=100)     # an agent that is `async def`
     answer = client.chat.completions.create(messages=[...], tools=[...])              # a plain function
     answer.choices[0].message.content
 
-The small one has `chat.completions.create`, `completions.create` and `models.list`, without `stream`.
+The small client has `chat.completions.create`, `completions.create` and `models.list`, without `stream`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from lmrl.serve.http import HTTPRequest, HTTPResponse
 
 Dispatch = Callable[[HTTPRequest], Awaitable[HTTPResponse]]
 ABSENT = ("tool_calls", "logprobs", "usage", "refusal", "name", "tool_call_id", "code", "param")
-"""Fields that answers may lack: they are None then, as with the `openai` package."""
+"""Fields that may be missing in answers: they are then None, as in the `openai` package."""
 
 
 class APIError(Exception):
-    """The server refused a request. `status_code`, and OpenAI's `code`, tell why."""
+    """The server refused a request. `status_code`, and OpenAI's `code`, give the reason."""
 
     def __init__(self, message: str, status_code: int, code: str | None = None):
         super().__init__(message)
@@ -35,7 +35,7 @@ class APIError(Exception):
 
 
 class Reply(dict[str, Any]):
-    """An answer, whose fields are attributes and keys alike."""
+    """An answer whose fields are both attributes and keys."""
 
     def __getattr__(self, name: str) -> Any:
         if name in self or name in ABSENT:
@@ -49,7 +49,7 @@ class Reply(dict[str, Any]):
 
 
 class Client:
-    """Asks a server from synchronous code. base_url: up to and with /v1."""
+    """A client for synchronous code. base_url: up to and including /v1."""
 
     def __init__(self, base_url: str, api_key: str, timeout: float | None = 600):
         self.base_url, self.api_key, self.timeout = base_url.rstrip("/"), api_key, timeout
@@ -78,7 +78,7 @@ class Client:
 
 
 class AsyncClient(Client):
-    """The same for coroutines. dispatch: the server itself where it is in this process, so that nothing goes over a socket."""
+    """The same for coroutines. dispatch: the server itself if it is in this process, so that no socket is used."""
 
     def __init__(self, base_url: str, api_key: str, timeout: float | None = 600, dispatch: Dispatch | None = None):
         super().__init__(base_url, api_key, timeout)
@@ -100,7 +100,7 @@ class AsyncClient(Client):
 def client_for(
     is_async: bool, base_url: str, api_key: str, timeout: float | None, dispatch: Dispatch | None = None
 ) -> Any:
-    """The client for an agent: of the `openai` package where there is one."""
+    """The client for an agent: the `openai` package's if it is installed."""
     if find_spec("openai") is not None:
         import openai
 

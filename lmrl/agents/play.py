@@ -1,4 +1,4 @@
-"""Playing an agent task: a program for each episode, all side by side, and trajectories of what they had the policy say."""
+"""Playing an agent task: a program for each episode, run concurrently, and trajectories of their requests to the policy."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ MODEL = "policy"
 
 @dataclass(frozen=True)
 class Agent:
-    """What plays a task. rows: the tasks. workers: programs side by side. max_calls: answers of an episode.
+    """An agent task. rows: its data. workers: programs that run concurrently. max_calls: maximum answers per episode.
 
-    seconds: for an episode (None: any time). rewarded: reward functions judge what the program returns.
+    seconds: time limit of an episode (None: none). rewarded: True if reward functions judge what the program returns.
     """
 
     program: Program
@@ -57,7 +57,7 @@ def play_agents(
     """`samples` episodes of each row, with the rewards that programs gave; arguments as for Sampler.play."""
     if not isinstance(engine.policy, Policy):
         raise RecipeError(
-            "task: programs ask for tokens of a policy that is loaded here, and an address gives text alone"
+            "task: an agent's program needs a policy that is loaded here, but an address gives only text: name a model"
         )
     low, high = distributed.shard_bounds(len(starts)) if shared else (0, len(starts))
     trajectories, rows = [], []
@@ -90,7 +90,7 @@ async def _play_all(
     rows: list[dict[str, Any]],
     name: tuple[int | str, ...],
 ) -> None:
-    # An episode may ask for many answers at once: all of them are sampled, a few at a time.
+    # An episode may request many answers at once: all of them are sampled, a few at a time.
     app = App(served, limits=AppLimits(1_000_000, agent.seconds or 1e9), open=False)
     places = asyncio.Semaphore(agent.workers)
 
@@ -137,9 +137,9 @@ async def _play(
 
 
 def _mistake(session: Session, outcome: Outcome, rewarded: bool) -> str | None:
-    """Why an outcome is none."""
+    """Why an outcome is invalid; None if it is valid."""
     if not session.calls:
-        return "has not asked the policy for anything"
+        return "has sent no request to the policy"
     if rewarded and outcome.reward is not None:
         return "returned a reward, but task.rewards judges: return text or nothing, or leave task.rewards out"
     if not rewarded and outcome.reward is None:

@@ -1,4 +1,4 @@
-"""Running the program of an agent task: a function of one's own, or a command in any language."""
+"""Running the program of an agent task: a Python function, or a command in any language."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from lmrl.tools.functions import load_tools
 from lmrl.tools.loop import ToolLoop
 
 LAST_BYTES = 65536
-"""Bytes of a command's output that are kept, from its end."""
+"""Bytes kept from the end of a command's output."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where and with which key an episode's program asks."""
+    """The address and key for an episode's requests."""
 
     base_url: str
     key: str
@@ -41,7 +41,7 @@ class Address:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a program makes of its episode: a reward, measurements, and its answer as text."""
+    """The result of an episode's program: a reward, measurements, and its answer as text."""
 
     reward: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class ProgramFailed(Exception):
 
 
 class Program:
-    """Runs once an episode."""
+    """Runs once per episode."""
 
     name: str
 
@@ -65,11 +65,11 @@ class Function(Program):
     """`solve(row, client, **options)`, plain or async; returns a reward, a dict with `reward` and measurements, or text."""
 
     def __init__(self, name: str, options: dict[str, Any], call: Any = None):
-        """call: what `name` stands for, if it is known."""
+        """call: the function called `name`, if it is known."""
         self.name, self.options = name, options
         self.call: Callable[..., Any] = load_plugin(name, "task.agent") if call is None else call
         if not callable(self.call):
-            raise PluginError(f"task.agent: '{name}' is no function: def solve(row, client)")
+            raise PluginError(f"task.agent: '{name}' is not a function: def solve(row, client)")
         try:
             inspect.signature(self.call).bind({}, None, **options)
         except TypeError as error:
@@ -98,14 +98,14 @@ class Function(Program):
 class Command(Program):
     """A process: it is given the row as JSON on its standard input, and the address in OPENAI_BASE_URL and OPENAI_API_KEY.
 
-    The last line that it prints is the reward, or JSON with `reward` and measurements. It runs in a folder of its own, which is
-    removed, and is killed with all its children where its time is over.
+    The last line that it prints is the reward, or JSON with `reward` and measurements. It runs in its own temporary
+    folder, and is killed with all its children when its time is over.
     """
 
     def __init__(self, command: list[str]):
         self.command, self.name = command, " ".join(command)
         if shutil.which(command[0]) is None:
-            raise PluginError(f"task.agent_command: '{command[0]}' is no program here")
+            raise PluginError(f"task.agent_command: there is no program '{command[0]}' here")
 
     async def run(self, row: dict[str, Any], address: Address) -> Outcome:
         with tempfile.TemporaryDirectory(prefix="lmrl-agent-") as folder:
@@ -129,7 +129,7 @@ class Command(Program):
                     os.killpg(process.pid, signal.SIGKILL)
                 await process.wait()
         if code:
-            said = errors.strip().splitlines()[-1:] or ["and said nothing"]
+            said = errors.strip().splitlines()[-1:] or ["it wrote no error message"]
             how = f"ended with exit code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
             raise ProgramFailed(f"the command {how}: {said[0]}")
         return last_line(out)
@@ -144,14 +144,14 @@ async def _tail(stream: asyncio.StreamReader | None) -> str:
 
 
 async def _give(stream: asyncio.StreamWriter, row: dict[str, Any]) -> None:
-    with suppress(ConnectionError):  # it need not read
+    with suppress(ConnectionError):  # it need not read its input
         stream.write(json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n")
         await stream.drain()
     stream.close()
 
 
 def last_line(text: str) -> Outcome:
-    """The outcome in a command's output. Raises ValueError."""
+    """The outcome in a command's output. Raises ValueError if there is none."""
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         return Outcome()
@@ -205,5 +205,5 @@ def tool_loop(tools: list[Any], options: dict[str, Any]) -> ToolLoop:
 
 
 def resolved(command: list[str]) -> list[str]:
-    """A command whose relative files are absolute, as it runs in a folder of its own."""
+    """A command with the paths of its relative files made absolute, because it runs in a temporary folder."""
     return [str(Path(part).resolve()) if "/" in part and Path(part).is_file() else part for part in command]

@@ -133,7 +133,7 @@ def test_failures_are_data(policy, rows):
     with pytest.raises(EpisodeError, match="agent failed on 4 of 6 samples"):
         task.keep_judged(played)
     (quiet,) = play(policy, rows, "silent", starts=[0])
-    assert "has not asked the policy" in quiet.failure
+    assert "has sent no request to the policy" in quiet.failure
 
 
 def test_a_plain_function_over_its_time_is_left_behind(policy, rows):
@@ -181,7 +181,7 @@ def test_mistakes_are_found_before_a_run(policy, rows, tmp_path):
 def test_an_address_is_no_policy_for_programs(rows):
     task = build_task(AgentTask(agent=f"{PROGRAMS}:one_turn", data=rows), byte_tokenizer())
     engine = SimpleNamespace(policy=object())
-    with pytest.raises(RecipeError, match="an address gives text alone"):
+    with pytest.raises(RecipeError, match="an address gives only text"):
         Sampler(task, engine, None).play([0], 1, SAMPLING, (0,))
 
 
