@@ -1,4 +1,4 @@
-"""LoRA adapters on a model: new ones, those that are there, and what belongs to them in a folder."""
+"""LoRA adapters on a model: new ones, existing ones, and their folders."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def add_adapter(model: Any, lora: Lora, task: str, revision: str | None) -> Peft
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number goes
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft accepts any number
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         target_parameters=lora.target_parameters,
         modules_to_save=lora.modules_to_save,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
-        # Else the merged model, which has one matrix, would not be what was trained.
+        # Otherwise the merged model, which has a single matrix, would differ from the trained one.
         ensure_weight_tying=tied and lora.modules_to_save is not None,
         task_type=task,
         revision=revision,
@@ -91,7 +91,7 @@ def add_adapter(model: Any, lora: Lora, task: str, revision: str | None) -> Peft
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Inside, peft does not warn about tied weights, which are handled here, nor about its own patterns for experts."""
+    """Silence peft's warnings about tied weights, which are handled here, and about its own patterns for experts."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`")
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
@@ -99,8 +99,8 @@ def quiet_peft() -> Iterator[None]:
 
 
 def _tie_copies(lm: Any, adapter: str) -> None:
-    """Let an adapter's copies of embeddings and head share their weights, if the model's do: peft ties the first adapter's
-    alone."""
+    """Tie an adapter's copies of embeddings and head if the model's are tied: peft does so only for the first
+    adapter."""
     embeddings, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     if not lm.config.get_text_config().tie_word_embeddings or not hasattr(embeddings, "modules_to_save"):
         return
@@ -126,7 +126,7 @@ def _refuse_unknown_layers(model: nn.Module, lora: Lora) -> None:
 
 
 def base_of(folder: Path, config: Any, key: str) -> str:
-    """The model that an adapter belongs to. Raises ModelError if it is not named, or no longer there."""
+    """The model that an adapter belongs to. Raises ModelError if it is not named, or no longer exists."""
     base = config.base_model_name_or_path
     place = f"base_model_name_or_path in {folder / ADAPTER_CONFIG}"
     if not base:
@@ -142,7 +142,7 @@ def base_of(folder: Path, config: Any, key: str) -> str:
 
 
 def labels_of_adapter(folder: Path) -> int | None:
-    """Outputs of the classification head that comes with an adapter; None if none does."""
+    """Outputs of the classification head that an adapter includes; None if it has none."""
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"'{folder}' holds no adapter_model.safetensors (pickled weights are not read)")
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:

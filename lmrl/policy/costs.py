@@ -1,4 +1,4 @@
-"""What a pass over a sequence costs, in floating-point operations, for dealing sequences over processes."""
+"""Cost of a pass over a sequence, in floating-point operations, for balancing sequences over processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PassCost:
     pair: float
 
     def __call__(self, sequence: Sequence) -> float:
-        """Of one sequence; nothing where its gradient is known to be zero, which spares its pass."""
+        """The cost of one sequence; 0 if its gradient is known to be zero, so that its pass is skipped."""
         if sequence.zero_gradient:
             return 0.0
         tokens = sequence.tokens.numel()
@@ -27,8 +27,8 @@ class PassCost:
 
 
 def pass_cost(policy: Policy) -> PassCost:
-    """The costs of a policy's passes, from its sizes (Kaplan et al., arXiv 2001.08361, table 1). Attention is causal: a token sees
-    half of the others on average."""
+    """The costs of a policy's passes, from its sizes (Kaplan et al., arXiv 2001.08361, table 1). Attention is causal: on average, a token
+    sees half of the others."""
     lm: Any = policy.causal_lm
     config = lm.config.get_text_config()
     parameters, hidden = policy.size

@@ -1,4 +1,4 @@
-"""Why a model cannot be loaded, and what to do about it: libraries say it in many words, and seldom name the file."""
+"""Why a model cannot be loaded, and the fix, in one line: libraries use many lines, and seldom name the file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TRUST = {
     "policy": "allow it with --trust-remote-code",
     "reward model": "allow it with trust_remote_code: true among the reward's options",
 }
-"""How each place allows a model's own code; recipes do by model.trust_remote_code."""
+"""How each place allows a model's own code; in recipes it is model.trust_remote_code."""
 
 
 def load_failure(path: str, key: str, error: Exception) -> str:
@@ -29,7 +29,7 @@ def load_failure(path: str, key: str, error: Exception) -> str:
     folder = Path(path)
     if "trust_remote_code" in text:
         how = TRUST.get(key, "allow it with model.trust_remote_code=true")
-        return f"{key}: '{path}' comes with code of its own, which is not run unasked: read it, then {how}"
+        return f"{key}: '{path}' comes with its own code, which is not run by default: read it, then {how}"
     if folder.is_dir():
         if reason := broken_file(folder):
             return f"{key}: '{path}' cannot be loaded: {reason}: {_instead(folder)}"
@@ -42,13 +42,15 @@ def load_failure(path: str, key: str, error: Exception) -> str:
     if folder.exists():
         return f"{key}: '{path}' cannot be loaded: {_first_sentence(text)}"
     if HUB_NAME.fullmatch(path) is None:
-        return f"{key}: there is no '{path}' here"
+        return f"{key}: '{path}' does not exist"
     if "gated" in text.lower():
         return f"{key}: '{path}' is gated: ask for access on its page of the hub, and log in with `hf auth login`"
     if "not a valid model identifier" in text or "404" in text:
-        return f"{key}: '{path}' is no folder here, and the hub has no such model (or only after `hf auth login`)"
+        return f"{key}: '{path}' is not a folder here, and the hub has no such model (or only after `hf auth login`)"
     if "connect" in text.lower() or "offline" in text.lower():
-        return f"{key}: '{path}' is no folder here, and the hub cannot be reached: check the name, or your connection"
+        return (
+            f"{key}: '{path}' is not a folder here, and the hub cannot be reached: check the name, or your connection"
+        )
     return f"{key}: '{path}' cannot be loaded: {_first_sentence(text)}"
 
 
@@ -62,7 +64,7 @@ def broken_file(folder: Path) -> str | None:
         try:
             json.loads(path.read_bytes())
         except ValueError:
-            return f"'{path.name}' is no valid JSON (damaged, or cut off)"
+            return f"'{path.name}' is not valid JSON (damaged, or cut off)"
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         for name in sorted(set(json.loads(index.read_bytes()).get("weight_map", {}).values())):
@@ -82,15 +84,15 @@ def broken_file(folder: Path) -> str | None:
 
 
 def _instead(folder: Path) -> str:
-    """The fix for a broken folder: another checkpoint of its run, if there is a whole one."""
+    """The fix for a broken folder: another checkpoint of its run, if one is complete."""
     run = next((one for one in folder.resolve().parents if (one / RECIPE_FILE).is_file()), None)
     if run is None:
         return "copy or download it again"
     stage = folder.parent if folder.name == "final" else folder.parent.parent
     whole = [one for one in [*checkpoints_in(stage), stage / "final"] if one.is_dir() and broken_file(one) is None]
     if not whole:
-        return f"no checkpoint of this run is whole; train it again: lmrl train {run / RECIPE_FILE}"
-    return f"{whole[-1]} is whole: use that"
+        return f"no checkpoint of this run is complete; train it again: lmrl train {run / RECIPE_FILE}"
+    return f"{whole[-1]} is complete: use that"
 
 
 def _first_sentence(text: str) -> str:
@@ -99,7 +101,7 @@ def _first_sentence(text: str) -> str:
 
 
 def refuse_missing_weights(model: nn.Module, missing: Iterable[str], with_head: bool, key: str, path: str) -> None:
-    """Raise ModelError if weights are missing, which would be random. with_head: including those of the head, if it is not new."""
+    """Raise ModelError if weights are missing, which would be random. with_head: also check the head, if it is not new."""
     trunk = f"{model.base_model_prefix}."
     lost = sorted(name for name in missing if with_head or name.startswith(trunk))
     if lost:
@@ -114,7 +116,7 @@ def refuse_broken(model: Any, tokenizer: Any, key: str, path: str) -> None:
     """Raise ModelError for weights that are not finite, and for tokens without an embedding."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter.sum())):
-            if not bool(torch.isfinite(parameter).all()):  # a sum may be infinite by itself
+            if not bool(torch.isfinite(parameter).all()):  # not of a sum, which may overflow
                 raise ModelError(
                     f"{key}: '{path}' has NaN or infinity in '{name}': the file is damaged, or its training broke down"
                 )

@@ -1,4 +1,4 @@
-"""Loaded models that a Python program hands over: saved whole, so that a run can begin from them again."""
+"""Loaded models that a Python program passes in: saved as a folder, so that a run can start from them again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lmrl.errors import ModelError
 def save_given(thing: Any, folder: Path) -> None:
     """Write a transformers or peft model, or (model, tokenizer), as a folder. Raises ModelError for anything else.
 
-    The tokenizer of a model alone is the one that its name on the hub, or its folder, has.
+    For a model without a tokenizer, the tokenizer of its hub name or folder is taken.
     """
     model, tokenizer = thing if isinstance(thing, tuple) and len(thing) == 2 else (thing, None)
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
@@ -28,7 +28,7 @@ def _tokenizer_of(model: Any) -> Any:
     name = getattr(model.config, "_name_or_path", "")
     try:
         return transformers.AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # of many kinds: no name, no such folder, nothing of the hub
+    except Exception as error:  # many types: no name, no such folder, not on the hub
         raise ModelError(
-            f"model: a {type(model).__name__} comes without a tokenizer, and '{name}' has none: give model=(model, tokenizer)"
+            f"model: a {type(model).__name__} comes without a tokenizer, and '{name}' has none: pass model=(model, tokenizer)"
         ) from error

@@ -24,7 +24,7 @@ class Continued:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """logprobs: of each token of a continuation, in nats. is_greedy: True if each is the likeliest one."""
+    """logprobs: of each token of a continuation, in nats. is_greedy: True if each is the most likely token."""
 
     logprobs: list[float]
     is_greedy: bool
@@ -35,15 +35,15 @@ class Likelihood:
 
 
 def likelihoods(policy: Policy, wanted: Sequence[Continued]) -> list[list[Likelihood]]:
-    """Of each context, the likelihood of every continuation, at temperature 1 and without Q.
+    """The likelihood of every continuation of each context, at temperature 1 and without Q.
 
-    Raises ModelError where one is longer than the model's positions reach.
+    Raises ModelError if one needs more positions than the model has.
     """
     limit = policy.max_length
     longest = max((len(one.context) + max(map(len, one.continuations)) - 1 for one in wanted), default=0)
     if limit is not None and longest > limit:
         raise ModelError(
-            f"a prompt with its continuation needs {longest} positions, but the model has {limit}: take fewer examples "
+            f"a prompt with its continuation needs {longest} positions, but the model has {limit}: use fewer examples "
             "(shots=N), or leave long prompts out, task.prompts.max_tokens=N"
         )
     packed = [sequences(one, policy.shares_prompts) for one in wanted]
@@ -63,9 +63,9 @@ def likelihoods(policy: Policy, wanted: Sequence[Continued]) -> list[list[Likeli
 
 
 def sequences(one: Continued, shares: bool) -> list[batches.Sequence]:
-    """What is computed: one sequence for all continuations where the model computes their context once, else one for each.
+    """The sequences to compute: one for all continuations if the model can compute their context once, else one for each.
 
-    The last token of a continuation is only predicted, so none of them goes in.
+    The last token of a continuation is only predicted, so it is not an input.
     """
     plain = []
     for tokens in one.continuations:
@@ -75,7 +75,7 @@ def sequences(one: Continued, shares: bool) -> list[batches.Sequence]:
         plain.append(batches.Sequence(inputs, states, torch.tensor(tokens, dtype=torch.long)))
     if len(plain) == 1:
         return plain
-    if all(len(tokens) == 1 for tokens in one.continuations):  # nothing follows the context
+    if all(len(tokens) == 1 for tokens in one.continuations):  # the context is the only input
         targets = torch.cat([each.targets for each in plain])
         return [batches.Sequence(plain[0].tokens, plain[0].states.repeat(len(plain)), targets)]
     together = pack(plain) if shares else None

@@ -1,6 +1,6 @@
 """Log-probabilities of chosen tokens without ever holding positions x vocabulary.
 
-`token_logprobs` is the one primitive that every objective goes through. It takes hidden states at action positions
+Every objective uses the primitive `token_logprobs`. It takes hidden states at action positions
 only, projects them to the vocabulary in slices with a running log-sum-exp, and recomputes each slice in the backward
 pass, as fused cross-entropy kernels do (see Wijmans et al., "Cut your losses in large-vocabulary language models",
 arXiv 2411.09009).
@@ -9,8 +9,8 @@ Where the vocabulary matrix W is frozen, nothing is recomputed: d log p(a) / d h
 attention with W as keys and values, so the forward pass keeps it with the same running maximum (Milakov and Gimelshein,
 "Online normalizer calculation for softmax", arXiv 1805.02867).
 
-Under autocast on an accelerator the products are of bfloat16 numbers with sums in float32, and all else is float32; what is done to a
-slice between its products is one kernel then (logprobs_kernels.py).
+Under autocast on an accelerator, matrix products take bfloat16 and accumulate in float32, and everything else is float32; the work on
+a slice between its products is then a single kernel (logprobs_kernels.py).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def greedy_logprobs(
     temperature: float = 1.0,
     slice_size: int = SLICE,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `token_logprobs`, and whether no token is likelier than the target, (N,)."""
+    """As `token_logprobs`, and whether no token is more likely than the target, (N,)."""
     return _logprobs(hidden_ND, weight_VD, bias_V, targets_N, temperature, slice_size, None)
 
 
@@ -66,9 +66,9 @@ def restricted_logprobs(
     temperature: float = 1.0,
     slice_size: int = SLICE,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `greedy_logprobs`, where the distribution of a restricted action is renormalised over the tokens it was chosen from.
+    """As `greedy_logprobs`, with the distribution of a restricted action renormalised over the tokens it was chosen from.
 
-    Of the vocabulary, restricted actions need no more than the tokens that are allowed to any of them.
+    For restricted actions, only the part of the vocabulary that any of them may choose is computed.
     """
     rows_R, restricted = allowed.rows_R, len(allowed.rows_R)
     weight_UD = weight_VD[allowed.tokens_U]
@@ -81,7 +81,7 @@ def restricted_logprobs(
     free_N = torch.ones_like(targets_N, dtype=torch.bool)
     free_N[rows_R] = False
     others = greedy_logprobs(hidden_ND[free_N], weight_VD, bias_V, targets_N[free_N], temperature, slice_size)
-    # In the order of the batch: where a row stands in the free ones, then the restricted ones.
+    # Back to the batch's order, from the free rows followed by the restricted ones.
     order_N = torch.argsort(torch.cat([free_N.nonzero()[:, 0], rows_R]))
     logprobs_N, entropy_N, greedy_N = (torch.cat(pair)[order_N] for pair in zip(others, found, strict=True))
     return logprobs_N, entropy_N, greedy_N
@@ -98,13 +98,13 @@ def restricted_logits(logits_NV: torch.Tensor, allowed: Allowed | None) -> torch
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The type, or float32 where that is wider."""
+    """The wider of the type and float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Which tokens rows may choose from: row n those of set `sets_N[n]`."""
+    """Which tokens rows may choose from: row n may choose those of set `sets_N[n]`."""
 
     members_SV: torch.Tensor
     sets_N: torch.Tensor
@@ -136,13 +136,13 @@ class Totals:
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """A product of two matrices in their own precision, with its result in float32 at least."""
     if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left, right, out_dtype=torch.float32)  # without it, sums are rounded to what they are made of
+        return torch.mm(left, right, out_dtype=torch.float32)  # otherwise sums are rounded to the inputs' precision
     result = left @ right
     return result.to(at_least_float32(result.dtype))
 
 
 def _logprobs(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probability, entropy and whether the target is the likeliest token; arguments of `_TokenLogprobs.forward`."""
+    """Log-probability, entropy and whether the target is the most likely token; arguments of `_TokenLogprobs.forward`."""
     found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _TokenLogprobs.apply(*arguments)  # type: ignore[no-untyped-call,unused-ignore]
     return found
 
@@ -238,7 +238,7 @@ class _TokenLogprobs(torch.autograd.Function):
             entropy = lse - totals.weighted / totals.total
             if mean is not None:
                 mean.div_(totals.total[:, None])
-        # Not the parameter itself: if weights are sharded over processes, it is empty by then.
+        # Not the parameter itself: if weights are sharded over processes, it is empty by the backward pass.
         ctx.save_for_backward(
             hidden, weight.detach(), None if bias is None else bias.detach(), targets, lse, entropy, mean
         )

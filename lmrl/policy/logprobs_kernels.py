@@ -1,4 +1,4 @@
-"""Triton kernels for what logprobs.py does to a slice of logits between two products: one reading of it, instead of about ten."""
+"""Triton kernels for the work of logprobs.py on a slice of logits between two products: one read of it instead of about ten."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ if find_spec("triton") is not None:
 
 
 BLOCK = 4096
-"""Columns of a slice that a program holds at a time."""
+"""Columns of a slice per block of a Triton program."""
 
 
 @cache
@@ -96,8 +96,8 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
 def add_slice(
     logits_NS: torch.Tensor, targets_N: torch.Tensor, totals: Totals, exp_dtype: torch.dtype | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `logprobs.add_slice`, with totals changed in place. exp_dtype: of the exponentials (None: they are not wanted, and the logits
-    come back instead)."""
+    """As `logprobs.add_slice`, with totals changed in place. exp_dtype: of the exponentials (None: the logits are
+    returned instead)."""
     rows, size = logits_NS.shape
     exp_NS = logits_NS if exp_dtype is None else torch.empty_like(logits_NS, dtype=exp_dtype)
     shrink_N = torch.empty_like(totals.top)
@@ -117,7 +117,7 @@ def slice_gradient(
     grad_entropy_N: torch.Tensor | None,
     temperature: float,
 ) -> torch.Tensor:
-    """As `logprobs.slice_gradient`, in bfloat16, which the products that follow take."""
+    """As `logprobs.slice_gradient`, in bfloat16, which the following products take."""
     rows, size = logits_NS.shape
     out_NS = torch.empty_like(logits_NS, dtype=torch.bfloat16)
     if rows:

@@ -1,8 +1,8 @@
 """Running out of memory in passes over microbatches, and continuing with smaller ones.
 
-Where memory is short shows only when it runs out, so that is where the size of microbatches is corrected. What is computed does
-not change with it: gradients are sums over microbatches, however a minibatch is cut. A CPU's memory usually does not run out so
-politely: Linux promises more than it has, and kills the process (see docs/memory.md).
+A lack of memory shows only when an allocation fails, so the size of microbatches is corrected then. The result does not change:
+gradients are sums over microbatches, however a minibatch is cut. On a CPU an allocation usually does not fail: Linux promises
+more memory than it has, and kills the process (see docs/memory.md).
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Cuts(Protocol):
 PassKind = Literal["update", "rehearsal", "score", "generate"]
 T = TypeVar("T")
 FILLED = 0.9
-"""Share of an accelerator's memory that an estimate may fill."""
+"""Maximum share of an accelerator's memory that an estimate may fill."""
 SIGNS = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
-"""Messages of allocators without their own exception type."""
+"""Parts of the messages of allocators without their own exception type."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -54,7 +54,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass
 class FailedPass:
-    """Work that ran out of memory, with what it takes to do it again (see lmrl/training/monitoring/bundle.py).
+    """Work that ran out of memory, with what is needed to repeat it (see lmrl/training/monitoring/bundle.py).
 
     kind: `update` with gradient, `rehearsal` of one, `score` without gradient, `generate` by the `hf` engine.
     """
@@ -62,15 +62,15 @@ class FailedPass:
     kind: PassKind
     batch: Batch
     microbatch_tokens: int
-    """Tokens of a microbatch as it failed."""
+    """The microbatch size, in tokens, at the failure."""
     shape: tuple[int, ...]
     """Sequences and tokens of the failed microbatch; for `generate`, prompts and the longest context with its new tokens."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Options of that kind, as JSON."""
+    """Options of that kind of work, as JSON."""
 
 
 def needs_checkpointing(recipe: Recipe, device: torch.device) -> bool:
-    """True if activations are recomputed: as the recipe says, else if an accelerator's memory would not hold them."""
+    """True if activations are to be recomputed: as the recipe says, else if they would not fit into an accelerator's memory."""
     if recipe.training.gradient_checkpointing is not None or device.type != "cuda":
         return bool(recipe.training.gradient_checkpointing)
     estimate = memory(recipe, accelerator=True)
@@ -79,7 +79,7 @@ def needs_checkpointing(recipe: Recipe, device: torch.device) -> bool:
 
 
 class Passes:
-    """A batch cut into microbatches, to be gone through in order; knows which one is running."""
+    """Iterates over a batch's microbatches in order, and remembers the current one."""
 
     def __init__(self, policy: Cuts, batch: Batch):
         self.micros = batch.microbatches(policy.microbatch_tokens, policy.pad_id, policy.packs)
@@ -94,11 +94,11 @@ class Passes:
 
 
 def fit(policy: Cuts, batch: Batch, work: Callable[[Passes], T], kind: PassKind = "update", **options: Any) -> T:
-    """The result of `work` on a batch's microbatches. Where memory runs out, it begins once more, with smaller ones.
+    """The result of `work` on a batch's microbatches. If memory runs out, it starts again with smaller ones.
 
-    work: goes through all passes it is given; whatever it leaves behind when it fails, it has to clear when it begins.
-    `policy.microbatch_tokens` keeps the size that was found. Raises MemoryShortError if no smaller size helps; kind and options
-    describe the work then, see `FailedPass`.
+    work: runs all passes it is given; when it starts, it must clear what a failed attempt left behind.
+    `policy.microbatch_tokens` keeps the size that was found. Raises MemoryShortError if no smaller size helps, with kind and options to
+    describe the work, see `FailedPass`.
     """
     while True:
         passes = Passes(policy, batch)
@@ -114,16 +114,16 @@ def fit(policy: Cuts, batch: Batch, work: Callable[[Passes], T], kind: PassKind 
                 short.failed = FailedPass(kind, batch, policy.microbatch_tokens, shape, options)
                 raise
         del passes
-        release()  # outside of `except`, whose error holds on to every tensor of the failed pass
+        release()  # outside `except`, whose error keeps every tensor of the failed pass alive
 
 
 def smaller(policy: Cuts, batch: Batch, micro: Microbatch, error: Exception) -> int:
-    """Tokens that microbatches may have after this one did not fit; raises MemoryShortError if it cannot be cut."""
+    """The microbatch size, in tokens, after this one did not fit; raises MemoryShortError if it cannot be cut."""
     rows, width = micro.shape
     if policy.synchronized:
         raise MemoryShortError(
-            f"a pass over {rows} sequences of {width} tokens does not fit into memory, and where processes share out the "
-            f"weights none of them can begin again alone: lower training.microbatch_tokens={policy.microbatch_tokens}, or set "
+            f"a pass over {rows} sequences of {width} tokens does not fit into memory, and when processes shard the "
+            f"weights, none of them can start again alone: lower training.microbatch_tokens={policy.microbatch_tokens}, or set "
             f"training.gradient_checkpointing=true ({reason(error)})"
         ) from error
     chains = {batch.sequences[index].chain for index in micro.indices}
@@ -131,7 +131,7 @@ def smaller(policy: Cuts, batch: Batch, micro: Microbatch, error: Exception) -> 
         what = "one sequence" if rows == 1 else f"{rows} sequences that belong together,"
         lower = "" if rows == 1 else "lower training.microbatch_tokens, "
         raise MemoryShortError(
-            f"a pass over {what} of {width} tokens does not fit into memory, and training.microbatch_tokens cuts no finer: "
+            f"a pass over {what} of {width} tokens does not fit into memory, and training.microbatch_tokens cannot cut it further: "
             f"{lower}set training.gradient_checkpointing=true or training.precision=bfloat16, or shorten the longest sequences "
             f"(task.prompts.max_tokens, rollouts.max_new_tokens, source.max_tokens, task.history) ({reason(error)})"
         ) from error
@@ -144,14 +144,14 @@ def reason(error: BaseException) -> str:
 
 
 def release() -> None:
-    """Give back what a failed pass held."""
+    """Free the memory of a failed pass."""
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
 
 
 def free_frames(error: BaseException) -> None:
-    """Let go of the tensors that the frames of an error and of its causes hold."""
+    """Release the tensors held by the frames of an error and of its causes."""
     at: BaseException | None = error
     while at is not None:
         traceback.clear_frames(at.__traceback__)

@@ -1,4 +1,4 @@
-"""A policy's weights as the plain checkpoint that other programs know: adapters merged, names without wrappers."""
+"""A policy's weights as a plain checkpoint that other programs can read: adapters merged, names without wrappers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lmrl.policy.quantized import dequantized
 
 ADAPTER = "default"
 WRAPPERS = (".base_layer", f".modules_to_save.{ADAPTER}")
-"""What peft puts into the names of parameters that a plain checkpoint has too."""
+"""What peft inserts into the names of parameters that a plain checkpoint also has."""
 OWN_PARTS = (".lora_", ".original_module.", ".modules_to_save.")
-"""In the names of parameters that a plain checkpoint lacks, or has another in place of."""
+"""Parts of the names of parameters that a plain checkpoint does not have, or that another one replaces."""
 
 
 def merged_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
@@ -28,7 +28,7 @@ def merged_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
 
 @torch.no_grad()
 def merged_tensors(lm: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """As `merged_weights`, of a transformers model that peft and bitsandbytes may have changed."""
+    """As `merged_weights`, for a transformers model that peft and bitsandbytes may have changed."""
     adapted: dict[int, Any] = {}
     for layer in lm.modules():
         if hasattr(layer, "get_delta_weight") and ADAPTER in getattr(layer, "scaling", ()):
@@ -46,7 +46,7 @@ def merged_tensors(lm: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def adapted_parameter(layer: Any) -> torch.Tensor:
-    """The parameter that a layer of peft's adapts."""
+    """The parameter that a peft layer adapts."""
     parameter: torch.Tensor = layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight
     return parameter
 
@@ -60,7 +60,7 @@ def merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
         whole: torch.Tensor = variant.merge_safe(layer, ADAPTER, weight.float())
         return whole
     if type(layer) is Linear and not getattr(layer, "fan_in_fan_out", False):
-        # In one product: engines are given all weights after every update.
+        # In one product, because engines get all weights after every update.
         factors: Any = layer
         down, up = (part[ADAPTER].weight.float() for part in (factors.lora_A, factors.lora_B))
         return torch.addmm(weight.float(), up, down, alpha=layer.scaling[ADAPTER])

@@ -1,8 +1,8 @@
-"""What passes under autocast keep in its precision.
+"""Activations in autocast's precision.
 
-Weights that are trained are float32, and autocast casts them for matrix products alone. What flows between these would be float32
-then: embeddings are, each RMSNorm's weight makes its output so, and every product casts its input again. Here embeddings and norms hand
-on autocast's precision, as a model does whose weights are in it; sums within a norm stay float32.
+Trained weights are float32, and autocast casts them for matrix products only. Activations between these would then be float32:
+embeddings are, each RMSNorm's weight promotes its output, and every product casts its input again. Here embeddings and norms output
+autocast's precision, as in a model with weights of that precision; sums within a norm stay float32.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn.functional import rms_norm
 
 TAKEN = "hands_on_autocast"
-"""Attribute of the kinds of norms that do so already."""
+"""Attribute that marks norm classes that already do so."""
 
 
 def take_mixed_precision(model: nn.Module) -> None:
-    """Let the embeddings and RMSNorms of a model hand on autocast's precision; without autocast nothing changes."""
+    """Make the embeddings and RMSNorms of a model output autocast's precision; without autocast nothing changes."""
     for part in model.modules():
         if isinstance(part, nn.Embedding) and _lowered not in part._forward_hooks.values():
             part.register_forward_hook(_lowered)
@@ -38,8 +38,8 @@ def _autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
 
 
 def _offset(part: nn.Module) -> float | None:
-    """What an RMSNorm adds to its weight (0, of Gemma's 1); None for modules that are not an RMSNorm (Zhang and Sennrich, arXiv
-    1910.07467) by what they compute."""
+    """What an RMSNorm adds to its weight (usually 0, Gemma's 1); None for modules that do not compute an RMSNorm (Zhang and
+    Sennrich, arXiv 1910.07467)."""
     weight, eps = getattr(part, "weight", None), _eps(part)
     is_norm = type(part).__name__.endswith("RMSNorm") and not isinstance(part, nn.RMSNorm)
     if hasattr(part, TAKEN) or not is_norm or weight is None or eps is None or weight.is_meta:
@@ -49,7 +49,7 @@ def _offset(part: nn.Module) -> float | None:
     with torch.no_grad():
         try:
             wanted = part(states)
-        except (TypeError, RuntimeError):  # one that takes more than states, such as a gate
+        except (TypeError, RuntimeError):  # it takes more arguments than states, such as a gate
             return None
         for offset in (0.0, 1.0):
             if torch.allclose(rms_norm(states, weight.shape, weight + offset, eps), wanted, atol=rounding):
@@ -63,7 +63,7 @@ def _eps(part: nn.Module) -> float | None:
 
 @cache
 def _fused(kind: type[nn.Module], offset: float) -> type[nn.Module]:
-    """A kind of RMSNorm that is one kernel under autocast, and as it was elsewhere."""
+    """A subclass of an RMSNorm that is one kernel under autocast, and unchanged otherwise."""
 
     def forward(self: Any, states: torch.Tensor) -> torch.Tensor:
         dtype = _autocast_dtype(states)

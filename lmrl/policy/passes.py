@@ -15,21 +15,21 @@ class ForwardRequest:
     logprobs: bool = True
     values: bool = False
     target_values: bool = False
-    """Values by their targets as well; with `q` they always come."""
+    """Also the values by the target heads; always included with `q`."""
     detach_values: bool = False
     """Stop the gradient of the values at the trunk."""
     value_pull: float | None = None
     """Bound the gradient of the values at a token's last hidden state to this many times the policy's (see pull.py)."""
     q: bool = False
-    """Q of the actions by each head, and by the targets."""
+    """Q of the actions, by each head and by the target heads."""
     push: float | None = None
     """The push-down of Q over the vocabulary, at this temperature."""
     floors: bool = False
-    """Push no Q below the batch's field `floors`."""
+    """Do not push Q below the batch's field `floors`."""
     probability: float | None = None
     """The outputs that Q-SFT needs, at this behaviour support."""
     greedy: bool = False
-    """Whether each action is the likeliest token."""
+    """Whether each action is the most likely token."""
 
 
 ABSENT: Any = None
@@ -51,9 +51,9 @@ class Outputs:
     target_values: torch.Tensor = ABSENT
     push: torch.Tensor | None = None
     bound: torch.Tensor | None = None
-    """Share of the vocabulary that the floor lifted."""
+    """Share of the vocabulary that was raised to the floor."""
     greedy: torch.Tensor = ABSENT
-    """True if the action is the likeliest token."""
+    """True if the action is the most likely token."""
     other_logprobs: torch.Tensor = ABSENT
     """Sum of the second model's log-probabilities of all tokens except the action."""
     vocabulary: int = 0
@@ -68,10 +68,10 @@ class Outputs:
 
 @dataclass
 class States:
-    """Everything about some states, N, over the whole vocabulary, V: for small batches."""
+    """All outputs of N states over the whole vocabulary V: for small batches."""
 
     features_ND: torch.Tensor
-    """Last hidden states that the heads stand on."""
+    """Last hidden states, which the heads take."""
     logits_NV: torch.Tensor
     values_N: torch.Tensor | None = None
     q_NV: torch.Tensor | None = None

@@ -1,9 +1,9 @@
-"""Gradients of the values' loss, bounded to protect the weights: the head's own, and those of a trunk that the policy shares.
+"""Bounds on the gradient of the value loss, to protect the trunk that values share with the policy.
 
-Both losses send a gradient into the last hidden state of each token, and there they can be compared in the one backward pass
-that is computed anyway. The values' is shortened to at most `limit` times the length of the policy's, token by token, so that it
-depends neither on how a batch is cut into microbatches nor on how weights are sharded. Where the policy is sure of a token its
-gradient vanishes, and so does what a wrong value can do there.
+Both losses have a gradient at the last hidden state of each token, where they can be compared in the one backward pass that is
+computed anyway. The values' gradient is scaled to at most `limit` times the norm of the policy's, token by token, so the result
+depends neither on how a batch is cut into microbatches nor on how weights are sharded. If the policy is certain of a token, its
+gradient vanishes, and so does the harm that a wrong value can do there.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 def bounded(hidden_ND: torch.Tensor, limit: float, tally_3: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The hidden states twice: for the policy, and for the values.
 
-    tally_3: in the backward pass takes up the summed lengths of the values' and the policy's gradients, and the number of tokens
-    at which the bound decided.
+    tally_3: the backward pass adds the summed norms of the values' and the policy's gradients, and the number of tokens at which
+    the bound applied.
     """
     twice: tuple[torch.Tensor, torch.Tensor] = _Bounded.apply(hidden_ND, limit, tally_3)  # type: ignore[no-untyped-call,unused-ignore]
     return twice
 
 
 def with_gradient_times(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """The same values, whose gradient is multiplied on its way back."""
+    """The same values, with their gradient multiplied by `factor` in the backward pass."""
     same: torch.Tensor = _Scaled.apply(values, factor)  # type: ignore[no-untyped-call,unused-ignore]
     return same
 

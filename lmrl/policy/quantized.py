@@ -1,7 +1,7 @@
 """Frozen base weights in 4 bits under trained adapters: QLoRA (Dettmers et al., arXiv 2305.14314), by bitsandbytes.
 
-An adapter belongs to the rounded weights that it was trained on, so its folder says how they were rounded. Merged, in an
-export or an engine, it is added to those same rounded weights.
+An adapter belongs to the rounded weights that it was trained on, so its folder records how they were rounded. For an
+export or an engine, it is merged into those same rounded weights.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FILE = "quantization.json"
-"""Beside an adapter: how lmrl quantizes its base model."""
+"""File next to an adapter that records how lmrl quantizes its base model."""
 
 
 def arguments(quantization: str | None, dtype: torch.dtype, key: str) -> dict[str, Any]:
-    """Arguments of `from_pretrained`. dtype: of what is not quantized, and of products. Raises ModelError without bitsandbytes."""
+    """Arguments of `from_pretrained`. dtype: of unquantized weights and of products. Raises ModelError without bitsandbytes."""
     if quantization is None:
         return {}
     need("bitsandbytes", f"{key}: quantization={quantization}", ModelError)
@@ -55,12 +55,12 @@ def is_quantized(parameter: Any) -> bool:
 
 
 def numel(parameter: Any) -> int:
-    """Numbers that a parameter stands for, however it is stored."""
+    """Number of elements that a parameter represents, however it is stored."""
     return math.prod(parameter.quant_state.shape) if is_quantized(parameter) else int(parameter.numel())
 
 
 def dequantized(parameter: Any) -> torch.Tensor:
-    """The weight as passes compute with it; one that is not quantized as it is."""
+    """The dequantized weight, as passes compute with it; unquantized weights are returned unchanged."""
     whole: torch.Tensor = parameter.detach()
     if is_quantized(parameter):
         from bitsandbytes.functional import dequantize_4bit
@@ -70,7 +70,7 @@ def dequantized(parameter: Any) -> torch.Tensor:
 
 
 def plain_config(lm: Any) -> Any:
-    """A model's configuration without its quantization, which merged weights have not."""
+    """A model's configuration without its quantization, which merged weights do not have."""
     config = copy.deepcopy(lm.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -78,7 +78,7 @@ def plain_config(lm: Any) -> Any:
 
 
 def plain_copy(lm: Any, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
-    """An ordinary model of these weights, named as in `merged_tensors`, with the configuration of a quantized one."""
+    """An ordinary model of these weights, named as in `merged_tensors`, from a quantized model's configuration."""
     config = plain_config(lm)
     with torch.device("meta"):
         model: Any = type(lm)(config)
@@ -89,11 +89,13 @@ def plain_copy(lm: Any, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
         raise ModelError(f"the quantized model has no weights for '{left[0]}'")
     for place, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:  # computed from the configuration, and in no state_dict
+            if buffer.is_meta:  # computed from the configuration, and not in any state_dict
                 kept = name not in module._non_persistent_buffers_set
                 module.register_buffer(name, getattr(lm.get_submodule(place), name), persistent=kept)
     model.generation_config = copy.deepcopy(getattr(lm, "generation_config", None))
-    if hasattr(lm, "_weight_conversions"):  # transformers writes some weights under other names than it holds them
+    if hasattr(
+        lm, "_weight_conversions"
+    ):  # transformers saves some weights under names that differ from those in memory
         model._weight_conversions = lm._weight_conversions
     whole: PreTrainedModel = model
     return whole

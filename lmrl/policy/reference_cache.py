@@ -1,6 +1,6 @@
-"""A frozen reference's log-probabilities of logged episodes, kept on disk from run to run.
+"""A frozen reference's log-probabilities of logged episodes, kept on disk across runs.
 
-One file for each model, of one JSON line an episode: appending is safe, and a line that was torn by a kill is computed again.
+One file per model, with one JSON line per episode: appending is safe, and a line torn by a kill is computed again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def cache_folder() -> Path:
 
 
 def model_key(policy: Policy) -> str:
-    """A hash of all weights as they are, and of the arithmetic."""
+    """A hash of all current weights, and of the arithmetic."""
     digest = hashlib.blake2b(str((policy.causal_lm.dtype, policy.autocast_dtype)).encode(), digest_size=16)
     for name, tensor in policy.model.state_dict().items():
         digest.update(name.encode())
@@ -58,7 +58,7 @@ class ReferenceCache:
         return [one for one in trajectories if episode_key(one) not in self.sums]
 
     def add(self, policy: Policy, trajectories: list[Trajectory]) -> None:
-        """Compute episodes that are not there yet, by the policy as it is."""
+        """Compute the missing episodes with the current policy."""
         if not trajectories:
             return
         logprobs = iter(policy.score(to_batch(trajectories))["logprobs"])
@@ -68,7 +68,7 @@ class ReferenceCache:
             found[episode_key(one)] = sum(float(next(logprobs).double().sum()) for _ in range(segments))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"episode": key, "logprob": value}) for key, value in found.items()]
-        with open(self.path, "a") as file:  # begins on a new line, whatever a kill has left
+        with open(self.path, "a") as file:  # starts on a new line, even after a torn one
             file.write("".join(f"\n{line}" for line in lines))
         self.sums |= found
 

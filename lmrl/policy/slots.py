@@ -1,12 +1,12 @@
 """Keys and values of sequences in slots, which are kept when a sequence pauses and reused when it continues.
 
 Each layer holds a buffer of (slots, heads, columns, width): token t of a slot's sequence lies in column t, so there is no
-padding inside of a sequence, positions are columns, and writing a token moves nothing. A pass computes the sequences of
-neighbouring slots [first, first + B). What it reads and writes is decided by tensors of positions (`Placement`) and by two numbers,
-the rows and the columns in use: for a CUDA graph, both can be rounded up to a few sizes, and nothing else changes in shape.
+padding inside a sequence, positions are columns, and writing a token moves nothing. A pass computes the sequences of
+neighbouring slots [first, first + B). Tensors of positions (`Placement`) and two numbers, the rows and the columns in use, decide what
+it reads and writes: for a CUDA graph, both numbers can be rounded up to a few sizes, and nothing else changes in shape.
 Buffers grow by doubling.
 
-This takes a model whose attention sees all positions and honours a mask of (batch, 1, queries, keys).
+It requires a model whose attention sees all positions and takes a mask of shape (batch, 1, queries, keys).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from lmrl.policy.policy import Policy
 
 COLUMNS = 64
-"""Columns of the first buffer at least."""
+"""Minimum columns of the first buffer."""
 
 
 @dataclass
 class Placement:
-    """Where a pass finds and puts its keys and values. Suffixes: B sequences, T new tokens of each (right-padded), N in all."""
+    """Where a pass reads and writes its keys and values. Suffixes: B sequences, T new tokens of each (right-padded), N in all."""
 
     first: int
     """Slot of the first sequence."""
@@ -44,9 +44,9 @@ class Placement:
     rows_N: torch.Tensor
     """Rows of the pass, from 0."""
     steps_N: torch.Tensor
-    """Which of its T tokens."""
+    """Index of each token among the sequence's T new tokens."""
     fresh: bool
-    """True if nothing precedes the new tokens: attention then needs no buffer, and is plainly causal."""
+    """True if nothing precedes the new tokens: attention is then plain causal attention, without a buffer."""
     steps: int
     """T"""
 
@@ -60,14 +60,14 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     is_sliding = False
     keys: torch.Tensor
-    """As `values`, there once `is_initialized`."""
+    """Like `values`, set once `is_initialized`."""
     values: torch.Tensor
 
     def __init__(self, cache: SlotCache) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.cache = cache
 
-    # ------------------------------------------------------------------------------------------- what transformers calls
+    # ------------------------------------------------------------------------------------------- methods that transformers calls
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         for name, like in (("keys", key_states), ("values", value_states)):
@@ -80,7 +80,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the new tokens' keys and values; returns those that attention sees."""
         place, device = self.cache.placement, key_states.device.type
-        if torch.is_autocast_enabled(device):  # attention would cast all of them again for every token
+        if torch.is_autocast_enabled(device):  # otherwise attention would cast all of them again for every token
             key_states, value_states = (
                 part.to(torch.get_autocast_dtype(device)) for part in (key_states, value_states)
             )
@@ -105,7 +105,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def get_max_length(self) -> int:
         return -1
 
-    # --------------------------------------------------------------------------------------------- what the engine calls
+    # --------------------------------------------------------------------------------------------- methods that the engine calls
     def copy(self, sources: torch.Tensor, targets: torch.Tensor, columns: int) -> None:
         """Copy the first columns of slots into others. A slot may be both: all are read before any is written."""
         if self.is_initialized:
@@ -113,7 +113,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.values[targets, :, :columns] = self.values[sources, :, :columns]
 
     def resize(self) -> None:
-        """Move what is held into buffers of the cache's size."""
+        """Move the contents into buffers of the cache's size."""
         if not self.is_initialized:
             return
         slots, columns = self.cache.slots, self.cache.columns
@@ -127,10 +127,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class SlotCache:
-    """Keys and values for each trunk that decoding runs: `policy`, and `values` where there are two."""
+    """Keys and values for each trunk that decoding runs: `policy`, and `values` if there are two."""
 
     placement: Placement
-    """That of the latest pass, from its beginning on."""
+    """That of the current or latest pass."""
 
     def __init__(self, config: Any, two: bool):
         self.slots = self.columns = 0
@@ -207,7 +207,7 @@ def slot_logits(
 
 
 def _mask(policy: Policy, position_BT: torch.Tensor, width: int) -> torch.Tensor:
-    """What each token sees: the columns up to its own, (B, 1, T, width)."""
+    """The columns that each token sees, those up to its own, (B, 1, T, width)."""
     seen_B1TW = (torch.arange(width, device=position_BT.device) <= position_BT[:, :, None])[:, None]
     lm: Any = policy.causal_lm
     if lm.config._attn_implementation in ("sdpa", ATTENTION):

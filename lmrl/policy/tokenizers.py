@@ -1,4 +1,4 @@
-"""Tokenizers for models built from scratch: one token a character, or one a word."""
+"""Tokenizers for models built from scratch: one token per character or per word."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
 
 def build_tokenizer(level: Literal["char", "word"], texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer whose vocabulary is what occurs in `texts`, in sorted order.
+    """A tokenizer whose vocabulary is the characters or words of `texts`, sorted.
 
     Character level keeps text as it is; word level splits at white space and joins with single spaces.
     """

@@ -53,7 +53,7 @@ MODELS = [
         TRAIN,
         r"model.path: .*'b.safetensors' is missing",
     ),
-    ([written("model/config.json", "{")], TRAIN, r"model.path: .*'config.json' is no valid JSON"),
+    ([written("model/config.json", "{")], TRAIN, r"model.path: .*'config.json' is not valid JSON"),
     ([removed("model/config.json")], TRAIN, r"model.path: .*'config.json' is missing"),
     ([edited("model/config.json", model_type="llamma")], TRAIN, r"model.path: '.*model' cannot be loaded: .*llamma"),
     (
@@ -67,7 +67,7 @@ MODELS = [
         TRAIN,
         r"model.path: .*holds no tokenizer \(tokenizer.json\): save the one that the model was trained",
     ),
-    ([written("model/tokenizer.json", "{")], TRAIN, r"model.path: .*'tokenizer.json' is no valid JSON"),
+    ([written("model/tokenizer.json", "{")], TRAIN, r"model.path: .*'tokenizer.json' is not valid JSON"),
     (
         [
             edited(
@@ -78,7 +78,7 @@ MODELS = [
             written("model/own.py", "raise SystemExit('ran')\n"),
         ],
         TRAIN,
-        r"model.path: .*comes with code of its own, which is not run unasked: read it, then .* model.trust_remote_code=true",
+        r"model.path: .*comes with its own code, which is not run by default: read it, then .* model.trust_remote_code=true",
     ),
     (
         [
@@ -90,7 +90,7 @@ MODELS = [
             written("model/own.py", "raise SystemExit('ran')\n"),
         ],
         "eval model --suite random_walks",
-        r"policy: 'model' comes with code of its own, .* --trust-remote-code",
+        r"policy: 'model' comes with its own code, .* --trust-remote-code",
     ),
     ([], TRAIN + " model.path=modle", r"model.path: there is no 'modle' here: did you mean 'model'\?"),
     ([], TRAIN + " model.path=model/final", r"model.path: there is no 'model/final' here"),
@@ -98,7 +98,7 @@ MODELS = [
     (
         [],
         TRAIN + " model.path=someone/no-such-model",
-        r"model.path: .*is no folder here, and the hub cannot be reached",
+        r"model.path: .*is not a folder here, and the hub cannot be reached",
     ),
     (
         [copied("judge")],
@@ -160,7 +160,7 @@ def check_refused(lmrl, place, prepares, command, message):
 
 
 BROKEN = cut(f"{FINAL}/model.safetensors")
-WHOLE = r"step-000004 is whole: use that"
+WHOLE = r"step-000004 is complete: use that"
 RUNS = [
     (
         [BROKEN],
@@ -172,12 +172,12 @@ RUNS = [
     (
         [cut(f"{FINAL}/model.safetensors"), cut(f"{KEPT}/step-000004/model.safetensors")],
         "eval run",
-        r"step-000002 is whole: use that",
+        r"step-000002 is complete: use that",
     ),
     (
         [BROKEN, removed(KEPT)],
         "eval run",
-        r"no checkpoint of this run is whole; train it again: lmrl train .*run/recipe.yaml",
+        r"no checkpoint of this run is complete; train it again: lmrl train .*run/recipe.yaml",
     ),
     (
         [removed(FINAL), cut(f"{KEPT}/step-000004/model.safetensors")],
@@ -299,7 +299,7 @@ RUNS = [
     (
         [copied("lora"), cut("lora/stages/main/final/adapter_model.safetensors")],
         "eval lora",
-        r"'adapter_model.safetensors' is damaged or cut off: .*is whole: use that",
+        r"'adapter_model.safetensors' is damaged or cut off: .*is complete: use that",
     ),
     (
         [copied("lora"), removed("lora/stages/main/final/adapter_model.safetensors")],
@@ -309,7 +309,7 @@ RUNS = [
     (
         [copied("lora"), written("lora/stages/main/final/adapter_config.json", "{")],
         "eval lora",
-        r"'adapter_config.json' is no valid JSON",
+        r"'adapter_config.json' is not valid JSON",
     ),
     (
         [copied("lora"), edited("lora/stages/main/final/adapter_config.json", base_model_name_or_path="/models/moved")],

@@ -171,7 +171,7 @@ def test_tokenizers_round_trip(tmp_path):
         ({"config": {"model_type": "lama"}}, "cannot build 'lama'"),
         ({"config": {"hidden_size": 3}}, "needs a `model_type`"),
         ({"config": {"model_type": "llama", "hidden_sise": 3}}, "'llama' has no setting 'hidden_sise'"),
-        ({"path": "nobody/nothing"}, "'nobody/nothing' is no folder here, and the hub cannot be reached"),
+        ({"path": "nobody/nothing"}, "'nobody/nothing' is not a folder here, and the hub cannot be reached"),
     ],
 )
 def test_what_cannot_be_built_is_named(options, message):

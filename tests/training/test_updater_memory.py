@@ -121,7 +121,7 @@ def test_one_sequence_does_not_fit(tiny_policy):
     updater = Updater(tiny_policy, Optimizer(lr=1e-4), 10)
     before = {name: p.clone() for name, p in updater.parameters.items()}
     message = (
-        r"a pass over one sequence of 6 tokens does not fit .* training.microbatch_tokens cuts no finer: set "
+        r"a pass over one sequence of 6 tokens does not fit .* training.microbatch_tokens cannot cut it further: set "
         r"training.gradient_checkpointing=true .* shorten the longest sequences .*Tried to allocate 12 tokens"
     )
     with (
