@@ -199,5 +199,5 @@ def test_resume_refuses_other_rows(tiny_folder, tmp_path):
 def test_a_model_without_a_tokenizer_is_refused(tiny_folder, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder)
     model.config._name_or_path = ""
-    with pytest.raises(lmrl.errors.ModelError, match="give model=\\(model, tokenizer\\)"):
+    with pytest.raises(lmrl.errors.ModelError, match="pass model=\\(model, tokenizer\\)"):
         lmrl.train("grpo", SHORT, tmp_path / "run", model=model, prompts=ROWS, rewards=length)

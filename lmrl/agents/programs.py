@@ -105,7 +105,7 @@ class Command(Program):
     def __init__(self, command: list[str]):
         self.command, self.name = command, " ".join(command)
         if shutil.which(command[0]) is None:
-            raise PluginError(f"task.agent_command: there is no program '{command[0]}' here")
+            raise PluginError(f"task.agent_command: '{command[0]}' is not a program on this machine")
 
     async def run(self, row: dict[str, Any], address: Address) -> Outcome:
         with tempfile.TemporaryDirectory(prefix="lmrl-agent-") as folder:

@@ -42,7 +42,7 @@ def load_failure(path: str, key: str, error: Exception) -> str:
     if folder.exists():
         return f"{key}: '{path}' cannot be loaded: {_first_sentence(text)}"
     if HUB_NAME.fullmatch(path) is None:
-        return f"{key}: '{path}' does not exist"
+        return f"{key}: there is no '{path}' here"
     if "gated" in text.lower():
         return f"{key}: '{path}' is gated: ask for access on its page of the hub, and log in with `hf auth login`"
     if "not a valid model identifier" in text or "404" in text:

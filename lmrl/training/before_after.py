@@ -1,7 +1,7 @@
-"""What training has cost or gained elsewhere: suites that the base model and the final policy both play, in pairs.
+"""What training has cost or gained elsewhere: paired scores of the base model and the final policy on further suites.
 
-Both are scored when the training is over: the base model is still where it was. The logs are kept in the run folder, so that a
-run that is stopped meanwhile goes on from there.
+Both are scored after training, because the base model is still available then. The logs are kept in the run folder, so a run
+that is stopped during scoring resumes there.
 """
 
 from __future__ import annotations
@@ -29,25 +29,31 @@ BEFORE, AFTER, DIFFERENCE = "before", "after", "difference"
 
 
 def check_before_after(recipe: Recipe) -> None:
-    """Raise RecipeError for what could not be played when the training is over."""
+    """Raise RecipeError for suites that could not be played after training."""
     for name, stage in stages_of(recipe).items():
         if name != MAIN_STAGE and stage.evaluation.before_after not in ([], recipe.evaluation.before_after):
-            raise RecipeError(f"stages.{name}.{KEY}: it is the whole run's: write it at the top of the recipe")
+            raise RecipeError(
+                f"stages.{name}.{KEY}: this key belongs to the whole run: move it to the top level of the recipe"
+            )
     wanted = recipe.evaluation.before_after
     if not wanted:
         return
     if recipe.model.path is None:
-        raise RecipeError(f"{KEY}: a model from scratch has no scores to keep: leave it out, or give model.path")
+        raise RecipeError(
+            f"{KEY}: a model from scratch has no earlier scores to compare with: leave it out, or set model.path"
+        )
     if not recipe.objective.leaves_policy:
         raise RecipeError(f"{KEY}: objective '{recipe.objective.name}' leaves no policy to score: leave it out")
     for one in wanted:
         if is_foreign(one.suite):
-            raise RecipeError(f"{KEY}: {one.suite} is another tool's and makes no pairs: run it by lmrl eval")
+            raise RecipeError(
+                f"{KEY}: {one.suite} is another tool's suite, which cannot be compared in pairs: run it with lmrl eval"
+            )
         refuse_code(load_suite(one.suite, overrides_of(one)))
 
 
 def overrides_of(one: OtherSuite) -> list[str]:
-    """The changes of a suite that a recipe asks for."""
+    """The overrides of a suite that a recipe asks for."""
     return [*one.changes, *([] if one.episodes is None else [f"episodes={one.episodes}"])]
 
 
@@ -76,7 +82,7 @@ def before_after(run: Run, base: str, display: Display) -> dict[str, dict[str, S
 
 
 def labels(wanted: Sequence[OtherSuite]) -> list[str]:
-    """A name of each suite: that of its file, and a number where it is there before."""
+    """A label for each suite: its file's name, with a number if that is taken."""
     names = [Path(one.suite).stem for one in wanted]
     return [
         name if names.count(name) == 1 else f"{name}-{names[: place + 1].count(name)}"
@@ -105,5 +111,5 @@ def rows_of(compared: Comparison) -> dict[str, Scores]:
 
 
 def flat(found: dict[str, dict[str, Scores]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """All rows under names of their own, for trackers."""
+    """All rows under unique names, for trackers."""
     return {f"{suite}, {row}": dict(scores) for suite, rows in found.items() for row, scores in rows.items()}

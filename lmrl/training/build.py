@@ -49,7 +49,7 @@ from lmrl.training.tracking import StageTracking
 from lmrl.training.updater import Updater
 
 CALIBRATION_EPISODES = 1000
-"""Logged episodes from whose returns new heads take their units."""
+"""How many logged episodes set the units of new heads, from their returns."""
 
 
 def build_stage(
@@ -65,7 +65,8 @@ def build_stage(
 ) -> Stage:
     """A stage ready to train, or to resume from its newest checkpoint.
 
-    start: the checkpoint folder it begins from (None: the recipe's model). track: where people follow it. strategy: None for one process. Raises RecipeError where parts of the recipe do not go together.
+    start: the checkpoint folder it begins from (None: the recipe's model). track: the tracker. strategy: None for one process.
+    Raises RecipeError if parts of the recipe cannot be combined.
     """
     strategy = strategy or Strategy()
     section = task_of(recipe, run.folder)
@@ -156,7 +157,7 @@ def build_listeners(
 
 
 def load_listener(options: CustomListener, key: str) -> Listener:
-    """A custom listener, made with its further keys."""
+    """A custom listener, constructed with the section's further keys."""
     cls = registry.load("listener", options.name, f"{key}.name")
     try:
         listener = cls(**options.options)
@@ -164,14 +165,14 @@ def load_listener(options: CustomListener, key: str) -> Listener:
         reason = f"{type(error).__name__}: {error}"
         raise PluginError(f"{key}: '{options.name}' cannot be made with these options: {reason}") from error
     if not isinstance(listener, Listener):
-        raise PluginError(f"{key}.name: '{options.name}' is no lmrl.Listener")
+        raise PluginError(f"{key}.name: '{options.name}' is not an lmrl.Listener")
     listener.name = getattr(listener, "name", None) or options.name
     return listener
 
 
 # ----------------------------------------------------------------------------------------------------------------- checks
 def suite_of(recipe: Recipe, section: Any) -> Suite | None:
-    """The suite that a stage is evaluated on, its own task's where none is named. section: its task's."""
+    """The suite that a stage is evaluated on, or that of its own task if none is named. section: its task's."""
     if recipe.evaluation.suite == OWN_TASK:
         if not recipe.scores_own_task or own_plan(recipe) is None:
             return None
@@ -196,10 +197,10 @@ def evaluation_of(recipe: Recipe, suite: Suite | None, policy: Policy, engine: E
     assert plan is not None, "the suite is the task itself"
     if task.judged_by == "reward" and task.heldout == task.training:  # a single row cannot be held out
         if recipe.evaluation.gate is not None:
-            raise RecipeError("evaluation.gate measures on held-out prompts, but there is one prompt: give more")
+            raise RecipeError("evaluation.gate measures on held-out prompts, but there is only one prompt: add more")
         return None, every
     starts = plan.episodes if task.heldout is None else len(task.heldout)
-    # No more side by side than the stage itself plays, so that an evaluation needs no memory that training does not.
+    # No more at a time than the stage itself plays, so that an evaluation needs no more memory than training.
     evaluator.at_once = max(recipe.rollouts.prompts * recipe.rollouts.samples, LEAST)
     suite.episodes = min(plan.episodes, starts)
     suite.samples = min(max(plan.episodes // starts, 1), evaluator.at_once)
@@ -207,30 +208,30 @@ def evaluation_of(recipe: Recipe, suite: Suite | None, policy: Policy, engine: E
 
 
 def check_gate(recipe: Recipe, suite: Suite | None, strategy: Strategy) -> None:
-    """Refuse what a gate, or going back to the best policy at the end, does not go with."""
+    """Raise RecipeError if a gate, or returning to the best policy at the end, cannot be combined with the rest."""
     if not strategy.can_reload_weights and recipe.training.final == "best":
         raise RecipeError(
-            f"training.final=best takes the policy back at the end of a stage, which does not go with {strategy.name}: launch "
+            f"training.final=best restores an earlier policy at the end of a stage, which {strategy.name} does not support: launch "
             "without --accelerate, or set training.final=last and take the checkpoint `best`"
         )
     if recipe.evaluation.gate is None:
         return
     if not strategy.can_reload_weights:
         raise RecipeError(
-            f"evaluation.gate takes the policy back in the middle of a stage, which does not go with {strategy.name}: "
+            f"evaluation.gate restores an earlier policy in the middle of a stage, which {strategy.name} does not support: "
             "launch without --accelerate, or leave the gate out"
         )
     assert suite is not None, "a gate without a suite was refused with the recipe"
     metric, first = recipe.evaluation.metric, suite.metrics[0]
     if metric not in (None, first):
         raise RecipeError(
-            f"evaluation.gate takes the policy back to the best by the suite's first metric, '{first}': leave "
+            f"evaluation.gate restores the best policy by the suite's first metric, '{first}': leave "
             f"evaluation.metric={metric} out"
         )
 
 
 def watch_suite(task: Task, suite: Suite | None, tokenizer: Any, plays: bool) -> None:
-    """Tell a task which prompts its suite scores, and note where the task trains on them. plays: it trains on its own."""
+    """Tell a task which prompts its suite scores, and warn if the task trains on them. plays: True if the stage trains on its own task."""
     if suite is None or task.judged_by != "reward" or not isinstance(suite.task, PromptTask):
         return
     scored = build_task(suite.task.model_copy(update={"rewards": []}), tokenizer)
@@ -241,13 +242,13 @@ def watch_suite(task: Task, suite: Suite | None, tokenizer: Any, plays: bool) ->
     shared = sum(not task.keys([row]).isdisjoint(task.scored) for row in training)
     if shared:
         task.notes.append(
-            f"warning: {shared} of {len(training)} training prompts are in evaluation.suite as well, so its scores "
+            f"warning: {shared} of {len(training)} training prompts are also in evaluation.suite, so its scores "
             "flatter the policy: hold them out (task.prompts.holdout), or take them out of one of the files"
         )
 
 
 def calibrate(recipe: Recipe, objective: Objective, policy: Policy, source: Source) -> None:
-    """Let new heads take their units from logged returns."""
+    """Set the units of new heads from logged returns."""
     if objective.heads is None or not policy.heads_are_new:
         return
     dataset = source.dataset.probe(CALIBRATION_EPISODES) if source.dataset else []
@@ -256,21 +257,21 @@ def calibrate(recipe: Recipe, objective: Objective, policy: Policy, source: Sour
 
 # ------------------------------------------------------------------------------------------------------------ beginnings
 def beginning(run: runs.Run, name: str, start: Path | None) -> Path | None:
-    """Where the policy comes from: the stage before, or this stage's own saved start on resume."""
+    """The folder that the policy comes from: the previous stage's, or on resume this stage's own saved start."""
     own = run.stage_folder(name) / "start"
     return own if start is None and distributed.broadcast(own.exists()) else start
 
 
 def keep_beginning(run: runs.Run, name: str, recipe: Recipe, objective: Objective, policy: Policy) -> None:
     """Save the policy that a stage starts from, if it exists nowhere else."""
-    # A model from scratch exists nowhere else, and a frozen reference must not change with what `model.path` names.
+    # A model from scratch exists nowhere else, and a frozen reference must not change with the model at `model.path`.
     frozen_copy = objective.uses_reference and recipe.model.lora is None
     if recipe.model.path is None or frozen_copy:
         run.write_folder(run.stage_folder(name) / "start", policy.save)
 
 
 def task_of(recipe: Recipe, run: Path) -> Any:
-    """A stage's task section, with the run's own reward models found; without models where nothing is judged by them."""
+    """A stage's task section, with the paths of the run's own reward models resolved; without models if nothing is judged by them."""
     if not isinstance(recipe.task, PromptTask):
         return recipe.task
     if not recipe.judges:
@@ -279,7 +280,7 @@ def task_of(recipe: Recipe, run: Path) -> Any:
 
 
 def label_of(recipe: Recipe, objective: Objective) -> str:
-    """A stage's name in tables; imitation has one for each kind of source."""
+    """A stage's name in tables; imitation has a name for each kind of source."""
     if not recipe.objective.imitates:
         return objective.label
     if not recipe.source.has_log:

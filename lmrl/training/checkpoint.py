@@ -42,9 +42,9 @@ class Progress:
     best: dict[str, Any] | None = None
     """`{"step", "metric", "value"}` of the best evaluation."""
     kept: int | None = None
-    """The step whose policy the stage leaves, once that is decided."""
+    """The step whose policy is the stage's result, once that is decided."""
     scores: dict[str, Any] = field(default_factory=dict)
-    """Scores for the closing table: of the policy at the `start`, at its `best` and at the `last` step, of the `data` and of the `optimum`."""
+    """Scores for the closing table: of the policy at the `start`, at its `best` and its `last` step, of the `data` and of the `optimum`."""
     gate: dict[str, Any] = field(default_factory=dict)
     """See gate.GateState."""
     label: str = ""
@@ -53,7 +53,7 @@ class Progress:
     ended: str | None = None
     """Why the stage ended with its best policy before its last step."""
     listeners: dict[str, Any] = field(default_factory=dict)
-    """State of those that have any, by name."""
+    """State of the listeners that have any, by name."""
 
 
 def save(
@@ -69,7 +69,7 @@ def save(
     optimizer: dict[str, torch.Tensor],
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint folder; it appears whole or not at all. optimizer: its state, as `updater.tensors` gives it.
+    """Write a checkpoint folder atomically. optimizer: its state, as `updater.tensors` gives it.
     weights: see `Policy.save`."""
 
     def write(folder: Path) -> None:
@@ -98,7 +98,7 @@ def save_task(folder: Path, recipe: Recipe) -> None:
 
 
 def load(folder: Path, objective: Objective, updater: Updater, source: Source) -> Progress:
-    """Put a stage, whose policy has the checkpoint's weights already, back to where the checkpoint left it."""
+    """Restore a stage's state from a checkpoint, whose weights the policy has already."""
     updater.load_tensors(load_file(folder / STATE / "optimizer.safetensors"))
     source.load(folder / STATE)
     state = json.loads((folder / STATE / "trainer.json").read_text())
@@ -109,7 +109,7 @@ def load(folder: Path, objective: Objective, updater: Updater, source: Source) -
 
 
 def write_checksums(folder: Path) -> None:
-    """Leave the checksum of every file of a checkpoint in it."""
+    """Write the checksum of every file of a checkpoint into it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sums = {path.relative_to(folder).as_posix(): checksum(path) for path in files}
     (folder / CHECKSUMS).parent.mkdir(exist_ok=True)
@@ -122,21 +122,21 @@ def checksum(path: Path) -> str:
 
 
 def verify(folder: Path, older: Sequence[Path] = (), needed: Sequence[Path] = NEEDED) -> None:
-    """Raise RunError where a checkpoint is not what was written; `older` ones, oldest first, are offered instead."""
+    """Raise RunError if a checkpoint's files have changed; the message suggests one of the `older` ones (oldest first)."""
     found = damage(folder, needed)
     if found is None:
         return
     whole = next((one for one in reversed(older) if damage(one, needed) is None), None)
     advice = (
-        f"{whole.name} is whole: delete {folder} and resume again to go on from there"
+        f"{whole.name} is complete: delete {folder} and resume again to continue from there"
         if whole
-        else f"no older checkpoint is whole: delete {folder.parent} and resume again to start the stage over"
+        else f"no older checkpoint is complete: delete {folder.parent} and resume again to start the stage over"
     )
     raise RunError(f"checkpoint {folder}: {found}; {advice}")
 
 
 def damage(folder: Path, needed: Sequence[Path] = NEEDED) -> str | None:
-    """The first problem with a checkpoint's files, or None. A checkpoint without checksums (of an older version) is only opened."""
+    """The first problem with a checkpoint's files, or None. The files of a checkpoint without checksums (from an older version) are only opened."""
     for name in needed:
         if not (folder / name).is_file():
             return f"'{name}' is missing"
@@ -146,7 +146,7 @@ def damage(folder: Path, needed: Sequence[Path] = NEEDED) -> str | None:
             if not (folder / name).is_file():
                 return f"'{name}' is missing"
             if checksum(folder / name) != own:
-                return f"'{name}' is damaged (its checksum is another)"
+                return f"'{name}' is damaged (its checksum differs)"
         for name in needed:
             if name.suffix == ".json":
                 json.loads((folder / name).read_text())
@@ -181,7 +181,7 @@ def final_state(run: Run, stage: str) -> dict[str, Any]:
         return state
     except (OSError, ValueError) as error:
         raise RunError(
-            f"{final}: '{STATE}/trainer.json' is missing or damaged: delete {final} and resume again, to go on from the "
+            f"{final}: '{STATE}/trainer.json' is missing or damaged: delete {final} and resume again, to continue from the "
             "newest checkpoint"
         ) from error
 

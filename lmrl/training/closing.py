@@ -14,7 +14,7 @@ from lmrl.training.checkpoint import final_state
 
 
 def ended_early(run: Run, stage: str) -> str | None:
-    """Why a finished stage ended before its last step, with its best policy; None: it did not."""
+    """Why a finished stage ended before its last step, with its best policy; None if it did not."""
     return final_state(run, stage).get("ended")
 
 
@@ -25,9 +25,9 @@ def warnings_of(run: Run) -> list[tuple[str, int, str]]:
 
 
 def closing_table(run: Run) -> tuple[dict[str, dict[str, dict[str, Any]]], list[str]]:
-    """Data, start, every stage and the optimum side by side, also written to results.json; and the columns to show.
+    """Rows for data, start, every stage and the optimum, also written to results.json; and the columns to show.
 
-    A stage's row is of the policy that it left. Where its best and its last policy are two, the other one's row says which.
+    A stage's row is for the policy that is its result. If its best and its last policy differ, the other one has its own row.
     """
     rows: dict[str, Any] = {}
     columns: dict[str, None] = {}
@@ -54,7 +54,7 @@ def closing_table(run: Run) -> tuple[dict[str, dict[str, dict[str, Any]]], list[
 
 
 def closing_lines(run: Run) -> list[str]:
-    """Where the result lies, and the commands for what comes next."""
+    """Where the result is, and the commands for what comes next."""
     recipe, folder = run.recipe, run.folder
     folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     checkpoint = folder / "stages" / MAIN_STAGE / "final"

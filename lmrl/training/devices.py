@@ -16,11 +16,11 @@ VISIBLE = {
     "mlu": "MLU_VISIBLE_DEVICES",
     "musa": "MUSA_VISIBLE_DEVICES",
 }
-"""By the kind of device, the environment variable that says which of them a process sees."""
+"""The environment variable that limits which devices a process sees, by device type."""
 
 
 def variable_of(kind: str, hip: str | None = None) -> str | None:
-    """The environment variable for a kind of device (None: there is none). hip: ROCm's version, whose devices torch calls cuda."""
+    """The environment variable for a device type (None: there is none). hip: ROCm's version; torch calls its devices cuda."""
     return "HIP_VISIBLE_DEVICES" if kind == "cuda" and hip else VISIBLE.get(kind)
 
 
@@ -31,7 +31,7 @@ def visible(variable: str, environment: Mapping[str, str], count: int) -> list[s
 
 
 def deal(devices: Sequence[str], jobs: int, slot: int) -> list[str]:
-    """The devices of one of `jobs` runs at a time: an equal part for each, or one that it shares where there are more runs."""
+    """The devices of one of `jobs` runs at a time: an equal part for each, or a shared one if there are more runs than devices."""
     share = len(devices) // jobs
     return list(devices[slot * share : (slot + 1) * share]) if share else [devices[slot % len(devices)]]
 
@@ -44,7 +44,7 @@ class Slots:
         self.taken: dict[str, int] = {}
 
     def take(self, name: str) -> dict[str, str]:
-        """Give a run the first free place; returns the environment that shows it its devices alone."""
+        """Give a run the first free place; returns the environment that limits it to its devices."""
         self.taken[name] = next(slot for slot in range(self.jobs) if slot not in self.taken.values())
         if self.variable is None or not self.devices or self.jobs == 1:
             return {}
@@ -55,7 +55,7 @@ class Slots:
 
 
 def slots_here(jobs: int) -> Slots:
-    """Places on this machine. One run at a time, and runs on a CPU, see what this process sees."""
+    """Places on this machine. A single run at a time, and runs on a CPU, see the same devices as this process."""
     kind = default_device().type
     variable = variable_of(kind, torch.version.hip)
     if variable is None:

@@ -18,12 +18,12 @@ from lmrl.visible import visible
 
 SHOWN = ("reward", "kl", "nll", "entropy", "approx_kl", "accuracy", "margin", "length")
 TROUBLES = ("failed", "skipped")
-"""Counts that are only shown where there is something to count."""
+"""Counts that are shown only if they are not 0."""
 PLAIN_EVERY_SECONDS = 2.0
 WIDE = 110
-"""Columns of a terminal from which the bar has its full length."""
+"""Minimum terminal width, in columns, for a bar of full length."""
 LOPSIDED = 0.2
-"""Difference of an interval's sides, as a share of its width, from which both ends are written."""
+"""Asymmetry of an interval, as a share of its width, from which on both ends are shown."""
 
 
 class Display:
@@ -38,7 +38,7 @@ class Display:
         self._bar: NotebookBar | None = None
 
     def say(self, text: str, whole: bool = False) -> None:
-        """Print a line, which a terminal shows broken between words. whole: in one piece, as commands and paths are copied."""
+        """Print a line, wrapped between words in a terminal. whole: do not wrap, so that commands and paths can be copied."""
         self.console.print(Text(visible(text)), soft_wrap=whole or not self.console.is_terminal)
 
     def begin(self, stage: str, label: str, steps: int, done: int) -> None:
@@ -53,7 +53,7 @@ class Display:
                 MofNCompleteColumn(table_column=Column(no_wrap=True)),
                 TimeElapsedColumn(table_column=Column(no_wrap=True)),
                 TimeRemainingColumn(table_column=Column(no_wrap=True)),
-                # The one that takes a second line where there is no room.
+                # This column wraps onto a second line if there is no room.
                 TextColumn("{task.fields[metrics]}", table_column=Column(no_wrap=False)),
                 console=self.console,
             )
@@ -86,7 +86,7 @@ class Display:
         self.say(f"{self._stage} evaluation at step {step}: {text}")
 
     def samples(self, trajectories: list[Trajectory], count: int) -> None:
-        """Show some of these episodes, from different prompts where there are several."""
+        """Show some of these episodes, from different prompts if there are several."""
         for trajectory in spread_out(trajectories, count):
             reward = "not judged" if trajectory.reward is None else f"{trajectory.reward:.3f}"
             line = Text(f"  [{reward}] ", style="cyan")
@@ -101,7 +101,7 @@ class Display:
             self.say(f"95 % intervals hold for {scope}")
 
     def number_table(self, title: str, heads: list[str], rows: dict[str, list[float]]) -> None:
-        """A table of numbers, one column for each head."""
+        """A table of numbers, with one column per heading."""
         table = Table(title=title, title_justify="left")
         for head in ["", *heads]:
             table.add_column(head, justify="right" if head else "left")
@@ -129,7 +129,7 @@ class NotebookBar:
 
 
 def spread_out(trajectories: Sequence[Trajectory], count: int) -> list[Trajectory]:
-    """Some of these episodes, from different prompts where there are several."""
+    """Some of these episodes, from different prompts if there are several."""
     stride = max(len(trajectories) // max(count, 1), 1)
     return list(trajectories[::stride][:count])
 
@@ -152,7 +152,7 @@ def score_table(title: str, rows: dict[str, dict[str, dict[str, Any]]]) -> Table
 
 
 def scope_of(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Scope of a table's intervals, by row where rows differ; scores of older runs do not say."""
+    """What a table's intervals hold for, by row if rows differ; scores of older runs lack it."""
     scopes = {
         label: " or ".join(dict.fromkeys(score["holds_for"] for score in scores.values() if "holds_for" in score))
         for label, scores in rows.items()
@@ -165,7 +165,7 @@ def scope_of(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def interval(score: dict[str, Any]) -> str:
-    """Mean ± half width of its interval; both ends where the mean is not in the middle, as near a limit."""
+    """Mean ± half width of its interval; both ends if the mean is not in the middle, for instance near a limit."""
     mean, (low, high) = score["mean"], score["ci95"]
     if low == high and "holds_for" not in score:  # exact
         return f"{mean:.3f}"

@@ -1,4 +1,4 @@
-"""Going on with a run for more steps than its recipe had: what that changes is said, and what it would falsify is refused."""
+"""Continuing a run for more steps than its recipe had: reports what that changes, and refuses what it would invalidate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lmrl.training.updater import schedule
 def extend(run: Run, before: Recipe) -> list[str]:
     """Make a reopened run ready for the further steps of its recipe; returns a note on each stage that has any.
 
-    before: the recipe that the run was made by. A finished stage continues from its last step. Raises RunError where it
+    before: the run's earlier recipe. A finished stage continues from its last step. Raises RunError if it
     cannot, before anything is changed.
     """
     old, new = stages_of(before), stages_of(run.recipe)
@@ -44,7 +44,7 @@ def _refuse(run: Run, name: str, old: Recipe, new: Recipe) -> None:
     steps, final = old.training.steps, run.final(name)
     if isinstance(old.source, MixtureSource) and old.source.online != old.source.online_end:
         raise RunError(
-            f"{run.folder}: {key} cannot be raised: source.online changes over all steps, and those that are done went by "
+            f"{run.folder}: {key} cannot be raised: source.online changes over all steps, and the finished ones assumed a total of "
             f"{steps}: start a new run with another --output"
         )
     if not final.exists():
@@ -52,7 +52,7 @@ def _refuse(run: Run, name: str, old: Recipe, new: Recipe) -> None:
     names = list(stages_of(run.recipe))
     if later := [one for one in names[names.index(name) + 1 :] if run.stage_folder(one).exists()]:
         raise RunError(
-            f"{run.folder}: {key} cannot be raised: stage {name} is finished, and {later[0]} began from it: set "
+            f"{run.folder}: {key} cannot be raised: stage {name} is finished, and {later[0]} started from it: set "
             f"stages.{name}.training.steps={steps}"
         )
     state = final_state(run, name)
@@ -65,7 +65,7 @@ def _refuse(run: Run, name: str, old: Recipe, new: Recipe) -> None:
     ):
         raise RunError(
             f"{run.folder}: {key} cannot be raised: stage {name} is finished, and no checkpoint of its last step was kept: "
-            "start a new run, with training.checkpoint_every"
+            "start a new run, with training.checkpoint_every set"
         )
 
 
@@ -75,7 +75,7 @@ def _last(run: Run, name: str, state: dict[str, Any]) -> Path:
 
 
 def _reopen(run: Run, name: str) -> None:
-    """Turn a finished stage's result into the checkpoint of its last step, unless there is that already."""
+    """Turn a finished stage's result into the checkpoint of its last step, unless that checkpoint exists."""
     final = run.final(name)
     if not final.exists():
         return
@@ -84,7 +84,7 @@ def _reopen(run: Run, name: str) -> None:
         last.parent.mkdir(exist_ok=True)
         final.rename(last)
         return
-    doomed = final.with_name(".writing-final")  # what is half deleted is no result
+    doomed = final.with_name(".writing-final")  # so that a half-deleted folder is not taken for a result
     final.rename(doomed)
     shutil.rmtree(doomed)
 
@@ -99,12 +99,12 @@ def _note(name: str, old: Recipe, new: Recipe) -> str:
         options = options.model_copy(update={"schedule": shape})
         then, now = (schedule(options, min(before, one), one) for one in (before, after))
         changes.append(
-            f"optimizer.schedule={shape} is spread over {after} steps from here on (at step {before} the learning rate was "
-            f"{then:.2g} of its height, and is {now:.2g} of it by the new length)"
+            f"optimizer.schedule={shape} now spans {after} steps (at step {before} the learning rate was "
+            f"{then:.2g} of its peak, and is {now:.2g} of it with the new length)"
         )
     if new.rollouts.ahead:
-        changes.append("rollouts.ahead=1 begins anew where the stage had ended")
+        changes.append("rollouts.ahead=1 starts afresh where the stage had ended")
     if new.evaluation.suite == OWN_TASK and own_plan(old) != own_plan(new):
-        changes.append(f"evaluations are spread over {after} steps")
-    same = "the steps are those of a run that was meant to be so long"
-    return f"stage {name} goes on to step {after} instead of {before}: {'; '.join(changes) or same}"
+        changes.append(f"evaluations now span {after} steps")
+    same = "the steps are those of a run planned for this length"
+    return f"stage {name} continues to step {after} instead of {before}: {'; '.join(changes) or same}"

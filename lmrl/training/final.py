@@ -1,9 +1,8 @@
-"""Which policy a stage leaves: the last one, unless an earlier one was better beyond doubt.
+"""Which policy is a stage's result: the last one, unless an earlier one was significantly better.
 
-Two policies that have played the same episodes are compared by their differences: one for each prompt or drawn start
-state, since a policy should be better on new ones as well; one for each episode where all start states there are were
-played. The earlier policy was picked as the best of several, so chance has had as many tries to make it look better
-(Bonferroni's correction).
+Two policies that have played the same episodes are compared by their differences: one per prompt or drawn start state, since a
+policy should be better on new ones as well; or one per episode if all existing start states were played. The earlier policy was
+picked as the best of several, so chance had that many tries to make it look better (Bonferroni's correction).
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from lmrl.evaluation.student import upper_tail
 from lmrl.trajectories.trajectory import Trajectory
 
 LEVEL = 0.025
-"""Chance of leaving an earlier policy that is no better than the last."""
+"""Probability of choosing an earlier policy that is no better than the last (the significance level)."""
 PAIRS = 5
-"""Fewer pairs prove nothing; and with fewer start states, their episodes are the pairs."""
+"""Minimum number of pairs; with fewer start states, their episodes are the pairs."""
 
 
 def paired_values(trajectories: Sequence[Trajectory], metric: str, by_episode: bool = False) -> dict[str, float]:
-    """A metric's mean of each start state; its value of each episode if wanted, or with fewer start states than PAIRS."""
+    """A metric's mean for each start state, or its value for each episode if wanted or if there are fewer start states than PAIRS."""
     groups: dict[int, dict[int, float]] = {}
     for one in trajectories:
         value = dict(named_values(one)).get(metric)
@@ -34,13 +33,13 @@ def paired_values(trajectories: Sequence[Trajectory], metric: str, by_episode: b
 
 
 def certainly_better(earlier: Mapping[str, float], last: Mapping[str, float], tries: int) -> bool:
-    """True if the earlier policy, the best of `tries`, scores higher than the last where both have a value."""
+    """True if the earlier policy, the best of `tries`, scores significantly higher than the last, over the keys that both have."""
     gains = [value - last[name] for name, value in earlier.items() if name in last]
     return len(gains) >= PAIRS and chance(gains) < LEVEL / max(tries, 1)
 
 
 def chance(gains: Sequence[float]) -> float:
-    """One-sided p-value of Student's t-test that the mean is above 0, of two or more values."""
+    """One-sided p-value of Student's t-test that the mean of two or more values is above 0."""
     count = len(gains)
     mean = math.fsum(gains) / count
     variance = math.fsum((gain - mean) ** 2 for gain in gains) / (count - 1)

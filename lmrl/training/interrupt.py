@@ -1,4 +1,4 @@
-"""SIGTERM, SIGHUP and Ctrl-C: finish what must not be torn, save, then stop."""
+"""SIGTERM, SIGHUP and Ctrl-C: finish what must not be interrupted, save, then stop."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Interrupted(BaseException):
 
 
 class Interrupt:
-    """Catches the first signal; a second one takes its usual course at once.
+    """Catches the first signal; a second one has its usual effect at once.
 
     `check()` raises Interrupted only where `safe` is set: while a rollout runs, when nothing has changed since the last
-    finished step. In a background thread it always does: what is played there can be played again.
+    finished step. In a background thread it always does, because episodes there can be played again.
 
-    A signal that comes while a reward or an environment runs is acknowledged, and where it is safe ends the call.
+    A signal that arrives while a reward or an environment runs is acknowledged, and ends the call if that is safe.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Interrupt:
         if call := waited_for():
             ends = "ending it" if self.safe else "waiting for it; the same signal again ends the run at once"
             os.write(2, f"lmrl: {signal.Signals(number).name} in the middle of {call}: {ends}\n".encode())
-            if self.safe and runs_here():  # elsewhere, who waits for it calls `check`
+            if self.safe and runs_here():  # elsewhere, the code that waits for the call runs `check`
                 raise Interrupted(number)
 
     def check(self) -> None:

@@ -24,13 +24,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """torch's Muon and AdamW, each over its own groups; a group's `muon` says which. Both share one state."""
 
     def __init__(self, matrices: dict[str, Any], others: list[dict[str, Any]], **adamw: Any):
-        """matrices, others: parameter groups, with `lr`. adamw: AdamW's settings; `weight_decay` holds for both."""
+        """matrices, others: parameter groups, with `lr`. adamw: AdamW's settings; `weight_decay` applies to both."""
         self.muon = torch.optim.Muon([matrices | {"muon": True}], weight_decay=adamw["weight_decay"], **MUON)
         self.adamw = torch.optim.AdamW([group | {"muon": False} for group in others], **adamw)
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
         self.muon.state = self.adamw.state = self.state
         self.inputs: dict[torch.Tensor, torch.Tensor] = {}
-        """What the last step has orthogonalized, in the bfloat16 that Muon computes in: with it a step can be undone."""
+        """The inputs that the last step orthogonalized, in Muon's bfloat16: with them a step can be undone."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -45,7 +45,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def undo_matrices(self) -> None:
-        """Undo the last step of the matrices, but for rounding, and forget the momentum that would repeat it."""
+        """Undo the last step of the matrices, up to rounding, and drop the momentum that would repeat it."""
         (group,) = self.muon.param_groups
         for weights, averaged in self.inputs.items():
             moved = torch.zeros_like(weights)

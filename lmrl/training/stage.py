@@ -73,7 +73,7 @@ class Stage:
     now: int = field(default=0, init=False)
     """The current step."""
     attempt: Attempt | None = field(default=None, init=False)
-    """The last update of the current step, or of the one that has just finished."""
+    """The last update of the current step, or of the step that has just finished."""
 
     @property
     def seed(self) -> int:
@@ -140,7 +140,7 @@ class Stage:
 
     def _ready(self, resumed: bool) -> None:
         if getattr(self.recipe.objective, "cache_reference", False):
-            self.display.say("computing what the cache lacks of the reference's log-probabilities")
+            self.display.say("computing the reference's log-probabilities that are missing in the cache")
         dataset = self.source.dataset.parts() if self.source.dataset else ()
         self.objective.ready(self.policy, dataset, fresh=not resumed)
 
@@ -220,7 +220,7 @@ class Stage:
             return measure(source_batch.learn) | batch.stats | {"updates": 0}
         updates: list[dict[str, float]] = []
         rejected: dict[str, float] = {}
-        with distributed.prompt():  # all ranks have come here, and none has much more to do than the others
+        with distributed.prompt():  # all ranks are here, and none has much more to do than the others
             for minibatch in self._minibatches(step, batch):
                 self.attempt = Attempt(minibatch, rng_state(self.policy.device))
                 stats = self.updater.step(self.policy, self.objective, minibatch)

@@ -1,7 +1,7 @@
 """Sweeps: a recipe run once for every combination of some keys' values, and one table over the runs.
 
 Runs are separate processes (`python -m lmrl train ...`), so that each is what it would be alone, and one that fails
-leaves the others be. The sweep's folder holds
+does not affect the others. The sweep's folder holds
 
     NAME/          a run, for instance seed-0_graph-1000      NAME.log   what it printed
     results.json   scores over the runs, see `over_runs`
@@ -81,9 +81,9 @@ def sweep(
 ) -> dict[str, Any]:
     """Run a recipe (a file or a shipped name) over values, `jobs` runs at a time; returns what results.json holds.
 
-    over: `KEY=VALUE,VALUE`, one for each key. output: the sweep's folder (default: a new one under `runs/`). resume:
+    over: `KEY=VALUE,VALUE`, one entry per key. output: the sweep's folder (default: a new one under `runs/`). resume:
     keep the finished runs in that folder and continue the others. Accelerators, if any, are divided among parallel runs. Raises RecipeError or RunError before anything
-    runs, and SweepError at the end where runs failed. SIGTERM and Ctrl-C let every run save a checkpoint.
+    runs, and SweepError at the end if runs failed. SIGTERM and Ctrl-C let every run save a checkpoint.
     """
     display = display or Display()
     points = combinations(recipe, overrides, over)
@@ -123,7 +123,7 @@ def sweep(
     try:
         run_all(waiting, start, report, jobs)
     except Interrupted:
-        display.say(f"interrupted; go on with the same command, --output {folder} and --resume")
+        display.say(f"interrupted; continue with the same command, --output {folder} and --resume")
         raise
     rows = over_runs({point.name: _read(folder, point) for point in points if point.name not in failed})
     results: dict[str, Any] = {
@@ -166,7 +166,7 @@ def _split(text: str, option: str) -> list[str]:
     try:
         node = yaml.compose(listed, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"--over '{option}': the values are no YAML list, for instance 0,1,2") from error
+        raise RecipeError(f"--over '{option}': the values are not a YAML list, for instance 0,1,2") from error
     assert node is not None, "brackets are a list"
     return [listed[item.start_mark.index : item.end_mark.index].strip() for item in node.value]
 
@@ -183,7 +183,7 @@ def combinations(recipe: str, overrides: Sequence[str], over: Sequence[str]) -> 
     for chosen in itertools.product(*(range(len(values)) for values in swept.values())):
         name = "_".join(f"{labels[key]}-{short[key][index]}" for key, index in zip(swept, chosen, strict=True))
         own = [f"{key}={swept[key][index]}" for key, index in zip(swept, chosen, strict=True)]
-        # What kind a section is comes first, because choosing it clears the section's other keys.
+        # A section's kind is set first, because setting it clears the section's other keys.
         everything = sorted([*overrides, *own], key=lambda override: not _names_a_kind(override))
         points.append(Point(name, everything, load_recipe(recipe, everything)))
     return points
@@ -194,7 +194,7 @@ def _names_a_kind(override: str) -> bool:
 
 
 def _labels(keys: list[str]) -> dict[str, str]:
-    """For each dotted key its shortest ending that no other key has: `seed`, or `warmup-training-steps`."""
+    """For each dotted key, its shortest suffix that no other key has: `seed`, or `warmup-training-steps`."""
 
     def label(key: str) -> str:
         parts = key.split(".")
@@ -212,14 +212,14 @@ def _short(values: list[str]) -> list[str]:
 
 
 def _check(folder: Path, points: list[Point], resume: bool) -> None:
-    """Refuse a folder that would be overwritten, or whose runs were made by other recipes."""
+    """Raise RunError for a folder that would be overwritten, or whose runs were made from other recipes."""
     if folder.exists() and not folder.is_dir():
         raise RunError(f"--output: {folder} is a file, not a folder")
     if not resume and folder.is_dir() and any(folder.iterdir()):
         raise RunError(f"{folder} exists and is not empty: resume it with --resume, or choose another --output")
     for point in points:
         if (folder / point.name / RECIPE_FILE).is_file():
-            Run.resume(folder / point.name, point.recipe)  # raises where it is another's, and is closed at once
+            Run.resume(folder / point.name, point.recipe)  # raises if it is another recipe's run; closed at once
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -256,7 +256,7 @@ def run_all(
 
 
 def failure(log: str, code: int) -> str:
-    """Why a run failed, in one line: its error, or the last that it printed, or its exit code."""
+    """Why a run failed, in one line: its error, or the last line that it printed, or its exit code."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line.removeprefix("lmrl: ") for line in lines if line.startswith("lmrl: ")]
     if code < 0:
@@ -290,7 +290,7 @@ def finished_line(point: Point, rows: Rows) -> str:
 def over_runs(runs: dict[str, Rows]) -> Rows:
     """Scores over runs by row and metric: mean, 95 % interval over the runs' means, n runs, the lowest, and each one's.
 
-    A row that only some runs have (another method's) counts those alone. The optimum comes last.
+    A row that only some runs have (another method's) counts only these. The optimum comes last.
     """
     labels = dict.fromkeys(label for rows in runs.values() for label in rows)
     return {
@@ -309,7 +309,7 @@ def _over_runs(rows: list[tuple[str, dict[str, dict[str, Any]]]]) -> dict[str, d
 
 
 def sweep_table(rows: Rows, columns: Iterable[str]) -> Table:
-    """Rows side by side: of each column its mean over runs with the interval, and the lowest run."""
+    """The rows, each column with its mean over runs, the interval, and the lowest run."""
     table = Table(
         title="Result over runs", caption="mean ± half width of the 95 % interval over runs, and the lowest run"
     )

@@ -172,7 +172,7 @@ def command_text():
 def test_mistakes_are_found_before_a_run(policy, rows, tmp_path):
     with pytest.raises(PluginError, match="cannot be called with a row"):
         build_task(AgentTask(agent=f"{PROGRAMS}:one_turn", data=rows, options={"a": 1}), policy.tokenizer)
-    with pytest.raises(PluginError, match="is no program here"):
+    with pytest.raises(PluginError, match="is not a program on this machine"):
         build_task(AgentTask(agent_command=["no-such-program"], data=rows), policy.tokenizer)
     with pytest.raises(ValueError, match="one of `agent`, `agent_command` and `tools`"):
         AgentTask(data=rows)

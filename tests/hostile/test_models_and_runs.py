@@ -182,22 +182,22 @@ RUNS = [
     (
         [removed(FINAL), cut(f"{KEPT}/step-000004/model.safetensors")],
         "train run --resume",
-        r"step-000004: 'model.safetensors' is damaged .*step-000002 is whole: delete",
+        r"step-000004: 'model.safetensors' is damaged .*step-000002 is complete: delete",
     ),
     (
         [removed(FINAL), removed(f"{KEPT}/step-000004/state")],
         "train run --resume",
-        r"'state/trainer.json' is missing; step-000002 is whole",
+        r"'state/trainer.json' is missing; step-000002 is complete",
     ),
     (
         [removed(FINAL), cut(f"{KEPT}/step-000004/state/optimizer.safetensors")],
         "train run --resume",
-        r"optimizer.safetensors.*step-000002 is whole",
+        r"optimizer.safetensors.*step-000002 is complete",
     ),
     (
         [removed(FINAL), written(f"{KEPT}/step-000004/state/trainer.json", "{")],
         "train run --resume",
-        r"trainer.json.*step-000002 is whole",
+        r"trainer.json.*step-000002 is complete",
     ),
     (
         [removed(FINAL), folder(f"{KEPT}/step-000009")],
@@ -207,7 +207,7 @@ RUNS = [
     (
         [removed(FINAL), folder(f"{KEPT}/step-000009")],
         "train run --resume",
-        r"step-000009.*'state/trainer.json' is missing; step-000004 is whole: delete",
+        r"step-000009.*'state/trainer.json' is missing; step-000004 is complete: delete",
     ),
     (
         [removed(FINAL, KEPT)],

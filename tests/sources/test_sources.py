@@ -216,7 +216,7 @@ def test_prompts_that_are_trained_on_and_scored_are_said(tmp_path, tokenizer):
     task = build_task(section, tokenizer)
     watch_suite(task, suite, tokenizer, plays=True)
     (note,) = task.notes
-    assert note.startswith("warning: 1 of 10 training prompts are in evaluation.suite as well")
+    assert note.startswith("warning: 1 of 10 training prompts are also in evaluation.suite")
     task = build_task(section, tokenizer)
     watch_suite(task, suite, tokenizer, plays=False)
     assert task.notes == [] and {"a", "z"} <= task.scored

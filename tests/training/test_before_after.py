@@ -92,7 +92,10 @@ def test_an_error_comes_after_the_results(recipe, tmp_path, monkeypatch, capsys)
         (["evaluation.before_after=[no_such_suite]"], "no_such_suite"),
         (["evaluation.before_after=['lm-eval:mmlu']"], "is another tool's"),
         (["evaluation.before_after=[humaneval]"], "runs code that the policy writes"),
-        (["model.path=null", "model.config={model_type: llama}"], "a model from scratch has no scores to keep"),
+        (
+            ["model.path=null", "model.config={model_type: llama}"],
+            "a model from scratch has no earlier scores to compare with",
+        ),
         (["stages.first={training: {steps: 1}, evaluation: {before_after: [mmlu]}}"], "stages.first.evaluation"),
     ],
 )

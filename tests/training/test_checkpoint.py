@@ -59,11 +59,11 @@ def test_a_damaged_checkpoint_offers_an_older_one(stopped, tmp_path, how, sums):
     break_it(newest)
     with pytest.raises(RunError, match=message) as caught:
         verify(newest, [older])
-    assert f"step-000002 is whole: delete {newest} and resume again" in str(caught.value)
+    assert f"step-000002 is complete: delete {newest} and resume again" in str(caught.value)
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
     break_it(older)
     if sums or "state" in how:
-        with pytest.raises(RunError, match="no older checkpoint is whole: delete .*checkpoints and resume again"):
+        with pytest.raises(RunError, match="no older checkpoint is complete: delete .*checkpoints and resume again"):
             verify(newest, [older])
 
 

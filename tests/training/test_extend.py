@@ -63,8 +63,8 @@ def test_a_schedule_over_all_steps_is_said(tmp_path, capsys):
     resume_run(tmp_path / "run", load_recipe(recipe, ["training.steps=4"]))
     out = capsys.readouterr().out
     assert (
-        "note: stage main goes on to step 4 instead of 2: optimizer.schedule=linear is spread over 4 steps from here on "
-        "(at step 2 the learning rate was 0.5 of its height, and is 0.75 of it by the new length)"
+        "note: stage main continues to step 4 instead of 2: optimizer.schedule=linear now spans 4 steps "
+        "(at step 2 the learning rate was 0.5 of its peak, and is 0.75 of it with the new length)"
     ) in " ".join(out.split())
     assert "resumed stage main at step 2" in out
 
@@ -84,9 +84,7 @@ def test_a_stage_that_others_began_from_keeps_its_steps(tmp_path):
     recipe = written(tmp_path, BC)
     stages = ["stages={first: {optimizer: {lr: 0.01}}}", "training.checkpoint_every=0"]
     train(load_recipe(recipe, stages), output=tmp_path / "run")
-    message = (
-        "training.steps cannot be raised: stage first is finished, and main began from it: set stages.first.training.s"
-    )
+    message = "training.steps cannot be raised: stage first is finished, and main started from it: set stages.first.training.s"
     with pytest.raises(RunError, match=message):
         resume_run(tmp_path / "run", load_recipe(recipe, [*stages, "training.steps=3"]))
     more = ["training.steps=3", "stages.first.training.steps=2"]

@@ -48,8 +48,8 @@ def test_values_split_at_commas_outside_brackets():
     [
         (["training.seed"], "not of the form key=value,value"),
         (["training.seed="], "has no values"),
-        (["training.seed=0,,1"], "no YAML list"),
-        (["training.seed={0,1"], "no YAML list"),
+        (["training.seed=0,,1"], "not a YAML list"),
+        (["training.seed={0,1"], "not a YAML list"),
         (["training.seed=0,1,0"], "has the value 0 twice"),
         (["training.seed=0", "training.seed=1"], "names 'training.seed' twice"),
         (["training.steps=3,4"], "both set and swept"),

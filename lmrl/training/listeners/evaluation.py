@@ -1,7 +1,7 @@
-"""Evaluation in the course of a stage, on a suite or the stage's own task, and on held-out logged episodes.
+"""Evaluation during a stage, on a suite or the stage's own task, and on held-out logged episodes.
 
-Policies that are chosen by their scores are chosen by separate episodes: the scores that a stage reports of its
-last and its best policy are from others, the same that `lmrl eval` plays.
+Policies are selected by separate episodes: the scores that a stage reports for its last and its best policy come from others,
+the same that `lmrl eval` plays.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 
 class Evaluation(Listener):
-    """Scores the policy before the first step, every few steps and after the last one, and decides which the stage leaves."""
+    """Scores the policy before the first step, every few steps and after the last one, and decides which one is the stage's result."""
 
     name = "evaluation"
 
     def __init__(self, evaluator: Evaluator | None, every: int = 0, starts: bool = True, gated: bool = False):
-        """evaluator: of the suite or the stage's own task, where there is one. every: steps between evaluations (0: at the start
-        and the end). starts: whether the policy that a stage begins with is scored. gated: whether that policy is one to choose
-        from, as with a gate."""
+        """evaluator: of the suite or the stage's own task, if there is one. every: steps between evaluations (0: at the start
+        and the end). starts: True if the policy that a stage starts with is scored. gated: True if that policy may be selected,
+        as with a gate."""
         self.evaluator, self.every, self.starts = evaluator, every, starts
         self.gated, self.choosing = gated, gated or every > 0
         self.step: int | None = None
@@ -44,12 +44,12 @@ class Evaluation(Listener):
         self.best_values: dict[str, float] = {}
         """Scores of the newest and of the best policy, see `paired_values`."""
         self.tries = 0
-        """Policies that the best was chosen from."""
+        """Number of policies that the best was chosen from."""
         self.reports: list[tuple[int, Scores, list[Trajectory]]] = []
-        """Steps, scores and episodes of what is reported at the end."""
+        """Steps, scores and episodes that are reported at the end."""
 
     def begin(self, stage: Stage, resumed: bool) -> None:
-        """Baselines for the stage's result: the data, the optimum and the policy as it begins."""
+        """Baselines for the stage's result: the data, the optimum and the initial policy."""
         if resumed:
             return
         scores = stage.progress.scores
@@ -72,7 +72,7 @@ class Evaluation(Listener):
         return () if stage.progress.best is None else (stage.progress.best["step"],)
 
     def evaluate(self, stage: Stage, step: int, name: str = "last") -> None:
-        """Score the policy as it is. name: of these scores in `progress.scores`."""
+        """Score the current policy. name: key of these scores in `progress.scores`."""
         self.step, self.values = step, {}
         chooses = self.choosing and (step > 0 or self.gated)
         at_an_end = step in (0, stage.recipe.training.steps)
@@ -90,8 +90,8 @@ class Evaluation(Listener):
             self.consider(stage, step, scores)
 
     def _score(self, stage: Stage, choosing: bool, heldout: bool) -> tuple[Scores, list[Trajectory]]:
-        """Scores of the policy as it is, and what it played for them. heldout: of held-out episodes, too, which are left out
-        between a stage's ends unless the recipe says when to evaluate, or chooses by them."""
+        """Scores of the current policy, and the episodes behind them. heldout: also score held-out episodes, which are skipped
+        between a stage's ends unless the recipe sets when to evaluate, or selects by them."""
         stage.source.wait()
         scores: Scores = {}
         played: list[Trajectory] = []
@@ -101,7 +101,7 @@ class Evaluation(Listener):
                 scores, played = self.evaluator(choosing=choosing)
         metric = self._metric(stage)
         if metric is not None and self.evaluator is not None:
-            scaled = metric == "normalized"  # from the main metric
+            scaled = metric == "normalized"  # it is derived from the main metric
             name = self.evaluator.suite.metrics[0] if scaled else metric
             self.values = paired_values(played, name, by_episode=self.evaluator.plays_all)
         if heldout or (metric or "").startswith("heldout/"):
@@ -109,7 +109,7 @@ class Evaluation(Listener):
         return scores, played
 
     def _heldout(self, stage: Stage) -> Scores:
-        """The objective's measures of held-out episodes, where there are any; they become columns of the closing table."""
+        """The objective's measures of held-out episodes, if there are any; they become columns of the final table."""
         dataset = stage.source.dataset
         heldout = dataset.heldout(stage.recipe.evaluation.episodes) if dataset else []
         if not heldout:
@@ -126,9 +126,9 @@ class Evaluation(Listener):
         """The metric that decides which policy is best; without a suite only the one in the recipe."""
         return stage.recipe.evaluation.metric or (self.evaluator.suite.metrics[0] if self.evaluator else None)
 
-    # ------------------------------------------------------------------------------------------------------- the choice
+    # ------------------------------------------------------------------------------------------------------- selection
     def consider(self, stage: Stage, step: int, scores: Scores) -> None:
-        """Note the best evaluation so far, of those within the recipe's KL limit."""
+        """Record the best evaluation so far, among those within the recipe's KL limit."""
         metric = self._metric(stage)
         if metric is None:
             return
@@ -143,7 +143,7 @@ class Evaluation(Listener):
             self.best_values = self.values
 
     def finish(self, stage: Stage) -> None:
-        """Decide which policy the stage leaves, put it in place, and score it by episodes that did not choose it."""
+        """Decide which policy is the stage's result, load it, and score it on episodes that did not select it."""
         progress = stage.progress
         progress.kept = progress.step
         if not self.choosing or self._metric(stage) is None:
@@ -155,13 +155,13 @@ class Evaluation(Listener):
             best = None
         if best is not None and not stage.strategy.can_reload_weights:
             stage.display.say(
-                f"the best policy is that of step {best['step']}; {stage.strategy.name} cannot go back to it"
+                f"the best policy is that of step {best['step']}, but {stage.strategy.name} cannot return to it"
             )
             best = None
         if best is not None:
             final = stage.recipe.training.final
             certain = certainly_better(self.best_values, last, self.tries)
-            stage.save()  # the last policy, to come back to
+            stage.save()  # the last policy, to return to
             self._report(stage, "last", progress.step)
             stage.roll_back(best["step"])
             self._report(stage, "best", best["step"])
@@ -174,13 +174,13 @@ class Evaluation(Listener):
         self._record(stage)
 
     def _report(self, stage: Stage, name: str, step: int) -> None:
-        """Score the policy of a step, which is in place, by episodes that chose nothing."""
+        """Score the loaded policy of a step, on episodes that were not used for selection."""
         scores, played = self._score(stage, choosing=False, heldout=True)
         stage.progress.scores[name] = scores
         self.reports.append((step, scores, played))
 
     def _record(self, stage: Stage) -> None:
-        """Write down what was reported, before `final/` says that the stage is finished: a run that is killed in between drops these
+        """Record the reported scores before `final/` marks the stage as finished: a run that is killed in between drops these
         lines on resume (see Run.cut), and writes them again."""
         progress = stage.progress
         for step, scores, played in self.reports:
@@ -188,7 +188,7 @@ class Evaluation(Listener):
             stage.run.record_samples(self._samples(stage, progress.step, "final", played))
 
     def end(self, stage: Stage) -> None:
-        """Tell trackers and people what was reported: here, where nothing is done a second time on resume."""
+        """Send the reported scores to trackers and the display: here, because this is never repeated on resume."""
         progress, metric = stage.progress, self._metric(stage)
         for step, scores, _ in self.reports:
             if step == progress.kept:
@@ -199,7 +199,7 @@ class Evaluation(Listener):
             step = progress.best["step"]
             kept, other = ("best", "last") if progress.kept == step else ("last", "best")
             stage.display.say(
-                f"stage {stage.name} leaves the {kept} policy, not the {other} one (training.final="
+                f"stage {stage.name} keeps the {kept} policy, not the {other} one (training.final="
                 f"{stage.recipe.training.final}): step {step} {best}, step {progress.step} {last}"
             )
 
@@ -218,12 +218,12 @@ class Evaluation(Listener):
 
 
 def too_far(scores: Scores, limit: float | None) -> bool:
-    """True if a policy is certainly further from its reference than the limit, in nats an episode."""
+    """True if a policy is significantly further from its reference than the limit, in nats per episode."""
     return limit is not None and "kl" in scores and scores["kl"]["ci95"][0] > limit
 
 
 def measure_heldout(stage: Stage, heldout: list[Trajectory]) -> dict[str, list[float]]:
-    """The objective's measures of held-out episodes, whose groups the processes share."""
+    """The objective's measures of held-out episodes, whose groups are divided among the processes."""
     groups = [[heldout[row] for row in rows] for rows in groups_of(heldout)]
     own = stage.objective.heldout(stage.policy, [one for group in distributed.shard(groups) for one in group])
     parts = distributed.all_gather([own])

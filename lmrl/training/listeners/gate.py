@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class GateMonitor(Listener):
-    """Compares evaluations with the stage's beginning, and puts the best policy back where too much was lost."""
+    """Compares evaluations with the start of the stage, and restores the best policy if too much was lost."""
 
     name = "gate"
 
     def __init__(self, gate: Gate, evaluation: Evaluation):
-        """evaluation: the same stage's, called before this listener at every step."""
+        """evaluation: the same stage's listener, called before this one at every step."""
         self.gate, self.evaluation = gate, evaluation
         assert evaluation.evaluator is not None, "a gate measures on a suite"
         self.evaluator = evaluation.evaluator
@@ -47,7 +47,7 @@ class GateMonitor(Listener):
         state.worst = max(state.worst, lost["mean"])
         rolled_back = breached(self.gate, lost)
         line: dict[str, Any] = {"drop": lost, "rolled_back": rolled_back}
-        stage.display.say(f"gate at step {step}: {interval(lost)} points lost since the stage began")
+        stage.display.say(f"gate at step {step}: {interval(lost)} points lost since the start of the stage")
         if rolled_back:
             line |= self._roll_back(stage, step, state)
         stage.progress.gate = asdict(state)
@@ -61,7 +61,7 @@ class GateMonitor(Listener):
             self.evaluation.evaluate(stage, step)
 
     def _roll_back(self, stage: Stage, step: int, state: GateState) -> dict[str, float]:
-        """Go on with the best policy and a lower learning rate; returns what is recorded of it."""
+        """Continue with the best policy and a lower learning rate; returns the metrics to record."""
         state.rollbacks += 1
         state.lr_factor *= self.gate.lr_factor
         self.rolled_back_at = step

@@ -1,7 +1,8 @@
-"""The guard: follows what a stage measures anyway, says what is certainly wrong, and takes a collapsed stage back to its best policy.
+"""The guard: follows measurements that a stage makes anyway, warns of certain failures, and rolls a collapsed stage back to its best
+policy.
 
-It needs no pass of the model and plays nothing. What it costs are checkpoints: one as the stage begins, and one where the last steps
-are certainly better than those of the checkpoint that is kept, at most twenty in a stage.
+It needs no pass of the model and plays nothing. Its cost is checkpoints: one at the start of the stage, and one whenever the last
+steps are certainly better than those of the kept checkpoint, about twenty per stage at most.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
     from lmrl.training.stage import Stage
 
 LR_FACTOR, MAX_ROLLBACKS = 0.3, 3
-"""Factor on the learning rate after a rollback, and the most rollbacks of a stage."""
+"""Factor on the learning rate after a rollback, and maximum rollbacks per stage."""
 CHECKPOINTS = 20
-"""Times in a stage, about, that the guard may ask for a checkpoint."""
+"""About how many checkpoints per stage the guard may ask for."""
 FRESH = {"reward_std": "reward_std", "length": "length", "cut": "cut"}
 OWN = {
     "entropy": "entropy",
@@ -37,11 +38,11 @@ OWN = {
     "held": "kl_factor",
     "grad_norm": "grad_norm",
 }
-"""The guard's names of measures, and a step's: of fresh episodes, and of what was learned from."""
+"""The guard's names of measurements, and those in a step's metrics: of fresh episodes, and of the training batch."""
 
 
 class Guard(Listener):
-    """Watches a stage for collapse (collapse.py) and other failures (detectors.py). Stands last among the listeners."""
+    """Watches a stage for collapse (collapse.py) and other failures (detectors.py). The last of the listeners."""
 
     name = "guard"
 
@@ -66,15 +67,15 @@ class Guard(Listener):
     def begin(self, stage: Stage, resumed: bool) -> None:
         self.settings = settings_of(stage)
         stage.updater.factors[self.name] = self.lr_factor
-        if self.unknown:  # the checkpoint is from before there was a guard: it is the first to go back to
+        if self.unknown:  # the checkpoint was saved without a guard: it is the first one to roll back to
             self.tracker.kept = RollbackPoint(stage.progress.step)
         if self.keeps_checkpoints and not resumed:
-            # Asked of one process: the main one may have written it before another looks.
+            # One process decides: the main one may write the checkpoint before another looks for it.
             if not distributed.broadcast(checkpoint_path(stage.run, stage.name, 0).exists()):
                 stage.save()
 
     def measure(self, stage: Stage, step: int, source_batch: SourceBatch, metrics: dict[str, Any]) -> dict[str, Any]:
-        """How much of the reward's variance prompts explain, where a critic could learn it."""
+        """How much of the reward's variance prompts explain, if there is a critic that could learn it."""
         if "explained_variance" not in metrics or self.recipe.rollouts.samples == 1:
             return {}
         earned = distributed.all_gather(
@@ -120,14 +121,14 @@ class Guard(Listener):
         stage.record(step, "guard", {"found": "collapse", "rollbacks": self.rollbacks, **line, **kept})
         self.took_back_at = step
         if given_up:
-            why = "training.on_collapse=stop" if self.on_collapse == "stop" else "its last step has come"
+            why = "training.on_collapse=stop" if self.on_collapse == "stop" else "it was the last step"
             if self.rollbacks > MAX_ROLLBACKS:
                 why = f"collapsed again after {MAX_ROLLBACKS} rollbacks"
             end_with_best(stage, step, self.name, to, why, self.evaluation)
 
     def _keep(self, stage: Stage, step: int, lost: str) -> dict[str, str]:
-        """Leave a bundle of the step's last minibatch with the weights that have collapsed, and of what its passes measure with them;
-        returns what is to be recorded of it. A pass, and a copy of the weights."""
+        """Write a bundle of the step's last minibatch, the collapsed weights, and what a pass measures with them; returns the
+        metrics to record. Costs a pass, and a copy of the weights."""
         begun = stage.attempt
         if not distributed.broadcast(begun is not None):
             return {}
@@ -197,7 +198,7 @@ def settings_of(stage: Stage) -> Settings:
 
 
 def row_of(metrics: dict[str, Any], recipe: Recipe, step: int, sides: int = 1) -> Row:
-    """The part of a step's metrics that the detectors use. sides: trajectories of an episode."""
+    """The part of a step's metrics that the detectors use. sides: trajectories per episode."""
     row = {name: metrics[own] for name, own in OWN.items() if own in metrics}
     if "repetition" in metrics:  # something was played
         row |= {name: value for name, own in FRESH.items() if (value := fresh(metrics, own)) is not None}
@@ -210,7 +211,7 @@ def row_of(metrics: dict[str, Any], recipe: Recipe, step: int, sides: int = 1) -
 
 
 def measured_of(metrics: dict[str, Any], recipe: Recipe, objective: Objective, sides: int = 1) -> Step | None:
-    """The measure that a collapse shows in: the reward of fresh episodes, or the negative loss on logged data."""
+    """The measurement that shows a collapse: the reward of fresh episodes, or the negative loss on logged data."""
     if "repetition" in metrics:
         failed, episodes = metrics["failed"], recipe.rollouts.prompts * recipe.rollouts.samples * sides
         mean, spread = fresh(metrics, "reward"), fresh(metrics, "reward_std")

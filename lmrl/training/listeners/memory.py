@@ -1,4 +1,4 @@
-"""The memory listener: does the largest update fit, and when did memory run out."""
+"""The memory listener: checks that the largest update fits, and reports when memory runs out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Memory(Listener):
-    """Tries the largest update before the first step; reports and records when microbatches became smaller."""
+    """Tries the largest update before the first step; reports and records when microbatches become smaller."""
 
     name = "memory"
 
@@ -27,7 +27,7 @@ class Memory(Listener):
         self.told = self.policy.microbatch_tokens
 
     def begin(self, stage: Stage, resumed: bool) -> None:
-        """The passes of the largest update there can be."""
+        """Rehearse the passes of the largest possible update."""
         wanted = stage.recipe.training.try_worst_case
         if not (self.policy.device.type != "cpu" if wanted is None else wanted):
             return
@@ -55,6 +55,6 @@ class Memory(Listener):
         self.told = now
         stage.record(step, "memory", {"microbatch_tokens": now, "before": before})
         stage.display.say(
-            f"step {step}: memory ran out; from here on microbatches of {now} tokens in place of {before}, which changes no "
-            "gradient but takes longer"
+            f"step {step}: memory ran out; microbatches now have {now} tokens instead of {before}, which does not change "
+            "gradients but takes longer"
         )

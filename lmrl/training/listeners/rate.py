@@ -1,9 +1,9 @@
-"""The learning rate: held to what the policy can bear, by the measured change of the policy per step.
+"""The learning rate, limited by the measured change of the policy per step.
 
-A rate that is right at the start of a run may be far too high near its end, where the policy is sure of itself. So
-after each step's updates the policy is compared with what played, on a few of the step's tokens, as in Schulman et al.
-(arXiv 1707.06347, section 4) and in RSL-RL's and rl_games' rules. Here the band has but one edge: a policy that hardly
-moves may have nothing to learn, so the rate is never raised above the recipe's. A step's divergence grows with the
+A rate that is right at the start of a run may be far too high near its end, when the policy has little entropy left. So after
+each step's updates the policy is compared with the one that sampled, on a few of the step's tokens, as in Schulman et al.
+(arXiv 1707.06347, section 4) and in the rules of RSL-RL and rl_games. Here the band has only an upper edge: a policy that
+hardly moves may have nothing to learn, so the rate is never raised above the recipe's. A step's divergence grows with the
 square of the rate. If it is more than the objective allows, the last update is undone as well.
 """
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from lmrl.training.stage import Stage
 
 EPISODES, TOKENS = 64, 512
-"""Episodes that are compared at most, and their tokens in all, over all processes."""
+"""Maximum episodes that are compared, and their maximum total tokens, over all processes."""
 LOWEST_CUT, RAISE = 0.25, 1.1
-"""Lowest multiplier of the factor in one step, and the multiplier that raises it again."""
+"""The smallest multiplier of the factor in one step, and the multiplier that raises it again."""
 
 
 def controlled(factor: float, moved: float, band: float) -> float:
-    """The factor on the learning rate after a step that moved the policy by `moved` nats a token."""
+    """The factor on the learning rate after a step that moved the policy by `moved` nats per token."""
     if moved > band:
         return factor * max(math.sqrt(band / moved), LOWEST_CUT)
     return min(factor * RAISE, 1.0) if moved < band / 2 else factor
 
 
 class RateController(Listener):
-    """Lowers the rate at once where a step moved the policy further than the band, and raises it again slowly."""
+    """Lowers the rate at once if a step moved the policy beyond the band, and raises it again slowly."""
 
     name = "kl_factor"
 

@@ -1,4 +1,4 @@
-"""A listener's reactions: warn, go back to an earlier checkpoint, end the stage with its best policy."""
+"""Listeners' reactions: warn, roll back to an earlier checkpoint, end the stage with its best policy."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def warn(stage: Stage, step: int, name: str, text: str) -> None:
-    """Say a warning and record it. name: of what found it."""
+    """Show a warning and record it. name: of the detector."""
     stage.record(step, "warning", {"name": name, "text": text})
     stage.display.say(f"warning at step {step}: {text}")
 
 
 def go_back(stage: Stage, step: int, to: int, name: str, lr_factor: float, why: str) -> dict[str, Any]:
-    """Go on from an earlier step's checkpoint with a lower learning rate; returns what is to be recorded of it.
+    """Continue from an earlier step's checkpoint with a lower learning rate; returns the metrics to record.
 
-    name: of the listener, whose factor on the rate this becomes. The factors of others multiply with it, so that none of them can
-    raise the rate beyond it.
+    name: of the listener, whose factor on the rate this becomes. It is multiplied with the factors of others, so none of them can
+    raise the rate above it.
     """
     stage.roll_back(to)
     stage.updater.factors[name] = lr_factor
@@ -33,7 +33,7 @@ def go_back(stage: Stage, step: int, to: int, name: str, lr_factor: float, why: 
 
 
 def leave_checkpoint(stage: Stage, step: int, to: int, name: str, why: str) -> None:
-    """Have the stage end, and leave the checkpoint of step `to` as its result, where the policy itself cannot go back."""
+    """End the stage with the checkpoint of step `to` as its result, if the policy itself cannot be rolled back."""
     stage.progress.ended = f"{name}: {why}, the stage ends with the policy of step {to}"
     stage.display.say(f"{stage.progress.ended} ({stage.strategy.name} cannot go back to it in the middle of a stage)")
 
@@ -47,7 +47,7 @@ def leave_checkpoint(stage: Stage, step: int, to: int, name: str, why: str) -> N
 
 
 def end_with_best(stage: Stage, step: int, name: str, to: int, why: str, evaluation: Evaluation) -> None:
-    """Have the stage end before its next step. The policy of step `to` is in place already; its scores become the stage's last."""
+    """End the stage before its next step. The policy of step `to` is already loaded; its scores become the stage's last."""
     stage.progress.ended = f"{name}: {why}, the stage ends with the policy of step {to}"
     stage.display.say(stage.progress.ended)
     evaluation.evaluate(stage, step)

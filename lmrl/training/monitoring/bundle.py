@@ -1,12 +1,12 @@
-"""Bundles: what a run keeps of an update or a pass that went wrong, so that `lmrl replay` computes it again.
+"""Bundles: what a run saves of a failed update or pass, so that `lmrl replay` can compute it again.
 
 A bundle is a folder `RUN/bundles/STAGE-step-000012-EVENT/`, the same for each event (`nonfinite`, `memory`, `collapse`):
 
-    info.json            event, stage, step, seed, objective's state, what was measured, versions, environment
+    info.json            event, stage, step, seed, objective's state, measurements, versions, environment
     recipe.yaml          the resolved recipe
-    batch.safetensors    the minibatch (or what the pass went over)
+    batch.safetensors    the minibatch (or the batch of the pass)
     rng.safetensors      torch's random generators as the passes began
-    model.safetensors    and the rest of a checkpoint folder: the weights. Where one of several processes ran out of memory,
+    model.safetensors    and the rest of a checkpoint folder: the weights. If one of several processes ran out of memory,
                          `weights` in info.json names a checkpoint instead
 """
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 BUNDLES, INFO_FILE, BATCH_FILE, RNG_FILE = "bundles", "info.json", "batch.safetensors", "rng.safetensors"
 CHAIN, BRANCHES, ZERO_GRADIENT, ALLOWED = "chain", "branches", "weightless", "allowed"
-"""Attributes of the sequences of a kept minibatch, next to its fields."""
+"""Attributes of the sequences of a saved minibatch, besides its fields."""
 
 
 @dataclass
@@ -59,10 +59,10 @@ def keep_update(
     stats: dict[str, float],
     details: dict[str, Any] | None = None,
 ) -> tuple[Path, str]:
-    """Leave a bundle of an update. Called by all processes of a run.
+    """Write a bundle of an update. Called by all processes of a run.
 
-    stats: what its passes measured with the weights as they are. details: further entries of info.json. Returns the folder, and what
-    to tell people about it; a bundle that cannot be written stops nothing.
+    stats: what its passes measured with the current weights. details: further entries of info.json. Returns the folder, and a
+    line to show; a bundle that cannot be written does not stop the run.
     """
     minibatch = Batch(gathered(attempt.minibatch.sequences))
     target = bundle_path(stage, step, event)
@@ -76,14 +76,14 @@ def keep_update(
 
 
 def keep_pass(stage: Stage, step: int, error: MemoryShortError) -> str:
-    """Leave a bundle of the pass that ran out of memory. Called by the process it happened in alone."""
+    """Write a bundle of the pass that ran out of memory. Called only by the process in which it happened."""
     failed: FailedPass | None = error.failed
     if failed is None:
-        return "no bundle: which pass it was is not known"
+        return "no bundle: the failed pass is not known"
     alone = distributed.size() == 1
     target = bundle_path(stage, step, "memory" if alone else f"memory-rank{distributed.rank()}")
     limits = memory_limits(stage.policy.device)
-    free_frames(error)  # which hold the tensors of the failed pass
+    free_frames(error)  # the frames hold the tensors of the failed pass
     info = {
         "pass": failed.kind,
         "options": failed.options,
@@ -93,7 +93,7 @@ def keep_pass(stage: Stage, step: int, error: MemoryShortError) -> str:
         "limits": limits,
         "weights": "." if alone else newest_weights(stage),
     }
-    if target.exists():  # of an earlier try, with other settings
+    if target.exists():  # from an earlier try, with other settings
         shutil.rmtree(target, ignore_errors=True)
     rng = rng_state(stage.policy.device)
     problem = write_bundle(stage, target, step, "memory", info, failed.batch, rng, tokens=failed.microbatch_tokens)
@@ -111,9 +111,9 @@ def write_bundle(
     weights: dict[str, torch.Tensor] | None = None,
     tokens: int | None = None,
 ) -> str | None:
-    """Write a bundle folder, which appears whole or not at all; returns why it could not be written, None if it was.
+    """Write a bundle folder atomically; returns why it could not be written, or None.
 
-    weights: see `Policy.save`. tokens: of a microbatch (None: as the policy has it).
+    weights: see `Policy.save`. tokens: microbatch size (None: the policy's).
     """
     policy = stage.policy
     entries = {
@@ -143,7 +143,7 @@ def write_bundle(
 
     try:
         stage.run.write_folder(target, write, anyone=event == "memory")
-    except (OSError, RuntimeError, MemoryError) as error:  # a full disk, or memory that is short here, too
+    except (OSError, RuntimeError, MemoryError) as error:  # a full disk, or too little memory here, too
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -159,7 +159,7 @@ def bundle_path(stage: Stage, step: int, event: str) -> Path:
 
 
 def newest_weights(stage: Stage) -> str | None:
-    """The newest checkpoint of the stage, or what it began with, relative to the run folder; None: the recipe's model."""
+    """The newest checkpoint of the stage, or what it started from, relative to the run folder; None: the recipe's model."""
     run = stage.run
     folders = [*run.checkpoints(stage.name)[-1:], run.stage_folder(stage.name) / "start", stage.start]
     found = next((folder for folder in folders if folder is not None and folder.exists()), None)
@@ -167,7 +167,7 @@ def newest_weights(stage: Stage) -> str | None:
 
 
 def memory_limits(device: torch.device) -> dict[str, Any]:
-    """A device's memory and the most that was used of it, in MB; null: no limit."""
+    """A device's memory and its peak use, in MB; null: no limit."""
     if device.type != "cpu" and has_memory():
         free, total = torch.accelerator.get_memory_info(device)
         name = torch.get_device_module(device).get_device_name(device)
@@ -182,7 +182,7 @@ def memory_limits(device: torch.device) -> dict[str, Any]:
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     """torch's random generators, of the CPU and of the device, by its type."""
     own = {"cpu": torch.get_rng_state()}
-    if device.type in ("cpu", "mps"):  # Apple's has one for the whole process, under another signature
+    if device.type in ("cpu", "mps"):  # mps has one generator per process, with another signature
         return own
     return own | {device.type: torch.get_device_module(device).get_rng_state(device)}
 
@@ -212,7 +212,7 @@ def batch_tensors(batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def batch_of(tensors: dict[str, torch.Tensor]) -> Batch:
-    """A batch from what `batch_tensors` made of it."""
+    """A batch from the output of `batch_tensors`."""
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for full, tensor in tensors.items():
         index, _, name = full.partition(".")
@@ -231,12 +231,12 @@ def _sequence(named: dict[str, torch.Tensor]) -> Sequence:
 
 
 def allowed_pairs(sequence: Sequence) -> torch.Tensor:
-    """What restricted actions of a sequence were chosen from: rows of an action's number and a token, (P, 2)."""
+    """The tokens that restricted actions of a sequence were chosen from: rows of (action index, token), (P, 2)."""
     return torch.tensor([(action, token) for action, tokens in sequence.allowed.items() for token in tokens])
 
 
 def allowed_of(pairs_P2: torch.Tensor) -> dict[int, AllowedTokens]:
-    """What `allowed_pairs` wrote down."""
+    """The inverse of `allowed_pairs`."""
     found: dict[int, list[int]] = {}
     for action, token in pairs_P2.tolist():
         found.setdefault(action, []).append(token)

@@ -1,8 +1,8 @@
 """Collapse: when a stage has certainly lost what it gained, and which checkpoint to go back to.
 
-Nothing here looks at a single step. A window of steps is a mean with its standard error, which is the largest of three: from the
-steps' scatter around their own line, from that scatter over the whole stage so far, and from the spread of episodes within a step;
-and it grows with the correlation of neighbouring steps, since a policy that wanders makes ten steps worth less than ten.
+Nothing here judges by a single step. A window of steps has a mean and a standard error, which is the largest of three: from the
+steps' scatter around their fitted line, from that scatter over the whole stage so far, and from the spread of episodes within a
+step. It grows with the correlation of neighbouring steps, because ten correlated steps are worth less than ten independent ones.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from statistics import fmean as mean
 from typing import Any
 
 START, WINDOW = 5, 10
-"""Steps that say how the stage began, and of a window."""
+"""Number of steps that show how the stage began, and of steps in a window."""
 LEAST = START + WINDOW
-"""Steps of a stage before it is judged."""
+"""Minimum steps of a stage before it is judged."""
 SURE = 5.0
-"""Standard errors by which windows have to differ. More than the usual 2, because the best of many windows is looked at, again at
-every step."""
+"""Standard errors by which windows must differ. More than the usual 2, because the best of many windows is tested, again at every
+step."""
 BETTER = 2.0
-"""Standard errors by which a checkpoint has to be better than the one that is kept. A mistake costs no more than a checkpoint."""
+"""Standard errors by which a checkpoint must be better than the kept one. A mistake only costs a checkpoint."""
 KEEP, CONFIRM = 5, 3
-"""Steps whose mean decides whether to keep a checkpoint, and steps that its weights have to hold up afterwards."""
+"""Steps whose mean decides whether to keep a checkpoint, and steps for which its weights must hold up afterwards."""
 FALL = 0.4
-"""Where nothing was gained: fall below the start that counts as collapse, in standard deviations of an episode's reward."""
+"""If nothing was gained: the drop below the start that counts as collapse, in standard deviations of an episode's reward."""
 SLIGHT, SLIGHT_YET = 0.5, 0.6
-"""A loss below so many of the smallest of these deviations is no collapse, however much of the gain it is; the second, as long as it is not known how
-the stage wanders."""
+"""A loss of fewer of these standard deviations (the smallest one) is no collapse, whatever share of the gain it is; the second
+applies as long as it is not known how the stage wanders."""
 WANDERS = 8.0
-"""How many times as deep as its usual wandering a loss has to be: from the best of many windows to the worst is already five times."""
+"""Minimum loss as a multiple of the stage's usual wandering: from the best of many windows to the worst is already five times."""
 FEWEST, MEMORY = 4, 50
-"""Second differences of windows that tell how a stage wanders, and how many are remembered."""
+"""Minimum number of second differences of windows for estimating how a stage wanders, and how many are remembered."""
 MOST_CORRELATED = 0.8
 CLOSING = 3
-"""Steps that a window needs at the end of a stage, when there is no time to wait for more."""
+"""Minimum steps of a window at the end of a stage, when no more will follow."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Noise:
     """Squares of the newest second differences of window means."""
 
     def add(self, means: Sequence[float]) -> None:
-        """Take a window in that follows upon the one before."""
+        """Add the window that follows the previous one."""
         residuals = scatter(means)
         self.squares += math.fsum(one * one for one in residuals)
         self.products += math.fsum(one * other for one, other in zip(residuals, residuals[1:], strict=False))
@@ -83,8 +83,8 @@ class Noise:
 
     @property
     def wander(self) -> float | None:
-        """Standard deviation of windows around the stage's course, from second differences, which a steady rise leaves at 0. The two
-        largest are left out, as the bends where learning sets in and ends. None: too few windows yet."""
+        """Standard deviation of windows around the stage's trend, from second differences, which are 0 for a steady rise. The two
+        largest are left out, as the bends where learning begins and ends. None: too few windows yet."""
         if len(self.bends) < FEWEST:
             return None
         return math.sqrt(mean(sorted(self.bends)[:-2]) / 6)
@@ -96,7 +96,7 @@ class Noise:
 
     @property
     def correlation(self) -> float:
-        """Correlation of neighbouring steps, in [0, MOST_CORRELATED]. Residuals of a line are correlated by about -2 / WINDOW where steps are not."""
+        """Correlation of neighbouring steps, in [0, MOST_CORRELATED]. Residuals of a line are correlated by about -2 / WINDOW if steps are not."""
         if self.steps < 2 * WINDOW or self.squares == 0:
             return 0.0
         found = self.products / self.squares * WINDOW / (WINDOW - 1)
@@ -104,7 +104,7 @@ class Noise:
 
 
 def scatter(values: Sequence[float]) -> list[float]:
-    """Values minus their fitted line, or minus their mean where there are fewer than three."""
+    """Values minus their fitted line, or minus their mean if there are fewer than three."""
     count, middle = len(values), (len(values) - 1) / 2
     centre = math.fsum(values) / count
     slope = 0.0
@@ -115,7 +115,7 @@ def scatter(values: Sequence[float]) -> list[float]:
 
 
 def window_of(steps: Sequence[Step], noise: Noise) -> Window:
-    """Steps together; see the head of this file for the error."""
+    """Combine steps into a window; see the top of this file for the error."""
     count = len(steps)
     means = [one.mean for one in steps]
     own = math.fsum(one * one for one in scatter(means)) / (count - 2) if count > 2 else 0.0
@@ -132,7 +132,7 @@ def certainly_above(high: Window, low: Window, sure: float = SURE) -> bool:
 
 def has_collapsed(start: Window, best: Window | None, last: Window, wander: float | None) -> bool:
     """True if most of what was certainly gained since the start is certainly lost: the last window lies below the middle of start
-    and best. Where nothing was gained: if it lies certainly below the start, and by FALL standard deviations of an episode's reward.
+    and best. If nothing was gained: if it lies certainly below the start, and by FALL standard deviations of an episode's reward.
 
     best: the highest window so far (None: there is none yet). wander: see `Noise`.
     """
@@ -155,27 +155,27 @@ class RollbackPoint:
 
 @dataclass
 class Tracker:
-    """Follows a measure of which more is better, and says when it has collapsed and which checkpoint to go back to."""
+    """Follows a measurement (higher is better), and says when it has collapsed and which checkpoint to roll back to."""
 
     every: int = KEEP
-    """Steps between checkpoints at least."""
+    """Minimum steps between checkpoints."""
     first: list[Step] = field(default_factory=list)
     last: list[Step] = field(default_factory=list)
-    """The first START steps, and the last WINDOW since the stage began or was taken back."""
+    """The first START steps, and the last WINDOW since the stage began or was rolled back."""
     windows: list[Window] = field(default_factory=list)
     """The windows that still overlap with the last one."""
     best: Window | None = None
     noise: Noise = field(default_factory=Noise)
     older: list[float] = field(default_factory=list)
-    """Means of steps that have left `last`, until they are a window that goes into the noise. Newer ones would hide a collapse."""
+    """Means of steps that have left `last`, until they form a window for `noise`. Newer steps would hide a collapse."""
     kept: RollbackPoint = field(default_factory=lambda: RollbackPoint(0))
     candidate: RollbackPoint | None = None
-    """A newer checkpoint, whose weights have not been seen at play for long enough."""
+    """A newer checkpoint, whose weights have not yet played for long enough."""
     seen: int = 0
-    """Steps that the candidate has played."""
+    """Steps since the candidate."""
 
     def add(self, step: int, measured: Step) -> None:
-        """Note what a step measured, and decide about checkpoints after it: `candidate.step` is then this step."""
+        """Add a step's measurement, and decide on a checkpoint after it: if one is wanted, `candidate.step` is this step."""
         if len(self.first) < START:
             self.first.append(measured)
         self.last.append(measured)
@@ -203,7 +203,7 @@ class Tracker:
         return len(self.last) == WINDOW and certainly_above(window_of(self.last, self.noise), self.start)
 
     def collapsed(self, closing: bool = False) -> bool:
-        """True if the last window says so. closing: at the end of a stage, when also fewer steps have to do."""
+        """True if the last window shows a collapse. closing: at the end of a stage, when fewer steps must suffice."""
         if len(self.first) < START:
             return False
         sizes = (CLOSING, (CLOSING + WINDOW) // 2, WINDOW) if closing else (WINDOW,)
@@ -211,10 +211,10 @@ class Tracker:
 
     def _has_collapsed(self, size: int) -> bool:
         best = self.best
-        for window in self.windows[: len(self.windows) - size]:  # those that end before the last steps begin
+        for window in self.windows[: len(self.windows) - size]:  # those that end before the newest window begins
             best = window if best is None or window.mean > best.mean else best
         last, wander = window_of(self.last[-size:], self.noise), self.noise.wander
-        # Before any update, the first of which may have been one too many.
+        # The window before any update: the first update may already have been too much.
         begun = window_of(self.first[:1], self.noise)
         return has_collapsed(self.start, best, last, wander) or has_collapsed(begun, None, last, wander)
 
@@ -226,13 +226,13 @@ class Tracker:
 
     def taken_back(self, step: int) -> None:
         """The stage continues from a step's checkpoint: measurements of other weights are dropped."""
-        if step != self.kept.step:  # somebody else has taken it back
+        if step != self.kept.step:  # another listener has rolled it back
             self.kept = RollbackPoint(step)
         self.last, self.older, self.windows, self.candidate, self.seen = [], [], [], None, 0
         self.best, self.noise.recent = self.kept.window, []
 
     def _confirm(self) -> None:
-        """Take the candidate over once its weights have held up, or forget it if they have not."""
+        """Accept the candidate once its weights have held up, or drop it if they have not."""
         if self.candidate is None:
             return
         self.seen += 1
@@ -246,7 +246,7 @@ class Tracker:
         self.candidate, self.seen = None, 0
 
     def _propose(self, step: int) -> None:
-        """A checkpoint of this step, where the last steps are certainly better than those of the one that is kept."""
+        """Propose a checkpoint of this step if the last steps are certainly better than those of the kept one."""
         if self.candidate is not None or len(self.last) < KEEP or step - self.kept.step < self.every:
             return
         newest = window_of(self.last[-KEEP:], self.noise)
@@ -259,7 +259,7 @@ class Tracker:
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Tracker:
-        """From what `state` gave, as JSON."""
+        """From the output of `state`, as JSON."""
         return cls(
             **state
             | {

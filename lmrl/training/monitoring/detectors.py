@@ -16,17 +16,17 @@ from lmrl.training.monitoring.collapse import START, SURE, WINDOW
 from lmrl.training.monitoring.reward_hacking import difference
 
 WIDE = 30
-"""Steps that detectors see at most."""
+"""Maximum steps that detectors see."""
 Row = dict[str, float]
 """A step's measurements by name: see `lmrl.training.listeners.guard.row_of`."""
 
 STILL_STEPS = 20
 STILL = 0.1
-"""Nats a token that a stage has to be able to move the policy, if all its steps pulled the same way."""
+"""Nats per token by which a stage must be able to move the policy if all its steps pulled in the same direction."""
 GOOD_MOVE = 1e-3
-"""Nats a token by which a step moves the policy where learning rates are about right."""
+"""Nats per token by which a step moves the policy if the learning rate is about right."""
 ALIKE, MOSTLY_CUT, NEARLY_ALL, MANY_FAILED = 0.8, 0.5, 0.95, 0.2
-"""Shares of groups without spread; of episodes with a cut turn; and of episodes that could not be judged."""
+"""Shares that trigger a warning: of groups without spread; of episodes with a cut turn (two thresholds); of unjudged episodes."""
 TWICE, THRICE = 2.0, 3.0
 """Factors on entropy and length since the start that count as running away."""
 RISE = 0.5
@@ -34,12 +34,12 @@ RISE = 0.5
 GONE = 0.02
 """Share of the start's entropy that counts as none."""
 WORSE, NOTHING, PREDICTABLE = -20.0, 0.05, 0.2
-"""Explained variance of a critic that is far off, and of one that sees nothing; share of the reward's variance between prompts,
-which a critic could know."""
+"""Explained variance of a critic that is far off, and of one that explains nothing; share of the reward's variance between
+prompts, which a critic could predict."""
 STILL_VARIES = 0.25
 """Share of the start's spread above which rewards still vary."""
 HELD, STEEP = 0.2, 100.0
-"""Factor on the rate that means the recipe's is too high; factor on gradient norms that means they explode."""
+"""Factor on the learning rate below which the recipe's is too high; growth of gradient norms that counts as exploding."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Settings:
     missing_eos_penalty: float | None = None
     has_eos_penalty: bool = False
     self_play: bool = False
-    """True if the policy plays all sides of a game: what one gains another may lose, so that no gain is seen in rewards."""
+    """True if the policy plays all sides of a game: what one gains another may lose, so rewards show no gain."""
 
 
 def no_movement(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: bool) -> str | None:
@@ -69,25 +69,25 @@ def no_movement(first: Sequence[Row], last: Sequence[Row], of: Settings, gained:
         return None
     factor = min(math.sqrt(GOOD_MOVE / max(moved, 1e-12)), 100.0)
     return (
-        f"no movement in {STILL_STEPS} steps ({moved:.1g} nats a token each): raise optimizer.lr from {of.lr:.2g} to "
+        f"no movement in {STILL_STEPS} steps ({moved:.1g} nats per token each): raise optimizer.lr from {of.lr:.2g} to "
         f"{of.lr * factor:.2g}"
     )
 
 
 def no_signal(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: bool) -> str | None:
-    """Rewards do not differ where they are compared."""
+    """Rewards do not differ within the groups that are compared."""
     rows = [row for row in last if "alike" in row][-WINDOW:]
     if len(rows) < WINDOW or mean(row["alike"] for row in rows) <= ALIKE:
         return None
     share = mean(row["alike"] for row in rows)
     if gained:
         return (
-            f"nothing left to tell apart: rewards are all equal in {share:.0%} of groups, after they have risen; end here, or give "
+            f"no signal left: rewards have risen and are now all equal in {share:.0%} of groups; stop here, or give the "
             "task harder prompts"
         )
     if of.self_play:
         return (
-            f"nothing left to tell apart: games of one start end alike in {share:.0%} of groups: if the scores are good, end here, else "
+            f"no signal left: games from one start end alike in {share:.0%} of groups: if the scores are good, stop here, else "
             "raise objective.entropy_coef"
         )
     if of.samples > 1 and share < 1:
@@ -96,13 +96,13 @@ def no_signal(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: b
             f"{of.samples}), or source.resample=3, which replaces such prompts, or grade the reward more finely"
         )
     return (
-        "no signal: all episodes of a step earn the same: unless the task is solved, check the reward by `lmrl reward check`, or "
+        "no signal: all episodes of a step earn the same: unless the task is solved, check the reward with `lmrl reward check`, or "
         "grade it more finely"
     )
 
 
 def endless_turns(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: bool) -> str | None:
-    """Most turns have come to run into the token limit."""
+    """Most turns now run into the token limit, and did not at the start."""
     began, now = values("cut", first), values("cut", last[-WINDOW:])
     if len(now) < WINDOW or not began or mean(began) >= MOSTLY_CUT or mean(now) <= MOSTLY_CUT:
         return None
@@ -113,7 +113,7 @@ def endless_turns(first: Sequence[Row], last: Sequence[Row], of: Settings, gaine
     if of.has_eos_penalty and of.missing_eos_penalty is None:
         return text + "set objective.missing_eos_penalty=1"
     return (
-        text + f"check that the reward does not pay for length, or set rollouts.max_new_tokens={2 * of.max_new_tokens}"
+        text + f"check that the reward does not favour length, or set rollouts.max_new_tokens={2 * of.max_new_tokens}"
     )
 
 
@@ -134,7 +134,7 @@ def many_failed(first: Sequence[Row], last: Sequence[Row], of: Settings, gained:
     if len(now) < WINDOW or mean(now) <= MANY_FAILED:
         return None
     return (
-        f"{mean(now):.0%} of episodes could not be judged, and are not learned from: see `failure` in samples.jsonl; set "
+        f"{mean(now):.0%} of episodes could not be judged, and are not trained on: see `failure` in samples.jsonl; set "
         f"task.max_failed={MANY_FAILED / 2:g} to stop instead"
     )
 
@@ -146,12 +146,12 @@ def runaway_entropy(first: Sequence[Row], last: Sequence[Row], of: Settings, gai
         return None
     sure, before, after = difference(began, now), mean(began), mean(now)
     if sure > SURE and after > TWICE * before and after > before + RISE:
-        text = f"entropy has risen from {before:.2g} to {after:.2g} nats a token, while the reward has not: "
+        text = f"entropy has risen from {before:.2g} to {after:.2g} nats per token, while the reward has not: "
         if of.entropy_coef:
             return text + f"set objective.entropy_coef={of.entropy_coef / 10:.2g} (it is {of.entropy_coef:g})"
         return text + f"lower optimizer.lr from {of.lr:.2g} to {of.lr / 3:.2g}"
     if sure < -SURE and after < GONE * before:
-        text = f"entropy has fallen from {before:.2g} to {after:.2g} nats a token, while the reward has not risen: "
+        text = f"entropy has fallen from {before:.2g} to {after:.2g} nats per token, while the reward has not risen: "
         if of.entropy_coef is not None:
             return text + f"set objective.entropy_coef={max(2 * of.entropy_coef, 0.01):.2g}"
         return text + f"lower optimizer.lr from {of.lr:.2g} to {of.lr / 3:.2g}"
@@ -167,12 +167,12 @@ def runaway_length(first: Sequence[Row], last: Sequence[Row], of: Settings, gain
         return None
     return (
         f"episodes have grown from {mean(began):.0f} to {mean(now):.0f} tokens, while the reward has not risen: set "
-        f"rollouts.max_new_tokens={math.ceil(TWICE * mean(began))}, or have the reward charge for length"
+        f"rollouts.max_new_tokens={math.ceil(TWICE * mean(began))}, or penalise length in the reward"
     )
 
 
 def blind_critic(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: bool) -> str | None:
-    """The critic is far off, or sees nothing where there is something to see."""
+    """The critic is far off, or explains nothing although there is something to explain."""
     rows = [row for row in last if "explained" in row]
     began, now = values("reward_std", first), values("reward_std", rows[-WINDOW:])
     if len(now) < WINDOW or not began or median(now) <= STILL_VARIES * mean(began):
@@ -192,12 +192,12 @@ def blind_critic(first: Sequence[Row], last: Sequence[Row], of: Settings, gained
 
 
 def rate_held(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: bool) -> str | None:
-    """training.kl_band has to hold the rate far below the recipe's."""
+    """training.kl_band holds the learning rate far below the recipe's."""
     now = values("held", last[-WINDOW:])
     if len(now) < WINDOW or median(now) >= HELD:
         return None
     return (
-        f"steps move the policy too far, and the rate is held to {median(now):.0%} of the recipe's: lower optimizer.lr from "
+        f"steps move the policy too far, and the learning rate is held to {median(now):.0%} of the recipe's: lower optimizer.lr from "
         f"{of.lr:.2g} to {of.lr * median(now):.2g}"
     )
 
@@ -237,7 +237,7 @@ def values(name: str, rows: Sequence[Row]) -> list[float]:
 
 def between_groups(earned: Sequence[tuple[int, float]]) -> float | None:
     """Share of the reward's variance that lies between groups (the intraclass correlation of a one-way analysis of variance), from
-    the group and reward of each episode; None where groups have one episode or rewards do not vary."""
+    the group and reward of each episode; None if groups have one episode or rewards do not vary."""
     groups: dict[int, list[float]] = {}
     for group, reward in earned:
         groups.setdefault(group, []).append(reward)

@@ -1,6 +1,6 @@
 """Diagnostics of a policy with values, on a probe batch that stays the same throughout a stage.
 
-What goes wrong in value-based learning before returns show it: overestimation, values of actions that the data never
+They show what goes wrong in value-based learning before returns do: overestimation, values of actions that the data never
 took, drift from the behaviour, and features that lose rank or units (Kumar et al., "Implicit under-parameterization",
 arXiv 2010.14498; Kumar et al., "DR3", arXiv 2112.04716).
 """
@@ -20,23 +20,23 @@ from lmrl.trajectories.chain import discounts, first_state, returns_to_go, rewar
 from lmrl.trajectories.trajectory import Trajectory
 
 PROBE_STATES, FEWEST_STATES = 1024, 64
-"""Action tokens that the probe batch has at most: as many as fit, but no fewer than the second number."""
+"""Maximum and minimum action tokens of the probe batch; in between, as many as fit."""
 DENSE = 2**23
-"""Numbers that a tensor over probe states and the whole vocabulary may hold."""
+"""Maximum elements of a tensor over probe states and the whole vocabulary."""
 SUPPORT = 0.01
-"""Actions less likely than this under the policy without Q count as outside the behaviour, unless the policy says."""
+"""Actions less likely than this under the policy without Q count as outside the behaviour, unless the policy sets its own support."""
 
 
 # ------------------------------------------------------------------------------------------------------------ mathematics
 def effective_rank(features_ND: torch.Tensor, delta: float = 0.01) -> int:
-    """Fewest singular values that hold 1 - delta of their sum (Kumar et al., arXiv 2010.14498, section 3)."""
+    """Smallest number of singular values that make up 1 - delta of their sum (Kumar et al., arXiv 2010.14498, section 3)."""
     values = torch.linalg.svdvals(features_ND.double())
     share = values.cumsum(0) / values.sum().clamp(min=1e-12)
     return int((share < 1 - delta).sum()) + 1
 
 
 def dead_units(features_ND: torch.Tensor) -> float:
-    """Share of the features that hardly vary over states: by less than a thousandth of the one that varies most."""
+    """Share of the features that hardly vary over states: by less than a thousandth as much as the one that varies most."""
     spread_D = features_ND.float().std(0, correction=0)
     return float((spread_D <= 1e-3 * spread_D.max()).float().mean())
 
@@ -59,10 +59,10 @@ def probe_states(vocabulary: int) -> int:
 
 
 class Probe:
-    """A probe batch, and what a policy makes of it."""
+    """A probe batch, and a policy's measurements on it."""
 
     def __init__(self, trajectories: list[Trajectory], states: int, gamma: float, gamma_token: float):
-        """The first episodes, as far as `states` action tokens go; at least a part of one."""
+        """Take the first episodes, up to `states` action tokens in all; at least a part of one."""
         self.sequences: list[Sequence] = []
         self.episodes: list[int] = []
         self.gamma, self.gamma_token = gamma, gamma_token
@@ -98,7 +98,7 @@ class Probe:
     def _states(self, policy: Policy) -> tuple[States, torch.Tensor]:
         """States of the whole probe, in order, on the CPU; and the actions that the data took there."""
         parts = []
-        for index in range(len(self.sequences)):  # one by one: a probe is small, and its order has to stay
+        for index in range(len(self.sequences)):  # one by one: a probe is small, and its order must be kept
             micro = Batch(self.sequences).collate([index], policy.pad_id).to(policy.device)
             parts.append((policy.states(micro), micro.targets_N))
 
@@ -111,12 +111,12 @@ class Probe:
 
 
 def discounts_of(recipe: Recipe) -> tuple[float, float]:
-    """A recipe's discounts by turn and by token; 1 where its objective has none."""
+    """A recipe's discounts by turn and by token; 1 if its objective has none."""
     return getattr(recipe.objective, "gamma", 1.0), getattr(recipe.objective, "gamma_token", 1.0)
 
 
 def guided_diagnostics(policy: Policy, states: States, targets_N: torch.Tensor) -> dict[str, float]:
-    """Q inside and outside the behaviour support, and how far guidance goes from the behaviour."""
+    """Q inside and outside the behaviour support, and how far guidance moves from the behaviour."""
     guidance, q_NV = policy.guidance, states.q_NV
     assert guidance is not None and q_NV is not None, "the policy has Q heads"
     pi_NV = states.logits_NV.log_softmax(-1)
@@ -137,7 +137,7 @@ def guided_diagnostics(policy: Policy, states: States, targets_N: torch.Tensor) 
 
 
 def in_returns(policy: Policy, q: torch.Tensor) -> torch.Tensor:
-    """Q in the unit of the reward; the probabilities of Q-SFT have none."""
+    """Q in the unit of the reward; Q-SFT's probabilities have no unit."""
     return q if policy.values.spec.q == "probability" else policy.values.to_returns(q)
 
 

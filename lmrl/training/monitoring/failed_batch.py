@@ -1,4 +1,4 @@
-"""A batch in which too many episodes failed: what is kept of it, so that they can be played again."""
+"""A batch in which too many episodes failed: what is saved of it, so that they can be played again."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 KIND = "failed"
 CAUSES = 5
-"""Causes that are told one by one."""
+"""Maximum causes that are listed one by one."""
 
 
 def keep_failed(stage: Stage, error: EpisodeError) -> None:
-    """Write the failed episodes of the batch that stops the run to samples.jsonl, and tell their causes, most frequent first."""
+    """Write the failed episodes of the batch that stops the run to samples.jsonl, and list their causes, most frequent first."""
     kept = samples_to_keep(error.episodes)
     if not kept:
         return

@@ -1,7 +1,7 @@
-"""The gate: online improvement may not lose what was learned.
+"""The gate: online training must not lose what was learned before.
 
-Through a stage's first steps the policy is measured against itself as the stage began, paired over start states. Where
-the loss is surely more than allowed, the run takes the best policy back.
+During a stage's first steps the policy is compared with the stage's initial policy, paired over start states. If the loss
+certainly exceeds the limit, the run restores the best policy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class GateState:
     """The gate's state, as part of a checkpoint."""
 
     before: list[float] = field(default_factory=list)
-    """Normalised score of each start state as the stage began."""
+    """Normalised score of each start state at the start of the stage."""
     worst: float = 0.0
     """Largest mean drop measured so far, in points."""
     rollbacks: int = 0
@@ -27,7 +27,7 @@ class GateState:
 
 
 def drop(before: Sequence[float], now: Sequence[float]) -> dict[str, Any]:
-    """Points lost since the stage began: mean over start states, its 95 % interval, n. Raises where starts differ."""
+    """Points lost since the start of the stage: mean over start states, its 95 % interval, n. Raises if start states differ."""
     lost = [first - second for first, second in zip(before, now, strict=True)]
     return summarize(lost, limits=UNLIMITED, unit="start state")
 

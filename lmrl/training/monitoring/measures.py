@@ -16,7 +16,7 @@ from lmrl.trajectories.rows import to_row
 from lmrl.trajectories.trajectory import Trajectory
 
 SAMPLES_KEPT, FAILED_KEPT = 8, 64
-"""Samples a step that go to samples.jsonl with their text; and of those that could not be judged, with the cause."""
+"""Samples per step that are written to samples.jsonl with their text; and of unjudged ones, with the cause."""
 EPISODE = ("group", "episode", "seed", "start", "turns", "final_observation", "terminated")
 """Fields of lmrl's own format (see lmrl/trajectories/rows.py) that a sample of an environment's episode keeps."""
 
@@ -80,8 +80,8 @@ def samples_to_keep(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
 def sample_line(
     stage: str, step: int, kind: str, trajectory: Trajectory, environment: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """A line of samples.jsonl. environment: what played it (see `Task.environment`); the line then holds what it takes to play the
-    episode again."""
+    """A line of samples.jsonl. environment: what played it (see `Task.environment`); the line then holds all that is needed to play
+    the episode again."""
     line = {
         "stage": stage,
         "step": step,
@@ -105,7 +105,7 @@ def sample_line(
 
 
 def peak_memory_mb() -> int:
-    """Largest resident size of this process so far, or of the accelerator's memory where there is one."""
+    """Largest resident size of this process so far, or of the accelerator's memory if there is one."""
     if has_memory():
         return torch.accelerator.max_memory_allocated() // 2**20
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""Updates whose loss or gradient is not finite: how many are tolerated, and what is kept to reproduce one."""
+"""Updates whose loss or gradient is not finite: how many are tolerated, and what is saved to reproduce one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def stop_on_nonfinite(stage: Stage, step: int, attempt: Attempt, stats: dict[str, float]) -> None:
-    """After an update: say it where it was skipped; raise NonFiniteError where that was one too many in a row."""
+    """Called after an update: report it if it was skipped; raise NonFiniteError if too many in a row were."""
     in_a_row, limit = stage.updater.skipped_in_a_row, stage.recipe.training.max_nonfinite
     if in_a_row == 0:
         return

@@ -75,8 +75,8 @@ class SamplerCheck:
         raise SamplerError(
             f"{where}: engine '{options.engine}' sampled with other log-probabilities than the learner computes for the same "
             f"tokens: they differ by {compared['gap_mean']:.3f} nats on average, at most {compared['gap_max']:.2f}, over "
-            f"{compared['tokens']} tokens (rollouts.tolerance={options.tolerance:g}). Either it computes too coarsely"
-            f"{f' ({key}=float32 tells)' if key else ''}, or its weights are not the learner's (rollouts.engine=hf samples from the "
+            f"{compared['tokens']} tokens (rollouts.tolerance={options.tolerance:g}). Either its precision is too low"
+            f"{f' (try {key}=float32)' if key else ''}, or its weights are not the learner's (rollouts.engine=hf samples from the "
             "learner itself)"
         )
 

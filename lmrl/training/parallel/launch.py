@@ -15,7 +15,7 @@ from lmrl.training.parallel.strategy import Strategy
 
 
 def check_launch(accelerator: Any, recipe: Recipe) -> None:
-    """Refuse a launch that accelerate did not set up as asked, or that contradicts the recipe."""
+    """Raise RunError for a launch that accelerate did not set up as asked, or that contradicts the recipe."""
     kind = accelerator.distributed_type.value
     if accelerate_uses("DEEPSPEED") and kind != "DEEPSPEED":
         raise RunError(
@@ -26,8 +26,8 @@ def check_launch(accelerator: Any, recipe: Recipe) -> None:
         for stage in stages_of(recipe).values() if accelerate_uses(feature) else ():
             if stage.model.quantization is not None:
                 raise RecipeError(
-                    f"model.quantization={stage.model.quantization}: weights in 4 bits cannot be shared out by {feature}: launch "
-                    "without --accelerate, or set model.dtype=bfloat16 in place of the quantization"
+                    f"model.quantization={stage.model.quantization}: 4-bit weights cannot be sharded by {feature}: launch "
+                    "without --accelerate, or set model.dtype=bfloat16 instead of the quantization"
                 )
     if accelerate_uses("FSDP"):
         if distributed.size() == 1:

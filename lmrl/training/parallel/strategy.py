@@ -22,7 +22,7 @@ from lmrl.training.parallel.optimizer_state import entry_from_tensor, entry_to_t
 from lmrl.trajectories.batch import Microbatch
 
 BUCKET = 2**24
-"""Gradient elements in one all-reduce."""
+"""Maximum gradient elements in one all-reduce."""
 
 
 class Strategy:
@@ -42,7 +42,7 @@ class Strategy:
         self.policy, self.optimizer, self.max_grad_norm = policy, optimizer, max_grad_norm
         self.parameters = [one for group in optimizer.param_groups for one in group["params"]]
         policy.synchronized = self.synchronized
-        if distributed.size() > 1:  # all ranks build the same policy; this makes sure
+        if distributed.size() > 1:  # all ranks build the same policy; this makes sure of it
             heads = policy.values.state_dict().values() if policy.values is not None else ()
             for tensor in [*self.parameters, *heads]:
                 dist.broadcast(tensor.data, src=0)
@@ -72,7 +72,7 @@ class Strategy:
         return float(norm)
 
     def gradient_norm(self) -> float:
-        """Norm of the gradient over all weights and processes, which stays in place."""
+        """Norm of the gradient over all weights and processes; the gradient is kept."""
         return float(self._gradient_norm())
 
     def _gradient_norm(self) -> torch.Tensor:
@@ -135,7 +135,7 @@ def entries_of(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 
 def all_reduce_gradients(parameters: list[torch.nn.Parameter], bucket: int = BUCKET) -> None:
-    """Sum these parameters' gradients over the ranks, in one collective for every `bucket` elements, and one before them for
+    """Sum these parameters' gradients over the ranks, in one collective for every `bucket` elements, after one that finds out
     which gradients there are. A gradient that no rank has stays None."""
     known = distributed.all_sum([float(parameter.grad is not None) for parameter in parameters])
     held = [parameter for parameter, count in zip(parameters, known, strict=True) if count]
@@ -144,7 +144,7 @@ def all_reduce_gradients(parameters: list[torch.nn.Parameter], bucket: int = BUC
         flat = torch.cat([(torch.zeros_like(one) if one.grad is None else one.grad).reshape(-1) for one in part])
         for one in part:
             one.grad = None
-        # While one is sent, the next is assembled.
+        # While one bucket is sent, the next is assembled.
         pending.append((part, flat, dist.all_reduce(flat, async_op=True)))
     for part, flat, work in pending:
         work.wait()
@@ -153,7 +153,7 @@ def all_reduce_gradients(parameters: list[torch.nn.Parameter], bucket: int = BUC
 
 
 def buckets(parameters: list[torch.nn.Parameter], bucket: int) -> list[list[torch.nn.Parameter]]:
-    """These in order, in parts of at most `bucket` elements of one type, or of one parameter that is larger."""
+    """The parameters in order, in parts of at most `bucket` elements of one dtype; a larger parameter is a part by itself."""
     parts: list[list[torch.nn.Parameter]] = []
     room = 0
     for parameter in parameters:

@@ -248,7 +248,7 @@ def first(**measures):
     ("name", "began", "now", "said"),
     [
         ("no_movement", {}, {"moved": 1e-9}, "raise optimizer.lr from 1e-05 to 0.001"),  # at most a hundredfold
-        ("no_movement", {}, {"moved": 4e-6}, "no movement in 20 steps (4e-06 nats a token each): raise optimizer.lr from 1e-05 to 0.00016"),
+        ("no_movement", {}, {"moved": 4e-6}, "no movement in 20 steps (4e-06 nats per token each): raise optimizer.lr from 1e-05 to 0.00016"),
         ("no_signal", {}, {"alike": 0.9}, "rewards are all equal in 90% of groups: set rollouts.samples=8"),
         ("endless_turns", {"cut": 0.1}, {"cut": 0.8}, "80% of episodes are cut at rollouts.max_new_tokens=64, 10% at the start: set objective.missing_eos_penalty=1"),
         ("all_cut", {"cut": 0.99}, {"cut": 0.99}, "rollouts.max_new_tokens=64: set it to 128"),
@@ -295,7 +295,7 @@ def test_rewards_of_self_play_are_not_taken_for_a_failure():
     """Both sides' rewards sum to zero, however well they play."""
     own = replace(SETTINGS, self_play=True)
     assert DETECTORS["no_movement"](first(), rows(moved=1e-9), own, False) is None
-    assert "if the scores are good, end here" in DETECTORS["no_signal"](first(), rows(alike=0.9), own, False)
+    assert "if the scores are good, stop here" in DETECTORS["no_signal"](first(), rows(alike=0.9), own, False)
 
 
 def test_detectors_wait_for_a_window():
