@@ -120,7 +120,7 @@ def test_rows_of_every_kind_are_read(rows):
 
 def test_what_is_no_data_is_refused():
     lmrl.provide(rows=3)
-    with pytest.raises(DataError, match="python:rows: a int is no data"):
+    with pytest.raises(DataError, match="python:rows: a int is not data"):
         open_rows("python:rows")
     with pytest.raises(RecipeError, match="prompts: expected a list of mappings.*got a int"):
         lmrl.train("grpo", prompts=3)

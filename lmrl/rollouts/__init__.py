@@ -1,1 +1,1 @@
-"""Rollouts: engines that sample tokens, and the sampler that plays episodes with one."""
+"""Rollouts: the sampler, which plays episodes with an engine."""

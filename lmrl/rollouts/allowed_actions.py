@@ -1,4 +1,4 @@
-"""Environments that say which actions are allowed (`task.allowed_actions`), and their actions as tries of tokens."""
+"""Environments that declare which actions are allowed (`task.allowed_actions`), and their actions as tries of tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lmrl.foreign import foreign
 from lmrl.trajectories.render import Renderer
 
 KEPT = 4096
-"""Sets of actions whose tries are kept: games allow the same few again and again."""
+"""Sets of actions whose tries are cached: games allow the same few again and again."""
 
 
 class ActionTries:
@@ -23,7 +23,7 @@ class ActionTries:
         self._known: dict[tuple[str, ...], TokenTrie] = {}
 
     def of(self, actions: tuple[str, ...]) -> TokenTrie:
-        """Raises DataError for actions that cannot be told apart by their tokens."""
+        """The trie of these actions. Raises DataError for actions that cannot be told apart by their tokens."""
         trie = self._known.get(actions)
         if trie is None:
             trie = TokenTrie({text: self.renderer.action(text) for text in actions})
@@ -44,7 +44,7 @@ def allowed_actions(environment: Any, limit: float | None = None) -> tuple[str, 
 
 
 def check_says_what_is_allowed(environment: Any, name: str) -> None:
-    """Raise PluginError for an environment that never says which actions are allowed."""
+    """Raise PluginError for an environment that does not declare which actions are allowed."""
     inner = environment.game if isinstance(environment, GameEnvironment) else environment
     method = getattr(type(inner), "allowed_actions", None)
     if method in (None, TextEnvironment.allowed_actions, Game.allowed_actions):

@@ -10,22 +10,22 @@ import numpy as np
 from lmrl.trajectories.trajectory import prompt_text
 
 PERSON = "person"
-"""Name of the player, as kept in the rows."""
+"""Name of the player, as written in the rows."""
 Tell = Callable[[str], None]
 Ask = Callable[[], str | None]
 
 
 class Left(Exception):
-    """The person has ended the input in the middle of an episode."""
+    """The user has ended the input in the middle of an episode."""
 
 
 class ByHand:
-    """An environment that shows what happens in it, and asks a person for the actions of its one player."""
+    """An environment that shows what happens, and asks a person for the actions of its only player."""
 
     players = (PERSON,)
 
     def __init__(self, environment: Any, tell: Tell, ask: Ask):
-        """tell: called with what is to be shown. ask: the next action; None at the end of the input."""
+        """tell: called with text to show. ask: returns the next action; None at the end of the input."""
         self.environment, self.tell, self.ask = environment, tell, ask
         self.num_starts = getattr(environment, "num_starts", None)
 
@@ -37,7 +37,7 @@ class ByHand:
 
     def step(self, action: str) -> Any:
         result = self.environment.step(action)
-        if isinstance(result, tuple) and len(result) == 5:  # the sampler says what is wrong with others
+        if isinstance(result, tuple) and len(result) == 5:  # the sampler reports what is wrong with others
             observation, reward, terminated, truncated, _ = result
             if reward:
                 self.tell(f"  {reward:+g}" if isinstance(reward, int | float) else f"  {reward}")

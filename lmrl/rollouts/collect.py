@@ -1,4 +1,4 @@
-"""Collecting episodes: by a policy, by a scripted player, or by several with a share each."""
+"""Collecting episodes: by a policy, a scripted player, or several scripted players with a share each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def collect(
     check: Callable[[], Any] = lambda: None,
 ) -> Iterator[list[Trajectory]]:
     """Play `episodes` episodes from random start states, `rollouts.prompts` starts at a time; yields the judged ones. An episode of a
-    game that is played with itself is one for each side.
+    self-play game yields one trajectory per side.
 
     players: None for the sampler's engine, which plays `rollouts.samples` episodes from each start. check: called
     between the parts; may raise to stop. Groups and episodes are numbered throughout.
@@ -49,7 +49,7 @@ def collect(
             trajectory.group += first // samples * task.sides
         if task.judged_by == "reward" and not task.rewards:
             for trajectory in played:
-                trajectory.reward = None  # prompts without a reward: nobody judges
+                trajectory.reward = None  # prompts without a reward are not judged
             yield played
         else:
             yield task.with_turns(task.keep_judged(played))
@@ -64,7 +64,7 @@ def draw_starts(task: Task, count: int, name: Name) -> list[int | None]:
 
 
 def check_players(task: Task, players: Players, key: str) -> None:
-    """Raise RecipeError where the environment has no such scripted player."""
+    """Raise RecipeError if the environment has no such scripted player."""
     known = getattr(task.make(), "players", ())
     for player in [players] if isinstance(players, str) else players:
         if player not in known:
@@ -72,7 +72,7 @@ def check_players(task: Task, players: Players, key: str) -> None:
 
 
 def play_players(sampler: Sampler, players: Players, starts: list[int | None], name: Name) -> list[Trajectory]:
-    """An episode from every start state, by one scripted player, or each by one drawn from shares."""
+    """An episode from every start state, each by the scripted player, or by one drawn according to the shares."""
     if isinstance(players, str):
         return sampler.play_scripted(players, starts, name)
     names, shares = list(players), np.array(list(players.values()), dtype=float)

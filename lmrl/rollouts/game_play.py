@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class GamePlay:
-    """A game under way. sides: those of the policy, which share the game; all of them, or one against an opponent."""
+    """A running game. sides: the policy's episodes in this game; all sides, or one against an opponent."""
 
     def __init__(self, sampler: Sampler, sides: list[Episode], act: Act, max_new_tokens: int):
         match = sampler.task.match
@@ -39,7 +39,7 @@ class GamePlay:
         self.most_moves = sampler.task.max_turns * match.players
 
     async def play(self) -> None:
-        """Play the game to its end. What goes wrong in it is the failure of all its trajectories."""
+        """Play the game to its end. An error in it is the failure of all its trajectories."""
         try:
             await self._begin()
             while not self.referee.over:
@@ -65,7 +65,7 @@ class GamePlay:
             episode.trajectory.columns = info.get("columns", {})
 
     async def _turn(self) -> bool:
-        """The turn of the player to move; False where a limit ends the game."""
+        """The turn of the player to move; False if a limit ends the game."""
         with self.sampler.waited_for():
             player = self.referee.to_move
             observation = await self._call(lambda limit: self.referee.observe(player, limit))
@@ -99,7 +99,7 @@ class GamePlay:
         return action.text
 
     async def _answer(self, player: int, observation: Any) -> str | None:
-        """The opponent's action; None where it gave none."""
+        """The opponent's action; None if it gave none."""
         with self.sampler.waited_for(by=self.party.engine if self.party is not None else None):
             try:
                 return await self.others[player].answer(self.referee.game, observation, self.limit)
@@ -126,7 +126,7 @@ class GamePlay:
         episode.over = True
         if not episode.trajectory.failure:
             episode.trajectory.metrics = dict(self.referee.metrics_of(episode.side))
-            if not episode.turn:  # over before this side had a turn: there is nothing to learn from, but it counts
+            if not episode.turn:  # over before this side had a turn: nothing to train on, but its result counts
                 episode.trajectory.reward = self.waiting[episode.side]
 
     def _fail(self, failure: str) -> None:

@@ -1,4 +1,4 @@
-"""The other side of a game: a scripted player, a model that is loaded here, or one behind an address."""
+"""The other side of a game: a scripted player, a model that is loaded here, or one at an address."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class Side:
     """One side of one game. `answer` may be called in turn only."""
 
     async def answer(self, game: Game, observation: str | Messages, limit: float | None = None) -> str:
-        """The action. limit: seconds that a scripted player has for it; `timeout` and `retries` limit an address."""
+        """The action. limit: seconds that a scripted player may take; `timeout` and `retries` limit an address."""
         raise NotImplementedError
 
 
 class Party:
-    """Who plays the other side, in any number of games."""
+    """The player of the other side, in any number of games."""
 
     engine: Engine | None = None
-    """What samples it, where a model does that is loaded here."""
+    """The engine that samples its actions, if it is a model that is loaded here."""
 
     def side(self, name: Key) -> Side:
         """A side of a new game. name: of its random stream."""
@@ -75,7 +75,7 @@ class ModelParty(Party):
         self.renderer = Renderer(self.policy.tokenizer, chat if options.chat is None else options.chat)
         if options.system is not None and not self.renderer.chat:
             raise RecipeError(
-                "task.opponent.system: is a message, and this model sees plain text: set task.opponent.chat=true"
+                "task.opponent.system is a message, but this model gets plain text: set task.opponent.chat=true"
             )
 
     def side(self, name: Key) -> Side:
@@ -101,7 +101,7 @@ class ModelSide(Side):
 
 
 class AddressParty(Party):
-    """A model behind an OpenAI-compatible address, which is asked by chat."""
+    """A model at an OpenAI-compatible address, called by chat completions."""
 
     def __init__(self, options: Opponent):
         check_address(options.player)
@@ -134,20 +134,20 @@ class AddressSide(Side):
 
 
 def cut_at(text: str, stop: list[str]) -> str:
-    """The text up to the first of these."""
+    """The text up to the first of these stop strings."""
     places = [text.find(one) for one in stop if one in text]
     return text[: min(places)] if places else text
 
 
 def opponent_failure(error: BaseException) -> str:
-    """Why an episode failed whose other side gave no answer."""
+    """The failure of an episode whose opponent gave no answer."""
     if isinstance(error, CallTimedOut):
         return f"opponent {error}"
     return redact(f"opponent raised {type(error).__name__}: {error}")
 
 
 def build_party(section: Any, game: Game) -> Party | None:
-    """The opponent of a recipe's `task` section; None: the policy itself. Models and addresses are opened once in a process."""
+    """The opponent of a recipe's `task` section; None: the policy itself. Models and addresses are opened once per process."""
     options = section.opponent or Opponent(player=SELF)
     if options.player in game.players and options.player != SELF:
         return ScriptedParty(options.player)
@@ -175,8 +175,8 @@ def _model_party(options: str, chat: bool, history: int | str) -> ModelParty:
 
 
 def against_other(section: Any) -> Any:
-    """A task's section as scores need it: a game that the policy plays with itself is played against `opponent_in_evaluation`, or else
-    a scripted player, `random` if there is one: what all sides earn together says nothing about the policy."""
+    """A task's section for evaluation: a self-play game is played against `opponent_in_evaluation`, or else a scripted player, `random`
+    if there is one, because what all sides earn together says nothing about the policy."""
     if not hasattr(section, "opponent"):
         return section
     if section.opponent_in_evaluation is not None:
@@ -201,14 +201,14 @@ _turns = threading.Lock()
 
 
 def new_opponent(section: Any, game: Game) -> NewOpponent | None:
-    """For GameEnvironment: what makes the other side of a new game; None: who plays it plays both."""
+    """For GameEnvironment: makes the other side of a new game; None: the same player plays all sides."""
     opponent = getattr(section, "opponent", None)
     return None if opponent is None or opponent.player == SELF else NewOpponent(section, game)
 
 
 @dataclass
 class NewOpponent:
-    """Makes the other side of a new game, from its number and the seed, for code that is no coroutine."""
+    """Makes the other side of a new game, from its number and the seed, for synchronous code."""
 
     section: Any
     game: Game

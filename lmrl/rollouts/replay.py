@@ -18,14 +18,14 @@ from lmrl.trajectories.trajectory import Messages, prompt_text
 Line = dict[str, Any]
 Tell = Callable[[str], None]
 SHOWN = 5
-"""Differences that are told one by one."""
+"""Maximum differences that are listed one by one."""
 
 
 def find_episodes(source: Path, wanted: str | None = None) -> list[Line]:
     """The lines with this `id` (None: all that can be played again) of a run's samples.jsonl, or of a file of such lines.
 
-    More than one of an id where a step played again what had taught nothing, or scored two policies. Raises RunError where there is
-    none.
+    An id has several lines if a step resampled prompts without a signal, or scored two policies. Raises RunError if there is no
+    such line.
     """
     path = source / SAMPLES_FILE if source.is_dir() else source
     if not path.is_file():
@@ -54,7 +54,7 @@ def _line(path: Path, number: int, text: bytes) -> Line:
     except ValueError:
         line = None
     if not isinstance(line, dict):
-        raise RunError(f"{path}, line {number}: is no JSON object: expected a line of a run's {SAMPLES_FILE}")
+        raise RunError(f"{path}, line {number}: is not a JSON object: expected a line of a run's {SAMPLES_FILE}")
     missing = [
         name for name in ("environment", "seed", "start", "turns", "reward") if "id" in line and name not in line
     ]
@@ -64,9 +64,9 @@ def _line(path: Path, number: int, text: bytes) -> Line:
 
 
 def replay_episode(line: Line, tell: Tell = lambda text: None) -> tuple[list[str], bool]:
-    """Play the episode of a line again; what people are told at its end, and whether it came out as recorded.
+    """Play the episode of a line again; returns the lines to show at the end, and whether it came out as recorded.
 
-    tell: called with each observation, action and reward while it goes on.
+    tell: called with each observation, action and reward during play.
     """
     made = line["environment"]
     factory = environment_factory(SimpleNamespace(environment=made["name"], options=made["options"]))
@@ -74,11 +74,11 @@ def replay_episode(line: Line, tell: Tell = lambda text: None) -> tuple[list[str
     lines = [f"episode {line['id']} of {made['name']}, {_version(made)}; seed {line['seed']}, start {line['start']}"]
     now = version_of(environment)
     if any(now[name] != made[name] for name in now):
-        lines.append(f"the environment is another one now: {_version(now)}")
+        lines.append(f"the environment has changed since: {_version(now)}")
     if isinstance(environment, GameEnvironment):
         if "game" not in line:
             raise RunError(
-                f"episode {line['id']}: '{made['name']}' is a game of several players now, of which no moves are recorded"
+                f"episode {line['id']}: '{made['name']}' is now a game of several players, but no moves are recorded"
             )
         found = list(game_differences(environment.game, line, tell))
     else:
@@ -124,11 +124,11 @@ def differences(environment: Any, line: Line, tell: Tell = lambda text: None) ->
     if failure:
         yield f"no failure, recorded: {failure}"
         return
-    # One that outgrew the model's context was truncated at this observation, which the environment does not know.
+    # An episode that outgrew the model's context was truncated at this observation, unknown to the environment.
     if not over and (line["terminated"] or prompt_text(observation) != line["final_observation"]):
         yield f"the episode goes on after turn {len(turns) - 1}, where the recorded one ends"
     elif over and terminated != line["terminated"]:
-        yield f"{'terminated' if terminated else 'truncated'}, recorded the other"
+        yield f"{'terminated' if terminated else 'truncated'}, but recorded as the other"
     elif not terminated and prompt_text(observation) != line["final_observation"]:
         yield f"last observation {observation!r:.200}, recorded {line['final_observation']!r:.200}"
     if metrics != line["metrics"]:
@@ -136,7 +136,7 @@ def differences(environment: Any, line: Line, tell: Tell = lambda text: None) ->
 
 
 def _observation(line: Line, number: int) -> str | Messages:
-    """The observation of a turn, as messages where it was given so."""
+    """The observation of a turn, as messages if it was given that way."""
     turn = line["turns"][number]
     first = number == 0 and isinstance(line["prompt"], list)
     observation: str | Messages = line["prompt"] if first else turn.get("messages", turn["observation"])

@@ -1,4 +1,4 @@
-"""Playing a game of several players again, by the moves of all of them; nobody is asked for any."""
+"""Playing a game of several players again, from the recorded moves of all of them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lmrl.environments.games import Game, Referee
 from lmrl.trajectories.trajectory import prompt_text
 
 OPPONENT = "opponent "
-"""What the failure of an opponent begins with."""
+"""Prefix of an opponent's failure."""
 
 
 def failed(error: BaseException, recorded: str | None, tell: Callable[[str], None]) -> Iterator[str]:
-    """Tell how an episode failed; the difference from the recorded failure, if it is another one."""
+    """Show how an episode failed; yields the difference from the recorded failure, if there is one."""
     text = failure_text(error)
     tell(text)
     if text != recorded:
@@ -57,7 +57,7 @@ def game_differences(game: Game, line: dict[str, Any], tell: Callable[[str], Non
         yield from failed(error, failure, tell)
         return
     if failure:
-        if not failure.startswith(OPPONENT):  # nobody is asked again
+        if not failure.startswith(OPPONENT):  # opponents are not called again
             yield f"no failure, recorded: {failure}"
         return
     for number, (reward, given) in enumerate(zip(rewards, turns, strict=True)):
@@ -66,7 +66,7 @@ def game_differences(game: Game, line: dict[str, Any], tell: Callable[[str], Non
     if not referee.over and line["terminated"]:
         yield f"the game goes on after move {len(recorded['moves']) - 1}, where the recorded one ends"
     elif referee.terminated and not line["terminated"]:
-        yield "terminated, recorded the other"
+        yield "terminated, but recorded as truncated"
     elif last is not None and last != line["final_observation"]:
         yield f"last observation {last!r:.200}, recorded {line['final_observation']!r:.200}"
     if referee.metrics_of(player) != line["metrics"]:

@@ -33,7 +33,7 @@ class Action:
     text: str
     finish_reason: Literal["eos", "stop", "length"]
     allowed: Sequence[AllowedTokens | None] = ()
-    """What each token was chosen from, if the environment restricts actions."""
+    """The tokens each was chosen from, if the environment restricts actions."""
 
 
 @dataclass
@@ -46,13 +46,13 @@ class Episode:
     recorder: Recorder
     observation: Any = ""
     metrics: dict[str, float | None] = field(default_factory=dict)
-    """Of the last step."""
+    """The metrics of the last step."""
     turn: int = 0
     over: bool = False
     allowed: TokenTrie | None = None
     """The actions to choose from now (None: any)."""
     place: int = 0
-    """Of its environment, among the sampler's."""
+    """Index of its environment among the sampler's."""
     side: int = 0
     """The player, in a game of several."""
 
@@ -71,15 +71,15 @@ class Sampler:
 
     def __init__(self, task: Task, engine: Engine | None = None, decode: Any = None, deterministic: bool = True):
         """decode: turns sampled tokens into text without special tokens. deterministic: the engine waits for every step of an
-        environment, so that the order of computation does not depend on how long steps take; otherwise episodes overtake each other."""
+        environment, so that the order of computation does not depend on how long steps take; otherwise episodes may overtake each other."""
         self.task, self.samples_from, self.decode, self.deterministic = task, engine, decode, deterministic
-        self.environments: list[Any] = []  # kept between plays: building one may be slow, resetting one is not
+        self.environments: list[Any] = []  # kept between plays: building one may be slow, resetting is not
         self.threads = StepThreads(task.workers) if task.workers else None
         self.tries = ActionTries(task.renderer) if task.allowed_actions else None
 
     @property
     def engine(self) -> Engine:
-        """The engine that chooses actions. Not for a sampler of scripted players alone."""
+        """The engine that chooses actions. Not for a sampler that only has scripted players."""
         assert self.samples_from is not None, "the sampler has no engine"
         return self.samples_from
 
@@ -94,8 +94,8 @@ class Sampler:
     ) -> list[Trajectory]:
         """Play `samples` episodes from every start state and judge them. `name` names the random stream.
 
-        shared: play and return this process's share of the start states alone; numbers and streams are those of one process.
-        first: number of the first start state, of several plays that are to be as one.
+        shared: play and return only this process's share of the start states; numbers and streams are those of a single process.
+        first: number of the first start state, if several plays form one.
         """
         if self.task.agent is not None:
             played = play_agents(self.task.agent, self.engine, starts, samples, sampling, name, shared, first)
@@ -149,8 +149,8 @@ class Sampler:
     def _new_episodes(
         self, starts: Sequence[int | None], samples: int, name: tuple[int | str, ...], first: int = 0
     ) -> list[Episode]:
-        """first: number of the first start state. Of a game that the policy plays with itself, each side is an episode, and a group
-        of its own: what sides of one game earned, or of one start state, has no common mean to be compared with."""
+        """first: number of the first start state. In a self-play game, each side is an episode, and each side forms its own group: the
+        rewards of different sides, even from one start state, have no common mean to compare with."""
         episodes: list[Episode] = []
         sides = self.task.sides
         for group, start in enumerate(starts, start=first):
@@ -240,7 +240,7 @@ class Sampler:
     def waited_for(self, by: Engine | None = None) -> ExitStack:
         """Inside, an episode is between two requests, and the engines wait for it, unless episodes may overtake each other.
 
-        by: the engine that it waits for itself.
+        by: the engine that the episode itself waits for.
         """
         held = ExitStack()
         for engine in self._engines() if self.deterministic else ():
@@ -249,12 +249,12 @@ class Sampler:
         return held
 
     def _engines(self) -> list[Engine]:
-        """The policy's, and that of an opponent that is a model."""
+        """The policy's engine, and that of an opponent that is a model."""
         party = self.task.match.party if self.task.match is not None else None
         return [engine for engine in (self.samples_from, party.engine if party else None) if engine is not None]
 
     def fits(self, tokens: int) -> bool:
-        """False if an episode has grown longer than the model can see: it is truncated then."""
+        """False if an episode exceeds the model's positions, so that it is truncated."""
         return self.task.positions is None or tokens <= self.task.positions or self.samples_from is None
 
     async def _begin(self, episode: Episode) -> None:
@@ -303,8 +303,8 @@ class Sampler:
         return None if actions is None else self.tries.of(actions)
 
     async def call(self, work: Callable[[float | None], Any]) -> Any:
-        """Call an environment: here, where it is interrupted at the limit it is given; or in a thread, where it is left
-        behind then."""
+        """Call an environment: in this thread, where it is interrupted at its time limit; or in another thread, which is
+        then abandoned."""
         if self.threads is None:
             return work(self.task.call_timeout)
         return await self.threads.run(lambda: work(None), self.task.call_timeout)

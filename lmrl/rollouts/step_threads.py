@@ -1,4 +1,4 @@
-"""Threads in which environments are stepped side by side, with a time limit for each step."""
+"""Threads that step environments concurrently, with a time limit for each step."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ T = TypeVar("T")
 
 
 class StepThreads:
-    """At most `count` calls run at a time; the others wait, and their time does not count.
+    """At most `count` calls run at a time; the others wait, and waiting does not count against their limit.
 
-    A thread cannot be stopped. One whose call is over its limit is left behind: another takes its place, and what the call
-    returns in the end is dropped. Threads are daemons, so they do not keep the process from ending.
+    A thread cannot be stopped. One whose call exceeds its limit is abandoned: another takes its place, and the call's result
+    is dropped. Threads are daemons, so they do not keep the process from ending.
     """
 
     def __init__(self, count: int):
         self.count = count
         self.idle: list[StepThread] = []
         self.lost = 0
-        """Threads that were left behind."""
+        """Abandoned threads."""
         self._places = asyncio.Semaphore(count)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -50,13 +50,13 @@ class StepThreads:
             return future.result()
 
     def close(self) -> None:
-        """End the threads that have nothing to do; others start when there are new calls."""
+        """End the idle threads; new ones start when there are new calls."""
         while self.idle:
             self.idle.pop().inbox.put(None)
 
     def _leave(self, thread: StepThread) -> None:
         self.lost += 1
-        thread.inbox.put(None)  # ends the thread when its call comes back
+        thread.inbox.put(None)  # ends the thread when its call returns
         assert thread.ident is not None  # it has been started
         give_up_on(thread.ident)
 
@@ -75,7 +75,7 @@ class StepThread(threading.Thread):
             result, error = None, None
             try:
                 result = work()
-            except BaseException as caught:  # of an environment: SystemExit too
+            except BaseException as caught:  # an environment may even raise SystemExit
                 error = caught
             post(loop, _settle, future, result, error)
             del item, work, future, result, error

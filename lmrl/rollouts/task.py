@@ -56,7 +56,7 @@ class AgentRows:
 
 @dataclass(frozen=True)
 class Match:
-    """How the games of a task are played. party: the other side; None: the policy plays every side, and learns from each."""
+    """How the games of a task are played. party: the other side; None: the policy plays every side, and trains on each."""
 
     players: int
     party: Party | None
@@ -81,15 +81,15 @@ class Task:
     call_timeout: float | None = None
     """Seconds that a call of the environment may take."""
     workers: int = 0
-    """Threads that step environments side by side (0: none)."""
+    """Threads that step environments concurrently (0: none)."""
     min_group: int = 1
-    """Judged episodes that a group needs to be learned from."""
+    """Minimum judged episodes of a group that is trained on."""
     rewards: list[RewardFunction] = field(default_factory=list)
     learning: bool = False
-    """True if episodes are learned from, so that running statistics of rewards follow them."""
+    """True if episodes are trained on, so that running statistics of rewards follow them."""
     judged_by: str = "environment"
     environment: dict[str, Any] | None = None
-    """How to make the environment again, and its version: `{"name", "options", "max_turns", "call_timeout", "version", "source"}`;
+    """How to rebuild the environment, and its version: `{"name", "options", "max_turns", "call_timeout", "version", "source"}`;
     None for prompts."""
     longest_prompt: int | None = None
     """Tokens of the longest prompt (None: known only when it is played)."""
@@ -97,21 +97,21 @@ class Task:
     positions: int | None = None
     """Tokens of context that the model has positions for (None: any number)."""
     agent: Agent | None = None
-    """The program that plays it, in place of an environment."""
+    """The program that plays it, instead of an environment."""
     allowed_actions: bool = False
     """True if actions are sampled among those that the environment allows."""
     match: Match | None = None
-    """Of a game of several players; then `make` gives a Game."""
+    """Set for a game of several players; `make` then returns a Game."""
     scored: set[str] = field(default_factory=set)
     """Keys of the prompts that the recipe's suite scores."""
 
     @property
     def sides(self) -> int:
-        """Trajectories that an episode becomes: one, but of a game that the policy plays with itself one a player."""
+        """Trajectories per episode: one, or in a self-play game one per player."""
         return 1 if self.match is None else self.match.learned
 
     def heldout_prompts(self) -> set[str]:
-        """Keys of the prompts that serve evaluation alone (see Renderer.keys)."""
+        """Keys of the prompts used only for evaluation (see Renderer.keys)."""
         if self.judged_by != "reward" or self.heldout == self.training:
             return set()
         return self.keys(self.heldout or [])
@@ -122,14 +122,14 @@ class Task:
         return set().union(*(self.renderer.keys(environment.rows[row][environment.column]) for row in starts))
 
     def judge(self, trajectories: list[Trajectory], early: EarlyScores | None = None) -> None:
-        """Give every trajectory its reward; an environment has done so already. early: scores that are known."""
+        """Set every trajectory's reward; environments have done so already. early: scores that are known already."""
         if self.judged_by == "reward":
             judge(self.rewards, trajectories, self.learning, early)
-        elif self.rewards:  # of an agent task; an episode that failed is not judged
+        elif self.rewards:  # an agent task; failed episodes are not judged
             judge(self.rewards, [one for one in trajectories if not one.failure], self.learning)
 
     def keep_judged(self, trajectories: list[Trajectory]) -> list[Trajectory]:
-        """The judged trajectories; stops the run where too many are not (of those that all processes hold)."""
+        """The judged trajectories; stops the run if too many are not judged (over all processes)."""
         name = self.environment["name"] if self.environment else None
         try:
             return drop_failed(trajectories, self.max_failed, self.judged_by, name)
@@ -138,11 +138,11 @@ class Task:
             raise
 
     def with_turns(self, trajectories: list[Trajectory]) -> list[Trajectory]:
-        """Without sides of games that were over before they had a turn: nothing can be learned from these."""
+        """The trajectories without sides of games that ended before they had a turn: there is nothing to train on."""
         return trajectories if self.match is None else [one for one in trajectories if one.turns]
 
     def keep_groups(self, judged: list[Trajectory]) -> list[Trajectory]:
-        """Of judged trajectories with a turn, those whose group has `min_group` of them."""
+        """The judged trajectories with a turn whose group has at least `min_group` of them."""
         judged = self.with_turns(judged)
         sizes = Counter(trajectory.group for trajectory in judged)
         return [trajectory for trajectory in judged if sizes[trajectory.group] >= self.min_group]
@@ -163,13 +163,13 @@ def task_texts(recipe: Recipe) -> list[str]:
     if not texts and section is not None:
         raise RecipeError(
             f"model.config: a model from scratch takes its vocabulary from the task, but environment "
-            f"'{getattr(section, 'environment', '')}' has no texts(): add it, or give model.path"
+            f"'{getattr(section, 'environment', '')}' has no texts(): add it, or set model.path"
         )
     return texts
 
 
 def texts_of(section: Any) -> list[str]:
-    """Text samples of a task's section: of its prompts, or of its environment (of one that gives none, none)."""
+    """Text samples of a task's section: of its prompts or its environment; empty if the environment gives none."""
     if isinstance(section, PromptTask):
         return strings_in(prompt_rows(section.prompts))
     if isinstance(section, AgentTask):
@@ -179,7 +179,7 @@ def texts_of(section: Any) -> list[str]:
 
 
 def strings_in(value: Any) -> list[str]:
-    """The texts of rows, also those inside of messages and turns."""
+    """The texts of rows, including those inside messages and turns."""
     if isinstance(value, str):
         return [value]
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -187,7 +187,7 @@ def strings_in(value: Any) -> list[str]:
 
 
 def build_task(section: Any, tokenizer: Any) -> Task:
-    """Load what a recipe's `task` names. Raises DataError, PluginError or ModelError with one line."""
+    """Load the parts that a recipe's `task` names. Raises DataError, PluginError or ModelError."""
     if isinstance(section, PromptTask):
         return _prompt_task(section, tokenizer)
     if isinstance(section, AgentTask):
@@ -218,7 +218,7 @@ def build_task(section: Any, tokenizer: Any) -> Task:
             "name": section.environment,
             "options": section.options,
             "max_turns": section.max_turns,
-            # A recipe that was read again has a float where the default is an integer.
+            # A recipe that was saved and read has a float where the default is an integer.
             "call_timeout": None if section.call_timeout is None else float(section.call_timeout),
             **version_of(environment),
         },
@@ -244,11 +244,11 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
     if dialogue is not None and not tokenizer.chat_template:
         raise DataError(
             f"{prompts.path}, row {dialogue}: field '{prompts.column}' is a list of messages, but the model's tokenizer has "
-            "no chat template to write them with: take an instruct model, or give prompts as text"
+            "no chat template to render them: take an instruct model, or give prompts as text"
         )
     chat = prompts.chat or dialogue is not None
     renderer = Renderer(tokenizer, chat, prompts.system, section.special_tokens)
-    # Plain text is not a prompt: all of it is learned from, and it is only named here.
+    # Plain text is not a prompt: all of it is trained on, and here it only identifies the row.
     plain = ["text" in row and row["text"] is row[prompts.column] for row in rows]
     lengths = [0 if text else len(renderer.first(row[prompts.column])) for row, text in zip(rows, plain, strict=True)]
     short = [row for row, length in zip(rows, lengths, strict=True) if length <= prompts.max_tokens]
@@ -303,7 +303,7 @@ def _agent_task(section: AgentTask, tokenizer: Any) -> Task:
 
 
 def split_rows(count: int, prompts: Prompts | AgentTask) -> tuple[list[int], list[int]]:
-    """Row numbers to train on and to hold out. The split depends on nothing but the number of rows."""
+    """Row numbers to train on and to hold out. The split depends only on the number of rows."""
     held = round(prompts.holdout * count)
     if prompts.holdout == 1:
         return [], list(range(count))

@@ -1,6 +1,6 @@
-"""Prompts made of a file's own columns: templates, further columns, examples before each prompt.
+"""Prompts made from a file's columns: templates, further columns, few-shot examples.
 
-Templates come from a recipe or suite, and only they are compiled; what rows hold is filled in as text.
+Templates come from a recipe or suite, and only they are compiled; the content of rows is inserted as text.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def prompt_rows(prompts: Prompts) -> list[Row]:
 
 
 def located(path: str, number: int, work: Callable[[Row], Any], row: Row) -> Any:
-    """work(row); what is wrong with the row gets its place."""
+    """work(row); an error in the row is raised with its place."""
     try:
         return work(row)
     except Malformed as error:
@@ -51,7 +51,7 @@ def located(path: str, number: int, work: Callable[[Row], Any], row: Row) -> Any
 
 
 class Filler:
-    """Fills the templates and expressions of `task.prompts` in with a row's columns. Raises Malformed."""
+    """Fills in the templates and expressions of `task.prompts` with a row's columns. Raises Malformed."""
 
     def __init__(self, prompts: Prompts):
         self.prompts = prompts
@@ -79,12 +79,12 @@ class Filler:
             return str(self._template(row))
         found = row.get(self.prompts.column)
         if not isinstance(found, str):
-            raise Malformed(f"field '{self.prompts.column}' is no text to put examples before")
+            raise Malformed(f"field '{self.prompts.column}' is not text, so examples cannot be put before it")
         return found
 
 
 class Drawer:
-    """The examples before each prompt, asked for in the order of the prompts."""
+    """Draws the examples before each prompt; call it in the order of the prompts."""
 
     def __init__(self, prompts: Prompts, fill: Filler):
         self.shots = shots = prompts.shots
@@ -104,7 +104,7 @@ class Drawer:
         if len(pool) < self.shots.count:
             where = f" with {self.shots.same}={wanted!r}" if self.shots.same else ""
             raise DataError(
-                f"{self._place}: task.prompts.shots.count={self.shots.count} examples are wanted, and there are "
+                f"{self._place}: task.prompts.shots.count={self.shots.count} examples are wanted, but there are only "
                 f"{len(pool)}{where}"
             )
         if self.shots.draw == "first":
@@ -113,12 +113,12 @@ class Drawer:
 
 
 def source_of(prompts: Prompts) -> tuple[str, Selection]:
-    """File or dataset of the examples. Raises RecipeError where the prompts are a file, which has no other split."""
+    """File or dataset of the examples. Raises RecipeError if the prompts are a file, which has no other split."""
     shots: Shots = prompts.shots
     path = shots.path or prompts.path or ""
     if shots.path is None and Path(path).exists():
         raise RecipeError(
-            f"task.prompts.shots: the {shots.count} examples before each prompt are another split ('{shots.split}') of the "
+            f"task.prompts.shots: the {shots.count} examples before each prompt come from another split ('{shots.split}') of the "
             "data, which a file does not have: name their file, examples=FILE (task.prompts.shots.path), or do without, "
             "shots=0 (task.prompts.shots.count)"
         )
@@ -130,29 +130,29 @@ def source_of(prompts: Prompts) -> tuple[str, Selection]:
 # ------------------------------------------------------------------------------------------------------------------ jinja
 @cache
 def environment() -> jinja2.Environment:
-    """Jinja's sandbox, in which a name that there is not is an error."""
+    """Jinja's sandbox, in which an undefined name is an error."""
     found = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     found.filters |= {"unbracketed": unbracketed, "shuffled": shuffled, "from_json": json.loads}
     return found
 
 
 def unbracketed(text: str) -> str:
-    """A text without what stands in brackets."""
+    """A text without its bracketed parts."""
     return BRACKETS.sub("", text)
 
 
 def shuffled(items: Sequence[Any], name: str) -> list[Any]:
-    """Items in an order that their name alone decides."""
+    """Items in a random order that depends only on `name`."""
     return [items[place] for place in stream("shuffled", name).permutation(len(items)).tolist()]
 
 
 def compiled(text: str, key: str) -> Callable[[Row], Any]:
-    """An expression, as a function of a row that raises Malformed. RecipeError: it is none."""
+    """An expression, as a function of a row that raises Malformed. Raises RecipeError if it is invalid."""
     return _function(lambda: environment().compile_expression(text, undefined_to_none=False), key, text)
 
 
 def template(text: str, key: str) -> Callable[[Row], Any]:
-    """A template, as a function of a row that raises Malformed. RecipeError: it is none."""
+    """A template, as a function of a row that raises Malformed. Raises RecipeError if it is invalid."""
     return _function(lambda: environment().from_string(text).render, key, text)
 
 
@@ -168,7 +168,7 @@ def _function(compile_it: Callable[[], Callable[..., Any]], key: str, text: str)
             value = found(names | {"row": row})
             if isinstance(value, jinja2.Undefined):
                 value._fail_with_undefined_error()
-        except Exception as error:  # whatever a template does to a row of another kind
+        except Exception as error:  # a template may raise anything on an unexpected row
             raise Malformed(f"does not fit {key}: {error} (columns: {', '.join(row)})") from error
         return list(value) if isinstance(value, Iterator) else value
 

@@ -1,1 +1,1 @@
-"""Trajectories, and the batches that objectives make of them."""
+"""Trajectories, and the batches that objectives build from them."""

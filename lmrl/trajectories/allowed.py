@@ -1,4 +1,4 @@
-"""Restricted actions: which tokens the sampler could choose from, where that was not the whole vocabulary."""
+"""Restricted actions: which tokens the sampler could choose from, if not the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Allowed:
     rows_R: torch.Tensor
     """Which of the N actions are restricted, in ascending order."""
     sets_R: torch.Tensor
-    """The set of each."""
+    """Index of the set of each restricted action."""
     tokens_U: torch.Tensor
     """Token ids, in ascending order."""
     members_SU: torch.Tensor
@@ -26,7 +26,7 @@ class Allowed:
 
     @classmethod
     def of(cls, restricted: Mapping[int, AllowedTokens]) -> Allowed | None:
-        """Tensors from the set of each restricted action, by the action's number; None if there are none."""
+        """Tensors from the set of each restricted action, by the action's index; None if there are none."""
         if not restricted:
             return None
         rows = sorted(restricted)
@@ -39,12 +39,12 @@ class Allowed:
         return cls(torch.tensor(rows), torch.tensor(sets), tokens_U, members_SU)
 
     def columns(self, targets_R: torch.Tensor) -> torch.Tensor:
-        """Positions of tokens among `tokens_U`, of the same shape."""
+        """Positions of the targets among `tokens_U`, in the same shape."""
         return torch.searchsorted(self.tokens_U, targets_R)
 
 
 def shifted(parts: Sequence[Mapping[int, AllowedTokens]], lengths: Sequence[int]) -> dict[int, AllowedTokens]:
-    """The sets of sequences one after the other. lengths: actions of each."""
+    """The sets of concatenated sequences, with shifted indices. lengths: actions of each sequence."""
     whole: dict[int, AllowedTokens] = {}
     first = 0
     for part, length in zip(parts, lengths, strict=True):
@@ -61,6 +61,6 @@ def to_table(restricted: Mapping[int, AllowedTokens]) -> dict[str, list[int] | l
 
 
 def from_table(places: Sequence[int], sets: Sequence[int], table: Sequence[Sequence[int]]) -> dict[int, AllowedTokens]:
-    """What `to_table` took apart."""
+    """The inverse of `to_table`."""
     known = [tuple(tokens) for tokens in table]
     return {place: known[number] for place, number in zip(places, sets, strict=True)}

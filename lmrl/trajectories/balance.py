@@ -1,8 +1,8 @@
-"""Sequences dealt over the processes by what a pass over them costs, and cut into minibatches of nearly equal cost.
+"""Balancing sequences over processes by the cost of their passes, and cutting them into minibatches of nearly equal cost.
 
-All processes wait for the slowest in every update. What they sampled is uneven: completions end early or late, and prompts
-differ. So prepared sequences, which are small beside weights and gradients, move between processes before the update. The
-loss is a sum over chains divided by the weight of all of them, so it does not depend on who computes which.
+All processes wait for the slowest in every update, and their samples are uneven: completions end early or late, and prompts
+differ. So prepared sequences, which are small compared to weights and gradients, move between processes before the update. The
+loss is a sum over chains divided by their total weight, so it does not depend on which process computes which chain.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lmrl import distributed
 from lmrl.trajectories.batch import Batch, Sequence
 
 SLACK = 0.02
-"""Share of the mean load by which a process may exceed it before its sequences move: less is not worth a message."""
+"""Excess over the mean load, as a share of it, above which sequences move: less is not worth a message."""
 TRIES = 16
-"""Random cuts into minibatches, of which the most even one is taken."""
+"""Number of random cuts into minibatches; the most even one is taken."""
 HOME = 48
-"""Bit from which the number of the process that prepared a sequence stands in its numbers (lmrl.objectives.groups uses 32)."""
+"""In a sequence's index fields, the rank that prepared it starts at this bit (lmrl.objectives.groups uses 32)."""
 
 Cost = Callable[[Sequence], float]
 
@@ -30,8 +30,8 @@ Cost = Callable[[Sequence], float]
 def assign(costs: list[float], homes: list[int], ranks: int, slack: float = SLACK) -> list[int]:
     """The rank of each item such that loads are nearly equal, and few items leave their homes.
 
-    Longest first (Graham, "Bounds on multiprocessing timing anomalies", 1969): an item stays at home while that has room, and
-    goes to the least loaded rank otherwise. Then single items change places as long as that relieves the fullest rank.
+    Longest first (Graham, "Bounds on multiprocessing timing anomalies", 1969): an item stays at home while there is room, and
+    goes to the least loaded rank otherwise. Then single items are exchanged as long as that relieves the fullest rank.
     """
     limit = (1 + slack) * max(sum(costs) / ranks, max(costs, default=0.0))
     loads, chosen = [0.0] * ranks, [0] * len(costs)
@@ -47,7 +47,7 @@ def assign(costs: list[float], homes: list[int], ranks: int, slack: float = SLAC
 
 
 def _relieve(costs: list[float], chosen: list[int], loads: list[float]) -> bool:
-    """Exchange an item of the fullest rank for a smaller one, or for none, so that both ranks are less full than it was;
+    """Exchange an item of the fullest rank for a smaller one, or for none, so that both end up less full than the fullest was;
     False if none helps."""
     fullest = max(range(len(loads)), key=lambda rank: loads[rank])
     best: tuple[float, int, int, int | None] | None = None
@@ -74,14 +74,14 @@ def _relieve(costs: list[float], chosen: list[int], loads: list[float]) -> bool:
 
 
 def split(costs: list[float], count: int, rng: np.random.Generator, tries: int = TRIES) -> list[list[int]]:
-    """Items at random in `count` parts of nearly equal numbers and costs; fewer parts are empty only where items are fewer.
+    """Items at random in `count` parts of nearly equal numbers and costs; parts are empty only if there are fewer items.
 
-    Items next to each other by cost go to different parts; of some such cuts the most even one is taken.
+    Items of similar cost go to different parts; of several such cuts the most even one is taken.
     """
     if not costs:
         return []
     blocks = -(-len(costs) // count)
-    order_BP = np.full((blocks, count), len(costs))  # the number after the last stands for no item
+    order_BP = np.full((blocks, count), len(costs))  # the index after the last stands for "no item"
     order_BP.flat[: len(costs)] = np.argsort(-np.asarray(costs), kind="stable")
     costs_I = np.append(np.asarray(costs, dtype=np.float64), 0.0)
     cuts = [rng.permuted(order_BP, axis=1) for _ in range(tries)]
@@ -90,8 +90,8 @@ def split(costs: list[float], count: int, rng: np.random.Generator, tries: int =
 
 
 def labelled(batch: Batch, index_fields: tuple[str, ...]) -> Batch:
-    """This rank's sequences, to be dealt, with numbers that say which rank prepared them. index_fields: those that hold numbers of
-    episodes or turns."""
+    """This rank's sequences, ready for `deal`, with the preparing rank added to their indices. index_fields: fields that hold indices
+    of episodes or turns."""
     offset = distributed.rank() << HOME
 
     def label(sequence: Sequence) -> Sequence:
@@ -102,7 +102,7 @@ def labelled(batch: Batch, index_fields: tuple[str, ...]) -> Batch:
 
 
 def deal(batch: Batch, rng: np.random.Generator, count: int, cost: Cost) -> list[Batch]:
-    """This rank's parts of `count` random minibatches of all ranks' sequences, chains whole (fewer where chains are fewer).
+    """This rank's parts of `count` random minibatches of all ranks' sequences, with whole chains (fewer if there are fewer chains).
 
     batch: labelled. rng: in the same state on every rank. In each minibatch the ranks' costs are nearly equal.
     """
@@ -131,7 +131,7 @@ def deal(batch: Batch, rng: np.random.Generator, count: int, cost: Cost) -> list
 
 
 def _to_arrays(sequence: Sequence) -> dict[str, Any]:
-    """A sequence's attributes, tensors as arrays: these pickle a hundred times as fast, and without what they are views of."""
+    """A sequence's attributes, tensors as arrays: arrays pickle a hundred times as fast, and without the storage they are views of."""
     fields = {name: _to_array(value) for name, value in sequence.fields.items()}
     return {name: _to_array(value) for name, value in vars(sequence).items()} | {"fields": fields}
 
@@ -151,12 +151,12 @@ def _from_array(value: Any) -> Any:
 
 
 def joined(parts: list[Batch]) -> Batch:
-    """All sequences of these."""
+    """A batch of all sequences of these parts."""
     return Batch([sequence for part in parts for sequence in part.sequences])
 
 
 def imbalance(loads: list[float]) -> float:
-    """The largest load by the mean: how many times as long as necessary the ranks take."""
+    """The largest load divided by the mean: how many times as long as necessary the ranks take."""
     return max(loads) * len(loads) / sum(loads) if any(loads) else 1.0
 
 

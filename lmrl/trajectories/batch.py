@@ -1,4 +1,4 @@
-"""Batches: trajectories flattened into what an objective computes on.
+"""Batches: trajectories flattened into the tensors that an objective computes on.
 
 Every per-action quantity is a flat tensor over action tokens, so that objectives need neither masks nor padding.
 """
@@ -18,12 +18,12 @@ from lmrl.trajectories.allowed import Allowed, AllowedTokens, shifted
 from lmrl.trajectories.trajectory import CONTEXT, TOKENS, Segment, Trajectory
 
 VECTORS = "vectors"
-"""Field with the actions themselves, (A, dimensions), if their kind is not tokens."""
+"""Field with the actions themselves, (A, dimensions), if they are not tokens."""
 
 
 @dataclass
 class Sequence:
-    """One segment. `states` are the positions that predict the `targets`: both have one entry an action token (A,)."""
+    """One segment. `states` are the positions that predict the `targets`: both have one entry per action token, (A,)."""
 
     tokens: torch.Tensor
     states: torch.Tensor
@@ -37,7 +37,7 @@ class Sequence:
     zero_gradient: bool = False
     """True if its gradient is exactly zero: it is counted in the loss and skipped in the forward pass."""
     allowed: dict[int, AllowedTokens] = field(default_factory=dict)
-    """By number of the action (0 to A - 1), the tokens it was chosen from; missing ones had the whole vocabulary."""
+    """The tokens that each action was chosen from, by its index (0 to A - 1); missing ones had the whole vocabulary."""
     kind: str = TOKENS
     """What the actions are (see `Segment.kind`)."""
 
@@ -49,7 +49,7 @@ class Sequence:
 
     @property
     def positions(self) -> torch.Tensor:
-        """Position of each token, within its own continuation where there are several, (T,)."""
+        """Position of each token, within its own continuation if there are several, (T,)."""
         places = torch.arange(self.tokens.numel())
         if self.branches is None:
             return places
@@ -61,16 +61,16 @@ class Sequence:
 
 @dataclass
 class Packing:
-    """Where sequences stand in a row, end to end, as attention needs it: part by part, each part's queries see its keys up to
+    """The layout of sequences end to end in one row, as attention needs it: within each part, queries see the keys up to
     themselves. A part is a sequence, or one continuation of several that share a beginning, with the beginning among its keys."""
 
     query_ends: torch.Tensor
-    """Where each part's queries end, after a 0, int32."""
+    """Cumulative ends of the parts' queries, starting with 0, int32."""
     key_ends: torch.Tensor
     longest_query: int
     longest_key: int
     key_tokens: torch.Tensor | None
-    """The token of the row that each key is of; None: as they stand."""
+    """The index in the row of each key's token; None: in order."""
 
     @classmethod
     def of(cls, sequences: list[Sequence]) -> Packing:
@@ -82,7 +82,9 @@ class Packing:
             shared = torch.arange(first, first + parts[0])
             begins = first
             for part in parts:
-                before = shared[: begins - first]  # all of the beginning, except for the beginning itself
+                before = shared[
+                    : begins - first
+                ]  # the whole beginning, except for the part that is the beginning itself
                 queries.append(part)
                 keys.append(len(before) + part)
                 tokens += [before, torch.arange(begins, begins + part)]
@@ -95,7 +97,7 @@ class Packing:
 
 @dataclass
 class Microbatch:
-    """Sequences for one pass, each in a row of its own and padded on the right, or all in one row end to end (`packing`).
+    """Sequences for one pass, each in its own row and padded on the right, or all in one row end to end (`packing`).
 
     Suffixes: B rows, T tokens, N action tokens in all.
     """
@@ -107,13 +109,13 @@ class Microbatch:
     targets_N: torch.Tensor
     fields: dict[str, torch.Tensor]
     indices: list[int]
-    """Which sequences of the batch these are."""
+    """Indices of these sequences in the batch."""
     lengths: list[int]
-    """Action tokens of each."""
+    """Action tokens of each sequence."""
     branches_BT: torch.Tensor | None = None
-    """Where sequences share a beginning: the continuation each token belongs to; -1 for padding."""
+    """If sequences share a beginning: the continuation that each token belongs to; -1 for padding."""
     positions_BT: torch.Tensor | None = None
-    """Position of each token, where its column does not tell."""
+    """Position of each token, if it differs from its column."""
     packing: Packing | None = None
     allowed: Allowed | None = None
     """What restricted actions were chosen from; None if none is restricted."""
@@ -121,11 +123,11 @@ class Microbatch:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Sequences, and tokens of the longest, or about so where some share a beginning."""
+        """Number of sequences, and tokens of the longest; approximate if some share a beginning."""
         return len(self.indices), self.packing.longest_key if self.packing else self.tokens_BT.shape[1]
 
     def to(self, device: torch.device) -> Microbatch:
-        """Move to a device, by copies that run beside other work on an accelerator."""
+        """Move to a device, with copies that overlap other work on an accelerator."""
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             if device.type == "cuda" and tensor.device.type == "cpu":
@@ -158,7 +160,7 @@ class Batch:
         return sum(self.lengths)
 
     def set(self, name: str, values_N: torch.Tensor) -> None:
-        """Give every sequence its part of a quantity of the action tokens, (N,) in the batch's order."""
+        """Store a quantity of the action tokens, (N,) in the batch's order, split over the sequences."""
         for sequence, part in zip(self.sequences, values_N.split(self.lengths), strict=True):
             sequence.fields[name] = part
 
@@ -185,9 +187,9 @@ class Batch:
         return (Batch(active), Batch(zero_gradient)) if active else (Batch(zero_gradient[:1]), Batch(zero_gradient[1:]))
 
     def minibatches(self, rng: np.random.Generator, count: int) -> Iterator[Batch]:
-        """Split at random into `count` parts with nearly equally many chains (fewer where there are fewer).
+        """Split at random into `count` parts with nearly equally many chains (fewer parts if there are fewer chains).
 
-        Each of several processes splits its own, into as many parts as the others.
+        Each of several processes splits its own batch, into as many parts as the others.
         """
         chains = self.chains()
         order = rng.permutation(len(chains))
@@ -195,7 +197,7 @@ class Batch:
             yield Batch([self.sequences[index] for chain in part for index in chains[chain]])
 
     def chains(self) -> list[list[int]]:
-        """Indices of the sequences that stay together; a sequence without a chain stands alone."""
+        """Indices of the sequences that stay together; a sequence without a chain is a group by itself."""
         chains: list[list[int]] = []
         for index, sequence in enumerate(self.sequences):
             if chains and sequence.chain is not None and sequence.chain == self.sequences[index - 1].chain:
@@ -205,7 +207,7 @@ class Batch:
         return chains
 
     def microbatches(self, max_tokens: int, pad_id: int, packed: bool = False) -> list[Microbatch]:
-        """Sort by length and cut wherever the size would pass `max_tokens`, padding included; a long chain may stand alone.
+        """Sort by length and cut where the size, with padding, would exceed `max_tokens`; a long chain may be a microbatch by itself.
 
         packed: sequences end to end, without padding.
         """
@@ -272,7 +274,7 @@ class Batch:
 def to_sequence(segment: Segment, bootstrap: bool = False) -> Sequence:
     """Flatten a segment; with `bootstrap`, a last pseudo-action asks for the value of the state after its last token.
 
-    Raises ValueError where the segment begins with an action token: nothing could predict it.
+    Raises ValueError if the segment begins with an action token: nothing could predict it.
     """
     if segment.turns and segment.turns[0] != CONTEXT:
         raise ValueError("a segment begins with an action token; it needs context before it")
@@ -295,7 +297,7 @@ def to_sequence(segment: Segment, bootstrap: bool = False) -> Sequence:
 
 
 def to_batch(trajectories: list[Trajectory]) -> Batch:
-    """One sequence a segment that holds actions, in order."""
+    """One sequence per segment that holds actions, in order."""
     return Batch(
         [to_sequence(segment) for trajectory in trajectories for segment in trajectory.segments if segment.actions]
     )

@@ -1,7 +1,7 @@
 """Chains: an episode as the linked action tokens that value-based objectives compute on.
 
-The state after an action token is the one its next action token was taken in, wherever that stands; environment tokens
-in between are skipped. A truncated episode goes on: a pseudo-action at its end asks for the value of its last state.
+The state after an action token is the one in which the next action token was taken, wherever that is; environment tokens in
+between are skipped. A truncated episode continues: a pseudo-action at its end asks for the value of its last state.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from lmrl.trajectories.batch import VECTORS, Sequence, to_sequence
 from lmrl.trajectories.trajectory import CONTEXT, Segment, Trajectory
 
 NEGLIGIBLE = 0.01
-"""Share of the value of a truncated episode's last state that a return may lack and still count as known."""
+"""A return counts as known if it lacks at most this share of the value of a truncated episode's last state."""
 
 
 def to_sequences(trajectory: Trajectory) -> list[Sequence]:
-    """One sequence a segment with actions, in order, and a pseudo-action at the end where the episode was truncated."""
+    """One sequence per segment with actions, in order, and a pseudo-action at the end if the episode was truncated."""
     held = [segment for segment in trajectory.segments if segment.actions]
     if trajectory.terminated:
         return [to_sequence(segment) for segment in held]
     last = trajectory.segments[-1]
-    if last.actions:  # the observation after the last action stands in the same context
+    if last.actions:  # the observation after the last action is in the same context
         return [*map(to_sequence, held[:-1]), to_sequence(last, bootstrap=True)]
     sequences = [*map(to_sequence, held), to_sequence(last, bootstrap=True)]
     sequences[-1].kind = sequences[0].kind
-    if VECTORS in sequences[0].fields:  # a pseudo-action has a vector as well
+    if VECTORS in sequences[0].fields:  # a pseudo-action needs a vector as well
         sequences[-1].fields[VECTORS] = torch.zeros_like(sequences[0].fields[VECTORS][:1])
     return sequences
 
@@ -35,7 +35,7 @@ def to_sequences(trajectory: Trajectory) -> list[Sequence]:
 def rewards_and_turns(trajectory: Trajectory, cut_penalty: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Reward of each action token, in double, and its turn, both (A,).
 
-    cut_penalty: taken from what the last token of each turn earned that ran into the token limit.
+    cut_penalty: subtracted from the reward of the last token of each turn that ran into the token limit.
     """
     pairs = [
         (reward, turn)
@@ -59,7 +59,7 @@ def discounts(turns_A: torch.Tensor, gamma: float, gamma_token: float) -> torch.
 def returns_to_go(rewards_A: torch.Tensor, discounts_A: torch.Tensor) -> torch.Tensor:
     """Discounted return of each action token: G_t = r_t + discount_t G_{t+1}, (A,)."""
     result, carried = [], 0.0
-    # Python's numbers: a tensor operation a token is tens of times slower.
+    # In Python numbers: a tensor operation per token is tens of times slower.
     for reward, discount in zip(reversed(rewards_A.tolist()), reversed(discounts_A.tolist()), strict=True):
         carried = reward + discount * carried
         result.append(carried)
@@ -67,7 +67,7 @@ def returns_to_go(rewards_A: torch.Tensor, discounts_A: torch.Tensor) -> torch.T
 
 
 def hidden_shares(trajectory: Trajectory, discounts_A: torch.Tensor) -> torch.Tensor:
-    """How much of the value of an episode's last state each action token's return lacks, (A,): 0 where it terminated."""
+    """The share of the value of an episode's last state that each action token's return lacks, (A,): 0 if it terminated."""
     if trajectory.terminated:
         return torch.zeros_like(discounts_A)
     return discounts_A.flip(0).cumprod(0).flip(0)
@@ -84,10 +84,10 @@ def to_chains(
 ) -> list[list[Sequence]]:
     """An episode as chains of at most `max_tokens` tokens (unless one segment alone has more), numbered from `first`.
 
-    Sequences carry, per action token: `rewards`, `discounts` (0 where the episode terminated), `returns` (realised, to
+    Sequences carry, per action token: `rewards`, `discounts` (0 at the end of a terminated episode), `returns` (realised, to
     the end of the log), `floors` (the same, but -inf where a truncation hides what followed, unless discounting makes
     that negligible) and `real` (False for a pseudo-action). In a batch that keeps chains whole, the next state of action
-    n is that of action n + 1. A chain that was cut goes on with a pseudo-action in the segment after the cut.
+    n is that of action n + 1. A chain that was cut continues with a pseudo-action in the segment after the cut.
     """
     sequences = to_sequences(trajectory)
     rewards_A, turns_A = rewards_and_turns(trajectory)
@@ -120,7 +120,9 @@ def _cut(sequences: list[Sequence], max_tokens: int) -> list[list[Sequence]]:
     widest = 0
     for sequence in sequences:
         widest = max(widest, len(sequence.tokens))
-        if chains[-1] and widest * (len(chains[-1]) + 2) > max_tokens:  # padded, and with a pseudo-action's sequence
+        if (
+            chains[-1] and widest * (len(chains[-1]) + 2) > max_tokens
+        ):  # with padding, and the sequence of a pseudo-action
             chains[-1].append(_state_before(sequence))
             chains.append([])
             widest = len(sequence.tokens)
@@ -136,7 +138,7 @@ def _state_before(sequence: Sequence) -> Sequence:
 
 
 def piece(trajectory: Trajectory, first: int, count: int) -> Trajectory:
-    """Turns `first` to `first + count` of an episode whose turns have a segment each; it goes on where it was cut."""
+    """Turns `first` to `first + count` of an episode whose turns have a segment each; truncated where it was cut."""
     segments = trajectory.segments
     acting = [index for index, segment in enumerate(segments) if segment.actions]
     end = first + count
@@ -148,7 +150,7 @@ def piece(trajectory: Trajectory, first: int, count: int) -> Trajectory:
 
 
 def _context(segment: Segment) -> Segment:
-    """A segment as it stood before its first action."""
+    """The context of a segment, before its first action."""
     end = segment.actions[0]
     return Segment(segment.tokens[:end], segment.turns[:end], segment.logprobs[:end], segment.rewards[:end])
 

@@ -1,8 +1,8 @@
 """From text to tokens, with control tokens only where a chat template (or the recipe) put them.
 
-`<|im_end|>` in a prompt, an observation or a tool result is text that somebody wrote, and becomes ordinary
-tokens. Only the template's own text is searched for special tokens, unless `special_tokens: parse` says that prompts
-come rendered.
+`<|im_end|>` in a prompt, an observation or a tool result is content, and becomes ordinary tokens. Only the
+template's own text is searched for special tokens, unless `special_tokens: parse` says that prompts are already
+rendered.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lmrl.trajectories.trajectory import Messages
 
 
 class Part(NamedTuple):
-    """A stretch of text. control: special tokens in it are meant (else they are spelled out)."""
+    """A piece of text. control: True if special tokens in it become control tokens (otherwise they are spelled out)."""
 
     text: str
     control: bool
@@ -30,7 +30,7 @@ class Encoder:
     """Encodes text and dialogues with a tokenizer.
 
     special_tokens: `text` spells out the special tokens in content, `parse` makes them control tokens. Text without
-    special tokens has the same tokens either way. tools: those that the chat template is to write down, which are content too.
+    special tokens has the same tokens either way. tools: those that the chat template renders; they are content too.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Encoder:
         self._exact, self._any_case = re.compile(f"({pattern})"), re.compile(pattern, re.IGNORECASE)
 
     def content(self, text: str) -> list[Part]:
-        """Text that somebody wrote."""
+        """The parts of text from users, environments or models."""
         return [Part(text, self.parses)]
 
     def without_special(self, text: str) -> str:
@@ -52,9 +52,9 @@ class Encoder:
         return self._exact.sub("", text)
 
     def dialogue(self, messages: Messages, open_turn: bool = True) -> list[Part]:
-        """Messages through the chat template. open_turn: up to where the assistant begins to speak.
+        """Messages through the chat template. open_turn: add the opening of the assistant's turn.
 
-        Raises ModelError where there is no template, or where it fails.
+        Raises ModelError if there is no template, or if it fails.
         """
         hidden: dict[str, str] = {}
         tools = self.tools
@@ -70,7 +70,7 @@ class Encoder:
         rendered = self._rendered(messages, tools, open_turn)
         if not hidden:
             return [Part(rendered, True)]
-        # Odd positions hold stand-ins.
+        # Odd positions hold placeholders.
         pieces = re.split("(" + "|".join(hidden) + ")", rendered)
         return [Part(hidden[piece], False) if at % 2 else Part(piece, True) for at, piece in enumerate(pieces)]
 
@@ -95,7 +95,7 @@ class Encoder:
             ) from error
 
     def encode(self, parts: list[Part], opening: bool = False, max_length: int | None = None) -> list[int]:
-        """Tokens of text. opening: with those that the tokenizer opens (or closes) a text with.
+        """Tokens of text. opening: with the special tokens that the tokenizer adds at the start (or end) of a text.
 
         max_length: cut longer texts on the tokenizer's `truncation_side`.
         """
@@ -107,7 +107,7 @@ class Encoder:
         if not self.tokenizer.is_fast:
             return self._encode_in_pieces(parts, opening, max_length)
         ids, leaked = self._literal.encode(parts, opening, max_length)
-        if leaked:  # a tokenizer whose vocabulary holds special tokens as words: break these up
+        if leaked:  # this tokenizer's vocabulary also holds special tokens as words: break these up
             ids, _ = self._literal.encode(self._broken(parts, self._literal.gap), opening, max_length)
         return ids
 
@@ -116,7 +116,7 @@ class Encoder:
         return self.tokenizer(text, **spelling).input_ids if text else []
 
     def _broken(self, parts: Iterable[Part], gap: str) -> list[Part]:
-        """Parts in which no special token stands as a whole."""
+        """Parts in which no special token occurs as a whole."""
         part_up = lambda match: match[0][:1] + gap + match[0][1:]  # noqa: E731
         return [part if part.control else Part(self._any_case.sub(part_up, part.text), False) for part in parts]
 
@@ -125,7 +125,7 @@ class Encoder:
         return _LiteralTokenizer(self.tokenizer, self.special, self._exact)
 
     def _encode_in_pieces(self, parts: list[Part], opening: bool, max_length: int | None) -> list[int]:
-        """For tokenizers written in Python: stretches between control tokens, each on its own."""
+        """For slow (Python) tokenizers: the pieces between control tokens, each by itself."""
         ids, stretch = [], ""
         for part in parts:
             first, *others = self._exact.split(part.text) if part.control else [part.text]
@@ -134,7 +134,7 @@ class Encoder:
                 ids += [*self._spelled(stretch), self.special[token]]
                 stretch = following
         ids += self._spelled(stretch)
-        # What opens and closes a text is what the tokenizer puts around one letter.
+        # The opening and closing tokens are those that the tokenizer puts around a single letter.
         frame, letter = self.tokenizer("a").input_ids, self.tokenizer("a", add_special_tokens=False).input_ids
         start = next((at for at in range(len(frame)) if frame[at : at + len(letter)] == letter), 0)
         before, after = (frame[:start], frame[start + len(letter) :]) if opening else ([], [])
@@ -146,10 +146,10 @@ class Encoder:
 
 
 class _LiteralTokenizer:
-    """A copy of a fast tokenizer that takes special tokens for ordinary text, and stand-ins for special tokens.
+    """A copy of a fast tokenizer that treats special tokens as ordinary text, and placeholders as special tokens.
 
-    The text goes through in one piece, so that it meets its neighbours as it does in the tokenizer itself. The
-    stand-ins are drawn anew in every process: no text can hold them.
+    The text is tokenized in one piece, so that merges across parts are those of the tokenizer itself. The placeholders
+    are drawn at random in every process, so no text can contain them.
     """
 
     def __init__(self, tokenizer: Any, special: dict[str, int], pattern: re.Pattern[str]):
@@ -195,9 +195,9 @@ class _LiteralTokenizer:
 
 
 def pattern_of(words: Iterable[str]) -> str:
-    """A regular expression that finds any of these words, the longest first; beginnings that they share are shared.
+    """A regular expression that finds any of these words, the longest first, as a trie of their common beginnings.
 
-    Tokenizers may have thousands of special tokens: one after the other, they would be tried at every character.
+    Tokenizers may have thousands of special tokens: a plain alternation would try each of them at every character.
     """
     root: dict[str, Any] = {}
     for word in words:
@@ -228,7 +228,7 @@ def strings(value: Any) -> Iterable[str]:
 
 
 def absent(word: str, texts: Iterable[str]) -> str:
-    """`word` with a number that makes it occur in none of the texts."""
+    """`word` with a number added so that it occurs in none of the texts."""
     texts = list(texts)
     names = (f"{word}{number}" for number in count())
     return next(name for name in names if not any(name in text for text in texts))

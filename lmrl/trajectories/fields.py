@@ -1,4 +1,4 @@
-"""Fields of rows of logged data, checked: what is wrong with one names the field and what was expected."""
+"""Checks of the fields of logged rows: an error names the field and what was expected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def json_of(row: Row, name: str) -> Any:
-    """A field that Parquet holds as JSON text."""
+    """A field that is JSON text in Parquet."""
     if not isinstance(row.get(name), str):
         return row.get(name)
     try:
@@ -57,12 +57,12 @@ def messages_in(row: Row, name: str) -> Messages:
 
 
 def with_tools(messages: Messages, row: Row) -> Messages:
-    """Messages that open a dialogue, with the definitions of tools in a row's column `tools`. Raises Malformed."""
+    """Messages that open a dialogue, with the tool definitions of a row's column `tools`. Raises Malformed."""
     tools = json_of(row, "tools")
-    if not tools or messages[0]["role"] == "assistant":  # what goes on from a prompt, which has them
+    if not tools or messages[0]["role"] == "assistant":  # a continuation: its prompt has the tools
         return messages
     if not isinstance(tools, list):
-        raise Malformed(f"field 'tools' is {tools!r:.60}; expected a list of definitions")
+        raise Malformed(f"field 'tools' is {tools!r:.60}; expected a list of tool definitions")
     known = [json_of({"tools": one}, "tools") for one in tools]
     if not all(isinstance(one, dict) for one in known):
         raise Malformed(
@@ -72,14 +72,14 @@ def with_tools(messages: Messages, row: Row) -> Messages:
 
 
 def checked_messages(messages: list[Any], name: str) -> Messages:
-    """Messages with what chat templates read of them. Raises Malformed."""
+    """Messages with the keys that chat templates read. Raises Malformed."""
     if not messages:
         raise Malformed(f"field '{name}' is empty; expected messages")
     return [checked_message(message, name) for message in messages]
 
 
 def checked_message(message: Any, name: str) -> dict[str, Any]:
-    """A message with what chat templates read of it: a call of tools may be without content. Raises Malformed."""
+    """A message with the keys that chat templates read; one with tool calls may have no content. Raises Malformed."""
     given = message if isinstance(message, dict) else {}
     role, content, calls = given.get("role"), given.get("content"), json_of(given, "tool_calls")
     if calls and content is None:
@@ -87,16 +87,16 @@ def checked_message(message: Any, name: str) -> dict[str, Any]:
     if not isinstance(role, str) or not isinstance(content, str):
         raise Malformed(f"field '{name}' holds {message!r:.60}; expected messages with text in 'role' and 'content'")
     if role not in ROLES:
-        raise Malformed(f"field '{name}' has a message of the role {role!r:.40}; expected one of {', '.join(ROLES)}")
+        raise Malformed(f"field '{name}' has a message with the role {role!r:.40}; expected one of {', '.join(ROLES)}")
     if calls and role != "assistant":
-        raise Malformed(f"field '{name}' has 'tool_calls' in a message of the role '{role}'; expected 'assistant'")
+        raise Malformed(f"field '{name}' has 'tool_calls' in a message with the role '{role}'; expected 'assistant'")
     others = {key: given[key] for key in ("name", "tool_call_id") if isinstance(given.get(key), str)}
     others |= {"tools": given["tools"]} if given.get("tools") else {}
     return {"role": role, "content": content} | ({"tool_calls": _checked_calls(calls, name)} if calls else {}) | others
 
 
 def _checked_calls(calls: Any, name: str) -> list[dict[str, Any]]:
-    """Calls of tools, with arguments as objects: templates write these out as JSON themselves."""
+    """Tool calls, with arguments as objects: templates convert these to JSON themselves."""
     found = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function") if isinstance(call, dict) else None

@@ -24,12 +24,12 @@ from lmrl.objects import find, is_object
 
 Row = dict[str, Any]
 SCAN_ROWS = 256
-"""Rows of a table that a scan holds at a time."""
+"""Rows of a table that a scan holds in memory at a time."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """How rows are read: of a dataset on the hub its split, configuration (None: the only or default one) and revision (None:
+    """How rows are read: for a dataset on the hub its split, configuration (None: the only or default one) and revision (None:
     main); and names of fields with the columns that hold them."""
 
     split: str = "train"
@@ -54,7 +54,7 @@ class Malformed(ValueError):
 
 
 class Rows:
-    """Rows of one or several files by number. DataError names file and line (or row) of one that cannot be read."""
+    """Rows of one or several files by index. DataError names file and line (or row) of a row that cannot be read."""
 
     unit = "row"
 
@@ -62,11 +62,11 @@ class Rows:
         raise NotImplementedError
 
     def place(self, index: int) -> tuple[str, int]:
-        """File and number there, from 1."""
+        """The row's file, and its number there, from 1."""
         raise NotImplementedError
 
     def text(self, index: int) -> str:
-        """A row as it stands in the file, for reports."""
+        """A row's text in the file, for reports."""
         return json.dumps(self[index], ensure_ascii=False, default=str)
 
     def where(self, index: int) -> str:
@@ -83,7 +83,7 @@ class Rows:
         return (self[index] for index in range(len(self)))
 
     def scan(self) -> Iterator[Row | Malformed]:
-        """All rows in order; in place of one that cannot be read, what is wrong with it."""
+        """All rows in order; a Malformed in place of each that cannot be read."""
         for index in range(len(self)):
             try:
                 yield self._read(index)
@@ -95,7 +95,7 @@ class Rows:
 
 
 class Renamed(Rows):
-    """Rows whose fields have other names in their file. columns: of each field the file's name for it."""
+    """Rows whose fields have other names in their file. columns: the file's name for each field."""
 
     def __init__(self, rows: Rows, columns: dict[str, str]):
         self.rows, self.columns, self.unit = rows, columns, rows.unit
@@ -129,7 +129,7 @@ class Renamed(Rows):
 
 
 class JsonLines(Rows):
-    """One JSON object a line. Keeps where each line begins; a gzipped file is held in memory, unpacked."""
+    """One JSON object per line. Keeps the offset of each line; a gzipped file is unpacked into memory."""
 
     unit = "line"
 
@@ -169,7 +169,7 @@ class JsonLines(Rows):
         except UnicodeEncodeError as error:
             half = ascii(error.object[error.start])[1:-1]
             raise Malformed(
-                f"holds {half}, half of a character, which is no text: write the pair of both halves"
+                f"holds the lone surrogate {half}, which is not valid text: write the whole surrogate pair"
             ) from error
         except UnicodeDecodeError as error:
             raise Malformed(f"not valid UTF-8 text: {error.reason}") from error
@@ -182,7 +182,7 @@ class JsonLines(Rows):
 
 
 class Table(Rows):
-    """Rows of a `datasets.Dataset`, which maps its file into memory. files: (name, rows) of what it was made of."""
+    """Rows of a `datasets.Dataset`, which maps its file into memory. files: (name, rows) of the files it was made from."""
 
     def __init__(self, dataset: Any, files: list[tuple[str, int]]):
         self._dataset = dataset
@@ -229,7 +229,7 @@ def open_rows(path: str, part: Selection = Selection()) -> Rows:
     rows: Rows
     if file.exists() and (given := next((name for name in ("config", "revision") if getattr(part, name)), None)):
         raise DataError(
-            f"{path}: `{given}` chooses from a dataset on the hub, but this is a file or folder: leave it out"
+            f"{path}: `{given}` selects from a dataset on the hub, but this is a file or folder: leave it out"
         )
     if is_object(path):
         rows = _open_object(path)
@@ -248,7 +248,7 @@ def open_rows(path: str, part: Selection = Selection()) -> Rows:
     elif file.suffix == ".csv":
         rows = _open_csv(file)
     else:
-        raise DataError(f"{path}: unknown kind of file; expected .jsonl, .jsonl.gz, .parquet or .csv")
+        raise DataError(f"{path}: unknown file type; expected .jsonl, .jsonl.gz, .parquet or .csv")
     if not len(rows):
         raise DataError(f"{path}: holds no rows")
     return Renamed(rows, dict(part.columns)) if part.columns else rows
@@ -279,7 +279,7 @@ def _open_parquet(shards: list[Path]) -> Table:
             raise DataError(f"{shard}: cannot be read: {error}") from error
     try:
         return Table(quiet_datasets().Dataset.from_parquet([str(shard) for shard in shards]), files)
-    except Exception as error:  # the library wraps what Arrow raises: shards that differ in columns, torn pages
+    except Exception as error:  # the library wraps Arrow's errors: shards with different columns, damaged pages
         cause = error.__cause__ or error
         raise DataError(f"{shards[0]}: cannot be read: {str(cause).strip().splitlines()[0]}") from error
 
@@ -302,7 +302,7 @@ def _open_object(name: str) -> Rows:
         return Given(name, rows.to_dict("records"))
     if not hasattr(rows, "column_names"):
         raise DataError(
-            f"{name}: a {type(rows).__name__} is no data: give a list of mappings, a datasets.Dataset or a pandas data frame"
+            f"{name}: a {type(rows).__name__} is not data: pass a list of mappings, a datasets.Dataset or a pandas data frame"
         )
     return Table(rows, [(name, len(rows))])
 
@@ -313,7 +313,7 @@ def _open_hub(name: str, part: Selection) -> Table:
     except Exception as error:  # the library raises many kinds, from network errors to unknown splits
         reason = str(error).strip().split("\n")[0]
         raise DataError(
-            f"dataset '{name}' ({part}) is no file here, and cannot be loaded from the hub: {reason}"
+            f"dataset '{name}' ({part}) is not a file here, and cannot be loaded from the hub: {reason}"
         ) from error
     return Table(dataset, [(name, len(dataset))])
 

@@ -19,12 +19,12 @@ from lmrl.trajectories.trajectory import (
 )
 
 HH_MARKER = "\n\nAssistant:"
-"""Where the prompt ends in the text of Anthropic's HH-RLHF."""
+"""The marker that ends the prompt in Anthropic's HH-RLHF."""
 
 
 def prompt_of(row: Row, column: str = "prompt") -> str | Messages:
-    """The prompt in a row's column. Without that column: of preference data what chosen and rejected begin with, of a chat what comes
-    before the first answer, and of plain text all of it, which names the row."""
+    """The prompt in a row's column. Without that column: the common beginning of chosen and rejected, the messages of a chat before
+    the first answer, or a whole plain text, which then identifies the row."""
     if row.get(column) is None:
         if {"chosen", "rejected"} <= set(row):
             return preference(row)[0]
@@ -42,7 +42,7 @@ def completion_episode(row: Row, number: int) -> Trajectory:
         return episode_of(row, [Turn(prompt, not_empty(completion, "completion"))], number)
     turns, _ = _dialogue(completion, "completion", as_messages(prompt))
     if isinstance(prompt, str) and turns[0].observation == as_messages(prompt):
-        turns[0].observation = prompt  # whether text goes through the chat template is the task's to say
+        turns[0].observation = prompt  # the task decides whether text goes through the chat template
     return episode_of(row, turns, number)
 
 
@@ -84,7 +84,7 @@ def preference(row: Row) -> tuple[str | Messages, str | Messages, str | Messages
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         return prompt, not_empty(chosen, "chosen"), not_empty(rejected, "rejected")
     if isinstance(chosen, str) or isinstance(rejected, str):
-        raise Malformed("fields 'chosen' and 'rejected' differ in kind; expected text in both, or messages in both")
+        raise Malformed("fields 'chosen' and 'rejected' differ in type; expected text in both, or messages in both")
     shared = common_messages(chosen, rejected)
     stated = [] if prompt is None else as_messages(prompt)
     opening = shared if all(message in shared for message in stated) else stated + shared
@@ -101,14 +101,14 @@ def common_prompt(chosen: str, rejected: str) -> str:
 
 
 def common_messages(chosen: Messages, rejected: Messages) -> Messages:
-    """The messages that both begin with; each keeps at least its last for itself."""
+    """The messages that both begin with; at least the last message of each is excluded."""
     pairs = list(zip(chosen[:-1], rejected[:-1], strict=False))
     same = next((at for at, (one, other) in enumerate(pairs) if one != other), len(pairs))
     return chosen[:same]
 
 
 def _dialogue(messages: Messages, name: str, opening: Messages) -> tuple[list[Turn], Messages]:
-    """Turns of a chat that goes on from `opening`, and the messages after the last action."""
+    """Turns of a chat that continues `opening`, and the messages after the last action."""
     turns: list[Turn] = []
     context = list(opening)
     for message in messages:
@@ -117,7 +117,7 @@ def _dialogue(messages: Messages, name: str, opening: Messages) -> tuple[list[Tu
             continue
         if not context:
             place = "two assistant messages in a row" if turns else "an assistant message first"
-            raise Malformed(f"field '{name}' has {place}; expected a message that it answers in between")
+            raise Malformed(f"field '{name}' has {place}; expected a message before it that it answers")
         action = not_empty(said_text(message), name)
         observation = _observed(context) if turns else context
         turns.append(Turn(observation, action, message=message if message.get("tool_calls") else None))
@@ -128,20 +128,20 @@ def _dialogue(messages: Messages, name: str, opening: Messages) -> tuple[list[Tu
 
 
 def _observed(messages: Messages) -> str | Messages:
-    """The observation between two actions: the user's words as one text, results of tools as messages."""
+    """The observation between two actions: the user's messages as one text, tool results as messages."""
     if any(message["role"] != "user" for message in messages):
         return messages
     return "\n\n".join(message["content"] for message in messages)
 
 
 def said_text(message: dict[str, Any]) -> str:
-    """An assistant message for people: what it says, and a line of JSON for each call of a tool."""
+    """An assistant message as readable text: its content, and a line of JSON for each tool call."""
     calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or ()]
     return "\n".join([*([message["content"]] if message["content"] else []), *calls])
 
 
 def episode_of(row: Row, turns: list[Turn], number: int, rewards: list[float | None] | None = None) -> Trajectory:
-    """An episode of any format. rewards: of each turn; without them `reward` of the row falls in the last turn."""
+    """An episode of any format. rewards: one per turn; without them, the row's `reward` is given in the last turn."""
     total = number_in(row, "reward")
     if rewards is not None:
         for turn, reward in zip(turns, rewards, strict=True):

@@ -1,4 +1,4 @@
-"""Episodes in Parquet: one schema for all, with what is free-form in a row as JSON text."""
+"""Episodes in Parquet: one schema for all, with free-form fields as JSON text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lmrl.trajectories.files import Row, quiet_datasets
 
 
 def flat_row(row: Row) -> Row:
-    """A row that fits one schema with those of all other episodes: what is free-form in it becomes JSON text."""
+    """A row in the common schema of all episodes: free-form fields become JSON text."""
     texts = {name: json.dumps(row[name], default=str) for name in ("metrics", "components", "columns", "game")}
     return row | texts | _message_texts(row)
 
@@ -72,7 +72,7 @@ def write_parquet(path: Path, rows: list[Row]) -> None:
 
 
 def _message_texts(row: Row) -> dict[str, Any]:
-    """The messages of a row, with what is not text in them as JSON."""
+    """The messages of a row, with everything but text as JSON."""
 
     def flat(message: dict[str, Any]) -> dict[str, str | None]:
         calls = message.get("tool_calls")

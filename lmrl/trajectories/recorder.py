@@ -1,4 +1,4 @@
-"""Writing an episode down as it goes on."""
+"""Recording an episode while it is played."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lmrl.trajectories.trajectory import Messages, Segment, Trajectory, Turn, as
 
 
 class Recorder:
-    """Writes an episode down as it goes on: text into the trajectory's turns, tokens into its segments.
+    """Records an episode while it is played: text in the trajectory's turns, tokens in its segments.
 
-    history: what the policy sees of the episode, `all` or the last N observations with the turns between them; only
-    with `all` do turns share a segment. renderer: from text to context tokens.
+    history: what the policy sees of the episode, `all` or the last N observations with the turns between them; turns
+    share a segment only with `all`. renderer: turns text into context tokens.
     """
 
     def __init__(self, trajectory: Trajectory, renderer: Renderer, history: int | str):
@@ -25,7 +25,7 @@ class Recorder:
         ] = []  # observation, the message that answered, its tokens
 
     def observe(self, observation: str | Messages) -> list[int]:
-        """Put an observation into the trajectory; return the whole context of the action that follows."""
+        """Add an observation to the trajectory; return the whole context of the action that follows."""
         renderer, segments = self.renderer, self.trajectory.segments
         if not segments:
             self._begin(observation)
@@ -58,9 +58,9 @@ class Recorder:
         message: dict[str, Any] | None = None,
         allowed: Sequence[AllowedTokens | None] = (),
     ) -> None:
-        """Put the action that answers the last observation into the trajectory.
+        """Add the action that answers the last observation to the trajectory.
 
-        cut: it ran into the token limit. message: the action, if it calls tools. allowed: see `Segment.act`.
+        cut: True if it ran into the token limit. message: the action, if it calls tools. allowed: see `Segment.act`.
         """
         turns = self.trajectory.turns
         self.trajectory.segments[-1].act(tokens, logprobs, len(turns), allowed)
@@ -71,13 +71,13 @@ class Recorder:
             self._recent = [*self._recent, (self._observation, message or _assistant(text), tokens)][1 - self.history :]
 
     def truncate(self, observation: str | Messages) -> None:
-        """End with an observation that nobody answers: the state whose value the episode goes on with."""
+        """End with an unanswered observation: the state whose value stands for the rest of the episode."""
         self.trajectory.terminated = False
         self.trajectory.final_observation = observation
         self.observe(observation)
 
     def stop(self) -> None:
-        """End with the observation that was put in last, which nobody answers."""
+        """End with the last added observation, which stays unanswered."""
         self.trajectory.terminated = False
         self.trajectory.final_observation = self._observation
 

@@ -1,4 +1,4 @@
-"""From text to context tokens: raw, or through the model's chat template."""
+"""Turning text into context tokens: raw, or through the model's chat template."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from lmrl.trajectories.encoding import Encoder, Part, absent, strings
 from lmrl.trajectories.trajectory import Messages, as_messages, prompt_key
 
 SENTINEL = "LMRL-SENTINEL"
-"""Stands for an action where the template's text around it is wanted; a number follows."""
+"""Placeholder for an action, used to find the template's text around it; a number follows."""
 KEPT, KEPT_LENGTH = 4096, 256
-"""Games show the same few texts again and again: tokens of so many texts of so many characters are kept."""
+"""Games show the same few texts again and again: the tokens of this many texts, of at most this many characters, are cached."""
 
 
 class Renderer:
-    """Turns observations into tokens. Sampled tokens are never touched: what follows them is rendered on its own.
+    """Turns observations into tokens. Sampled tokens are never touched: what follows them is rendered separately.
 
-    special_tokens: what becomes of special tokens that stand in prompts, observations and logged actions: `text`, or
-    control tokens (`parse`). The chat template's own are always control tokens. tools: written down by the chat template.
+    special_tokens: how special tokens in prompts, observations and logged actions are read: as `text`, or as control
+    tokens (`parse`). The chat template's own are always control tokens. tools: rendered by the chat template.
     """
 
     def __init__(
@@ -50,17 +50,17 @@ class Renderer:
     def next(self, observation: str | Messages, last_token: int, said: dict[str, Any] | None = None) -> list[int]:
         """Context that follows an action in the same segment.
 
-        last_token: the action's last. said: the action's message, where it calls tools.
+        last_token: the action's last token. said: the action's message, if it calls tools.
         """
         if not self.chat and isinstance(observation, str):
             return self._encode(self.encoder.content(observation))
         tokens = self._encode(self._after_action(as_messages(observation), said=said))
-        return tokens[1:] if tokens[:1] == [last_token] else tokens  # the policy has closed its turn by itself
+        return tokens[1:] if tokens[:1] == [last_token] else tokens  # the policy has closed its turn itself
 
     def keys(self, prompt: str | Messages) -> set[str]:
-        """Names of a prompt, of which two that ask the model the same share at least one.
+        """Keys of a prompt: two prompts that ask the model the same share at least one key.
 
-        They may be written as text or as messages, rendered or not, with another system message or none.
+        They may be given as text or as messages, rendered or not, with another system message or none.
         """
         messages = [message for message in as_messages(prompt) if message["role"] not in ("system", "developer")]
         keys = {prompt_key(prompt), prompt_key(messages)}
@@ -92,13 +92,13 @@ class Renderer:
         text = "".join(part.text for part in parts)
         header = next((one for one in self._headers(opening, plain, sentinel) if text.startswith(one)), None)
         if header is None:
-            raise ModelError("the tokenizer's chat template has no place for what calls tools: give such turns as text")
+            raise ModelError("the tokenizer's chat template cannot render tool calls: give such turns as text")
         tokens = self._encode(_without(parts, len(header)))
         closing = [at for at, token in enumerate(tokens) if token in self.tokenizer.all_special_ids]
         return tokens[: closing[-1] + 1] if closing else tokens
 
     def _headers(self, opening: Messages, plain: str, sentinel: str) -> list[str]:
-        """Text that may stand before the assistant's words."""
+        """Text that may precede the assistant's words."""
         before, found, _ = plain.rpartition(sentinel)
         return ([before] if found else []) + [self.encoder.template(opening)]
 
@@ -110,7 +110,7 @@ class Renderer:
         return ([{"role": "system", "content": self.system}] if self.system else []) + as_messages(observation)
 
     def _encode(self, parts: list[Part], opening: bool = False) -> list[int]:
-        """opening: with the special tokens that the tokenizer opens a text with."""
+        """opening: with the special tokens that the tokenizer adds at the start of a text."""
         name = (tuple(parts), opening)
         known = self._encoded.get(name)
         if known is None:
@@ -122,7 +122,7 @@ class Renderer:
     def _after_action(
         self, messages: Messages, open_turn: bool = True, said: dict[str, Any] | None = None
     ) -> list[Part]:
-        """The template's text from the end of an action on. said: the action's message, where it calls tools."""
+        """The template's text from the end of an action on. said: the action's message, if it calls tools."""
         sentinel = absent(SENTINEL, strings([messages, said]))
         if said is not None and messages:
             return self._after_call(messages, said)
@@ -132,19 +132,17 @@ class Renderer:
             before, found, after = parts[index].text.rpartition(sentinel)
             if found:
                 return [Part(after, parts[index].control), *parts[index + 1 :]]
-        raise ModelError(
-            "the tokenizer's chat template leaves out what the assistant says, so that turns cannot follow it"
-        )
+        raise ModelError("the tokenizer's chat template leaves out the assistant's text, so no turn can follow it")
 
     def _after_call(self, messages: Messages, said: dict[str, Any]) -> list[Part]:
-        """The same after a call of tools, which templates want to see before their results."""
+        """The same after tool calls, which templates need before their results."""
         before = [{"role": "user", "content": "."}, said]
         shorter = self.encoder.template(before, open_turn=False)
         parts = self.encoder.dialogue(before + messages)
         text = "".join(part.text for part in parts)
         closing = "".join(part.text for part in self._after_action([], open_turn=False))
         if not text.startswith(shorter) or not shorter.endswith(closing):
-            return self._after_action(messages)  # a template that writes earlier turns in another way
+            return self._after_action(messages)  # this template renders earlier turns differently
         return _without(parts, len(shorter) - len(closing))
 
     def _start_token(self) -> int:

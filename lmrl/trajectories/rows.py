@@ -1,35 +1,35 @@
-"""Rows of logged data, and the trajectories they stand for.
+"""Rows of logged data, and the trajectories they represent.
 
-lmrl's own format has one row an episode, the same in Parquet and JSONL:
+lmrl's own format has one row per episode, the same in Parquet and JSONL:
 
     turns              [{"observation", "action", "reward", "cut"}]; cut: the action ran into the token limit
-                       in a dialogue also, where they are needed: "messages", the observation as messages, and
+                       in a dialogue, if needed, also: "messages", the observation as messages, and
                        "message", an action that calls tools
-    prompt_messages    the first observation as [{"role", "content"}], where it is a dialogue, else null
-    final_observation  of a truncated episode: what would have come next
+    prompt_messages    the first observation as [{"role", "content"}] if it is a dialogue, else null
+    final_observation  of a truncated episode: the observation that would have come next
     terminated         false: truncated by a limit
     reward             the return; null: not judged
     metrics components objects of numbers (in Parquet as JSON text), of the environment and of the reward functions
     failure            why the episode could not be judged, or null
     columns            further columns of the prompt, for reward functions (in Parquet as JSON text), or null
-    group episode      episodes of a group began alike
-    seed start         what the environment's reset was given: seed, and options["start"] (null: drawn by the seed)
+    group episode      episodes of a group have the same start
+    seed start         arguments of the environment's reset: seed, and options["start"] (null: drawn by the seed)
     player             who played
-    game               in a game of several players {"player", "start", "moves"}: whose side this is, the game's start state, and the
+    game               in a game of several players {"player", "start", "moves"}: the side of this episode, the game's start state, and the
                        moves of all as [player, action] (in Parquet as JSON text), else null
     tokenizer          fingerprint of the tokenizer of ...
     segments           [{"tokens", "turns", "logprobs", "rewards"}], as in `Segment`; null: only the text is known. "allowed", if
                        actions were restricted: {"places", "sets", "table"}, the token at a place was one of table[set]
 
-Only `turns` with `observation` and `action` have to be there. Formats that other tools write are recognised by their
+Only `turns` with `observation` and `action` are required. Formats that other tools write are recognised by their
 fields:
 
     prompt, completion   text or messages; `reward`, a number, may be missing
     messages             a chat, every assistant message an action; `reward` for all of it, or `rewards` for each action.
-                         Between two actions stands one observation: several messages of the user are joined; those
-                         of tools stay messages. An assistant message may have `tool_calls`.
+                         Between two actions there is one observation: several user messages are joined; tool
+                         messages stay messages. An assistant message may have `tool_calls`.
     chosen, rejected     two episodes with rewards 1 and -1; without `prompt` it is what both begin with
-    text                 text of which every token is an action, after the token that opens a text
+    text                 text in which every token is an action, after the tokenizer's opening token
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 def to_row(trajectory: Trajectory, tokenizer: str | None = None) -> Row:
-    """A trajectory in lmrl's own format; tokens are written where the fingerprint of their `tokenizer` is given."""
+    """A trajectory in lmrl's own format; tokens are written if the fingerprint of their `tokenizer` is given."""
     turns = [
         {
             "observation": prompt_text(turn.observation),
@@ -112,7 +112,7 @@ def to_row(trajectory: Trajectory, tokenizer: str | None = None) -> Row:
 
 
 def _segment_row(segment: Segment) -> Row:
-    """Raises DataError for actions of another kind than tokens, which have no place in files yet."""
+    """Raises DataError for actions other than tokens, which files cannot hold yet."""
     if segment.kind != TOKENS:
         raise DataError(f"actions of the kind '{segment.kind}' cannot be written to files: only tokens can")
     row: Row = {name: getattr(segment, name) for name in SEGMENT_LISTS}
@@ -133,7 +133,7 @@ def prompts_of(trajectory: Trajectory) -> list[str | Messages]:
 
 
 def from_row(row: Row, renderer: Renderer, history: int | str = "all", number: int = 0) -> list[Trajectory]:
-    """The episodes of a row of any format: one, or two of chosen and rejected.
+    """The episodes of a row of any format: one, or two for chosen and rejected.
 
     Stored tokens of the renderer's tokenizer are taken as they are; otherwise the text is rendered and tokenised as the
     sampler does it (`history`: see Recorder), and log-probabilities are unknown. Raises Malformed.
@@ -158,13 +158,13 @@ def parse(row: Row, number: int = 0, tokenizer: str | None = None) -> list[Traje
     if "text" in present:
         return [episode_of(row, [Turn("", not_empty(take(row, "text", str), "text"))], number)]
     raise Malformed(
-        f"is of no known format (fields: {', '.join(row)}); expected turns, prompt and completion, messages, chosen and "
+        f"has no known format (fields: {', '.join(row)}); expected turns, prompt and completion, messages, chosen and "
         "rejected, or text"
     )
 
 
 def render(trajectory: Trajectory, renderer: Renderer, history: int | str = "all") -> Trajectory:
-    """Fill the segments of an episode that is known as text. One that has its tokens is returned as it is."""
+    """Fill the segments of an episode that is known as text. One that has tokens already is returned unchanged."""
     if trajectory.segments or not trajectory.turns:
         return trajectory
     if is_dialogue(trajectory) and not renderer.chat:
@@ -294,7 +294,7 @@ def _allowed(segment: Row, where: str) -> dict[int, AllowedTokens]:
     tokens, turns = segment["tokens"], segment["turns"]
     for place, allowed in found.items():
         if type(place) is not int or not 0 <= place < len(tokens) or turns[place] == CONTEXT:
-            raise Malformed(f"{where}: 'allowed' names place {place!r:.20}, where no action stands")
+            raise Malformed(f"{where}: 'allowed' names place {place!r:.20}, which is not an action")
         if tokens[place] not in allowed:
             raise Malformed(f"{where}: token {tokens[place]} at place {place} is not among those 'allowed' there")
     return found

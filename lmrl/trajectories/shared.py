@@ -1,7 +1,7 @@
-"""Sequences that begin alike, packed into one so that what they share is computed once.
+"""Sequences with a common beginning, packed into one so that the beginning is computed once.
 
-A packed sequence holds the shared beginning, then every continuation after it. A continuation sees the beginning and
-itself, and its positions go on from the beginning's end, so that every log-probability is that of the plain sequence.
+A packed sequence holds the shared beginning, then every continuation after it. A continuation attends to the beginning and
+itself, and its positions continue from the beginning's end, so every log-probability equals that of the plain sequence.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from lmrl.trajectories.batch import Sequence
 
 
 def shared_length(sequences: list[Sequence]) -> int:
-    """How many first tokens can be computed once: equal in all, and before the first action of any."""
+    """How many leading tokens can be computed once: equal in all, and before the first action of any."""
     shortest = min(int(sequence.states[0]) + 1 for sequence in sequences)
     first = sequences[0].tokens[:shortest]
     for other in sequences[1:]:
@@ -25,7 +25,7 @@ def shared_length(sequences: list[Sequence]) -> int:
 
 
 def pack(sequences: list[Sequence]) -> Sequence | None:
-    """One sequence with a branch for each of these, whose actions stand in the given order; None: they share nothing."""
+    """One sequence with a branch for each of these, with the actions in the given order; None if they share nothing."""
     length = shared_length(sequences)
     if length == 0:
         return None
@@ -49,7 +49,7 @@ def pack(sequences: list[Sequence]) -> Sequence | None:
 
 
 def visible(branches_BT: torch.Tensor) -> torch.Tensor:
-    """Which tokens each token sees: earlier ones of the beginning (branch 0) or of its own branch, (B, T, T)."""
+    """Which tokens each token attends to: earlier ones of the beginning (branch 0) or of its own branch, (B, T, T)."""
     size = branches_BT.shape[1]
     earlier_TT = torch.ones(size, size, dtype=torch.bool, device=branches_BT.device).tril()
     same_BTT = branches_BT[:, :, None] == branches_BT[:, None, :]

@@ -22,24 +22,24 @@ from lmrl.trajectories.rows import fingerprint, is_dialogue, parse, prompts_of, 
 from lmrl.trajectories.trajectory import Trajectory, prompt_key, prompt_text
 
 SHARD_EPISODES = 1000
-UNMATCHED = "none of its prompts is among those that task.prompts.holdout keeps for evaluation, so no row is left out"
+UNMATCHED = "none of its prompts is held out by task.prompts.holdout, so no row is left out"
 VOCABULARY_ROWS = 10_000
-"""Rows from whose text a model built from scratch takes its vocabulary."""
+"""Number of rows from whose text a model built from scratch takes its vocabulary."""
 SHARDS, SCRATCH = "data-*.parquet", ".writing-"
 
 
 class DatasetFile:
     """Logged episodes on disk, in any format that rows.py reads.
 
-    Opening goes through all rows once and checks their text; an episode is read and tokenised when it is asked for.
-    Episodes with a prompt of which one of the renderer's keys is in `without` (held out for evaluation) and those that
-    failed are left out.
+    Opening reads all rows once and checks their text; an episode is read and tokenised on access. Failed episodes are
+    left out, and so are those with a prompt whose keys (see Renderer.keys) include one in `without` (held out for
+    evaluation).
 
-    max_tokens: leave out longer episodes as well, for which all are tokenised once. scored: keys of prompts that a suite
-    scores, whose episodes are counted in a note. positions: tokens that the model has positions for; longer episodes are
-    left out.
+    max_tokens: also leave out longer episodes, which requires tokenising all once. scored: keys of prompts that a suite
+    scores; a note counts their episodes. positions: tokens that the model has positions for; longer episodes are left
+    out.
 
-    skip_bad_rows: count malformed rows and write them to `bad_rows`, one JSON object a line, instead of raising
+    skip_bad_rows: count malformed rows and write them to `bad_rows`, one JSON object per line, instead of raising
     DataError with file, line, field and what was expected.
     """
 
@@ -64,7 +64,7 @@ class DatasetFile:
         self.measures: dict[str, array[Any]] = {}
         """Components and metrics by name, of the episodes that have them."""
         self.measured: dict[str, array[Any]] = {}
-        """The episode of each such number."""
+        """Index of the episode that each value in `measures` belongs to."""
         self.notes: list[str] = []
         self.needs_template = False
         """True if there are dialogues to render."""
@@ -128,7 +128,7 @@ class DatasetFile:
         counts = {
             f"malformed {self.rows.unit}s" + (f" (see {bad_rows})" if bad_rows else ""): len(bad),
             "episodes that failed when they were played": failed,
-            "sides of games that were over before these had a turn": turnless,
+            "sides of games that ended before the side had a turn": turnless,
             "episodes of held-out prompts": heldout,
             f"episodes of more than {self.max_tokens} tokens": long,
             f"episodes of more than the {self.positions} tokens that the model has positions for": beyond,
@@ -138,7 +138,7 @@ class DatasetFile:
             self.notes.append(f"{self.path}: {UNMATCHED}")
         if shared:
             self.notes.append(
-                f"warning: {self.path}: {shared} episodes have prompts that are in evaluation.suite as well, so its "
+                f"warning: {self.path}: {shared} episodes have prompts that are also in evaluation.suite, so its "
                 "scores flatter the policy: take them out of one of the files"
             )
         if bad and bad_rows is not None:
@@ -146,7 +146,7 @@ class DatasetFile:
         if not len(self):
             reasons = "; ".join(self.notes)
             raise DataError(
-                f"no episode is left to learn from; {reasons}: give more rows, or loosen what leaves them out"
+                f"no episode is left to train on; {reasons}: add rows, or relax the options that leave them out"
             )
 
     def _keep(self, number: int, part: int, episode: Trajectory) -> None:
@@ -166,7 +166,7 @@ class DatasetFile:
         return any(not self.renderer.keys(prompt).isdisjoint(keys) for prompt in prompts)
 
     def _length(self, episode: Trajectory) -> int:
-        """Tokens of its longest segment, or at least as many where that is no more than both limits."""
+        """Tokens of its longest segment, or an upper bound if that is within both limits."""
         if self.max_tokens is None and (self.positions is None or self._surely_fits(episode)):
             return 0
         segments = render(episode, self.renderer, self.history).segments
@@ -182,7 +182,7 @@ class DatasetFile:
 
     @cached_property
     def _frame(self) -> int:
-        """Tokens that opening a segment and closing a turn add to the text, at most."""
+        """Maximum number of tokens that opening a segment and closing a turn add to the text."""
         openings = [self.renderer.first("a")]
         if self.renderer.tokenizer.chat_template:
             openings.append(self.renderer.first([{"role": "user", "content": "a"}]))
@@ -190,7 +190,7 @@ class DatasetFile:
 
 
 def report_bad_rows(rows: Rows, bad: list[tuple[int, str]], target: Path) -> None:
-    """Write malformed rows (number and what is wrong) to a file, one JSON object a line."""
+    """Write malformed rows (number and error) to a file, one JSON object per line."""
     with open(target, "w", encoding="utf-8") as file:
         for number, reason in bad:
             name, line = rows.place(number)
@@ -212,7 +212,7 @@ def dataset_texts(path: str, part: Selection = Selection()) -> list[str]:
 
 
 def _group(row: Row, number: int, episode: Trajectory) -> int:
-    """A number for what an episode can be compared with: its pair, its group, or else those of the same prompt."""
+    """A number shared by the episodes that can be compared: a pair, a group, or else those of the same prompt."""
     if "chosen" in row:
         return hash(number)
     return hash((row.get("group"), _prompt(episode)))
@@ -224,9 +224,9 @@ def _prompt(episode: Trajectory) -> str:
 
 # --------------------------------------------------------------------------------------------------------------- writing
 class EpisodeWriter:
-    """Writes episodes as they come: a folder of Parquet shards, or one file where `path` ends in .jsonl.
+    """Writes episodes as they arrive: a folder of Parquet shards, or one file if `path` ends in .jsonl.
 
-    A shard appears by one rename, so that what is there is complete, and no more than a shard is held in memory.
+    A shard appears by one rename, so every file is complete, and no more than a shard is held in memory.
     tokenizer: its fingerprint, to write tokens as well as text. force: replace the episodes of an earlier writer.
     """
 
@@ -241,7 +241,7 @@ class EpisodeWriter:
         self._begun = False
 
     def write(self, trajectories: Sequence[Trajectory]) -> None:
-        if not self._begun:  # only now, so that nothing is made or replaced where no episode can be played
+        if not self._begun:  # only now, so that nothing is created or replaced if no episode can be played
             self._begin()
         rows = [to_row(trajectory, self.tokenizer) for trajectory in trajectories]
         if self._file:
@@ -280,7 +280,7 @@ class EpisodeWriter:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()  # whatever stopped the writing, the episodes so far are whole
+        self.close()  # even after an error, the episodes so far are complete
 
 
 def is_jsonl(path: Path) -> bool:
@@ -288,7 +288,7 @@ def is_jsonl(path: Path) -> bool:
 
 
 def check_destination(path: Path, force: bool = False) -> None:
-    """Raise RunError where episodes cannot be written to `path` without losing something."""
+    """Raise RunError if episodes cannot be written to `path` without losing something."""
     if not is_jsonl(path) and path.suffix in (".parquet", ".json", ".csv", ".gz"):
         raise RunError(f"{path}: expected a folder (for Parquet shards) or a name that ends in .jsonl")
     if is_jsonl(path) and path.is_dir() or not is_jsonl(path) and path.is_file():
@@ -298,7 +298,7 @@ def check_destination(path: Path, force: bool = False) -> None:
     if path.is_dir():
         found = {*path.iterdir()}
         if found - {*path.glob(SHARDS), *path.glob(SCRATCH + "*")}:
-            raise RunError(f"{path} holds other files than episodes: choose another destination")
+            raise RunError(f"{path} holds files other than episodes: choose another destination")
         if found and not force:
             raise RunError(f"{path} exists: choose another destination, or overwrite it with --force")
 
@@ -315,11 +315,11 @@ def write_episodes(path: Path, trajectories: Sequence[Trajectory], tokenizer: An
 def read_episodes(path: Path, tokenizer: Any) -> list[Trajectory]:
     """All episodes of a file as they were written, token by token.
 
-    Raises DataError where they hold the tokens of another tokenizer.
+    Raises DataError if they hold tokens of another tokenizer.
     """
     import pyarrow.parquet
 
-    # Not through `datasets`, which would leave a copy of every file in its cache.
+    # Not with `datasets`, which would leave a copy of every file in its cache.
     rows = list(JsonLines(path)) if is_jsonl(path) else pyarrow.parquet.read_table(path).to_pylist()
     own = fingerprint(tokenizer)
     if any(row["tokenizer"] != own for row in rows):

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # workers of rewards import this module, and can do without torch
+if TYPE_CHECKING:  # reward workers import this module without torch
     from lmrl.trajectories.allowed import AllowedTokens
 
 
 Messages = list[dict[str, Any]]
-"""`role` and `content`, text; of the assistant maybe `tool_calls`, of a tool `tool_call_id` and `name`; in the first one maybe
-`tools`, the definitions that the chat template is to show."""
+"""`role` and `content`, text; an assistant's may have `tool_calls`, a tool's `tool_call_id` and `name`; the first one may have
+`tools`, the definitions that the chat template renders."""
 
 CONTEXT = -1
 """In `Segment.turns`: a token the policy did not choose."""
@@ -24,11 +24,11 @@ TOKENS = "tokens"
 
 @dataclass
 class Segment:
-    """A stretch of an episode that the policy saw in one context. All lists have one entry per token.
+    """A part of an episode that the policy saw in one context. All lists have one entry per token.
 
-    `turns` is the action mask that also says whose turn it was: `CONTEXT` for prompt and observation tokens, the number
-    of the turn for sampled ones. `logprobs` holds the log-probability of each action under the distribution it was drawn
-    from (None where it is unknown), `rewards` what was earned at a token.
+    `turns` is the action mask: `CONTEXT` for prompt and observation tokens, the number of the turn for sampled
+    ones. `logprobs` holds the log-probability of each action under the distribution it was drawn
+    from (None if unknown), `rewards` the reward given at each token.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -36,11 +36,11 @@ class Segment:
     logprobs: list[float | None] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     allowed: dict[int, AllowedTokens] = field(default_factory=dict)
-    """By position, the tokens that the action was chosen from; positions that are missing had the whole vocabulary."""
+    """The tokens that each action was chosen from, by position; missing positions had the whole vocabulary."""
     kind: str = TOKENS
-    """What actions are: tokens, or a kind that the policy knows, whose actions stand in `vectors`."""
+    """What actions are: tokens, or a kind that the policy knows, with its actions in `vectors`."""
     vectors: dict[int, tuple[float, ...]] = field(default_factory=dict)
-    """By position, the action itself, if its kind is not tokens. The token there is a placeholder."""
+    """The actions by position, if they are not tokens. The token there is a placeholder."""
 
     def observe(self, tokens: list[int]) -> None:
         self.tokens += tokens
@@ -55,7 +55,7 @@ class Segment:
         turn: int,
         allowed: Sequence[AllowedTokens | None] = (),
     ) -> None:
-        """Add the tokens of an action. allowed: what each was chosen from, if that was ever restricted.
+        """Add the tokens of an action. allowed: what each token was chosen from, if that was restricted.
 
         Raises ValueError for a token that was not allowed.
         """
@@ -70,7 +70,7 @@ class Segment:
         self.rewards += [0.0] * len(tokens)
 
     def act_vector(self, kind: str, vector: Sequence[float], logprob: float | None, turn: int, token: int = 0) -> None:
-        """Add an action that is a vector, which takes the place of one token. token: stands at its place.
+        """Add an action that is a vector, which takes the place of one token. token: the placeholder.
 
         Raises ValueError if the segment has actions of another kind.
         """
@@ -88,42 +88,42 @@ class Segment:
 
 @dataclass
 class Turn:
-    """An exchange as text: what was observed (maybe messages), what was done, and what was earned by it."""
+    """An exchange as text: the observation (text or messages), the action, and its reward."""
 
     observation: str | Messages
     action: str
     reward: float = 0.0
     message: dict[str, Any] | None = None
-    """The assistant's message where it calls tools, of which `action` is the text for people."""
+    """The assistant's message if it calls tools; `action` is then its readable text."""
 
 
 @dataclass
 class Trajectory:
-    """One episode: its segments, how it ended, what it earned, and its text for people."""
+    """One episode: its segments, how it ended, its rewards, and its readable text."""
 
     segments: list[Segment]
     prompt: str
     completion: str
     terminated: bool = True
-    """False: truncated by a limit, so its value goes on and has to be bootstrapped. A truncated episode ends with the
+    """False: truncated by a limit, so the value of its last state must be bootstrapped. A truncated episode ends with the
     observation that would have come next."""
     reward: float | None = 0.0
     """Return of the episode, undiscounted; None: not judged."""
     components: dict[str, float | None] = field(default_factory=dict)
     """Rewards by function, before weighting."""
     metrics: dict[str, float | None] = field(default_factory=dict)
-    """Measurements of the environment."""
+    """Measurements by the environment."""
     failure: str | None = None
     """Why the episode could not be judged."""
     cut_turns: list[int] = field(default_factory=list)
-    """Turns that ran into the token limit before they ended by themselves."""
+    """Turns that ran into the token limit before the policy ended them."""
     group: int = 0
-    """Which prompt or start state; episodes with the same group began alike."""
+    """Index of the prompt or start state; episodes of a group have the same start."""
     episode: int = 0
     columns: dict[str, Any] = field(default_factory=dict)
     """The prompt's other columns, for reward functions."""
     messages: Messages | None = None
-    """The prompt as messages, where it is a dialogue."""
+    """The prompt as messages, if it is a dialogue."""
     turns: list[Turn] = field(default_factory=list)
     """The episode as text."""
     final_observation: str | Messages | None = None
@@ -134,7 +134,7 @@ class Trajectory:
     start: int | None = field(default=None, compare=False)
     """Arguments of the environment's `reset`, if known: the seed, and `options["start"]` (None: drawn by the seed)."""
     game: dict[str, Any] | None = field(default=None, compare=False)
-    """Of a game of several players: `player`, whose side this is; `start`, the game's own start state; and `moves`, those of all
+    """In a game of several players: `player`, the side of this episode; `start`, the game's own start state; and `moves`, those of all
     players as [player, action]."""
     version: int | None = field(default=None, compare=False)
     """Version of the weights that played: the number of the engine's weight sync (None: not played by this process)."""
@@ -156,12 +156,12 @@ class Trajectory:
 
 
 def prompt_text(observation: str | Messages) -> str:
-    """A prompt for people: messages are joined by line breaks."""
+    """A prompt as readable text: messages are joined by line breaks."""
     return observation if isinstance(observation, str) else "\n".join(str(one["content"]) for one in observation)
 
 
 def prompt_key(prompt: str | Messages) -> str:
-    """Prompts with the same key are the same: of messages only role, content and calls of tools count."""
+    """Prompts with the same key are the same: for messages, only role, content and tool calls count."""
     if isinstance(prompt, str):
         return prompt
     names = ("role", "content", "tool_calls")
@@ -169,7 +169,7 @@ def prompt_key(prompt: str | Messages) -> str:
 
 
 def transcript(turns: list[Turn]) -> str:
-    """The text after the prompt, for people: actions and the observations between them, one a line."""
+    """The readable text after the prompt: actions and the observations between them, one per line."""
     lines = [line for turn in turns for line in (prompt_text(turn.observation), turn.action)]
     return "\n".join(lines[1:])
 

@@ -361,5 +361,5 @@ def test_where_chooses_rows():
 
 
 def test_too_few_examples_are_counted():
-    with pytest.raises(DataError, match="count=2 examples are wanted, and there are 1 with subject='anatomy'"):
+    with pytest.raises(DataError, match="count=2 examples are wanted, but there are only 1 with subject='anatomy'"):
         rows_of("mmlu", "shots=2", f"examples={file_of('mmlu_examples')}")

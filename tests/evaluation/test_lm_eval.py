@@ -177,7 +177,7 @@ def test_mistakes_are_named(model, theirs):
         lmrl.evaluate(model, "lm-eval:local_mmlu", ["shot=1"])
     with pytest.raises(RecipeError, match="it does not support --beta, --log, --log-every or --overlap"):
         lmrl.evaluate(model, "lm-eval:local_mmlu", log="x")
-    with pytest.raises(RecipeError, match="which an address does not tell"):
+    with pytest.raises(RecipeError, match="which an address does not give"):
         lmrl.evaluate("http://127.0.0.1:1/v1#some-model", "lm-eval:local_mmlu", [f"include={theirs[0]}"])
     with pytest.raises(RecipeError, match="scored, not compared"):
         lmrl.compare([model, model], "lm-eval:local_mmlu")

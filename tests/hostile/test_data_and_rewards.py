@@ -49,7 +49,7 @@ DATA = [
     (
         [written("prompts.txt", "a")],
         "task.prompts.path=prompts.txt",
-        r"prompts.txt: unknown kind of file; expected .jsonl",
+        r"prompts.txt: unknown file type; expected .jsonl",
     ),
     ([written("p.parquet", "a")], "task.prompts.path=p.parquet", r"p.parquet: cannot be read: Parquet file size"),
     ([written("p.jsonl.gz", "a")], "task.prompts.path=p.jsonl.gz", r"p.jsonl.gz: cannot be read: Not a gzipped file"),
@@ -95,7 +95,7 @@ DATA = [
     (
         [written("log.jsonl", [{"prompt": "a", "completion": "b"}] * 3)],
         "'source={name: dataset, path: log.jsonl}' 'objective={name: likelihood}' task.prompts.path=log.jsonl",
-        r"log.jsonl: left out 3 episodes of held-out prompts: give more rows",
+        r"log.jsonl: left out 3 episodes of held-out prompts: add rows",
     ),
     (
         [written("pairs.jsonl", [{"chosen": "ab"}])],

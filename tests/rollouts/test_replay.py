@@ -77,7 +77,7 @@ def test_every_episode_comes_out_the_same(dice):
         (lambda line: line["turns"][0].update(reward=7.5) or line, "turn 0: reward "),
         (lambda line: line | {"turns": line["turns"][:-1]}, "the episode goes on after turn 1"),
         (lambda line: line | {"turns": line["turns"] + line["turns"][:1]}, "turn 3: the episode is over, recorded are 4"),
-        (lambda line: line | {"terminated": True}, "truncated, recorded the other"),
+        (lambda line: line | {"terminated": True}, "truncated, but recorded as the other"),
         (lambda line: line | {"final_observation": "x"}, "last observation '"),
         (lambda line: line | {"metrics": {"first": -1.0}}, "metrics {'first': "),
         (lambda line: line | {"failure": "environment raised ValueError: x"}, "no failure, recorded: environment raised"),
@@ -95,7 +95,7 @@ def test_another_environment_is_named(dice):
     line = next(line for line in samples(dice / "run") if "failure" not in line)
     line["environment"] |= {"version": "2", "source": "0123"}
     told, same = replay_episode(line)
-    assert same and told[1].startswith("the environment is another one now: version 3 (source ")
+    assert same and told[1].startswith("the environment has changed since: version 3 (source ")
     assert ", version 2 (source 0123); seed " in told[0]
 
 
@@ -177,7 +177,7 @@ def test_a_changed_environment_fails_the_command(dice, tmp_path):
     lines[0]["environment"]["name"] = f"{own}:Dice"
     (tmp_path / "samples.jsonl").write_text(json.dumps(lines[0]) + "\n")
     result = command(tmp_path, "--episode", lines[0]["id"])
-    assert result.exit_code == 1 and "the environment is another one now" in result.output
+    assert result.exit_code == 1 and "the environment has changed since" in result.output
     assert "turn 0: reward " in result.output
 
 

@@ -204,7 +204,7 @@ def test_a_holdout_that_matches_no_row_is_said(tmp_path, tokenizer):
     prompts = [{"prompt": "a"}, {"prompt": "b"}]
     task = Task(lambda: PromptEnvironment(prompts, "prompt"), Renderer(tokenizer), [1], [0], judged_by="reward")
     assert open_dataset_file(dataset(path=path), task).notes == [
-        f"{path}: none of its prompts is among those that task.prompts.holdout keeps for evaluation, so no row is left out"
+        f"{path}: none of its prompts is held out by task.prompts.holdout, so no row is left out"
     ]
 
 
@@ -222,7 +222,7 @@ def test_prompts_that_are_trained_on_and_scored_are_said(tmp_path, tokenizer):
     assert task.notes == [] and {"a", "z"} <= task.scored
     log = lines(tmp_path / "log.jsonl", [{"prompt": "a", "completion": "d"}, {"prompt": "b", "completion": "d"}])
     (note,) = open_dataset_file(dataset(path=log), task).notes
-    assert note.startswith(f"warning: {log}: 1 episodes have prompts that are in evaluation.suite as well")
+    assert note.startswith(f"warning: {log}: 1 episodes have prompts that are also in evaluation.suite")
     own = build_task(PromptTask(prompts=Prompts(path=path, holdout=0.1)), tokenizer)
     watch_suite(own, Suite(task=PromptTask(prompts=Prompts(path=path, holdout=0.1))), tokenizer, plays=True)
     assert own.notes == []  # the held-out tenth of its own prompts

@@ -77,7 +77,7 @@ def test_files_keep_the_sets(tmp_path, monkeypatch, name):
     ("allowed", "message"),
     [
         ({"places": [2], "sets": [1], "table": [[7]]}, "expected places, sets and table"),
-        ({"places": [0], "sets": [0], "table": [[5]]}, "place 0, where no action stands"),
+        ({"places": [0], "sets": [0], "table": [[5]]}, "place 0, which is not an action"),
         ({"places": [2], "sets": [0], "table": [[9]]}, "token 7 at place 2 is not among those"),
     ],
 )

@@ -33,10 +33,11 @@ def test_config_and_split_choose_the_rows(two_configs):
 
 def test_errors_name_config_split_and_revision(two_configs):
     with pytest.raises(
-        DataError, match=r"\(config 'long', split 'train'\) is no file here, and cannot be loaded from the hub: .*train"
+        DataError,
+        match=r"\(config 'long', split 'train'\) is not a file here, and cannot be loaded from the hub: .*train",
     ):
         files._open_hub(str(two_configs), Selection("train", "long"))
-    with pytest.raises(DataError, match=r"\(config 'none', split 'train', revision 'v2'\) is no file here"):
+    with pytest.raises(DataError, match=r"\(config 'none', split 'train', revision 'v2'\) is not a file here"):
         files._open_hub(str(two_configs), Selection("train", "none", "v2"))
 
 
@@ -64,7 +65,7 @@ def test_a_file_or_a_player_has_neither(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
     for given in ("config", "revision"):
         with pytest.raises(
-            DataError, match=f"a.jsonl: `{given}` chooses from a dataset on the hub, but this is a file"
+            DataError, match=f"a.jsonl: `{given}` selects from a dataset on the hub, but this is a file"
         ):
             open_rows(str(tmp_path / "a.jsonl"), Selection(**{given: "x"}))
     with pytest.raises(RecipeError, match="source: `config` and `revision` choose .* a player has none"):

@@ -40,7 +40,7 @@ def test_an_observation_may_hold_the_sentinel(tokenizer, text):
 
 def test_a_template_that_leaves_the_assistant_out(tokenizer):
     tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
-    with pytest.raises(ModelError, match="leaves out what the assistant says"):
+    with pytest.raises(ModelError, match="leaves out the assistant's text"):
         Renderer(tokenizer, chat=True).next("more", 5)
 
 

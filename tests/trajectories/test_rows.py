@@ -213,7 +213,7 @@ TURN = {"observation": "a", "action": "b"}
         ({"prompt": "a", "completion": "b", "reward": True}, "field 'reward' holds True"),
         ({"prompt": "a", "completion": [{"role": "assistant"}]}, "field 'completion' holds .*'role' and 'content'"),
         ({"prompt": [], "completion": "b"}, "field 'prompt' is empty; expected messages"),
-        ({"words": "a"}, r"is of no known format \(fields: words\); expected turns, prompt and completion"),
+        ({"words": "a"}, r"has no known format \(fields: words\); expected turns, prompt and completion"),
         ({"text": ""}, "field 'text' is empty"),
         ({"messages": CHAT, "rewards": [1, 2]}, "field 'rewards' has 2 numbers for 1 assistant messages"),
         ({"messages": CHAT, "rewards": [float("inf")]}, "field 'rewards' holds inf; expected a finite number"),
@@ -225,7 +225,7 @@ TURN = {"observation": "a", "action": "b"}
         ({"messages": "a"}, "field 'messages' is 'a'; expected a list of messages"),
         ({"messages": ["a"]}, "field 'messages' holds 'a'; expected messages"),
         ({"chosen": "a b"}, r"has no field 'rejected' \(fields: chosen\)"),
-        ({"chosen": "a b", "rejected": CHAT}, "fields 'chosen' and 'rejected' differ in kind"),
+        ({"chosen": "a b", "rejected": CHAT}, "fields 'chosen' and 'rejected' differ in type"),
         ({"chosen": "x\n\nAssistant:", "rejected": "x\n\nAssistant: a"}, "field 'chosen' is empty after the prompt"),
         ({"turns": []}, "field 'turns' is empty; expected at least one turn"),
         ({"turns": ["a"]}, "field 'turns', turn 0 is 'a'; expected an object"),
@@ -329,11 +329,11 @@ def test_tools_go_through_the_template_in_the_models_own_format(caller, form, tm
 @pytest.mark.parametrize(
     ("message", "found"),
     [
-        ({"role": "bot", "content": "a"}, "has a message of the role 'bot'; expected one of system, developer, user"),
+        ({"role": "bot", "content": "a"}, "has a message with the role 'bot'; expected one of system, developer, user"),
         ({"role": "assistant", "content": None}, "expected messages with text in 'role' and 'content'"),
         ({"role": "user", "content": [{"type": "text", "text": "a"}]}, "with text in 'role' and 'content'"),
         ({"role": "tool", "content": None}, "expected messages with text in 'role' and 'content'"),
-        ({"role": "user", "content": "a", "tool_calls": [CALL]}, "'tool_calls' in a message of the role 'user'"),
+        ({"role": "user", "content": "a", "tool_calls": [CALL]}, "'tool_calls' in a message with the role 'user'"),
         (
             {"role": "assistant", "tool_calls": ["add"]},
             "has the tool call 'add'; expected an object with function.name",

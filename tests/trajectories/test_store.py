@@ -109,7 +109,7 @@ def test_destinations(tmp_path, episodes):
         assert len(open_rows(str(tmp_path / name))) == 2
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed" / "thesis.txt").write_text("dear")
-    with pytest.raises(RunError, match="holds other files"):
+    with pytest.raises(RunError, match="holds files other than episodes"):
         EpisodeWriter(tmp_path / "mixed", force=True)
     with pytest.raises(RunError, match="expected a folder"):
         EpisodeWriter(tmp_path / "a.parquet")
@@ -163,7 +163,7 @@ def test_malformed_rows_are_counted_and_kept_aside(tmp_path, tokenizer):
     assert second["reason"] == "holds a list, expected an object with keys" and third["line"] == 5
     assert "not valid UTF-8" in third["reason"]
     path.write_text("{}\n")
-    with pytest.raises(DataError, match="no episode is left to learn from; .*left out 1 malformed lines"):
+    with pytest.raises(DataError, match="no episode is left to train on; .*left out 1 malformed lines"):
         DatasetFile(str(path), Renderer(tokenizer), skip_bad_rows=True)
 
 
@@ -198,7 +198,7 @@ def test_file_kinds(tmp_path):
         assert read_rows(str(tmp_path / name), limit=1) == rows[:1]
         assert list(open_rows(str(tmp_path / name)).scan()) == rows and open_rows(str(tmp_path / name))[1] == rows[1]
     for name, text, message in [
-        ("a.txt", "a", "unknown kind of file"),
+        ("a.txt", "a", "unknown file type"),
         ("broken.parquet", "no", "broken.parquet: cannot be read"),
         ("broken.jsonl.gz", "no", "broken.jsonl.gz: cannot be read"),
         ("empty.jsonl", "\n", "holds no rows"),
