@@ -1,1 +1,1 @@
-"""Rewards: any callable of the protocol that trl users know, loaded, run and composed."""
+"""Rewards: loading, running and combining any callable with trl's reward protocol."""

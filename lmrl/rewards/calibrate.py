@@ -1,7 +1,7 @@
-"""How well a reward or a judge agrees with what is known: right and wrong answers, or preferences of people.
+"""How well a reward or a judge agrees with known labels: right and wrong answers, or human preferences.
 
-AUC: the probability that a right answer scores higher than a wrong one, ties counted half. Its interval is that of clustered
-data (Obuchowski, Biometrics 1997): answers of one row belong together.
+AUC: the probability that a right answer scores higher than a wrong one, with ties counted half. Its interval is for clustered
+data (Obuchowski, Biometrics 1997): answers of one row form a cluster.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from lmrl.trajectories.trajectory import Messages, prompt_key, prompt_text
 
 BATCH = 64
 BIAS = 0.05
-"""A bias whose interval lies beyond this on one side is a finding."""
+"""A bias is a finding if its interval lies entirely beyond this, on one side."""
 FEWEST = 3
-"""Rows that a verdict needs."""
+"""Minimum rows for a verdict."""
 
 
 # ------------------------------------------------------------------------------------------------------ right and wrong
 def auc(right: Sequence[Sequence[float]], wrong: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """AUC with its 95 % interval. right, wrong: of each row the scores of its right and of its wrong answers.
+    """AUC with its 95 % interval. right, wrong: for each row, the scores of its right and of its wrong answers.
 
     Raises ValueError without a right and a wrong score.
     """
@@ -42,7 +42,7 @@ def auc(right: Sequence[Sequence[float]], wrong: Sequence[Sequence[float]]) -> d
     above_place = (_share_below(below, above), _owners(right))
     below_place = (1 - _share_below(above, below), _owners(wrong))
     mean, rows = float(above_place[0].mean()), len(right)
-    # Each row's pull on the AUC, through its right and through its wrong answers.
+    # Each row's influence on the AUC, through its right and through its wrong answers.
     pull = np.zeros(rows)
     for (places, owners), count in ((above_place, len(above)), (below_place, len(below))):
         np.add.at(pull, owners, (places - mean) / count)
@@ -53,7 +53,7 @@ def auc(right: Sequence[Sequence[float]], wrong: Sequence[Sequence[float]]) -> d
 
 
 def _share_below(others: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Of each value the share of others below it, equal ones counted half."""
+    """For each value, the share of others below it, with equal ones counted half."""
     ordered = np.sort(others)
     low, high = np.searchsorted(ordered, values, "left"), np.searchsorted(ordered, values, "right")
     return np.asarray((low + high) / 2 / len(ordered))
@@ -64,7 +64,7 @@ def _owners(rows: Sequence[Sequence[float]]) -> np.ndarray:
 
 
 def _logit_interval(mean: float, deviation: float, rows: int) -> list[float]:
-    """A Student interval of the logit, which stays between 0 and 1; where all rows agree, the bound of a binomial share."""
+    """A Student interval of the logit, which stays between 0 and 1; if all rows agree, the bound of a binomial share."""
     if rows < 2:
         return [0.0, 1.0]
     if mean in (0.0, 1.0) or deviation == 0:
@@ -76,11 +76,11 @@ def _logit_interval(mean: float, deviation: float, rows: int) -> list[float]:
 
 
 def check_gold(function: RewardFunction, path: str, gold: str, wrong: str | None) -> Iterator[Finding]:
-    """Check that a reward tells right answers from wrong ones. gold, wrong: columns of the file, text or a list of texts in
-    each row (wrong: None takes the right answers of the next other row). Other columns reach the reward by name."""
+    """Check that a reward tells right answers from wrong ones. gold, wrong: columns of the file, with text or a list of texts in
+    each row (wrong: None takes the right answers of the next row with different ones). Other columns are passed to the reward by name."""
     rows, answers, others = read_answers(path, gold, wrong)
-    right = _scores(function, rows, answers, (gold, wrong))
-    bad = _scores(function, rows, others, (gold, wrong))
+    right = _scores(function, rows, answers, wrong)
+    bad = _scores(function, rows, others, wrong)
     unscored = sum(value is None for row in (*right, *bad) for value in row)
     total = sum(map(len, (*answers, *others)))
     if unscored:
@@ -101,7 +101,7 @@ def check_gold(function: RewardFunction, path: str, gold: str, wrong: str | None
 
 
 def read_answers(path: str, gold: str, wrong: str | None) -> tuple[Rows, list[list[str]], list[list[str]]]:
-    """Rows of a file, and of each its right and its wrong answers; see check_gold."""
+    """Rows of a file, with the right and the wrong answers of each; see check_gold."""
     rows = open_rows(path)
     answers = [_answers(rows, number, gold) for number in range(len(rows))]
     if wrong is None:
@@ -110,14 +110,14 @@ def read_answers(path: str, gold: str, wrong: str | None) -> tuple[Rows, list[li
 
 
 def samples_of(path: str, gold: str, wrong: str | None) -> dict[str, list[Any]]:
-    """A right and a wrong answer of each row in turn, as a reward takes samples."""
+    """A right and a wrong answer of each row in turn, in the form of a reward's samples."""
     rows, answers, others = read_answers(path, gold, wrong)
     both = [(number, one[0]) for number, pair in enumerate(zip(answers, others, strict=True)) for one in pair if one]
     return _columns(rows, both, wrong)
 
 
 def _answers(rows: Rows, number: int, column: str) -> list[str]:
-    """The answers in a row's column, "" left out. Raises DataError with its place."""
+    """The answers in a row's column, without "". Raises DataError with the row's place."""
     row = rows[number]
     if column not in row:
         raise DataError(f"{rows.where(number)}: has no column '{column}' (columns: {', '.join(row)})")
@@ -130,7 +130,7 @@ def _answers(rows: Rows, number: int, column: str) -> list[str]:
 
 
 def _of_other_rows(answers: list[list[str]], path: str, gold: str) -> list[list[str]]:
-    """For each row an answer that is right in the next row which has another one."""
+    """For each row, a right answer of the next row that has one which is not right here."""
     count, found = len(answers), []
     for number, own in enumerate(answers):
         following = (answer for step in range(1, count) for answer in answers[(number + step) % count])
@@ -144,13 +144,13 @@ def _of_other_rows(answers: list[list[str]], path: str, gold: str) -> list[list[
 
 
 def _scores(
-    function: RewardFunction, rows: Rows, answers: list[list[str]], hidden: tuple[str | None, ...]
+    function: RewardFunction, rows: Rows, answers: list[list[str]], hidden: str | None
 ) -> list[list[float | None]]:
-    """Scores of answers by row. hidden: columns that are put into the completion's place (gold stays among the columns)."""
+    """Scores of answers by row. hidden: a column of wrong answers, which the reward does not get."""
     flat = [(number, answer) for number, row in enumerate(answers) for answer in row]
     values: list[float | None] = []
     for first in range(0, len(flat), BATCH):
-        values += score(function, _columns(rows, flat[first : first + BATCH], hidden[1])).values
+        values += score(function, _columns(rows, flat[first : first + BATCH], hidden)).values
     found: list[list[float | None]] = [[] for _ in answers]
     for (number, _), value in zip(flat, values, strict=True):
         found[number].append(value)
@@ -175,7 +175,7 @@ def _columns(rows: Rows, part: Sequence[tuple[int, str]], hidden: str | None) ->
 
 
 def _worst(rows: Rows, right: list[list[float]], wrong: list[list[float]]) -> str:
-    """Rows whose right answers do not beat their wrong ones, "" where there is none."""
+    """A description of rows whose right answers do not beat their wrong ones; "" if there are none."""
     bad = [number for number, (a, b) in enumerate(zip(right, wrong, strict=True)) if a and b and min(a) <= max(b)]
     if not bad:
         return ""
@@ -184,7 +184,7 @@ def _worst(rows: Rows, right: list[list[float]], wrong: list[list[float]]) -> st
 
 # ---------------------------------------------------------------------------------------------------------- preferences
 class Pairs:
-    """Labelled pairs: prompts, and of each the answer that people prefer and the other one."""
+    """Labelled pairs: prompts, each with the answer that people prefer and the other one."""
 
     def __init__(self, path: str, limit: int | None = None):
         rows = open_rows(path)
@@ -210,17 +210,17 @@ class Pairs:
 
     @property
     def keys(self) -> list[str]:
-        """Names of the prompts, of which equal ones are one cluster."""
+        """Keys of the prompts; equal keys form a cluster."""
         return [prompt_key(prompt) for prompt in self.prompts]
 
     def longer(self) -> list[float]:
-        """Of each pair: 1 where the preferred answer is the longer one, 0 where the other is, 0.5 for equal lengths."""
+        """For each pair: 1 if the preferred answer is the longer one, 0 if the other is, 0.5 for equal lengths."""
         lengths = [(len(prompt_text(a)), len(prompt_text(b))) for a, b in zip(self.chosen, self.rejected, strict=True)]
         return [0.5 if a == b else float(a > b) for a, b in lengths]
 
 
 def by_scores(function: RewardFunction, pairs: Pairs) -> list[list[float | None]]:
-    """Verdicts of a reward that scores answers: 1 where it prefers what people do, in the only order there is."""
+    """Verdicts of a reward that scores answers: 1 if it prefers the answer that people prefer; there is only one order."""
     columns = {
         name: [row.get(name) for row in pairs.columns]
         for name in dict.fromkeys(n for row in pairs.columns for n in row)
@@ -256,7 +256,7 @@ def check_pairs(verdicts: Sequence[Sequence[float | None]], pairs: Pairs) -> Ite
             "judges every pair", share < BIAS and None, f"{len(pairs) - len(whole)} of {len(pairs)} have no verdict"
         )
     if len(whole) < FEWEST:
-        yield Finding("agrees with the labels", False, f"{len(whole)} pairs are too few to say")
+        yield Finding("agrees with the labels", False, f"{len(whole)} pairs are too few for a verdict")
         return
     keys = [pairs.keys[number] for number in whole]
     orders = np.array([verdicts[number] for number in whole], dtype=float)
@@ -266,7 +266,7 @@ def check_pairs(verdicts: Sequence[Sequence[float | None]], pairs: Pairs) -> Ite
     longer = np.array([pairs.longer()[number] for number in whole])
     told = longer != 0.5
     if told.sum() >= FEWEST:
-        # Where the preferred answer is the longer one, preferring it is preferring the longer; elsewhere it is the opposite.
+        # If the preferred answer is the longer one, agreeing means preferring the longer; otherwise it means the opposite.
         prefers_longer = np.where(longer == 1, agreement, 1 - agreement)
         bias = summarize(
             (prefers_longer - longer)[told].tolist(),

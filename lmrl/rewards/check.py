@@ -1,4 +1,4 @@
-"""Trying a reward out before anything is trained on it."""
+"""Checks of a reward before anything is trained on it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lmrl.rewards.rewards import RewardFunction, Scores, score
 Columns = dict[str, list[Any]]
 BATCH = 64
 TOLERANCE = 1e-4
-"""By how much two scores of the same sample may differ, of 1 + their size: rounding in a batch."""
+"""Maximum difference of two scores of the same sample, relative to 1 + their size, to allow for rounding in a batch."""
 EDGES = {
     "empty": "",
     "blank": " \n\t ",
@@ -45,8 +45,8 @@ INVENTED = [
 def check_reward(spec: Reward, data: Columns | None = None, timeout: float = 30.0) -> Iterator[Finding]:
     """Check a reward, on the samples of `data` (lists by column, with prompts and completions) or on invented ones.
 
-    It runs in two worker processes, so that one that hangs or dies is a finding. Findings come as they are made; after
-    one that makes the others meaningless they end.
+    It runs in two worker processes, so that a hang or a crash becomes a finding. Findings are yielded one by one; a failure that
+    makes the rest meaningless is the last.
     """
     spec = spec.model_copy(update={"workers": 2, "timeout": timeout, "retries": 0})
     try:
@@ -65,7 +65,7 @@ def check_reward(spec: Reward, data: Columns | None = None, timeout: float = 30.
         return
     missing = [cause for cause in found.causes if cause and "missing" in cause and "argument" in cause]
     if missing:
-        advice = "" if data else "; it wants columns of your data: give --data"
+        advice = "" if data else "; it needs columns of your data: add --data"
         yield Finding("protocol", False, f"{missing[0]}{advice}")
         return
     rows = len(found.values)
@@ -73,7 +73,7 @@ def check_reward(spec: Reward, data: Columns | None = None, timeout: float = 30.
     yield _judged(found)
     if all(value is None for value in found.values):
         return
-    score(alone, columns)  # by the other worker, so that the next call finds the first one again
+    score(alone, columns)  # by the other worker, so that the next call goes to the first one again
     yield _same("same samples, same scores", found, score(alone, columns))
     backwards = score(alone, {name: column[::-1] for name, column in columns.items()})
     yield _same("order in the batch does not matter", found, Scores(backwards.values[::-1], backwards.causes[::-1]))
@@ -134,7 +134,7 @@ def _edges(function: RewardFunction, columns: Columns) -> Iterator[Finding]:
 
 
 def _speed(function: RewardFunction, alone: RewardFunction, columns: Columns) -> Finding:
-    """Milliseconds a sample alone, in a batch, and with the batch shared by two workers."""
+    """Milliseconds per sample: alone, in a batch, and with the batch divided between two workers."""
     rows = len(columns["prompts"])
     full = {name: [column[row % rows] for row in range(BATCH)] for name, column in columns.items()}
 
@@ -148,7 +148,7 @@ def _speed(function: RewardFunction, alone: RewardFunction, columns: Columns) ->
         milliseconds(alone, full),
         milliseconds(function, full),
     )
-    detail = f"ms a sample: {single:.2f} alone, {batch:.2f} in a batch of {BATCH}, {shared:.2f} with two workers"
+    detail = f"ms per sample: {single:.2f} alone, {batch:.2f} in a batch of {BATCH}, {shared:.2f} with two workers"
     return Finding("speed", None, detail)
 
 
@@ -161,8 +161,6 @@ def _distribution(found: Scores, real: bool) -> Finding:
         f"{distinct} distinct in {len(values)}"
     )
     if math.isclose(values[0], values[-1]):
-        note = (
-            "all the same, so that there is nothing to learn" if real else "all the same on invented text; try --data"
-        )
+        note = "all the same, so there is nothing to learn" if real else "all the same on invented text; try --data"
         return Finding("distribution", False if real else None, f"{note} ({values[0]:.4g})")
     return Finding("distribution", True, detail)

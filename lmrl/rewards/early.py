@@ -1,4 +1,4 @@
-"""Rewards while episodes are still being played: those that run outside of this process are asked as groups complete."""
+"""Scoring while episodes are still being played: rewards outside this process are called as groups complete."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lmrl.rewards.rewards import RewardFunction, Scores, arguments_of, score
 from lmrl.trajectories.trajectory import Trajectory
 
 PARTS = 8
-"""A batch is asked for in so many parts at most."""
+"""Maximum number of parts in which a batch is scored."""
 
 
 class EarlyScores:
-    """Scores of the rewards with `is_remote`, from threads, so that they are computed beside the sampling.
+    """Calls the rewards with `is_remote` from threads, so that they are computed during sampling.
 
-    A part is a number of whole groups, in the order in which they complete, with an eighth of all episodes or more. So where
-    that order does not depend on the clock, neither does what a part consists of.
+    A part is a number of whole groups, in the order in which they complete, with at least an eighth of all episodes. So if that
+    order does not depend on timing, neither do the parts.
     """
 
     def __init__(self, rewards: Sequence[RewardFunction], episodes: int):
@@ -28,7 +28,7 @@ class EarlyScores:
         self.calls: list[asyncio.Task[list[Scores]]] = []
 
     def add(self, group: list[Trajectory], columns: Callable[[], list[str]]) -> None:
-        """Take a complete group. columns: gives the names of the columns of all prompts."""
+        """Add a complete group. columns: returns the names of the columns of all prompts."""
         if not self.rewards:
             return
         self.complete += group
@@ -41,7 +41,7 @@ class EarlyScores:
         before = self.calls[-1] if self.calls else None
 
         async def ask() -> list[Scores]:
-            if before is not None:  # a reward is called for one part at a time
+            if before is not None:  # a reward gets one part at a time
                 await asyncio.wait([before])
             return await in_thread(lambda: [score(reward, arguments) for reward in self.rewards])
 
@@ -49,13 +49,13 @@ class EarlyScores:
         self.calls.append(asyncio.ensure_future(ask()))
 
     async def finish(self, columns: Callable[[], list[str]]) -> None:
-        """Ask for what is left, and wait for all answers."""
+        """Score what is left, and wait for all scores."""
         if self.complete:
             self._ask(columns)
         await asyncio.gather(*self.calls)
 
     def scores(self, reward: RewardFunction, trajectories: Sequence[Trajectory]) -> Scores | None:
-        """A reward's scores of these episodes, in their order; None if it was not asked."""
+        """A reward's scores of these episodes, in their order; None if it was not called early."""
         place = next((place for place, one in enumerate(self.rewards) if one is reward), None)
         if place is None:
             return None

@@ -1,7 +1,7 @@
-"""Rewards behind HTTP: a scorer that speaks plain JSON.
+"""Rewards over HTTP: a scorer with a plain JSON protocol.
 
 The request is a POST of `{"prompts": [...], "completions": [...], "columns": {NAME: [...]}}`, the answer
-`{"scores": [...]}` with a number or null for each completion, and maybe `{"causes": [...]}` with text where a score is
+`{"scores": [...]}` with a number or null for each completion, and optionally `{"causes": [...]}` with text where a score is
 null. `lmrl reward serve` is such a scorer.
 """
 
@@ -24,14 +24,14 @@ from lmrl.rewards.workers import Failure
 from lmrl.secrets import plain_url, remember
 
 BUSY = {408, 425, 429, 500, 502, 503, 504}
-"""Answers after which a request is tried again."""
+"""Status codes after which a request is retried."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 
 
 class Client:
-    """Posts JSON to one address over connections that stay open, and tries again after failures that may pass.
+    """Posts JSON to one address over connections that stay open, and retries after transient failures.
 
-    A user and password in the address go into a header. timeout: seconds a request. connections: as many as may post at a
+    A user and password in the address are sent in a header. timeout: seconds per request. connections: maximum requests at a
     time. retries: further requests, after pauses that double (or as Retry-After says). token_env:
     name of the environment variable that holds a bearer token. max_mb: a longer answer is refused.
     """
@@ -46,7 +46,7 @@ class Client:
         connections: int = 1,
     ):
         if not url.startswith(("http://", "https://")):
-            raise RecipeError(f"'{url}' is no address: expected http://... or https://...")
+            raise RecipeError(f"'{url}' is not an address: expected http://... or https://...")
         self.address, self.headers = _with_password_in_header(url)
         self.url, self.timeout, self.retries, self.max_bytes = plain_url(url), timeout, retries, int(max_mb * 2**20)
         self.headers["Content-Type"] = "application/json"
@@ -58,7 +58,7 @@ class Client:
         self.pool = _pool(self.address, connections)
 
     def post(self, payload: Any) -> dict[str, Any]:
-        """The answer to a request. Failure: none came, for reasons that may pass; RewardError: the address is no such scorer."""
+        """The answer to a request. Raises Failure for a transient failure, RewardError if the address is not such a scorer."""
         try:
             data = json.dumps(payload).encode()
         except (TypeError, ValueError) as error:
@@ -70,10 +70,10 @@ class Client:
         return self._exchanged("GET", address, None)
 
     def before_request(self) -> None:
-        """Called before each request, further ones after a failure among them; may wait."""
+        """Called before each request, including retries; may wait."""
 
     def busy(self, seconds: float) -> None:
-        """Called where the other side asks for a pause (429, Retry-After) of so many seconds."""
+        """Called when the server asks for a pause of this many seconds (429, Retry-After)."""
 
     def _exchanged(self, method: str, address: str, data: bytes | None) -> dict[str, Any]:
         for retry in range(self.retries + 1):
@@ -101,14 +101,14 @@ class Client:
         raise failure
 
     def _request(self, method: str, address: str, data: bytes | None) -> tuple[int, str, Any, bytes]:
-        """One request's code, reason, headers and body, of which no more is read than max_bytes and a little."""
+        """One request's code, reason, headers and body, of which little more than max_bytes is read."""
         response = self.pool.request(
             method,
             address,
             body=data,
             headers=self.headers,
             timeout=self.timeout,
-            retries=False,  # they follow pauses of ours; and a redirect would carry the token to another host
+            retries=False,  # retries have their own pauses here, and a redirect would send the token to another host
             redirect=False,
             preload_content=False,
         )
@@ -117,7 +117,7 @@ class Client:
             while len(body) <= self.max_bytes and (part := response.read(self.max_bytes + 1 - len(body))):
                 body += part
             if len(body) > self.max_bytes:
-                response.close()  # with its connection: the rest of the answer is still on it
+                response.close()  # closes the connection too: the rest of the answer is still on it
             return response.status, response.reason or "", response.headers, body
         finally:
             response.release_conn()
@@ -128,7 +128,7 @@ class Client:
         try:
             answer = json.loads(data)
         except ValueError as error:
-            raise RewardError(f"{self.url} answered with what is no JSON: {data[:60]!r}") from error
+            raise RewardError(f"{self.url} returned invalid JSON: {data[:60]!r}") from error
         if not isinstance(answer, dict):
             raise RewardError(f"{self.url} answered with a {type(answer).__name__}, expected an object")
         return answer
@@ -159,12 +159,12 @@ def _pool(url: str, connections: int) -> urllib3.PoolManager:
 
 
 def _late(error: BaseException) -> bool:
-    refused = isinstance(error, urllib3.exceptions.NewConnectionError)  # which urllib3 counts among the timeouts
+    refused = isinstance(error, urllib3.exceptions.NewConnectionError)  # urllib3 counts it among the timeouts
     return isinstance(error, urllib3.exceptions.TimeoutError) and not refused
 
 
 def _root(error: BaseException) -> BaseException:
-    """The operating system's message, without urllib3's own words."""
+    """The operating system's message, without urllib3's wrapping."""
     while error.__cause__ is not None or (error.__context__ is not None and not error.__suppress_context__):
         error = error.__cause__ or error.__context__ or error
     return error
@@ -178,7 +178,7 @@ def _seconds(text: str | None) -> float | None:
 
 
 class Scorer:
-    """A reward that asks a scorer over HTTP, `batch_size` completions a request, `concurrency` requests at a time."""
+    """A reward that calls a scorer over HTTP, with `batch_size` completions per request and `concurrency` requests at a time."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""From a reward's section of a recipe to something that can be called on a batch."""
+"""Turning a recipe's reward section into a callable on batches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lmrl.secrets import expand, plain_url, remember_named
 def load_rewards(
     specs: Sequence[Reward], special_tokens: SpecialTokens = "text", limit: float | None = None
 ) -> list[RewardFunction]:
-    """The rewards of `task.rewards`, in this process or in workers of their own.
+    """The rewards of `task.rewards`, in this process or in their own workers.
 
     special_tokens: the task's, for reward models that do not set it in their options. limit: `task.call_timeout`.
     """
@@ -35,19 +35,19 @@ def load_rewards(
 
 
 LIMITS_ITSELF = "limits_itself"
-"""Attribute of a call that ends by itself in time."""
+"""Attribute of a callable that limits its own run time."""
 
 
 def load_reward(spec: Reward, key: str, limit: float | None = None) -> RewardFunction:
-    """One reward. Raises PluginError where it cannot be loaded, whether here or in a worker.
+    """One reward. Raises PluginError if it cannot be loaded, here or in a worker.
 
-    limit: seconds that a call of a function without a `timeout` of its own may take, wherever it runs.
+    limit: seconds that a call may take if the reward has no `timeout`, wherever it runs.
     """
     if spec.timeout is not None or spec.kind != "function" or spec.what.startswith("lmrl."):
-        limit = None  # what is lmrl's own limits each request, or computes for as long as a batch takes
+        limit = None  # lmrl's own rewards limit each request, or compute for as long as a batch takes
     if unknown := [model for model in spec.models if model.startswith(STAGE_PREFIX)]:
         raise RewardError(
-            f"{key}.model: '{unknown[0]}' is the reward model of a run that is not at hand here: name its folder"
+            f"{key}.model: '{unknown[0]}' is a run's reward model, but no run is given here: name its folder"
         )
     remember_named({"url": spec.url, "options": spec.options})
     workers = spec.workers
@@ -56,7 +56,7 @@ def load_reward(spec: Reward, key: str, limit: float | None = None) -> RewardFun
     if workers == 0:
         call, origin = local_call(spec, key, limit)
         if spec.timeout is not None and not _limits_itself(call):
-            workers = 1  # nothing else can stop a function that hangs
+            workers = 1  # only a worker can be stopped if the function hangs
     if workers > 0:
         origin = origin_of(spec)
         call = pool_of(spec.model_dump(mode="json"), key, workers, spec.timeout or limit)
@@ -68,7 +68,7 @@ def load_reward(spec: Reward, key: str, limit: float | None = None) -> RewardFun
 
 
 def local_call(spec: Reward, key: str, limit: float | None = None) -> tuple[Callable[..., Any], str]:
-    """The function, to be called with columns by name in this process, and what to call it in messages.
+    """The function, to be called with columns by name in this process, and its name in messages.
 
     A class is instantiated with its `options`; a function gets them with every call. limit: see load_reward.
     """
@@ -94,14 +94,14 @@ def local_call(spec: Reward, key: str, limit: float | None = None) -> tuple[Call
 
 
 def reward_object(spec: Reward, key: str) -> Any:
-    """What the reward's name stands for: a function, or an instance of a class made with its options."""
+    """The object that the reward names: a function, or an instance of a class, constructed with the options."""
     call, _ = local_call(spec, key)
     assert isinstance(call, partial)
     return call.args[0]
 
 
 def make_instance(cls: type, options: dict[str, Any], name: str, key: str) -> Any:
-    """An instance of a class with its options. name, key: for messages. Raises PluginError."""
+    """An instance of a class, constructed with options. name, key: for messages. Raises PluginError."""
     try:
         parameters = inspect.signature(cls).parameters
         if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
@@ -128,7 +128,7 @@ def _call(
     /,
     **columns: Any,
 ) -> Any:
-    """Call a function with the columns it takes; an async one is awaited, for `timeout` seconds at most."""
+    """Call a function with the columns it takes; an async one is awaited for at most `timeout` seconds."""
     chosen = {name: value for name, value in columns.items() if names is None or name in names}
     try:
         with foreign(f"reward {origin}", limit):
@@ -139,7 +139,7 @@ def _call(
 
 
 def _await(coroutine: Coroutine[Any, Any, Any], timeout: float | None) -> Any:
-    """Wait for a coroutine, also where this thread has a running event loop, as in a notebook."""
+    """Wait for a coroutine, even if this thread has a running event loop, as in a notebook."""
 
     async def limited() -> Any:
         try:

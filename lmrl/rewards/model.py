@@ -16,25 +16,25 @@ from lmrl.trajectories.trajectory import Messages
 
 COMBINE = ("mean", "min", "mean_minus_std")
 _OPEN: WeakValueDictionary[tuple[Any, ...], Classifier] = WeakValueDictionary()
-"""Classifiers in use, so that training and evaluation share one copy of the weights."""
+"""Loaded classifiers, so that training and evaluation share one copy of the weights."""
 
 
 class RewardModel:
-    """Scores completions with a transformers sequence classifier, in its own tokens and through its own chat template.
+    """Scores completions with a transformers sequence classifier, with its own tokenizer and chat template.
 
-    model: a folder or hub name, or a list of them, an ensemble.
-    label: of a classifier with several outputs the one that counts, by name or index.
-    probability: take its probability instead of its logit.
-    prompt: score the prompt together with the completion (false: the completion alone, as text).
+    model: a folder or hub name, or a list of them for an ensemble.
+    label: the output of a classifier with several, by name or index.
+    probability: use the output's probability instead of its logit.
+    prompt: score the prompt together with the completion (false: only the completion, as text).
     chat: put text through the chat template, as messages always are.
-    eos: end text that is no dialogue with the end-of-sequence token, unless the token limit cut it: as reward models are
-        trained here and by trl (false: for classifiers that were trained without).
-    max_tokens: of a longer text the end is kept (None: as long as model and tokenizer allow).
+    eos: end plain text with the end-of-sequence token, unless the token limit cut it, as in the training of reward
+        models here and in trl (false: for classifiers that were trained without it).
+    max_tokens: of longer texts only the end is kept (None: as much as model and tokenizer allow).
     combine: how an ensemble's scores become one (Coste et al., arXiv 2310.02743); std_coef: for mean_minus_std.
-    batch_tokens: tokens, padding included, that go through a model at once.
-    special_tokens: what `<|im_end|>` and the like are in the text: `text`, or control tokens (`parse`); in a recipe the
-        task's own choice unless it is given here.
-    dtype: of the weights; the head stays float32. device: null takes the accelerator where there is one.
+    batch_tokens: maximum tokens, padding included, in one pass.
+    special_tokens: how `<|im_end|>` and the like in the text are read: as `text`, or as control tokens (`parse`); in a
+        recipe, the task's choice unless set here.
+    dtype: of the weights; the head stays float32. device: null takes the accelerator if there is one.
 
     Raises RecipeError for options that make no sense, ModelError for a model that cannot be loaded.
     """
@@ -78,9 +78,9 @@ class RewardModel:
         completion_cut: list[bool] | None = None,
         **columns: Any,
     ) -> list[float] | list[dict[str, float]]:
-        """One score for each completion; of an ensemble also `std`, how far its members disagree.
+        """One score for each completion; for an ensemble also `std`, the disagreement of its members.
 
-        completion_cut: which ran into the token limit (None: that is not known, and all count as whole).
+        completion_cut: which completions ran into the token limit (None: unknown; all count as complete).
         """
         ended = [self.eos and not cut for cut in completion_cut or [False] * len(prompts)]
         rows = list(zip(prompts, completions, ended, strict=True))
@@ -108,7 +108,7 @@ class RewardModel:
         return (logits_NL.softmax(-1) if several else logits_NL.sigmoid())[:, self.outputs[index]]
 
     def _parts(self, prompt: str | Messages, completion: str | Messages) -> tuple[str | Messages, str | Messages]:
-        """Prompt and completion as a member is to see them."""
+        """Prompt and completion in the form that a member gets."""
         if not self.prompt:
             prompt = ""
             if not isinstance(completion, str):

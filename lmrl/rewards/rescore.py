@@ -1,4 +1,4 @@
-"""Scoring saved samples with a reward, and comparing with the reward that they had."""
+"""Scoring saved samples with a reward, and comparing the scores with their saved rewards."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ FORMATS = ("prompt", "completion", "messages", "chosen", "rejected", "reward", "
 """Fields of logged data that hold the episode itself; all others are columns."""
 OF_RUNS: tuple[str, ...] = ("stage", "step", "kind", "reward", "components", "metrics", "failure", "id", "environment")
 OF_RUNS += ("group", "episode", "seed", "start", "turns", "final_observation", "terminated")
-"""Fields of a run's samples.jsonl that are no columns for rewards."""
+"""Fields of a run's samples.jsonl that are not columns for rewards."""
 
 
 def read_samples(path: str) -> list[Row]:
-    """Rows with `prompt`, `completion`, maybe `reward`, and further columns: of a run's samples or any logged data.
+    """Rows with `prompt`, `completion`, optionally `reward`, and further columns, from a run's samples or any logged data.
 
-    Columns that lmrl has kept aside (`columns` of a run's samples and of collected episodes) are columns again.
+    Columns that lmrl saved under `columns` (in a run's samples and in collected episodes) become columns again.
 
     Raises DataError with file, line and what was expected; episodes of several turns have no single completion.
     """
@@ -59,7 +59,7 @@ def read_samples(path: str) -> list[Row]:
 
 
 def columns_of(samples: Sequence[Row]) -> dict[str, list[Any]]:
-    """Samples as a reward takes them: lists by column, completions as messages where the prompt is a dialogue."""
+    """Samples as a reward takes them: lists by column, completions as messages if the prompt is a dialogue."""
     given = [_columns(sample) for sample in samples]
     columns = {name: [one.get(name) for one in given] for name in dict.fromkeys(name for one in given for name in one)}
     completions = [
@@ -72,14 +72,14 @@ def columns_of(samples: Sequence[Row]) -> dict[str, list[Any]]:
 
 
 def _columns(sample: Row) -> Row:
-    """All of a sample that is not the episode itself; columns that were kept aside keep their names."""
+    """The fields of a sample that are not the episode itself; those saved under `columns` keep their names."""
     kept = json_of(sample, "columns")
     own = {name: value for name, value in sample.items() if name not in (*OF_RUNS, "prompt", "completion")}
     return {**{name: one for name, one in own.items() if name != "columns"}, **kept} if isinstance(kept, dict) else own
 
 
 def rescore(function: RewardFunction, samples: Sequence[Row]) -> Scores:
-    """Score samples, some at a time."""
+    """Score samples in batches."""
     result = Scores()
     for first in range(0, len(samples), BATCH):
         result.extend(score(function, columns_of(samples[first : first + BATCH])))
@@ -87,7 +87,7 @@ def rescore(function: RewardFunction, samples: Sequence[Row]) -> Scores:
 
 
 def correlations(values: Sequence[float | None], saved: Sequence[float | None]) -> dict[str, float] | None:
-    """Pearson's and Spearman's, over samples that have both; None where there is too little to compare."""
+    """Pearson's and Spearman's, over samples that have both; None if there are too few to compare."""
     pairs = np.array(
         [(a, b) for a, b in zip(values, saved, strict=True) if a is not None and b is not None], dtype=float
     )

@@ -1,8 +1,9 @@
 """Running reward functions: `f(prompts, completions, **columns) -> list[float | None]`, plain or async.
 
-A function is called once a batch. It gets every column of the prompts' file by name, or those that its signature
-names, and of rollouts `completion_ids` and `completion_cut` (whether the token limit cut it) as well. None means "not judged". In place of a number stands an object where there is more to record: `{"score": 1.2,
-"std": 0.3}`. A failure is data: the sample is left out and counted, and never becomes a zero.
+A function is called once per batch. It gets every column of the prompts' file by name, or those that its signature
+names; for rollouts also `completion_ids` and `completion_cut` (True if the token limit cut it). None means "not judged".
+Instead of a number it may return an object with more to record: `{"score": 1.2, "std": 0.3}`. A failure is data: the
+sample is left out and counted, and never becomes a zero.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
     from lmrl.rewards.early import EarlyScores
 
 FIRST_PAUSE = 0.5
-"""Seconds before a call is tried again."""
+"""Seconds before the first retry of a call."""
 MAX_TIMEOUTS, MAX_LOST = 2, 8
-"""Timeouts and workers that narrowing a failure down may cost, of each part of a batch."""
+"""Maximum timeouts and lost workers while narrowing down a failure in one part of a batch."""
 
 
 @dataclass
@@ -40,20 +41,20 @@ class RewardFunction:
     weight: float
     call: Callable[..., Any]
     parallel: int = 1
-    """Parts of a batch that may be called for at a time, from threads."""
+    """Maximum parts of a batch that are scored concurrently, from threads."""
     timeout: float | None = None
-    """Seconds that a call may take; `call` sees to it."""
+    """Seconds that a call may take; `call` enforces it."""
     retries: int = 0
-    """Further calls after a failure that may pass."""
+    """Retries after a transient failure."""
     scale: Scale = field(default_factory=Scale)
-    """From a score to what counts."""
+    """Normalisation and clipping of scores."""
     is_remote: bool = False
-    """True if it runs in other processes, so that it may be called from a thread while episodes are played."""
+    """True if it runs in other processes, so that a thread may call it while episodes are played."""
 
 
 @dataclass
 class Scores:
-    """One function's verdict on a batch: a number or None for each row, the cause where there is none, and extras."""
+    """One function's verdict on a batch: a number or None for each row, the cause if there is none, and extras."""
 
     values: list[float | None] = field(default_factory=list)
     causes: list[str | None] = field(default_factory=list)
@@ -72,15 +73,15 @@ class Scores:
 
 
 def score(function: RewardFunction, columns: dict[str, list[Any]]) -> Scores:
-    """Call a function on a batch of columns, in parts where it takes several at a time.
+    """Call a function on a batch of columns, in parts if it takes several concurrently.
 
-    What fails in a batch is narrowed down by calling row by row, so that it costs only the rows that cause it; after a few
-    further timeouts the rest of the batch is given up. A result of the wrong length or type raises
+    If a batch fails, rows are called one by one, so that only those that cause the failure are lost; after a few further
+    timeouts the rest of the batch is given up. A result of the wrong length or type raises
     RewardError: that is a mistake in the function, not a hard sample.
     """
     rows = len(columns["prompts"])
     parts = min(function.parallel, rows)
-    if parts == 0:  # another process has the episodes
+    if parts == 0:  # all episodes are in other processes
         return Scores()
     if parts == 1:
         return _score(function, columns)
@@ -136,10 +137,10 @@ def _row_by_row(function: RewardFunction, columns: dict[str, list[Any]], error: 
 
 
 def _attempt(function: RewardFunction, columns: dict[str, list[Any]]) -> list[Value]:
-    """Call once, and again after failures that may pass, each time after twice the pause."""
+    """Call once, and retry after transient failures, with pauses that double."""
     rows = len(columns["prompts"])
     for retry in range(function.retries + 1):
-        try:  # a function may change what it is given
+        try:  # a copy, because a function may change its arguments
             return checked_values(function.origin, function.call(**copy.deepcopy(columns)), rows)
         except Exception as error:
             if retry == function.retries or not is_temporary(error):
@@ -164,7 +165,7 @@ Value = float | None | Failure | dict[str, float | None]
 def checked_values(origin: str, result: Any, rows: int) -> list[Value]:
     """A function's result as numbers (finite or not), None, failures, or objects of numbers.
 
-    RewardError: wrong length or type.
+    Raises RewardError for a wrong length or type.
     """
     return [_value(origin, row, value) for row, value in enumerate(_checked_list(origin, result, rows))]
 
@@ -211,9 +212,9 @@ def judge(
 ) -> None:
     """Fill `components`, `reward` and `failure` of one-step trajectories and place the reward on their last token.
 
-    The reward is the weighted sum of scores, after their normalisation and clipping; components are the scores as they
-    were. A sample that a weighted function did not judge has no reward; a function of weight 0 is only watched.
-    learning: these are training samples, which running statistics follow. early: scores that are known already.
+    The reward is the weighted sum of scores, after their normalisation and clipping; components are the original
+    scores. A sample that a weighted function did not judge has no reward; a function of weight 0 is only watched.
+    learning: True for training samples, which update running statistics. early: scores that are known already.
     """
     arguments = arguments_of(trajectories)
     for trajectory in trajectories:
@@ -238,9 +239,9 @@ def judge(
 
 
 def arguments_of(trajectories: Sequence[Trajectory], columns: Sequence[str] = ()) -> dict[str, list[Any]]:
-    """What reward functions are given: the prompts' columns, prompts and completions, one value an episode.
+    """The arguments of reward functions: the prompts' columns, prompts and completions, one value per episode.
 
-    columns: names of columns, beside those that these episodes have.
+    columns: names of columns, in addition to those that these episodes have.
     """
     names = dict.fromkeys([*columns, *(name for trajectory in trajectories for name in trajectory.columns)])
     arguments: dict[str, list[Any]] = {
@@ -262,13 +263,14 @@ def arguments_of(trajectories: Sequence[Trajectory], columns: Sequence[str] = ()
 def drop_failed(
     trajectories: Sequence[Trajectory], max_failed: float, what: str, name: str | None = None
 ) -> list[Trajectory]:
-    """The judged trajectories. what: `reward` or `environment`; name: the environment's. Raises when more than `max_failed` of those of all processes, or all, could not be judged."""
+    """The judged trajectories. what: `reward` or `environment`; name: the environment's. Raises RewardError or EpisodeError if more
+    than `max_failed` of all processes' episodes, or all of them, could not be judged."""
     failed = [
         f"row {row} ({one.prompt!r:.40} -> {one.completion!r:.40}): {one.failure}"
         for row, one in enumerate(trajectories)
         if one.reward is None
     ]
-    from lmrl import distributed  # brings torch along, which the workers of rewards do without
+    from lmrl import distributed  # imports torch, which reward workers do without
 
     count, lost = map(round, distributed.all_sum([len(trajectories), len(failed)]))
     if count and (lost > max_failed * count or lost == count):

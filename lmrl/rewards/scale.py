@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 
 class Scale:
-    """(score - mean) / std with fixed numbers or running ones, then clipping.
+    """(score - mean) / std with fixed or running statistics, then clipping.
 
-    Running statistics are those of all training samples so far, the ones at hand included (Welford's method in batches,
-    Chan et al., 1983). Samples of an evaluation leave them as they are, and stay as they were scored: what is compared
-    over time needs a fixed scale.
+    Running statistics are those of all training samples so far, including the current ones (Welford's method in batches,
+    Chan et al., 1983). Evaluation samples neither update them nor are they scaled: comparisons over time need a fixed
+    scale.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Scale:
             return list(scores)
         mean, std = 0.0, 1.0
         if self.is_running:
-            from lmrl import distributed  # brings torch along, which the workers of rewards do without
+            from lmrl import distributed  # imports torch, which reward workers do without
 
             self._follow(distributed.all_gather([score for score in scores if score is not None]))
             mean, std = self.mean, math.sqrt(self.squares / self.count) if self.squares > 0 else 1.0

@@ -15,10 +15,10 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class RewardServer(ThreadingHTTPServer):
-    """Serves one reward. A function in this process is called by one request at a time, workers by as many as there are.
+    """Serves one reward. A function in this process serves one request at a time, workers as many as there are workers.
 
-    token: what requests have to bear; without one only loopback addresses are served. max_mb: of a request. read_seconds:
-    a client that sends nothing for so long is dropped. Raises RunError where the address cannot be had.
+    token: required of requests; without one, only loopback addresses are allowed. max_mb: maximum size of a request.
+    read_seconds: a client that sends nothing for this long is dropped. Raises RunError if the address cannot be used.
     """
 
     daemon_threads = True
@@ -47,11 +47,11 @@ class _Handler(BaseHTTPRequestHandler):
     server: RewardServer
     protocol_version = "HTTP/1.1"  # connections stay open
     disable_nagle_algorithm = (
-        True  # else the body of each further answer waits for the client to acknowledge its headers
+        True  # else the body of each further answer waits until the client acknowledges the headers
     )
 
     def setup(self) -> None:
-        self.timeout = self.server.read_seconds  # type: ignore[misc]  # which typeshed takes for the class's alone
+        self.timeout = self.server.read_seconds  # type: ignore[misc]  # typeshed declares it for the class only
         super().setup()
 
     def do_GET(self) -> None:
@@ -65,11 +65,11 @@ class _Handler(BaseHTTPRequestHandler):
         if token and not hmac.compare_digest(
             self.headers.get("Authorization", "").encode(), f"Bearer {token}".encode()
         ):
-            return self._answer(401, {"error": "a bearer token is needed"}, close=True)
+            return self._answer(401, {"error": "a bearer token is required"}, close=True)
         try:
             size = int(self.headers.get("Content-Length", ""))
         except ValueError:
-            return self._answer(411, {"error": "a Content-Length is needed"}, close=True)
+            return self._answer(411, {"error": "a Content-Length is required"}, close=True)
         if not 0 <= size <= self.server.max_bytes:
             return self._answer(413, {"error": f"more than {self.server.max_bytes / 2**20:g} MB"}, close=True)
         try:
@@ -104,11 +104,9 @@ def _columns(payload: Any) -> dict[str, list[Any]]:
         raise ValueError("expected an object with prompts and completions")
     columns = payload.get("columns") or {}
     if not isinstance(columns, dict):
-        raise ValueError("'columns' has to be an object of lists")
+        raise ValueError("'columns' must be an object of lists")
     columns = columns | {name: payload.get(name) for name in ("prompts", "completions")}
     sizes = {name: len(column) if isinstance(column, list) else None for name, column in columns.items()}
     if None in sizes.values() or len(set(sizes.values())) != 1 or not sizes["prompts"]:
-        raise ValueError(
-            f"prompts, completions and columns have to be lists of the same length, and not empty: {sizes}"
-        )
+        raise ValueError(f"prompts, completions and columns must be non-empty lists of the same length: {sizes}")
     return columns

@@ -1,4 +1,4 @@
-"""A worker process of lmrl.rewards.workers: loads one reward function, and scores batches until its parent is gone."""
+"""A worker process of lmrl.rewards.workers: loads one reward function, and scores batches until its parent ends."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process and all it has started when the parent is gone, also in the middle of a batch."""
+    """End this process and all that it has started when the parent ends, even in the middle of a batch."""
     while os.getppid() == parent:
         time.sleep(1)
     os.killpg(0, signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""Processes that run a reward function, so that one that hangs or dies costs samples and not the run.
+"""Processes that run a reward function, so that a hang or a crash costs samples, not the run.
 
-A worker loads the function by itself and talks over a socket of its own: columns go there and scores come back as JSON, and
-what the function prints goes to a file. It leads a process group; when it is killed, so is whatever it has started.
+A worker loads the function itself and communicates over its own socket: columns and scores are sent as JSON, and what the
+function prints goes to a file. It leads a process group; when it is killed, so is everything that it has started.
 POSIX only.
 """
 
@@ -23,14 +23,14 @@ from typing import Any
 from lmrl.errors import PluginError, RewardError
 
 START_SECONDS = 120.0
-"""A worker has so long to load its function."""
+"""Seconds that a worker has to load its function."""
 LOG_BYTES = 1 << 20
-"""Bytes of a worker's output that are kept between two batches."""
+"""Maximum bytes of a worker's output that are kept between two batches."""
 TAIL = 200
 
 
 class Failure(Exception):
-    """Why rows could not be scored. The message goes on from the function's name."""
+    """Why rows could not be scored. The message continues a sentence that starts with the function's name."""
 
     temporary = False
 
@@ -58,7 +58,7 @@ def send(channel: socket.socket, message: Any) -> None:
 
 
 def packed(values: list[Any]) -> list[Any]:
-    """A worker's values as JSON has them: a Failure in place of a value becomes an object."""
+    """A worker's values as JSON: a Failure in place of a value becomes an object."""
     return [
         {"failure": str(value), "temporary": value.temporary} if isinstance(value, Failure) else value
         for value in values
@@ -66,7 +66,7 @@ def packed(values: list[Any]) -> list[Any]:
 
 
 def unpacked(values: list[Any]) -> list[Any]:
-    """The values that `packed` has packed."""
+    """The inverse of `packed`."""
     return [
         Raised(value["failure"], value["temporary"]) if isinstance(value, dict) and "failure" in value else value
         for value in values
@@ -74,7 +74,7 @@ def unpacked(values: list[Any]) -> list[Any]:
 
 
 def receive(channel: socket.socket) -> Any:
-    """The next message. EOFError: the other side is gone; TimeoutError: it took longer than the channel's timeout."""
+    """The next message. Raises EOFError if the other side has closed, TimeoutError after the channel's timeout."""
     size = struct.unpack("<Q", _read(channel, 8))[0]
     return json.loads(_read(channel, size))
 
@@ -112,7 +112,7 @@ class Worker:
         send(self.channel, {"spec": spec, "key": key})
 
     def ready(self) -> Worker:
-        """Wait until the function is loaded. PluginError: it cannot be."""
+        """Wait until the function is loaded. Raises PluginError if it cannot be."""
         try:
             answer = receive(self.channel)
         except (EOFError, OSError) as error:
@@ -125,7 +125,7 @@ class Worker:
         return self
 
     def score(self, arguments: dict[str, list[Any]], timeout: float | None) -> list[float | None]:
-        """Run the function on a batch. Raises RewardError or Failure; after TimedOut and WorkerLost it is of no more use."""
+        """Run the function on a batch. Raises RewardError or Failure; after TimedOut and WorkerLost the worker is unusable."""
         try:
             self.channel.settimeout(timeout)
             send(self.channel, arguments)
@@ -146,7 +146,7 @@ class Worker:
         return unpacked(answer["values"])
 
     def end(self) -> str:
-        """How the process ended, and the last it printed."""
+        """How the process ended, and the end of its output."""
         try:
             code = self.process.wait(5)
         except subprocess.TimeoutExpired:
@@ -174,7 +174,7 @@ class Pool:
         self.workers: set[Worker] = set()
         self.idle: queue.Queue[Worker | None] = queue.Queue()
         try:
-            for worker in [self._start() for _ in range(count)]:  # they load side by side
+            for worker in [self._start() for _ in range(count)]:  # they load concurrently
                 self.idle.put(worker.ready())
         except BaseException:
             self.close()
@@ -215,7 +215,7 @@ _lock = threading.Lock()
 
 
 def pool_of(spec: dict[str, Any], key: str, count: int, timeout: float | None) -> Pool:
-    """The workers of a reward, shared by all that name it alike (training and evaluation)."""
+    """The workers of a reward, shared by all uses with the same settings (training and evaluation)."""
     name = json.dumps(spec, sort_keys=True)
     with _lock:
         if name not in _pools:

@@ -1,1 +1,1 @@
-"""Tools that a model may call: what it is told of them, how its calls are read, and how they are run."""
+"""Tools that a model may call: how they are described to it, how its calls are parsed, and how they are run."""

@@ -1,4 +1,4 @@
-"""A calculator, for recipes that show the use of tools."""
+"""A calculator, for recipes that demonstrate tool use."""
 
 from __future__ import annotations
 

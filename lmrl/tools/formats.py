@@ -1,11 +1,11 @@
-"""How models write calls of tools: the format of Qwen and Hermes, of Llama, of Mistral, and a plain one for all others.
+"""How models write tool calls: the formats of Qwen and Hermes, of Llama and of Mistral, and a plain one for all others.
 
     hermes    <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>   (Qwen's newer templates: <function=add> inside)
-    llama     {"name": "add", "parameters": {"a": 1}}, maybe after <|python_tag|>
+    llama     {"name": "add", "parameters": {"a": 1}}, optionally after <|python_tag|>
     mistral   [TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}], or [TOOL_CALLS]add[ARGS]{"a": 1}
     plain     [add(a=1)], as Python would write it
 
-The plain form is for models whose chat template knows of no tools: the system message then says what there is.
+The plain format is for models whose chat template does not support tools: the system message then describes them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a model wrote: its words, and its calls."""
+    """A parsed reply: its text, and its calls."""
 
     content: str
     calls: list[Call]
@@ -44,7 +44,7 @@ Parser = Callable[[str, list[Tool]], Parsed]
 
 # ---------------------------------------------------------------------------------------------------------------- parsers
 def parse_hermes(text: str, tools: list[Tool]) -> Parsed:
-    """<tool_call> blocks; one that is left open at the end counts, as stop strings and limits may cut its closing mark."""
+    """<tool_call> blocks; an unclosed one at the end counts, because a stop string or limit may cut the closing tag."""
     calls: list[Call] = []
 
     def take(match: re.Match[str]) -> str:
@@ -60,7 +60,7 @@ def parse_hermes(text: str, tools: list[Tool]) -> Parsed:
 
 
 def parse_llama(text: str, tools: list[Tool]) -> Parsed:
-    """JSON objects one after the other, which are all there is after an optional <|python_tag|>."""
+    """A sequence of JSON objects, with nothing else after an optional <|python_tag|>."""
     words, tag, rest = text.rpartition("<|python_tag|>")
     calls = _json_calls(rest, " \n\t;,")
     if calls is None and not tag:
@@ -132,7 +132,7 @@ def _xml_call(text: str, tools: list[Tool]) -> Call | None:
 
 
 def _json_calls(text: str, between: str) -> list[Call] | None:
-    """JSON objects with separators between them, and nothing else; None where there is none, or something else."""
+    """JSON objects with separators between them, and nothing else; None if there is none, or something else."""
     decoder, at, calls = json.JSONDecoder(), 0, []
     while (at := _skip(text, at, between)) < len(text):
         try:
@@ -192,18 +192,18 @@ PROBE: Tool = {
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """The way a tokenizer's chat template has tools called."""
+    """The tool-call format of a tokenizer's chat template."""
 
     name: str
     tool_role: bool = True
-    """False: the template knows no messages of tools, so that results are the user's."""
+    """False: the template has no tool messages, so results become user messages."""
 
     def parse(self, text: str, tools: list[Tool]) -> Parsed:
-        """The words and calls in a reply. A call that cannot be read stays among the words."""
+        """The text and calls of a reply. A call that cannot be parsed stays in the text."""
         return PARSERS[self.name](text, tools)
 
     def prepare(self, messages: Messages, tools: list[Tool] | None) -> tuple[Messages, list[Tool] | None]:
-        """Messages as the chat template takes them, and the tools that it is to write down itself."""
+        """Messages in the chat template's form, and the tools that the template renders itself."""
         if self.name != "plain":
             return messages, tools
         prepared = [self._plain(message) for message in messages]
@@ -219,7 +219,7 @@ class ToolFormat:
 
 
 def format_of(tokenizer: Any) -> ToolFormat:
-    """How a tokenizer's chat template has tools called; plain where it does not write tools down."""
+    """The tool-call format of a tokenizer's chat template; plain if it does not render tools."""
     template = tokenizer.chat_template or ""
     template = template if isinstance(template, str) else str(template)
     question = [{"role": "user", "content": "."}]
@@ -243,7 +243,7 @@ def _rendered(tokenizer: Any, messages: Messages, tools: list[Tool] | None) -> s
 
 
 def plain_text(calls: list[dict[str, Any]]) -> str:
-    """Calls in the plain form."""
+    """Calls in the plain format."""
     written = []
     for call in calls:
         arguments = ", ".join(f"{name}={value!r}" for name, value in call["function"]["arguments"].items())
@@ -252,7 +252,7 @@ def plain_text(calls: list[dict[str, Any]]) -> str:
 
 
 def with_instructions(messages: Messages, tools: list[Tool]) -> Messages:
-    """Messages whose system message says what tools there are and how to call them in the plain form."""
+    """Messages whose system message describes the tools and how to call them in the plain format."""
     lines = ["To call a tool, end with [name(argument=value)]:"]
     for tool in tools:
         function = tool["function"]

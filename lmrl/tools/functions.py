@@ -1,4 +1,4 @@
-"""Tools that a recipe names: functions with type hints and tools of MCP servers, called with what a model wrote."""
+"""Tools that a recipe names: functions with type hints, and tools of MCP servers."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lmrl.plugins import load_plugin
 from lmrl.tools.formats import Tool
 
 SECONDS, CHARACTERS = 30.0, 4000
-"""Of a call, and of its result, unless a recipe says otherwise."""
+"""Default time limit of a call, and maximum length of its result."""
 
 
 class ToolFailed(Exception):
-    """A tool's own word for what went wrong, which the model reads as it is."""
+    """A tool's own error message, which the model reads unchanged."""
 
 
 class ToolLost(Exception):
-    """A tool that is not there any more, whatever the model wrote: the episode fails."""
+    """A tool is no longer available, whatever the model wrote: the episode fails."""
 
 
 class OfferedTool(Protocol):
-    """What a model may call. name: how it calls it."""
+    """A tool that a model may call. name: the name it calls."""
 
     name: str
 
@@ -40,18 +40,18 @@ class OfferedTool(Protocol):
         """The arguments that the tool is called with. Raises ToolFailed."""
 
     def instance(self) -> Callable[..., Any]:
-        """What is called in one episode."""
+        """The callable for one episode."""
 
 
 class PythonTool:
     """A function whose parameters are type-hinted, or a class whose instances are called: a new one for each episode.
 
-    name: how the model calls it. key: of the recipe, for messages. Raises PluginError for parameters that cannot be described.
+    name: how the model calls it. key: the recipe's key, for messages. Raises PluginError for parameters that cannot be described.
     """
 
     def __init__(self, call: Callable[..., Any], key: str = "task.tools"):
         if not callable(call):
-            raise PluginError(f"{key}: {call!r:.60} is no function")
+            raise PluginError(f"{key}: {call!r:.60} is not a function")
         self.call, self.key = call, key
         self.name: str = getattr(call, "__name__", type(call).__name__)
         target = call.__call__ if inspect.isclass(call) else call
@@ -80,13 +80,13 @@ class PythonTool:
         return {field: getattr(checked, field) for field in type(checked).model_fields}
 
     def instance(self) -> Callable[..., Any]:
-        """What is called in one episode."""
+        """The callable for one episode."""
         made: Any = self.call() if inspect.isclass(self.call) else self.call
         return cast(Callable[..., Any], made)
 
 
 class ToolBox:
-    """The tools of one episode. seconds: of a call; characters: of a result, whose middle is left out beyond."""
+    """The tools of one episode. seconds: time limit of a call; characters: maximum length of a result; of longer ones the middle is left out."""
 
     def __init__(self, tools: Sequence[OfferedTool], seconds: float = SECONDS, characters: int = CHARACTERS):
         self.tools = {tool.name: tool for tool in tools}
@@ -94,13 +94,13 @@ class ToolBox:
         self.seconds, self.characters = seconds, characters
 
     async def run(self, name: str, arguments: dict[str, Any]) -> str:
-        """The result of a call as text; what goes wrong is text too, for the model to read. Raises ToolLost."""
+        """The result of a call as text; errors become text too, for the model to read. Raises ToolLost."""
         return shortened(await self._run(name, arguments), self.characters)
 
     async def _run(self, name: str, arguments: dict[str, Any]) -> str:
         tool = self.tools.get(name)
         if tool is None:
-            return f"error: there is no tool '{name:.60}'; there are {', '.join(self.tools)}"
+            return f"error: there is no tool '{name:.60}'; the tools are {', '.join(self.tools)}"
         call = self.calls[name]
         try:
             given = tool.check(arguments)
@@ -113,9 +113,9 @@ class ToolBox:
         except ToolFailed as error:
             return f"error: {error}"
         except TimeoutError as error:
-            return f"error: timed out after {self.seconds:g} s" if limit.expired() else f"error: {_told(error)}"
+            return f"error: timed out after {self.seconds:g} s" if limit.expired() else f"error: {_reason(error)}"
         except (Exception, SystemExit) as error:
-            return f"error: {_told(error)}"
+            return f"error: {_reason(error)}"
 
 
 def load_tools(names: Sequence[Any], key: str = "task.tools") -> list[OfferedTool]:
@@ -146,12 +146,12 @@ def _load(name: Any, key: str) -> Sequence[OfferedTool]:
 
         return mcp_tools(kinds["mcp"], key)
     raise PluginError(
-        f"{key}: {', '.join(map(repr, kinds)) or 'nothing'} is no kind of tool; write {{python: ...}} or {{mcp: ...}}"
+        f"{key}: {', '.join(map(repr, kinds)) or 'nothing'} is not a kind of tool; write {{python: ...}} or {{mcp: ...}}"
     )
 
 
 def as_text(result: Any) -> str:
-    """A result as the model reads it: text as it is, other data as JSON where that is possible."""
+    """A result as the model reads it: text unchanged, other data as JSON if possible."""
     if isinstance(result, str):
         return result
     try:
@@ -161,14 +161,14 @@ def as_text(result: Any) -> str:
 
 
 def shortened(text: str, characters: int) -> str:
-    """The text with its middle left out, where it is longer."""
+    """The text, with its middle left out if it is longer."""
     if len(text) <= characters:
         return text
     half = characters // 2
     return f"{text[:half]}\n[... {len(text) - 2 * half} characters ...]\n{text[len(text) - half :]}"
 
 
-def _told(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -184,7 +184,7 @@ def _model_of(call: Callable[..., Any], name: str, key: str, skipped: int) -> ty
     for parameter in parameters:
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise PluginError(
-                f"{key}: '{name}' takes *{parameter.name}, which a model cannot be told of: name its parameters"
+                f"{key}: '{name}' takes *{parameter.name}, which cannot be described to a model: name its parameters"
             )
         if parameter.name not in hints:
             raise PluginError(f"{key}: parameter '{parameter.name}' of '{name}' has no type hint: add one")
@@ -192,7 +192,7 @@ def _model_of(call: Callable[..., Any], name: str, key: str, skipped: int) -> ty
         fields[parameter.name] = (hints[parameter.name], default)
     try:
         return create_model(name, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=False), **fields)
-    except Exception as error:  # a type that no JSON stands for
+    except Exception as error:  # a type without a JSON schema
         raise PluginError(f"{key}: '{name}' cannot be described: {' '.join(str(error).split()):.200}") from error
 
 

@@ -1,7 +1,7 @@
 """Tools of MCP servers (Model Context Protocol): a command that a run starts, or an address. Needs the package `mcp`.
 
-One server serves all episodes of a process, side by side. Its connection lives in an event loop of a thread of its own, because
-episodes are played in loops that end with their batch. A server that ends is started again by the next call.
+One server serves all episodes of a process concurrently. Its connection lives in an event loop in a separate thread, because
+episodes are played in loops that end with their batch. A server that has ended is restarted by the next call.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from lmrl.tools.functions import ToolFailed, ToolLost, as_text
 
 T = TypeVar("T")
 ALIVE_SECONDS = 5.0
-"""That a server may take to list its tools again, where the last call had no answer."""
+"""Seconds that a server may take to list its tools again after a call without an answer."""
 END_SECONDS = 8.0
-"""That are waited for a server's end; the package asks it to end, and kills it after four."""
+"""Seconds to wait for a server's end; the package asks it to end, and kills it after four."""
 LAST_BYTES = 2000
-"""Of a server's error output, for messages."""
+"""Bytes of a server's error output that are kept for messages."""
 CLOSED = -32000
-"""The package's code for a connection that is gone."""
+"""The package's error code for a closed connection."""
 PAGES = 100
-"""Of a list of tools."""
+"""Maximum pages of a list of tools."""
 
 
 class McpServer(BaseModel):
@@ -45,19 +45,19 @@ class McpServer(BaseModel):
 
     command: list[str] = []
     env: list[str] = []
-    """Names of environment variables that the command is given besides HOME, LOGNAME, PATH, SHELL, TERM and USER."""
+    """Names of environment variables that are passed to the command besides HOME, LOGNAME, PATH, SHELL, TERM and USER."""
     url: str | None = None
     token_env: str | None = None
     """Environment variable that holds the token for `url`."""
     only: list[str] = []
     """The tools that are offered, by their names at the server (empty: all)."""
     start_seconds: float = Field(60, gt=0)
-    """That it may take to start and to list its tools."""
+    """Seconds that it may take to start and to list its tools."""
 
     @model_validator(mode="after")
     def _one_address(self) -> McpServer:
         if bool(self.command) == bool(self.url):
-            raise ValueError("give one of `command`, a program and its arguments, and `url`")
+            raise ValueError("set either `command`, a program and its arguments, or `url`")
         if self.url is not None and not re.match(r"https?://", self.url):
             raise ValueError(f"url: {self.url!r:.80} does not begin with http:// or https://")
         if (self.env and not self.command) or (self.token_env and not self.url):
@@ -71,7 +71,7 @@ class McpServer(BaseModel):
 
 
 class McpTool:
-    """A tool of a server. name: how the model calls it, the server's name with other characters than of words as `_`."""
+    """A tool of a server. name: how the model calls it, the server's name for it, with all but word characters replaced by `_`."""
 
     def __init__(self, connection: Connection, name: str, text: str, schema: dict[str, Any]):
         self.connection, self.real_name, self.text, self.schema = connection, name, text, schema
@@ -87,11 +87,11 @@ class McpTool:
         }
 
     def check(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments as they are: the server checks them."""
+        """The arguments, unchanged: the server checks them."""
         return {"arguments": arguments}
 
     def instance(self) -> Callable[..., Any]:
-        """What calls the server."""
+        """A function that calls the server."""
 
         async def call(arguments: dict[str, Any]) -> str:
             return await self.connection.call(self.real_name, arguments)
@@ -109,7 +109,7 @@ def mcp_tools(settings: Any, key: str = "task.tools") -> list[McpTool]:
         raise PluginError(f"{key}: {place}: {first['msg'].removeprefix('Value error, ')}") from error
     need("mcp", f"{key}: an MCP server", PluginError)
     if server.command and shutil.which(server.command[0]) is None:
-        raise PluginError(f"{key}: mcp.command: '{server.command[0]}' is no program here")
+        raise PluginError(f"{key}: mcp.command: '{server.command[0]}' is not a program on this machine")
     for name in [*server.env, *([server.token_env] if server.token_env else [])]:
         if not os.environ.get(name):
             raise PluginError(f"{key}: mcp: the environment variable {name} is not set")
@@ -144,7 +144,7 @@ class Connection:
         return listed
 
     async def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """The result of a tool as text. Raises ToolFailed, or ToolLost where the server cannot be started again."""
+        """The result of a tool as text. Raises ToolFailed, or ToolLost if the server cannot be restarted."""
         return await asyncio.wrap_future(self._submit(self._link.call(name, arguments)))
 
     def close(self) -> None:
@@ -161,7 +161,7 @@ def _run_and_close(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _end(loop: asyncio.AbstractEventLoop, link: _Link, thread: threading.Thread, owner: int) -> None:
-    if os.getpid() != owner or not thread.is_alive():  # a fork has neither the thread nor the server
+    if os.getpid() != owner or not thread.is_alive():  # a forked process has neither the thread nor the server
         return
 
     async def stop() -> None:
@@ -207,12 +207,12 @@ class _Link:
         connecting = asyncio.ensure_future(self._ready())
         connecting.add_done_callback(
             lambda task: task.cancelled() or task.exception()
-        )  # seen, if no one waits any more
+        )  # retrieved, even if nobody waits any more
         client, life = await asyncio.shield(connecting)
         asked = asyncio.ensure_future(client.call_tool(name, arguments))
         try:
             await asyncio.wait({asked, life}, return_when=asyncio.FIRST_COMPLETED)
-        finally:  # also where the caller's time is over
+        finally:  # also after the caller's timeout
             if not asked.done() or asked.cancelled() or asked.exception() is not None:
                 self._suspected = client
             asked.cancel()
@@ -227,7 +227,7 @@ class _Link:
         return text
 
     async def _ready(self) -> tuple[Any, asyncio.Task[None]]:
-        """The client of a server that answers, as far as is known, after a new start if need be."""
+        """The client of a server that is believed to answer, after a restart if need be."""
         async with self._lock:
             if self._suspected is not None and self._suspected is self._client:
                 try:
@@ -256,7 +256,9 @@ class _Link:
             error = None if not life.done() or life.cancelled() else life.exception()
             why = f"not ready after {self.server.start_seconds:g} s" if over or error is None else _said(error)
             last = await asyncio.to_thread(tail.last_line)
-            text = f"{self.server.shown} cannot be started or reached: {why}{f'; it said: {last}' if last else ''}"
+            text = (
+                f"{self.server.shown} cannot be started or reached: {why}{f'; its last output: {last}' if last else ''}"
+            )
             self._lost = (time.monotonic() + self.server.start_seconds, text)
             raise ToolLost(text)
         self._client, self._life, self._lost = ready.result(), life, None
@@ -298,7 +300,7 @@ class _Link:
             self._stop.set()
             await asyncio.wait({life}, timeout=END_SECONDS)
             if life.done() and not life.cancelled():
-                life.exception()  # seen
+                life.exception()  # retrieved
 
 
 class _Tail:
@@ -327,7 +329,7 @@ class _Tail:
 
 
 def _text(result: Any) -> str:
-    """What a result says: its texts, or else its data; of other contents their kind."""
+    """A result as text: its texts, or else its data; other contents are named by type."""
     parts = []
     for block in result.content:
         resource = getattr(block, "resource", None)
@@ -343,7 +345,7 @@ def _is_closed(error: BaseException | None) -> bool:
 
 
 def _said(error: BaseException) -> str:
-    """An error in a line; of a group, its first."""
+    """An error in one line; for an exception group, its first error."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     text = " ".join(str(error).split())

@@ -1,9 +1,9 @@
-"""The `python` tool: code of a model in a process of its own, within limits, and apart from the rest of the system where that can be.
+"""The `python` tool: runs a model's code in a separate process, within limits, and isolated from the system if possible.
 
-With `isolation: full` (the default) the code sees a file system of its own (the standard library, read-only, and an empty folder in
-memory), no network and no other processes: Linux namespaces, by `unshare` of util-linux. Where the system allows none, that is an
-error; `isolation: limits` is satisfied with limits on time, memory, files and processes. It is no sandbox: the code can then read and
-write what this user may, and use the network.
+With `isolation: full` (the default) the code sees its own file system (the standard library, read-only, and an empty folder in
+memory), no network and no other processes, through Linux namespaces and util-linux's `unshare`. A system without namespaces is an
+error. `isolation: limits` only limits time, memory, files and processes. That is not a sandbox: the code can then read and write
+what this user may, and use the network.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lmrl.recipe.base import Section
 NOBODY = 65534
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32")
 STARTED = "lmrl-started\n"
-"""What is written just before the code runs."""
+"""Written to stderr just before the code runs."""
 PROGRAMS = ("unshare", "mount", "umount", "pivot_root", "setpriv", "sh", "mkdir")
 
 
@@ -37,17 +37,17 @@ class Sandbox(Section):
     """Limits of the `python` tool."""
 
     isolation: Literal["full", "limits"] = "full"
-    """full: no network, no files and no processes but its own. limits: those below alone."""
+    """full: no network, no files and no processes but its own. limits: only the limits below."""
     seconds: float = Field(5, gt=0)
-    """Of computing, and nearly so of waiting."""
+    """Seconds of CPU time; wall-clock time gets two more."""
     memory_mb: int = Field(512, ge=32)
-    """Address space."""
+    """Address space, in MB."""
     file_mb: int = Field(16, ge=1)
-    """Of each file, and with `full` of all files together."""
+    """Size of each file, and with `full` of all files together."""
     processes: int = Field(1, ge=1)
-    """The code's own included; threads count. Not for root with `limits`."""
+    """Maximum processes, including the code's own; threads count. Not enforced for root with `limits`."""
     characters: int = Field(4000, ge=1)
-    """Of output; code that writes more is ended."""
+    """Maximum output; code that writes more is killed."""
 
 
 BOOT = r"""
@@ -125,7 +125,7 @@ exec setpriv --bounding-set=-all --inh-caps=-all --ambient-caps=-all --no-new-pr
 
 
 def python_tool(settings: Any, key: str = "task.tools") -> Callable[[str], str]:
-    """The `python` tool with these settings. Raises PluginError where the system cannot keep to them."""
+    """The `python` tool with these settings. Raises PluginError if the system cannot enforce them."""
     try:
         sandbox = Sandbox.model_validate(settings)
     except ValidationError as error:
@@ -133,8 +133,8 @@ def python_tool(settings: Any, key: str = "task.tools") -> Callable[[str], str]:
         raise PluginError(f"{key}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     if sandbox.isolation == "full" and (reason := why_not_isolated()):
         raise PluginError(
-            f"{key}: this system gives the python tool no namespaces ({reason}), so that it cannot be kept from files and the network; "
-            "set isolation: limits where limits are enough"
+            f"{key}: the python tool cannot be isolated from files and the network, because this system has no namespaces for it ({reason}); "
+            "set isolation: limits if limits are enough"
         )
 
     def python(code: str) -> str:
@@ -146,7 +146,7 @@ def python_tool(settings: Any, key: str = "task.tools") -> Callable[[str], str]:
 
 @cache
 def why_not_isolated() -> str | None:
-    """Why code cannot be kept apart on this system; None: it can."""
+    """Why code cannot be isolated on this system; None if it can."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
     if missing:
         return f"{missing[0]} is missing"
@@ -155,7 +155,7 @@ def why_not_isolated() -> str | None:
 
 
 def run_python(code: str, sandbox: Sandbox = Sandbox()) -> str:
-    """What code prints, with the value of its last expression; then what went wrong, if anything did."""
+    """What code prints, with the value of its last expression, and then the error, if there was one."""
     with tempfile.TemporaryDirectory(prefix="lmrl-python-") as folder, tempfile.TemporaryFile() as said:
         limits = [
             max(int(sandbox.seconds + 0.999), 1),
@@ -172,12 +172,12 @@ def run_python(code: str, sandbox: Sandbox = Sandbox()) -> str:
             BOOT,
             *map(str, limits),
         ]
-        command = _apart(python, folder, sandbox.file_mb) if sandbox.isolation == "full" else python
+        command = _isolated(python, folder, sandbox.file_mb) if sandbox.isolation == "full" else python
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=said,  # of what starts the code; its own goes to its output
+            stderr=said,  # of the launcher; the code's own stderr goes to its output
             cwd=folder,
             env={"PATH": _path(), "LANG": "C.UTF-8", "PYTHONIOENCODING": "utf-8:replace", "HOME": "/"},
             start_new_session=True,
@@ -208,7 +208,7 @@ def run_python(code: str, sandbox: Sandbox = Sandbox()) -> str:
         lines.append(f"error: {killed[0]}")
     elif not started:
         lines.append(f"error: it did not start: {' '.join(before.split())}")
-    elif status < 0 or status > 128 or after:  # unshare says so where it cannot end by the signal itself
+    elif status < 0 or status > 128 or after:  # unshare's exit code if it cannot end by the signal itself
         lines.append(
             f"error: ended by a signal or its limits ({sandbox.seconds:g} s of computing, {sandbox.memory_mb} MB)"
         )
@@ -217,8 +217,8 @@ def run_python(code: str, sandbox: Sandbox = Sandbox()) -> str:
     return "\n".join(line.rstrip("\n") for line in lines)
 
 
-def _apart(python: list[str], root: str, file_mb: int) -> list[str]:
-    """The command in namespaces of its own: no network, files or processes but its own, no capabilities, nobody's rights."""
+def _isolated(python: list[str], root: str, file_mb: int) -> list[str]:
+    """The command in new namespaces: no network, no files or processes but its own, no capabilities, as nobody."""
     prefix = str(Path(sys.base_prefix).resolve())
     seen = [path for path in SYSTEM if os.path.lexists(path)]
     if not any(prefix == path or prefix.startswith(f"{path}/") for path in seen):
@@ -243,7 +243,7 @@ def _give(process: subprocess.Popen[bytes], code: str) -> None:
 
 def _read(process: subprocess.Popen[bytes], characters: int, kill: Callable[[str], None]) -> str:
     assert process.stdout is not None
-    most, kept = characters * 4, bytearray()  # bytes of a character
+    most, kept = characters * 4, bytearray()  # at most 4 bytes per character
     while part := os.read(process.stdout.fileno(), 65536):
         kept += part
         if len(kept) > most or len(kept.decode(errors="ignore")) > characters:

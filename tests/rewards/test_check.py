@@ -103,7 +103,7 @@ def test_a_constant_reward_fails_on_real_data_only(file):
 
 def test_columns_are_asked_for(file):
     bad, _ = failed(file, "wants_answer")
-    assert "give --data" in bad["protocol"] and "answer" in bad["protocol"]
+    assert "add --data" in bad["protocol"] and "answer" in bad["protocol"]
     data = {"prompts": ["a"] * 3, "completions": ["1", "2", "3"], "answer": ["1", "5", "3"]}
     assert failed(file, "wants_answer", data)[0] == {}
 

@@ -224,7 +224,7 @@ def test_what_cannot_be_a_reward_is_refused(classifier, tiny_folder, tmp_path):
         learned(classifier(), options={"lable": 1})
     with pytest.raises(RecipeError, match="'combine' cannot be 'max'"):
         learned(classifier(), options={"combine": "max"})
-    with pytest.raises(RewardError, match="'stages/rm' is the reward model of a run that is not at hand"):
+    with pytest.raises(RewardError, match="'stages/rm' is a run's reward model, but no run is given"):
         learned("stages/rm")
 
 

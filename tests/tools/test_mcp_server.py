@@ -204,10 +204,13 @@ def test_token_is_sent(monkeypatch):
 @needs_mcp
 def test_what_cannot_serve_is_refused(notes, monkeypatch):
     for tools, said in (
-        ([{"mcp": {"command": ["no-such-program"]}}], "mcp.command: 'no-such-program' is no program here"),
+        (
+            [{"mcp": {"command": ["no-such-program"]}}],
+            "mcp.command: 'no-such-program' is not a program on this machine",
+        ),
         (stdio(only=["sub"]), "has no tool 'sub'; it has add, process.id"),
         (stdio(env=["MCP_UNSET"]), "environment variable MCP_UNSET is not set"),
-        ([{"mcp": {"command": [sys.executable, "-c", "import sys; sys.exit('no key')"]}}], "it said: no key"),
+        ([{"mcp": {"command": [sys.executable, "-c", "import sys; sys.exit('no key')"]}}], "its last output: no key"),
         ([{"mcp": {"command": ["sleep", "60"], "start_seconds": 0.5}}], "not ready after 0.5 s"),
     ):
         with pytest.raises(PluginError, match=f"task.tools.0: .*{said}"):
@@ -219,14 +222,14 @@ def test_what_cannot_serve_is_refused(notes, monkeypatch):
 @pytest.mark.parametrize(
     "tool, said",
     [
-        ({"mcp": {}}, "mcp: give one of `command`"),
-        ({"mcp": {"command": ["a"], "url": "http://b"}}, "mcp: give one of `command`"),
+        ({"mcp": {}}, "mcp: set either `command`"),
+        ({"mcp": {"command": ["a"], "url": "http://b"}}, "mcp: set either `command`"),
         ({"mcp": {"url": "ftp://b"}}, "does not begin with http"),
         ({"mcp": {"url": "http://b", "env": ["A"]}}, "`env` goes with `command`"),
         ({"mcp": {"command": ["a"], "shell": True}}, "mcp.shell: Extra inputs"),
         ({"mcp": {"command": "a b"}}, "mcp.command: Input should be a valid list"),
-        ({"pyton": {}}, "'pyton' is no kind of tool"),
-        ({}, "nothing is no kind of tool"),
+        ({"pyton": {}}, "'pyton' is not a kind of tool"),
+        ({}, "nothing is not a kind of tool"),
     ],
 )
 def test_mistakes_in_settings(tool, said):

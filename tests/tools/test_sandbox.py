@@ -95,7 +95,7 @@ def test_limits_alone_are_no_sandbox():
 
 def test_without_namespaces_it_is_refused(monkeypatch):
     monkeypatch.setattr(sandbox, "why_not_isolated", lambda: "unshare: Operation not permitted")
-    with pytest.raises(sandbox.PluginError, match="task.tools.0: this system gives the python tool no namespaces"):
+    with pytest.raises(sandbox.PluginError, match="task.tools.0: the python tool cannot be isolated"):
         load_tools(["python"])
     (tool,) = load_tools([{"python": {"isolation": "limits"}}])
     assert tool.name == "python" and tool.call("1 + 1") == "2"
