@@ -8,18 +8,18 @@ import torch
 
 
 def default_device() -> torch.device:
-    """The accelerator where there is one, else the CPU."""
+    """The accelerator if there is one, else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def has_memory() -> bool:
-    """True if there is an accelerator with memory of its own, which is counted, and with processes that can meet on it. Apple's
-    MPS has neither."""
+    """True if there is an accelerator with its own memory accounting and with collectives between processes. Apple's MPS has
+    neither."""
     return default_device().type not in ("cpu", "mps")
 
 
 def default_precision(device: torch.device) -> Literal["float32", "bfloat16"]:
-    """The precision of passes where the recipe names none: bfloat16 on an accelerator that computes in it."""
+    """The precision of passes if the recipe sets none: bfloat16 on an accelerator that supports it, else float32."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return "bfloat16" if device.type in ("xpu", "npu") else "float32"

@@ -1,4 +1,4 @@
-"""Talking to policies: each goes on with its own copy of the dialogue, in the tokens that training would have seen."""
+"""Talking to policies: each continues its own copy of the dialogue, in the same tokens as in training."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lmrl.trajectories.trajectory import Messages, Trajectory
 
 @dataclass
 class Speaker:
-    """A policy in a dialogue. Through its chat template where it has one; else the text is continued as it is.
+    """A policy in a dialogue, through its chat template if it has one; otherwise it continues the plain text.
 
-    chat: whether to use the template (None: where there is one). history: what it sees of the dialogue, see Recorder.
+    chat: True to use the template (None: if there is one). history: what it sees of the dialogue, see Recorder.
     """
 
     name: str
@@ -37,11 +37,11 @@ class Speaker:
         self.forget()
 
     def forget(self) -> None:
-        """Begin a new dialogue."""
+        """Start a new dialogue."""
         self.recorder = Recorder(Trajectory([], "", ""), self.renderer, self.history)
 
     def say(self, text: str | Messages, heard: Callable[[str], None] = lambda answer: None) -> str:
-        """The answer to what is said. heard: called with the answer so far, whenever a token has been added."""
+        """The answer to a message. heard: called with the answer so far whenever tokens are added."""
         begins = not self.recorder.trajectory.segments
         observation: str | Messages = text
         if begins and self.system and self.renderer.chat and isinstance(text, str):

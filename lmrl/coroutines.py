@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 POLL = 0.1
-"""Seconds between two looks at whether waiting still makes sense."""
+"""Seconds between two checks whether to keep waiting."""
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end in an event loop of its own, and cancel what it has left running.
+    """Run a coroutine to its end in a new event loop, and cancel the tasks that it leaves running.
 
-    Works inside of a running event loop too, as notebooks have one: that one stands still meanwhile.
+    Also works inside a running event loop, as in a notebook: that loop is blocked meanwhile.
     """
     outer = asyncio._get_running_loop()
     task = asyncio.current_task(outer) if outer else None
@@ -46,12 +46,12 @@ def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
 
 
 async def in_thread(work: Callable[[], T]) -> T:
-    """The result of blocking work, which runs in a daemon thread: if nobody waits for it any more, it holds up nothing."""
+    """The result of blocking work, which runs in a daemon thread: if nobody waits for it any more, it does not keep the process alive."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
     def settle(result: Any, error: BaseException | None) -> None:
-        if future.done():  # given up
+        if future.done():  # nobody waits any more
             return
         if error is None:
             future.set_result(result)
@@ -71,7 +71,7 @@ async def in_thread(work: Callable[[], T]) -> T:
 
 
 def post(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: Any) -> None:
-    """Have a loop make a call, from another thread; nothing happens where the loop is closed by now."""
+    """Schedule a call in a loop from another thread; does nothing if the loop is closed."""
     try:
         loop.call_soon_threadsafe(call, *arguments)
     except RuntimeError:
@@ -80,7 +80,7 @@ def post(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments:
 
 
 async def watched(awaitable: Awaitable[T], check: Callable[[], None]) -> T:
-    """Wait, and call `check` meanwhile; where that raises, the awaitable is cancelled."""
+    """Wait, and call `check` regularly; if it raises, the awaitable is cancelled."""
     task = asyncio.ensure_future(awaitable)
     try:
         while not (await asyncio.wait([task], timeout=POLL))[0]:

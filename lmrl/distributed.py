@@ -21,10 +21,10 @@ from lmrl.errors import RunError
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=6)
-"""How long a rank waits for the others where one may sample, score, evaluate or write far longer than the rest. A dead rank is
-noticed at once."""
+"""How long a rank waits for the others when one of them may sample, score, evaluate or write for far longer than the rest. A
+dead rank is noticed at once."""
 PROMPTNESS = timedelta(minutes=30)
-"""How long inside of `prompt`, where all have about the same to do: a rank that does not come hangs."""
+"""The same inside `prompt`, where all ranks have about the same amount of work: a rank that takes longer hangs."""
 _prompt = False
 
 
@@ -47,13 +47,13 @@ def _group() -> Any:
 
 @cache
 def _new_group(timeout: timedelta) -> Any:
-    # Over gloo, so that small values neither wait for a GPU nor use its memory.
+    # Gloo, so that small values neither wait for a GPU nor use its memory.
     return dist.new_group(backend="gloo", timeout=timeout)
 
 
 @contextmanager
 def prompt() -> Iterator[None]:
-    """Inside, ranks have about the same to do, and one that keeps the others waiting for minutes is given up: RunError."""
+    """Inside, ranks have about the same amount of work; raises RunError if one keeps the others waiting too long."""
     global _prompt
     before, _prompt = _prompt, True
     try:
@@ -62,8 +62,8 @@ def prompt() -> Iterator[None]:
         if size() == 1 or "timed out" not in str(error).lower() and "timeout" not in str(error).lower():
             raise
         raise RunError(
-            f"rank {rank()} has waited {PROMPTNESS.total_seconds() / 60:g} minutes for the other processes in an update: one of "
-            f"them hangs; end it, and go on from the last checkpoint by --resume ({str(error).strip().splitlines()[0][:160]})"
+            f"rank {rank()} has waited {PROMPTNESS.total_seconds() / 60:g} minutes for the other processes in an update, so one of "
+            f"them hangs: end it, and continue from the last checkpoint with --resume ({str(error).strip().splitlines()[0][:160]})"
         ) from error
     finally:
         _prompt = before
@@ -90,7 +90,7 @@ def all_gather(items: Sequence[T]) -> list[T]:
 
 
 def exchange(parcels: Sequence[Sequence[T]]) -> list[list[T]]:
-    """What each rank has for this one, in rank order. parcels: what this rank has for each; nothing else travels."""
+    """An all-to-all exchange: what each rank sends to this one, in rank order. parcels: what this rank sends to each."""
     if size() == 1:
         return [list(parcels[0])]
     group = _group()

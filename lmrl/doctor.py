@@ -1,4 +1,4 @@
-"""Is this machine ready? Versions, devices, memory, disk and the optional parts, each with the fix."""
+"""Checks of this machine: versions, devices, memory, disk and optional packages, each with a fix."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lmrl.findings import Finding
 
 GIB = 2**30
 LEAST_MEMORY, LEAST_DISK, LEAST_SHARED = 4 * GIB, 5 * GIB, GIB
-"""Below these even small runs may fail: RAM that is free, space for checkpoints, shared memory for several processes."""
+"""Minimums below which even small runs may fail: free RAM, disk space for checkpoints, shared memory for several processes."""
 IMPORT_SECONDS = 120
 OPTIONAL = {
     "vllm": "rollouts.engine: vllm and vllm-server",
@@ -32,11 +32,11 @@ OPTIONAL = {
     "gguf": "model.path: FILE.gguf",
     "wandb": "tracking.trackers: [wandb]",
 }
-"""Modules by what they are needed for."""
+"""What each optional module is needed for."""
 
 
 def examine(folder: Path) -> Iterator[Finding]:
-    """Everything worth knowing of this machine. folder: where runs will be written."""
+    """All findings about this machine. folder: where runs will be written."""
     yield Finding("Python", sys.version_info >= (3, 11), f"{sys.version.split()[0]}; lmrl needs 3.11 or newer")
     yield from packages()
     yield from devices()
@@ -52,7 +52,9 @@ def packages() -> Iterator[Finding]:
         required = [Requirement(text) for text in metadata.requires("lmrl") or ()]
     except metadata.PackageNotFoundError:
         yield Finding(
-            "lmrl", None, "runs from a folder, so that the ranges of its packages are unknown: pip install -e ."
+            "lmrl",
+            None,
+            "not installed as a package, so the tested ranges of its dependencies are unknown: pip install -e .",
         )
         return
     wrong = []
@@ -131,7 +133,7 @@ def threads() -> Finding:
 
 
 def memory() -> Finding:
-    """Free memory of the machine, or of the container's limit where that is less."""
+    """Free memory of the machine, or within the container's limit if that is less."""
     free = _free_memory()
     if free is None:
         return Finding("memory", None, "unknown on this system")
@@ -139,7 +141,7 @@ def memory() -> Finding:
     return Finding(
         "memory",
         True if enough else None,
-        f"{free / GIB:.1f} GiB free{'' if enough else ': enough for tiny models alone'}; lmrl show RECIPE estimates what a recipe takes",
+        f"{free / GIB:.1f} GiB free{'' if enough else ': enough only for tiny models'}; lmrl show RECIPE estimates what a recipe takes",
     )
 
 
@@ -163,7 +165,7 @@ def space(folder: Path) -> Iterator[Finding]:
     """Disk for runs and for the hub's cache, and shared memory for several processes."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    places = {"disk for runs": folder, "disk for models of the hub": Path(HF_HUB_CACHE)}
+    places = {"disk for runs": folder, "disk for hub models": Path(HF_HUB_CACHE)}
     for name, place in places.items():
         there = next(one for one in (place.resolve(), *place.resolve().parents) if one.exists())
         free = shutil.disk_usage(there).free
@@ -177,7 +179,7 @@ def space(folder: Path) -> Iterator[Finding]:
             yield Finding(
                 name,
                 False,
-                f"{there} cannot be written to: choose another folder" + ("" if place is folder else " by HF_HOME"),
+                f"{there} cannot be written to: choose another folder" + ("" if place is folder else " with HF_HOME"),
             )
     if Path("/dev/shm").is_dir():
         size = shutil.disk_usage("/dev/shm").total
@@ -190,7 +192,7 @@ def space(folder: Path) -> Iterator[Finding]:
 
 
 def optional() -> Iterator[Finding]:
-    """Parts that are installed by extras; vLLM is imported, since it often is there and does not start."""
+    """Packages that extras install; vLLM is imported, because it is often installed but broken."""
     for module, purpose in OPTIONAL.items():
         name = module.replace("_", "-")
         version = next((metadata.version(one) for one in (name, f"{name}-cpu") if _has(one)), None)
@@ -210,7 +212,7 @@ def _vllm(version: str) -> Finding:
     except subprocess.TimeoutExpired:
         return Finding("vllm", False, f"{version} is installed, but its import takes more than {IMPORT_SECONDS} s")
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["it ended without a message"])[-1]
         return Finding(
             "vllm",
             False,

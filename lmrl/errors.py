@@ -1,6 +1,6 @@
-"""The errors that lmrl raises on purpose. Each message is one line: what, where, and how to mend it.
+"""The errors that lmrl raises on purpose. Each message is one line: what, where, and how to fix it.
 
-`exit_code` tells whose turn it is: 2, the input has to change; 1, the run itself failed.
+`exit_code` is 2 if the input must be fixed, and 1 if the run itself failed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class LmrlError(Exception):
 
 
 class RecipeError(LmrlError):
-    """A recipe, an override or a suite is wrong: unknown key, wrong type, missing file, or a choice that makes no sense."""
+    """A recipe, an override or a suite is wrong: unknown key, wrong type, missing file, or an invalid choice."""
 
 
 class PluginError(LmrlError):
-    """A `file.py:Name` or dotted path cannot be loaded, or what it names cannot be used as what it is meant to be."""
+    """A `file.py:Name` or dotted path cannot be loaded, or the loaded object cannot be used in that role."""
 
 
 class ModelError(LmrlError):
@@ -40,11 +40,11 @@ class RewardError(LmrlError):
 
 
 class TemporaryError(Exception):
-    """For reward functions to raise: a failure that may pass, so that the call is tried again before samples are lost."""
+    """For reward functions to raise: a transient failure, so that the call is retried before samples are lost."""
 
 
 class EndpointError(LmrlError):
-    """An address that is to answer as a language model did not. temporary: another attempt may succeed."""
+    """An endpoint did not answer as a language model should. temporary: True if another attempt may succeed."""
 
     def __init__(self, message: str, temporary: bool = False):
         super().__init__(message)
@@ -62,7 +62,7 @@ class RunError(LmrlError):
 
 
 class EngineError(LmrlError):
-    """The engine that samples for a run was lost, and did not come back."""
+    """The run's engine stopped, and could not be restarted."""
 
     exit_code = 1
 
@@ -74,13 +74,13 @@ class NonFiniteError(LmrlError):
 
 
 class ScoreError(LmrlError):
-    """A score is below what was asked for, `lmrl eval --fail-under`."""
+    """A score is below the floor set by `lmrl eval --fail-under`."""
 
     exit_code = 1
 
 
 class MemoryShortError(LmrlError):
-    """Memory ran out where no smaller piece of work is left to try. failed: the pass (lmrl.policy.memory.FailedPass), if known."""
+    """Memory ran out, and the work cannot be cut any further. failed: the pass (lmrl.policy.memory.FailedPass), if known."""
 
     exit_code = 1
     failed: Any = None
@@ -93,7 +93,7 @@ class SamplerError(LmrlError):
 
 
 def did_you_mean(word: str, valid: Iterable[str]) -> str:
-    """`": did you mean 'clip'?"` for the nearest valid name, or the list of all where none is near."""
+    """`": did you mean 'clip'?"` for the nearest valid name, or the list of all if none is near."""
     valid = sorted(valid)
     near = difflib.get_close_matches(word, valid, n=1, cutoff=0.6)
     if near:

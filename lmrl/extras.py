@@ -1,4 +1,4 @@
-"""Packages that an extra of lmrl's installs, and what to say where one is missing."""
+"""Packages that lmrl's extras install, and the message if one is missing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EXTRAS = {
 
 
 def fix_of(module: str) -> str:
-    """How to install a module: by lmrl's extra, else by its own name."""
+    """How to install a module: with lmrl's extra, else by its own name."""
     extra = EXTRAS.get(module.partition(".")[0])
     if extra is None:
         return f"pip install {module.partition('.')[0].replace('_', '-')}"
@@ -35,6 +35,6 @@ def fix_of(module: str) -> str:
 
 
 def need(module: str, what: str, error: type[LmrlError]) -> None:
-    """Raise `error` with the fix where a module is not installed. what: needs it."""
+    """Raise `error` with the fix if a module is not installed. what: the part that needs it."""
     if find_spec(module) is None:
         raise error(f"{what} needs {module}, which is not installed: {fix_of(module)}")

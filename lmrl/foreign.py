@@ -1,4 +1,4 @@
-"""Calls of other people's code in this process (rewards, environments): what they change in it is put back."""
+"""Calls of user code in this process (rewards, environments): global settings that they change are restored."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from types import FrameType, TracebackType
 from typing import Any
 
 FORKED = 70
-"""Exit code of a process that came back from such a call beside this one (EX_SOFTWARE)."""
+"""Exit code of a second process that returns from such a call after a fork (EX_SOFTWARE)."""
 
 
 GRACE = 60.0
 """Seconds after its limit in which a call can still be interrupted; then the process ends."""
 REPEAT = 5.0
-"""Seconds between two interrupts of a call that is over its limit: it may catch the first."""
+"""Seconds between two interrupts of a call that exceeds its limit: it may catch the first."""
 
 
 class CallTimedOut(Exception):
@@ -31,12 +31,12 @@ class CallTimedOut(Exception):
 class foreign:  # noqa: N801 - reads as a statement
     """`with foreign("reward f"):` around a call.
 
-    Settings of torch that hold for the whole process (gradients on or off, default type, threads, deterministic kernels)
-    are afterwards what they were: a reward that turns gradients off would else end the learning, without an error. A
-    call that forks comes back in two processes; the new one ends here, before it writes to the run.
+    torch's global settings (gradients on or off, default dtype, threads, deterministic kernels) are restored afterwards:
+    otherwise a reward that turns gradients off would silently stop the training. A call that forks returns in two
+    processes; the new one is ended here, before it can write to the run.
 
-    limit: seconds after which the call is interrupted by CallTimedOut. That takes the main thread, and code that comes back to
-    Python now and then; where it cannot be, `watch` ends the process.
+    limit: seconds after which the call is interrupted by CallTimedOut. This needs the main thread, and code that returns to
+    Python now and then; otherwise `watch` ends the process.
     """
 
     def __init__(self, what: str, limit: float | None = None):
@@ -66,13 +66,13 @@ class foreign:  # noqa: N801 - reads as a statement
         handler, (seconds, interval) = self.alarm
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
-        if seconds:  # someone else's, which has been waiting meanwhile
+        if seconds:  # another alarm, which has been pending meanwhile
             signal.setitimer(signal.ITIMER_REAL, max(seconds - (time.monotonic() - self.began), 0.001), interval)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             self.over = True
-        finally:  # the alarm may ring in the line before, and in none after it
+        finally:  # the alarm may fire in the line above, but not after it
             self._leave()
 
     def _leave(self) -> None:
@@ -84,7 +84,7 @@ class foreign:  # noqa: N801 - reads as a statement
             _note()
         else:
             text = (
-                f"lmrl: {self.what} forked, and its second process ends here: start processes by subprocess instead\n"
+                f"lmrl: {self.what} forked, and its second process ends here: start processes with subprocess instead\n"
             )
             os.write(2, text.encode())
             os._exit(FORKED)
@@ -99,7 +99,7 @@ def waited_for() -> str | None:
 
 
 def give_up_on(thread: int) -> None:
-    """Wait no longer for the calls of a thread, which goes on with them."""
+    """Stop waiting for the calls of an abandoned thread, which keeps running."""
     for call in [call for call in _running if call.thread == thread]:
         _running.remove(call)
     _note()
@@ -111,13 +111,13 @@ def runs_here() -> bool:
 
 
 PATIENCE = 60.0
-"""Seconds after which a call that has not come back is named, and again after twice as many."""
+"""Seconds after which a call that has not returned is reported, and again each time the wait has doubled."""
 _running: list[foreign] = []
 _watcher: threading.Thread | None = None
 
 
 def watch() -> None:
-    """Start what names calls that do not come back, once in each process."""
+    """Start the thread that reports calls that do not return, once per process."""
     global _watcher
     if _watcher is None or not _watcher.is_alive():
         _watcher = threading.Thread(target=_name_slow_calls, daemon=True)
@@ -146,12 +146,12 @@ def _name_slow_calls() -> None:
 
 
 def _give_up(call: foreign) -> None:
-    """End the process: a call is over its limit, and nothing in this process can stop it."""
+    """End the process: a call exceeds its limit, and nothing in this process can stop it."""
     from lmrl.launch import leave_error
 
     text = (
-        f"lmrl: {call.what} has not come back for {time.monotonic() - call.began:.0f} s and cannot be interrupted, so the run ends "
-        "here: go on from its last checkpoint by --resume; a reward with `workers: 1` runs in a process that can be replaced"
+        f"lmrl: {call.what} has not returned for {time.monotonic() - call.began:.0f} s and cannot be interrupted, so the run ends "
+        "here: continue from its last checkpoint with --resume; a reward with `workers: 1` runs in a process that can be replaced"
     )
     if not leave_error(text, 1, own=True):
         os.write(2, f"{text}\n".encode())
@@ -164,10 +164,10 @@ _noted: tuple[Path, mmap.mmap] | None = None
 
 
 def keep_note(path: Path) -> str | None:
-    """From now on the call that is running stands in this file, also after the process is gone.
+    """From now on, record the running call in this file, which survives the process.
 
-    Returns what stands there already: the call in which the process before has ended. The file is mapped into memory, so that a call
-    costs no write to the disk.
+    Returns the recorded call in which the previous process ended, if any. The file is mapped into memory, so a call costs no disk
+    write.
     """
     global _noted
     drop_note()
@@ -179,7 +179,7 @@ def keep_note(path: Path) -> str | None:
 
 
 def drop_note() -> None:
-    """Delete the note: the process ends with words of its own."""
+    """Delete the note, because the process ends with its own message."""
     global _noted
     if _noted is not None:
         path, memory = _noted

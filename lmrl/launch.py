@@ -1,7 +1,7 @@
-"""One run in several processes on this machine: start them, watch them, and end with one error where one fails.
+"""One run in several processes on this machine: start them, watch them, and report a single error if one fails.
 
-What accelerate is asked for (DeepSpeed, FSDP) comes from a configuration file of accelerate, turned into the environment that
-`accelerate launch` would set. Several machines are launched by `accelerate launch` or `torchrun` themselves.
+Accelerate's features (DeepSpeed, FSDP) are set in an accelerate configuration file, which is turned into the environment that
+`accelerate launch` would set. To launch on several machines, use `accelerate launch` or `torchrun`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from lmrl.training.interrupt import Interrupt
 
 ERRORS = "LMRL_ERRORS"
-"""Environment variable: the folder in which a process leaves its error, for the launcher to show."""
+"""Environment variable: the folder in which a process writes its error, for the launcher to show."""
 ENDED_AS_TOLD = {128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGHUP, -signal.SIGTERM}
 """Exit codes of processes that were told to end."""
 POLL_SECONDS, LAST_WORDS_SECONDS, GRACE_SECONDS = 0.1, 5.0, 10.0
-"""Between two looks at the processes; for the others to say what went wrong, once one has failed; and to end when asked."""
+"""Seconds between two checks of the processes; for the others to report errors after one has failed; and to end when asked."""
 
 
 def launch(arguments: Sequence[str], processes: int | None, config: Path | None) -> int:
-    """Run `lmrl ARGUMENTS` in several processes; returns the exit code. Prints one line where they failed.
+    """Run `lmrl ARGUMENTS` in several processes; returns the exit code. Prints one line if they failed.
 
-    config: a configuration file of accelerate. processes: None for as many as it says.
+    config: an accelerate configuration file. processes: None for the number in it.
     """
     from lmrl.training.interrupt import Interrupt  # imports torch, which `lmrl --help` does without
 
@@ -72,7 +72,7 @@ def accelerate_environment(processes: int | None, config: Path | None) -> tuple[
     environment = dict(os.environ)
     if config is not None:
         environment, processes = _configured(processes, config)
-    # On a CPU accelerate wants to be told so, and with DeepSpeed it wants not to: it would take plain processes instead.
+    # On a CPU accelerate must be told so, but not with DeepSpeed: it would then use plain processes instead.
     if not has_memory() and environment.get("ACCELERATE_USE_DEEPSPEED") != "true":
         environment["ACCELERATE_USE_CPU"] = "true"
     return environment, processes or 1
@@ -94,7 +94,7 @@ def _configured(processes: int | None, config: Path) -> tuple[dict[str, str], in
             raise RecipeError(f"--accelerate: {config}: {' '.join(str(error).split())}") from error
         if (args.num_machines or 1) > 1:
             raise RecipeError(
-                f"--accelerate: {config}: --processes starts them on this machine; start several machines by accelerate launch"
+                f"--accelerate: {config}: --processes starts processes on this machine only; for several machines use accelerate launch"
             )
         if not args.use_deepspeed:
             return prepare_multi_gpu_env(args), args.num_processes
@@ -104,7 +104,7 @@ def _configured(processes: int | None, config: Path) -> tuple[dict[str, str], in
 
 
 def _watch(running: list[subprocess.Popen[bytes]], errors: Path, interrupt: Interrupt) -> int:
-    """Wait for the processes; end them all where one fails, or where the launcher is told to."""
+    """Wait for the processes; end them all if one fails, or if the launcher is told to end."""
     told: int | None = None
     fine = {0, COLLAPSED}
     while any(process.poll() is None for process in running) and not _failed(running, fine):
@@ -125,12 +125,12 @@ def _watch(running: list[subprocess.Popen[bytes]], errors: Path, interrupt: Inte
 
 
 def _failed(running: list[subprocess.Popen[bytes]], fine: set[int]) -> list[int]:
-    """Ranks of the processes that have ended otherwise than is fine."""
+    """Ranks of the processes that ended with another exit code than those that are `fine`."""
     return [rank for rank, process in enumerate(running) if process.poll() not in (None, *fine)]
 
 
 def _wait_for_last_words(running: list[subprocess.Popen[bytes]]) -> None:
-    """Where one has failed, give the others time to fail by themselves."""
+    """After one has failed, give the others time to fail by themselves."""
     until = time.monotonic() + LAST_WORDS_SECONDS
     while time.monotonic() < until and any(process.poll() is None for process in running):
         time.sleep(POLL_SECONDS)
@@ -157,20 +157,20 @@ def _report(failed: list[int], running: list[subprocess.Popen[bytes]], errors: P
 
 
 def _failure(rank: int, running: list[subprocess.Popen[bytes]], errors: Path) -> dict[str, Any]:
-    """The end of a process. One that died silently explains more than an error, and an error of lmrl's more than one of a
-    library, which may only say that another process is gone."""
+    """The end of a process. A silent death explains more than an error, and an lmrl error more than a library's, which may only
+    say that another process is gone."""
     code = running[rank].returncode
     left = errors / f"{rank}.json"
     if left.exists():
         found: dict[str, Any] = json.loads(left.read_text())
         return found
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    text = f"lmrl: process {rank} of {len(running)} {how}, so the run has stopped; go on from its last checkpoint by --resume"
+    text = f"lmrl: process {rank} of {len(running)} {how}, so the run has stopped; continue from its last checkpoint with --resume"
     return {"order": 0, "time": 0.0, "code": 1, "text": text}
 
 
 def leave_error(text: str, code: int, own: bool) -> bool:
-    """Leave an error for the launcher; False: there is none, so it has to be shown here. own: it is one of lmrl's."""
+    """Write an error for the launcher; False if there is no launcher, so it must be shown here. own: True for an lmrl error."""
     folder = os.environ.get(ERRORS)
     if folder is None:
         return False

@@ -1,4 +1,4 @@
-"""Names that mean a folder or file here, or something on the hub: a mistyped path is not looked up there."""
+"""Names of local folders or files, or of something on the hub: a mistyped path is not looked up on the hub."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from lmrl.errors import DataError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 OWN_FOLDERS = ("runs", "data")
-"""Where lmrl puts runs and collected episodes by itself."""
+"""Default folders of runs and collected episodes."""
 MODEL_FILES = ("config.json", "adapter_config.json", "recipe.yaml", "stages")
 FILES = (".jsonl", ".json", ".parquet", ".csv", ".gz", ".gguf")
 NEAR = 0.66
 
 
 def refuse_missing(name: str, key: str, kind: str = "model") -> None:
-    """Raise DataError for a name that is not here and was not meant for the hub: it is no hub name, its folder is here, or it is
-    nearly the name of something that is.
+    """Raise DataError for a name that does not exist locally and is not meant for the hub: it is not a hub name, its parent folder
+    exists, or it is close to the name of something local.
 
     kind: `model` or `dataset`.
     """
@@ -36,7 +36,7 @@ def refuse_missing(name: str, key: str, kind: str = "model") -> None:
 
 
 def _near(path: Path, kind: str) -> str | None:
-    """The path of a model or of data that is nearly called so, in the same folder or among the runs."""
+    """The path of a model or of data with a similar name, in the same folder or among the runs."""
     folders = [path.parent] if len(path.parts) > 1 else [path.parent, *map(Path, OWN_FOLDERS)]
     found = [one for folder in folders if folder.is_dir() for one in sorted(folder.iterdir()) if _is(one, kind)]
     known = {str(one): one.name if path.suffix else one.name.partition(".")[0] for one in found}
@@ -51,7 +51,7 @@ def _is(path: Path, kind: str) -> bool:
 
 
 def _cached(name: str, kind: str) -> bool:
-    """True if something of the hub lies in its cache on this machine."""
+    """True if something with this hub name is in the local hub cache."""
     from huggingface_hub import constants
 
     return (Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}").is_dir()

@@ -1,4 +1,4 @@
-"""A first recipe for one's own environment or data: looks at it, and writes sizes that fit, with the reasons as comments."""
+"""A first recipe for your own environment or data: inspects it, and writes sizes that fit, with the reasons as comments."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from lmrl.trajectories.rows import parse
 from lmrl.trajectories.trajectory import Trajectory, prompt_text
 
 EPISODES, ROWS = 64, 2000
-"""Most episodes and rows that are looked at."""
+"""Maximum episodes and rows that are inspected."""
 WORDS = 200
-"""Distinct words up to which a tiny model has a token for each."""
+"""Maximum number of distinct words for which a tiny model gets a word-level tokenizer."""
 LONGEST = 2048
-"""Tokens of a context; a longer episode is seen through its last observations."""
+"""Maximum tokens of a context; of longer episodes only the last observations are shown."""
 TEMPLATE = 64
-"""Tokens that a chat template may add to a row, beside a quarter of its own."""
+"""Tokens that a chat template may add to a row, in addition to a quarter of its length."""
 METHODS = {
     "environment": ("ppo", "grpo", "rloo", "ilql", "mc"),
     "prompts": ("grpo", "ppo", "rloo"),
@@ -41,10 +41,10 @@ LOGGED = ("ilql", "mc")
 
 @dataclass
 class Look:
-    """The findings, in words and in numbers."""
+    """What was found, in words and numbers."""
 
     said: list[str] = field(default_factory=list)
-    """Lines for the head of the recipe."""
+    """Comment lines for the top of the recipe."""
     context: int = 0
     """Tokens of the longest context, as far as was seen."""
     turn: int = 32
@@ -52,12 +52,12 @@ class Look:
     players: tuple[str, ...] = ()
     rows: int = 0
     tokens: int = 0
-    """Tokens that rows of data may have, with room for what a chat template adds."""
+    """Maximum tokens of a row of data, with room for what a chat template adds."""
     tokenizer: Literal["char", "word"] = "char"
 
 
 def look_at_environment(name: str, max_turns: int) -> Look:
-    """Play an environment by its random player, or by none where it has none."""
+    """Play an environment with its random player, if it has one."""
     section = CustomTask(environment=name, max_turns=max_turns)
     probe = build_task(section, build_tokenizer("char", ["a"]))
     environment = probe.make()
@@ -70,7 +70,7 @@ def look_at_environment(name: str, max_turns: int) -> Look:
     task = build_task(section, build_tokenizer(look.tokenizer, texts or ["a"]))
     if not look.players:
         observation, _ = environment_factory(section)().reset(seed=0)
-        look.said.append("no scripted player: lengths of actions are a guess (rollouts.max_new_tokens)")
+        look.said.append("no scripted player: the length of actions is a guess (rollouts.max_new_tokens)")
         look.context = 4 * len(task.renderer.first(observation)) + 4 * look.turn
         return look
     player = "random" if "random" in look.players else look.players[0]
@@ -136,7 +136,7 @@ def _range(values: list[int], unit: str) -> str:
 
 
 def rounded(value: float, to: int) -> int:
-    """The next multiple."""
+    """The next multiple of `to`."""
     return max(math.ceil(value / to) * to, to)
 
 
@@ -149,7 +149,7 @@ def environment_recipe(name: str, method: str, model: str | None, look: Look, ma
     if (logged or model is None) and not look.players:
         raise RecipeError(
             f"--environment {name}: {'a model from scratch first imitates' if not logged else method + ' learns from'} a scripted player, "
-            f"and it has none: give it `players` and `act` (see lmrl.TextEnvironment), or name --model"
+            f"but it has none: give it `players` and `act` (see lmrl.TextEnvironment), or set --model"
         )
     player = "random" if "random" in look.players else (look.players or ("",))[0]
     lines = [f"# {line}" for line in look.said]

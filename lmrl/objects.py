@@ -2,8 +2,8 @@
 
     lmrl.train("grpo", model=model, prompts=rows, rewards=my_reward)    # recipe.yaml says function: python:my_reward
 
-A name holds in this process alone. A run that is resumed in another one needs its objects again: by the same call with
-`resume=True`, or by `lmrl.provide(my_reward=my_reward)`.
+A name is valid only in this process. A run that is resumed in another one needs its objects again: repeat the call with
+`resume=True`, or call `lmrl.provide(my_reward=my_reward)`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PLACES = {
     ("task", "prompts", "path"): "rows",
     ("source", "path"): "rows",
 }
-"""Keys that take an object, beside the functions of `task.rewards`, and what kind of one."""
+"""Keys that take an object, besides the functions of `task.rewards`, and its kind."""
 
 _provided: dict[str, Any] = {}
 
@@ -41,7 +41,7 @@ def is_object(name: Any) -> bool:
 
 
 def find(name: str, key: str) -> Any:
-    """The object of a name `python:NAME`. key: of the recipe, for messages. RecipeError: this process has not been given it."""
+    """The object of a name `python:NAME`. key: the recipe's key, for messages. Raises RecipeError if this process does not have it."""
     short = name.removeprefix(PREFIX)
     if short not in _provided:
         raise RecipeError(_missing([(key, name)]))
@@ -49,7 +49,7 @@ def find(name: str, key: str) -> Any:
 
 
 def require(data: Mapping[str, Any], at_hand: Collection[str] = ()) -> None:
-    """Raise RecipeError where plain recipe data name objects that this process has not been given. at_hand: keys that need none."""
+    """Raise RecipeError if plain recipe data name objects that this process does not have. at_hand: keys that need none."""
     missing = [
         (key, name)
         for key, name in _named(data)
@@ -63,13 +63,13 @@ def _missing(wanted: list[tuple[str, str]]) -> str:
     names = list(dict.fromkeys(name.removeprefix(PREFIX) for _, name in wanted))
     which = ", ".join(f"'{name}' ({key})" for key, name in wanted)
     return (
-        f"{which}: an object of a Python program, which no file holds: give it again, by the call of lmrl.train that began the "
-        f"run with resume=True, or by lmrl.provide({', '.join(f'{name}=...' for name in names)})"
+        f"{which}: an object of a Python program, which is not in any file: pass it again, with the call of lmrl.train that started the "
+        f"run and resume=True, or with lmrl.provide({', '.join(f'{name}=...' for name in names)})"
     )
 
 
 def maker(thing: Any) -> Any:
-    """What makes an environment: a class or function as it is; of an environment object, a copy each time."""
+    """A function that makes an environment: a class or function unchanged; for an environment object, one that copies it."""
     if inspect.isclass(thing) or inspect.isroutine(thing):
         return thing
     return lambda: copy.deepcopy(thing)
@@ -77,13 +77,13 @@ def maker(thing: Any) -> Any:
 
 # ------------------------------------------------------------------------------------------------------------------ naming
 class Names:
-    """Names of one recipe's objects: each has one, and no two share one."""
+    """Names of one recipe's objects: each object gets a single, unique name."""
 
     def __init__(self, taken: Mapping[str, Any] | None = None) -> None:
         self.objects: dict[str, Any] = dict(taken or {})
 
     def __call__(self, thing: Any) -> str:
-        """The name `python:NAME` of an object, which this process knows from now on."""
+        """The name `python:NAME` of an object, which becomes known in this process."""
         base = _name_of(thing)
         name, number = base, 1
         while name in self.objects and self.objects[name] is not thing:
@@ -95,13 +95,13 @@ class Names:
 
 
 def name_alone(thing: Any) -> str:
-    """The name of an object that is named before the recipe around it is known: one that no other object has."""
+    """A unique name for an object that is named before its recipe is known."""
     return Names(_provided)(thing)
 
 
 def _name_of(thing: Any) -> str:
-    """A name that says what an object is; of rows, one that differs where they differ."""
-    if isinstance(thing, tuple):  # a model with its tokenizer
+    """A descriptive name of an object; for rows, one that depends on their content."""
+    if isinstance(thing, tuple):  # a (model, tokenizer) pair
         return _name_of(thing[0])
     if is_rows(thing):
         return f"rows_{_fingerprint(thing)}"
@@ -124,7 +124,7 @@ def is_rows(thing: Any) -> bool:
 
 
 def is_kind(thing: Any, kind: str) -> bool:
-    """True for an object that a key of that kind takes (see PLACES); what else stands there is the schema's to refuse."""
+    """True for an object that a key of that kind takes (see PLACES); the schema refuses anything else."""
     if kind == "rows":
         return is_rows(thing)
     if kind == "model":
@@ -133,7 +133,7 @@ def is_kind(thing: Any, kind: str) -> bool:
 
 
 def by_name(kind: str) -> Any:
-    """A function that gives an object of that kind its name, and leaves anything else as it is."""
+    """A function that replaces an object of that kind by its name, and returns anything else unchanged."""
     return lambda value: name_alone(value) if is_kind(value, kind) else value
 
 
@@ -176,7 +176,7 @@ def _replace(section: dict[str, Any], keys: tuple[str, ...], kind: str, names: N
 
 
 def named_rewards(given: Any, names: Any = name_alone) -> Any:
-    """Rewards with names in place of functions; a list of them, or one alone."""
+    """Rewards with names in place of functions; a list of them, or a single one."""
     if isinstance(given, list | tuple):
         return [named_rewards(one, names) for one in given]
     if isinstance(given, dict):

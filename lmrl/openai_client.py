@@ -1,11 +1,11 @@
-"""One client for every endpoint that speaks OpenAI's API: vLLM and other servers, hosted models, judges.
+"""One client for every endpoint with OpenAI's API: vLLM and other servers, hosted models, judges.
 
     client = OpenAIClient("http://localhost:8000/v1", "my-model", requests_per_minute=600, cache="data/cache")
     answer = client.chat([{"role": "user", "content": "2 + 3 = ?"}], temperature=0)
     answer.text, answer.logprobs, answer.usage
 
-Keys come from environment variables alone. Failures that may pass (no connection, 408, 429, 5xx) are tried again after pauses that
-double, or that Retry-After names; what is left raises EndpointError.
+Keys come only from environment variables. Transient failures (no connection, 408, 429, 5xx) are retried after pauses that double,
+or as Retry-After says; what still fails raises EndpointError.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A sampled token as text, its log-probability, and the likeliest tokens there by text."""
+    """A sampled token as text, its log-probability, and those of the most likely tokens at its position."""
 
     text: str
     logprob: float
@@ -51,12 +51,12 @@ class Usage:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer: its text, why it ended (`stop`, `length`, ...), and what else the endpoint told."""
+    """An answer: its text, why it ended (`stop`, `length`, ...), and further fields of the response."""
 
     text: str
     finish_reason: str | None = None
     logprobs: list[TokenLogprob] | None = None
-    """Of the sampled tokens, where they were asked for (`logprobs=True`, `logprobs=5`) and given."""
+    """Of the sampled tokens, if requested (`logprobs=True`, `logprobs=5`) and returned."""
     message: dict[str, Any] = field(default_factory=dict)
     """The assistant's message of a chat, with its `tool_calls` if there are any."""
     usage: Usage = Usage()
@@ -66,7 +66,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Prices:
-    """Dollars for a million tokens."""
+    """Dollars per million tokens."""
 
     prompt: float
     completion: float
@@ -77,7 +77,7 @@ class Prices:
 
 
 class Pace:
-    """Spaces out requests, of all threads together, so that there are at most so many a minute; holds all back when asked to."""
+    """Rate limiter for the requests of all threads together: at most so many per minute; `hold` pauses them all."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class Pace:
             self.sleep(turn - now)
 
     def hold(self, seconds: float) -> None:
-        """Let no further request begin for so long."""
+        """Let no further request start for this many seconds."""
         with self._lock:
             self._next = max(self._next, self.clock() + seconds)
 
@@ -113,7 +113,7 @@ class Budget:
     def __init__(self, prices: Prices | None = None, dollars: float | None = None):
         if dollars is not None and prices is None:
             raise RecipeError(
-                "max_spend: is in dollars, and what a token costs is not known: give prices, PROMPT,COMPLETION"
+                "max_spend is in dollars, but the cost of a token is not known: set prices, PROMPT,COMPLETION"
             )
         self.prices, self.dollars = prices, dollars
         self.requests, self.usage = 0, Usage()
@@ -125,7 +125,7 @@ class Budget:
         return self.prices.of(self.usage) if self.prices else 0.0
 
     def check(self, name: str) -> None:
-        """Raise EndpointError once the limit is reached. Requests under way may still exceed it."""
+        """Raise EndpointError once the limit is reached. Running requests may still exceed it."""
         if self.dollars is not None and self.spent >= self.dollars:
             raise EndpointError(
                 f"{name}: {self.requests} requests have cost ${self.spent:.2f} of max_spend=${self.dollars:g}"
@@ -149,7 +149,7 @@ class Cache:
         return self.folder / name[:2] / f"{name}.json"
 
     def get(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The answer to a request; None where there is none, or where its file is torn."""
+        """The answer to a request; None if there is none, or if its file is torn."""
         try:
             found: dict[str, Any] = json.loads(self.path(request).read_text(encoding="utf-8"))["answer"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -165,7 +165,7 @@ class Cache:
 
 
 class _Endpoint(Client):
-    """A route of the API, whose requests keep a common pace."""
+    """A route of the API, whose requests share a rate limit."""
 
     def __init__(self, url: str, pace: Pace, **settings: Any):
         super().__init__(url, **settings)
@@ -181,12 +181,12 @@ class _Endpoint(Client):
 class OpenAIClient:
     """Chat and completions by one model of one endpoint; safe to use from several threads.
 
-    url: up to and without `/chat/completions`. model: its name there (None: the only one that the endpoint serves). key_env: name of
-    the environment variable with the key (None: OPENAI_API_KEY for OpenAI's own address, no key elsewhere). timeout: seconds a
-    request. retries: further requests after a failure that may pass. connections: requests side by side of `chat_all` and
-    `complete_all`, and of the asynchronous calls. requests_per_minute: of all threads together. prices, max_spend: dollars for a
-    million tokens of prompts and of completions, and dollars after which no request is begun. cache: a folder for answers; a
-    request that was answered before costs nothing.
+    url: without `/chat/completions`. model: its name there (None: the only one that the endpoint serves). key_env: name of
+    the environment variable with the key (None: OPENAI_API_KEY for OpenAI's own address, no key elsewhere). timeout: seconds per
+    request. retries: further requests after a transient failure. connections: concurrent requests of `chat_all`, `complete_all` and
+    the asynchronous calls. requests_per_minute: of all threads together. prices: dollars per million prompt tokens and per million
+    completion tokens. max_spend: dollars after which no request is started. cache: a folder for answers; a request that was
+    answered before costs nothing.
     """
 
     def __init__(
@@ -233,12 +233,12 @@ class OpenAIClient:
         return self._ask("completions", {"prompt": prompt, **settings}, draw)
 
     def chat_all(self, dialogues: Sequence[Messages], **settings: Any) -> list[Answer | EndpointError]:
-        """An answer to each dialogue, `connections` at a time; the error in place of one that failed. Equal dialogues are drawn
-        apart."""
+        """An answer to each dialogue, `connections` at a time; the error in place of one that failed. Equal dialogues get
+        independent samples."""
         return self._all(self.chat, dialogues, settings)
 
     def complete_all(self, prompts: Sequence[str], **settings: Any) -> list[Answer | EndpointError]:
-        """The same of texts."""
+        """The same for texts."""
         return self._all(self.complete, prompts, settings)
 
     async def chat_async(self, messages: Messages, *, draw: int = 0, **settings: Any) -> Answer:
@@ -259,7 +259,7 @@ class OpenAIClient:
         return self._threads.map(call, *columns)
 
     def close(self) -> None:
-        """Let go of threads; requests under way are finished."""
+        """Release the threads; running requests are finished."""
         self._threads.shutdown(cancel_futures=True)
 
     # ---------------------------------------------------------------------------------------------------------- inside
@@ -313,12 +313,12 @@ class OpenAIClient:
         found = self.models()
         if len(found) != 1:
             served = ", ".join(found) or "none"
-            raise EndpointError(f"{self.name}: which model is meant? It serves {served}: name one, {self.name}#MODEL")
+            raise EndpointError(f"{self.name}: name a model, {self.name}#MODEL; it serves {served}")
         return found[0]
 
 
 def _answer(found: Mapping[str, Any], name: str, cached: bool = False) -> Answer:
-    """An endpoint's JSON as an Answer. EndpointError: it is no such answer."""
+    """An endpoint's JSON as an Answer. Raises EndpointError if it is not one."""
     try:
         choice = found["choices"][0]
         message = choice.get("message") or {}

@@ -30,9 +30,9 @@ KINDS = (".png", ".svg", ".pdf")
 SIZE = (6.4, 4.0)
 """Inches."""
 NEAR = (0.16, 0.05)
-"""Shares of a picture's width and height that a label takes."""
+"""A label's width and height, as shares of the picture."""
 SMOOTHED = 0.03
-"""Share of a curve's steps over which its bold line is a mean."""
+"""Window of the bold running mean, as a share of a curve's steps."""
 
 
 def learning_curves(
@@ -92,7 +92,7 @@ def _curve(axes: Any, frame: DataFrame, metric: str, colour: str, label: str) ->
 
 
 def comparison(found: Comparison) -> Figure:
-    """The differences of a comparison with their 95 % intervals, one line each; bold where the interval leaves 0 out."""
+    """The differences of a comparison with their 95 % intervals, one line each; bold if the interval excludes 0."""
     rows = list(reversed(found.differences))
     metrics = list(dict.fromkeys(one.metric for one in found.differences))
     from matplotlib.figure import Figure as NewFigure
@@ -122,14 +122,14 @@ def comparison(found: Comparison) -> Figure:
 
 def frontier(found: Frontier) -> Figure:
     """A run's checkpoints, score against divergence with 95 % intervals, over the curve of best-of-n."""
-    figure, axes = _figure("divergence from the start, nats an episode", found.metric)
+    figure, axes = _figure("divergence from the initial policy, nats per episode", found.metric)
     yard = found.yardstick
     axes.plot(
         [one.kl for one in yard],
         [one.score for one in yard],
         color="#90a4ae",
         linestyle="--",
-        label="best-of-n of the start",
+        label="best-of-n of the initial policy",
     )
     axes.fill_between(
         [one.kl for one in yard],
@@ -165,7 +165,7 @@ def frontier(found: Frontier) -> Figure:
         label=Path(found.run).name,
     )
     axes.margins(0.08)
-    for point in _apart(points, axes):
+    for point in _labelled_points(points, axes):
         axes.annotate(
             point.label, (point.kl, point.score), fontsize=7, color=colour, xytext=(5, 5), textcoords="offset points"
         )
@@ -173,8 +173,8 @@ def frontier(found: Frontier) -> Figure:
     return figure
 
 
-def _apart(points: Sequence[Point], axes: Any) -> list[Point]:
-    """Points to label, from the last on: those that no label near them covers."""
+def _labelled_points(points: Sequence[Point], axes: Any) -> list[Point]:
+    """Points to label, starting with the last: those not covered by the label of a nearby point."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     kept: list[Point] = []
     for one in reversed(points):
@@ -204,9 +204,9 @@ def save(figure: Figure, path: str | Path) -> None:
 
 
 def check_picture(path: Path) -> None:
-    """Raise RunError for a name that no picture can be written to, or where matplotlib is missing."""
+    """Raise RunError for a file name without a picture format, or if matplotlib is missing."""
     if path.suffix not in KINDS or path.is_dir():
-        raise RunError(f"--plot: '{path}' is no name for a picture: end it in {', '.join(KINDS)}")
+        raise RunError(f"--plot: '{path}' does not name a picture: end it in {', '.join(KINDS)}")
     need("matplotlib", "--plot", RunError)
 
 

@@ -1,4 +1,4 @@
-"""Code of one's own: `file.py:Name` or a dotted path, imported only when a run needs it."""
+"""User code: `file.py:Name` or a dotted path, imported only when a run needs it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def load_plugin(name: str, key: str) -> Any:
     """The object that `name` names. `key` is the recipe key, for the error message.
 
     A file is imported under a name derived from its path, so that two files called `reward.py` do not collide and
-    what they define can be pickled.
+    their objects can be pickled.
     """
     target, colon, attribute = name.rpartition(":")
     if not colon:
@@ -54,7 +54,7 @@ def _import_file(path: Path) -> Any:
         return sys.modules[module_name]
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
+        raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     try:

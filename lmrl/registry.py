@@ -3,13 +3,13 @@
     @lmrl.register("objective", "tilted")
     class Tilted(lmrl.Objective): ...
 
-A package makes its own known by an entry point of the group `lmrl.objectives` (`lmrl.engines`, ...):
+A package registers its parts with an entry point of the group `lmrl.objectives` (`lmrl.engines`, ...):
 
     [options.entry_points]
     lmrl.objectives =
         tilted = my_package:Tilted
 
-Code without a name is named by where it is, `file.py:Tilted` or `my_package.Tilted`. Nothing is imported before a run needs it.
+Code without a registered name is given by its location, `file.py:Tilted` or `my_package.Tilted`. Nothing is imported before a run needs it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ _registered: dict[str, dict[str, Any]] = {kind: {} for kind in SHIPPED}
 
 
 def register(kind: Kind, name: str) -> Callable[[T], T]:
-    """A decorator that gives a class (of a suite: a file's path) a name in this process. Raises PluginError for a name that is taken."""
+    """A decorator that gives a class (for a suite: a file's path) a name in this process. Raises PluginError for a name that is taken."""
     if kind not in SHIPPED:
         raise PluginError(f"there is no kind '{kind}'{did_you_mean(kind, SHIPPED)}")
     if name in SHIPPED[kind] or name in installed(kind):
@@ -106,20 +106,18 @@ def names(kind: Kind) -> list[str]:
 
 
 def has_name(kind: Kind, name: Any) -> bool:
-    """True for what `load` can find: a known name, `file.py:Name` or a dotted path."""
+    """True if `load` can find the name: a known name, `file.py:Name` or a dotted path."""
     return isinstance(name, str) and (":" in name or "." in name or name in names(kind))
 
 
 def unknown(kind: Kind, name: Any) -> str:
     """The message about an unknown name."""
     hint = did_you_mean(str(name), names(kind))
-    return (
-        f"no {kind} is called '{name}'{hint or ', and code of your own is named file.py:NAME or package.module.NAME'}"
-    )
+    return f"no {kind} is called '{name}'{hint or '; your own code is named file.py:NAME or package.module.NAME'}"
 
 
 def load(kind: Kind, name: str, key: str) -> Any:
-    """The class that a name stands for. key: of the recipe, for messages. Raises PluginError."""
+    """The class that a name stands for. key: the recipe's key, for messages. Raises PluginError."""
     if is_object(name):
         found = find(name, key)
         return maker(found) if kind == "environment" else found

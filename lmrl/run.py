@@ -1,13 +1,13 @@
 """The run folder: everything a run leaves behind, as files that people and other tools can read.
 
     recipe.yaml       the resolved recipe          versions.json   versions, git commit, machine
-    metrics.jsonl     one line a step or score     samples.jsonl   what was sampled, and its rewards
-    results.json      the closing table
-    model/                                         a model that was given as an object of Python, as it was
-    stages/NAME/start/                             the policy as the stage began, where it exists nowhere else
+    metrics.jsonl     one line per step or score   samples.jsonl   samples with their rewards
+    results.json      the final table
+    model/                                         a model that was passed as a Python object, unchanged
+    stages/NAME/start/                             the stage's initial policy, if it exists nowhere else
     stages/NAME/checkpoints/step-000050/           a transformers or peft folder, and state/ for resuming
     stages/NAME/final/                             the same at the end; a stage that has one is finished
-    bundles/NAME-step-000050-EVENT/                an update or pass that went wrong, for `lmrl replay`
+    bundles/NAME-step-000050-EVENT/                a failed update or pass, for `lmrl replay`
 
 A folder under `checkpoints/` or `final/` appears by one rename, so whatever is there is complete.
 """
@@ -35,10 +35,10 @@ from lmrl.secrets import check_no_secrets, redact
 
 RESULTS_FILE = "results.json"
 MODEL_FOLDER = "model"
-"""The model that a Python program gave as an object, as it was."""
+"""Folder of the model that a Python program passed as an object, unchanged."""
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 CALL_FILE = ".call"
-"""The reward or environment that is being called (see lmrl.foreign); gone where the run ended with words of its own."""
+"""The reward or environment that is being called (see lmrl.foreign); deleted if the run ended with its own message."""
 OF_A_START = {
     ".lock",
     CALL_FILE,
@@ -51,7 +51,7 @@ OF_A_START = {
     "stages",
     "trackers",
 }
-"""Files that a run may leave before its first step."""
+"""Files that a run may have written before its first step."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "gymnasium", "numpy", "tokenizers")
 FREE_TO_CHANGE = (
     ("training", "checkpoint_every"),
@@ -62,20 +62,20 @@ FREE_TO_CHANGE = (
     ("tracking",),
     ("task", "call_timeout"),
 )
-"""Recipe keys that a resumed run may change, because they do not touch what is computed, or only its rounding."""
+"""Recipe keys that a resumed run may change, because they do not change the result, or only its rounding."""
 STEPS = ("training", "steps")
 """The key of the recipe, or of a stage, that a resumed run may raise."""
 
 
 class Run:
-    """An open run folder. Only one run may hold it; of several processes of a run, the main one writes."""
+    """An open run folder. Only one run may hold it; if a run has several processes, the main one writes."""
 
     def __init__(self, folder: Path, recipe: Recipe, writes: bool = True):
         """writes: False for a process that leaves writing to the main one."""
         self.folder, self.recipe, self.writes = folder, recipe, writes
         self._files: dict[str, Any] = {}
         self.new: list[Path] = []
-        """Folders that were made for this run, the innermost first."""
+        """Folders that were created for this run, innermost first."""
         self._process = os.getpid()
         if not self.writes:
             return
@@ -92,7 +92,7 @@ class Run:
         check_no_secrets(recipe)
         if folder.is_dir() and not is_blank(folder):
             if (folder / RECIPE_FILE).is_file():
-                raise RunError(f"{folder} holds a run: go on with it by --resume, or choose another --output")
+                raise RunError(f"{folder} holds a run: continue it with --resume, or choose another --output")
             if has_steps(folder):
                 raise RunError(
                     f"{folder} holds a run without its {RECIPE_FILE}: put that back and resume it, or choose another "
@@ -121,19 +121,19 @@ class Run:
             _refuse_fewer_steps(folder, own, recipe)
             if different:
                 raise RunError(
-                    f"{folder} was made by another recipe: '{'.'.join(different[0])}' differs"
+                    f"{folder} was made with another recipe: '{'.'.join(different[0])}' differs"
                     f"{f' (and {len(different) - 1} more)' if len(different) > 1 else ''}; "
                     "resume it without overrides, or start a new run with another --output"
                 )
         return cls(folder, recipe or own)
 
     def release(self) -> None:
-        """Let others write to the folder; this object only reads from now on."""
+        """Unlock the folder for other writers; this object only reads from now on."""
         if self.writes:
             self._lock.close()
 
     def discard(self) -> None:
-        """Remove a run that was refused: all that it made, as long as nothing was sampled or learned."""
+        """Remove all files of a run that was refused, as long as nothing was sampled or trained."""
         if not self.writes or (self.folder / SAMPLES_FILE).exists() or not is_blank(self.folder):
             return
         for file in self._files.values():
@@ -147,7 +147,7 @@ class Run:
             folder.rmdir()
 
     def _clear(self) -> None:
-        """Remove what a start that came to nothing has left."""
+        """Remove the files of a failed start."""
         for path in [*self.folder.iterdir()]:
             if path.is_dir():
                 shutil.rmtree(path)
@@ -164,7 +164,7 @@ class Run:
             self._append(SAMPLES_FILE, line)
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        if not self.writes or os.getpid() != self._process:  # one that was forked off has no run to write to
+        if not self.writes or os.getpid() != self._process:  # a forked process must not write to the run
             return
         if name not in self._files:
             self._files[name] = open(self.folder / name, "a", encoding="utf-8")  # noqa: SIM115
@@ -172,20 +172,20 @@ class Run:
         self._files[name].flush()
 
     def recorded(self, stage: str, kind: str) -> list[dict[str, Any]]:
-        """Lines of a kind that a stage has in metrics.jsonl."""
+        """A stage's lines of one kind in metrics.jsonl."""
         path = self.folder / METRICS_FILE
         lines = [_line(text) for text in path.read_bytes().splitlines()] if path.exists() else []
         return [line for line in lines if line and (line["stage"], line.get("kind")) == (stage, kind)]
 
     def sync(self) -> None:
-        """Put what was recorded on disk; called before a checkpoint that counts on it."""
+        """Sync the recorded lines to disk; called before a checkpoint that relies on them."""
         for file in self._files.values():
             os.fsync(file.fileno())
 
     def cut(self, stage: str, step: int) -> None:
         """Drop recorded lines of later steps and stages, and a torn last line: they will be written again.
 
-        Lines that cannot be read are put aside, in NAME.broken, and their neighbours stay.
+        Lines that cannot be read are moved to NAME.broken; all others stay.
         """
         if not self.writes:
             return
@@ -202,7 +202,10 @@ class Run:
                 line = _line(text)
                 if line is None or line["stage"] not in order:
                     broken.append((number, text))
-                elif (line["stage"], line.get("kind")) == (stage, "final"):  # of its end, which is still to come
+                elif (line["stage"], line.get("kind")) == (
+                    stage,
+                    "final",
+                ):  # written at the stage's end, which is still to come
                     break
                 elif (order.index(line["stage"]), line["step"]) <= (order.index(stage), step):
                     kept.append(text + b"\n")
@@ -211,13 +214,13 @@ class Run:
             write_atomically(path, b"".join(kept).decode())
 
     def _put_aside(self, path: Path, broken: list[tuple[int, bytes]]) -> None:
-        """Keep lines that cannot be read beside the file they come from, and say so."""
+        """Move lines that cannot be read to a file next to the original, and print a warning."""
         aside = path.with_name(f"{path.name}.broken")
         with open(aside, "ab") as file:
             file.writelines(text + b"\n" for _, text in broken)
         numbers = ", ".join(str(number) for number, _ in broken[:5]) + (", ..." if len(broken) > 5 else "")
         print(
-            f"lmrl: warning: {path}: line {numbers} cannot be read: kept in {aside.name}, all others stay",
+            f"lmrl: warning: {path}: line {numbers} cannot be read: moved to {aside.name}, all others stay",
             file=sys.stderr,
         )
 
@@ -233,8 +236,8 @@ class Run:
         return checkpoints_in(self.stage_folder(stage))
 
     def write_folder(self, target: Path, write: Callable[[Path], None], anyone: bool = False) -> None:
-        """Fill a folder that appears by one rename; an existing one is left as it is. anyone: also by a process that leaves
-        writing to the main one, under a name of its own."""
+        """Write a folder that appears by one rename; an existing one is left unchanged. anyone: also from a process other than the
+        main one, under a unique name."""
         if not (self.writes or anyone) or target.exists():
             return
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -246,7 +249,7 @@ class Run:
         self.publish(scratch, target)
 
     def write_file(self, target: Path, write: Callable[[Path], None]) -> None:
-        """Fill a file that appears by one rename."""
+        """Write a file that appears by one rename."""
         if not self.writes:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -255,7 +258,7 @@ class Run:
         scratch.rename(target)
 
     def publish(self, scratch: Path, target: Path) -> None:
-        """Make a folder that is written appear under its name, on disk and by one rename."""
+        """Sync a written folder to disk and rename it to its final name."""
         self.sync()
         for path in [*scratch.rglob("*"), scratch]:
             _fsync(path)
@@ -268,13 +271,15 @@ class Run:
             return
         for path in self.checkpoints(stage)[:-keep]:
             if path.name not in map(step_name, wanted):
-                doomed = path.with_name(f".writing-{path.name}")  # what is half deleted is no checkpoint either
+                doomed = path.with_name(
+                    f".writing-{path.name}"
+                )  # so that a half-deleted folder is not taken for a checkpoint
                 path.rename(doomed)
                 shutil.rmtree(doomed)
 
 
 def is_blank(folder: Path) -> bool:
-    """True if a folder holds nothing, or only what a run leaves that was refused, or ended otherwise, before its first step."""
+    """True if a folder is empty, or holds only files of a run that ended before its first step."""
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".writing-")}
     if names <= {".lock", VERSIONS_FILE}:
         return True
@@ -292,10 +297,10 @@ def has_steps(folder: Path) -> bool:
 
 
 def _line(text: bytes) -> dict[str, Any] | None:
-    """A recorded line, or None where it is broken."""
+    """A recorded line, or None if it is broken."""
     try:
         line = json.loads(text)
-    except ValueError:  # no JSON, or no UTF-8
+    except ValueError:  # not JSON, or not UTF-8
         return None
     fine = isinstance(line, dict) and isinstance(line.get("stage"), str) and isinstance(line.get("step"), int)
     return line if fine else None
@@ -342,7 +347,7 @@ def _fsync(path: Path) -> None:
 
 
 def _as_before(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe, evaluated as the run in that folder is, which may have begun when recipes that named no suite were not."""
+    """The recipe, evaluated as in that folder's run, which may be older than the evaluation of recipes without a suite."""
     written = read_yaml(folder / RECIPE_FILE).data
     if "final" in written.get("training", {}):
         return recipe
@@ -366,7 +371,7 @@ def _refuse_fewer_steps(folder: Path, old: Recipe, new: Recipe) -> None:
 def _differences(old: Any, new: Any, keys: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     if keys in FREE_TO_CHANGE or old == new or keys == STEPS or keys[:1] == ("stages",) and keys[2:] == STEPS:
         return []
-    if keys[:1] == ("stages",) and keys[2:] == STEPS[:1]:  # a stage that leaves all of `training` to the recipe
+    if keys[:1] == ("stages",) and keys[2:] == STEPS[:1]:  # a stage that inherits all of `training` from the recipe
         old, new = old or {}, new or {}
     if isinstance(old, dict) and isinstance(new, dict):
         names = dict.fromkeys([*old, *new])

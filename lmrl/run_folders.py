@@ -21,13 +21,13 @@ def step_name(step: int) -> str:
 
 
 def checkpoints_in(stage: Path) -> list[Path]:
-    """Checkpoints in a stage's folder, oldest first; folders of other names (`step-old`) are none."""
+    """Checkpoints in a stage's folder, oldest first; folders with other names (`step-old`) do not count."""
     found = [path for path in (stage / "checkpoints").glob("step-*") if STEP.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def checkpoint_names(folder: Path) -> list[str]:
-    """What `final_checkpoint` may be asked for of a run's last stage, oldest first; [] for what is no run."""
+    """Names that `final_checkpoint` accepts for a run's last stage, oldest first; [] if the folder is not a run."""
     stage = folder / "stages" / MAIN_STAGE
     return [path.name for path in checkpoints_in(stage)] + (["final"] if (stage / "final").exists() else [])
 
@@ -40,7 +40,7 @@ def read_recipe(folder: Path) -> Recipe:
 
 
 def final_checkpoint(folder: Path, which: str = "final") -> Path:
-    """A checkpoint folder of a run's last stage: `final` (or the newest there is), `best`, or `step-N`."""
+    """A checkpoint folder of a run's last stage: `final` (or the newest one), `best`, or `step-N`."""
     stage = folder / "stages" / MAIN_STAGE
     checkpoints = checkpoints_in(stage)
     if which == "best":
@@ -65,19 +65,19 @@ def final_checkpoint(folder: Path, which: str = "final") -> Path:
 
 def _no_checkpoint(folder: Path) -> str:
     resumable = (folder / RECIPE_FILE).is_file()
-    fix = f"go on with it by: lmrl train {folder} --resume" if resumable else f"its {RECIPE_FILE} is missing, too"
+    fix = f"continue it with: lmrl train {folder} --resume" if resumable else f"its {RECIPE_FILE} is missing too"
     return f"{folder}: its last stage has no checkpoint yet: {fix}"
 
 
 def checkpoint_of(policy: str, which: str = "final", key: str = "policy") -> str:
     """Resolve a policy's name: a checkpoint folder of a run, a model's folder or GGUF file, a name on the hub, or an address.
 
-    which: of a run, see `final_checkpoint`. Raises DataError or RunError for what is none of these.
+    which: for a run, see `final_checkpoint`. Raises DataError or RunError if it is none of these.
     """
     path = Path(policy).expanduser()
     if policy.startswith(("http://", "https://")):
         if which != "final":
-            raise RunError(f"--checkpoint {which}: '{policy}' is an address, and no run folder: leave it out")
+            raise RunError(f"--checkpoint {which}: '{policy}' is an address, not a run folder: leave it out")
         return policy
     if not path.exists():
         refuse_missing(policy, key)
@@ -96,7 +96,7 @@ def checkpoint_of(policy: str, which: str = "final", key: str = "policy") -> str
             )
         return str(found)
     if which != "final":
-        raise RunError(f"--checkpoint {which}: '{policy}' is no run folder, which this chooses from: leave it out")
+        raise RunError(f"--checkpoint {which}: '{policy}' is not a run folder: leave it out")
     if not any((path / name).exists() for name in MODEL_FILES):
         inner = sorted(one.parent for one in path.glob(f"*/{RECIPE_FILE}"))
         hint = f": did you mean '{inner[-1]}'?" if inner else " (a model's folder holds a config.json)"

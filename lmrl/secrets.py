@@ -1,7 +1,7 @@
-"""Keys, tokens and passwords: they stay out of run folders and of what is printed.
+"""Keys, tokens and passwords: they are kept out of run folders and printed text.
 
-A recipe is written into the run folder, so a secret does not stand in one: it names an environment variable, `${NAME}`, which is
-read where the value is used. Messages, which may quote what a server or a library said, are masked.
+A recipe is written to the run folder, so it must not contain secrets: it names an environment variable, `${NAME}`, which is read
+where the value is used. Secrets in messages, which may quote a server or a library, are masked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lmrl.errors import RecipeError
 
 MASK = "***"
 SHORTEST = 6
-"""A shorter value of an environment variable is not looked for: it would be found in ordinary text."""
+"""Shorter values of environment variables are not masked: they would occur in ordinary text."""
 REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 NAMED = r"(?:api|access|secret|private|auth)[-_]?key|(?:access|auth|api|hf|hub|secret|bearer)[-_]?token|password|passwd|secret|credentials?"
 NAME = re.compile(rf"(?:.*[-_.])?(?:{NAMED}|token|authorization)", re.IGNORECASE)
@@ -46,7 +46,7 @@ def remember(value: str | None) -> None:
 
 
 def redact(text: str) -> str:
-    """The text without secrets: those of the environment, those that recipes name, and what looks like one."""
+    """The text without secrets: those in the environment, those that recipes name, and text that looks like one."""
     values = _known | {
         value
         for name, value in os.environ.items()
@@ -66,7 +66,7 @@ def plain_url(url: str) -> str:
 
 
 def expand(value: Any, key: str) -> Any:
-    """Options with the environment's values in place of `${NAME}`. RecipeError: there is no such variable."""
+    """Options with the environment's values in place of `${NAME}`. Raises RecipeError for an unset variable."""
     if isinstance(value, dict):
         return {name: expand(one, f"{key}.{name}") for name, one in value.items()}
     if isinstance(value, list):
@@ -81,13 +81,13 @@ def expand(value: Any, key: str) -> Any:
 
 
 def reference(value: Any) -> str | None:
-    """The variable that a value of a recipe names, None where it names none."""
+    """The variable that a recipe's value names; None if it names none."""
     match = REFERENCE.fullmatch(value) if isinstance(value, str) else None
     return match[1] if match else None
 
 
 def remember_named(value: Any) -> None:
-    """Mask what options name by `${NAME}` or `..._env: NAME`, also where a worker process reads it."""
+    """Mask the values that options name as `${NAME}` or `..._env: NAME`, even if a worker process reads them."""
     if isinstance(value, list):
         for one in value:
             remember_named(one)
@@ -101,7 +101,7 @@ def remember_named(value: Any) -> None:
 
 
 def check_no_secrets(recipe: Any) -> None:
-    """Refuse a recipe that holds a secret, without repeating it."""
+    """Raise RecipeError for a recipe that contains a secret, without repeating the secret."""
     for keys, advice in _found(recipe.model_dump(), ()):
         raise RecipeError(f"{'.'.join(map(str, keys))}: {advice}")
 
@@ -129,9 +129,11 @@ def _expanded(keys: tuple[Any, ...]) -> bool:
 
 
 def is_secret(key: Any, value: str) -> bool:
-    """True if a key says that its text is a secret, or the text looks like one."""
+    """True if a key's name says that its text is a secret, or the text looks like one."""
     named = NAME.fullmatch(str(key)) and not NO_SECRET.fullmatch(str(key))
-    if named and len(value) >= SHORTEST and not re.search(r"\s", value):  # shorter, or in several words, it is text
+    if (
+        named and len(value) >= SHORTEST and not re.search(r"\s", value)
+    ):  # a shorter text, or one of several words, is not a secret
         return True
     if SHAPES.search(value) or HEADER.fullmatch(value):
         return True

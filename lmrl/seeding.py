@@ -1,7 +1,7 @@
-"""Random streams that are a function of where the run stands, and of nothing that happened before.
+"""Random streams that depend only on the position in the run, not on earlier draws.
 
-Every draw in lmrl comes from a stream named by (seed, stage, step, ...). A resumed run therefore draws what it would
-have drawn, without a single generator state in the checkpoint.
+Every draw in lmrl comes from a stream named by (seed, stage, step, ...). A resumed run therefore draws the same
+numbers without any generator state in the checkpoint.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def key(*names: int | str) -> int:
-    """A 128-bit integer that stands for a sequence of names."""
+    """A 128-bit integer derived from a sequence of names."""
     digest = hashlib.blake2b("\x1f".join(map(str, names)).encode(), digest_size=16)
     return int.from_bytes(digest.digest(), "little")
 
@@ -24,7 +24,7 @@ def stream(*names: int | str) -> np.random.Generator:
 
 
 def seed_everything(*names: int | str) -> None:
-    """Put Python's, numpy's and torch's global generators (dropout, user code) at the start of the stream of that name."""
+    """Seed Python's, numpy's and torch's global generators (dropout, user code) from the stream of that name."""
     import torch
 
     seed = key(*names) % 2**63

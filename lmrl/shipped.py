@@ -1,6 +1,6 @@
-"""The recipes, rewards and suites inside the package: where they are, what they are called, and one line about each.
+"""The recipes, rewards and suites inside the package: their locations, names and one-line descriptions.
 
-Nothing here imports pydantic, so that `lmrl ls` answers at once.
+Nothing here imports pydantic, so that `lmrl ls` is fast.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 import yaml
 
 LAUNCHES, METHODS = "accelerate", "methods/"
-"""Among the shipped recipes: configuration files of accelerate; and recipes for one's own data, which are named by the method alone."""
+"""Special folders of shipped recipes: accelerate configurations, and recipes for your own data, named by the method only."""
 FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""Fit for lmrl's own files alone: it has no guard against deep nesting."""
+"""Only for lmrl's own files: it has no guard against deep nesting."""
 
 
 def shipped(kind: str) -> Path:

@@ -1,16 +1,16 @@
-"""Text that others wrote, made safe to show on a terminal."""
+"""Making untrusted text safe to show on a terminal."""
 
 from __future__ import annotations
 
 import re
 
 _UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, escape among them; line breaks and tabs stay
-    "\u2028\u2029\u202a-\u202e\u2066-\u2069"  # separators, and what turns the writing direction
-    "\ud800-\udfff]"  # halves of characters, which cannot be encoded
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, including escape; line breaks and tabs stay
+    "\u2028\u2029\u202a-\u202e\u2066-\u2069"  # separators, and characters that change the writing direction
+    "\ud800-\udfff]"  # lone surrogates, which cannot be encoded
 )
 
 
 def visible(text: str) -> str:
-    r"""The text with control characters written out, such as `\x1b`: they would move the cursor or recolour the terminal."""
+    r"""The text with control characters escaped, such as `\x1b`: they could move the cursor or recolour the terminal."""
     return _UNSEEN.sub(lambda match: ascii(match[0])[1:-1], text)

@@ -93,7 +93,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == {FORKED}
     assert done.returncode == 0, done.stderr
     assert done.stdout == "back\n"
     assert done.stderr == (
-        "lmrl: reward f forked, and its second process ends here: start processes by subprocess instead\n"
+        "lmrl: reward f forked, and its second process ends here: start processes with subprocess instead\n"
     )
 
 
@@ -189,8 +189,8 @@ threading.Thread(target=hang).start()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith("lmrl: reward f has not come back for 1 s and cannot be interrupted")
-    assert "go on from its last checkpoint by --resume" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("lmrl: reward f has not returned for 1 s and cannot be interrupted")
+    assert "continue from its last checkpoint with --resume" in done.stderr
 
 
 # -------------------------------------------------------------------------------------------------------------- last words

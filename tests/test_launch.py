@@ -38,7 +38,7 @@ def test_ddp_takes_the_number_of_its_file(tmp_path):
         ("no_such_key: 3", "--accelerate: .*bad.yaml: .*distributed_type"),
         (
             "distributed_type: MULTI_CPU\nnum_machines: 2\nnum_processes: 4\n",
-            "start several machines by accelerate launch",
+            "for several machines use accelerate launch",
         ),
     ],
 )

@@ -177,8 +177,8 @@ def test_resume_asks_for_the_objects(tiny_folder, tmp_path):
     stopped = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     rows = yaml.safe_load((run / "recipe.yaml").read_text())["task"]["prompts"]["path"].removeprefix("python:")
     assert (
-        f"'python:{rows}' (task.prompts.path), 'python:starts_well' (task.rewards.0.function): an object of a Python program, which no file "
-        f"holds: give it again, by the call of lmrl.train that began the run with resume=True, or by lmrl.provide({rows}=..., "
+        f"'python:{rows}' (task.prompts.path), 'python:starts_well' (task.rewards.0.function): an object of a Python program, which is not "
+        f"in any file: pass it again, with the call of lmrl.train that started the run and resume=True, or with lmrl.provide({rows}=..., "
         "starts_well=...)"
     ) in stopped.stderr
     longer = [*SHORT[:-2], "training.steps=3", SHORT[-1]]

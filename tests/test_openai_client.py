@@ -124,7 +124,7 @@ def test_what_is_spent_by_hand():
 
 
 def test_a_spending_limit_needs_prices():
-    with pytest.raises(RecipeError, match="give prices"):
+    with pytest.raises(RecipeError, match="set prices"):
         OpenAIClient("http://127.0.0.1:1", "m", max_spend=1)
 
 

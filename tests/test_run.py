@@ -40,7 +40,7 @@ def test_a_broken_line_is_put_aside_and_its_neighbours_stay(run, broken, capsys)
     run.cut("main", 2)
     assert path.read_text().splitlines() == fine
     assert (run.folder / f"{METRICS_FILE}.broken").read_bytes() == broken + b"\n"
-    assert f"{path}: line 2 cannot be read: kept in {METRICS_FILE}.broken" in capsys.readouterr().err
+    assert f"{path}: line 2 cannot be read: moved to {METRICS_FILE}.broken" in capsys.readouterr().err
     run.cut("main", 1)  # later steps are dropped as ever, and nothing is left to be put aside
     assert path.read_text().splitlines() == fine[:2] and not capsys.readouterr().err
 
@@ -72,7 +72,7 @@ def test_what_a_run_has_made_is_not_replaced(run, left):
         (run.folder / METRICS_FILE).write_text(line("main", 1) + "\n" if left == "train" else '{"stage": "ma')
     killed(run)
     before = sorted(run.folder.rglob("*"))
-    with pytest.raises(RunError, match="holds a run: go on with it by --resume, or choose another --output"):
+    with pytest.raises(RunError, match="holds a run: continue it with --resume, or choose another --output"):
         Run.create(run.folder, run.recipe)
     run.discard()
     assert sorted(run.folder.rglob("*")) == before

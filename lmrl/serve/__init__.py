@@ -1,5 +1,5 @@
 """An OpenAI-compatible HTTP server of a policy: for people (`lmrl serve`), and for the programs of agent tasks.
 
-http.py moves bytes within limits, protocol.py reads requests and writes answers, model.py goes from messages to tokens and back,
-sessions.py records what a program has the policy say, app.py joins them.
+http.py transfers bytes within limits, protocol.py parses requests and writes answers, model.py converts messages to tokens and back,
+sessions.py records the policy's answers to a program, app.py connects these.
 """

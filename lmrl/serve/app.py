@@ -1,4 +1,4 @@
-"""The routes of the server: who may ask, how much at a time, and what is answered."""
+"""The routes of the server: access, limits and answers."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ SESSIONS = "/session/"
 
 @dataclass(frozen=True)
 class AppLimits:
-    """concurrent: completions being sampled at a time; a request beyond is refused with 429. seconds: for an answer."""
+    """concurrent: maximum completions sampled at a time; further requests are refused with 429. seconds: time limit of an answer."""
 
     concurrent: int = 256
     seconds: float = 600
 
 
 class App:
-    """Answers requests about a policy. keys: those that may ask (none: everybody). Sessions have paths and keys of their own.
+    """Answers requests to a policy. keys: accepted API keys (none: no key is needed). Sessions have their own paths and keys.
 
-    public: False for a server that browsers' pages must not reach through a name of their own (bound to this machine, no keys).
-    open: False where only sessions are served.
+    public: False for a server bound to this machine without keys; web pages must then not reach it by DNS rebinding.
+    open: False if only sessions are served.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class App:
         self.served, self.keys, self.limits, self.public, self.open = served, list(keys), limits, public, open
         self.sessions: dict[str, Session] = {}
         self.running = 0
-        """Completions being sampled."""
+        """Number of completions being sampled."""
         self.requests = self.failures = 0
         self.broken: Exception | None = None
-        """The error that the engine ended with, if it did."""
+        """The error with which the engine failed, if it has."""
         self.nonce = secrets.token_hex(8)
 
     async def __call__(self, request: HTTPRequest) -> HTTPResponse:
@@ -82,7 +82,7 @@ class App:
         routes = {"/v1/models": "GET", "/v1/chat/completions": "POST", "/v1/completions": "POST"}
         routes[f"/v1/models/{self.served.name}"] = "GET"
         if path not in routes:
-            raise BadRequest(f"there is no {path}; there are {', '.join(routes)} and /health", status=404)
+            raise BadRequest(f"there is no {path}; the routes are {', '.join(routes)} and /health", status=404)
         if request.method != routes[path]:
             raise BadRequest(f"{path} takes {routes[path]}", status=405)
         if path == "/v1/models":
@@ -104,9 +104,9 @@ class App:
     def _json(self, content: dict[str, Any]) -> HTTPResponse:
         return HTTPResponse(200, json.dumps(content).encode())
 
-    # ------------------------------------------------------------------------------------------------------ who may ask
+    # ------------------------------------------------------------------------------------------------------ access
     def _check_origin(self, request: HTTPRequest) -> None:
-        """Keep pages in a browser from asking a server without keys on this machine, be it by a name that leads here."""
+        """Refuse web pages access to a server without keys on this machine, including by a hostname that resolves to it."""
         if self.public or self.keys:
             return
         host = request.headers.get("host", "")
@@ -134,11 +134,11 @@ class App:
     # ------------------------------------------------------------------------------------------------------ completions
     async def _complete(self, request: HTTPRequest, chat: bool, session: Session | None) -> HTTPResponse:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise BadRequest("the Content-Type has to be application/json", status=415)
+            raise BadRequest("the Content-Type must be application/json", status=415)
         try:
             payload = json.loads(request.body)
         except (ValueError, RecursionError) as error:
-            raise BadRequest(f"the body is no JSON: {error}") from error
+            raise BadRequest(f"the body is not JSON: {error}") from error
         defaults = session.sampling if session is not None else self.served.sampling
         ask = read_ask(payload, chat, defaults, self.limits.concurrent)
         if session is None and ask.model not in (None, self.served.name):
@@ -148,7 +148,7 @@ class App:
         if ask.completions > self.limits.concurrent:
             raise BadRequest(f"{ask.completions} completions are more than the {self.limits.concurrent} at a time", "n")
         if self.running + ask.completions > self.limits.concurrent:
-            raise BadRequest("too many completions at a time; ask again", code="rate_limit_exceeded", status=429)
+            raise BadRequest("too many completions at a time; retry later", code="rate_limit_exceeded", status=429)
         jobs = self._jobs(ask, session)
         if ask.stream:
             return HTTPResponse(200, stream=self._stream(ask, jobs), content_type="text/event-stream")
@@ -160,7 +160,7 @@ class App:
         return _Running(self, ask.completions)
 
     def _jobs(self, ask: Ask, session: Session | None) -> list[_Job]:
-        """The completions that a request asks for. All that can be wrong with it is found out here."""
+        """The completions that a request asks for. All checks of the request are made here."""
         if session is not None:
             session.begin(ask.completions)
         jobs = []
@@ -248,7 +248,7 @@ class _Job:
                 done: Completion = await served.complete(self.tokens, self.sampling, self.key, heard)
         except TimeoutError as error:
             raise BadRequest(f"no answer within {self.app.limits.seconds:g} s", code="timeout", status=504) from error
-        except ModelError:  # of this request alone
+        except ModelError:  # concerns only this request
             raise
         except Exception as error:
             self.app.broken = self.app.broken or error
@@ -259,7 +259,7 @@ class _Job:
         return choice
 
     async def stream(self, index: int, queue: asyncio.Queue[tuple[int, str | Choice | BaseException]]) -> None:
-        """Put the text into the queue as it comes, then the choice. With tools, text may turn out to be a call: it comes at once."""
+        """Put the text into the queue as it is sampled, then the choice. With tools, text may turn out to be a call, so it is sent whole."""
         text = TextStream(self.app.served, self.sampling.stop)
 
         def heard(token: int) -> None:
@@ -279,7 +279,7 @@ class _Job:
 
 
 async def _all(calls: Sequence[Any]) -> list[Any]:
-    """The results of coroutines; where one fails, or nobody waits any more, all others are cancelled."""
+    """The results of coroutines; if one fails, or the caller is cancelled, all others are cancelled."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return list(await asyncio.gather(*tasks))

@@ -13,7 +13,7 @@ from lmrl.serve.http import HTTPServer, Limits
 
 @asynccontextmanager
 async def endpoint(app: App, host: str = "127.0.0.1", port: int = 0, limits: Limits = Limits()) -> AsyncIterator[int]:
-    """Inside, the app is served; gives the port. At the end requests that are being served have `grace_seconds`."""
+    """Serve the app inside the block; yields the port. At the end, running requests get `grace_seconds`."""
     server = HTTPServer(app, limits)
     try:
         yield await server.start(host, port)
@@ -22,7 +22,7 @@ async def endpoint(app: App, host: str = "127.0.0.1", port: int = 0, limits: Lim
 
 
 async def serve_until_signalled(app: App, host: str, port: int, limits: Limits) -> None:
-    """Serve until SIGINT or SIGTERM; a second one ends the server without grace."""
+    """Serve until SIGINT or SIGTERM; a second signal ends the server at once."""
     loop, ending = asyncio.get_running_loop(), asyncio.Event()
     server = HTTPServer(app, limits)
     port = await server.start(host, port)

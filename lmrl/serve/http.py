@@ -1,4 +1,4 @@
-"""HTTP/1.1 over asyncio within limits. Parsing is h11's, the parser of httpx and uvicorn."""
+"""HTTP/1.1 over asyncio within limits. Parsing is done by h11, as in httpx and uvicorn."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ CHUNK = 65536
 
 @dataclass(frozen=True)
 class Limits:
-    """What a client may cost.
+    """Limits on clients.
 
-    body_bytes: of a request. read_seconds: for a request to arrive whole. write_seconds: for a client to take what is sent.
-    idle_seconds: between two requests of a connection. connections: open at a time. grace_seconds: for requests that are being
-    served when the server ends.
+    body_bytes: size of a request. read_seconds: for a request to arrive completely. write_seconds: for a client to receive what
+    is sent. idle_seconds: between two requests of a connection. connections: open at a time. grace_seconds: for running requests
+    when the server stops.
     """
 
     body_bytes: int = 8 * 2**20
@@ -60,7 +60,7 @@ Handler = Callable[[HTTPRequest], Awaitable[HTTPResponse]]
 
 
 class Refused(Exception):
-    """A request that is answered with a status at once, after which the connection is closed."""
+    """A request that gets an error status at once; the connection is then closed."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -68,7 +68,7 @@ class Refused(Exception):
 
 
 class Disconnected(Exception):
-    """The client has gone, or takes nothing."""
+    """The client has disconnected, or does not read."""
 
 
 def error_body(
@@ -86,10 +86,10 @@ class HTTPServer:
         self.ending = False
         self._server: asyncio.Server | None = None
         self._connections: dict[asyncio.Task[None], bool] = {}
-        """Tasks, and whether each serves a request just now."""
+        """Tasks of connections, and whether each is serving a request."""
 
     async def start(self, host: str, port: int) -> int:
-        """Listen; returns the port. Raises RunError where the address cannot be had."""
+        """Listen; returns the port. Raises RunError if the address cannot be used."""
         try:
             self._server = await asyncio.start_server(self._accepted, host, port, limit=CHUNK)
         except OSError as error:
@@ -97,7 +97,7 @@ class HTTPServer:
         return int(self._server.sockets[0].getsockname()[1])
 
     async def close(self, grace: float | None = None) -> None:
-        """Stop listening, let requests that are being served finish within `grace` seconds (None: the limit), end the rest."""
+        """Stop listening, let running requests finish within `grace` seconds (None: the limit), end the rest."""
         self.ending = True
         if self._server is not None:
             self._server.close()
@@ -183,7 +183,7 @@ class _Connection:
         except TimeoutError as error:
             raise Refused(408, f"the request did not arrive within {limits.read_seconds:g} s") from error
         except h11.RemoteProtocolError as error:
-            raise Refused(error.error_status_hint or 400, f"no HTTP request: {error}") from error
+            raise Refused(error.error_status_hint or 400, f"not an HTTP request: {error}") from error
 
     async def _arriving(self) -> HTTPRequest | None:
         head: h11.Request | None = None
@@ -214,7 +214,7 @@ class _Connection:
             raise Refused(413, f"the body is larger than {self.limits.body_bytes / 2**20:g} MB")
 
     async def _serve(self, request: HTTPRequest) -> None:
-        """Answer a request; what is being done for it is cancelled where the client goes away."""
+        """Answer a request; its work is cancelled if the client disconnects."""
         work = asyncio.ensure_future(self._answer(request))
         ahead = asyncio.ensure_future(self.reader.read(CHUNK))
         try:
@@ -226,7 +226,7 @@ class _Connection:
             for task in (work, ahead):
                 task.cancel()
             await asyncio.wait([work, ahead])
-        if not ahead.cancelled():  # the next request, sent ahead; further ones wait in the socket
+        if not ahead.cancelled():  # the next request, pipelined; further ones wait in the socket
             self.http.receive_data(ahead.result())
 
     async def _answer(self, request: HTTPRequest) -> None:
@@ -266,7 +266,7 @@ class _Connection:
         await self._drain_input()
 
     async def _drain_input(self) -> None:
-        """Read on for a moment: a client that is still sending would be reset before it has read the answer."""
+        """Keep reading for a moment: otherwise a client that is still sending would be reset before it has read the answer."""
         self.writer.write_eof()
         with suppress(TimeoutError, ConnectionError):
             async with asyncio.timeout(1):

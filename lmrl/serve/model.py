@@ -1,4 +1,4 @@
-"""A policy as it is served: from messages and text to tokens, and from sampled tokens to what clients see."""
+"""A served policy: turns messages and text into tokens, and sampled tokens into answers for clients."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.trajectory import Messages
 
 RENDERERS = 64
-"""Sets of tools whose renderers are kept."""
+"""Maximum sets of tools whose renderers are cached."""
 REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
 
 
 class ServedPolicy:
-    """A policy with its engine. sampling: what holds unless a request says otherwise; name: of the model, for clients."""
+    """A policy with its engine. sampling: the default for requests; name: of the model, for clients."""
 
     def __init__(
         self,
@@ -40,9 +40,9 @@ class ServedPolicy:
 
     # ---------------------------------------------------------------------------------------------------------- prompts
     def renderer(self, tools: list[Tool] | None) -> Renderer:
-        """What renders dialogues with these tools. Raises BadRequest where there is no chat template."""
+        """A renderer of dialogues with these tools. Raises BadRequest if there is no chat template."""
         if not self.tokenizer.chat_template:
-            raise BadRequest(f"'{self.name}' has no chat template: ask for /v1/completions", "messages")
+            raise BadRequest(f"'{self.name}' has no chat template: use /v1/completions", "messages")
         name = json.dumps(tools, sort_keys=True)
         if name not in self._renderers:
             if len(self._renderers) >= RENDERERS:
@@ -51,12 +51,12 @@ class ServedPolicy:
         return self._renderers[name]
 
     def dialogue(self, messages: Messages, tools: tuple[Tool, ...]) -> list[int]:
-        """The tokens of a dialogue, up to where the assistant begins to speak."""
+        """The tokens of a dialogue, including the opening of the assistant's turn."""
         prepared, written = self.format.prepare(messages, list(tools) or None)
         return self.renderer(written).first(prepared)
 
     def following(self, messages: Messages, tools: tuple[Tool, ...], last: int, said: dict[str, Any]) -> list[int]:
-        """The tokens that follow an answer: of the messages after it, up to where the assistant speaks again.
+        """The tokens that follow an answer: those of the messages after it, including the opening of the next assistant turn.
 
         last: the answer's last token. said: the answer as a message.
         """
@@ -66,7 +66,7 @@ class ServedPolicy:
         return self.renderer(written).next(prepared[1:], last, call)
 
     def text(self, prompt: str | tuple[int, ...]) -> list[int]:
-        """The tokens of a prompt that is no dialogue. Raises BadRequest for ids that the model has not."""
+        """The tokens of a plain-text prompt. Raises BadRequest for ids that the model does not have."""
         if isinstance(prompt, str):
             return self.raw.first(prompt)
         rows = self.policy.vocabulary.shape[0]
@@ -75,7 +75,7 @@ class ServedPolicy:
         return list(prompt)
 
     def fit(self, sampling: Sampling, limited: bool, prompt: int) -> Sampling:
-        """The sampling with a limit that leaves room for the prompt, if the client has set none. Raises BadRequest."""
+        """The sampling with a token limit that leaves room for the prompt, if the client has set none. Raises BadRequest."""
         positions = self.policy.max_length
         if positions is None:
             return sampling
@@ -115,7 +115,7 @@ class ServedPolicy:
         return self.raw.encoder.without_special(text)
 
     def marked(self, tokens: list[int], stop: tuple[str, ...]) -> str:
-        """The text with special tokens, which calls of tools may be marked by, but without the one that ends the turn."""
+        """The text with special tokens, which may mark tool calls, but without the one that ends the turn."""
         ended = tokens[:-1] if tokens and tokens[-1] in self.policy.eos_ids else tokens
         return before_stop(self.tokenizer.decode(ended), stop)
 
@@ -126,7 +126,7 @@ def before_stop(text: str, stop: tuple[str, ...]) -> str:
 
 
 class TextStream:
-    """The text of tokens as they come, in parts that later tokens do not change."""
+    """The text of tokens as they are sampled, in parts that later tokens do not change."""
 
     def __init__(self, served: ServedPolicy, stop: tuple[str, ...]):
         self.served, self.stop = served, stop
@@ -135,11 +135,11 @@ class TextStream:
         self._prefix = self._read = 0
 
     def add(self, token: int) -> str:
-        """What may be sent now that this token has come."""
+        """The text that may be sent after this token."""
         self.tokens.append(token)
         decode = self.served.policy.decode
         before, now = decode(self.tokens[self._prefix : self._read]), decode(self.tokens[self._prefix :])
-        if len(now) > len(before) and not now.endswith("\ufffd"):  # else a character is not complete yet
+        if len(now) > len(before) and not now.endswith("\ufffd"):  # otherwise a character is still incomplete
             self.text += now[len(before) :]
             self._prefix, self._read = self._read, len(self.tokens)
         text = before_stop(self.text, self.stop)
@@ -147,7 +147,7 @@ class TextStream:
         return self._send(text[: len(text) - held])
 
     def finish(self, text: str) -> str:
-        """The rest of the whole text."""
+        """The rest of the complete text."""
         return self._send(text)
 
     def _send(self, text: str) -> str:

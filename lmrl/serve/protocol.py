@@ -1,6 +1,6 @@
-"""OpenAI's API as far as it is served: requests read and checked, answers written.
+"""The supported part of OpenAI's API: parsing and checking requests, writing answers.
 
-What is asked for and cannot be done is refused by name; nothing that changes the answer is passed over.
+Unsupported fields are refused by name; no field that would change the answer is ignored.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WITHOUT_EFFECT = {
     "prompt_cache_key",
     "prompt_cache_retention",
 }
-"""Fields that say nothing about the answer. (`model` is checked on its own.)"""
+"""Fields that do not affect the answer. (`model` is checked separately.)"""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -43,7 +43,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "functions": ([],),
 }
-"""Fields of which these values alone (and null) are served."""
+"""Fields for which only these values (and null) are supported."""
 LONGEST_STOP, MOST_STOPS = 256, 16
 
 
@@ -57,11 +57,11 @@ class BadRequest(Exception):
 
 @dataclass(frozen=True)
 class Ask:
-    """A request for completions: of a dialogue, or of prompts that are text or tokens."""
+    """A request for completions of a dialogue, or of prompts of text or tokens."""
 
     sampling: Sampling
     limited: bool
-    """True if the client said how many tokens there may be; else as many as fit, up to the default."""
+    """True if the client set a token limit; otherwise it is what fits, up to the default."""
     messages: Messages | None = None
     tools: tuple[Tool, ...] = ()
     prompts: tuple[str | tuple[int, ...], ...] = ()
@@ -71,7 +71,7 @@ class Ask:
     usage_in_stream: bool = False
     logprobs: bool = False
     token_ids: bool = False
-    """Write down the ids of prompt and completion as well (`return_token_ids`, as vLLM has it)."""
+    """Also return the token ids of prompt and completion (`return_token_ids`, as in vLLM)."""
     model: str | None = None
 
     @property
@@ -85,7 +85,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Choice:
-    """A completion as the client sees it. tokens: as text, each by itself."""
+    """A completion as the client sees it. tokens: the text of each token."""
 
     text: str
     tokens: list[str]
@@ -97,11 +97,11 @@ class Choice:
 
 
 class Fields:
-    """The fields of a request; each is taken once, and what is left at the end is unknown."""
+    """The fields of a request; each known field is taken once, and those left at the end are unknown."""
 
     def __init__(self, payload: Any):
         if not isinstance(payload, dict):
-            raise BadRequest("the body is no JSON object")
+            raise BadRequest("the body is not a JSON object")
         self.left: dict[str, Any] = {name: value for name, value in payload.items() if value is not None}
 
     def take(self, name: str, kinds: type | tuple[type, ...], default: Any = None) -> Any:
@@ -120,7 +120,7 @@ class Fields:
         return value
 
     def finish(self) -> None:
-        """Refuse what was not taken, unless it has no effect or asks for what is done anyway."""
+        """Refuse the remaining fields, unless they have no effect or ask for the default behaviour."""
         for name, value in self.left.items():
             if name in WITHOUT_EFFECT or (name in NEUTRAL and value in NEUTRAL[name]):
                 continue
@@ -142,7 +142,7 @@ def _words(kinds: type | tuple[type, ...]) -> str:
 
 # --------------------------------------------------------------------------------------------------------------- requests
 def read_ask(payload: Any, chat: bool, defaults: Sampling, most: int = 128) -> Ask:
-    """A request for completions, checked. defaults: how to sample unless the request says otherwise. most: `n` at most."""
+    """A request for completions, checked. defaults: how to sample unless the request says otherwise. most: maximum `n`."""
     fields = Fields(payload)
     given = fields.number("max_completion_tokens", 1, 2**31, None, whole=True) if chat else None
     limit = fields.number("max_tokens", 1, 2**31, None, whole=True)
@@ -212,7 +212,7 @@ def _tools(fields: Fields) -> tuple[Tool, ...]:
             raise BadRequest(f"'tools.{number}' is {tool!r:.60}; expected an object with function.name", "tools")
         parameters = function.get("parameters") or {"type": "object", "properties": {}}
         if not isinstance(parameters, dict) or not isinstance(parameters.get("properties", {}), dict):
-            raise BadRequest(f"'tools.{number}.function.parameters' is no JSON schema of an object", "tools")
+            raise BadRequest(f"'tools.{number}.function.parameters' is not a JSON schema of an object", "tools")
         kept = {
             "name": function["name"],
             "description": str(function.get("description") or ""),
@@ -238,7 +238,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     kept: dict[str, Any] = {"role": role, "content": _content(message.get("content"), where)}
     if calls := message.get("tool_calls"):
         if role != "assistant" or not isinstance(calls, list):
-            raise BadRequest(f"'{where}.tool_calls': expected a list, in a message of the assistant", "messages")
+            raise BadRequest(f"'{where}.tool_calls': expected a list, in an assistant message", "messages")
         kept["tool_calls"] = [_tool_call(call, where) for call in calls]
     elif message.get("content") is None:
         raise BadRequest(f"'{where}.content' is missing", "messages")
@@ -266,7 +266,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
         try:
             arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError) as error:
-            raise BadRequest(f"'{where}.tool_calls': function.arguments is no JSON: {error}", "messages") from error
+            raise BadRequest(f"'{where}.tool_calls': function.arguments is not JSON: {error}", "messages") from error
     if not isinstance(arguments, dict):
         raise BadRequest(
             f"'{where}.tool_calls': function.arguments is {arguments!r:.60}; expected an object", "messages"
@@ -293,7 +293,7 @@ def _prompts(fields: Fields) -> tuple[str | tuple[int, ...], ...]:
 
 # ---------------------------------------------------------------------------------------------------------------- answers
 def tool_calls(calls: Sequence[Call]) -> list[dict[str, Any]]:
-    """Calls as a message holds them, each with an id."""
+    """Calls in a message's form, each with an id."""
     return [
         {
             "id": f"call_{uuid.uuid4().hex[:16]}",
@@ -305,7 +305,7 @@ def tool_calls(calls: Sequence[Call]) -> list[dict[str, Any]]:
 
 
 def _wire(calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Calls as they are sent: with arguments as JSON text."""
+    """Calls in the form in which they are sent: with arguments as JSON text."""
     return [
         {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
         for call in calls
@@ -358,7 +358,7 @@ class Writer:
         return self._event(index, {"content": text} if self.ask.is_chat else text)
 
     def closing(self, index: int, choice: Choice) -> bytes:
-        """The last event of a choice: calls, why it ended, and what is known of its tokens."""
+        """The last event of a choice: calls, finish reason, and token details."""
         delta: Any = "" if not self.ask.is_chat else {}
         if choice.calls:
             delta = {"tool_calls": [{"index": at, **call} for at, call in enumerate(_wire(choice.calls))]}

@@ -1,8 +1,8 @@
-"""Sessions: what one episode of a program has the policy say, as tokens.
+"""Sessions: the policy's calls in one episode of a program, as tokens.
 
-A call whose prompt goes on with the tokens of an earlier one joins its segment. To find out, dialogues are compared as messages: the
-tokens that were sampled are kept as they are, and what follows them is rendered on its own, so that nothing is tokenised again,
-however the chat template would write the history. A history that was rewritten, shortened or branched begins a new segment.
+A call whose prompt continues an earlier call joins its segment. To find out, dialogues are compared as messages: sampled tokens are
+kept as they are, and what follows them is rendered separately, so nothing is tokenised again, however the chat template would
+render the history. A history that was rewritten, shortened or branched starts a new segment.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class Said:
     prompt: list[int]
     done: Completion
     observed_text: str
-    """Of a prompt that is no dialogue: what is new in it."""
+    """For a plain-text prompt: the new part."""
     messages: Messages | None
     tools: tuple[Tool, ...]
     message: dict[str, Any]
     """The answer, as the assistant's message."""
     text: str | None
-    """Prompt and answer as text, where the prompt was text."""
+    """Prompt and answer as text, if the prompt was text."""
     earlier: Said | None = None
-    """The call that its prompt goes on from."""
+    """The call that its prompt continues."""
 
     @property
     def tokens(self) -> list[int]:
@@ -47,7 +47,7 @@ class Said:
 
     @property
     def observed(self) -> str | Messages:
-        """What is new in the prompt."""
+        """The new part of the prompt."""
         if self.messages is None:
             return self.observed_text
         known = 0 if self.earlier is None or self.earlier.messages is None else len(self.earlier.messages) + 1
@@ -63,7 +63,7 @@ class Thread:
 
 
 class Session:
-    """The calls of one episode. key: what its requests have to bear. name: of its random streams. most: calls that it may make."""
+    """The calls of one episode. key: required of its requests. name: of its random streams. most: maximum calls."""
 
     def __init__(self, served: ServedPolicy, sampling: Sampling, name: tuple[int | str, ...], most: int | None = None):
         self.served, self.sampling, self.name, self.most = served, sampling, name, most
@@ -77,14 +77,14 @@ class Session:
         self.closed = False
 
     def close(self) -> None:
-        """Take no more calls, and end those that are being answered for others than who closes it."""
+        """Accept no more calls, and cancel running ones, except the caller's own task."""
         self.closed = True
         for task in self._tasks - {asyncio.current_task()}:
             task.cancel()
 
     def sampling_of(self, ask: Ask) -> Sampling:
-        """How a call is sampled: as the recipe says, so that log-probabilities are those that training computes; stop strings and
-        a lower limit are the program's."""
+        """How a call is sampled: as the recipe says, so that log-probabilities match those of training; the program may add stop
+        strings and lower the limit."""
         limit = ask.sampling.max_new_tokens if ask.limited else self.sampling.max_new_tokens
         return replace(self.sampling, stop=ask.sampling.stop, max_new_tokens=min(limit, self.sampling.max_new_tokens))
 
@@ -94,7 +94,7 @@ class Session:
         if self.closed:
             raise BadRequest("this session has ended", code="session_ended", status=410)
         if self.most is not None and self.begun + completions > self.most:
-            self.refused = f"asked for more than task.max_calls={self.most} answers"
+            self.refused = f"requested more than task.max_calls={self.most} answers"
             raise BadRequest(f"this session {self.refused}", code="max_calls")
         self.begun += completions
         if task := asyncio.current_task():
@@ -102,7 +102,7 @@ class Session:
             task.add_done_callback(self._tasks.discard)
 
     def prompt(self, ask: Ask, which: int = 0) -> tuple[list[int], Said | None]:
-        """The tokens of a call's prompt, and the call that they go on from."""
+        """The tokens of a call's prompt, and the call that they continue."""
         if ask.messages is not None:
             earlier = self._earlier(ask.messages, ask.tools)
             if earlier is None or earlier.messages is None:
@@ -129,7 +129,7 @@ class Session:
         return earlier.tokens + self.served.raw.plain(prompt[length:]), earlier
 
     def _earlier(self, messages: Messages, tools: tuple[Tool, ...]) -> Said | None:
-        """The latest call whose dialogue and answer these messages begin with, if the assistant says nothing else after it."""
+        """The latest call whose dialogue and answer these messages begin with, unless another assistant message follows."""
         marks = [mark_of(message) for message in messages]
         found: Said | None = None
         for one in self.calls:
@@ -143,14 +143,14 @@ class Session:
         return found
 
     def stream_key(self, tokens: Sequence[int]) -> tuple[int | str, ...]:
-        """Name of the random stream of a call: of the episode, the prompt, and how often it was asked before, so that it does not
-        matter in which order the calls of several tasks of a program arrive."""
+        """Name of the random stream of a call: from the episode, the prompt, and how often the prompt was sent before, so the order in
+        which a program's concurrent calls arrive does not matter."""
         digest = hashlib.blake2b(json.dumps(list(tokens)).encode(), digest_size=12).hexdigest()
         self._asked[digest] += 1
         return (*self.name, f"{digest}-{self._asked[digest]}")
 
     def record(self, ask: Ask, which: int, choice: Choice, done: Completion, earlier: Said | None) -> None:
-        """Keep an answered call."""
+        """Record an answered call."""
         message: dict[str, Any] = {"role": "assistant", "content": choice.text}
         message |= {"tool_calls": choice.calls} if choice.calls else {}
         text, observed = None, ""
@@ -189,11 +189,11 @@ class Session:
             thread.segment.observe(call.prompt[len(thread.segment.tokens) :])
             thread.segment.act(call.done.tokens, call.done.logprobs, call.number)
             thread.calls.append(call)
-        # What was said last stands last, where the reward of the episode falls.
+        # The latest answer comes last, because the episode's reward is placed there.
         return sorted(threads, key=lambda thread: thread.calls[-1].number)
 
     def write(self, trajectory: Trajectory) -> None:
-        """Put the calls into a trajectory: segments, turns, and what was asked first. Turns are numbered as segments have them."""
+        """Add the calls to a trajectory: segments, turns, and the first prompt. Turns are numbered in the order of the segments."""
         turn = 0
         for thread in self.threads():
             numbers = {}
@@ -216,7 +216,7 @@ class Session:
         trajectory.completion = transcript(trajectory.turns)
 
     def _action(self, call: Said) -> str:
-        """An answer as text for people, with its calls."""
+        """An answer as readable text, with its calls."""
         return self.served.shown(call.done.tokens) if not call.message.get("tool_calls") else self._called(call)
 
     def _called(self, call: Said) -> str:
@@ -226,7 +226,7 @@ class Session:
 
 
 def mark_of(message: dict[str, Any]) -> str:
-    """What makes a message the same as another: role, words and calls. Ids of calls and space around words do not."""
+    """A key that is equal for equal messages: role, text and calls count; call ids and surrounding white space do not."""
     calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls") or ()]
     return json.dumps([message["role"], (message.get("content") or "").strip(), calls], sort_keys=True)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class SourceBatch:
-    """A step's trajectories, of which each rank has its shard.
+    """A step's trajectories; each rank has its shard.
 
     learn: those to train on. played: fresh ones by the current policy, scored or not.
     """
@@ -26,19 +26,19 @@ class SourceBatch:
     learn: list[Trajectory]
     played: list[Trajectory] = field(default_factory=list)
     failed: int = 0
-    """Number of played ones that could not be scored."""
+    """Number of played episodes that could not be scored."""
     dropped: int = 0
-    """Number of scored ones whose groups have too few (task.min_group)."""
+    """Number of scored episodes whose groups are too small (task.min_group)."""
     measures: dict[str, float] = field(default_factory=dict)
-    """Metrics of the source's own, the same on every rank."""
+    """The source's own metrics, the same on every rank."""
 
 
 @dataclass(frozen=True)
 class SourceRequest:
     """The arguments of a source.
 
-    bad_rows: where malformed rows are reported, if they are to be skipped. compares: sample logged episodes in groups of one
-    prompt.
+    bad_rows: file in which skipped malformed rows are reported, if they are to be skipped. compares: True to sample logged
+    episodes in groups of one prompt.
     """
 
     recipe: Recipe
@@ -61,7 +61,7 @@ class Source:
     dataset: Dataset | None = None
     """Its logged episodes, if it has any."""
     task_notes: Sequence[str] = ()
-    """Notes for people about tasks other than the recipe's own."""
+    """Notes for the user about tasks other than the recipe's own."""
 
     @classmethod
     def build(cls, wanted: SourceRequest) -> Source:

@@ -1,4 +1,4 @@
-"""Choosing the best episodes to learn from."""
+"""Choosing the best episodes to train on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lmrl.trajectories.trajectory import Trajectory
 def best_of(
     returns: Sequence[float | None], share: float, rng: np.random.Generator, groups: Sequence[Hashable] | None = None
 ) -> list[int]:
-    """Positions of the share of episodes with the highest returns, at least one; ties are broken by `rng`.
+    """Indices of the share of episodes with the highest returns, at least one; ties are broken by `rng`.
 
     groups: each episode's group; the share is kept within each group (None: all episodes are one group).
     """
@@ -38,7 +38,7 @@ def best_among_all(
 ) -> list[Trajectory]:
     """This process's part of that share of all processes' episodes with the highest returns (see best_of).
 
-    by_prompt: of each group's episodes that share. Which they are does not depend on how many processes share them.
+    by_prompt: take the share of each group's episodes. The result does not depend on the number of processes.
     """
     if share == 1:
         return trajectories

@@ -28,8 +28,8 @@ STATE_FILE = "blend.json"
 class Shares:
     """How a step's `total` units are divided by weight.
 
-    Every unit goes to the part that lags furthest behind, so that over the steps each comes within one unit of its share. A step's
-    units depend on its number alone.
+    Every unit goes to the part that lags furthest behind, so over the steps each stays within one unit of its share. A step's
+    units depend only on the step's number.
     """
 
     def __init__(self, weights: Sequence[float], total: int):
@@ -37,7 +37,7 @@ class Shares:
         self._step, self._counts = 0, [0] * len(self.weights)
 
     def __call__(self, step: int) -> tuple[list[int], list[int]]:
-        """Of a step (from 1): the units of each part, and those that it had before."""
+        """For a step (from 1): the units of each part, and those that it had in earlier steps."""
         if step <= self._step:
             self._step, self._counts = 0, [0] * len(self.weights)
         while self._step < step - 1:
@@ -65,7 +65,7 @@ class PlayedPart:
         if curriculum is not None:
             if task.training is None:
                 raise RecipeError(
-                    f"source.curriculum: part '{part.name}' draws its start states (it has no num_starts), so that none can be left "
+                    f"source.curriculum: part '{part.name}' draws its start states (it has no num_starts), so none can be left "
                     "out: number them, or leave the curriculum out"
                 )
             self.schedule = Schedule(task.training, curriculum, (*self.name, "prompts"))
@@ -83,7 +83,7 @@ class PlayedPart:
         return played
 
     def scales(self) -> dict[str, Scale]:
-        """Rewards that are normalised by what was sampled so far."""
+        """Rewards that are normalised by running statistics."""
         return {one.label: one.scale for one in self.task.rewards if one.scale.is_running}
 
     def state(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class PlayedPart:
 
 
 class Logs:
-    """The logs of a blend, where a stage expects a single one."""
+    """The logs of a blend, behind the interface of a single one."""
 
     def __init__(self, logs: Sequence[Dataset], names: Sequence[str]):
         self.logs = list(logs)
@@ -112,14 +112,14 @@ class Logs:
         return [episode for one in self.logs for episode in one.probe(-(-count // len(self.logs)))]
 
     def heldout(self, count: int | None) -> list[Trajectory]:
-        """Held-out episodes of all logs, numbered apart."""
+        """Held-out episodes of all logs, with distinct numbers."""
         found: list[Trajectory] = []
         for one in self.logs:
             found += _offset(one.heldout(count), 1 + max((episode.group for episode in found), default=-1), 0)
         return found
 
     def scores(self) -> Scores | None:
-        """None: scores of several tasks make no common row."""
+        """None: scores of several tasks have no common row."""
         return self.logs[0].scores() if len(self.logs) == 1 else None
 
 
@@ -154,9 +154,7 @@ class Blend(Source):
             task = wanted.task if part.task is None else part_task(part, wanted.task)
             if part.log is None:
                 if isinstance(part.task, PromptTask) and not part.task.rewards:
-                    raise RecipeError(
-                        f"source.parts '{part.name}': a task of prompts learns from rewards: list at least one"
-                    )
+                    raise RecipeError(f"source.parts '{part.name}': a task of prompts needs rewards: list at least one")
                 sampler = (
                     wanted.sampler
                     if part.task is None
@@ -196,7 +194,7 @@ class Blend(Source):
         for (part, log), count, first in zip(self.logged, counts, earlier, strict=True):
             taken = log.take(first, count) if count else []
             self._measure(batch, part.name, taken)
-            # Of a log, groups matter only where whole ones are drawn; those are numbered by their place in the batch.
+            # For a log, groups matter only if whole ones are drawn; these are numbered by their place in the batch.
             batch.learn += _offset(taken, groups, 0) if log.grouped else taken
             groups += count
         return batch
@@ -232,7 +230,7 @@ def part_task(part: Part, main: Task) -> Task:
 
 
 def _offset(episodes: list[Trajectory], groups: int, numbers: int) -> list[Trajectory]:
-    """The same episodes with other numbers; they are this part's own."""
+    """Renumber these episodes, in place: they belong to this part only."""
     for one in episodes:
         one.group += groups
         one.episode += numbers

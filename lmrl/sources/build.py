@@ -12,7 +12,7 @@ def build_source(wanted: SourceRequest) -> Source:
     name = wanted.recipe.source.name
     cls = registry.load("source", name, "source.name")
     if not (isinstance(cls, type) and issubclass(cls, Source)):
-        raise PluginError(f"source.name: '{name}' is no lmrl.Source")
+        raise PluginError(f"source.name: '{name}' is not an lmrl.Source")
     try:
         return cls.build(wanted)
     except (LmrlError, MemoryError):

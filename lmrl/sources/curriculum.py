@@ -1,7 +1,7 @@
 """A curriculum by success rate: start states that are always or never solved rest, and come back.
 
-A policy gradient learns nothing from a prompt whose samples all earn the same, so such prompts cost rollouts for nothing; but
-what is never solved today may be within reach later, and what is always solved may be forgotten.
+A policy gradient learns nothing from a prompt whose samples all earn the same, so rollouts of such prompts are wasted; but
+what is never solved now may be within reach later, and what is always solved may be forgotten.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ class Record:
     until: int = 0
     """The last step of its rest."""
     rest: int = 0
-    """Steps of its last rest in a row; 0 once it was solved at times."""
+    """Length of its last rest, in steps; 0 once it was solved sometimes."""
 
 
 @dataclass
 class Schedule:
-    """Which start states of a part are played next. Depends on nothing but its seed and what was recorded."""
+    """Which start states of a part are played next. Depends only on its seed and the recorded episodes."""
 
     starts: list[int]
     options: Curriculum
     name: tuple[int | str, ...]
-    """Of the random stream."""
+    """Name of the random stream."""
     position: int = 0
-    """In the endless sequence of shuffled passes."""
+    """Position in the endless sequence of shuffled passes."""
     records: dict[int, Record] = field(default_factory=dict)
 
     def next(self, step: int, count: int) -> list[int]:
-        """`count` start states for a step: the next in the sequence that do not rest. Where all rest, those whose rest ends first."""
+        """`count` start states for a step: the next in the sequence that do not rest. If all rest, those whose rest ends first."""
         awake = [start for start in self.starts if not self.rests(start, step)]
         if not awake:
             ending = sorted(self.starts, key=lambda start: (self.records[start].until, start))
@@ -63,7 +63,7 @@ class Schedule:
         return sum(self.rests(start, step) for start in self.starts)
 
     def record(self, step: int, rewards: Iterable[tuple[int, float]]) -> None:
-        """Take note of a step's episodes: of each the start state and its reward."""
+        """Record a step's episodes. rewards: start state and reward of each."""
         options, touched = self.options, set()
         for start, reward in rewards:
             record = self.records.setdefault(start, Record())

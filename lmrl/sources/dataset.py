@@ -29,7 +29,7 @@ from lmrl.trajectories.trajectory import Trajectory, prompt_key
 BAD_ROWS = "bad_rows.jsonl"
 PART = 64
 CACHED = 4096
-"""Logged episodes whose tokens are kept in memory."""
+"""Number of logged episodes whose tokens are cached in memory."""
 
 
 class Dataset(Source):
@@ -50,20 +50,20 @@ class Dataset(Source):
         heldout: Callable[[int | None], list[Trajectory]] = lambda count: [],
         notes: Sequence[str] = (),
     ):
-        """returns: of all episodes (None: not judged). best: share of them, with the highest, that is learned from.
-        best_among: of each episode the prompt among whose episodes it is ranked (None: among all).
-        turns: learn from a piece of this many turns of each episode. groups: each episode's group, if whole groups are to be drawn,
-        and only those whose returns differ; `batch_size` then counts groups.
+        """returns: of all episodes (None: not judged). best: share of episodes, those with the highest returns, to train on.
+        best_among: for each episode the prompt within which it is ranked (None: among all).
+        turns: train on a piece of this many turns of each episode. groups: each episode's group, to draw whole groups, and only
+        those whose returns differ; `batch_size` then counts groups.
 
-        scores: means with intervals over all episodes, None where no return is known. heldout: gives the episodes of
-        (that many) held-out prompts. notes: what a person should know.
+        scores: means with intervals over all episodes, None if no return is known. heldout: returns the episodes of
+        (that many) held-out prompts. notes: notes for the user.
         """
         self.returns, self.batch_size, self.name = returns, batch_size, (seed, stage)
         self.scores, self.heldout, self.notes, self.dataset = scores, heldout, list(notes), self
         self.units = [[row] for row in range(len(returns))] if groups is None else self._comparable(groups)
         if best_among is not None and len(set(best_among)) == len(returns):
             raise DataError(
-                "source.best_among=prompt ranks the episodes of each prompt, but no prompt has two of them: leave it at all"
+                "source.best_among=prompt ranks the episodes of each prompt, but no prompt has two: set it to all"
             )
         rng = stream(seed, stage, "best")
         self.kept = best_of(returns, best, rng, best_among) if groups is None else list(range(len(self.units)))
@@ -106,13 +106,13 @@ class Dataset(Source):
             rows.setdefault(group, []).append(row)
         if None in self.returns:
             raise DataError(
-                f"source.path: episode {self.returns.index(None) + 1} has no reward, and pairs are ranked by rewards: add them, or give "
+                f"source.path: episode {self.returns.index(None) + 1} has no reward, but pairs are ranked by rewards: add them, or give "
                 "chosen and rejected"
             )
         units = [unit for unit in rows.values() if len({self.returns[row] for row in unit}) > 1]
         if not units:
             raise DataError(
-                "no two episodes of a prompt have different rewards, so that there is no pair to learn from; expected "
+                "no two episodes of a prompt have different rewards, so there is no pair to train on; expected "
                 "chosen and rejected, or several episodes with rewards for each prompt"
             )
         if len(units) < len(rows):
@@ -122,7 +122,7 @@ class Dataset(Source):
         return units
 
     def pieces(self, episodes: list[Trajectory], *name: int | str) -> list[Trajectory]:
-        """A piece of `turns` turns of each episode, where they are to be cut. `name` names the random stream."""
+        """A piece of `turns` turns of each episode, if episodes are to be cut. `name` names the random stream."""
         if self.turns is None:
             return episodes
         rng = stream(*self.name, *name)
@@ -209,7 +209,7 @@ def open_dataset_file(source: DatasetOptions, task: Task, bad_rows: Path | None 
 
 
 def summarize_file(file: DatasetFile, task: Task) -> Scores | None:
-    """Return (of prompts, reward), components and metrics of logged episodes, each with its interval over prompts."""
+    """Return (for prompts, reward), components and metrics of logged episodes, each with its interval over prompts."""
     known = [index for index, value in enumerate(file.returns) if value is not None]
     if not known:
         return None

@@ -43,7 +43,7 @@ class FreshRollouts(Source):
     @classmethod
     def build(cls, wanted: SourceRequest) -> FreshRollouts | AsyncRollouts:
         options, recipe = wanted.recipe.source, wanted.recipe
-        if options.has_log:  # of a mixture, which chooses from what was played
+        if options.has_log:  # part of a mixture, which selects from the played episodes
             fresh = cls(wanted.sampler, recipe.rollouts, wanted.seed, wanted.stage)
         else:
             by_prompt = options.best_among == "prompt"
@@ -112,7 +112,7 @@ class FreshRollouts(Source):
             scale.load_state(states[label])
 
     def _running(self) -> dict[str, Scale]:
-        """Rewards that are normalised by what was sampled so far."""
+        """Rewards that are normalised by running statistics."""
         return {one.label: one.scale for one in self.sampler.task.rewards if one.scale.is_running}
 
 

@@ -20,7 +20,7 @@ REPLAY_FILE = "replay.parquet"
 
 
 class Mixture(Source):
-    """Fresh episodes go into a replay buffer; a batch takes a share from it, and the rest from the log."""
+    """Fresh episodes go into a replay buffer; a share of each batch comes from it, the rest from the log."""
 
     def __init__(
         self, fresh: FreshRollouts | AsyncRollouts, dataset: Dataset, options: MixtureSource, steps: int, tokenizer: Any

@@ -126,7 +126,7 @@ def test_failures_are_data(policy, rows):
     assert failures[1] == "agent raised RuntimeError: out of luck, ***"
     assert "agent returned no reward" in failures[2]
     assert failures[3] == "agent timed out after 8 s (task.call_timeout)"
-    assert failures[4] == "agent asked for more than task.max_calls=20 answers"
+    assert failures[4] == "agent requested more than task.max_calls=20 answers"
     assert [one.reward for one in played] == [1.0, None, None, None, None, 1.0]
     assert all(one.segments for one in played)  # what was said before is kept
     task = build_task(AgentTask(agent=f"{PROGRAMS}:odd_ones_fail", data=rows), policy.tokenizer)

@@ -145,10 +145,10 @@ def test_the_command_line_scores_with_limits_and_a_cache():
     [
         (["eval", "http://user:secret@h/v1#m", "--suite", "sums.yaml"], "an address holds no user or password"),
         (["eval", "http://127.0.0.1:1/v1#m", "--suite", "sums.yaml", "--endpoint", "retry=1"], "unknown key 'retry'"),
-        (["eval", "runs/x", "--suite", "sums.yaml", "--endpoint", "retries=1"], "no policy is one"),
+        (["eval", "runs/x", "--suite", "sums.yaml", "--endpoint", "retries=1"], "for policies that are addresses"),
         (
             ["eval", "http://127.0.0.1:1/v1#m", "--suite", "sums.yaml", "--checkpoint", "best"],
-            "is an address, and no run",
+            "is an address, not a run",
         ),
         (["eval", "http://127.0.0.1:1/v1#m"], "does not say what it was trained for: name a suite"),
         (["collect", "http://127.0.0.1:1/v1#m"], "name what to play, --environment NAME"),

@@ -72,5 +72,5 @@ def test_frontier_shows_points_over_the_yardstick(tmp_path):
     assert texts == {"n=2", "start", "final"}
     lmrl.plots.save(figure, tmp_path / "new" / "frontier.svg")
     assert (tmp_path / "new" / "frontier.svg").read_text().startswith("<?xml")
-    with pytest.raises(RunError, match="is no name for a picture"):
+    with pytest.raises(RunError, match="does not name a picture"):
         lmrl.plots.save(figure, tmp_path / "frontier.txt")

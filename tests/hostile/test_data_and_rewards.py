@@ -90,7 +90,7 @@ DATA = [
     (
         [written("log.jsonl", [{"prompt": one, "completion": "b"} for one in "defgh"])],
         "'source={name: dataset, path: log.jsonl}' 'objective={name: dpo}'",
-        r"has no reward, and pairs are ranked by rewards",
+        r"has no reward, but pairs are ranked by rewards",
     ),
     (
         [written("log.jsonl", [{"prompt": "a", "completion": "b"}] * 3)],
@@ -130,7 +130,7 @@ REWARDS = [
     (
         GOOD,
         "task.rewards.0.function=good",
-        r"task.rewards.0.function: no reward is called 'good', and code of your own is named file.py:NAME",
+        r"task.rewards.0.function: no reward is called 'good'; your own code is named file.py:NAME",
     ),
     (GOOD, "task.rewards.0.function=nopackage.f", r"task.rewards.0.function: .* no module named 'nopackage'"),
     (GOOD, "'task.rewards=[{model: judge}]'", r"task.rewards.0.model: .*'judge'.*"),
@@ -222,7 +222,7 @@ def test_a_refused_run_leaves_its_folder_free(lmrl, place):
     code, out, err = lmrl("train", "mine.yaml", "-o", "deep/out", "task.rewards.0.function=other.py:good")
     assert code == 0 and not err and (place / "deep/out/stages/main/final").is_dir()
     assert "other.py:good" in (place / "deep/out/recipe.yaml").read_text()
-    message = r"deep/out holds a run: go on with it by --resume, or choose another --output"
+    message = r"deep/out holds a run: continue it with --resume, or choose another --output"
     check_line(lmrl("train", "mine.yaml", "-o", "deep/out", "task.rewards.0.function=other.py:good"), message)
 
 

@@ -126,7 +126,7 @@ MODELS = [
     (
         [],
         "eval model --suite random_walks --checkpoint best",
-        r"--checkpoint best: 'model' is no run folder.*leave it out",
+        r"--checkpoint best: 'model' is not a run folder.*leave it out",
     ),
     ([NO_TOKENIZER], "eval model --suite random_walks", r"policy: 'model' cannot be loaded: it holds no tokenizer"),
     ([NO_TOKENIZER], "export model out --no-check", r"policy: 'model' cannot be loaded: it holds no tokenizer"),
@@ -212,25 +212,25 @@ RUNS = [
     (
         [removed(FINAL, KEPT)],
         "eval run",
-        r"run: its last stage has no checkpoint yet: go on with it by: lmrl train run --resume",
+        r"run: its last stage has no checkpoint yet: continue it with: lmrl train run --resume",
     ),
     (
         [removed(FINAL, KEPT)],
         "export run out",
-        r"run: its last stage has no checkpoint yet: go on with it by: lmrl train run --resume",
+        r"run: its last stage has no checkpoint yet: continue it with: lmrl train run --resume",
     ),
     (
         [removed(FINAL, KEPT)],
         "eval run --checkpoint step-2",
-        r"run: its last stage has no checkpoint yet: go on with it by",
+        r"run: its last stage has no checkpoint yet: continue it with",
     ),
     (
         [removed("run/stages")],
         "eval run",
-        r"run: its last stage has no checkpoint yet: go on with it by: lmrl train run --resume",
+        r"run: its last stage has no checkpoint yet: continue it with: lmrl train run --resume",
     ),
-    ([removed("run/stages")], "export run out", r"run: its last stage has no checkpoint yet: go on with it by"),
-    ([removed("run/stages")], "collect run", r"run: its last stage has no checkpoint yet: go on with it by"),
+    ([removed("run/stages")], "export run out", r"run: its last stage has no checkpoint yet: continue it with"),
+    ([removed("run/stages")], "collect run", r"run: its last stage has no checkpoint yet: continue it with"),
     (
         [],
         "eval run --checkpoint step-9",
@@ -278,12 +278,12 @@ RUNS = [
     ([], "train run", r"'run' is a run folder: go on with it by --resume"),
     ([], "train runn --resume", r"there is no run folder 'runn' to resume"),
     ([], "train runs/walks --resume", r"there is no run folder 'runs/walks' to resume"),
-    ([], "train random_walks/bc -o run", r"run holds a run: go on with it by --resume, or choose another --output"),
-    ([], "train random_walks/ppo -o run --resume", r"run was made by another recipe: '.*' differs"),
+    ([], "train random_walks/bc -o run", r"run holds a run: continue it with --resume, or choose another --output"),
+    ([], "train random_walks/ppo -o run --resume", r"run was made with another recipe: '.*' differs"),
     (
         [],
         "train run --resume optimizer.lr=1",
-        r"made by another recipe: 'optimizer.lr' differs.*start a new run with another --output",
+        r"made with another recipe: 'optimizer.lr' differs.*start a new run with another --output",
     ),
     (
         [],

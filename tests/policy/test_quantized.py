@@ -247,7 +247,7 @@ def test_sharded_launches_are_refused(monkeypatch, feature):
         class distributed_type:
             value = feature
 
-    with pytest.raises(RecipeError, match=f"model.quantization=nf4: .* cannot be shared out by {feature}"):
+    with pytest.raises(RecipeError, match=f"model.quantization=nf4: .* cannot be sharded by {feature}"):
         check_launch(Accelerator(), recipe)
 
 

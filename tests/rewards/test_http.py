@@ -214,7 +214,7 @@ def test_the_proxy_of_the_environment_is_used(monkeypatch):
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        ((200, b"<html>", {}), "no JSON"),
+        ((200, b"<html>", {}), "invalid JSON"),
         ((200, b"[1]", {}), "expected an object"),
         ((200, b'{"scores": [1, 2]}', {}), "2 scores for 1 completions"),
         ((200, b'{"score": 1}', {}), "no list of scores"),

@@ -133,7 +133,7 @@ def test_a_file_of_several_is_played_whole(dice, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "one.jsonl, line 1: is no JSON object"), ('{"id": "a", "seed": 1}', "line 1: has no 'environment'")],
+    [("{", "one.jsonl, line 1: is not a JSON object"), ('{"id": "a", "seed": 1}', "line 1: has no 'environment'")],
 )
 def test_broken_lines_are_refused(tmp_path, text, message):
     (tmp_path / "one.jsonl").write_text(text)

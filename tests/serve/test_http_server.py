@@ -313,7 +313,7 @@ def test_nonsense_is_no_request(tiny_folder):
         return first, await client.answer()
 
     first, second = ask(App(served_model(tiny_folder, [])), work)
-    assert first.status == 400 and second.status == 400 and "no JSON" in second.json["error"]["message"]
+    assert first.status == 400 and second.status == 400 and "not JSON" in second.json["error"]["message"]
 
 
 def test_requests_sent_ahead_are_answered_in_order(tiny_folder):

@@ -331,7 +331,7 @@ def test_the_best_of_each_logged_prompt(tmp_path, walks):
     source = build_dataset(dataset(path=path, best=0.5, best_among="prompt"), walks, 0, "main")
     assert source.kept == [0, 3, 4] and build_dataset(dataset(path=path, best=0.5), walks, 0, "main").kept == [1, 3]
     path = lines(tmp_path / "data.jsonl", rewarded(("a", "x", 1), ("b", "x", 0)))
-    with pytest.raises(DataError, match="source.best_among=prompt .* no prompt has two of them: leave it at all"):
+    with pytest.raises(DataError, match="source.best_among=prompt .* no prompt has two: set it to all"):
         build_dataset(dataset(path=path, best=0.5, best_among="prompt"), walks, 0, "main")
     source = build_dataset(dataset(player="random", episodes=80, best=0.3, best_among="prompt"), walks, 0, "main")
     found = {source._episode(row).prompt for row in source.kept}

@@ -13,7 +13,9 @@ def test_exchanged_sequences_make_the_same_update(tmp_path, extensions):  # noqa
     found = json.loads((tmp_path / "found.json").read_text())
     # One for the flags, and one for each of 6 + 4, 25 and 1 elements.
     assert found.pop("reduced") == {"collectives": 4, "sums": [3.0, 2.0, None, 9.0, 11.0]}
-    assert "minutes for the other processes in an update: one of them hangs; end it, and go on" in found.pop("waited")
+    assert "minutes for the other processes in an update, so one of them hangs: end it, and continue" in found.pop(
+        "waited"
+    )
     assert set(found) == {"dpo", "grpo", "rloo"}
     for name, one in found.items():
         alone, together = one["losses"]

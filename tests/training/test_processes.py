@@ -153,7 +153,7 @@ def test_a_killed_process_ends_the_run_with_one_error(tmp_path):
     _, errors = started.communicate(timeout=100)
     assert started.returncode == 1
     assert errors.strip() == (
-        "lmrl: process 1 of 2 was ended by SIGKILL, so the run has stopped; go on from its last checkpoint by --resume"
+        "lmrl: process 1 of 2 was ended by SIGKILL, so the run has stopped; continue from its last checkpoint with --resume"
     )
     assert not Path(f"/proc/{ranks[0]}").exists()
 

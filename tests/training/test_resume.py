@@ -156,7 +156,7 @@ def test_cutting_keeps_every_earlier_line(tmp_path):
 def test_a_run_is_not_overwritten_nor_mixed_up(tmp_path, tiny_folder):
     recipe = load_recipe(prompt_recipe(tmp_path, tiny_folder), ["training.steps=1"])
     train(recipe, output=tmp_path / "run")
-    with pytest.raises(RunError, match="holds a run: go on with it by --resume"):
+    with pytest.raises(RunError, match="holds a run: continue it with --resume"):
         train(recipe, output=tmp_path / "run")
     other = load_recipe(tmp_path / "mine.yaml", ["training.steps=1", "training.seed=1"])
     with pytest.raises(RunError, match="'training.seed' differs"):

@@ -157,7 +157,7 @@ def test_an_interrupt_ends_the_runs_and_lets_them_save(tmp_path):
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "interrupted; go on with the same command" in said
+    assert "interrupted; continue with the same command" in said
     assert list((folder / "seed-0/stages/main/checkpoints").iterdir())  # it is asked once, so it saved
     assert "saved a checkpoint at step" in (folder / "seed-0.log").read_text()
     assert not (folder / "seed-1").exists() and not (folder / "results.json").exists()
