@@ -80,7 +80,7 @@ def test_an_environment_that_turns_gradients_off_and_exits():
     assert episode.failure == "environment raised SystemExit: 3" and untouched()
 
 
-def test_only_one_process_comes_back_from_a_fork():
+def test_only_one_process_returns_from_a_fork():
     code = f"""
 import os
 from lmrl.foreign import foreign

@@ -42,7 +42,7 @@ def test_ddp_takes_the_number_of_its_file(tmp_path):
         ),
     ],
 )
-def test_a_file_that_is_none_is_one_line(tmp_path, text, message):
+def test_an_invalid_file_is_one_line(tmp_path, text, message):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(RecipeError, match=message) as error:
         accelerate_environment(2, tmp_path / "bad.yaml")

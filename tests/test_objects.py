@@ -118,7 +118,7 @@ def test_rows_of_every_kind_are_read(rows):
     assert list(open_rows(objects.Names()(rows))) == ROWS
 
 
-def test_what_is_no_data_is_refused():
+def test_other_objects_are_not_data():
     lmrl.provide(rows=3)
     with pytest.raises(DataError, match="python:rows: a int is not data"):
         open_rows("python:rows")

@@ -73,7 +73,7 @@ def test_the_only_model_is_taken():
 
 
 @pytest.mark.parametrize("code", [429, 500, 503])
-def test_failures_that_pass_are_tried_again(code):
+def test_transient_failures_are_retried(code):
     with stub_openai(lambda path, body, number: echo(path, body, 0) if number == 2 else (code, {}, {})) as stub:
         assert OpenAIClient(stub.url, "m").chat(HELLO).text == "olleh"
     assert len(stub.seen) == 3
@@ -86,7 +86,7 @@ def test_retries_end():
     assert raised.value.temporary and len(stub.seen) == 3
 
 
-def test_a_refusal_is_not_tried_again():
+def test_a_refusal_is_not_retried():
     with stub_openai(lambda *_: (401, {}, {"error": "bad key"})) as stub:
         with pytest.raises(EndpointError, match="answered 401.*bad key") as raised:
             OpenAIClient(stub.url, "m").chat(HELLO)
@@ -157,7 +157,7 @@ def test_failures_are_not_cached(tmp_path):
         assert client.chat(HELLO).text == "olleh"
 
 
-def test_many_side_by_side_keep_their_order(tmp_path):
+def test_concurrent_requests_keep_their_order(tmp_path):
     def reply(path, body, number):
         text = body["messages"][0]["content"]
         return (400, {}, {}) if text == "bad" else chat_answer(text.upper())

@@ -110,7 +110,7 @@ def test_sub_agents_are_segments(policy, rows):
     assert again.segments == trajectory.segments
 
 
-def test_texts_go_on_in_their_tokens(policy, rows):
+def test_text_prompts_continue_in_their_tokens(policy, rows):
     (trajectory,) = play(policy, rows, "texts", starts=[2])
     check_tokens(policy, trajectory)
     ended = [turn for turn in trajectory.turns if "eos" in turn.action]
@@ -136,7 +136,7 @@ def test_failures_are_data(policy, rows):
     assert "has sent no request to the policy" in quiet.failure
 
 
-def test_a_plain_function_over_its_time_is_left_behind(policy, rows):
+def test_a_plain_function_over_its_limit_is_abandoned(policy, rows):
     (trajectory,) = play(policy, rows, "slow", starts=[0], call_timeout=0.7)
     assert trajectory.failure == "agent timed out after 0.7 s (task.call_timeout)"
 
@@ -178,7 +178,7 @@ def test_mistakes_are_found_before_a_run(policy, rows, tmp_path):
         AgentTask(data=rows)
 
 
-def test_an_address_is_no_policy_for_programs(rows):
+def test_programs_need_a_loaded_policy(rows):
     task = build_task(AgentTask(agent=f"{PROGRAMS}:one_turn", data=rows), byte_tokenizer())
     engine = SimpleNamespace(policy=object())
     with pytest.raises(RecipeError, match="an address gives only text"):

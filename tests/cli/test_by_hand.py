@@ -53,7 +53,7 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "mine.jsonl").read_text().splitlines()]
 
 
-def test_what_was_typed_is_kept(folder):
+def test_typed_episodes_are_saved(folder):
     """Two whole episodes, one that is cut off after three turns, and one that is left."""
     result = play("3\n5\n5\n1\n2\n3\n7\n", "task.max_turns=3")
     assert result.exit_code == 0, result.output
@@ -90,6 +90,6 @@ def test_a_failure_keeps_what_came_before(folder):
         (["-e", "maze"], "POLICY: no player is named"),
     ],
 )
-def test_who_plays_is_clear(arguments, message):
+def test_the_player_must_be_named_once(arguments, message):
     result = CliRunner().invoke(cli.app, ["collect", *arguments])
     assert isinstance(result.exception, RecipeError) and message in str(result.exception)

@@ -26,7 +26,7 @@ def test_a_dialogue_goes_on_in_the_models_own_tokens(tiny_folder):
     assert speaker.say("hello") == answer  # greedy, and nothing of before is left
 
 
-def test_without_a_template_the_text_goes_on(tiny_policy):
+def test_without_a_template_plain_text_is_continued(tiny_policy):
     speaker = Speaker("raw", tiny_policy, Sampling(3, temperature=0))
     answer = speaker.say("ab")
     (segment,) = speaker.recorder.trajectory.segments

@@ -61,7 +61,7 @@ def test_an_environment(tmp_path, method):
     dry_run(recipe)
 
 
-def test_what_it_writes_learns(tmp_path):
+def test_written_recipes_learn(tmp_path):
     (tmp_path / "game.py").write_text(GAME)
     new(tmp_path / "mine.yaml", "-e", f"{tmp_path}/game.py:Coin", "--tiny")
     changes = ["training.steps=20", "training.threads=1", "stages.imitation.training.steps=50"]

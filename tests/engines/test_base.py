@@ -56,7 +56,7 @@ def test_coroutines_that_wait_at_the_same_time_form_a_batch(kind):
     assert (threading.main_thread() in engine.threads) == (kind is Recorded)
 
 
-def test_coroutines_inside_of_others_join_the_batch_too():
+def test_coroutines_inside_others_join_the_batch_too():
     engine = Recorded()
 
     async def two(first):
@@ -69,7 +69,7 @@ def test_coroutines_inside_of_others_join_the_batch_too():
     assert [len(batch) for batch in engine.batches] == [4, 4]
 
 
-def test_different_sampling_is_served_apart():
+def test_different_sampling_is_served_separately():
     engine = Recorded()
 
     async def both():
@@ -118,7 +118,7 @@ def test_an_error_ends_all_requests_and_the_engine_goes_on():
 
 
 @pytest.mark.parametrize("kind", [Recorded, Remote])
-def test_check_abandons_what_is_under_way(kind):
+def test_check_abandons_running_requests(kind):
     class Stop(BaseException):
         pass
 
@@ -134,7 +134,7 @@ def test_check_abandons_what_is_under_way(kind):
         run(play(engine, 1, 2))
 
 
-def test_synchronous_calls_work_inside_of_a_running_loop():
+def test_synchronous_calls_work_inside_a_running_loop():
     """As in a notebook."""
     engine = Recorded()
 
@@ -146,7 +146,7 @@ def test_synchronous_calls_work_inside_of_a_running_loop():
     assert [one.tokens for one in asyncio.run(cell())] == [[3], [4]]
 
 
-def test_watched_gives_up_where_the_check_raises():
+def test_watched_gives_up_if_the_check_raises():
     def check():
         raise TimeoutError("enough")
 

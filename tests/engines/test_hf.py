@@ -27,7 +27,7 @@ def logprobs_of(policy, prompt, tokens, temperature=1.0):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_logprobs_are_those_of_what_was_sampled(tiny_policy, temperature):
+def test_logprobs_are_those_of_the_sampled_tokens(tiny_policy, temperature):
     """Padded prompts of different lengths with a cache, against one plain pass each."""
     engine = HFEngine(tiny_policy)
     completions = engine.complete(PROMPTS, Sampling(max_new_tokens=20, temperature=temperature), keys())
@@ -37,7 +37,7 @@ def test_logprobs_are_those_of_what_was_sampled(tiny_policy, temperature):
     assert {completion.finish_reason for completion in completions} <= {"eos", "length"}
 
 
-def test_same_keys_same_samples_whatever_the_company(tiny_policy):
+def test_same_keys_same_samples_in_any_batch(tiny_policy):
     sampling = Sampling(max_new_tokens=12)
     together = HFEngine(tiny_policy).complete(PROMPTS, sampling, keys())
     alone = [HFEngine(tiny_policy).complete([p], sampling, [k])[0] for p, k in zip(PROMPTS, keys(), strict=True)]

@@ -167,7 +167,7 @@ def test_engines_that_cannot_restrict_say_so(tiny_policy):
         sample(Plain(tiny_policy), [[5]], [TokenTrie(ACTIONS)])
 
 
-def test_what_was_not_allowed_cannot_be_recorded():
+def test_disallowed_tokens_cannot_be_recorded():
     segment = Segment()
     segment.observe([5])
     with pytest.raises(ValueError, match="token 6 was sampled, but not allowed"):

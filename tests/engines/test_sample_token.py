@@ -36,7 +36,7 @@ def test_invert_finds_what_one_running_sum_finds(tokens):
 
 
 @pytest.mark.parametrize("share", [0.0, 1 - 2**-53])
-def test_what_has_no_weight_is_never_drawn(share):
+def test_zero_weight_is_never_sampled(share):
     weights = torch.zeros(1, 1000)
     weights[0, 300:600] = 0.1
     found = int(invert(weights, torch.tensor([share], dtype=torch.float64)))

@@ -63,7 +63,7 @@ def policy(tiny_policy):
 
 @pytest.mark.parametrize("slots", [1, 3, 5, 64])
 @pytest.mark.parametrize("limit", [None, 400])
-def test_dialogues_say_what_they_would_say_alone(policy, slots, limit):
+def test_dialogues_equal_those_sampled_alone(policy, slots, limit):
     """Some prompts are equal, some begin alike; dialogues end at different turns."""
     beginning = [index % 20 + 3 for index in range(WORTHWHILE + 2)]
     prompts = [[5, 6, 7]] * 3 + [beginning + [token] for token in (4, 5, 6)] + [[8], [9, 10, 11, 12]]
@@ -72,7 +72,7 @@ def test_dialogues_say_what_they_would_say_alone(policy, slots, limit):
     assert_same([completion for _, completion in said], anew(policy, said, names_of(turns)))
 
 
-def test_later_turns_cost_their_new_tokens_alone(policy):
+def test_later_turns_compute_only_new_tokens(policy):
     prompts, turns = [[5, 6, 7], [9, 10, 11, 12], [8]], [4, 2, 3]
     engine = HFEngine(policy)
     said = together(engine, prompts, turns)
@@ -82,7 +82,7 @@ def test_later_turns_cost_their_new_tokens_alone(policy):
     assert sum(len(tokens) for tokens, _ in said) > 2 * engine.batch.computed_tokens
 
 
-def test_a_dialogue_that_is_rewritten_keeps_what_it_begins_with(policy):
+def test_a_rewritten_dialogue_keeps_its_beginning(policy):
     """As where a template shows earlier turns in another way."""
     engine, opening = HFEngine(policy), [index % 20 + 3 for index in range(WORTHWHILE)]
 
@@ -97,7 +97,7 @@ def test_a_dialogue_that_is_rewritten_keeps_what_it_begins_with(policy):
     assert_same([second], HFEngine(policy).complete([opening + [6, 7, 8]], SAMPLING, [("a", 1)]))
 
 
-def test_a_group_that_comes_in_parts_shares_its_prompt(policy):
+def test_a_group_that_arrives_in_parts_shares_its_prompt(policy):
     """Two of four samples find a place; the others need only the prompt's last token, for what follows it."""
     prompt = [5, 6, 7, 8, 9, 10]
     engine = HFEngine(policy, slots=2)
@@ -111,7 +111,7 @@ def test_a_group_that_comes_in_parts_shares_its_prompt(policy):
     assert_same(found, alone)
 
 
-def test_new_weights_drop_what_is_kept(policy):
+def test_new_weights_drop_kept_slots(policy):
     engine = HFEngine(policy)
 
     async def turn(tokens, number):
@@ -129,7 +129,7 @@ def test_new_weights_drop_what_is_kept(policy):
     torch.testing.assert_close(torch.tensor(second.logprobs), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_memory_is_given_back(policy):
+def test_memory_is_released(policy):
     engine = HFEngine(policy)
     run(dialogue(engine, 0, [5, 6], 2))
     assert engine.batch.cache.layers[0].keys is not None and engine.batch.slots
@@ -221,7 +221,7 @@ def test_eager_attention(policy):
 
 
 @pytest.mark.parametrize("lengths", [(3, 9, 9), (3, 3, 3)])
-def test_memory_that_ends_as_sequences_leave_is_named(policy, lengths):
+def test_memory_shortage_while_slots_move_is_reported(policy, lengths):
     """Moving the slots of those that go on may need memory: the shortage is reported, and the engine goes on."""
     policy.causal_lm.generation_config.eos_token_id = 1
     engine = HFEngine(policy)

@@ -98,7 +98,7 @@ def test_log_probabilities_are_the_learners(policy, engine):
 
 
 @needs_vllm
-def test_drawn_as_often_as_likely(policy, engine):
+def test_samples_follow_the_distribution(policy, engine):
     """2,000 draws of a first token agree with the distribution (chi-square over the likely tokens, far tail)."""
     count = 2000
     found = engine.complete([[5, 6, 7]] * count, Sampling(1), [("chi", row) for row in range(count)])
@@ -135,7 +135,7 @@ def test_top_k_and_top_p_renormalise(policy, engine):
 
 
 @needs_vllm
-def test_same_keys_same_samples_whatever_the_company(engine):
+def test_same_keys_same_samples_in_any_batch(engine):
     state = torch.get_rng_state()
     together = engine.complete(PROMPTS, Sampling(12), KEYS)
     assert torch.equal(state, torch.get_rng_state())
@@ -170,7 +170,7 @@ def test_too_long_a_context_is_one_line(engine):
 
 # -------------------------------------------------------------------------------------------------------------- weights
 @needs_vllm
-def test_weights_come_over_after_an_update_and_a_stale_head_is_found(policy, engine, monkeypatch):
+def test_weights_are_synced_after_updates_and_a_stale_head_is_found(policy, engine, monkeypatch):
     before = engine.complete(PROMPTS, Sampling(12), KEYS)
     spread_out(policy)
     assert gaps(policy, engine.complete(PROMPTS, Sampling(12), KEYS)).max() > 0.1  # nobody has said so yet

@@ -95,7 +95,7 @@ def test_an_episode_over_the_wire(server):
     again.close()
 
 
-def test_sessions_are_apart_and_play_again(server):
+def test_sessions_are_separate_and_can_be_replayed(server):
     """Four episodes side by side in threads; each is replayed over a session of its own."""
     tokenizer = build_tokenizer("char", ["ab 0123456789 tomreless"])
     task = build_task(CustomTask(environment=f"openenv:{server}", max_turns=3, workers=4, max_failed=1), tokenizer)

@@ -45,7 +45,7 @@ def ten_games():
     raise AssertionError(f"{len(drawn)} games")
 
 
-def test_ten_games_play_and_play_again():
+def test_ten_games_play_and_replay():
     tokenizer = build_tokenizer("char", ["a"])
     games, players = ten_games(), set()
     for name, made in games:
@@ -88,7 +88,7 @@ def test_an_invalid_move_loses():
     assert info["metrics"] == {"invalid": 0.5}
 
 
-def test_the_whole_view_is_their_own():
+def test_the_whole_view_is_textarenas():
     game = make("TicTacToe-v0", view="whole")
     game.reset(seed=1)
     game.observe(0)

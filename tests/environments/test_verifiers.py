@@ -82,7 +82,7 @@ def test_a_system_message_makes_a_dialogue(install):
     assert environment.step("4")[1] == 2.0
 
 
-def test_an_episode_plays_again(install):
+def test_an_episode_can_be_replayed(install):
     tokenizer = build_tokenizer("char", ["0123456789+"])
     task = build_task(CustomTask(environment=install("adding_three"), size=3), tokenizer)
     (played,) = Sampler(task, Batches(build_tokenizer("char", ["ab"])), lambda tokens: "4").play(

@@ -228,7 +228,7 @@ def test_code_that_hangs_or_exits_fails():
     assert rewards_of("humaneval", ["    pass\nimport os\nos._exit(0)\n"]) == {"passes": [0]}
 
 
-def test_code_runs_only_with_leave(long_model):
+def test_code_runs_only_with_permission(long_model):
     name = f"data={file_of('humaneval')}"
     with pytest.raises(RecipeError, match="runs code that the policy writes.*--run-code"):
         lmrl.evaluate(long_model, "humaneval", [name])
@@ -337,12 +337,12 @@ def test_row_of_another_schema_names_its_place():
         rows_of("math_500", "task.prompts.fields={}", data="gsm8k")
 
 
-def test_template_that_is_none_is_refused():
+def test_invalid_template_is_refused():
     with pytest.raises(RecipeError, match="task.prompts.where: 'subject ==' cannot be read"):
         rows_of("mmlu", "task.prompts.where='subject =='")
 
 
-def test_rows_are_text_and_no_templates(tmp_path):
+def test_rows_are_not_templates(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "{{ 7 * 7 }}{% raw %}", "answer": "#### 1"}) + "\n")
     suite = load_suite("gsm8k", [f"data={tmp_path / 'rows.jsonl'}", "shots=0"])
     assert prompt_rows(suite.task.prompts)[0]["prompt"] == "Question: {{ 7 * 7 }}{% raw %}\nAnswer:"

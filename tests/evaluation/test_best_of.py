@@ -52,14 +52,14 @@ def test_majority_by_hand():
     assert majority_at(1, ["a", "a", "b"], [1, 1, 0]) == pytest.approx(2 / 3)
 
 
-def test_majority_of_many_is_drawn_alike():
+def test_majority_of_many_is_reproducible():
     answers = [str(number % 3) for number in range(40)]
     values = [float(answer == "0") for answer in answers]
     assert majority_at(20, answers, values) == majority_at(20, answers, values)
     assert 0.3 < majority_at(20, answers, values) < 0.7
 
 
-def test_answers_that_are_voted_for():
+def test_answers_that_completions_vote_for():
     assert answer_of("First 3, then\n#### 42 ") == "42" and answer_of(r"so \boxed{ x + 1 }.") == "x + 1"
     assert answer_of("  The Sun. ") == "the sun"
 

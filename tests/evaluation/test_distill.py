@@ -125,7 +125,7 @@ def test_a_microbatch_stays_under_the_limit(separate_run):
 
 
 # ---------------------------------------------------------------------------------------------------------------- students
-def test_a_student_becomes_its_teacher(separate_run, short):
+def test_a_student_matches_its_teacher(separate_run, short):
     """On episodes of its own that it did not learn from."""
     work = distillation(separate_run)
     plain = work.divergence(to_batch(work.play(work.student, -1)))
@@ -143,7 +143,7 @@ def test_heads_of_other_kinds(guided_run, short):
     assert plain > 0.1 and work.divergence(played) < 0.6 * plain
 
 
-def test_it_stops_where_it_is_close_and_good(separate_run, short, monkeypatch):
+def test_it_stops_once_close_and_good(separate_run, short, monkeypatch):
     asked, said = [], []
     monkeypatch.setattr(distill, "CLOSE", 1e9)
     work = distillation(separate_run)

@@ -157,7 +157,7 @@ def test_drawn_start_states_are_new_ones(tmp_path):
     assert report.metrics["return"]["holds_for"] == "new start states" and report.metrics["return"]["clusters"] == 100
 
 
-def test_limits_that_are_no_pairs_are_refused():
+def test_limits_must_be_pairs():
     class Wrong(lmrl.TextEnvironment):
         metric_limits = {"return": 1}
 
@@ -209,7 +209,7 @@ def test_an_evaluation_in_parts_is_the_same(ilql_run):
     ]
 
 
-def test_episodes_that_choose_are_others(ilql_run):
+def test_selection_uses_other_episodes(ilql_run):
     evaluator = evaluator_for(ilql_run, overrides=["samples=4"])
     chosen, again = evaluator(choosing=True), evaluator(choosing=True)
     assert chosen[0] == again[0] and chosen[0] != evaluator()[0]

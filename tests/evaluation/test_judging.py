@@ -68,7 +68,7 @@ def test_wins_and_losses_by_hand(judges):
     assert found.position == 0.5
 
 
-def test_a_judge_that_looks_at_the_place_alone_ties(judges):
+def test_a_judge_that_only_sees_position_ties(judges):
     found = judge_pair(judges("lazy"), B, A)
     assert (found.wins, found.ties, found.losses, found.win_rate, found.p) == (0, 4, 0, 0.5, 1.0)
     assert found.position == 1.0 and found.position_ci95[0] > 0.1  # three pairs

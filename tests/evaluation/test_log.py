@@ -74,7 +74,7 @@ def test_a_log_changes_no_score(logged, tiny_folder, prompts_suite):
     ("left", "torn"),
     [(0, b""), (1, b""), (4, b""), (5, b""), (17, b""), (18, b""), (3, b'{"group": 2, "epis'), (18, b"\xff\n")],
 )
-def test_stopped_log_goes_on(logged, tiny_folder, prompts_suite, tmp_path, left, torn, monkeypatch):
+def test_stopped_log_resumes(logged, tiny_folder, prompts_suite, tmp_path, left, torn, monkeypatch):
     """Stopped after some lines, and within one: the same command ends with the same bytes, and plays no more than it
     has to."""
     folder, _ = logged
@@ -109,7 +109,7 @@ def test_another_evaluation_is_refused(logged, tiny_folder, prompts_suite, tmp_p
         lmrl.evaluate(tmp_path / "other", prompts_suite, log=folder)
 
 
-def test_version_follows_content_and_not_place(prompts_suite, tmp_path):
+def test_version_depends_on_content_not_path(prompts_suite, tmp_path):
     shutil.copytree(prompts_suite.parent, tmp_path / "moved")
     moved, version = tmp_path / "moved" / "suite.yaml", suite_version(load_suite(prompts_suite))
     assert suite_version(load_suite(moved)) == version
@@ -215,7 +215,7 @@ def slow_suite(prompts_suite):
     return folder / "slow.yaml"
 
 
-def test_killed_evaluation_goes_on(tiny_folder, slow_suite, tmp_path):
+def test_killed_evaluation_resumes(tiny_folder, slow_suite, tmp_path):
     """SIGKILL as soon as some parts are on disk, twice; then the same command comes to its end."""
 
     def command(name):

@@ -123,7 +123,7 @@ def test_claims_hold_by_the_interval():
         found.require([read_claim("B - A < 4")])
 
 
-def test_claims_on_what_there_is_not():
+def test_claims_on_unknown_names():
     with pytest.raises(RecipeError, match="'D - A > 0' names D, but the policies are A, B"):
         compared(played("old", 5, 5), played("new", 6, 7), claims=[read_claim("D - A > 0")])
     with pytest.raises(RecipeError, match="no metric 'wrods' that all policies have; did you mean 'words'"):
@@ -138,7 +138,7 @@ def test_samples_that_changed_most():
     assert found.changes[0].completions == {"A": "old 2", "B": "new 9"}
 
 
-def test_other_prompts_make_no_pairs():
+def test_other_prompts_cannot_be_paired():
     one, other = played("old", 1, 2), played("new", 1, 2)
     other.trajectories[1].prompt = "another"
     with pytest.raises(RunError, match="old and new have not played the same prompts: number 1 is 'prompt 1' for one"):

@@ -40,7 +40,7 @@ FILES = [
 
 
 @pytest.mark.parametrize(("text", "message"), FILES, ids=range(len(FILES)))
-def test_files_that_are_no_recipes(lmrl, tmp_path, text, message):
+def test_files_that_are_not_recipes(lmrl, tmp_path, text, message):
     (tmp_path / "mine.yaml").write_text(text)
     check_line(lmrl("show", "mine.yaml"), message)
 
@@ -76,7 +76,7 @@ OVERRIDES = [
 
 
 @pytest.mark.parametrize(("override", "message"), OVERRIDES, ids=[one[:40] for one, _ in OVERRIDES])
-def test_values_that_make_no_sense(lmrl, tmp_path, override, message):
+def test_invalid_values(lmrl, tmp_path, override, message):
     (tmp_path / "mine.yaml").write_text(RECIPE)
     check_line(lmrl("show", "mine.yaml", override), message)
 
@@ -129,7 +129,7 @@ PROMPTS = [
 
 
 @pytest.mark.parametrize(("row", "message"), PROMPTS, ids=[str(row)[:40] for row, _ in PROMPTS])
-def test_prompts_that_are_none(tmp_path, row, message):
+def test_invalid_prompts(tmp_path, row, message):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n' + (row if isinstance(row, str) else json.dumps(row)) + "\n")
     section = PromptTask(prompts=Prompts(path=str(path)))
@@ -148,7 +148,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("row", "message"), ROWS, ids=[str(row)[:60] for row, _ in ROWS])
-def test_logged_rows_that_are_none(tmp_path, row, message):
+def test_invalid_logged_rows(tmp_path, row, message):
     path = tmp_path / "log.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n' + json.dumps(row) + "\n")
     check_data(lambda: DatasetFile(str(path), Renderer(build_tokenizer("char", ["abc"]))), path, message)
@@ -162,7 +162,7 @@ def check_data(read, path, message):
     assert "line 2" in text or "row 2" in text
 
 
-def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path):
+def test_a_byte_order_mark_is_skipped(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n{"prompt": "b"}\n')
     task = build_task(PromptTask(prompts=Prompts(path=str(path))), build_tokenizer("char", ["abc"]))

@@ -226,7 +226,7 @@ def test_a_refused_run_leaves_its_folder_free(lmrl, place):
     check_line(lmrl("train", "mine.yaml", "-o", "deep/out", "task.rewards.0.function=other.py:good"), message)
 
 
-def test_a_byte_order_mark_is_no_part_of_any_row(lmrl, place):
+def test_a_byte_order_mark_is_skipped_in_any_file(lmrl, place):
     starts(place)
     mark = b"\xef\xbb\xbf"
     (place / "prompts.jsonl").write_bytes(mark + (place / "prompts.jsonl").read_bytes())

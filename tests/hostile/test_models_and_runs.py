@@ -337,7 +337,7 @@ def test_broken_runs(lmrl, place, prepares, command, message):
     check_refused(lmrl, place, prepares, command, message)
 
 
-def test_a_folder_beside_the_checkpoints_is_none(lmrl, place):
+def test_other_folders_are_not_checkpoints(lmrl, place):
     copied("run")(place)
     removed(FINAL)(place)
     copy_of(f"{KEPT}/step-000002", f"{KEPT}/step-old")(place)

@@ -79,7 +79,7 @@ def episode(action, reward, group=0, sampled=-1.0):
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo", "dr_grpo", "rloo", "reinforce_pp"])
-def test_weights_multiply_the_policy_loss_alone(tiny_policy, name):
+def test_weights_multiply_only_the_policy_loss(tiny_policy, name):
     """The loss differs from the uncorrected one by (weight - 1) times each token's own term: value loss and the rest stay."""
     episodes = [episode([4, 5], 1.0), episode([6], 0.0, sampled=-4.0), episode([7, 8, 9], 0.5)]
     more = (

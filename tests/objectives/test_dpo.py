@@ -265,7 +265,7 @@ def test_a_cached_reference_changes_nothing(tmp_path, monkeypatch):
     assert len(file.read_text().splitlines()) == len(before.splitlines()) + 1
 
 
-def test_a_lost_cache_is_said(tmp_path, monkeypatch):
+def test_a_lost_cache_is_reported(tmp_path, monkeypatch):
     import shutil
 
     from lmrl.errors import RunError

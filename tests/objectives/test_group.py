@@ -150,7 +150,7 @@ def test_cut_episodes_can_be_masked(tiny_policy, episodes):
     assert penalised.get("advantages")[:3].tolist() == [1.0, 1.0, -1.5]  # rewards 1, -1.5, .5 with mean 0
 
 
-def test_rloo_takes_a_turn_for_one_action(tiny_policy, episodes):
+def test_rloo_treats_a_turn_as_one_action(tiny_policy, episodes):
     method = objective("rloo", minibatches=2, scale_rewards="none", dual_clip=None)
     batch = method.prepare(tiny_policy, episodes[:3])
     old = batch.get("old_logprobs")
@@ -288,7 +288,7 @@ def test_mismatch_with_the_sampler_is_reported(tiny_policy, episodes):
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "reinforce_pp"])
-def test_what_was_rewarded_becomes_likelier(tiny_policy, episodes, name):
+def test_rewarded_actions_become_more_likely(tiny_policy, episodes, name):
     from lmrl.recipe import Optimizer
 
     episodes = episodes[:3]

@@ -100,7 +100,7 @@ def test_categories_replace_squares():
     assert torch.allclose(hl_gauss(target, low, high, 51).sum(-1), torch.ones(3))
 
 
-def test_returns_that_followed_are_what_mc_learns():
+def test_mc_learns_observed_returns():
     options = MCObjective(name="mc", gamma=0.5, gamma_token=0.8, cql_coef=0.0, bc_coef=0.0)
     objective, policy = build(options)
     loss, outputs, _ = compute(objective, policy, [episode()])

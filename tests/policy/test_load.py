@@ -243,7 +243,7 @@ def test_an_adapter_without_all_its_weights_is_refused(tmp_path, tiny_folder):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_model_with_weights_that_are_no_numbers_is_refused(tmp_path, tiny_folder, value):
+def test_non_finite_weights_are_refused(tmp_path, tiny_folder, value):
     def spoil(tensors):
         tensors["model.norm.weight"][3] = value
 

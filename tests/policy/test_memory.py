@@ -30,7 +30,7 @@ def test_no_size_is_left(tiny_policy):
     assert caught.value.exit_code == 1 and "\n" not in str(caught.value) and tiny_policy.training == was
 
 
-def test_in_lockstep_nobody_begins_again(tiny_policy):
+def test_in_lockstep_no_rank_retries(tiny_policy):
     tiny_policy.synchronized = True
     with limit_memory(tiny_policy, 20), pytest.raises(MemoryShortError, match="lower training.microbatch_tokens=4096"):
         tiny_policy.score(batch(9))
@@ -62,7 +62,7 @@ def test_other_errors_are_left_alone(tiny_policy):
         (ValueError("out of memory"), False),
     ],
 )
-def test_what_counts_as_running_out(error, expected):
+def test_errors_that_count_as_out_of_memory(error, expected):
     assert is_out_of_memory(error) is expected
 
 

@@ -34,7 +34,7 @@ def model_of(kind: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"])
-def test_layers_hand_on_bfloat16_and_stay_near_float32(kind):
+def test_layers_output_bfloat16_and_stay_near_float32(kind):
     plain, taken = model_of(kind), model_of(kind)
     take_mixed_precision(taken)
     tokens = torch.arange(2, 12)[None]
@@ -75,7 +75,7 @@ def test_a_copy_has_weights_of_its_own():
     torch.testing.assert_close(two, torch.full((1, 16), 2.0), rtol=1e-2, atol=0)
 
 
-def test_taken_twice_is_taken_once():
+def test_applying_it_twice_changes_nothing():
     model = model_of("llama")
     take_mixed_precision(model)
     kind, hooks = type(model.model.norm), len(model.model.embed_tokens._forward_hooks)
@@ -83,7 +83,7 @@ def test_taken_twice_is_taken_once():
     assert type(model.model.norm) is kind and len(model.model.embed_tokens._forward_hooks) == hooks == 1
 
 
-def test_what_is_called_a_norm_and_is_none_is_left_alone():
+def test_modules_that_only_look_like_norms_are_left_alone():
     class OddRMSNorm(torch.nn.Module):
         def __init__(self):
             super().__init__()

@@ -114,7 +114,7 @@ def test_a_packed_row_is_laid_out_by_hand():
     assert len(Batch([one, other]).microbatches(4, pad_id=0, packed=True)) == 2
 
 
-def test_models_that_cannot_are_found():
+def test_unsupported_models_are_found():
     assert not policy_of("mamba").packs  # a state that runs from one sequence into the next
     assert not policy_of("llama", "eager").packs
     assert not policy_of("llama", "auto").packs  # on a CPU, where it is not faster

@@ -54,7 +54,7 @@ def test_stated_rates_stay():
     assert rates("ppo", head_lr=5e-3) == (5e-4, 5e-3)
 
 
-def test_policy_gradients_forget_their_squares_sooner():
+def test_policy_gradients_have_a_lower_beta2():
     def chosen(objective, **stated):
         logged = {"source": DatasetSource(name="dataset", player="random")}
         found = with_rates(recipe(objective, SCRATCH, **stated).model_copy(update=logged), 60_000, 64)
@@ -73,7 +73,7 @@ def test_q_values_are_not_held_to_the_usual_gradients():
     assert norm("mc", max_grad_norm=1) == 1 and norm("ppo", max_grad_norm=None) is None
 
 
-def test_the_reason_is_told():
+def test_the_reason_is_stated():
     assert default_rates(recipe("ppo", PRETRAINED), int(7e9), 4096).reason == (
         "policy gradients, all weights of a pretrained model of 7,000M parameters"
     )

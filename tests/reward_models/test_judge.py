@@ -84,7 +84,7 @@ def test_pairs_are_judged_in_both_orders():
         assert isinstance(found, Failure)
 
 
-def test_a_judge_without_its_key_is_said(monkeypatch):
+def test_a_judge_without_its_key_is_reported(monkeypatch):
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     options = {"model": "m", "token_env": "JUDGE_KEY"}
     with pytest.raises(LmrlError, match="JUDGE_KEY is not set"):

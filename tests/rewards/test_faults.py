@@ -175,7 +175,7 @@ def test_one_bad_row_costs_one_row(load, name, cause):
 
 
 @pytest.mark.parametrize("name", ["slow", "prints_megabytes", "closes_its_output", "starts_threads"])
-def test_what_is_merely_ugly_counts(load, name):
+def test_odd_but_valid_values_count(load, name):
     function = load(name, timeout=10)
     assert run(function).values == GOOD
     assert run(function).values == GOOD
@@ -192,7 +192,7 @@ def test_what_is_merely_ugly_counts(load, name):
         ("a_generator", "expected a list"),
     ],
 )
-def test_a_mistake_in_the_function_is_said(load, name, words):
+def test_a_mistake_in_the_function_is_reported(load, name, words):
     with pytest.raises(RewardError, match=words):
         run(load(name))
 
@@ -222,7 +222,7 @@ def test_children_of_a_killed_worker_are_killed(load, tmp_path):
     until(lambda: not alive(child))
 
 
-def test_a_temporary_failure_is_tried_again(load):
+def test_a_temporary_failure_is_retried(load):
     for workers in (1, 0):
         function = load("passes", workers=workers, timeout=5 if workers else None)
         assert run(function).values == GOOD
@@ -259,7 +259,7 @@ def test_workers_share_a_batch(load):
     assert run(function, ["a" * n for n in range(1, 8)]).values == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
 
 
-def test_a_function_that_cannot_be_loaded_is_said_at_once(load, tmp_path):
+def test_a_function_that_cannot_be_loaded_is_reported_at_once(load, tmp_path):
     with pytest.raises(PluginError, match=r"task.rewards.0.function: '.*bad.py' defines no 'missing'"):
         load("missing")
     (tmp_path / "dies.py").write_text("import os; os._exit(7)")
@@ -267,7 +267,7 @@ def test_a_function_that_cannot_be_loaded_is_said_at_once(load, tmp_path):
         load_rewards([Reward(function=f"{tmp_path / 'dies.py'}:f", workers=1)])
 
 
-def test_columns_that_are_no_json_are_said(load):
+def test_columns_that_are_not_json_are_reported(load):
     with pytest.raises(RewardError, match="cannot be sent to a worker process"):
         run(load("slow"), ["a"], things=[object()])
 

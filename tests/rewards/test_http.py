@@ -75,14 +75,14 @@ def test_health(served):
         (b'{"prompts": ["a"], "completions": ["b"], "columns": {"x": 3}}', "answered 400"),
     ],
 )
-def test_requests_that_are_none(served, payload, words, monkeypatch):
+def test_invalid_requests(served, payload, words, monkeypatch):
     client = http.Client(served)
     monkeypatch.setattr(http.json, "dumps", lambda *_: payload.decode())
     with pytest.raises(RewardError, match=words):
         client.post({})
 
 
-def test_a_token_is_asked_for(monkeypatch):
+def test_a_token_is_required(monkeypatch):
     function = RewardFunction("lengths", "here:lengths", 1.0, lambda **columns: lengths(**columns))
     with running(RewardServer(function, port=0, token="secret")) as url:
         with pytest.raises(RewardError, match="answered 401"):
@@ -113,7 +113,7 @@ def test_a_request_that_is_too_large():
         assert found is None or found.values == [None]  # the connection may be gone before the answer is read
 
 
-def test_a_mistake_in_the_served_function_is_said():
+def test_a_mistake_in_the_served_function_is_reported():
     function = RewardFunction("short", "here:short", 1.0, lambda **_: [])
     with running(RewardServer(function, port=0)) as url:
         with pytest.raises(RewardError, match="answered 422 .*returned 0 values for 1 rows"):
@@ -224,7 +224,7 @@ def test_the_proxy_of_the_environment_is_used(monkeypatch):
         ((200, b" " * 3000 + b'{"scores": [1]}', {}), "more than"),
     ],
 )
-def test_what_is_no_scorer_is_said(answer, words):
+def test_an_address_without_a_scorer_is_reported(answer, words):
     with answering(answer) as (url, _):
         with pytest.raises(RewardError, match=words):
             ask(remote(url, options={"max_mb": 0.002}), ["a"])

@@ -60,6 +60,6 @@ def test_components_stay_as_they_were_scored():
         ({"function": "a.b", "clip": (1, 1)}, "LOW < HIGH"),
     ],
 )
-def test_settings_that_make_no_sense(settings, message):
+def test_invalid_settings(settings, message):
     with pytest.raises(ValidationError, match=message):
         Reward(**settings)

@@ -84,7 +84,7 @@ def test_a_wrong_list_fails_the_episode(tiny_policy, listed, failure):
     assert all(failure in one.failure and one.reward is None for one in played)
 
 
-def test_actions_without_an_end_may_not_begin_alike(tiny_policy):
+def test_actions_without_an_end_may_not_be_prefixes(tiny_policy):
     class NoEnd(Renderer):
         def action(self, text):
             return self.plain(text)

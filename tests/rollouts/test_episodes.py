@@ -108,7 +108,7 @@ def test_waiting_for_a_thread_is_not_counted():
     assert run(two()) == [1, 1, 1]
 
 
-def test_a_thread_that_was_left_behind_ends_with_its_call():
+def test_an_abandoned_thread_ends_with_its_call():
     threads, gate, seen = StepThreads(1), threading.Event(), []
     with pytest.raises(CallTimedOut, match="timed out after 0.1 s"):
         run(threads.run(lambda: seen.append(threading.current_thread()) or gate.wait(), 0.1))

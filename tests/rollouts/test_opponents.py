@@ -132,7 +132,7 @@ def test_allowed_actions_hold_for_each_side(nim_model):
         build_task(CustomTask(environment=f"{echo.__file__}:Echo", allowed_actions=True), policy.tokenizer)
 
 
-def test_scores_are_against_another(nim_model):
+def test_scores_are_against_another_player(nim_model):
     assert against_other(nim()).opponent.player == "random"
     assert against_other(nim(opponent="self", opponent_in_evaluation="optimal")).opponent.player == "optimal"
     assert against_other(nim(opponent="optimal")).opponent.player == "optimal"

@@ -88,7 +88,7 @@ def test_history_of_two_turns_keeps_the_last_exchange(tokenizer):
     assert [len(segment.actions) for segment in episode.segments] == [3, 3, 3]  # earlier actions are context now
 
 
-def test_a_bos_token_opens_a_segment_and_stands_nowhere_else(tokenizer):
+def test_a_bos_token_only_opens_a_segment(tokenizer):
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<unk> $A", special_tokens=[("<unk>", 2)])

@@ -96,7 +96,7 @@ def weights(folder):
 
 
 # ------------------------------------------------------------------------------------------------------------- staleness
-def test_a_step_learns_from_what_the_weights_before_its_own_have_played(tmp_path, monkeypatch):
+def test_a_step_trains_on_episodes_of_the_previous_weights(tmp_path, monkeypatch):
     seen, learn = [], Stage._learn
 
     def look(self, step, source_batch):
@@ -135,7 +135,7 @@ def updated(monkeypatch):
     return event
 
 
-def test_beside_the_training_is_the_same_as_before_it(tmp_path, remote_engine, updated, monkeypatch):
+def test_sampling_during_training_equals_sampling_before_it(tmp_path, remote_engine, updated, monkeypatch):
     """Steps 3 and 4 are sampled only once the step before has made an update; weights and metrics are those of `hf`."""
     overlapped = []
 
@@ -192,7 +192,7 @@ def test_servers_sample_beside_the_training_with_weights_one_step_old(tmp_path, 
     ],
     ids=["ppo", "resampled groups"],
 )
-def test_a_run_goes_on_with_what_was_played_ahead(tmp_path, monkeypatch, changes):
+def test_a_resumed_run_uses_the_episodes_played_ahead(tmp_path, monkeypatch, changes):
     recipe = recipe_of(tmp_path, **changes)
     train(recipe, output=tmp_path / "whole")
     step = Stage._step
@@ -232,7 +232,7 @@ def test_killed_while_playing_several_turns(tmp_path):
     assert_same_run(whole, torn)
 
 
-def test_what_other_weights_have_played_is_dropped_where_a_gate_puts_weights_back(tmp_path, monkeypatch):
+def test_a_gate_rollback_drops_pending_episodes(tmp_path, monkeypatch):
     changes = ["source={name: rollouts}", "objective={name: ppo}", "rollouts.prompts=3", "rollouts.ahead=1"]
     changes += ["evaluation.gate={drop: 5, every: 2, max_rollbacks: 9}", "evaluation.episodes=2", "training.steps=4"]
     small = [change for change in TINY_WALKS if not change.startswith("source.")]
@@ -242,7 +242,7 @@ def test_what_other_weights_have_played_is_dropped_where_a_gate_puts_weights_bac
 
 
 # ------------------------------------------------------------------------------------- what goes wrong beside the training
-def test_an_error_beside_the_training_stops_the_run(tmp_path, remote_engine):
+def test_an_error_in_the_sampling_thread_stops_the_run(tmp_path, remote_engine):
     """It is the error of the step whose episodes were played; the step under way is finished and kept."""
 
     def fail(engine, step):
@@ -259,7 +259,7 @@ def test_an_error_beside_the_training_stops_the_run(tmp_path, remote_engine):
     assert [line["staleness"] for line in trained(tmp_path / "run")] == [0, 1, 0, 1]
 
 
-def test_an_interrupt_breaks_off_what_is_played(tmp_path, remote_engine, monkeypatch):
+def test_an_interrupt_cancels_the_rollout(tmp_path, remote_engine, monkeypatch):
     played = []
 
     def hang(engine, step):
@@ -325,7 +325,7 @@ class Fresh:
         return SourceBatch([episode], [episode])
 
 
-def test_what_was_played_before_the_weights_were_put_back_is_forgotten(tiny_policy):
+def test_a_rollback_forgets_earlier_episodes(tiny_policy):
     engine = HFEngine(tiny_policy)
     source = AsyncRollouts(Fresh(engine, tiny_policy.tokenizer), 9)
     source.next(1)
@@ -339,7 +339,7 @@ def test_what_was_played_before_the_weights_were_put_back_is_forgotten(tiny_poli
     assert source.fresh.steps == [1, 2, 2, 3]
 
 
-def test_what_a_step_has_played_itself_is_kept_where_playing_ahead_is_interrupted(tiny_policy):
+def test_own_episodes_survive_an_interrupt_of_the_next_ones(tiny_policy):
     """A resumed run must not judge it a second time."""
     source = AsyncRollouts(Fresh(HFEngine(tiny_policy), tiny_policy.tokenizer), 9)
     play = source.fresh.next
@@ -359,7 +359,7 @@ def test_what_a_step_has_played_itself_is_kept_where_playing_ahead_is_interrupte
     assert source.fresh.steps == [4, 5]
 
 
-def test_weights_are_not_taken_over_while_sampling(tiny_policy):
+def test_weights_are_not_synced_while_sampling(tiny_policy):
     engine = HFEngine(tiny_policy)
     checked = []
     with engine.pinned_weights(lambda: checked.append(True)):

@@ -199,7 +199,7 @@ def test_a_held_out_dialogue_is_found_inside_a_longer_one(tmp_path, tiny_folder)
     assert [episode.turns[0].action for episode in file.heldout()] == ["b"] and len(file) == 1
 
 
-def test_a_holdout_that_matches_no_row_is_said(tmp_path, tokenizer):
+def test_a_holdout_that_matches_no_row_is_reported(tmp_path, tokenizer):
     path = lines(tmp_path / "data.jsonl", [{"prompt": "c", "completion": "d"}])
     prompts = [{"prompt": "a"}, {"prompt": "b"}]
     task = Task(lambda: PromptEnvironment(prompts, "prompt"), Renderer(tokenizer), [1], [0], judged_by="reward")
@@ -208,7 +208,7 @@ def test_a_holdout_that_matches_no_row_is_said(tmp_path, tokenizer):
     ]
 
 
-def test_prompts_that_are_trained_on_and_scored_are_said(tmp_path, tokenizer):
+def test_prompts_that_are_trained_on_and_scored_are_reported(tmp_path, tokenizer):
     path = lines(tmp_path / "prompts.jsonl", [{"prompt": letter} for letter in "abcdefghij"])
     scored = lines(tmp_path / "scored.jsonl", [{"prompt": "a"}, {"prompt": "z"}])
     suite = Suite(task=PromptTask(prompts=Prompts(path=scored, holdout=0)))
@@ -256,7 +256,7 @@ def test_pairs_of_the_same_prompt_stay_apart(tmp_path, walks):
     assert sorted(len(unit) for unit in source.units) == [2, 2]
 
 
-def test_nothing_to_compare_is_said(tmp_path, walks):
+def test_nothing_to_compare_is_reported(tmp_path, walks):
     path = lines(tmp_path / "data.jsonl", rewarded(("a", "x", 1), ("b", "x", 0)))
     with pytest.raises(DataError, match="no two episodes of a prompt have different rewards"):
         build_dataset(dataset(path=path), walks, 0, "main", compares=True)

@@ -121,7 +121,7 @@ def breaks(monkeypatch):
 
 
 @pytest.mark.parametrize("final", ["auto", "best", "last"])
-def test_which_policy_a_broken_run_leaves(tmp_path, breaks, final):
+def test_which_policy_a_broken_run_keeps(tmp_path, breaks, final):
     result, said = run_of([*BREAKING, f"training.final={final}"], tmp_path / "run")
     folder = tmp_path / "run/stages/main"
     state = state_of(tmp_path / "run")
@@ -137,7 +137,7 @@ def test_which_policy_a_broken_run_leaves(tmp_path, breaks, final):
     assert f"stage main leaves the {which} one (training.final={final}): step 50 return" in said
 
 
-def test_what_is_reported_did_not_choose(tmp_path, breaks):
+def test_reported_scores_did_not_select(tmp_path, breaks):
     """The closing table's episodes are those of `lmrl eval`, and not those of the evaluations on the way."""
     result, _ = run_of([*BREAKING, "evaluation.suite=random_walks"], tmp_path / "run")
     lines = metrics(tmp_path / "run")
@@ -151,7 +151,7 @@ def test_what_is_reported_did_not_choose(tmp_path, breaks):
     assert [(line["step"], line["policy"], line["kept"]) for line in finals] == [(57, 57, False), (57, 50, True)]
 
 
-def test_no_certain_gain_leaves_the_last(tmp_path):
+def test_without_a_certain_gain_the_last_is_kept(tmp_path):
     changes = [*BREAKING, "training.steps=12", "evaluation.every=4", "optimizer.lr=1e-7"]
     run_of(changes, tmp_path / "run")
     assert state_of(tmp_path / "run")["kept"] == 12
@@ -161,7 +161,7 @@ def test_no_certain_gain_leaves_the_last(tmp_path):
 
 
 @pytest.mark.parametrize("gone", [("final",), ("final", "checkpoints/step-000057")])
-def test_the_choice_is_made_alike_on_resume(tmp_path, breaks, gone):
+def test_the_choice_is_the_same_on_resume(tmp_path, breaks, gone):
     """Without `final/`, from the last checkpoint or from the best."""
     run_of([*BREAKING, "training.keep_checkpoints=9"], tmp_path / "whole")
     assert state_of(tmp_path / "whole")["kept"] == 50
@@ -226,7 +226,7 @@ def test_the_last_lines_are_commands_that_fit(tmp_path, monkeypatch, recipe, cha
 
 
 # -------------------------------------------------------------------------------------------------------- runs of before
-def test_a_run_of_before_goes_on_as_it_began(tmp_path):
+def test_an_older_run_continues_unchanged(tmp_path):
     recipe = load_recipe("random_walks/bc", ONLINE)
     Run.create(tmp_path / "run", recipe)
     data = read_yaml(tmp_path / "run/recipe.yaml").data

@@ -57,7 +57,7 @@ def test_more_steps_are_those_of_a_longer_run(tmp_path, tiny_folder, every):
     assert files_of(tmp_path / "short") == files_of(tmp_path / "long")
 
 
-def test_a_schedule_over_all_steps_is_said(tmp_path, capsys):
+def test_a_schedule_over_all_steps_is_reported(tmp_path, capsys):
     recipe = written(tmp_path, BC)
     train(load_recipe(recipe), output=tmp_path / "run")
     resume_run(tmp_path / "run", load_recipe(recipe, ["training.steps=4"]))
@@ -80,7 +80,7 @@ def test_a_mixture_whose_share_changes_is_refused(tmp_path):
     assert files_of(tmp_path / "run") == before and read_recipe(tmp_path / "run").training.steps == 2
 
 
-def test_a_stage_that_others_began_from_keeps_its_steps(tmp_path):
+def test_a_stage_that_others_started_from_keeps_its_steps(tmp_path):
     recipe = written(tmp_path, BC)
     stages = ["stages={first: {optimizer: {lr: 0.01}}}", "training.checkpoint_every=0"]
     train(load_recipe(recipe, stages), output=tmp_path / "run")

@@ -109,7 +109,7 @@ def test_a_listener_goes_on_from_a_checkpoint(tmp_path, halving):
     assert state_of(tmp_path / "whole", "final") == state_of(tmp_path / "torn", "final")
 
 
-def test_checkpoints_from_before_there_were_listeners(tmp_path):
+def test_checkpoints_without_listeners(tmp_path):
     train(load_recipe("random_walks/bc", [*QUICK, "stages.warm={training: {steps: 1}}"]), output=tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "old")
     for gone in ("final", "checkpoints/step-000004", "checkpoints/step-000006"):

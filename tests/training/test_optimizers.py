@@ -103,7 +103,7 @@ def test_it_is_not_there(tiny_policy, monkeypatch):
         Updater(tiny_policy, EIGHT, 10)
 
 
-def test_it_cannot_be_shared_out(tiny_policy):
+def test_sharding_is_refused(tiny_policy):
     class Shared(Strategy):
         name, synchronized = "fsdp", True
 

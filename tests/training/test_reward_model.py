@@ -271,7 +271,7 @@ def test_running_statistics_survive_a_stop(tmp_path, tiny_folder, monkeypatch):
         (["task=null"], "missing key 'task': what the policy plays"),
     ],
 )
-def test_what_does_not_go_together_is_refused(tmp_path, tiny_folder, changes, message):
+def test_invalid_combinations_are_refused(tmp_path, tiny_folder, changes, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(stages_recipe(tmp_path, tiny_folder), changes)
 

@@ -16,7 +16,7 @@ from lmrl.policy.merged import merged_weights
 from tests.engines.vllm_server.conftest import EOS, complete, generate
 
 
-def test_prompts_are_shared_out_and_every_one_is_asked_once(fakes, engine_of, tiny_policy):
+def test_prompts_are_divided_and_each_is_sent_once(fakes, engine_of, tiny_policy):
     servers = fakes(2)
     for server in servers:
         server.delay = 0.01

@@ -83,7 +83,7 @@ def test_completions_of_other_weights_are_thrown_away(fakes, engine_of):
 
 
 @pytest.mark.parametrize("others", [0, 1])
-def test_weights_that_were_broadcast_and_are_gone_are_not_replaced_by_later_ones(fakes, engine_of, others):
+def test_lost_broadcast_weights_are_not_replaced_by_later_ones(fakes, engine_of, others):
     """While the policy is trained beside the sampling; the other servers go on."""
     servers = fakes(1 + others)
     engine = engine_of(servers)
@@ -102,7 +102,7 @@ def test_weights_that_were_broadcast_and_are_gone_are_not_replaced_by_later_ones
     assert complete(generate(engine)) and len(servers[0].loaded) == 2
 
 
-def test_a_server_says_that_it_has_weights_only_when_nothing_of_the_old_ones_is_left(fakes, engine_of):
+def test_new_weights_are_named_only_after_the_old_cache_is_dropped(fakes, engine_of):
     (server,) = fakes()
     server.resets = iter([False])  # its prefix cache still holds what the old weights computed
     engine = engine_of([server])
@@ -113,7 +113,7 @@ def test_a_server_says_that_it_has_weights_only_when_nothing_of_the_old_ones_is_
     assert sum(path.startswith("/reset_prefix_cache") for path in named[0]) == 2
 
 
-def test_completions_that_do_not_say_where_they_come_from_are_not_taken(fakes, engine_of, monkeypatch):
+def test_completions_without_a_version_are_rejected(fakes, engine_of, monkeypatch):
     (server,) = fakes()
     own = server.generate
 
@@ -127,7 +127,7 @@ def test_completions_that_do_not_say_where_they_come_from_are_not_taken(fakes, e
         generate(engine_of([server]), 1)
 
 
-def test_a_server_that_is_out_of_service_is_looked_at_five_times_a_second(fakes, engine_of, monkeypatch):
+def test_a_server_out_of_service_is_checked_five_times_a_second(fakes, engine_of, monkeypatch):
     (server,) = fakes()
     engine = engine_of([server], start_timeout=60)
     generate(engine, 1)
@@ -176,7 +176,7 @@ def test_a_server_that_is_busy_for_longer_than_a_probe_is_left_alone(fakes, engi
     assert complete(generate(engine))
 
 
-def test_a_keeper_that_fails_stops_the_run(fakes, engine_of):
+def test_a_failing_supervisor_stops_the_run(fakes, engine_of):
     (server,) = fakes()
     engine = engine_of([server])
 

@@ -9,7 +9,7 @@ def test_servers_get_gpus_of_their_own_where_there_are_enough():
     assert gpus_of(0, 1, 1, [], 1) == ()
 
 
-def test_a_server_is_no_rank_of_the_run():
+def test_a_server_is_not_a_rank_of_the_run():
     environment = serve_environment(dict.fromkeys([*LAUNCHER_VARIABLES, "PATH"], "1"), ("2", "3"))
     assert "PATH" in environment and not set(LAUNCHER_VARIABLES) & environment.keys()
     assert (environment["VLLM_SERVER_DEV_MODE"], environment["CUDA_VISIBLE_DEVICES"]) == ("1", "2,3")

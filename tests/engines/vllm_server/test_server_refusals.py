@@ -72,7 +72,7 @@ def test_a_policy_guided_by_q_is_refused():
         (["rollouts.engine=vllm-server", "rollouts.server.port=1"], "port"),
     ],
 )
-def test_settings_that_make_no_sense(changes, message):
+def test_invalid_settings(changes, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe("random_walks/ppo", changes)
 

@@ -32,7 +32,7 @@ def test_a_file_is_written_piece_by_piece(tmp_path):
         write_safetensors(tmp_path / "y.safetensors", iter(tensors.items()), room=8)
 
 
-def test_weights_that_find_no_room_are_one_line(tmp_path, monkeypatch):
+def test_weights_without_room_are_one_line(tmp_path, monkeypatch):
     files = WeightFiles(tmp_path)
     first = files.write(lambda: iter([("a", torch.ones(3))]), ["a"], "one")
 
@@ -54,7 +54,7 @@ def test_shared_memory_that_is_too_small_is_not_used():
     files.close()
 
 
-def test_files_of_a_killed_run_are_removed_by_the_next_and_those_of_a_living_one_are_not(tmp_path):
+def test_stale_weight_files_are_removed_and_live_ones_kept(tmp_path):
     child = os.fork()
     if child == 0:
         WeightFiles(tmp_path)
@@ -81,7 +81,7 @@ class Listener:
 
 
 @needs_vllm
-def test_what_a_broadcast_tells_the_servers_is_what_vllm_takes(tiny_policy):
+def test_broadcast_messages_have_vllms_format(tiny_policy):
     from vllm.distributed.weight_transfer.base import VLLMWeightSyncClient
     from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
     from vllm.distributed.weight_transfer.nccl_engine import (

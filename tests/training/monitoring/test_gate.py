@@ -221,6 +221,6 @@ def test_back_to_the_best_and_not_to_the_start(tmp_path, monkeypatch):
     assert taken_back.read_bytes() == best.read_bytes()
 
 
-def test_the_best_has_to_be_best_by_what_the_gate_measures(good, tmp_path):
+def test_the_best_policy_is_chosen_by_the_gates_metric(good, tmp_path):
     with pytest.raises(RecipeError, match="by the suite's first metric, 'optimality': leave evaluation.metric=arrived"):
         train(gated(good, "evaluation.metric=arrived"), output=tmp_path / "run")

@@ -262,7 +262,7 @@ def first(**measures):
         ("exploding_gradients", {"grad_norm": 1}, {"grad_norm": 500}, "from 1 to 5e+02: lower optimizer.lr from 1e-05 to 3.3e-06"),
     ],
 )  # fmt: skip
-def test_each_failure_is_said_with_an_option_and_a_value(name, began, now, said):
+def test_each_failure_names_an_option_and_a_value(name, began, now, said):
     text = DETECTORS[name](first(**began), rows(**now), SETTINGS, False)
     assert said in text and "\n" not in text
 

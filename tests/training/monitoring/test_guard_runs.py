@@ -176,7 +176,7 @@ def test_a_strategy_that_cannot_go_back_leaves_the_best_checkpoint(good, tmp_pat
     assert resume_run(tmp_path / "run").ended == result.ended
 
 
-def test_warn_only_says_it(good, tmp_path, before_steps):
+def test_warn_only_warns(good, tmp_path, before_steps):
     before_steps(breaks())
     _, result = run_of(recipe_from(good, "training.on_collapse=warn"), tmp_path / "run")
     said = [one for one in lines(tmp_path / "run", "warning") if one["name"] == "collapse"]
@@ -209,7 +209,7 @@ def test_the_exit_code_of_a_collapse(tmp_path, monkeypatch):
     assert COLLAPSED == 3
 
 
-def test_checkpoints_from_before_there_was_a_guard(good, tmp_path):
+def test_checkpoints_without_a_guard(good, tmp_path):
     recipe = recipe_from(good, "training.checkpoint_every=10", "training.steps=20")
     run_of(recipe, tmp_path / "run")
     main = tmp_path / "run/stages/main"
@@ -248,7 +248,7 @@ def names(folder):
     return [line["name"] for line in lines(folder, "warning")]
 
 
-def test_a_constant_reward_is_said_once(good, tmp_path, monkeypatch):
+def test_a_constant_reward_is_reported_once(good, tmp_path, monkeypatch):
     repaid(monkeypatch, lambda reward, step: 1.0)
     said, _ = run_of(recipe_from(good, "training.steps=20"), tmp_path / "run")
     assert names(tmp_path / "run") == ["no_signal"] and lines(tmp_path / "run", "warning")[0]["step"] == 10

@@ -29,7 +29,7 @@ def play(trained, watched):
     return detector, warnings
 
 
-def test_a_watched_reward_that_turns_is_said_once():
+def test_a_watched_reward_that_turns_is_reported_once():
     _, warnings = play(lambda step: step / 10, lambda step: -abs(step - 20) / 10)
     [text] = warnings
     assert text.startswith("reward/kind is watched and falls (") and "possible reward hacking" in text

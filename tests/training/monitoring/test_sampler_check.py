@@ -73,7 +73,7 @@ def test_a_difference_stops_with_what_was_measured(tiny_policy):
 
 
 @pytest.mark.parametrize("changes", [{"top_p": 0.9}, {"top_k": 5}, {"temperature": 0}])
-def test_what_cannot_be_compared_is_said_and_not_compared(tiny_policy, changes):
+def test_what_cannot_be_compared_is_reported(tiny_policy, changes):
     sampler_check = SamplerCheck(tiny_policy, Off(tiny_policy), Rollouts(**changes))
     assert sampler_check(played(sampler_check.engine)) is None
     (note,) = sampler_check.notes
