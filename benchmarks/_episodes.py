@@ -17,11 +17,11 @@ REPLIES = (
     "What follows from that?",
 )
 SPREAD = math.sqrt(2 * math.log(20))
-"""Standard deviation of the logarithm at which a log-normal has the most above 20 times its mean: 7 in 1,000."""
+"""The sigma at which a log-normal distribution has the most mass above 20 times its mean: 7 in 1,000."""
 
 
 class Dialogue(TextEnvironment):
-    """A question, then replies that do not depend on the answers. pause: seconds of a step, given a random stream."""
+    """A question, then replies that do not depend on the answers. pause: returns the seconds of a step from a random stream."""
 
     def __init__(self, prompts: list[Any], turns: int, pause: Any = lambda rng: 0.0):
         self.prompts, self.turns, self.pause, self.num_starts = prompts, turns, pause, len(prompts)
@@ -69,7 +69,7 @@ def sampler_of(args: argparse.Namespace, questions: list[str], pause: Any = lamb
 
 
 def run_turns(args: argparse.Namespace, questions: list[str], anew: bool) -> dict[str, Any]:
-    """Dialogues of `--turns` turns. anew: every turn of all dialogues is computed from its first token, as a batch."""
+    """Dialogues of `--turns` turns. anew: every turn of all dialogues is recomputed from its first token, as a batch."""
     from lmrl.engines.base import Sampling
 
     sampler = sampler_of(args, questions)
@@ -101,7 +101,7 @@ def context_lengths(segments: list[Any]) -> list[int]:
 
 
 def run_latency(args: argparse.Namespace, questions: list[str]) -> dict[str, float]:
-    """Steps that take log-normal times, in lockstep and overtaking each other, beside the engine alone."""
+    """Steps that take log-normal times, in lockstep and with overtaking, compared with the engine alone."""
     from lmrl.engines.base import Sampling
 
     starts, found = list(range(len(questions))), {}
@@ -118,7 +118,7 @@ def run_latency(args: argparse.Namespace, questions: list[str]) -> dict[str, flo
 
 
 def run_games(args: argparse.Namespace) -> dict[str, float]:
-    """A shipped game, `--requests` episodes side by side, with the model of its recipe: CPU seconds by part."""
+    """A shipped game, `--requests` concurrent episodes, with the model of its recipe: CPU seconds by part."""
     import torch
 
     from lmrl.engines.base import Sampling
@@ -158,7 +158,7 @@ class Clock:
             finally:
                 self.spent += time.process_time() - began
 
-        async def timed_async(*args: Any) -> Any:  # of calls that do not wait
+        async def timed_async(*args: Any) -> Any:  # only for calls that do not wait
             began = time.process_time()
             try:
                 return await own(*args)

@@ -1,6 +1,6 @@
-"""What the scripts share: each side works in a process of its own, in turn with the others, and is reported alike.
+"""Shared code of the scripts: each side runs in a separate process, in turn with the others, and is reported the same way.
 
-Ratios are those of two runs of the same round, because a machine that others use changes from minute to minute.
+Ratios are between two runs of the same round, because the speed of a shared machine changes from minute to minute.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 Results = dict[str, list[dict[str, Any]]]
-"""By peer, what each round has found."""
+"""The results of each round, by peer."""
 
 
 # -------------------------------------------------------------------------------------------------------------- processes
 def execute(command: Sequence[str], threads: int, environment: Mapping[str, str] = {}) -> None:
-    """Run a command with so many OpenMP threads; where it fails, show the end of what it said and leave."""
+    """Run a command with so many OpenMP threads; if it fails, show the end of its output and exit."""
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)} | dict(environment)
     )
@@ -30,7 +30,7 @@ def execute(command: Sequence[str], threads: int, environment: Mapping[str, str]
 
 
 def in_turn(peers: Iterable[str], rounds: int, run: Callable[[str, int], dict]) -> Results:
-    """`run(peer, round)` for every peer of a round, then for the next round; prints each result as it comes."""
+    """`run(peer, round)` for every peer of a round, then for the next round; prints each result as it arrives."""
     results: Results = {peer: [] for peer in peers}
     for number in range(rounds):
         for peer, runs in results.items():
@@ -40,7 +40,7 @@ def in_turn(peers: Iterable[str], rounds: int, run: Callable[[str, int], dict]) 
 
 
 def add_peer_arguments(parser: argparse.ArgumentParser, peers: Sequence[str]) -> None:
-    """What `this_script` says to itself."""
+    """The arguments with which a script calls itself as one peer."""
     parser.add_argument("--peer", choices=peers, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
 
@@ -48,7 +48,7 @@ def add_peer_arguments(parser: argparse.ArgumentParser, peers: Sequence[str]) ->
 def this_script(
     peer: str, output: Path, threads: int, *arguments: str, environment: Mapping[str, str] = {}
 ) -> dict[str, Any]:
-    """Call this script again, as one peer in a process of its own; returns what it leaves by `leave`."""
+    """Call this script again, as one peer in a separate process; returns the result that it writes with `leave`."""
     command = [sys.executable, sys.argv[0], *sys.argv[1:], *arguments, "--peer", peer, "--output", str(output)]
     execute(command, threads, environment)
     return json.loads(output.with_suffix(".json").read_text())
@@ -60,12 +60,12 @@ def leave(output: Path, found: dict[str, Any]) -> None:
 
 # ------------------------------------------------------------------------------------------------------------------- lmrl
 def assignments(overrides: Mapping[str, Any]) -> list[str]:
-    """As the command line and `lmrl.train` take them."""
+    """In the form that the command line and `lmrl.train` take."""
     return [f"{key}={value}" for key, value in overrides.items()]
 
 
 def lmrl_train(recipe: str, changes: Sequence[str], output: Path, threads: int, processes: int = 1) -> list[dict]:
-    """Train by the command line; returns the lines of the steps of metrics.jsonl."""
+    """Train with the command line; returns the lines of the steps in metrics.jsonl."""
     command = [sys.executable, "-m", "lmrl", "train", recipe, "--output", str(output), *changes]
     execute([*command, *(["--processes", str(processes)] if processes > 1 else [])], threads)
     return train_lines(output)
@@ -77,17 +77,17 @@ def train_lines(run: Path) -> list[dict[str, Any]]:
 
 
 def seconds(line: dict[str, Any]) -> float:
-    """Of a whole step: the rollout with its rewards, and the updates."""
+    """Seconds of a whole step: the rollout with its rewards, and the updates."""
     return line["time"]["source_s"] + line["time"]["update_s"]
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--engine", default="hf", choices=("hf", "vllm"), help="what samples on lmrl's side")
-    parser.add_argument("--vllm-memory", type=float, default=0.25, help="GiB of vLLM's cache of keys and values")
+    parser.add_argument("--engine", default="hf", choices=("hf", "vllm"), help="lmrl's engine")
+    parser.add_argument("--vllm-memory", type=float, default=0.25, help="GiB of vLLM's KV cache")
 
 
 def engine_overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """vLLM gets as many positions and as much memory as the job needs, since its memory counts."""
+    """vLLM gets as many positions and as much memory as the job needs, because its memory is counted."""
     if args.engine == "hf":
         return {}
     return {
@@ -111,7 +111,7 @@ def cut_prompts(model: str, prompts: str | Path, tokens: int, path: Path) -> Pat
 
 # ---------------------------------------------------------------------------------------------------------------- reports
 def online_report(samples: int, steps: Sequence[float], rollouts: Sequence[float], peak_mb: float) -> dict[str, Any]:
-    """What online training took: seconds of each step that counts, and of its rollout with the rewards."""
+    """The cost of online training: seconds of each counted step, and of its rollout with the rewards."""
     updates = [step - rollout for step, rollout in zip(steps, rollouts, strict=True)]
     return {
         "samples_per_second": samples / statistics.median(steps),
@@ -133,7 +133,7 @@ ONLINE = {
 
 
 def median(runs: Sequence[dict[str, Any]], key: str) -> float:
-    """Over all rounds; where a round has a list, over all of its entries."""
+    """Median over all rounds; if a round has a list, over all its entries."""
     values = [run[key] for run in runs]
     return statistics.median(one for value in values for one in (value if isinstance(value, list) else [value]))
 
@@ -148,13 +148,13 @@ def print_table(results: Results, columns: Mapping[str, tuple[str, str]]) -> Non
 
 
 def ratios(results: Results, key: str) -> list[float]:
-    """Of each round, the first peer's to the second's."""
+    """The ratio of the first peer's value to the second's, in each round."""
     first, second = list(results.values())[:2]
     return [a[key] / b[key] for a, b in zip(first, second, strict=True)]
 
 
 def print_ratios(results: Results, keys: Mapping[str, str]) -> dict[str, list[float]]:
-    """keys: by the name to print."""
+    """keys: of the reports, by the name to print."""
     found = {name: ratios(results, key) for name, key in keys.items()}
     first, second = list(results)[:2]
     for name, each in found.items():

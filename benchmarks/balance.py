@@ -1,12 +1,12 @@
-"""How long processes wait for the slowest in an update, with sequences dealt by cost and without.
+"""How long processes wait for the slowest in an update, with and without balancing sequences by cost.
 
     python benchmarks/balance.py [--texts FILE.jsonl[.gz] --prompt question --completion answer] [--ranks 2 4 8]
 
 A simulation: no model runs. A step draws episodes, whose lengths are those of the texts (characters / 4), or log-normal
 without --texts (prompts of 200 tokens, completions of a median of 400, cut at 4,096). Their cost is that of a pass of
-Qwen2.5-1.5B, attention's square included. `before`: each rank takes a slice of the step and cuts it into minibatches by
-number. `after`: as `lmrl.trajectories.balance` deals them. Both are sums over minibatches of the largest rank's cost, by the
-sum of what no dealing can beat: the mean over ranks, or the longest episode where that is more.
+Qwen2.5-1.5B, including attention's quadratic term. `before`: each rank takes a slice of the step and cuts it into minibatches by
+number. `after`: as `lmrl.trajectories.balance` deals them. Both are sums over minibatches of the largest rank's cost, divided
+by a lower bound that no balancing can beat: the mean over ranks, or the longest episode if that is more.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Draw = Callable[[np.random.Generator, int], list[tuple[int, int]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path)
-    parser.add_argument("--prompt", default="prompt", help="field of the texts (a dot goes into a nested one)")
+    parser.add_argument("--prompt", default="prompt", help="field of the texts (a dot selects a nested field)")
     parser.add_argument("--completion", default="completion")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--episodes", type=int, nargs="+", default=[128, 512], help="a step")
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def step(draw: Draw, seed: int, ranks: int, episodes: int, minibatches: int) -> tuple[float, float, float]:
-    """Waiting before and after, by the lower bound, and the share of episodes that travel."""
+    """Cost before and after, relative to the lower bound, and the share of episodes that move."""
     rng = np.random.default_rng(seed)
     costs = [
         QWEN.token * (prompt + completion) + QWEN.action * completion + QWEN.pair * float(prompt + completion) ** 2
@@ -84,7 +84,7 @@ def of_texts(path: Path, prompt: str, completion: str) -> Draw:
 
 
 def text_of(row: Any, name: str) -> str:
-    """A field's text; of messages, all of them."""
+    """A field's text; for messages, the text of all of them."""
     for key in name.split("."):
         row = row[key]
     return row if isinstance(row, str) else json.dumps(row)

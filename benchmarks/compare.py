@@ -1,13 +1,13 @@
-"""What pairing saves, and how often equal policies are told apart, by `lmrl compare`'s own p-values.
+"""How many prompts pairing saves, and how often equal policies are declared different, by `lmrl compare`'s p-values.
 
     python benchmarks/compare.py [--trials 4000] [--output FILE]
 
 Simulated scores of two policies on the same prompts, of variance 1 and correlation .3, .6 and .8. `needed` is the
 number of prompts with which a difference of 0.25 has a p-value below 0.05 in 80 % of comparisons, searched for by
 simulation: paired, and unpaired (Welch's t-test of the same two samples). Their ratio should be 1 - correlation, within
-10 %. `estimate` is the mean of what `lmrl compare` says from 100 prompts is needed. `false positives` are p-values
-below 0.05 of policies that are equal, which should be 4 to 6 %: of 40 prompts, and of 40 prompts with 4 samples each
-that share a prompt's difficulty.
+10 %. `estimate` is the median of the number that `lmrl compare` estimates from 100 prompts. `false positives` are
+p-values below 0.05 for equal policies, which should be 4 to 6 %: with 40 prompts, and with 40 prompts of 4 samples each
+that share the prompt's difficulty.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from lmrl.seeding import stream
 CORRELATIONS = (0.3, 0.6, 0.8)
 EFFECT, POWER, LEVEL = 0.25, 0.8, 0.05
 FEW, SAMPLES = 40, 4
-"""Prompts, and samples of each, where false positives are counted."""
+"""Prompts, and samples per prompt, for counting false positives."""
 SEEN = 100
-"""Prompts from which the needed number is estimated."""
+"""Number of prompts from which the needed number is estimated."""
 WITHIN = 0.1
 WRONG = 0.04, 0.06
 
@@ -50,7 +50,7 @@ def paired(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def welch(one: np.ndarray, other: np.ndarray) -> float:
-    """Welch's t-test, which takes the two for independent."""
+    """Welch's t-test, which treats the two samples as independent."""
     count = len(one)
     parts = one.var(ddof=1) / count, other.var(ddof=1) / count
     df = sum(parts) ** 2 * (count - 1) / sum(part**2 for part in parts)
@@ -95,7 +95,7 @@ def false_positives(correlation: float, samples: int, trials: int) -> float:
 
 
 def binary_false_positives(correlation: float, trials: int) -> float:
-    """The same for successes (0 or 1) at a rate of a half: normal scores that are above 0."""
+    """The same for successes (0 or 1) at a rate of 1/2: 1 for a normal score above 0."""
     rng, wrong = stream("compare", "binary", str(correlation)), 0
     for _ in range(trials):
         one, other = ((side > 0).astype(float) for side in scores(rng, 2 * FEW, correlation))
@@ -104,7 +104,7 @@ def binary_false_positives(correlation: float, trials: int) -> float:
 
 
 def row(correlation: float, trials: int) -> tuple[str, list[str]]:
-    """A line of the table, and where it misses its targets."""
+    """A line of the table, and the targets that it misses."""
     with_pairs, without = (needed(test, correlation, trials) for test in (paired, welch))
     ratio = with_pairs / without
     wrong = [false_positives(correlation, samples, trials) for samples in (1, SAMPLES)]

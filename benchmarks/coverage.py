@@ -1,10 +1,10 @@
-"""How often the 95 % intervals of `lmrl.evaluation.statistics.summarize` hold the true mean, and how wide they are.
+"""How often the 95 % intervals of `lmrl.evaluation.statistics.summarize` contain the true mean, and how wide they are.
 
     python benchmarks/coverage.py [--trials 4000] [--output FILE]
 
 Simulated evaluations of 20 prompts x 32 samples, 50 x 8 and 64 x 1, whose intra-cluster correlation (ICC) is 0 to
-0.8: normal values, 0/1 values (beta-binomial), exponential ones, 0/1 values of prompts that stay the same, and of
-prompts of which 5 % always succeed and the others hardly ever. Prints a Markdown table: coverage, the share of trials
+0.8: normal values, 0/1 values (beta-binomial), exponential ones, 0/1 values of fixed prompts, and of prompts
+of which 5 % always succeed and the others hardly ever. Prints a Markdown table: coverage, the share of trials
 whose interval lies below or above the true mean, and mean width over that of an oracle, mean +- 1.96 true standard
 errors. `events` is n p (1 - p) over the design effect 1 + (m - 1) ICC: about the effective number of the rarer outcome.
 """
@@ -24,14 +24,14 @@ from lmrl.evaluation.statistics import UNLIMITED, summarize
 from lmrl.seeding import stream
 
 OFTEN, RARELY = (0.05, 1.0), 0.002
-"""Of two kinds of prompts: the share of one and its success rate, and the rate of the other."""
+"""For two kinds of prompts: the share of one kind and its success rate, and the rate of the other."""
 DESIGNS = ((20, 32), (50, 8), (64, 1))
 CORRELATIONS = (0.0, 0.2, 0.5, 0.8)
 RATES = (0.01, 0.05, 0.2, 0.5, 0.8, 0.99)
 TARGET = 0.93, 0.97, 1.15
-"""Lowest coverage, highest where there are events enough, largest width over the oracle's."""
+"""Minimum coverage; maximum coverage if there are enough events; maximum width relative to the oracle's."""
 EVENTS = 7.0
-"""With fewer, values do not tell the rate from one several times as far from 0 or 1. The oracle knows it."""
+"""With fewer events, values cannot distinguish the rate from one several times as far from 0 or 1. The oracle knows the rate."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def draw(setting: Setting, rng: np.random.Generator) -> tuple[np.ndarray, float,
 class Measured:
     coverage: float
     below: float
-    """Share of intervals that lie below the true mean."""
+    """Share of intervals that lie entirely below the true mean."""
     above: float
     width: float
     """Mean width over the oracle's."""
@@ -128,7 +128,7 @@ def measure(setting: Setting, trials: int) -> Measured:
 
 
 def misses(setting: Setting, found: Measured) -> list[str]:
-    """Which targets a setting misses, and whether for want of events."""
+    """The targets that a setting misses, and whether for lack of events."""
     lowest, highest, widest = TARGET
     missed = [f"coverage below {lowest}"] if found.coverage < lowest else []
     if found.coverage > highest:

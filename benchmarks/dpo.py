@@ -2,7 +2,7 @@
 
     python benchmarks/dpo.py --model FOLDER --pairs PAIRS.jsonl [--rounds 3]
 
-Both run the same job in a process of their own, in turn: the same pairs in the same order and tokens, pairs a batch and a
+Both run the same job in separate processes, in turn: the same pairs in the same order and tokens, pairs per batch and
 microbatch, LoRA rank and targets, learning rate, threads, bfloat16 arithmetic and gradient checkpointing. trl runs at its defaults (float32
 weights under bfloat16 autocast, checkpointing on); lmrl keeps the frozen weights in bfloat16. `--no-checkpointing`
 switches it off on both sides.
@@ -35,8 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a causal LM, for instance SmolLM2-135M-Instruct")
     parser.add_argument("--pairs", required=True, help="JSONL with chosen and rejected texts, as Anthropic's HH-RLHF")
-    parser.add_argument("--batch", type=int, default=4, help="pairs a step, and at most so many a microbatch")
-    parser.add_argument("--steps", type=int, default=8, help="of which the first two are not counted")
+    parser.add_argument("--batch", type=int, default=4, help="pairs per step, and the maximum per microbatch")
+    parser.add_argument("--steps", type=int, default=8, help="steps, of which the first two are not counted")
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--lora-r", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def same_pairs(args: argparse.Namespace, path: Path) -> Path:
-    """The first pairs that fit, with the prompt apart, so that both sides cut the text in the same place."""
+    """The first pairs that fit, with the prompt separated, so that both sides split the text in the same place."""
     from transformers import AutoTokenizer
 
     from lmrl.trajectories.rows import parse

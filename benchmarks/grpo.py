@@ -2,17 +2,17 @@
 
     python benchmarks/grpo.py --model FOLDER [--engine vllm] [--rounds 3]
 
-Both run the same job in a process of their own, in turn: the same model, prompts, group size, new tokens, LoRA rank and
-targets, sequences a microbatch, one update a step, the same reward function (VADER), learning rate, loss (mean over each
+Both run the same job in separate processes, in turn: the same model, prompts, group size, new tokens, LoRA rank and
+targets, sequences per microbatch, one update per step, the same reward function (VADER), learning rate, loss (mean over each
 completion's tokens, rewards standardised in the group, no divergence), threads, and gradient checkpointing on neither side
-(`--gradient-checkpointing`: on both). trl samples by transformers' `generate`, all completions of a step at once, with
+(`--gradient-checkpointing`: on both). trl samples with transformers' `generate`, all completions of a step at once, with
 bfloat16 weights, which on a CPU were its fastest setting in PPO; --trl-dtype tries the others. lmrl keeps a frozen
 bfloat16 base with float32 adapters. A rollout's time includes the reward's.
 
-What differs: each side draws prompts in an order of its own (a step's are all of the file where it has no more) and with
-random numbers of its own, so lengths are alike on average, and the table has their mean. lmrl's updates compute what a
-group's samples share, the prompt, once. With `--engine vllm` on lmrl's side old log-probabilities are computed, to
-correct for the sampler; vLLM's memory counts, and the syncs of weights are part of the rollout.
+What differs: each side draws prompts in its own order (a step takes the whole file if it has no more prompts) and with its
+own random numbers, so lengths only agree on average, and the table shows their mean. lmrl's updates compute the prompt that
+a group's samples share once. With `--engine vllm`, lmrl also computes old log-probabilities, to correct for the sampler;
+vLLM's memory is counted, and weight syncs are part of the rollout.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def main() -> None:
     parser.add_argument("--prompts", default=str(HERE.parent / "recipes" / "sentiment" / "prompts.jsonl"))
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--groups", type=int, default=8, help="prompts a step")
-    parser.add_argument("--samples", type=int, default=8, help="completions of a prompt")
-    parser.add_argument("--microbatch", type=int, default=16, help="sequences at most")
+    parser.add_argument("--groups", type=int, default=8, help="prompts per step")
+    parser.add_argument("--samples", type=int, default=8, help="completions per prompt")
+    parser.add_argument("--microbatch", type=int, default=16, help="maximum sequences per microbatch")
     parser.add_argument("--lora-r", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4, help="of which the first is not counted")
+    parser.add_argument("--steps", type=int, default=4, help="steps, of which the first is not counted")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--trl-dtype", default="bfloat16", choices=("bfloat16", "float32", "autocast"))

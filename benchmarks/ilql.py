@@ -1,10 +1,10 @@
-"""What ILQL costs beside plain likelihood training of the same model on the same data: time and peak memory.
+"""What ILQL costs compared with plain likelihood training of the same model on the same data: time and peak memory.
 
     python benchmarks/ilql.py --model FOLDER --pairs PAIRS.jsonl [--rounds 2]
 
-Each setting trains with LoRA in a process of its own, in turn, on the same episodes in the same order: likelihood; ILQL
-with tied Q heads on the shared trunk (twins, their Polyak targets, V, push-down, likelihood beside them); ILQL with MLP
-heads, whose last layers have an entry for every token.
+Each setting trains with LoRA in a separate process, in turn, on the same episodes in the same order: likelihood; ILQL
+with tied Q heads on the shared trunk (twins, their Polyak targets, V, push-down and the likelihood term); ILQL with MLP
+heads, whose last layers have an output for every token.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a causal LM, for instance SmolLM2-135M-Instruct")
     parser.add_argument("--pairs", required=True, help="logged episodes, for instance chosen and rejected dialogues")
-    parser.add_argument("--batch", type=int, default=8, help="episodes a step")
-    parser.add_argument("--steps", type=int, default=5, help="of which the first is not counted")
+    parser.add_argument("--batch", type=int, default=8, help="episodes per step")
+    parser.add_argument("--steps", type=int, default=5, help="steps, of which the first is not counted")
     parser.add_argument("--microbatch-tokens", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)

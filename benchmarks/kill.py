@@ -1,13 +1,13 @@
-"""Runs killed by SIGKILL at random moments, and resumed until they are done: they equal the run that nobody killed, to the bit.
+"""Runs killed by SIGKILL at random moments and resumed until they finish equal an uninterrupted run to the bit.
 
-    python benchmarks/kill.py --method ppo --kills 20 --seed 0 --out kill.jsonl [--seconds 170]   # goes on where it stopped
-    python benchmarks/kill.py --method eval --kills 10 --out kill.jsonl      # the same of evaluation logs
+    python benchmarks/kill.py --method ppo --kills 20 --seed 0 --out kill.jsonl [--seconds 170]   # resumes where it stopped
+    python benchmarks/kill.py --method eval --kills 10 --out kill.jsonl      # the same for evaluation logs
     python benchmarks/kill.py --table --out kill.jsonl
 
-A method's tiny run first goes through whole. Then it is started again in another folder, killed at a moment that is drawn over the
-whole length of the run, start-up and the writing of checkpoints (every step) included, resumed, killed again, and so on until it is done;
-then its metrics, samples, results and final weights are compared, and the next run begins, until there are so many kills. A process
-is forked off one that has imported lmrl, so that kills fall into the run and not into seconds of imports, in which nothing happens.
+A method's tiny run first finishes without interruption. Then it is started again in another folder, killed at a random moment of the
+whole run, including start-up and the writing of checkpoints (every step), resumed, killed again, and so on until it finishes; then its
+metrics, samples, results and final weights are compared, and the next run begins, until the number of kills is reached. Processes are
+forked from one that has imported lmrl, so that kills hit the run and not the seconds of imports, in which nothing happens.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ EVAL = "eval"
 """Not a method: an evaluation with a log (docs/evaluation.md), killed and resumed in the same way."""
 KINDS = [*METHODS, EVAL]
 WEIGHTS = {"ppo": 2, "grpo": 2}
-"""Files of final weights at least (else one)."""
+"""Minimum number of files of final weights (else one)."""
 
 
 def write_pairs(path: Path) -> None:
@@ -86,7 +86,7 @@ def write_pairs(path: Path) -> None:
 
 
 def write_evaluation(folder: Path) -> None:
-    """A model, and a suite of 24 episodes that are scored slowly enough to be killed in their course."""
+    """A model, and a suite of 24 episodes that are scored slowly enough to be killed midway."""
     if (folder / "model").exists():
         return
     from tests.conftest import save_tiny_model
@@ -104,7 +104,7 @@ def write_evaluation(folder: Path) -> None:
 
 
 def prepared(method: str, folder: Path) -> None:
-    """Write what a method's runs read."""
+    """Write the input files of a method's runs."""
     if method == EVAL:
         write_evaluation(folder)
         return
@@ -113,7 +113,7 @@ def prepared(method: str, folder: Path) -> None:
 
 
 def command(method: str, folder: Path, target: Path) -> list[str]:
-    """What begins a run in `target`, or resumes it."""
+    """A function that starts a run in `target`, or resumes it."""
     if method == EVAL:
         suite = str(folder / "suite.yaml")
         return ["eval", str(folder / "model"), "--suite", suite, "--log", str(target), "--log-every", "4"]
@@ -121,7 +121,7 @@ def command(method: str, folder: Path, target: Path) -> list[str]:
 
 
 def assert_same(method: str, whole: Path, torn: Path) -> None:
-    """Raise AssertionError where a run that was killed differs from the whole one."""
+    """Raise AssertionError if a run that was killed differs from the uninterrupted one."""
     if method != EVAL:
         assert_same_run(whole, torn, WEIGHTS.get(method, 1))
         return
@@ -139,12 +139,12 @@ def kill_runs(method: str, kills: int, seed: int, first: int, until: float, fold
     """Yield a line for every run that was killed and compared. first: number of the first run."""
     prepared(method, folder)
     whole = folder / "whole"
-    for name in ("warm", "whole"):  # the first one imports what only this method needs
+    for name in ("warm", "whole"):  # the first one imports the modules that only this method needs
         began = time.monotonic()
         begin = [one for one in command(method, folder, folder / name) if one != "--resume"]
         done = launch(*begin)
         if done.returncode != 0:
-            sys.exit(f"the run that nobody kills failed: {done.stderr}")
+            sys.exit(f"the uninterrupted run failed: {done.stderr}")
         length = time.monotonic() - began
     number = first
     while kills > 0 and time.monotonic() < until:
@@ -154,7 +154,7 @@ def kill_runs(method: str, kills: int, seed: int, first: int, until: float, fold
             if kills > 0:
                 moment = rng.uniform(0, length)
                 time.sleep(moment)
-                with contextlib.suppress(ProcessLookupError):  # it is done already
+                with contextlib.suppress(ProcessLookupError):  # it has finished already
                     run.kill()
             _, said = run.communicate()
             if run.returncode == 0:
@@ -171,14 +171,14 @@ def kill_runs(method: str, kills: int, seed: int, first: int, until: float, fold
                     folder, Path(tempfile.gettempdir()) / f"kill-{method}-{seed}-{number}", dirs_exist_ok=True
                 )
                 sys.exit(
-                    f"{method}, run {number}, killed at {moments}: another run than the whole one; both are in {kept}"
+                    f"{method}, run {number}, killed at {moments}: it differs from the uninterrupted run; both are in {kept}"
                 )
             yield {"method": method, "seed": seed, "run": number, "seconds": round(length, 2), "kills": moments}
         number += 1
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    rows = [["method", "kills", "runs", "seconds a run", "equal to the bit"], ["---"] * 5]
+    rows = [["method", "kills", "runs", "seconds per run", "equal to the bit"], ["---"] * 5]
     for method in KINDS:
         own = [line for line in lines if line["method"] == method]
         if own:
@@ -193,11 +193,11 @@ def table(lines: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=KINDS, action="append", help="repeatable (default: all)")
-    parser.add_argument("--kills", type=int, default=20, help="of each method")
+    parser.add_argument("--kills", type=int, default=20, help="kills per method")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("kill.jsonl"))
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so long")
-    parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after this many seconds")
+    parser.add_argument("--table", action="store_true", help="only print the results so far")
     args = parser.parse_args()
     lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     until = time.monotonic() + args.seconds

@@ -13,7 +13,7 @@ INK, PPO, BC = "#37474f", "#4527a0", "#00897b"
 
 
 def read(run: Path) -> tuple[list[dict], dict[str, dict]]:
-    """A run's metrics lines, and its closing table by row."""
+    """A run's metrics lines, and its final table by row."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return lines, json.loads((run / "results.json").read_text())
 

@@ -1,9 +1,9 @@
-"""lmrl beside lm-eval's hf backend on the same model, tasks and data: are scores equal, and which is faster?
+"""lmrl compared with lm-eval's hf backend on the same model, tasks and data: whether scores are equal, and which is faster.
 
     python benchmarks/lm_eval_tasks.py        # some minutes on one core; needs pip install lm-eval==0.4.13
 
 A random Llama in float32 and rows drawn here, in the schema of ARC, HellaSwag, MMLU and GSM8K, so nothing is downloaded. Both run
-lm-eval's own tasks, one after the other, three times each; seconds are the least of the three, of answering all requests, without
+lm-eval's own tasks, one after the other, three times each; seconds are the minimum of the three for answering all requests, without
 loading tasks and models.
 """
 

@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py [--only "PPO;DPO"] [--json FILE]
 
-Each recipe runs two steps in a process of its own, one after the other, on one thread, from random llama and qwen2 models of 20 to
-60 million parameters, so that the base of Python and torch does not hide the rest. Rows are random letters, a token each. Measured is
-the peak of the resident set that the run itself records, predicted is what `lmrl show` says of the same recipe. A ratio of 1.2
-or of 0.83 is a prediction that is off by 20 %.
+Each recipe runs two steps in a separate process, one after the other, on one thread, with random llama and qwen2 models of 20 to
+60 million parameters, so that the memory of Python and torch does not dominate. Rows are random letters, one token each. Measured is
+the peak resident set size that the run records, predicted is the estimate of `lmrl show` for the same recipe. A ratio of 1.2 or
+0.83 means that the prediction is off by 20 %.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
         "qwen2",
         ["grpo", *PLAYED, "rollouts={prompts: 4, samples: 8, max_new_tokens: 32}", "training.microbatch_tokens=512"],
     ),
-    "ILQL, values on a trunk of their own": (
+    "ILQL, values on a separate trunk": (
         "llama",
         [
             *("ilql", "data.path=REWARDED", *FULL, "objective={name: ilql, q_head: mlp, trunk: separate}"),
@@ -82,7 +82,7 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="recipes whose names hold one of these texts, separated by semicolons")
+    parser.add_argument("--only", help="only recipes whose names contain one of these texts, separated by semicolons")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--show", action="store_true", help="print the parts of each prediction, and run nothing")
     parser.add_argument("--write-models", type=Path, help=argparse.SUPPRESS)
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def measure(folder: Path, name: str, only_predict: bool) -> dict[str, Any]:
-    """What is predicted for a recipe, part by part, and the peak of its run, in MB."""
+    """The prediction for a recipe, part by part, and the measured peak of its run, in MB."""
     from lmrl.recipe.estimates import memory
     from lmrl.recipe.files import load_recipe
 

@@ -1,17 +1,17 @@
-"""What the loop itself costs: the share of a PPO step that is spent outside of model code, and where.
+"""The cost of the loop itself: the share of a PPO step that is spent outside model code, and where.
 
     python benchmarks/overhead.py --model FOLDER [--engine vllm] [--steps 6] [--threads 2]
 
 Model code is the policy's passes (without and with gradient) and the backward pass, the engine's passes (hf: logits of the
 next token; vLLM: its own scheduler and sampling), the update of the weights (norm, clipping, AdamW) and the reward functions
-themselves. All else is the loop's: drawing tokens and moving the cache (hf), handing weights over (vLLM), texts, episodes,
-batches, advantages, losses, statistics, files and display; checkpoints, evaluations and diagnostics, which come
-every so many steps, are left out.
+themselves. Everything else is the loop's: sampling tokens and moving the cache (hf), sending weights (vLLM), texts, episodes,
+batches, advantages, losses, statistics, files and display; checkpoints, evaluations and diagnostics, which do not run
+in every step, are left out.
 
-The library is measured from outside, by functions put around its own. After the steps whose time counts, one more runs
-under cProfile, which is switched off inside of model code, and names the functions that the rest goes to, with what they
-call of torch and other compiled code; a profiler makes small functions look larger than they are. Shares are
-given of wall-clock and of CPU time: where other programs keep the machine busy, the second is the one to trust.
+The library is measured from outside, by wrapping its functions. After the timed steps, one more step runs under cProfile,
+which is switched off inside model code, and lists the functions that take the rest, including their calls to torch and other
+compiled code; a profiler makes small functions look slower than they are. Shares are given of wall-clock and of CPU time:
+if other programs keep the machine busy, trust the second.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--prompts", default=str(HERE.parent / "recipes" / "sentiment" / "prompts.jsonl"))
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--batch", type=int, default=32, help="prompts a step, with one completion each")
+    parser.add_argument("--batch", type=int, default=32, help="prompts per step, with one completion each")
     parser.add_argument("--microbatch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5, help="the first is not counted, the last one is profiled")
@@ -59,16 +59,16 @@ def main() -> None:
 
 # ------------------------------------------------------------------------------------------------------------ measurement
 class Meter:
-    """Clocks of whole steps and of the parts that are model code. A part inside of another one is not counted again."""
+    """Clocks of whole steps and of the parts that are model code. A part inside another one is not counted twice."""
 
     def __init__(self, profiled: int):
         """profiled: the step, counted from 1, that runs under the profiler and whose time does not count."""
         self.profiled, self.step = profiled, 0
-        self.profiler = cProfile.Profile(builtins=False)  # with them, a pause would not leave its stack in order
+        self.profiler = cProfile.Profile(builtins=False)  # with builtins, a pause would corrupt its stack
         self.inside = False
         self.whole = [0.0, 0.0]
         self.parts: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        """By name, wall-clock and CPU seconds over all steps that count."""
+        """Wall-clock and CPU seconds over all counted steps, by name."""
 
     @property
     def counts(self) -> bool:
@@ -173,7 +173,7 @@ def train(args: argparse.Namespace, scratch: Path) -> None:
         "training.threads": args.threads,
         "training.microbatch_tokens": args.microbatch * (args.prompt_tokens + args.new_tokens),
         "evaluation.suite": "null",
-        "evaluation.diagnostics_every": 0,  # would come in the last step
+        "evaluation.diagnostics_every": 0,  # would run in the last step
         **engine_overrides(args),
     }
     lmrl.train("sentiment/ppo", assignments(overrides), output=scratch / "run")
@@ -199,7 +199,7 @@ def report(args: argparse.Namespace, meter: Meter) -> None:
 
 
 def largest(profiler: cProfile.Profile) -> list[tuple[str, float, int]]:
-    """Functions with their own seconds and calls, the largest first; without the clocks, which hold the model's time."""
+    """Functions with their own seconds and calls, the largest first; without the timing wrappers, which contain the model's time."""
     found = []
     for (file, line, name), (_, calls, own, *_) in pstats.Stats(profiler).stats.items():
         if file == __file__:

@@ -2,12 +2,12 @@
 
     python benchmarks/ppo.py --model FOLDER --trl-python OTHER_ENV/bin/python [--engine vllm] [--rounds 3]
 
-Both run the same job in a process of their own, in turn (lmrl, trl, lmrl, trl, ...): the same model, prompts, prompt and
+Both run the same job in separate processes, in turn (lmrl, trl, lmrl, trl, ...): the same model, prompts, prompt and
 completion lengths, batch, microbatch, LoRA rank and targets, epochs, reward and threads. trl runs with bfloat16 weights, its fastest
 setting on a CPU, unless --trl-dtype says otherwise; `ppo_trl.py` lists what its environment needs. lmrl's policy keeps
 a frozen bfloat16 base with float32 adapters and a value head on the same trunk; trl trains a second whole network as
-its value function, and measures the divergence from the reference, as does lmrl here. `--engine vllm` lets vLLM sample
-on lmrl's side; its memory counts, and the syncs of weights are part of the rollout.
+its value function. Both measure the divergence from the reference. With `--engine vllm`, vLLM samples on lmrl's side; its
+memory is counted, and weight syncs are part of the rollout.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lora-r", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4, help="of which the first is not counted")
+    parser.add_argument("--steps", type=int, default=4, help="steps, of which the first is not counted")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trl-dtype", default="bfloat16", choices=("bfloat16", "float32", "autocast"))
     parser.add_argument("--json", type=Path)

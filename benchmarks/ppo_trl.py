@@ -1,6 +1,6 @@
-"""Time PPO as trl 1.12.0 does it (`trl.experimental.ppo`), with VADER as a programmatic reward.
+"""Time trl 1.12.0's PPO (`trl.experimental.ppo`), with VADER as a programmatic reward.
 
-Requirements (Python 3.11; a virtual environment of its own):
+Requirements (Python 3.11; a separate virtual environment):
     torch==2.13.0
     trl==1.12.0
     transformers==5.19.0
@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompts", required=True, type=Path, help='JSONL of {"prompt": text}')
     parser.add_argument("--prompt-tokens", type=int, default=16, help="keep at most this many tokens of a prompt")
     parser.add_argument("--new-tokens", type=int, default=24, help="tokens in every completion")
-    parser.add_argument("--batch", type=int, default=32, help="prompts a step")
+    parser.add_argument("--batch", type=int, default=32, help="prompts per step")
     parser.add_argument("--microbatch", type=int, default=8, help="sequences in one forward and backward pass")
     parser.add_argument("--epochs", type=int, default=2, help="PPO epochs over each batch")
     parser.add_argument("--lora-r", type=int, default=16)
@@ -131,7 +131,7 @@ class StepClock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
     def before_forward(self, *_) -> None:
-        """To be hooked before the forward pass that only the update calls."""
+        """A hook before the forward pass that only the update calls."""
         if len(self.rollout_ends) < len(self.ends):
             self.rollout_ends.append(time.perf_counter())
 

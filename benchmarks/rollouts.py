@@ -1,27 +1,27 @@
-"""Rollouts side by side: lmrl's engines, transformers' `generate`, and vLLM where it is installed.
+"""Rollouts side by side: lmrl's engines, transformers' `generate`, and vLLM if it is installed.
 
     python benchmarks/rollouts.py --model FOLDER [--rounds 3] [--peers hf,transformers]
-    python benchmarks/rollouts.py --model FOLDER --mode turns      # dialogues, beside computing every turn anew
+    python benchmarks/rollouts.py --model FOLDER --mode turns      # dialogues, compared with recomputing every turn
     python benchmarks/rollouts.py --model FOLDER --mode latency    # environments that are slow, with a heavy tail
-    python benchmarks/rollouts.py --mode games [--game RECIPE]     # a shipped game: what is not passes through the model
+    python benchmarks/rollouts.py --mode games [--game RECIPE]     # a shipped game: the time outside model passes
 
-The first: all complete the same requests in a process of their own, in turn: questions that ask for a word, a sentence or a paragraph,
+By default all peers complete the same requests in separate processes, in turn: questions that ask for a word, a sentence or a paragraph,
 some about a passage, rendered with the model's chat template (a model without one gets the bare question), sampled at
 temperature 1 from the whole vocabulary until the model ends its turn, at most `--max-new-tokens`, in bfloat16, with
 `--slots` sequences at a time and the same number of threads. Loading and a short warm-up are not timed.
 
 *Useful* tokens are those up to and including the end of the turn. Each peer draws with its own random numbers, so lengths
-are alike on average and not one by one; the table gives their mean. What else differs:
+agree on average but not one by one; the table gives their mean. What else differs:
 
-- lmrl and vLLM return the log-probability of each token; `generate` returns tokens alone, so that a trainer has yet to
-  compute them. lmrl's random numbers are a stream for each request, whose result does not depend on the others.
-- transformers completes static batches of `--slots` requests in the order given, as trl does: a batch lasts as long as its
-  longest completion. All others refill places.
+- lmrl and vLLM return the log-probability of each token; `generate` returns only tokens, so that a trainer would have to
+  compute them. lmrl has a random stream for each request, so a result does not depend on the other requests.
+- transformers completes static batches of `--slots` requests in the order given, as trl does: a batch takes as long as its
+  longest completion. All others refill free places.
 - `--samples N` asks each question N times. lmrl's hf engine and vLLM (prefix caching) then compute the prompt once, and in
-  any case what all prompts begin with, as the system prompt of a chat template (SmolLM2: 24 of about 56 tokens).
+  any case a common beginning of all prompts, such as the system prompt of a chat template (SmolLM2: 24 of about 56 tokens).
 - Peak memory is the resident set of the process and its children; vLLM reserves `VLLM_CPU_KVCACHE_SPACE` GiB, here 2.
-- CPU seconds are of all threads; on a shared machine they tell more than wall-clock time. Those of lmrl's vllm engine, which may
-  work in a process of its own, are not known.
+- CPU seconds are of all threads; on a shared machine they are more reliable than wall-clock time. Those of lmrl's vllm engine,
+  which may run in a separate process, are not known.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from _peers import Results, add_peer_arguments, in_turn, leave, median, this_scr
 PEERS = ("hf", "transformers", "vllm", "lmrl-vllm")
 NAMES = {"hf": "lmrl hf", "transformers": "transformers", "vllm": "vLLM", "lmrl-vllm": "lmrl vllm"}
 MODES = {"kept": "turns", "anew": "turns", "slow": "latency", "game": "games"}
-"""What runs in the modes that play episodes, by the mode."""
+"""The variants to run in each mode that plays episodes."""
 SUBJECTS = (
     "the sea", "a lighthouse", "bread", "winter", "the moon", "a railway", "honey bees", "mountains", "glass", "a violin",
     "rain", "an old library", "volcanoes", "chess", "a garden", "whales", "clocks", "the desert", "paper", "bicycles",
@@ -73,20 +73,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a causal LM, for instance SmolLM2-135M-Instruct")
     parser.add_argument("--mode", choices=("requests", "turns", "latency", "games"), default="requests")
-    parser.add_argument("--precision", default="bfloat16", help="of the weights; float32 where a CPU lacks bfloat16")
-    parser.add_argument("--turns", type=int, default=6, help="of an episode (modes turns, latency, games)")
+    parser.add_argument("--precision", default="bfloat16", help="of the weights; float32 if the CPU lacks bfloat16")
+    parser.add_argument("--turns", type=int, default=6, help="turns per episode (modes turns, latency, games)")
     parser.add_argument("--mean-latency", type=float, default=0.5, help="seconds of a step (mode latency)")
     parser.add_argument(
-        "--game", default="maze/offline_to_online", help="recipe whose task and model are taken (mode games)"
+        "--game", default="maze/offline_to_online", help="recipe whose task and model are used (mode games)"
     )
-    parser.add_argument("--requests", type=int, default=256, help="requests, or episodes side by side")
+    parser.add_argument("--requests", type=int, default=256, help="requests, or concurrent episodes")
     parser.add_argument("--samples", type=int, default=1, help="requests for each question")
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
-        "--peers", default=",".join(PEERS), help=f"of {', '.join(PEERS)}; what is not installed is left out"
+        "--peers", default=",".join(PEERS), help=f"of {', '.join(PEERS)}; peers that are not installed are left out"
     )
     parser.add_argument("--json", type=Path)
     add_peer_arguments(parser, [*PEERS, *MODES])
@@ -144,7 +144,7 @@ def environment() -> dict[str, str]:
 
 
 def print_table(results: Results, rounds: int) -> None:
-    """Medians over rounds; ratios are those of runs in the same round."""
+    """Medians over rounds; ratios are between runs of the same round."""
     print(
         f"\n{'':14}{'tokens/s':>10}{'per CPU s':>11}{'tokens each':>13}{'peak MB':>9}   tokens/s to those of transformers"
     )
@@ -161,7 +161,7 @@ def print_table(results: Results, rounds: int) -> None:
 
 
 def rates(runs: list[dict], key: str) -> list[float]:
-    """Useful tokens per second of each run; none where the time is not known."""
+    """Useful tokens per second of each run; none if the time is not known."""
     return [one["tokens"] / one[key] for one in runs if one[key] is not None]
 
 
@@ -170,7 +170,7 @@ def ratio(mine: list[float], base: list[float]) -> float:
 
 
 def print_modes(results: Results) -> None:
-    """Medians over rounds; ratios are those of runs in the same round."""
+    """Medians over rounds; ratios are between runs of the same round."""
     for peer, runs in results.items():
         print(f"{peer:8}" + "".join(f"  {name} {median(runs, name):,.4g}" for name in runs[0]))
     if "anew" in results:
@@ -235,7 +235,7 @@ def run(args: argparse.Namespace) -> None:
     found = {
         "tokens": sum(lengths),
         "seconds": round(wall, 2),
-        "cpu_seconds": None if args.peer == "lmrl-vllm" else round(cpu, 2),  # may work in a process of its own
+        "cpu_seconds": None if args.peer == "lmrl-vllm" else round(cpu, 2),  # may run in a separate process
         "mean_tokens": round(statistics.mean(lengths), 1),
         "at_limit": sum(length == args.max_new_tokens for length in lengths),
         "mean_prompt": round(statistics.mean(map(len, prompts)), 1),

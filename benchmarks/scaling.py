@@ -1,17 +1,17 @@
-"""What a token costs, against samples a step, sequence length, vocabulary and number of processes.
+"""The cost of a token as a function of samples per step, sequence length, vocabulary and number of processes.
 
     python benchmarks/scaling.py [--model FOLDER] [--tables samples lengths vocabulary processes] [--rounds 3]
 
-A token's cost is the time of a whole PPO step (rollout, rewards, preparation, two epochs of updates) by the tokens that the
-policy has sampled and learned from in it. Each setting trains in a process of its own, in turn with the others of its
-table; ratios are those of the same round to the table's first line. `vocabulary` and `processes` use small models from
+A token's cost is the time of a whole PPO step (rollout, rewards, preparation, two epochs of updates) divided by the tokens that
+the policy has sampled and been trained on in it. Each setting trains in a separate process, in turn with the others of its
+table; ratios are to the table's first line in the same round. `vocabulary` and `processes` use small models from
 scratch of the size of recipe random_walks/ppo (64 wide, two layers); `samples` and `lengths` too, or the model of --model, with
 LoRA as in recipe sentiment/ppo.
 
-- samples: the same work for more episodes. Nothing should cost more a token.
-- lengths: as many episodes, of more tokens each. What grows is attention, and the cache that rollouts read.
-- vocabulary: the projection to it grows, and with it the drawing of tokens; all else stays.
-- processes: a step's episodes shared out, one thread each. Half the cost would be ideal.
+- samples: the same work for more episodes. Nothing should cost more per token.
+- lengths: the same number of episodes with more tokens each. Attention grows, and the cache that rollouts read.
+- vocabulary: the projection to it grows, and with it the sampling of tokens; everything else stays the same.
+- processes: a step's episodes divided among processes, one thread each. Half the cost would be ideal.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from _peers import assignments, in_turn, lmrl_train, median, seconds, write_json
 
 @dataclass
 class Setting:
-    """One line of a table. The overrides hold at least the episodes a step, `rollouts.prompts` and `rollouts.samples`."""
+    """One line of a table. The overrides include at least the episodes per step, `rollouts.prompts` and `rollouts.samples`."""
 
     label: str
     recipe: str
@@ -40,12 +40,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--model", help="folder of a causal LM for the tables of samples and lengths")
-    parser.add_argument("--samples", type=int, nargs="+", default=[64, 256], help="episodes a step")
+    parser.add_argument("--samples", type=int, nargs="+", default=[64, 256], help="episodes per step")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128, 512], help="new tokens")
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[1024, 8192, 65536])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=5, help="of which the first is not counted")
+    parser.add_argument("--steps", type=int, default=5, help="steps, of which the first is not counted")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -85,7 +85,7 @@ def vocabulary(args: argparse.Namespace) -> list[Setting]:
 
 
 def processes(args: argparse.Namespace) -> list[Setting]:
-    """The recipe as it is: 512 episodes, 4 minibatches, two epochs."""
+    """The unchanged recipe: 512 episodes, 4 minibatches, two epochs."""
     own = ONE_STAGE | {"rollouts.prompts": 64, "rollouts.samples": 8}
     return [Setting(f"processes: {count}", "random_walks/ppo", own, count) for count in args.processes]
 
@@ -95,14 +95,14 @@ ONE_STAGE = {"stages": "{}", "objective.value_warmup_steps": 0}
 
 
 def base(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Recipe and overrides that a table begins from."""
+    """The recipe and overrides that a table is based on."""
     if args.model is None:
         return "random_walks/ppo", small_model(args, 4096)
     return "sentiment/ppo", {"model.path": args.model, "objective.value_warmup_steps": 0}
 
 
 def small_model(args: argparse.Namespace, vocabulary: int) -> dict[str, Any]:
-    """From scratch, so that it hardly ever ends a turn: that is one entry of its vocabulary."""
+    """A model from scratch hardly ever ends a turn, because the end is one of many vocabulary entries."""
     return ONE_STAGE | {
         "model.config.vocab_size": vocabulary,
         "model.config.max_position_embeddings": max(32, *args.lengths) + 8,
@@ -133,7 +133,7 @@ def measure(args: argparse.Namespace, setting: Setting, output: Path) -> dict[st
 
 
 def print_table(results: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
-    """Medians over rounds; returns the ratios of costs to the first line's, of each round."""
+    """Print medians over rounds; returns each round's ratios of costs to the first line's."""
     first = next(iter(results.values()))
     print(f"\n{'':16}{'tokens a step':>14}{'s a step':>10}{'us a token':>12}{'peak MB':>9}   cost to the first line's")
     found = {}

@@ -1,13 +1,13 @@
-"""`lmrl serve` under load: clients that ask without a pause, some of which go away in mid-stream. Errors, latency, and what is left.
+"""`lmrl serve` under load: clients that send requests without pause, some of which disconnect mid-stream. Errors, latency, and leaks.
 
     python benchmarks/serve_load.py --clients 64 --seconds 60 [--model FOLDER] [--json FILE] [rollouts.engine=vllm ...]
 
-The server is a process of its own. Each client draws from five kinds of requests: a chat, a stream that it reads to its end, one that it
-leaves after its first piece, several choices of a completion, a chat with a definition of a tool. Half of the requests are sent over a
-connection that stays open, half over one of their own. An error is any status but 200, a broken connection, and an answer without what it
-must have. After a warm-up of a quarter of the time (most of an allocator's growth falls into it) and again after the last client, when it
-has answered what it was asked, the server's memory, open files and threads are read from /proc. Without `--model`, the model
-is one of 60 thousand random weights, so that the server, not the model, is what is measured.
+The server is a separate process. Each client draws from five kinds of requests: a chat, a stream that it reads to the end, one that it
+abandons after the first piece, several choices of a completion, and a chat with a tool definition. Half of the requests are sent over a
+connection that stays open, half over a new one each. An error is any status but 200, a broken connection, or an incomplete answer.
+After a warm-up of a quarter of the time (which contains most of the allocator's growth) and again after the last client, when the server
+has answered everything, its memory, open files and threads are read from /proc. Without `--model`, the model has 60 thousand random
+weights, so that the server is measured, not the model.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 @dataclass
 class Tally:
-    """What all clients met."""
+    """The observations of all clients."""
 
     seconds: list[float] = field(default_factory=list)
-    """Of each answer that was read to its end."""
+    """Latency of each answer that was read to the end."""
     tokens: int = 0
     left: int = 0
     errors: list[str] = field(default_factory=list)
 
 
 class Client:
-    """A client of the server at a port, which asks until `ends`."""
+    """A client of the server at a port, which sends requests until `ends`."""
 
     def __init__(self, port: int, number: int, tokens: int, tally: Tally):
         self.port, self.random, self.tokens, self.tally = port, random.Random(number), tokens, tally
@@ -108,7 +108,7 @@ class Client:
             await reader.readline()
             events = [line[6:] for line in answer.decode().split("\n\n") if line]
             assert events[-1] == "[DONE]" and len(events) > 1, "the stream has no end"
-            assert json.loads(events[-2])["choices"][0]["finish_reason"], "the stream does not say why it ended"
+            assert json.loads(events[-2])["choices"][0]["finish_reason"], "the stream has no finish reason"
         else:
             size = int(re.search(r"content-length: (\d+)", head)[1])  # type: ignore[index]
             given = json.loads(await reader.readexactly(size))
@@ -147,7 +147,7 @@ async def load(port: int, process: int, clients: int, seconds: float, tokens: in
     seen: dict[str, Any] = {"early": look(process)}
     await asyncio.gather(*running)
     seen["seconds"] = time.monotonic() - begins
-    await asyncio.sleep(2)  # sampling of clients that left ends
+    await asyncio.sleep(2)  # until sampling for disconnected clients has stopped
     return tally, seen | {"late": look(process)}
 
 
@@ -155,10 +155,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--tokens", type=int, default=16, help="of an answer, at most")
+    parser.add_argument("--tokens", type=int, default=16, help="maximum tokens per answer")
     parser.add_argument("--model", help="run, checkpoint, folder or hub name")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("overrides", nargs="*", help="of lmrl serve, for instance rollouts.engine=vllm")
+    parser.add_argument("overrides", nargs="*", help="overrides of lmrl serve, for instance rollouts.engine=vllm")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lmrl-load-") as folder:
         if given.model is None:

@@ -2,10 +2,10 @@
 
     python benchmarks/sft.py --model FOLDER --data ROWS.jsonl [--rounds 3]
 
-Each side works in a process of its own, in turn: the same rows of prompt and completion in the same tokens, loss on completions alone,
+Each side runs in a separate process, in turn: the same rows of prompt and completion in the same tokens, loss on completions only,
 LoRA rank and targets, learning rate, threads, bfloat16 arithmetic. trl runs in several settings (padded batches; batches of
-like length; packed by its best-fit-decreasing strategy), without gradient checkpointing, and is compared by the fastest of
-them; `--checkpointing` switches it on for both sides. lmrl keeps the frozen weights in bfloat16. ROWS may be in any format that lmrl reads.
+similar length; packed by its best-fit-decreasing strategy), without gradient checkpointing, and the fastest of
+them is compared; `--checkpointing` switches it on for both sides. lmrl keeps the frozen weights in bfloat16. ROWS may be in any format that lmrl reads.
 """
 
 from __future__ import annotations
@@ -36,18 +36,22 @@ SETTINGS = {
 }
 PEERS = ("lmrl", *SETTINGS)
 WARM_UP = 2
-"""First steps that are not counted."""
+"""Number of first steps that are not counted."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a causal LM, for instance SmolLM2-135M-Instruct")
     parser.add_argument(
-        "--data", required=True, help="rows of prompt and completion, or preferences, of which the chosen is taken"
+        "--data",
+        required=True,
+        help="rows of prompt and completion, or preferences, of which the chosen completion is used",
     )
-    parser.add_argument("--batch", type=int, default=8, help="rows a step (trl packed: what fills as many tokens)")
-    parser.add_argument("--steps", type=int, default=8, help=f"of which the first {WARM_UP} are not counted")
-    parser.add_argument("--max-tokens", type=int, default=512, help="of a row; and of a block of trl packed")
+    parser.add_argument("--batch", type=int, default=8, help="rows per step (trl packed: what fills as many tokens)")
+    parser.add_argument("--steps", type=int, default=8, help=f"steps, of which the first {WARM_UP} are not counted")
+    parser.add_argument(
+        "--max-tokens", type=int, default=512, help="maximum tokens of a row, and of a block of trl packed"
+    )
     parser.add_argument("--lora-r", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
@@ -67,7 +71,7 @@ def main() -> None:
             return this_script(peer, folder, args.threads, "--data", str(rows))
 
         results = in_turn(PEERS, args.rounds, run)
-    print(f"\n{tokens:.0f} tokens a row")
+    print(f"\n{tokens:.0f} tokens per row")
     print_table(results, {"tokens/s": ("tokens_per_second", ".1f"), "peak MB": ("peak_mb", ".0f")})
     fastest = max(SETTINGS, key=lambda peer: median(results[peer], "tokens_per_second"))
     ratios = {
@@ -182,7 +186,7 @@ def mean_tokens(args: argparse.Namespace) -> float:
 
 
 def report(args: argparse.Namespace, tokens: list[float], steps: list[float], peak_mb: float) -> None:
-    """tokens: those of each step that carry loss."""
+    """tokens: the number per step that carry loss."""
     found = {
         "tokens_per_second": sum(tokens[WARM_UP:]) / sum(steps[WARM_UP:]),
         "tokens_a_step": round(statistics.mean(tokens[WARM_UP:])),
