@@ -60,7 +60,7 @@ def leave(output: Path, found: dict[str, Any]) -> None:
 
 # ------------------------------------------------------------------------------------------------------------------- lmrl
 def assignments(overrides: Mapping[str, Any]) -> list[str]:
-    """In the form that the command line and `lmrl.train` take."""
+    """Overrides as `KEY=VALUE`, which the command line and `lmrl.train` take."""
     return [f"{key}={value}" for key, value in overrides.items()]
 
 
@@ -154,7 +154,7 @@ def ratios(results: Results, key: str) -> list[float]:
 
 
 def print_ratios(results: Results, keys: Mapping[str, str]) -> dict[str, list[float]]:
-    """keys: of the reports, by the name to print."""
+    """Print ratios of the reports' values, and return them. keys: of the reports, by the name to print."""
     found = {name: ratios(results, key) for name, key in keys.items()}
     first, second = list(results)[:2]
     for name, each in found.items():

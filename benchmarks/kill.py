@@ -113,7 +113,7 @@ def prepared(method: str, folder: Path) -> None:
 
 
 def command(method: str, folder: Path, target: Path) -> list[str]:
-    """A function that starts a run in `target`, or resumes it."""
+    """The arguments of lmrl that start a run in `target`, or resume it."""
     if method == EVAL:
         suite = str(folder / "suite.yaml")
         return ["eval", str(folder / "model"), "--suite", suite, "--log", str(target), "--log-every", "4"]

@@ -1,13 +1,35 @@
-"""What two runs that should be one have in common."""
+"""Runs that are stopped on purpose, and comparisons of runs that should be equal."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
+
+
+@contextmanager
+def stopped_before(step: int, stage: str | None = None) -> Iterator[None]:
+    """Inside, a run must fail before it begins this step. stage: only of this stage."""
+    from lmrl.training.stage import Stage
+
+    original = Stage._step
+
+    def stop(self, number):
+        if number == step and stage in (None, self.name):
+            raise RuntimeError("stopped on purpose")
+        original(self, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stage, "_step", stop)
+        with pytest.raises(RuntimeError, match="stopped on purpose"):
+            yield
 
 
 def metrics(folder: Path) -> list[dict]:
-    """All but times, what was measured of memory, and the comparison of engine and learner, which every process makes anew."""
+    """Metrics lines without times, memory measurements, and the sampler check, which every process repeats."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
         {name: value for name, value in line.items() if name != "time"}
@@ -17,7 +39,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def assert_same_run(a: Path, b: Path, weights: int = 3) -> None:
-    """Metrics, samples, results and the final weights of two runs are equal. weights: that there are so many files of them."""
+    """Metrics, samples, results and the final weights of two runs are equal. weights: minimum number of weight files."""
     assert metrics(a) == metrics(b)
     for name in ("samples.jsonl", "results.json"):
         assert (a / name).exists() == (b / name).exists(), name

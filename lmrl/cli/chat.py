@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from lmrl.cli.common import Debug, TrustRemoteCode
+from lmrl.cli.common import Checkpoint, Debug, TrustRemoteCode
 from lmrl.errors import RecipeError
 from lmrl.visible import visible
 
@@ -29,7 +29,7 @@ def command(
     beta: Annotated[
         float | None, typer.Option("--beta", min=0.0, help="Weight of the Q values, for a policy that has them")
     ] = None,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="For a run: final, best or step-N")] = "final",
+    checkpoint: Checkpoint = "final",
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,

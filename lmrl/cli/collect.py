@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lmrl.cli.common import OVERRIDE, Debug, EndpointOptions, TrustRemoteCode, endpoint_of
+from lmrl.cli.common import OVERRIDE, Checkpoint, Debug, EndpointOptions, TrustRemoteCode, endpoint_of
 from lmrl.errors import RecipeError
 from lmrl.local_names import refuse_missing
 from lmrl.recipe import AgentTask, PromptTask, Rollouts, Section, TaskSection
@@ -52,7 +52,7 @@ def command(
     temperature: Annotated[
         float | None, typer.Option("--temperature", help="Short for rollouts.temperature=...")
     ] = None,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="For a run: final, best, or step-N")] = "final",
+    checkpoint: Checkpoint = "final",
     by_hand: Annotated[bool, typer.Option("--by-hand", help="Play yourself, in the terminal; Ctrl-D ends it")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite episodes collected earlier")] = False,
     endpoint: EndpointOptions = None,

@@ -1,4 +1,4 @@
-"""Options that several verbs share."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ Policies = Annotated[
         metavar="POLICY... [KEY=VALUE]...",
         show_default=False,
     ),
+]
+Checkpoint = Annotated[str, typer.Option("--checkpoint", help="For a run: final, best or step-N")]
+Checkpoints = Annotated[
+    str | None,
+    typer.Option("--checkpoints", help="Several checkpoints of each run: all, or for instance step-20,best,final"),
 ]
 EndpointOptions = Annotated[
     list[str] | None,

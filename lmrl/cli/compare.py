@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lmrl.cli.common import (
+    Checkpoint,
+    Checkpoints,
     Debug,
     EndpointOptions,
     Policies,
@@ -39,11 +41,8 @@ def command(
     suite: Annotated[
         str | None, typer.Option("--suite", "-s", help="A suite's file or name (default: the first policy's own)")
     ] = None,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="For a run: final, best, or step-N")] = "final",
-    checkpoints: Annotated[
-        str | None,
-        typer.Option("--checkpoints", help="Several checkpoints of each run: all, or for instance step-20,best,final"),
-    ] = None,
+    checkpoint: Checkpoint = "final",
+    checkpoints: Checkpoints = None,
     beta: Annotated[
         str | None,
         typer.Option("--beta", help="For policies with Q heads: weights of Q, each compared as a separate policy"),

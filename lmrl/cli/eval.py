@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from lmrl.cli.common import (
+    Checkpoint,
+    Checkpoints,
     Debug,
     EndpointOptions,
     Policies,
@@ -36,11 +38,8 @@ def command(
             autocompletion=suites,
         ),
     ] = None,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="For a run: final, best, or step-N")] = "final",
-    checkpoints: Annotated[
-        str | None,
-        typer.Option("--checkpoints", help="Several checkpoints of each run: all, or for instance step-20,best,final"),
-    ] = None,
+    checkpoint: Checkpoint = "final",
+    checkpoints: Checkpoints = None,
     log: Annotated[
         Path | None, typer.Option("--log", help="Save every episode to this folder, or resume the log there")
     ] = None,

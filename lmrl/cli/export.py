@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lmrl.cli.common import Debug, TrustRemoteCode
+from lmrl.cli.common import Checkpoint, Debug, TrustRemoteCode
 from lmrl.errors import RecipeError
 
 
@@ -38,7 +38,7 @@ def command(
     suite: Annotated[
         str | None, typer.Option("--suite", "-s", help="A suite's file or name (default: the run's own)")
     ] = None,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="For a run: final, best, or step-N")] = "final",
+    checkpoint: Checkpoint = "final",
     push: Annotated[
         str | None,
         typer.Option(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lmrl.cli.common import Debug, TrustRemoteCode
+from lmrl.cli.common import Checkpoint, Debug, TrustRemoteCode
 from lmrl.errors import RecipeError, RunError
 from lmrl.recipe import Rollouts, Section
 from lmrl.recipe.document import Document
@@ -52,7 +52,7 @@ def command(
     grace: Annotated[
         float, typer.Option("--grace", min=0, help="Seconds that running requests get to finish when the server stops")
     ] = 30,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="For a run: final, best or step-N")] = "final",
+    checkpoint: Checkpoint = "final",
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:

@@ -1,10 +1,10 @@
-"""Suites of other tools, named `TOOL:TASK`, and what can be said about them on the command line."""
+"""Suites of other tools, named `TOOL:TASK`, and their options on the command line."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field
 
@@ -14,6 +14,8 @@ from lmrl.recipe import Section
 from lmrl.recipe.document import Document
 from lmrl.recipe.overrides import apply_override
 from lmrl.recipe.validation import validate
+
+Options = TypeVar("Options", bound=Section)
 
 HARNESS = "lm-eval:"
 """Prefix of an lm-eval task's name."""
@@ -63,16 +65,12 @@ class InspectOptions(Section):
 
 def inspect_task(suite: str | Path | None) -> str | None:
     """The inspect_ai task that a suite's name stands for; None for other suites."""
-    name = "" if suite is None else str(suite)
-    return name.removeprefix(INSPECT) if name.startswith(INSPECT) else None
+    return _task(suite, INSPECT)
 
 
 def inspect_options(overrides: Sequence[str]) -> InspectOptions:
     """Parse overrides. Raises RecipeError for an unknown option, or if inspect_ai or the openai package that it needs is missing."""
-    document = Document({})
-    for override in overrides:
-        apply_override(document, override)
-    options = validate(InspectOptions, document)
+    options = _options(InspectOptions, overrides)
     if options.seed is not None and (options.samples or 1) > 1:
         raise RecipeError("seed: with a seed all `samples` of a prompt would be the same: leave one of the two out")
     for module in ("inspect_ai", "openai"):
@@ -95,15 +93,23 @@ def check_foreign(suite: str | Path | None, overrides: Sequence[str]) -> None:
 
 def harness_task(suite: str | Path | None) -> str | None:
     """The task of lm-eval that a suite's name stands for; None for a suite of lmrl's."""
-    name = "" if suite is None else str(suite)
-    return name.removeprefix(HARNESS) if name.startswith(HARNESS) else None
+    return _task(suite, HARNESS)
 
 
 def harness_options(overrides: Sequence[str]) -> HarnessOptions:
     """Parse overrides. Raises RecipeError for an unknown option, or if lm-eval is not installed."""
+    options = _options(HarnessOptions, overrides)
+    need("lm_eval", f"--suite {HARNESS}TASK", RecipeError)
+    return options
+
+
+def _task(suite: str | Path | None, prefix: str) -> str | None:
+    name = "" if suite is None else str(suite)
+    return name.removeprefix(prefix) if name.startswith(prefix) else None
+
+
+def _options(section: type[Options], overrides: Sequence[str]) -> Options:
     document = Document({})
     for override in overrides:
         apply_override(document, override)
-    options = validate(HarnessOptions, document)
-    need("lm_eval", f"--suite {HARNESS}TASK", RecipeError)
-    return options
+    return validate(section, document)

@@ -12,7 +12,7 @@ from lmrl.recipe.files import load_recipe
 from lmrl.training import resume_run, train
 from tests.conftest import TINY_WALKS
 from tests.launcher import launch
-from tests.runs import assert_same_run, metrics
+from tests.runs import assert_same_run, metrics, stopped_before
 
 SMALL = [
     "task.nodes=8",
@@ -101,7 +101,7 @@ def prompt_recipe(tmp_path: Path, tiny_folder: Path, **changes) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["lora", "full", "adapter_after_adapter", "dora"])
-def test_interrupted_at_a_step(tmp_path, tiny_folder, monkeypatch, kind):
+def test_interrupted_at_a_step(tmp_path, tiny_folder, kind):
     """Adapters with dropout, full weights, a stage whose reference is a second adapter, and DoRA beside a whole head."""
     changes = {}
     if kind == "dora":
@@ -121,19 +121,8 @@ def test_interrupted_at_a_step(tmp_path, tiny_folder, monkeypatch, kind):
     recipe = load_recipe(prompt_recipe(tmp_path, tiny_folder, **changes))
     train(recipe, output=tmp_path / "whole")
 
-    from lmrl.training.stage import Stage
-
-    original = Stage._step
-
-    def broken(self, step):
-        if self.name == "main" and step == 3:
-            raise RuntimeError("pulled the plug")
-        original(self, step)
-
-    monkeypatch.setattr(Stage, "_step", broken)
-    with pytest.raises(RuntimeError, match="pulled the plug"):
+    with stopped_before(3, stage="main"):
         train(recipe, output=tmp_path / "torn")
-    monkeypatch.undo()
     resume_run(tmp_path / "torn")
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "torn")
     for file in (tmp_path / "whole").glob("stages/main/final/**/*.safetensors"):

@@ -18,7 +18,7 @@ from lmrl.training.monitoring.gate import GateState, breached, drop, has_given_u
 from lmrl.training.stage import Stage
 from lmrl.trajectories.trajectory import Trajectory
 from tests.conftest import TINY_WALKS
-from tests.runs import metrics
+from tests.runs import metrics, stopped_before
 
 
 def test_drop_by_hand():
@@ -147,19 +147,10 @@ def test_a_broken_run_ends_with_the_policy_it_began_with(good, broken):
 
 
 @pytest.mark.parametrize(("step", "kept"), [(1, 0), (3, 2), (4, 3)])
-def test_the_gate_survives_a_resume(good, broken, tmp_path, monkeypatch, step, kept):
+def test_the_gate_survives_a_resume(good, broken, tmp_path, step, kept):
     """Stopped before the first update, after a rollback, and before the last one."""
-    original = Stage._step
-
-    def unplugged(self, number):
-        if number == step:
-            raise RuntimeError("pulled the plug")
-        original(self, number)
-
-    monkeypatch.setattr(Stage, "_step", unplugged)
-    with pytest.raises(RuntimeError, match="pulled the plug"):
+    with stopped_before(step):
         run_of(gated(good, "optimizer.lr=1.0"), tmp_path / "torn")
-    monkeypatch.undo()
     assert (tmp_path / f"torn/stages/main/checkpoints/step-00000{kept}").exists()
     resume_run(tmp_path / "torn")
     assert metrics(tmp_path / "torn") == metrics(broken[0]) and state_of(tmp_path / "torn") == state_of(broken[0])
@@ -170,11 +161,11 @@ def test_a_stage_that_gave_up_is_not_trained_further(good, broken, tmp_path, mon
 
     def unplugged(self, target):
         if target.name == "final":
-            raise RuntimeError("pulled the plug")
+            raise RuntimeError("stopped on purpose")
         original(self, target)
 
     monkeypatch.setattr(Stage, "_checkpoint", unplugged)
-    with pytest.raises(RuntimeError, match="pulled the plug"):
+    with pytest.raises(RuntimeError, match="stopped on purpose"):
         run_of(gated(good, "optimizer.lr=1.0"), tmp_path / "torn")
     monkeypatch.undo()
     resume_run(tmp_path / "torn")
