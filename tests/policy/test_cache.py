@@ -140,3 +140,13 @@ def test_layers_with_a_state_keep_the_cache_of_transformers():
 
     config = Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"])
     assert isinstance(new_cache(config), DynamicCache)
+
+
+def test_rows_cannot_join_layers_of_another_kind():
+    """As those of a DynamicCache, whose rows begin and end together."""
+    config = load_policy(Model(config=dict(TINY_LLAMA)), texts=lambda: ["ab"]).causal_lm.config
+    plain = Cache(config, two=False)
+    plain.policy = DynamicCache(config=config)
+    plain.expect(4)  # nothing to allocate ahead
+    with pytest.raises(TypeError, match="neither join nor leave a layer of the kind DynamicLayer"):
+        plain.join(Cache(config, two=False), torch.tensor([0]))
