@@ -34,7 +34,7 @@ FILES = [
     ("&a [*a]", r"mine.yaml, line 1: refers to itself by an alias"),
     ("model: " + "[" * 3000 + "]" * 3000, "mine.yaml: is nested too deeply to be a recipe"),
     ("model: 2024-99-99", r"mine.yaml.*: not valid YAML|wrong value for 'model'"),
-    ("[1, 2]", "holds a sequence, but a recipe is a mapping"),
+    ("[1, 2]", "contains a sequence, but a recipe is a mapping"),
     ("model: \x00", r"mine.yaml.*: not valid YAML"),
 ]
 
