@@ -1,4 +1,4 @@
-"""Which device is taken, and what it has; without an accelerator by a stub of torch's answer."""
+"""Which device is chosen, and its properties; without an accelerator, with stubs of torch."""
 
 import pytest
 import torch

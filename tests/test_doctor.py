@@ -1,4 +1,4 @@
-"""`lmrl doctor` on machines that are not there."""
+"""`lmrl doctor` on simulated machines."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Packages that only an extra installs: what is said where they are missing."""
+"""Packages that only an extra installs: the message if they are missing."""
 
 import configparser
 import sys

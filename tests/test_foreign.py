@@ -1,4 +1,4 @@
-"""What rewards and environments do to the process is put back."""
+"""Changes that rewards and environments make to the process are undone."""
 
 import json
 import signal

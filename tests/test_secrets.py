@@ -1,4 +1,4 @@
-"""Keys and passwords stay out of run folders and of what is printed."""
+"""Keys and passwords stay out of run folders and printed text."""
 
 import base64
 import json

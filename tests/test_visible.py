@@ -1,4 +1,4 @@
-"""Escape codes that somebody else wrote never reach the terminal."""
+"""Escape codes in untrusted text never reach the terminal."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Agent tasks: what programs have the policy say becomes trajectories, token by token."""
+"""Agent tasks: a program's calls to the policy become trajectories, token by token."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Agent frameworks that we did not write, unchanged but for the address: what they have the policy say is recorded to the token."""
+"""Third-party agent frameworks, unchanged except for the address: their calls to the policy are recorded token by token."""
 
 import json
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""The simulated evaluations are what their settings say."""
+"""The simulated evaluations match their settings."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The simulated comparisons are what the table says of them."""
+"""The simulated comparisons match the table's description."""
 
 import sys
 from pathlib import Path

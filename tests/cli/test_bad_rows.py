@@ -1,4 +1,4 @@
-"""`lmrl train` on logged data of which a row is malformed."""
+"""`lmrl train` on logged data with a malformed row."""
 
 import json
 

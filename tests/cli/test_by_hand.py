@@ -1,4 +1,4 @@
-"""`lmrl collect --by-hand`: what a person types becomes episodes to learn from."""
+"""`lmrl collect --by-hand`: typed actions become episodes for training."""
 
 import json
 
@@ -54,7 +54,7 @@ def rows(folder):
 
 
 def test_typed_episodes_are_saved(folder):
-    """Two whole episodes, one that is cut off after three turns, and one that is left."""
+    """Two complete episodes, one truncated after three turns, and one abandoned."""
     result = play("3\n5\n5\n1\n2\n3\n7\n", "task.max_turns=3")
     assert result.exit_code == 0, result.output
     assert result.output.startswith("guess\n  -1\nhigher\n  +1\nover\nguess\n  +1\nover\nguess\n  -1\nhigher\n")

@@ -1,4 +1,4 @@
-"""Talking to policies: the dialogue that the model sees, answers as they come, and the verb."""
+"""Talking to policies: the dialogue that the model sees, streamed answers, and the command."""
 
 import pytest
 from typer.testing import CliRunner

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: every verb in a process of its own, from another folder."""
+"""The command line as users see it: every command in a separate process, from another folder."""
 
 import json
 import os
@@ -126,7 +126,7 @@ COMPLETE = [
 
 @pytest.mark.parametrize("name", COMPLETE)
 def test_every_shipped_recipe_is_tried(name, tmp_path, tiny_folder):
-    """A recipe of a hub model is tried with a tiny local one, and of a hub dataset with a few rows; nothing is left behind."""
+    """A recipe with a hub model is tried with a tiny local one, and one with a hub dataset with a few rows; no files are left."""
     recipe, overrides = load_recipe(name), []
     if recipe.model.path is not None:
         overrides.append(f"model.path={tiny_folder}")
@@ -211,7 +211,7 @@ def test_train_resume_and_eval(tmp_path):
 
 @pytest.mark.parametrize(("verb", "limit"), [(["--help"], 0.3), (["ls"], 0.9), (["show", "random_walks/ppo"], 0.9)])
 def test_light_verbs_take_little_time(verb, limit):
-    """CPU seconds, best of four: those that other processes take do not count."""
+    """CPU seconds, best of four, so that the load of other processes does not matter."""
     times = []
     for _ in range(4):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

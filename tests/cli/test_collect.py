@@ -1,4 +1,4 @@
-"""`lmrl collect`, and that what is read is what was played."""
+"""`lmrl collect`: episodes read back equal those that were played."""
 
 import json
 

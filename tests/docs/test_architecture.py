@@ -1,4 +1,4 @@
-"""ARCHITECTURE.md tells the way of a prompt truly: in at most eight files, which define what it names."""
+"""ARCHITECTURE.md describes a prompt's way correctly: at most eight files, which define the names it mentions."""
 
 import re
 from pathlib import Path

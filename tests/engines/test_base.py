@@ -1,4 +1,4 @@
-"""The engine interface: who waits at the same time is served together, from coroutines and from synchronous code."""
+"""The engine interface: requests that wait at the same time are served together, from coroutines and from synchronous code."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""Policies behind addresses, against a server of this machine: what they are asked, scores, logs and collected episodes."""
+"""Policies served at an address, with a local server: requests, scores, logs and collected episodes."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Completions that an engine has to choose from: never others, with their probability renormalised at every token."""
+"""Completions restricted to a given set: nothing else is sampled, and probabilities are renormalised at every token."""
 
 import asyncio
 import itertools
@@ -70,7 +70,7 @@ def test_restrict_keeps_the_logits_of_allowed_tokens():
 
 
 def test_only_allowed_actions_are_sampled(engine):
-    """300 restricted requests beside 20 free ones: each of the three actions as often as its probability says."""
+    """300 restricted requests along with 20 free ones: each of the three actions occurs as often as its probability says."""
     prompts = [[5, 6, 7, 8]] * 320
     found = sample(engine, prompts, [TokenTrie(ACTIONS)] * 300 + [None] * 20)
     restricted, free = found[:300], found[300:]
@@ -85,7 +85,7 @@ def test_only_allowed_actions_are_sampled(engine):
 
 
 def test_learner_finds_the_sampled_probabilities(engine, tiny_policy):
-    """The ratio on fresh data is 1: packed end to end or padded, restricted actions beside free ones."""
+    """The ratio on fresh data is 1: packed end to end or padded, restricted actions along with free ones."""
     prompts = [[5, 6, 7][: 1 + number % 3] for number in range(12)]
     trie = TokenTrie(ACTIONS)
     found = sample(engine, prompts, [trie if number % 4 else None for number in range(12)], Sampling(6, 0.7))

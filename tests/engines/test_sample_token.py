@@ -1,4 +1,4 @@
-"""Drawing: inverts the distribution, to rounding, over small vocabularies and large ones."""
+"""Sampling inverts the cumulative distribution, up to rounding, over small and large vocabularies."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_top_k_and_top_p_renormalise():
 
 @pytest.mark.parametrize("spread", [0.1, 4.0])
 def test_top_p_of_a_large_vocabulary(spread):
-    """With an edge among the likeliest candidates (spread 4) and far beyond them (spread .1): as by a full sort."""
+    """With an edge among the most likely candidates (spread 4) and far beyond them (spread .1): equal to a full sort."""
     generator = torch.Generator().manual_seed(0)
     logits = spread * torch.randn(3, 4000, generator=generator)
     ordered = logits.double().softmax(-1).sort(-1, descending=True).values

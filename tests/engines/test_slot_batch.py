@@ -1,4 +1,4 @@
-"""Dialogues over kept keys and values: the same tokens as without, and only what is new is computed."""
+"""Dialogues with kept keys and values: the same tokens as without, and only new tokens are computed."""
 
 import asyncio
 
@@ -83,7 +83,7 @@ def test_later_turns_compute_only_new_tokens(policy):
 
 
 def test_a_rewritten_dialogue_keeps_its_beginning(policy):
-    """As where a template shows earlier turns in another way."""
+    """For instance if a template renders earlier turns differently."""
     engine, opening = HFEngine(policy), [index % 20 + 3 for index in range(WORTHWHILE)]
 
     async def two_turns():
@@ -222,7 +222,7 @@ def test_eager_attention(policy):
 
 @pytest.mark.parametrize("lengths", [(3, 9, 9), (3, 3, 3)])
 def test_memory_shortage_while_slots_move_is_reported(policy, lengths):
-    """Moving the slots of those that go on may need memory: the shortage is reported, and the engine goes on."""
+    """Moving the slots of running sequences may need memory: the shortage is reported, and the engine continues."""
     policy.causal_lm.generation_config.eos_token_id = 1
     engine = HFEngine(policy)
     original = engine.batch._arrange

@@ -1,4 +1,4 @@
-"""The `vllm` engine: the learner's probabilities, in float32 to rounding; and what becomes of it when it goes stale.
+"""The `vllm` engine: it samples with the learner's probabilities, in float32 up to rounding, and stale weights are noticed.
 
 Skipped where vLLM is not installed, but for what must work without it.
 """
@@ -215,7 +215,7 @@ def test_lora(engine, tmp_path):
 
 @needs_vllm
 def test_a_distilled_policy_is_served(tmp_path):
-    """What Q heads on a trunk of their own guide, which vLLM refuses, becomes a model that it decodes."""
+    """A policy guided by Q heads on a separate trunk, which vLLM refuses, becomes a model that vLLM can decode."""
     changes = [one for one in TINY_WALKS if not one.startswith("task.")]
     changes += ["task.nodes=20", "model.config.head_dim=32", "objective={name: ilql, q_head: mlp, trunk: separate}"]
     lmrl.train("random_walks/bc", [*changes, "training.steps=1", "evaluation.suite=null"], output=tmp_path / "run")
@@ -293,7 +293,7 @@ def test_guided_by_q(monkeypatch):
 
 
 def test_asleep_during_updates(tiny_policy, monkeypatch):
-    """Weights that were dropped come again before anything is sampled, also where no update has followed."""
+    """Dropped weights are sent again before anything is sampled, even if no update has followed."""
     calls = []
 
     class LLM:

@@ -1,4 +1,4 @@
-"""What the `vllm` engine asks of vLLM, on a stand-in for it: requests join the running ones, leave, and are scored."""
+"""The `vllm` engine's requests to vLLM, with a stub of it: requests join the running ones, leave, and are scored."""
 
 import asyncio
 import sys

@@ -1,4 +1,4 @@
-"""Environments behind an OpenEnv server, on the real package where it can be imported."""
+"""Environments on an OpenEnv server, with the real package if it can be imported."""
 
 import json
 import pickle
@@ -96,7 +96,7 @@ def test_an_episode_over_the_wire(server):
 
 
 def test_sessions_are_separate_and_can_be_replayed(server):
-    """Four episodes side by side in threads; each is replayed over a session of its own."""
+    """Four episodes side by side in threads; each is replayed over its own session."""
     tokenizer = build_tokenizer("char", ["ab 0123456789 tomreless"])
     task = build_task(CustomTask(environment=f"openenv:{server}", max_turns=3, workers=4, max_failed=1), tokenizer)
     decode = lambda tokens: "5"  # noqa: E731

@@ -1,4 +1,4 @@
-"""Games of TextArena, on the real package where it can be imported."""
+"""Games of TextArena, with the real package if it can be imported."""
 
 import json
 import random
@@ -101,7 +101,7 @@ def test_the_whole_view_is_textarenas():
 
 
 def test_games_do_not_disturb_one_another():
-    """Two games step in turns and see what each sees alone; the process's own generators go on as if there were none."""
+    """Two interleaved games see what each sees alone; the process's own generators are not affected."""
 
     def trace(seed, between=lambda: None):
         game, rng = make("GuessTheNumber-v0"), np.random.default_rng(seed)

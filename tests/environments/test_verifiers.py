@@ -1,4 +1,4 @@
-"""Tasksets of verifiers, on the real package where it can be imported."""
+"""Tasksets of verifiers, with the real package if it can be imported."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Weights of Q tried one after the other, on what was trained once."""
+"""Several weights of Q, tried one after the other on one trained policy."""
 
 import json
 

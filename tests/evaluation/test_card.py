@@ -1,4 +1,4 @@
-"""The model card of an export, and pushing it to a hub of this machine."""
+"""The model card of an export, and pushing it to a local hub."""
 
 import base64
 import json

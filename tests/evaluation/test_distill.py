@@ -1,4 +1,4 @@
-"""Exported students of guided policies: what they learn, where they learn it, and that they do as their teachers do."""
+"""Exported students of guided policies: the targets and states they learn from, and that they match their teachers."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Frontiers: divergence of checkpoints from their run's start, by hand, and best-of-n at equal divergence."""
+"""Frontiers: divergence of checkpoints from the initial policy, by hand, and best-of-n at equal divergence."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Runs as data frames, and what pictures hold."""
+"""Runs as data frames, and the contents of pictures."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Intervals by hand, and what they promise on simulated values."""
+"""Intervals by hand, and their coverage on simulated values."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Cases of bad input: a command as a user types it, and the one line that answers it."""
+"""Cases of bad input: a command as a user types it, and the single line of the error."""
 
 from __future__ import annotations
 

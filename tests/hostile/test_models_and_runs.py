@@ -1,4 +1,4 @@
-"""Broken models, checkpoints and runs: the file is named, what to use or do instead is said, and nothing is lost."""
+"""Broken models, checkpoints and runs: the message names the file and the fix, and nothing is lost."""
 
 import shlex
 import shutil

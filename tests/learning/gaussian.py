@@ -1,4 +1,4 @@
-"""A spike: continuous actions through lmrl's own objectives and updater. A policy whose actions are points, and a game for it.
+"""A spike: continuous actions through lmrl's own objectives and updater. A policy whose actions are points, and a game for it to play.
 
 Only the policy and the play are here; PPO, GRPO, batches, the updater and the value head are those of the library.
 """

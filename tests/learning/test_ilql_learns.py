@@ -1,4 +1,4 @@
-"""Value-based learning from logged data provably does better than the data, and knows where it must not go."""
+"""Value-based learning from logged data does better than the data, and stays inside its support."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""ArCHer: targets by hand, what is asked of which state, and advantages that all tokens of a turn share."""
+"""ArCHer: targets by hand, the entries of each state, and advantages that all tokens of a turn share."""
 
 import copy
 import math

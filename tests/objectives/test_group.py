@@ -108,9 +108,9 @@ def test_rewards_that_fall_at_turns_credit_what_follows(tiny_policy):
 
 
 def test_a_scale_for_each_turn_would_be_biased():
-    """Stop or go on: to stop earns 1; to go on earns 1.1 with probability .9, else -1, so .89, and then a turn follows in which
-    nothing depends on the action but half of the episodes lose .01. Stopping is better by .105, and so says the gradient with
-    one scale. With a scale for each turn, the noise of the second turn weighs as much as the choice in the first."""
+    """Stopping earns 1. Continuing earns 1.1 with probability .9, else -1, so .89 on average; then a turn follows in which
+    the action does not matter, but half of the episodes lose .01. Stopping is better by .105, and the gradient with one scale
+    agrees. With a scale for each turn, the noise of the second turn weighs as much as the choice in the first."""
     generator = torch.Generator().manual_seed(0)
     count = 4000
     go = torch.rand(count, generator=generator) < 0.5

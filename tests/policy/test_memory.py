@@ -1,4 +1,4 @@
-"""Passes that run out of memory: begun again with smaller microbatches, and nothing else differs."""
+"""Passes that run out of memory are repeated with smaller microbatches, and nothing else differs."""
 
 import pytest
 import torch

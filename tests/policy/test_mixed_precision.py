@@ -1,4 +1,4 @@
-"""What passes under autocast hand on from layer to layer, and that nothing changes without it."""
+"""The precision of activations under autocast, and that nothing changes without it."""
 
 import copy
 

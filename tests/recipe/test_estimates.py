@@ -1,4 +1,4 @@
-"""What a recipe is said to take, against what is really built."""
+"""Estimates of a recipe's parameters and memory, compared with what is built."""
 
 import pytest
 import torch
@@ -106,7 +106,7 @@ def test_memory_of_a_reward_model(tmp_path):
 
 
 def test_memory_of_two_trunks():
-    """Values on a trunk of their own, beside a policy that imitates: activations of both wait for one backward pass."""
+    """Values on a separate trunk, with a policy that imitates: activations of both wait for one backward pass."""
     _, plain = items("objective={name: ilql, trunk: shared}")
     _, named = items("objective={name: ilql, trunk: separate}")
     _, second = items("objective={name: q_sft}")  # trains the second model alone

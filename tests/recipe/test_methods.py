@@ -1,4 +1,4 @@
-"""Recipes for one's own model and data: what they ask for, and a chain of them."""
+"""Recipes for your own model and data: what they require, and a chain of them."""
 
 import json
 

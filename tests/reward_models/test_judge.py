@@ -1,4 +1,4 @@
-"""A judge behind an endpoint of this machine that answers like OpenAI's."""
+"""A judge at a local endpoint that answers like OpenAI's."""
 
 import json
 import threading

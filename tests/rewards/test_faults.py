@@ -1,4 +1,4 @@
-"""Rewards that misbehave, run for real in worker processes: innocent rows keep their scores, guilty ones get a cause."""
+"""Rewards that misbehave, run for real in worker processes: good rows keep their scores, bad ones get a cause."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A scorer over HTTP, on this machine, and what can go wrong between."""
+"""A scorer over HTTP, on this machine, and what can go wrong."""
 
 import json
 import threading

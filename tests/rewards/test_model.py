@@ -1,4 +1,4 @@
-"""Learned rewards: scores that depend on nothing but their text, labels, ensembles, and what is refused."""
+"""Learned rewards: scores that depend only on their text, labels, ensembles, and what is refused."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""One step ahead: what is played, with which weights, beside what, and what of it outlives the process."""
+"""Asynchronous rollouts: what is played, with which weights, at the same time as what, and what a resumed run keeps."""
 
 import copy
 import json

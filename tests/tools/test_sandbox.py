@@ -1,4 +1,4 @@
-"""The python tool: what code can do in it, and twenty ways out that are shut."""
+"""The python tool: what code can do in it, and twenty escapes that are blocked."""
 
 import os
 import time

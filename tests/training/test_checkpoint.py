@@ -1,4 +1,4 @@
-"""Damaged checkpoints: found by their checksums, named, and an older whole one is offered."""
+"""Damaged checkpoints: found by their checksums, named, and an older complete one is suggested."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Evaluation by default, which policy a stage leaves, and what it reports of it."""
+"""Evaluation by default, which policy is a stage's result, and the scores that the stage reports."""
 
 import io
 import json
@@ -138,7 +138,7 @@ def test_which_policy_a_broken_run_keeps(tmp_path, breaks, final):
 
 
 def test_reported_scores_did_not_select(tmp_path, breaks):
-    """The closing table's episodes are those of `lmrl eval`, and not those of the evaluations on the way."""
+    """The final table's episodes are those of `lmrl eval`, not those of evaluations during training."""
     result, _ = run_of([*BREAKING, "evaluation.suite=random_walks"], tmp_path / "run")
     lines = metrics(tmp_path / "run")
     chosen = next(line for line in lines if line["kind"] == "eval" and line["step"] == 50)

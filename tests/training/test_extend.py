@@ -1,4 +1,4 @@
-"""A resumed run may have more steps: they are those of a run that was meant to be so long, or what differs is said."""
+"""A resumed run may have more steps: they equal those of a run planned for that length, or the difference is reported."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""When an earlier policy is certainly better than the last, by hand and by simulation."""
+"""When an earlier policy is significantly better than the last, by hand and by simulation."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""8-bit AdamW: its state in checkpoints to the bit, and one line where it cannot be had."""
+"""8-bit AdamW: its state in checkpoints to the bit, and one line if it is not available."""
 
 import importlib.util
 import sys

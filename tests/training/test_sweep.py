@@ -1,4 +1,4 @@
-"""Sweeps: what is run, what comes of failures and interrupts, and the numbers over runs."""
+"""Sweeps: what is run, failures and interrupts, and the numbers over runs."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Trackers: what they are given, that a resumed run continues theirs, and that none of them ends a run."""
+"""Trackers: what they receive, that a resumed run continues theirs, and that none of them can end a run."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""What restricted actions were chosen from, from the segment to tensors, files and bundles."""
+"""The sets that restricted actions were chosen from, in segments, tensors, files and bundles."""
 
 import pytest
 import torch

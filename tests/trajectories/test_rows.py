@@ -1,4 +1,4 @@
-"""What a row may look like: lmrl's own format token by token, other people's formats, and what is malformed."""
+"""Formats of rows: lmrl's own token by token, those of other tools, and malformed rows."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Loss on the assistant's turns alone, with the templates of SmolLM2, Qwen and Llama, whether they mark these turns or not."""
+"""Loss only on the assistant's turns, with the templates of SmolLM2, Qwen and Llama, whether they mark these turns or not."""
 
 from pathlib import Path
 

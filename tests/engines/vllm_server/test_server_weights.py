@@ -1,4 +1,4 @@
-"""How weights reach servers: files, and what a broadcast tells."""
+"""How weights reach servers: files, and a broadcast's messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bundles of updates and passes that went wrong: what `lmrl replay` computes is what the run computed."""
+"""Bundles of failed updates and passes: `lmrl replay` computes what the run computed."""
 
 import gc
 import json

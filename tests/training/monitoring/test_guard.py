@@ -1,4 +1,4 @@
-"""The guard's mathematics by hand, on healthy series that it has to leave alone, and on each kind of failure."""
+"""The guard's mathematics by hand, on healthy series that it must leave alone, and on each kind of failure."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The panel on drifting rewards."""
+"""The reward-hacking detector on drifting rewards."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Before anything is learned, what an engine says it sampled with is compared with the learner."""
+"""Before a step trains, the engine's log-probabilities are compared with the learner's."""
 
 import json
 import math
