@@ -13,8 +13,8 @@ def default_device() -> torch.device:
 
 
 def has_memory() -> bool:
-    """True if there is an accelerator with its own memory accounting and with collectives between processes. Apple's MPS has
-    neither."""
+    """True if there is an accelerator with its own memory accounting and with collectives between processes. Apple's
+    MPS has neither."""
     return default_device().type not in ("cpu", "mps")
 
 

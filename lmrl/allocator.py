@@ -1,7 +1,8 @@
 """Keeping freed memory in the process.
 
-glibc returns every large block to the kernel as soon as it is freed, and the next tensor of that size faults all its pages
-in again, zeroed. Training frees and allocates the same blocks over and over, which on a CPU costs a good part of the time.
+glibc returns every large block to the kernel as soon as it is freed, and the next tensor of that size faults all its
+pages in again, zeroed. Training frees and allocates the same blocks over and over, which on a CPU costs a good part of
+the time.
 """
 
 from __future__ import annotations

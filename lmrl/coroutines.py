@@ -46,7 +46,8 @@ def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
 
 
 async def in_thread(work: Callable[[], T]) -> T:
-    """The result of blocking work, which runs in a daemon thread: if nobody waits for it any more, it does not keep the process alive."""
+    """The result of blocking work, which runs in a daemon thread: if nobody waits for it any more, it does not keep the
+    process alive."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 

@@ -21,8 +21,8 @@ from lmrl.errors import RunError
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=6)
-"""How long a rank waits for the others when one of them may sample, score, evaluate or write for far longer than the rest. A
-dead rank is noticed at once."""
+"""How long a rank waits for the others when one of them may sample, score, evaluate or write for far longer than the
+rest. A dead rank is noticed at once."""
 PROMPTNESS = timedelta(minutes=30)
 """The same inside `prompt`, where all ranks have about the same amount of work: a rank that takes longer hangs."""
 _prompt = False
@@ -90,7 +90,8 @@ def all_gather(items: Sequence[T]) -> list[T]:
 
 
 def exchange(parcels: Sequence[Sequence[T]]) -> list[list[T]]:
-    """An all-to-all exchange: what each rank sends to this one, in rank order. parcels: what this rank sends to each."""
+    """An all-to-all exchange: what each rank sends to this one, in rank order. parcels: what this rank sends to
+    each."""
     if size() == 1:
         return [list(parcels[0])]
     group = _group()

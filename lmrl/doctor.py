@@ -17,7 +17,8 @@ from lmrl.findings import Finding
 
 GIB = 2**30
 LEAST_MEMORY, LEAST_DISK, LEAST_SHARED = 4 * GIB, 5 * GIB, GIB
-"""Minimums below which even small runs may fail: free RAM, disk space for checkpoints, shared memory for several processes."""
+"""Minimums below which even small runs may fail: free RAM, disk space for checkpoints, shared memory for several
+processes."""
 IMPORT_SECONDS = 120
 OPTIONAL = {
     "vllm": "rollouts.engine: vllm and vllm-server",

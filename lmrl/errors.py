@@ -80,7 +80,8 @@ class ScoreError(LmrlError):
 
 
 class MemoryShortError(LmrlError):
-    """Memory ran out, and the work cannot be cut any further. failed: the pass (lmrl.policy.memory.FailedPass), if known."""
+    """Memory ran out, and the work cannot be cut any further. failed: the pass (lmrl.policy.memory.FailedPass), if
+    known."""
 
     exit_code = 1
     failed: Any = None

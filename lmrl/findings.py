@@ -20,7 +20,8 @@ class Finding:
 
 
 def show(findings: Iterable[Finding], to_json: Path | None = None, well: str = "fit for training") -> int:
-    """Print findings as they arrive; returns how many failed. to_json: a file for them. well: printed if none has failed."""
+    """Print findings as they arrive; returns how many failed. to_json: a file for them. well: printed if none has
+    failed."""
     from rich.console import Console
     from rich.text import Text
 

@@ -31,12 +31,12 @@ class CallTimedOut(Exception):
 class foreign:  # noqa: N801 - reads as a statement
     """`with foreign("reward f"):` around a call.
 
-    torch's global settings (gradients on or off, default dtype, threads, deterministic kernels) are restored afterwards:
-    otherwise a reward that turns gradients off would silently stop the training. A call that forks returns in two
-    processes; the new one is ended here, before it can write to the run.
+    torch's global settings (gradients on or off, default dtype, threads, deterministic kernels) are restored
+    afterwards: otherwise a reward that turns gradients off would silently stop the training. A call that forks returns
+    in two processes; the new one is ended here, before it can write to the run.
 
-    limit: seconds after which the call is interrupted by CallTimedOut. This needs the main thread, and code that returns to
-    Python now and then; otherwise `watch` ends the process.
+    limit: seconds after which the call is interrupted by CallTimedOut. This needs the main thread, and code that
+    returns to Python now and then; otherwise `watch` ends the process.
     """
 
     def __init__(self, what: str, limit: float | None = None):
@@ -166,8 +166,8 @@ _noted: tuple[Path, mmap.mmap] | None = None
 def keep_note(path: Path) -> str | None:
     """From now on, record the running call in this file, which survives the process.
 
-    Returns the recorded call in which the previous process ended, if any. The file is mapped into memory, so a call costs no disk
-    write.
+    Returns the recorded call in which the previous process ended, if any. The file is mapped into memory, so a call
+    costs no disk write.
     """
     global _noted
     drop_note()

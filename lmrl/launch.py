@@ -1,7 +1,7 @@
 """One run in several processes on this machine: start them, watch them, and report a single error if one fails.
 
-Accelerate's features (DeepSpeed, FSDP) are set in an accelerate configuration file, which is turned into the environment that
-`accelerate launch` would set. To launch on several machines, use `accelerate launch` or `torchrun`.
+Accelerate's features (DeepSpeed, FSDP) are set in an accelerate configuration file, which is turned into the
+environment that `accelerate launch` would set. To launch on several machines, use `accelerate launch` or `torchrun`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ ERRORS = "LMRL_ERRORS"
 ENDED_AS_TOLD = {128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGHUP, -signal.SIGTERM}
 """Exit codes of processes that were told to end."""
 POLL_SECONDS, LAST_WORDS_SECONDS, GRACE_SECONDS = 0.1, 5.0, 10.0
-"""Seconds between two checks of the processes; for the others to report errors after one has failed; and to end when asked."""
+"""Seconds between two checks of the processes; for the others to report errors after one has failed; and to end when
+asked."""
 
 
 def launch(arguments: Sequence[str], processes: int | None, config: Path | None) -> int:
@@ -157,8 +158,8 @@ def _report(failed: list[int], running: list[subprocess.Popen[bytes]], errors: P
 
 
 def _failure(rank: int, running: list[subprocess.Popen[bytes]], errors: Path) -> dict[str, Any]:
-    """The end of a process. A silent death explains more than an error, and an lmrl error more than a library's, which may only
-    say that another process is gone."""
+    """The end of a process. A silent death explains more than an error, and an lmrl error more than a library's, which
+    may only say that another process is gone."""
     code = running[rank].returncode
     left = errors / f"{rank}.json"
     if left.exists():
@@ -170,7 +171,8 @@ def _failure(rank: int, running: list[subprocess.Popen[bytes]], errors: Path) ->
 
 
 def leave_error(text: str, code: int, own: bool) -> bool:
-    """Write an error for the launcher; False if there is no launcher, so it must be shown here. own: True for an lmrl error."""
+    """Write an error for the launcher; False if there is no launcher, so it must be shown here. own: True for an lmrl
+    error."""
     folder = os.environ.get(ERRORS)
     if folder is None:
         return False

@@ -17,8 +17,8 @@ NEAR = 0.66
 
 
 def refuse_missing(name: str, key: str, kind: str = "model") -> None:
-    """Raise DataError for a name that does not exist locally and is not meant for the hub: it is not a hub name, its parent folder
-    exists, or it is close to the name of something local.
+    """Raise DataError for a name that does not exist locally and is not meant for the hub: it is not a hub name, its
+    parent folder exists, or it is close to the name of something local.
 
     kind: `model` or `dataset`.
     """

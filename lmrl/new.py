@@ -1,4 +1,5 @@
-"""A first recipe for your own environment or data: inspects it, and writes sizes that fit, with the reasons as comments."""
+"""A first recipe for your own environment or data: inspects it, and writes sizes that fit, with the reasons as
+comments."""
 
 from __future__ import annotations
 
@@ -101,7 +102,8 @@ def _measure(look: Look, played: Iterable[Trajectory], task: Task) -> None:
 
 
 def look_at_rows(path: str, kind: str, tokenizer: Any) -> Look:
-    """Read rows of data. kind: prompts, pairs or messages. tokenizer: the model's; None counts four characters as a token."""
+    """Read rows of data. kind: prompts, pairs or messages. tokenizer: the model's; None counts four characters as a
+    token."""
 
     def length(text: str) -> int:
         return len(tokenizer(text).input_ids) if tokenizer else -(-len(text) // 4)

@@ -1,4 +1,5 @@
-"""Objects of a Python program in place of files: functions, environments, rows and models, named `python:NAME` in recipes.
+"""Objects of a Python program in place of files: functions, environments, rows and models, named `python:NAME` in
+recipes.
 
     lmrl.train("grpo", model=model, prompts=rows, rewards=my_reward)    # recipe.yaml says function: python:my_reward
 
@@ -31,7 +32,8 @@ _provided: dict[str, Any] = {}
 
 
 def provide(**objects: Any) -> None:
-    """Make objects known in this process by the names under which recipes and run folders ask for them, `python:NAME`."""
+    """Make objects known in this process by the names under which recipes and run folders ask for them,
+    `python:NAME`."""
     _provided.update(objects)
 
 
@@ -41,7 +43,8 @@ def is_object(name: Any) -> bool:
 
 
 def find(name: str, key: str) -> Any:
-    """The object of a name `python:NAME`. key: the recipe's key, for messages. Raises RecipeError if this process does not have it."""
+    """The object of a name `python:NAME`. key: the recipe's key, for messages. Raises RecipeError if this process does
+    not have it."""
     short = name.removeprefix(PREFIX)
     if short not in _provided:
         raise RecipeError(_missing([(key, name)]))
@@ -49,7 +52,8 @@ def find(name: str, key: str) -> Any:
 
 
 def require(data: Mapping[str, Any], at_hand: Collection[str] = ()) -> None:
-    """Raise RecipeError if plain recipe data name objects that this process does not have. at_hand: keys that need none."""
+    """Raise RecipeError if plain recipe data name objects that this process does not have. at_hand: keys that need
+    none."""
     missing = [
         (key, name)
         for key, name in _named(data)
@@ -69,7 +73,8 @@ def _missing(wanted: list[tuple[str, str]]) -> str:
 
 
 def maker(thing: Any) -> Any:
-    """A function that makes an environment: a class or function unchanged; for an environment object, one that copies it."""
+    """A function that makes an environment: a class or function unchanged; for an environment object, one that copies
+    it."""
     if inspect.isclass(thing) or inspect.isroutine(thing):
         return thing
     return lambda: copy.deepcopy(thing)

@@ -4,8 +4,8 @@
     answer = client.chat([{"role": "user", "content": "2 + 3 = ?"}], temperature=0)
     answer.text, answer.logprobs, answer.usage
 
-Keys come only from environment variables. Transient failures (no connection, 408, 429, 5xx) are retried after pauses that double,
-or as Retry-After says; what still fails raises EndpointError.
+Keys come only from environment variables. Transient failures (no connection, 408, 429, 5xx) are retried after pauses
+that double, or as Retry-After says; what still fails raises EndpointError.
 """
 
 from __future__ import annotations
@@ -181,12 +181,12 @@ class _Endpoint(Client):
 class OpenAIClient:
     """Chat and completions by one model of one endpoint; safe to use from several threads.
 
-    url: without `/chat/completions`. model: its name there (None: the only one that the endpoint serves). key_env: name of
-    the environment variable with the key (None: OPENAI_API_KEY for OpenAI's own address, no key elsewhere). timeout: seconds per
-    request. retries: further requests after a transient failure. connections: concurrent requests of `chat_all`, `complete_all` and
-    the asynchronous calls. requests_per_minute: of all threads together. prices: dollars per million prompt tokens and per million
-    completion tokens. max_spend: dollars after which no request is started. cache: a folder for answers; a request that was
-    answered before costs nothing.
+    url: without `/chat/completions`. model: its name there (None: the only one that the endpoint serves). key_env: name
+    of the environment variable with the key (None: OPENAI_API_KEY for OpenAI's own address, no key elsewhere). timeout:
+    seconds per request. retries: further requests after a transient failure. connections: concurrent requests of
+    `chat_all`, `complete_all` and the asynchronous calls. requests_per_minute: of all threads together. prices: dollars
+    per million prompt tokens and per million completion tokens. max_spend: dollars after which no request is started.
+    cache: a folder for answers; a request that was answered before costs nothing.
     """
 
     def __init__(
@@ -222,7 +222,8 @@ class OpenAIClient:
 
     # ------------------------------------------------------------------------------------------------------- requests
     def chat(self, messages: Messages, *, draw: int = 0, **settings: Any) -> Answer:
-        """The answer to a dialogue. settings: further fields of the request (`temperature`, `max_tokens`, `seed`, `tools`, ...).
+        """The answer to a dialogue. settings: further fields of the request (`temperature`, `max_tokens`, `seed`,
+        `tools`, ...).
 
         draw: number of a sample, so that the cache tells several samples of one request apart. Raises EndpointError.
         """
@@ -233,8 +234,8 @@ class OpenAIClient:
         return self._ask("completions", {"prompt": prompt, **settings}, draw)
 
     def chat_all(self, dialogues: Sequence[Messages], **settings: Any) -> list[Answer | EndpointError]:
-        """An answer to each dialogue, `connections` at a time; the error in place of one that failed. Equal dialogues get
-        independent samples."""
+        """An answer to each dialogue, `connections` at a time; the error in place of one that failed. Equal dialogues
+        get independent samples."""
         return self._all(self.chat, dialogues, settings)
 
     def complete_all(self, prompts: Sequence[str], **settings: Any) -> list[Answer | EndpointError]:

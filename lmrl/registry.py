@@ -9,7 +9,8 @@ A package registers its parts with an entry point of the group `lmrl.objectives`
     lmrl.objectives =
         tilted = my_package:Tilted
 
-Code without a registered name is given by its location, `file.py:Tilted` or `my_package.Tilted`. Nothing is imported before a run needs it.
+Code without a registered name is given by its location, `file.py:Tilted` or `my_package.Tilted`. Nothing is imported
+before a run needs it.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ _registered: dict[str, dict[str, Any]] = {kind: {} for kind in SHIPPED}
 
 
 def register(kind: Kind, name: str) -> Callable[[T], T]:
-    """A decorator that gives a class (for a suite: a file's path) a name in this process. Raises PluginError for a name that is taken."""
+    """A decorator that gives a class (for a suite: a file's path) a name in this process. Raises PluginError for a name
+    that is taken."""
     if kind not in SHIPPED:
         raise PluginError(f"there is no kind '{kind}'{did_you_mean(kind, SHIPPED)}")
     if name in SHIPPED[kind] or name in installed(kind):

@@ -236,8 +236,8 @@ class Run:
         return checkpoints_in(self.stage_folder(stage))
 
     def write_folder(self, target: Path, write: Callable[[Path], None], anyone: bool = False) -> None:
-        """Write a folder that appears by one rename; an existing one is left unchanged. anyone: also from a process other than the
-        main one, under a unique name."""
+        """Write a folder that appears by one rename; an existing one is left unchanged. anyone: also from a process
+        other than the main one, under a unique name."""
         if not (self.writes or anyone) or target.exists():
             return
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -347,7 +347,8 @@ def _fsync(path: Path) -> None:
 
 
 def _as_before(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe, evaluated as in that folder's run, which may be older than the evaluation of recipes without a suite."""
+    """The recipe, evaluated as in that folder's run, which may be older than the evaluation of recipes without a
+    suite."""
     written = read_yaml(folder / RECIPE_FILE).data
     if "final" in written.get("training", {}):
         return recipe

@@ -70,7 +70,8 @@ def _no_checkpoint(folder: Path) -> str:
 
 
 def checkpoint_of(policy: str, which: str = "final", key: str = "policy") -> str:
-    """Resolve a policy's name: a checkpoint folder of a run, a model's folder or GGUF file, a name on the hub, or an address.
+    """Resolve a policy's name: a checkpoint folder of a run, a model's folder or GGUF file, a name on the hub, or an
+    address.
 
     which: for a run, see `final_checkpoint`. Raises DataError or RunError if it is none of these.
     """

@@ -1,7 +1,7 @@
 """Keys, tokens and passwords: they are kept out of run folders and printed text.
 
-A recipe is written to the run folder, so it must not contain secrets: it names an environment variable, `${NAME}`, which is read
-where the value is used. Secrets in messages, which may quote a server or a library, are masked.
+A recipe is written to the run folder, so it must not contain secrets: it names an environment variable, `${NAME}`,
+which is read where the value is used. Secrets in messages, which may quote a server or a library, are masked.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ def _found(value: Any, keys: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...],
 
 
 def _expanded(keys: tuple[Any, ...]) -> bool:
-    """True for keys in which `${NAME}` is replaced: a reward's address, and options of rewards, environments and objectives."""
+    """True for keys in which `${NAME}` is replaced: a reward's address, and options of rewards, environments and
+    objectives."""
     own = keys[2:] if keys[:1] == ("stages",) else keys
     if own[:2] == ("task", "rewards"):
         return own[3:4] in (("url",), ("options",))

@@ -13,7 +13,8 @@ from pathlib import Path
 import yaml
 
 LAUNCHES, METHODS = "accelerate", "methods/"
-"""Special folders of shipped recipes: accelerate configurations, and recipes for your own data, named by the method only."""
+"""Special folders of shipped recipes: accelerate configurations, and recipes for your own data, named by the method
+only."""
 FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """Only for lmrl's own files: it has no guard against deep nesting."""
 
@@ -44,8 +45,8 @@ def descriptions(kind: str) -> dict[str, str]:
 
 
 def section_docs(place: str, key: str) -> dict[str, str]:
-    """First paragraphs of the docstrings of the recipe's section classes in a file or folder of lmrl/recipe, by the name that
-    selects each: that of its field `key: Literal[NAME]`."""
+    """First paragraphs of the docstrings of the recipe's section classes in a file or folder of lmrl/recipe, by the
+    name that selects each: that of its field `key: Literal[NAME]`."""
     root = Path(__file__).parent / "recipe" / place
     found: dict[str, str] = {}
     for file in sorted(root.glob("*.py")) if root.is_dir() else [root]:
@@ -68,8 +69,8 @@ def _first_paragraph(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def reward_docs() -> dict[str, str]:
-    """The shipped rewards by dotted path: functions that take completions, and classes that can be called, with the first
-    paragraphs of their docstrings."""
+    """The shipped rewards by dotted path: functions that take completions, and classes that can be called, with the
+    first paragraphs of their docstrings."""
     found = {}
     for path in sorted(shipped("reward_models").glob("[!_]*.py")):
         for node in ast.parse(path.read_text()).body:

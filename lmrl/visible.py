@@ -12,5 +12,6 @@ _UNSEEN = re.compile(
 
 
 def visible(text: str) -> str:
-    r"""The text with control characters escaped, such as `\x1b`: they could move the cursor or recolour the terminal."""
+    r"""The text with control characters escaped, such as `\x1b`: they could move the cursor or recolour the
+    terminal."""
     return _UNSEEN.sub(lambda match: ascii(match[0])[1:-1], text)

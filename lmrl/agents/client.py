@@ -1,4 +1,5 @@
-"""The client that an agent is given: the `openai` package's if it is installed, else a small one with the same interface.
+"""The client that an agent is given: the `openai` package's if it is installed, else a small one with the same
+interface.
 
     answer = await client.chat.completions.create(messages=[...], max_tokens=100)     # an agent that is `async def`
     answer = client.chat.completions.create(messages=[...], tools=[...])              # a plain function

@@ -1,4 +1,5 @@
-"""Playing an agent task: a program for each episode, run concurrently, and trajectories of their requests to the policy."""
+"""Playing an agent task: a program for each episode, run concurrently, and trajectories of their requests to the
+policy."""
 
 from __future__ import annotations
 

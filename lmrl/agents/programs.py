@@ -62,7 +62,8 @@ class Program:
 
 
 class Function(Program):
-    """`solve(row, client, **options)`, plain or async; returns a reward, a dict with `reward` and measurements, or text."""
+    """`solve(row, client, **options)`, plain or async; returns a reward, a dict with `reward` and measurements, or
+    text."""
 
     def __init__(self, name: str, options: dict[str, Any], call: Any = None):
         """call: the function called `name`, if it is known."""
@@ -96,7 +97,8 @@ class Function(Program):
 
 
 class Command(Program):
-    """A process: it is given the row as JSON on its standard input, and the address in OPENAI_BASE_URL and OPENAI_API_KEY.
+    """A process: it is given the row as JSON on its standard input, and the address in OPENAI_BASE_URL and
+    OPENAI_API_KEY.
 
     The last line that it prints is the reward, or JSON with `reward` and measurements. It runs in its own temporary
     folder, and is killed with all its children when its time is over.

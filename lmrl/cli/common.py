@@ -109,7 +109,8 @@ def listed(text: str | None) -> list[str]:
 
 
 def read_options(texts: Sequence[str], key: str) -> dict[str, Any]:
-    """`NAME=VALUE`, the value as YAML, as an object. key: the command line's option, for messages. Raises RecipeError."""
+    """`NAME=VALUE`, the value as YAML, as an object. key: the command line's option, for messages. Raises
+    RecipeError."""
     import yaml
 
     given = {}

@@ -23,7 +23,7 @@ def command(
     shell: Annotated[str, typer.Argument(help=f"One of {', '.join(SHELLS)}")],
     debug: Debug = False,
 ) -> None:
-    """Print the script that lets bash, zsh or fish complete commands, options, recipes and suites; `eval` it, or save it."""
+    """Print the script that completes commands, options and names in bash, zsh or fish; `eval` it, or save it."""
     if shell not in SHELLS:
         raise RecipeError(f"no shell called '{shell}'{did_you_mean(shell, SHELLS)}")
     from typer.completion import get_completion_script  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ def command(
     to_json: Annotated[Path | None, typer.Option("--json", help="Also write the findings to this file")] = None,
     debug: Debug = False,
 ) -> None:
-    """Check versions, devices, memory, disk and optional parts, and say how to fix what is wrong. Exit code 1: something is."""
+    """Check versions, devices, memory, disk and optional parts, and name fixes. Exit code 1: something is wrong."""
     from lmrl.doctor import examine
     from lmrl.findings import show
 

@@ -36,7 +36,8 @@ def check(
     to_json: Annotated[Path | None, typer.Option("--json", help="Also write the findings to this file")] = None,
     debug: Debug = False,
 ) -> None:
-    """Check an environment before training: seeds, return values, episode ends, rewards, players, odd actions, speed. Exit code 1: a check failed."""
+    """Check an environment before training: seeds, return values, episode ends, rewards, players, odd actions, speed.
+    Exit code 1: a check failed."""
     from lmrl.environments.check import check_environment
     from lmrl.findings import show
 

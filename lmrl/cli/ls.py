@@ -83,7 +83,8 @@ def command(
 
 
 def _laid_out(found: dict[str, str], width: int) -> RenderableType:
-    """Names with their descriptions beside them, or below if long names leave no room. width: columns of the terminal."""
+    """Names with their descriptions beside them, or below if long names leave no room. width: columns of the
+    terminal."""
     texts = {name: Text(text) for name, text in found.items()}  # so that brackets in them are not taken for markup
     if max(map(len, found), default=0) > width // 3:
         parts = [(Padding(Text(name), (0, 0, 0, 2)), Padding(text, (0, 3, 0, 6))) for name, text in texts.items()]

@@ -47,7 +47,8 @@ def check(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Check a reward before training: protocol, purity, odd completions, speed, distribution. Exit code 1: a check failed."""
+    """Check a reward before training: protocol, purity, odd completions, speed, distribution. Exit code 1: a check
+    failed."""
     from itertools import chain
 
     from lmrl.errors import DataError
@@ -81,8 +82,8 @@ def calibrate(
     to_json: Annotated[Path | None, typer.Option("--json", help="Also write the findings to this file")] = None,
     debug: Debug = False,
 ) -> None:
-    """Compare a reward or a judge with people's preferences: agreement, and bias for length and position. Exit code 1: a check
-    failed."""
+    """Compare a reward or a judge with people's preferences: agreement, and bias for length and position. Exit code 1:
+    a check failed."""
     from lmrl.findings import show
     from lmrl.rewards.calibrate import Pairs, by_comparison, by_scores, check_pairs
     from lmrl.rewards.load import load_reward, reward_object

@@ -27,9 +27,9 @@ VERBS = {
     "export": "Write a run as an ordinary transformers checkpoint, which any server decodes at full speed.",
     "replay": "Repeat a failed update or pass, or episodes; exit code 1 if one comes out differently.",
     "env": "Check environments.",
-    "doctor": "Check versions, devices, memory, disk and optional parts, and say how to fix what is wrong. Exit code 1: something is.",
+    "doctor": "Check versions, devices, memory, disk and optional parts, and name fixes. Exit code 1: something is wrong.",
     "reward": "Check, score and serve rewards.",
-    "completion": "Print the script that lets bash, zsh or fish complete commands, options, recipes and suites; `eval` it, or save it.",
+    "completion": "Print the script that completes commands, options and names in bash, zsh or fish; `eval` it, or save it.",
 }
 """Each command's help, repeated here so that listing the commands imports none of them."""
 PLAIN: dict[str, Any] = {"add_completion": False, "rich_markup_mode": None}

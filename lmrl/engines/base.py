@@ -104,9 +104,9 @@ class Request:
 
 
 class Engine:
-    """Base of all engines. Subclasses implement `sample`, which completes a batch (or `advance`, if requests may join while
-    others are being completed), `score_batch` if they can score, and `sync` and `close` if they hold their own copy of
-    the weights.
+    """Base of all engines. Subclasses implement `sample`, which completes a batch (or `advance`, if requests may join
+    while others are being completed), `score_batch` if they can score, and `sync` and `close` if they hold their own
+    copy of the weights.
 
     policy: whose weights are sampled from. check: called regularly while sampling; may raise to abandon a rollout.
     """
@@ -125,7 +125,8 @@ class Engine:
         """Weight syncs so far: the version of the weights that are sampled from, which trajectories carry."""
         self.weights_pinned = False
         self.keeps = True
-        """True if what was computed for a request is worth keeping for the next turn, whose key differs only in its last part."""
+        """True if what was computed for a request is worth keeping for the next turn, whose key differs only in its
+        last part."""
         self._waiting: list[Request] = []
         self._driver: asyncio.Task[None] | None = None
         self._held = 0
@@ -134,7 +135,8 @@ class Engine:
 
     @classmethod
     def build(cls, policy: Policy, options: Rollouts, check: Callable[[], None], folder: Path | None) -> Engine:
-        """The engine that a recipe's `rollouts` section describes. A custom engine gets `rollouts.options` as keyword arguments.
+        """The engine that a recipe's `rollouts` section describes. A custom engine gets `rollouts.options` as keyword
+        arguments.
 
         folder: the run's, for logs (None: a temporary one).
         """
@@ -149,11 +151,13 @@ class Engine:
         heard: Callable[[int], None] | None = None,
         allowed: TokenTrie | None = None,
     ) -> Completion:
-        """Complete a prompt with the policy as it is. `key` names the random stream, so that a repeated call draws the same
-        tokens whatever else is in the batch (rounding aside). heard: called with each token as it comes, if the engine can.
+        """Complete a prompt with the policy as it is. `key` names the random stream, so that a repeated call draws the
+        same tokens whatever else is in the batch (rounding aside). heard: called with each token as it comes, if the
+        engine can.
         allowed: the completions to choose from; the policy's probabilities are renormalised over them at every token.
 
-        Raises ModelError for a prompt that does not fit, and for `allowed` if the engine cannot restrict what it samples.
+        Raises ModelError for a prompt that does not fit, and for `allowed` if the engine cannot restrict what it
+        samples.
         """
         if allowed is not None and not self.can_restrict:
             raise ModelError(
@@ -172,7 +176,8 @@ class Engine:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, nothing is computed: a coroutine that is about to send a request uses this to join the waiting batch."""
+        """Inside, nothing is computed: a coroutine that is about to send a request uses this to join the waiting
+        batch."""
         self._held += 1
         try:
             yield

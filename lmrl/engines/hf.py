@@ -1,9 +1,9 @@
 """The `hf` engine: sampling with the policy's own transformers model, on any device.
 
-Continuous batching (Yu et al., "Orca", OSDI 2022): sequences are decoded together, one token each at a time; one that has
-ended leaves at once, waiting ones take the free places, and what has been computed of a prompt already (earlier
-turns, other samples of its group, a beginning that all share) is not computed again: see slot_batch.py. Models that do not
-support this are served by waves.py.
+Continuous batching (Yu et al., "Orca", OSDI 2022): sequences are decoded together, one token each at a time; one that
+has ended leaves at once, waiting ones take the free places, and what has been computed of a prompt already (earlier
+turns, other samples of its group, a beginning that all share) is not computed again: see slot_batch.py. Models that do
+not support this are served by waves.py.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class HFEngine(Engine):
         cache_tokens: int | None = None,
         check: Callable[[], None] = lambda: None,
     ):
-        """slots: maximum sequences held at a time, including those kept between two turns. cache_tokens: maximum tokens whose
-        keys and values are held. check: called between tokens; may raise to abandon the rollout."""
+        """slots: maximum sequences held at a time, including those kept between two turns. cache_tokens: maximum tokens
+        whose keys and values are held. check: called between tokens; may raise to abandon the rollout."""
         super().__init__(policy, check)
         self.slots, self.cache_tokens = slots, cache_tokens
         self.heard: Callable[[list[int]], None] | None = None
@@ -91,8 +91,9 @@ class HFEngine(Engine):
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:
-        """Inside, one pass is made. Between passes other code runs, to which neither no_grad nor autocast may apply; what is
-        costly to switch off and on (the mode of all modules, the weights that autocast has cast) stays until `idle`."""
+        """Inside, one pass is made. Between passes other code runs, to which neither no_grad nor autocast may apply;
+        what is costly to switch off and on (the mode of all modules, the weights that autocast has cast) stays until
+        `idle`."""
         if self._was_training is None:
             self._was_training = self.policy.training
             self.policy.eval()

@@ -1,7 +1,7 @@
 """Policies served at an address, any endpoint with OpenAI's API: they can be scored and can play, but not be trained.
 
-Such a policy sees text or messages; its own tokens are not known. Here it gets a byte tokenizer, which encodes and decodes any
-text, so lengths are in bytes, and log-probabilities are unknown.
+Such a policy sees text or messages; its own tokens are not known. Here it gets a byte tokenizer, which encodes and
+decodes any text, so lengths are in bytes, and log-probabilities are unknown.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class RemotePolicy:
     device = torch.device("cpu")
 
     def __init__(self, address: str, endpoint: Endpoint | None = None):
-        """address: `http://HOST/v1#MODEL`; without a model, the only one that the server has. Raises EndpointError, RecipeError."""
+        """address: `http://HOST/v1#MODEL`; without a model, the only one that the server has. Raises EndpointError,
+        RecipeError."""
         check_address(address)
         url, _, model = address.partition("#")
         self.client = OpenAIClient(url, model or None, **(endpoint or Endpoint()).model_dump())

@@ -1,11 +1,13 @@
-"""Continuous batching over slots: sequences join and leave the running batch, and keep their keys and values between turns.
+"""Continuous batching over slots: sequences join and leave the running batch, and keep their keys and values between
+turns.
 
-Slots [0, running) hold the sequences that are being completed; behind them lie finished ones, which may go on: a request whose
-key differs from an earlier one's in its last part alone (the turn) resumes its slot, and only the new tokens are
-computed. A prompt that is held already (other samples of a group) is copied, and so is a beginning that prompts share. What
-was least recently used is dropped first.
+Slots [0, running) hold the sequences that are being completed; behind them lie finished ones, which may go on: a
+request whose key differs from an earlier one's in its last part alone (the turn) resumes its slot, and only the new
+tokens are computed. A prompt that is held already (other samples of a group) is copied, and so is a beginning that
+prompts share. What was least recently used is dropped first.
 
-The order of everything depends on prompts, sampling, keys, and on which requests wait at the same time, never on the clock.
+The order of everything depends on prompts, sampling, keys, and on which requests wait at the same time, never on the
+clock.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ if TYPE_CHECKING:
     from lmrl.engines.hf import HFEngine
 
 REFILL = 8
-"""Waiting requests join once there is one per this many running ones, or once one has waited for this many passes: a pass for
-several costs less than a pass for each."""
+"""Waiting requests join once there is one per this many running ones, or once one has waited for this many passes: a
+pass for several costs less than a pass for each."""
 WORTHWHILE = 16
-"""Minimum tokens of a shared beginning for it to be computed once, or copied from a sequence that continues differently."""
+"""Minimum tokens of a shared beginning for it to be computed once, or copied from a sequence that continues
+differently."""
 
 
 @dataclass(eq=False)
@@ -67,8 +70,9 @@ class SlotBatch(SlotStore):
             order = tuple((isinstance(part, str), part) for part in request.key)
             rank = not goes_on, -new, request.tokens, order
             self.waiting.append(Waiting(request, kind, rank, self.passes))
-        # Dialogues that go on come first, so that new ones do not take their slots. Then the longest prompts: those that are
-        # computed together have similar lengths, equal ones are neighbours, and a lack of memory shows at once.
+        # Dialogues that go on come first, so that new ones do not take their slots. Then the longest prompts: those
+        # that are computed together have similar lengths, equal ones are neighbours, and a lack of memory shows at
+        # once.
         self.waiting.sort(key=lambda one: one.rank)
 
     def advance(self) -> None:
@@ -120,14 +124,16 @@ class SlotBatch(SlotStore):
         return joining >= max(1, 1 if late else self.running // REFILL)
 
     def _places(self, next_one: Request | None = None) -> int:
-        """Maximum sequences while `next_one` runs: the longest decides, because all slots have the same number of columns."""
+        """Maximum sequences while `next_one` runs: the longest decides, because all slots have the same number of
+        columns."""
         ends = [slot.end for slot in self.slots[: self.running]]
         if next_one is not None:
             ends.append(len(next_one.tokens) + next_one.generation.max_new_tokens)
         return self.engine.places(max(ends))
 
     def _source(self, request: Request) -> tuple[Slot | None, int, bool]:
-        """The slot that holds the most of a request's first tokens, how many, and whether it may go on as this request."""
+        """The slot that holds the most of a request's first tokens, how many, and whether it may go on as this
+        request."""
         tokens, most = request.tokens, len(request.tokens) - 1  # the last one is computed in any case, for its logits
         own = self.by_name.get(request.key[:-1])
         if own is not None and own.pending is None:
@@ -174,7 +180,8 @@ class SlotBatch(SlotStore):
         self._part(first, self._take([join.slot for join in joins], logits_UV))
 
     def _choose(self) -> tuple[list[Join], int]:
-        """The requests that join in the next pass, whose slots are not placed yet: distinct prompts first, then their twins."""
+        """The requests that join in the next pass, whose slots are not placed yet: distinct prompts first, then their
+        twins."""
         found: dict[tuple[int, ...], Join] = {}
         twins: list[Join] = []
         left: list[Waiting] = []
@@ -246,7 +253,8 @@ class SlotBatch(SlotStore):
         self._part(0, self._take(slots, logits_RV))
 
     def _pass(self, slots: list[Slot]) -> torch.Tensor:
-        """Compute the tokens of neighbouring slots that are not computed yet; the logits (B, V) after the last of each."""
+        """Compute the tokens of neighbouring slots that are not computed yet; the logits (B, V) after the last of
+        each."""
         new = [slot.tokens[slot.computed :] for slot in slots]
         if not slots[0].logprobs:
             self.computed_tokens += sum(map(len, new))

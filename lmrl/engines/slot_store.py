@@ -101,7 +101,8 @@ class SlotStore:
             self.cache = None
 
     def _make_room(self, joins: list[Join], places: int) -> None:
-        """Place the slots of those that join behind the running ones, and drop kept ones that they leave no room for."""
+        """Place the slots of those that join behind the running ones, and drop kept ones that they leave no room
+        for."""
         going_on = {join.source for join in joins if join.goes_on}
         kept = [slot for slot in self.slots[self.running :] if slot not in going_on]
         most = places + (self.beginning is not None)

@@ -30,8 +30,8 @@ class TokenTrie:
     def __init__(self, actions: Mapping[str, Sequence[int]]):
         """actions: the tokens of each text, including those that end a turn.
 
-        Raises DataError if there are none, or if two cannot be told apart: because their tokens are the same, or because one is
-        the beginning of the other.
+        Raises DataError if there are none, or if two cannot be told apart: because their tokens are the same, or
+        because one is the beginning of the other.
         """
         if not actions:
             raise DataError("no action is allowed")

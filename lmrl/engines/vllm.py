@@ -267,7 +267,8 @@ def check_heads(model_config: Any) -> None:
 
 
 def own_torch_random(device: torch.device) -> Any:
-    """A context that leaves torch's generators as they were: vLLM seeds them, and draws from them as well as from each request's."""
+    """A context that leaves torch's generators as they were: vLLM seeds them, and draws from them as well as from each
+    request's."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 

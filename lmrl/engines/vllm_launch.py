@@ -1,6 +1,7 @@
 """A vLLM server that ends with the run that started it: `python -m lmrl.engines.vllm_launch --model FOLDER ...`.
 
-It takes vLLM's own options. However the parent ends, also by SIGKILL, the server and its workers are gone seconds later.
+It takes vLLM's own options. However the parent ends, also by SIGKILL, the server and its workers are gone seconds
+later.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ GRACE = 10.0
 
 
 def follow(parent: int) -> None:
-    """End this process group once `parent` is no longer the parent: gently at first, so that shared memory is removed."""
+    """End this process group once `parent` is no longer the parent: gently at first, so that shared memory is
+    removed."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)

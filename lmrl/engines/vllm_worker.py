@@ -75,8 +75,8 @@ class PolicyWorker:
 def pack_head(model: torch.nn.Module) -> None:
     """On a CPU, pack the vocabulary projection again after its weights have changed.
 
-    vLLM's kernel multiplies by a packed copy of the matrix. A reload makes a new copy for the layers it loads, but a head
-    that is tied to the embeddings is not loaded as such, and would keep using the old one.
+    vLLM's kernel multiplies by a packed copy of the matrix. A reload makes a new copy for the layers it loads, but a
+    head that is tied to the embeddings is not loaded as such, and would keep using the old one.
     """
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding

@@ -1,8 +1,9 @@
 """Completing a batch of prompts over a cache of rows that all end at the same column, or of one row.
 
-For models that `slot_batch.py` does not support: those with sliding windows, with a recurrent state instead of attention, or
-with attention that needs its own mask. Every turn is computed anew, and requests that come later wait for the batch to end.
-Within a batch, rows are decoded together, and a row that has ended gives its place to the next prompt.
+For models that `slot_batch.py` does not support: those with sliding windows, with a recurrent state instead of
+attention, or with attention that needs its own mask. Every turn is computed anew, and requests that come later wait for
+the batch to end. Within a batch, rows are decoded together, and a row that has ended gives its place to the next
+prompt.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Wave:
         self.allowed = allowed or [None] * len(prompts)
         self.chosen_from: dict[int, list[AllowedTokens | None]] = {}
         """For each restricted prompt, what its tokens so far were chosen from."""
-        # Longest first: neighbours have similar lengths, equal prompts are adjacent, and a lack of memory shows at once.
+        # Longest first: neighbours have similar lengths, equal prompts are adjacent, and a lack of memory shows at
+        # once.
         self.waiting = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), prompts[index], -index))
         self.done: dict[int, Completion] = {}
         self.eos = np.array(sorted(self.policy.eos_ids), dtype=np.int64)

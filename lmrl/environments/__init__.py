@@ -26,7 +26,8 @@ __all__ = ["Game", "GameEnvironment", "TextEnvironment", "environment_factory", 
 
 
 def environment_factory(task: Any) -> Callable[[], Any]:
-    """A function that makes one environment of a recipe's `task` section; a game is wrapped with its opponent, see GameEnvironment."""
+    """A function that makes one environment of a recipe's `task` section; a game is wrapped with its opponent, see
+    GameEnvironment."""
     name, options = adapted(task.environment, expand(task.options, "task"))
     cls = registry.load("environment", name, "task.environment")
     players = [key for key in ("opponent", "opponent_in_evaluation") if getattr(task, key, None) is not None]
@@ -57,7 +58,8 @@ def environment_factory(task: Any) -> Callable[[], Any]:
 
 
 def adapted(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The class that plays an environment of another library, named LIBRARY:ID, and its options; any other name is returned as it is."""
+    """The class that plays an environment of another library, named LIBRARY:ID, and its options; any other name is
+    returned as it is."""
     library, colon, id = name.partition(":")
     return (ADAPTERS[library], options | {"id": id}) if colon and library in ADAPTERS else (name, options)
 

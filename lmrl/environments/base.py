@@ -23,8 +23,8 @@ class TextEnvironment(gymnasium.Env):
     - `num_starts`: how many distinct start states there are; `reset(options={"start": i})` then begins in the i-th,
       so that rollouts and evaluation go through all of them. None: `reset(seed=...)` draws one.
     - `players`: names of scripted players, with `act` giving their next action. `optimal` is the exact optimum.
-    - `allowed_actions()`: the texts that may answer the last observation (None: any). With `task.allowed_actions=true` the
-      policy samples one of these, each by its own probability among them.
+    - `allowed_actions()`: the texts that may answer the last observation (None: any). With `task.allowed_actions=true`
+      the policy samples one of these, each by its own probability among them.
     - `texts()`: samples of all observations and actions, from which a model built from scratch takes its vocabulary.
     - `info["metrics"]` of the last step: a dict of numbers that evaluation reports along with `return`.
     - `version`: text or a number that changes with what the environment does; `lmrl replay` names it.
@@ -67,7 +67,8 @@ def limits_of(environment: Any) -> dict[str, tuple[float, float]]:
 
 
 def version_of(environment: Any) -> dict[str, str | None]:
-    """`version`: the environment's own, or else its package's; `source`: a hash of the file that defines it. None: unknown."""
+    """`version`: the environment's own, or else its package's; `source`: a hash of the file that defines it. None:
+    unknown."""
     inner = getattr(environment, "game", getattr(environment, "unwrapped", environment))
     module = type(inner).__module__
     own = getattr(inner, "version", None)

@@ -20,7 +20,8 @@ def call_player(environment: Any, player: str, rng: Any, limit: float | None = N
 def begin_episode(
     environment: Any, seed: int | None, start: int | None, limit: float | None = None
 ) -> tuple[Any, dict[str, Any]]:
-    """An environment's first observation, checked, and its info. start: number of the start state (None: the seed decides).
+    """An environment's first observation, checked, and its info. start: number of the start state (None: the seed
+    decides).
 
     limit: seconds that the call may take.
     """

@@ -23,7 +23,8 @@ NONSENSE = ("", "nonsense \x00", "A" * 10_000)
 
 
 def check_environment(task: EpisodeLimits, episodes: int = EPISODES) -> Iterator[Finding]:
-    """Check the environment of a recipe's `task`. Findings are yielded one by one; a failure that makes the rest meaningless is the last."""
+    """Check the environment of a recipe's `task`. Findings are yielded one by one; a failure that makes the rest
+    meaningless is the last."""
     try:
         make = environment_factory(task)
         environment = make()

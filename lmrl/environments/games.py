@@ -21,13 +21,14 @@ class Game:
     """A game in which players take turns; subclass it.
 
     - `num_players`, and `to_move`: the player whose turn it is, from 0, which `reset` and `step` set.
-    - `reset(seed=..., options=...)` begins a game and returns info; `options["start"]` is the number of the start state.
-    - `observe(player)`: what is new to that player since its last look. It is called before each of the player's turns, and once
-      more if a limit ends the game.
+    - `reset(seed=..., options=...)` begins a game and returns info; `options["start"]` is the number of the start
+      state.
+    - `observe(player)`: what is new to that player since its last look. It is called before each of the player's turns,
+      and once more if a limit ends the game.
     - `step(action)`: the turn of the player to move. Returns rewards (one per player), terminated, truncated, and info.
 
-    `num_starts`, `players` with `act`, `texts()`, `version`, `metric_limits` and `info["metrics"]` are those of a TextEnvironment;
-    `act` plays for the player to move, and `return` is that of one player.
+    `num_starts`, `players` with `act`, `texts()`, `version`, `metric_limits` and `info["metrics"]` are those of a
+    TextEnvironment; `act` plays for the player to move, and `return` is that of one player.
     """
 
     num_players = 2
@@ -125,11 +126,11 @@ Answer = Callable[[Game, Any], str]
 
 
 class GameEnvironment(TextEnvironment):
-    """A game as an environment. With an opponent, the policy plays one side and the opponent all others; without one, the policy plays
-    all sides in turn, and the reward is the first player's.
+    """A game as an environment. With an opponent, the policy plays one side and the opponent all others; without one,
+    the policy plays all sides in turn, and the reward is the first player's.
 
-    The side is drawn by the seed; with numbered start states each is played from every side: start i is the game's start
-    i // players, as player i % players.
+    The side is drawn by the seed; with numbered start states each is played from every side: start i is the game's
+    start i // players, as player i % players.
     """
 
     def __init__(self, game: Game, new_opponent: Callable[[int, int], Answer] | None = None):
@@ -193,7 +194,8 @@ class GameEnvironment(TextEnvironment):
 
 
 def split_start(game: Game, start: int | None, number: int) -> tuple[int | None, int]:
-    """The game's start state, and the player whose side is played. number: of the episode, which chooses the side if there are no numbered starts."""
+    """The game's start state, and the player whose side is played. number: of the episode, which chooses the side if
+    there are no numbered starts."""
     if start is None:
         return None, number % game.num_players
     return start // game.num_players, start % game.num_players

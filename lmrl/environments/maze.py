@@ -1,8 +1,8 @@
 """The double-T maze: walk to the goal, one move per turn, seeing where the walls are.
 
 The maze of LMRL-Gym (Abdulhai et al., arXiv 2311.18232), with its texts and its rewards: -1 per step, walking into a
-wall included, 0 for the step that reaches the goal, -4 for text that is not a move. The return of an episode that arrives by
-legal moves is therefore 1 minus its steps. Positions are (row, column), counted from the top left corner, 0.
+wall included, 0 for the step that reaches the goal, -4 for text that is not a move. The return of an episode that
+arrives by legal moves is therefore 1 minus its steps. Positions are (row, column), counted from the top left corner, 0.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class Maze(TextEnvironment):
 
     # ---------------------------------------------------------------------------------------------------------- extras
     def act(self, player: str, rng: np.random.Generator) -> str:
-        """random: each of the four moves with equal probability. optimal: the first move, in their order, on a shortest path."""
+        """random: each of the four moves with equal probability. optimal: the first move, in their order, on a shortest
+        path."""
         if player == "random":
             return str(rng.choice(list(MOVES)))
         return min(MOVES, key=lambda text: self.distance[_after(self.position, MOVES[text])])

@@ -13,8 +13,9 @@ from lmrl.environments.games import Game
 class Nim(Game):
     """A player sees how many sticks are left and takes 1 to `most` of them; the winner earns 1, the other -1.
 
-    A text that is not a legal move loses at once (metric `illegal`: 1 if the game ended that way). There are `sticks` start
-    states, heaps of 1 to `sticks`. The player to move wins by leaving a multiple of `most` + 1, unless the heap is one already.
+    A text that is not a legal move loses at once (metric `illegal`: 1 if the game ended that way). There are `sticks`
+    start states, heaps of 1 to `sticks`. The player to move wins by leaving a multiple of `most` + 1, unless the heap
+    is one already.
     """
 
     players = ("random", "optimal")

@@ -1,4 +1,5 @@
-"""Environments on an OpenEnv server (https://github.com/meta-pytorch/OpenEnv): `environment: openenv:http://HOST:8000`."""
+"""Environments on an OpenEnv server (https://github.com/meta-pytorch/OpenEnv): `environment:
+openenv:http://HOST:8000`."""
 
 from __future__ import annotations
 
@@ -18,9 +19,10 @@ OWN = ("done", "reward", "metadata")
 class OpenEnvText(TextEnvironment):
     """An environment that runs on another machine; each running episode has its own session and connection.
 
-    id: the server's address. action_field, observation_field: the fields that hold the action's and the observation's text (None: the
-    only text field in the server's schema; an observation with several becomes JSON as a whole). action: further fields of each
-    action. reset: further arguments of each reset, besides the seed. timeout: seconds that the server has to answer.
+    id: the server's address. action_field, observation_field: the fields that hold the action's and the observation's
+    text (None: the only text field in the server's schema; an observation with several becomes JSON as a whole).
+    action: further fields of each action. reset: further arguments of each reset, besides the seed. timeout: seconds
+    that the server has to answer.
     """
 
     def __init__(

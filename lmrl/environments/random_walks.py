@@ -1,18 +1,18 @@
 """Random walks: find the shortest path to a goal on a graph known only from experience.
 
-The task of trlx's example of the same name (the idea is from Chen et al., "Decision Transformer", arXiv 2106.01345, section
-3): a directed graph of `nodes` nodes called a, b, c, ...; the goal is `a`. The observation is a start node, the
+The task of trlx's example of the same name (the idea is from Chen et al., "Decision Transformer", arXiv 2106.01345,
+section 3): a directed graph of `nodes` nodes called a, b, c, ...; the goal is `a`. The observation is a start node, the
 action is the rest of the walk, at most `max_length` nodes in all, for instance `f` -> `kca`. The reward is the walk's
 optimality, (max_length - length) / (max_length - shortest), and 0 for a walk that takes a missing edge or does not end
 at the goal, which no edge leaves. Start nodes without a path shorter than `max_length` are left out.
 
-With `stepwise` a walk is many turns: the observation is the node one is at, the action the next node, and arriving earns
-1, whatever the length (a discount makes short walks worth more). A state is then a node, however it was reached, so
-that pieces of different walks fit together.
+With `stepwise` a walk is many turns: the observation is the node one is at, the action the next node, and arriving
+earns 1, whatever the length (a discount makes short walks worth more). A state is then a node, however it was reached,
+so that pieces of different walks fit together.
 
-Players: `random` follows edges at random until the goal or `max_length`; `optimal` takes a shortest path; `suboptimal` is
-`random` without the shortest paths, for data from which the optimum can only be stitched together (Fu et al., "D4RL",
-arXiv 2004.07219, section 4: undirected and suboptimal data).
+Players: `random` follows edges at random until the goal or `max_length`; `optimal` takes a shortest path; `suboptimal`
+is `random` without the shortest paths, for data from which the optimum can only be stitched together (Fu et al.,
+"D4RL", arXiv 2004.07219, section 4: undirected and suboptimal data).
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ def _draw_graph(random: np.random.RandomState, nodes: int, edge_probability: flo
 
 
 def _distances_to_goal(edges: np.ndarray) -> np.ndarray:
-    """Edges on the shortest path from each node to the goal, by breadth-first search; a huge number if there is none."""
+    """Edges on the shortest path from each node to the goal, by breadth-first search; a huge number if there is
+    none."""
     distance = np.full(len(edges), np.iinfo(np.int32).max // 2)
     distance[GOAL] = 0
     queue = deque([GOAL])

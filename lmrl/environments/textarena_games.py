@@ -1,4 +1,5 @@
-"""Games of TextArena (https://github.com/LeonGuertler/TextArena), for one or several players: `environment: textarena:TicTacToe-v0`."""
+"""Games of TextArena (https://github.com/LeonGuertler/TextArena), for one or several players: `environment:
+textarena:TicTacToe-v0`."""
 
 from __future__ import annotations
 
@@ -28,10 +29,11 @@ _generators = threading.RLock()
 def make(id: str, players: int | None = None, view: str = "new", **options: Any) -> TextArenaGame | TextArenaSolo:
     """A game of TextArena by its TextArena name.
 
-    players: how many play (None: as few as it allows). view: `new` shows a player what has happened since its last turn, for
-    `task.history: all`; `whole` shows what TextArena itself shows, usually everything so far (names that end with -train: the current board), for
-    `task.history: 1`. Further keys go to `textarena.make`. TextArena's games draw from Python's and numpy's global generators; here each
-    game gets its own generator states, so that games do not disturb one another.
+    players: how many play (None: as few as it allows). view: `new` shows a player what has happened since its last
+    turn, for `task.history: all`; `whole` shows what TextArena itself shows, usually everything so far (names that end
+    with -train: the current board), for `task.history: 1`. Further keys go to `textarena.make`. TextArena's games draw
+    from Python's and numpy's global generators; here each game gets its own generator states, so that games do not
+    disturb one another.
     """
     if view not in ("new", "whole"):
         raise PluginError(f"task.view: expected new or whole, got '{view}'")
@@ -145,7 +147,8 @@ class Arena:
         return earned, {"invalid": sum(invalid) / players}
 
     def act(self, rng: np.random.Generator) -> str:
-        """A random one of the bracketed texts that the player to move has just seen; legal moves are often among them."""
+        """A random one of the bracketed texts that the player to move has just seen; legal moves are often among
+        them."""
         found = sorted(set(BRACKETED.findall(self.seen.get(self.to_move, ""))) - {"[GAME]"})
         return str(rng.choice(found)) if found else "[0]"
 

@@ -1,4 +1,5 @@
-"""Tasksets of verifiers (https://github.com/PrimeIntellect-ai/verifiers, from 0.4 on) by name: `environment: verifiers:TASKSET`."""
+"""Tasksets of verifiers (https://github.com/PrimeIntellect-ai/verifiers, from 0.4 on) by name: `environment:
+verifiers:TASKSET`."""
 
 from __future__ import annotations
 
@@ -17,10 +18,12 @@ SAMPLED = 200
 
 
 class VerifiersTasks(TextEnvironment):
-    """Single-answer tasks, scored by the taskset's own rewards and judges; its rewards and metrics are reported as metrics by name.
+    """Single-answer tasks, scored by the taskset's own rewards and judges; its rewards and metrics are reported as
+    metrics by name.
 
-    id: an installed taskset. size: how many tasks to take from an endless one. Further keys are the taskset's own. Tasks that need
-    tools, a sandbox or a conversation are refused: verifiers runs these as programs, which an agent task plays (`task.agent`).
+    id: an installed taskset. size: how many tasks to take from an endless one. Further keys are the taskset's own.
+    Tasks that need tools, a sandbox or a conversation are refused: verifiers runs these as programs, which an agent
+    task plays (`task.agent`).
     """
 
     def __init__(self, id: str, size: int = 500, **options: Any):

@@ -31,8 +31,8 @@ TASK_FILE = "lmrl.json"
 OWN_TASK = "its own task"
 """Takes the place of a suite's name if a policy is scored on the task of its own run."""
 OWN_EPISODES, OWN_STARTS = 100, 500
-"""For a run's own task: the minimum number of episodes (several from each start state if need be), and the maximum number
-of starts."""
+"""For a run's own task: the minimum number of episodes (several from each start state if need be), and the maximum
+number of starts."""
 
 
 @dataclass(frozen=True)
@@ -110,22 +110,23 @@ def evaluate(
     overlap_words: int = WORDS,
     endpoint: Endpoint | None = None,
 ) -> Report:
-    """Score a policy: a run folder, a checkpoint, any transformers or peft folder, a GGUF file, a hub name, or an address
-    of OpenAI's API, `http://HOST/v1#MODEL`.
+    """Score a policy: a run folder, a checkpoint, any transformers or peft folder, a GGUF file, a hub name, or an
+    address of OpenAI's API, `http://HOST/v1#MODEL`.
 
     policy: or a list, whose members all play the suite of the first, with the same random numbers. suite: a file or a
-    shipped name (default: the suite of the policy's own recipe; without one the recipe's own task: fresh episodes of its
-    environment, or its held-out prompts). A suite that follows runs, as the shipped ones do, scores a policy made by
-    lmrl on the task it was trained for (its graph, its held-out prompts); `overrides` such as `task.graph=7` or
+    shipped name (default: the suite of the policy's own recipe; without one the recipe's own task: fresh episodes of
+    its environment, or its held-out prompts). A suite that follows runs, as the shipped ones do, scores a policy made
+    by lmrl on the task it was trained for (its graph, its held-out prompts); `overrides` such as `task.graph=7` or
     `samples=4` change the suite.
     checkpoint: for a run, `final`, `best` or `step-N`; checkpoints: several of these, or `["all"]`.
     betas: weights of Q to try one after the other, for a policy with Q heads (0: without Q).
-    log: a folder that gets every episode (see lmrl/evaluation/log.py), with a subfolder for each row if there are several;
-    an evaluation that was stopped resumes there. part: episodes of a log that are played together and written at once.
+    log: a folder that gets every episode (see lmrl/evaluation/log.py), with a subfolder for each row if there are
+    several; an evaluation that was stopped resumes there. part: episodes of a log that are played together and written
+    at once.
     run_code: allow a suite to run code that the policy writes.
     overlap: runs or files whose training data is searched for the suite's prompts, by n-grams of `overlap_words` words.
-    A suite `lm-eval:TASK` is a task of lm-eval, with the overrides of `HarnessOptions`; `inspect:TASK` one of inspect_ai,
-    with those of `InspectOptions`.
+    A suite `lm-eval:TASK` is a task of lm-eval, with the overrides of `HarnessOptions`; `inspect:TASK` one of
+    inspect_ai, with those of `InspectOptions`.
     endpoint: how requests are sent to addresses.
     """
     policies = [policy] if isinstance(policy, str | Path) else list(policy)
@@ -184,7 +185,8 @@ def _inspect_report(
     log: str | Path | None,
     run_code: bool,
 ) -> Report:
-    """Policies on a task of inspect_ai. log: a folder for inspect_ai's logs, with a subfolder for each policy if there are several."""
+    """Policies on a task of inspect_ai. log: a folder for inspect_ai's logs, with a subfolder for each policy if there
+    are several."""
     options = inspect_options(overrides)
     if run_code:
         raise RecipeError(f"--suite {INSPECT}{task}: inspect_ai runs code in its own sandboxes: leave --run-code out")
@@ -205,8 +207,8 @@ def _foreign_report(
     unreachable: str,
     play: Callable[[Policy, Contender], tuple[Scores, list[Trajectory], str]],
 ) -> Report:
-    """Policies on another tool's suite, one after the other. unreachable: why addresses are refused. play: returns scores, samples
-    as episodes, and a readable description of what was played."""
+    """Policies on another tool's suite, one after the other. unreachable: why addresses are refused. play: returns
+    scores, samples as episodes, and a readable description of what was played."""
     from lmrl.accelerators import default_device
 
     rows, episodes = {}, {}
@@ -236,8 +238,8 @@ def rescored(
 ) -> Report:
     """Score the episodes of a log, or of all logs in a folder, again, without playing anything; see `rescore_log`.
 
-    target: a folder for a new log with the new scores, or for one new log per old one. run_code: allow rewards to run code
-    that the policy wrote.
+    target: a folder for a new log with the new scores, or for one new log per old one. run_code: allow rewards to run
+    code that the policy wrote.
     """
     logs = logs_in(log)
     rows, episodes, suites = {}, {}, []
@@ -335,8 +337,8 @@ def size_own(evaluator: Evaluator, overridden: set[str]) -> None:
 
 
 def saved_task(checkpoint: Path) -> dict[str, Any]:
-    """`{"task", "suite", "dtype", "rollouts"}` that a checkpoint was saved with; paths of its run's reward models are those
-    of today. Checkpoints of older versions lack `rollouts`."""
+    """`{"task", "suite", "dtype", "rollouts"}` that a checkpoint was saved with; paths of its run's reward models are
+    those of today. Checkpoints of older versions lack `rollouts`."""
     saved: dict[str, Any] = json.loads((checkpoint / TASK_FILE).read_text())
     run = run_of(checkpoint)
     return saved | ({"task": locate_rewards(saved["task"], run)} if run else {})

@@ -1,7 +1,7 @@
 """Metrics of several samples of a prompt: pass@k, maj@k and best@k.
 
-All are expected values for k samples, estimated from the n >= k that were drawn as the mean over all subsets of k, which is
-unbiased and varies less than the value of one subset.
+All are expected values for k samples, estimated from the n >= k that were drawn as the mean over all subsets of k,
+which is unbiased and varies less than the value of one subset.
 
     pass@4          share of prompts that at least one of 4 samples solves (Chen et al., arXiv 2107.03374)
     maj@4           the score of the answer that most of 4 samples give (Wang et al., arXiv 2203.11171)
@@ -26,12 +26,14 @@ FINAL = re.compile(r"####\s*(.+)|\\boxed\{([^{}]*)\}", re.MULTILINE)
 """How a final answer is marked in GSM8K and MATH."""
 FORM = re.compile(r"(pass|maj|best)@([1-9][0-9]*)(?:/(.+))?")
 MOST_SUBSETS = 2000
-"""For maj@k, which has no closed form: if there are more subsets than this, this many are drawn, the same every time."""
+"""For maj@k, which has no closed form: if there are more subsets than this, this many are drawn, the same every
+time."""
 
 
 @dataclass(frozen=True)
 class SeveralSamples:
-    """A metric of `count` samples. metric: the metric of single samples that it combines (None: the reward or return)."""
+    """A metric of `count` samples. metric: the metric of single samples that it combines (None: the reward or
+    return)."""
 
     name: str
     kind: str
@@ -43,7 +45,8 @@ class SeveralSamples:
     ) -> float | None:
         """Its value for the judged samples of one prompt; None if fewer than `count` have a value.
 
-        rewards: for choosing the best. values: of the metric. Raises RecipeError for pass@k of a value that is not 0 or 1.
+        rewards: for choosing the best. values: of the metric. Raises RecipeError for pass@k of a value that is not 0 or
+        1.
         """
         rows = [row for row, value in enumerate(values) if value is not None]
         if len(rows) < self.count:
@@ -110,7 +113,7 @@ def _majority(answers: Sequence[str], values: Sequence[float]) -> float:
 
 
 def answer_of(completion: str) -> str:
-    r"""The answer that a completion votes for: the text after its last `####` or in its last `\boxed{}`, else all of it;
-    white space, case and a final full stop are ignored."""
+    r"""The answer that a completion votes for: the text after its last `####` or in its last `\boxed{}`, else all of
+    it; white space, case and a final full stop are ignored."""
     marked = [one or other for one, other in FINAL.findall(completion)]
     return " ".join((marked[-1] if marked else completion).split()).rstrip(".").casefold()

@@ -69,7 +69,8 @@ def inspect_task(suite: str | Path | None) -> str | None:
 
 
 def inspect_options(overrides: Sequence[str]) -> InspectOptions:
-    """Parse overrides. Raises RecipeError for an unknown option, or if inspect_ai or the openai package that it needs is missing."""
+    """Parse overrides. Raises RecipeError for an unknown option, or if inspect_ai or the openai package that it needs
+    is missing."""
     options = _options(InspectOptions, overrides)
     if options.seed is not None and (options.samples or 1) > 1:
         raise RecipeError("seed: with a seed all `samples` of a prompt would be the same: leave one of the two out")

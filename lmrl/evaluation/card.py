@@ -33,8 +33,8 @@ def write_card(
     """Write the card of an exported folder.
 
     run: the run that it comes from (None: unknown). name: what the card's code loads, a hub name or the folder.
-    checkpoint: the run's `final`, `best` or `step-N`. beta: weight of the Q values that were folded in. distilled: True if the
-    model was instead fitted to the policy that they guide.
+    checkpoint: the run's `final`, `best` or `step-N`. beta: weight of the Q values that were folded in. distilled: True
+    if the model was instead fitted to the policy that they guide.
     """
     recipe = read_recipe(run) if run else None
     base = _base(folder, recipe)

@@ -105,8 +105,8 @@ class Chooser:
 def continued(renderer: Renderer, prompt: Any, texts: Sequence[str], delimiter: str = "") -> Continued:
     """Tokens of a prompt and of each possible continuation.
 
-    Plain text is tokenized together and split after as many tokens as the prompt has alone, as in lm-eval; white space at the
-    prompt's end goes to the continuation. In a dialogue, an answer begins the assistant's turn.
+    Plain text is tokenized together and split after as many tokens as the prompt has alone, as in lm-eval; white space
+    at the prompt's end goes to the continuation. In a dialogue, an answer begins the assistant's turn.
     """
     if renderer.chat or not isinstance(prompt, str):
         return Continued(renderer.first(prompt), [renderer.plain(text) for text in texts])

@@ -46,8 +46,9 @@ def compare(
     policies: as for `lmrl.evaluate`, or evaluation logs, whose episodes are not played again. suite: what is played
     (default: that of the logs, else of the first policy). claims: for instance `B - A > -0.01`, checked by
     `Comparison.require`.
-    metrics: what to compare (default: the suite's). log: a folder to save what is played. run_code: allow a suite to run
-    code that the policies write. control: a metric, such as `length`; the others are also compared at equal values of it.
+    metrics: what to compare (default: the suite's). log: a folder to save what is played. run_code: allow a suite to
+    run code that the policies write. control: a metric, such as `length`; the others are also compared at equal values
+    of it.
     judge, judge_options: a judge of pairs of answers, see `load_judge`. endpoint: how requests are sent to addresses.
     Raises RunError for logs of different suites, RecipeError for an unknown metric or policy.
     """

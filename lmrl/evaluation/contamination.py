@@ -1,4 +1,5 @@
-"""Contamination: which prompts of a suite share an n-gram with training data (Brown et al., arXiv 2005.14165, appendix C).
+"""Contamination: which prompts of a suite share an n-gram with training data (Brown et al., arXiv 2005.14165, appendix
+C).
 
 The suite's n-grams are indexed, and training data is streamed, so its size does not matter.
 """
@@ -53,8 +54,9 @@ class Overlap:
 def overlap_of(trajectories: Sequence[Trajectory], suite: Suite, against: Sequence[str], words: int = WORDS) -> Overlap:
     """Compare a suite's prompts with the training data of runs, or with the rows of files and hub datasets.
 
-    If prompts are made from columns, the columns count, but not the few-shot examples before them, which are training data on
-    purpose. Raises RecipeError for a suite that plays an environment, and RunError for a run without prompts or logged data.
+    If prompts are made from columns, the columns count, but not the few-shot examples before them, which are training
+    data on purpose. Raises RecipeError for a suite that plays an environment, and RunError for a run without prompts or
+    logged data.
     """
     if not isinstance(suite.task, PromptTask):
         raise RecipeError("--overlap: the suite plays an environment, which has no prompts to find in training data")

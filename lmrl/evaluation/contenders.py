@@ -31,7 +31,8 @@ def contenders(
     policies: Sequence[str | Path], checkpoint: str = "final", checkpoints: Sequence[str] = ()
 ) -> list[Contender]:
     """The policies in order. checkpoint: of every run, see `checkpoint_of`. checkpoints: several of each run instead,
-    or `all`. Raises DataError or RunError if something is not a policy, RecipeError for a policy that is named twice."""
+    or `all`. Raises DataError or RunError if something is not a policy, RecipeError for a policy that is named
+    twice."""
     if checkpoints and checkpoint != "final":
         raise RecipeError(f"--checkpoint {checkpoint}: --checkpoints names the checkpoints already: add it there")
     found: list[tuple[str, str, str]] = []

@@ -1,7 +1,7 @@
 """Differences between policies at equal length, or at equal any other metric.
 
-Longer answers often score higher whatever they say. The difference of two scores of a prompt is regressed on the difference of
-the two lengths; the intercept is the difference that remains at equal length.
+Longer answers often score higher whatever they say. The difference of two scores of a prompt is regressed on the
+difference of the two lengths; the intercept is the difference that remains at equal length.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ class Controlled:
 
 
 def controlled(gaps_G: Sequence[float], others_G: Sequence[float], name: str) -> Controlled:
-    """The mean of `gaps_G` where `others_G` is 0, one value of each per prompt. name: of the other metric, for messages.
+    """The mean of `gaps_G` where `others_G` is 0, one value of each per prompt. name: of the other metric, for
+    messages.
 
-    Least squares with the standard errors HC3 (MacKinnon and White, Journal of Econometrics 29, 1985), G - 2 degrees of freedom.
-    Without spread in `others_G` there is nothing to control for, and the mean is returned as it is. Raises RecipeError for too few prompts.
+    Least squares with the standard errors HC3 (MacKinnon and White, Journal of Econometrics 29, 1985), G - 2 degrees of
+    freedom. Without spread in `others_G` there is nothing to control for, and the mean is returned as it is. Raises
+    RecipeError for too few prompts.
     """
     y_G, x_G = np.asarray(gaps_G, float), np.asarray(others_G, float)
     count = len(y_G)

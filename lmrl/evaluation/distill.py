@@ -1,8 +1,9 @@
 """Fitting one plain model to a policy that Q values guide, so that anything can decode it at full speed.
 
-A copy of the policy's language model, the student, learns the guided distribution: KL(guided || student) over the whole vocabulary,
-the support mask included, on logged states, on states of the guided policy, and on states that the student itself visits (DAgger:
-Ross et al., arXiv 1011.0686). The last ones matter: a student trained only on the log does not know what to do after its own mistakes.
+A copy of the policy's language model, the student, learns the guided distribution: KL(guided || student) over the whole
+vocabulary, the support mask included, on logged states, on states of the guided policy, and on states that the student
+itself visits (DAgger: Ross et al., arXiv 1011.0686). The last ones matter: a student trained only on the log does not
+know what to do after its own mistakes.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ EPISODES = 64
 WARMUP = 20
 """Updates of learning-rate warmup; then the rate decays to 0 at the maximum number of updates."""
 CLOSE = 0.01
-"""KL to the guided policy, in nats per token of that policy's episodes, at which a student is done: about one token in a hundred
-then differs."""
+"""KL to the guided policy, in nats per token of that policy's episodes, at which a student is done: about one token in
+a hundred then differs."""
 NUMBERS = 2**25
 """Maximum elements of a table of states by vocabulary."""
 FLOOR = -1e4
@@ -98,7 +99,8 @@ class Distillation:
     """A guided policy, and the student that becomes it."""
 
     def __init__(self, path: Path, run: Path, beta: float, dtype: str = "float32", trust_remote_code: bool = False):
-        """path: a checkpoint of the run. dtype: the precision that the policy is scored in. Raises ModelError for a policy without Q."""
+        """path: a checkpoint of the run. dtype: the precision that the policy is scored in. Raises ModelError for a
+        policy without Q."""
         stage = _stage_of(path, run)
         self.recipe = stages_of(read_recipe(run))[stage]
         self.name = (self.recipe.training.seed, stage, "distill")
@@ -127,7 +129,8 @@ class Distillation:
     ) -> Fit:
         """Train the student until it is CLOSE to the guided policy and `good`, for at most `steps` updates.
 
-        good: True if the student scores well enough; called only once it is close. report: called with a line on every round.
+        good: True if the student scores well enough; called only once it is close. report: called with a line on every
+        round.
         """
         parameters = list(self.student.parameters())
         rate = default_rates(self._all_weights(), *self.student.size).lr

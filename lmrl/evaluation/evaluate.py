@@ -77,7 +77,8 @@ class Evaluator:
 
     @property
     def plays_all(self) -> bool:
-        """True if the suite plays all start states, or prompts that were trained on: scores then hold for these only."""
+        """True if the suite plays all start states, or prompts that were trained on: scores then hold for these
+        only."""
         task = self.task
         if task.heldout is None or task.heldout != task.training:
             return False
@@ -109,9 +110,9 @@ class Evaluator:
     def __call__(self, beta: float | None = None, choosing: bool = False) -> tuple[Scores, list[Trajectory]]:
         """Play the suite. Episodes draw the same random numbers every time, so two scores are paired.
 
-        beta: weight of Q instead of the suite's or the policy's own. choosing: play other episodes, for scores by which a
-        policy is selected; its final score then comes from episodes that did not select it. Several processes share the
-        episodes and get the same result.
+        beta: weight of Q instead of the suite's or the policy's own. choosing: play other episodes, for scores by which
+        a policy is selected; its final score then comes from episodes that did not select it. Several processes share
+        the episodes and get the same result.
         """
         check_metrics(self.suite.metrics, self.suite.samples)
         starts, played = self.starts(), []
@@ -180,7 +181,8 @@ class Evaluator:
         return (low, high) if high > low else None
 
     def normalize(self, value: float) -> float:
-        """A value of the main metric in points: 0 for the random player, 100 for the optimum; unchanged without these players."""
+        """A value of the main metric in points: 0 for the random player, 100 for the optimum; unchanged without these
+        players."""
         if self.scale is None:
             return value
         low, high = self.scale

@@ -54,10 +54,10 @@ def export(
     """Write a run or checkpoint as an ordinary transformers (or adapter) folder, with a model card.
 
     beta: fold the Q heads into the vocabulary matrix at this weight; then both policies play the suite, and nothing is
-    kept if the export loses more than `max_loss`. distill: instead fit a plain model to the guided policy, in at most this
-    many updates (see lmrl/evaluation/distill.py). report: called with lines on the fit's progress. push_to: also upload the
-    folder to this repository on the hub, OWNER/NAME. Raises RunError if that fails, or if `destination` is not an empty
-    folder.
+    kept if the export loses more than `max_loss`. distill: instead fit a plain model to the guided policy, in at most
+    this many updates (see lmrl/evaluation/distill.py). report: called with lines on the fit's progress. push_to: also
+    upload the folder to this repository on the hub, OWNER/NAME. Raises RunError if that fails, or if `destination` is
+    not an empty folder.
     """
     if destination.is_file() or destination.is_dir() and any(destination.iterdir()):
         raise RunError(f"{destination} is not an empty folder: choose another destination")
@@ -135,7 +135,8 @@ def distilled(
 
 
 def close_on(evaluator: Evaluator, beta: float, max_loss: float) -> Callable[[Policy], bool]:
-    """A test whether a policy loses at most `max_loss` of the guided policy's score, on episodes that are not used for the final scores."""
+    """A test whether a policy loses at most `max_loss` of the guided policy's score, on episodes that are not used for
+    the final scores."""
     guided = evaluator(beta, choosing=True)[0]
 
     def close(policy: Policy) -> bool:

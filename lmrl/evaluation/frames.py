@@ -25,9 +25,8 @@ LISTS = ("tokens", "logprobs")
 def load_eval(log: str | Path) -> DataFrame:
     """The episodes of an evaluation log, or of all logs in a folder: one row each.
 
-    Columns: policy, group, episode, prompt, completion, reward (or return), components, metrics and further
-    measures, length, turns, failure, tokens and logprobs (of sampled tokens), began, seconds. Raises RunError if there is
-    no log.
+    Columns: policy, group, episode, prompt, completion, reward (or return), components, metrics and further measures,
+    length, turns, failure, tokens and logprobs (of sampled tokens), began, seconds. Raises RunError if there is no log.
     """
     records: list[dict[str, Any]] = []
     for label, one in in_order(logs_in(log)):
@@ -40,9 +39,9 @@ def load_eval(log: str | Path) -> DataFrame:
 def load_run(run: str | Path, kind: str | None = None) -> DataFrame:
     """The metrics of a run, from its metrics.jsonl: one row a line, of one kind or of all.
 
-    Columns: stage, step, kind (`train`, `eval`, `final`, `check`, ...), and every metric. A score with an interval is three columns,
-    NAME, NAME_low and NAME_high; other nested values are NAME/PART. A torn last line, of a run that is being written, is left
-    out. Raises RunError if the folder is not a run, or has no metrics yet.
+    Columns: stage, step, kind (`train`, `eval`, `final`, `check`, ...), and every metric. A score with an interval is
+    three columns, NAME, NAME_low and NAME_high; other nested values are NAME/PART. A torn last line, of a run that is
+    being written, is left out. Raises RunError if the folder is not a run, or has no metrics yet.
     """
     path = Path(run).expanduser() / METRICS_FILE
     if not path.is_file():
@@ -51,7 +50,8 @@ def load_run(run: str | Path, kind: str | None = None) -> DataFrame:
 
 
 def load_samples(run: str | Path) -> DataFrame:
-    """The samples that a run has saved in samples.jsonl, with their rewards: one row per sample, no rows if there are none."""
+    """The samples that a run has saved in samples.jsonl, with their rewards: one row per sample, no rows if there are
+    none."""
     path = Path(run).expanduser() / SAMPLES_FILE
     return frame_of(_lines(path) if path.is_file() else [])
 

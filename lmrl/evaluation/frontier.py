@@ -1,8 +1,8 @@
 """Reward against divergence over a run's checkpoints, with best-of-n of the initial policy as the yardstick.
 
-A policy that moves further from the initial one can usually score more; what counts is the score at a given distance. Best-of-n,
-the best of n samples of the initial policy by the same reward, needs no training: its divergence is at most log n - (n - 1) / n
-nats (Beirami et al., arXiv 2401.01879), and training paid off where the run lies above that curve.
+A policy that moves further from the initial one can usually score more; what counts is the score at a given distance.
+Best-of-n, the best of n samples of the initial policy by the same reward, needs no training: its divergence is at most
+log n - (n - 1) / n nats (Beirami et al., arXiv 2401.01879), and training paid off where the run lies above that curve.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Point:
     score: float
     ci95: list[float]
     at_equal_length: float | None
-    """The score at the initial policy's length (see lmrl/evaluation/controlled.py); None if there are too few prompts."""
+    """The score at the initial policy's length (see lmrl/evaluation/controlled.py); None if there are too few
+    prompts."""
     best_of_n: float | None
     """The score of the initial policy's best-of-n at this divergence; None beyond the largest n that was sampled."""
     gain: float | None
@@ -83,10 +84,11 @@ def frontier(
     best_of: int = BEST_OF,
     trust_remote_code: bool = False,
 ) -> Frontier:
-    """Score a run's checkpoints, their divergence from the initial policy of its last stage, and that policy's best-of-n.
+    """Score a run's checkpoints, their divergence from the initial policy of its last stage, and that policy's
+    best-of-n.
 
-    suite, overrides: as for `lmrl.evaluate`; its main metric is used. best_of: the largest n. Raises RunError if `run` is not
-    a run, RecipeError for a suite that is not sampled.
+    suite, overrides: as for `lmrl.evaluate`; its main metric is used. best_of: the largest n. Raises RunError if `run`
+    is not a run, RecipeError for a suite that is not sampled.
     """
     if best_of < 1:
         raise RecipeError(f"--best-of: expected 1 or more samples, got {best_of}")
@@ -121,8 +123,8 @@ def frontier(
 
 
 def start_of(folder: Path) -> str:
-    """The policy that a run's last stage began with: a checkpoint, a model's folder, or a name on the hub. Raises RunError if it
-    is gone."""
+    """The policy that a run's last stage began with: a checkpoint, a model's folder, or a name on the hub. Raises
+    RunError if it is gone."""
     recipe = read_recipe(folder)
     own = folder / "stages" / MAIN_STAGE / "start"
     if own.is_dir():

@@ -1,4 +1,5 @@
-"""Tasks of lm-eval as suites, `lm-eval:TASK`: its prompts, filters and metrics, with lmrl's policy as its language model.
+"""Tasks of lm-eval as suites, `lm-eval:TASK`: its prompts, filters and metrics, with lmrl's policy as its language
+model.
 
 Imported only where such a suite is named: it needs `pip install lm-eval`.
 """
@@ -87,8 +88,8 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         )
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        """requests: (texts or None, tokens of the context, tokens of the continuation), the context is cut on the left if
-        both together are too long."""
+        """requests: (texts or None, tokens of the context, tokens of the continuation), the context is cut on the left
+        if both together are too long."""
         places: dict[tuple[int, ...], list[int]] = {}
         pairs = []
         for place, (_, context, continuation) in enumerate(requests):

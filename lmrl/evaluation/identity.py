@@ -27,8 +27,8 @@ NO_PART_OF_TASKS = ("call_timeout", "max_failed", "min_group", "workers", "envir
 def suite_version(suite: Suite, environment: dict[str, Any] | None = None) -> str:
     """A hash of what is played, how it is sampled and what judges it: 16 hexadecimal digits.
 
-    Files that it names count by their content. environment: what plays it, see `Task.environment`; its version and source
-    count. Columns of tables, the engine and time limits do not count.
+    Files that it names count by their content. environment: what plays it, see `Task.environment`; its version and
+    source count. Columns of tables, the engine and time limits do not count.
     """
     data = suite.model_dump(mode="json", exclude_defaults=True)
     sampling = data.pop("rollouts", {})

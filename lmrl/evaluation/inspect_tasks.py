@@ -1,4 +1,5 @@
-"""Tasks of inspect_ai as suites, `inspect:TASK`: its data, solvers, tools and scorers, calling lmrl's policy at a local address.
+"""Tasks of inspect_ai as suites, `inspect:TASK`: its data, solvers, tools and scorers, calling lmrl's policy at a local
+address.
 
 Imported only if such a suite is named: it needs the extra `inspect`.
 """
@@ -52,7 +53,8 @@ ERRORS = ("stderr", "bootstrap_stderr", "std", "var")
 def run_inspect(
     policy: Policy, name: str, task: str, options: InspectOptions, log: Path | None = None
 ) -> tuple[Scores, list[Trajectory], str]:
-    """Scores of a task, its samples as episodes, and a description of what was played. name: of the policy. log: a folder for its log.
+    """Scores of a task, its samples as episodes, and a description of what was played. name: of the policy. log: a
+    folder for its log.
 
     Raises RecipeError for an unknown task, RunError for one that fails.
     """

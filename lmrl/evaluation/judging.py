@@ -1,7 +1,8 @@
 """Comparing policies with a judge that sees two answers to a prompt, each pair in both orders.
 
-A judge is an object or function that says which of two answers is better, or any reward, which scores each alone. Judges tend to
-prefer what they see first, or last (Zheng et al., arXiv 2306.05685): with both orders, that bias cancels, and is reported.
+A judge is an object or function that says which of two answers is better, or any reward, which scores each alone.
+Judges tend to prefer what they see first, or last (Zheng et al., arXiv 2306.05685): with both orders, that bias
+cancels, and is reported.
 """
 
 from __future__ import annotations
@@ -41,17 +42,19 @@ class Judged:
     second: str
     judge: str
     win_rate: float
-    """Share of pairs in which the first is better; one that the judge decides differently in the two orders counts half."""
+    """Share of pairs in which the first is better; one that the judge decides differently in the two orders counts
+    half."""
     ci95: list[float]
     p: float
     """Two-sided, for the null hypothesis of a win rate of 1/2."""
     wins: int
     ties: int
     losses: int
-    """Numbers of pairs: first better in both orders; neither; second better in both. Equal answers tie without being judged."""
+    """Numbers of pairs: first better in both orders; neither; second better in both. Equal answers tie without being
+    judged."""
     position: float | None
-    """Share of judged answers that won because, or although, they were shown first; 1/2 is a judge without bias, None for one that scores
-    answers one by one."""
+    """Share of judged answers that won because, or although, they were shown first; 1/2 is a judge without bias, None
+    for one that scores answers one by one."""
     position_ci95: list[float] | None
     pairs: int
     failed: int
@@ -69,8 +72,9 @@ class Judge:
 def load_judge(name: str, options: Mapping[str, Any] = {}) -> Judge:
     """A judge by name.
 
-    A class whose instances have `prefers(prompts, first, second, **columns)`, a function of `first` and `second`, an address
-    `http://HOST/v1#MODEL` that speaks OpenAI's chat completions, or any reward. Raises PluginError or RecipeError.
+    A class whose instances have `prefers(prompts, first, second, **columns)`, a function of `first` and `second`, an
+    address `http://HOST/v1#MODEL` that speaks OpenAI's chat completions, or any reward. Raises PluginError or
+    RecipeError.
     """
     given = dict(options)
     if name.startswith(("http://", "https://")):
@@ -134,7 +138,8 @@ def _share(value: Any) -> float | None:
 def judge_pair(judge: Judge, first: Played, second: Played, fixed: bool = False) -> Judged:
     """Judge the answers of two policies to the same samples, in both orders.
 
-    fixed: True if these are all the prompts there are, see `summarize`. Raises RewardError if the judge leaves too many pairs unanswered.
+    fixed: True if these are all the prompts there are, see `summarize`. Raises RewardError if the judge leaves too many
+    pairs unanswered.
     """
     sides = [{(one.group, one.episode): one for one in played.trajectories} for played in (first, second)]
     keys = [key for key in sides[0] if key in sides[1]]

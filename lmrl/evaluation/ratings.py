@@ -1,4 +1,5 @@
-"""Bradley-Terry ratings of several policies from their wins, ties and losses on the same prompts (Biometrika 39, 1952)."""
+"""Bradley-Terry ratings of several policies from their wins, ties and losses on the same prompts (Biometrika 39,
+1952)."""
 
 from __future__ import annotations
 

@@ -67,7 +67,8 @@ class Scoring:
     def values(
         self, metric: str, trajectories: Sequence[Trajectory], extra: Mapping[str, Sequence[float]] = {}
     ) -> tuple[list[float], list[int]]:
-        """A metric's values and the group of each: one per episode that has it, or one per group for pass@k and the like."""
+        """A metric's values and the group of each: one per episode that has it, or one per group for pass@k and the
+        like."""
         several = several_samples(metric)
         if several is not None:
             return self._of_groups(several, trajectories)

@@ -119,8 +119,8 @@ def limits_for(data: Clustered, limits: Limits | None) -> Limits:
 
 
 def is_within(data: Clustered, fixed: bool) -> bool:
-    """True if the spread within clusters is what counts, because they are fixed. If none has a second sample, the spread
-    between clusters is used instead, which includes that of samples."""
+    """True if the spread within clusters is what counts, because they are fixed. If none has a second sample, the
+    spread between clusters is used instead, which includes that of samples."""
     return fixed and data.values > data.clusters
 
 
@@ -320,7 +320,8 @@ def cautious(effective: float, data: Clustered, rare: float) -> float:
 
 
 def is_skewed(data: Clustered) -> bool:
-    """True if cluster means are so skewed that a t interval misses: significantly skewed, and too few for that skewness.
+    """True if cluster means are so skewed that a t interval misses: significantly skewed, and too few for that
+    skewness.
 
     The t interval's error on one side is about 0.08 skewness / sqrt(G) (Hall, The Bootstrap and Edgeworth Expansion,
     1992).

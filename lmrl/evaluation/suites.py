@@ -41,7 +41,8 @@ class Suite(Section):
     choices: Choices | None = None
     """Score given answers to the prompts by their log-likelihood, instead of sampled ones by rewards."""
     run_code: bool | None = None
-    """True: rewards may run code that the policy writes. False: they do run such code, and `lmrl eval` requires --run-code."""
+    """True: rewards may run code that the policy writes. False: they do run such code, and `lmrl eval` requires
+    --run-code."""
 
     @model_validator(mode="after")
     def _sensible(self) -> Suite:

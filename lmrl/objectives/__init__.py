@@ -12,7 +12,8 @@ __all__ = ["Loss", "Objective", "load_objective"]
 
 
 def load_objective(options: ObjectiveOptions) -> Objective:
-    """The objective of a recipe section. A custom objective without `Options` gets the section's further keys as keyword arguments."""
+    """The objective of a recipe section. A custom objective without `Options` gets the section's further keys as
+    keyword arguments."""
     cls = registry.load("objective", options.name, "objective.name")
     own = expand(options.options, "objective") if isinstance(options, CustomObjective) else None
     try:

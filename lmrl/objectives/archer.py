@@ -1,11 +1,12 @@
 """ArCHer: a turn-level critic trains a token-level policy.
 
-Zhou et al., "ArCHer: training language model agents via hierarchical multi-turn RL" (arXiv 2402.19446). The critic estimates V(s)
-for the state in which a turn begins, and Q(s, u) for the utterance u once it has ended; both bootstrap from turn to turn, with a
-target network. All tokens of a turn share its advantage, Q(s, u) - V(s).
+Zhou et al., "ArCHer: training language model agents via hierarchical multi-turn RL" (arXiv 2402.19446). The critic
+estimates V(s) for the state in which a turn begins, and Q(s, u) for the utterance u once it has ended; both bootstrap
+from turn to turn, with a target network. All tokens of a turn share its advantage, Q(s, u) - V(s).
 
-Differences from the paper: one network gives both values, as the value of the text up to that point; its targets look further
-ahead by `lam` (the paper: 0) and are computed once per step; the episodes are fresh (no replay); the policy's surrogate is PPO's.
+Differences from the paper: one network gives both values, as the value of the text up to that point; its targets look
+further ahead by `lam` (the paper: 0) and are computed once per step; the episodes are fresh (no replay); the policy's
+surrogate is PPO's.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from lmrl.trajectories.chain import returns_to_go, rewards_and_turns
 from lmrl.trajectories.trajectory import Segment, Trajectory
 
 INSIDE, BEGIN, END, AFTER = range(4)
-"""Kinds of a sequence's entries: an action inside a turn, a turn's first action, a turn's end, a truncated episode's end."""
+"""Kinds of a sequence's entries: an action inside a turn, a turn's first action, a turn's end, a truncated episode's
+end."""
 KIND = "kind"
 
 
@@ -42,9 +44,9 @@ def turn_targets(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The regression targets of V and Q for each turn of an episode, both (K,).
 
-    rewards_K: earned by each turn; values_K, q_K: V before and Q after it, by the target network; last_value: of the state after the
-    last turn (0 if the episode terminated). With lam 0, Q_k <- r_k + gamma V_{k+1} and V_k <- Q_k; otherwise
-    lam is the weight of the next state's own target in place of its value, so that lam 1 gives the returns.
+    rewards_K: earned by each turn; values_K, q_K: V before and Q after it, by the target network; last_value: of the
+    state after the last turn (0 if the episode terminated). With lam 0, Q_k <- r_k + gamma V_{k+1} and V_k <- Q_k;
+    otherwise lam is the weight of the next state's own target in place of its value, so that lam 1 gives the returns.
     """
     v_targets, q_targets, following = [], [], last_value
     for reward, value, q in zip(*(one.flip(0).tolist() for one in (rewards_K, values_K, q_K)), strict=True):
@@ -55,8 +57,8 @@ def turn_targets(
 
 
 def to_turns(trajectory: Trajectory) -> list[Sequence]:
-    """One sequence per segment: its actions, an entry for each turn's end after the turn's last action, and one for the end of a
-    truncated episode. The field `kind` holds the kind of each entry."""
+    """One sequence per segment: its actions, an entry for each turn's end after the turn's last action, and one for the
+    end of a truncated episode. The field `kind` holds the kind of each entry."""
     last = trajectory.segments[-1]
     found = []
     for segment in trajectory.segments:

@@ -31,8 +31,8 @@ class Objective:
     """Base of all objectives. Subclasses implement `loss`, and `prepare` if they need more than the tokens."""
 
     Options: type[ObjectiveOptions] | None = None
-    """The class of its section in a recipe, for a custom objective. The section is checked before anything is built; the
-    objective gets an instance of this class."""
+    """The class of its section in a recipe, for a custom objective. The section is checked before anything is built;
+    the objective gets an instance of this class."""
     label = "objective"
     """Name in tables."""
     epochs = 1
@@ -49,11 +49,12 @@ class Objective:
     """True if the loss compares episodes of one prompt; steps then hold whole groups."""
 
     index_fields: tuple[str, ...] | None = None
-    """Fields that hold the numbers of episodes or turns. Ranks that exchange prepared sequences, to balance their work, make
-    these numbers differ from those of other ranks. (): there are none; None: each rank keeps what it prepared."""
+    """Fields that hold the numbers of episodes or turns. Ranks that exchange prepared sequences, to balance their work,
+    make these numbers differ from those of other ranks. (): there are none; None: each rank keeps what it prepared."""
 
     kl_controlled = False
-    """True if `training.kl_band` lowers the learning rate if a step has moved the policy too far from the one that sampled."""
+    """True if `training.kl_band` lowers the learning rate if a step has moved the policy too far from the one that
+    sampled."""
 
     loss_of_data: str | None = None
     """The metric on logged data that must fall while the policy learns; None if none must."""

@@ -1,7 +1,8 @@
 """Importance weights that correct for the difference between the sampler and the learner.
 
 An engine with its own arithmetic samples from mu, while the learner computes pi_old with the same weights. Then the
-expectation over samples of (pi_old / mu) f is the learner's expectation of f; the ratio is bounded to bound its variance.
+expectation over samples of (pi_old / mu) f is the learner's expectation of f; the ratio is bounded to bound its
+variance.
 
 - truncation, w = min(pi_old / mu, cap): Yao et al., "Your efficient RL framework secretly brings you off-policy RL
   training" (2025); Ionides, "Truncated importance sampling" (2008).
@@ -68,7 +69,8 @@ def sampled_logprobs(trajectory: Trajectory) -> torch.Tensor:
 
 
 def mismatch(old_N: torch.Tensor, sampled_N: torch.Tensor) -> dict[str, float]:
-    """KL(sampler || learner) per token, estimated from the sampled tokens, and the largest difference; {} if unknown."""
+    """KL(sampler || learner) per token, estimated from the sampled tokens, and the largest difference; {} if
+    unknown."""
     gap_N = (sampled_N - old_N)[~sampled_N.isnan()]
     gaps = distributed.all_gather([float(gap_N.abs().max())] if len(gap_N) else [])
     return {"sampler_kl": distributed.mean(gap_N), "sampler_gap": max(gaps)} if gaps else {}

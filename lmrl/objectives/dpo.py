@@ -1,7 +1,7 @@
 """Direct preference optimisation and its variants, on pairs of episodes.
 
-Rafailov et al., "Direct preference optimization" (arXiv 2305.18290). An episode's log-probability is the sum over all of
-its action tokens, over all its turns; environment tokens do not count.
+Rafailov et al., "Direct preference optimization" (arXiv 2305.18290). An episode's log-probability is the sum over all
+of its action tokens, over all its turns; environment tokens do not count.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def log1mexp(values: torch.Tensor) -> torch.Tensor:
 
 
 def best_and_worst(trajectories: List[Trajectory]) -> list[list[Trajectory]]:
-    """The episodes with the highest and the lowest reward of each group; groups whose rewards are all equal are left out."""
+    """The episodes with the highest and the lowest reward of each group; groups whose rewards are all equal are left
+    out."""
     pairs = []
     for group in groups_of(trajectories):
         ranked = sorted((trajectories[position] for position in group), key=lambda one: -(one.reward or 0.0))

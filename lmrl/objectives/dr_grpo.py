@@ -9,7 +9,8 @@ from lmrl.recipe.objectives.policy_gradient import DrGRPOObjective
 
 
 class DrGRPO(GroupPolicyGradient):
-    """A = R - mean of the group, not divided by its standard deviation; the sum over tokens is divided by a constant."""
+    """A = R - mean of the group, not divided by its standard deviation; the sum over tokens is divided by a
+    constant."""
 
     options: DrGRPOObjective
     label = "Dr. GRPO"

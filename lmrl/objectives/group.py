@@ -1,8 +1,9 @@
 """The base of policy gradients without a critic.
 
-The advantage of a turn is what the episode earned from that turn on, minus a baseline from the other episodes of its group at the
-same turn. If rewards come only at the end of episodes, an episode has a single advantage that all its turns share, as in the
-papers. The methods differ in baseline, scale and token weights; each has its own file. The mathematics of turns is in turns.py.
+The advantage of a turn is what the episode earned from that turn on, minus a baseline from the other episodes of its
+group at the same turn. If rewards come only at the end of episodes, an episode has a single advantage that all its
+turns share, as in the papers. The methods differ in baseline, scale and token weights; each has its own file. The
+mathematics of turns is in turns.py.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class GroupPolicyGradient(PolicyGradient):
     """True if the divergence from the reference is subtracted from the reward; otherwise it is a term of the loss."""
 
     pays_by_token = False
-    """True if each token is charged its own divergence and all that follows; False if the turn is charged that of all its tokens."""
+    """True if each token is charged its own divergence and all that follows; False if the turn is charged that of all
+    its tokens."""
 
     # ----------------------------------------------------------------------------------------- where the methods differ
     def baseline(self, turns: Turns) -> torch.Tensor:

@@ -31,8 +31,8 @@ def expectile_weights(errors_N: torch.Tensor, expectile: float) -> torch.Tensor:
 class ILQL(QLearning):
     """L = sum_i (Q_i - (r + discount V'))^2 + |tau - 1(u < 0)| u^2 + c CE(Q_i / T, a) - w log pi(a|s)
 
-    with u = min(Qbar_1, Qbar_2) - V and w = exp(awbc_beta u), per action token. V' is a Polyak target as well: if Q and V
-    share a trunk, a V' that moves with every update of Q makes both oscillate.
+    with u = min(Qbar_1, Qbar_2) - V and w = exp(awbc_beta u), per action token. V' is a Polyak target as well: if Q and
+    V share a trunk, a V' that moves with every update of Q makes both oscillate.
     """
 
     options: ILQLObjective

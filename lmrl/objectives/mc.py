@@ -16,8 +16,9 @@ from lmrl.trajectories.batch import Microbatch
 class MCReturns(QLearning):
     """L = known ((Q - sum_k gamma^k r_k)^2 + c CE(Q / T, a)) - log pi(a|s), per action token.
 
-    known = 0 where a truncation hides what followed, unless discounting makes that negligible: such a token has no return to
-    regress on, and the push-down alone would raise its Q without bound. The statistic `known` is the share of tokens with known 1.
+    known = 0 where a truncation hides what followed, unless discounting makes that negligible: such a token has no
+    return to regress on, and the push-down alone would raise its Q without bound. The statistic `known` is the share of
+    tokens with known 1.
     """
 
     label = "MC returns"

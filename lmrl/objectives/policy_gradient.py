@@ -32,8 +32,8 @@ def policy_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Clipped surrogate per action, to be minimised; and whether clipping applied.
 
-    dual: the loss of an action with a negative advantage is at most this many times the advantage, whereas the plain surrogate
-    grows with the ratio without bound (Ye et al., arXiv 1912.09729, eq. 5).
+    dual: the loss of an action with a negative advantage is at most this many times the advantage, whereas the plain
+    surrogate grows with the ratio without bound (Ye et al., arXiv 1912.09729, eq. 5).
     """
     ratio_N = (logprobs_N - old_N).exp()
     free_N, clipped_N = -advantages_N * ratio_N, -advantages_N * ratio_N.clamp(1 - low, 1 + high)
@@ -66,8 +66,8 @@ def whiten(values_N: torch.Tensor, floor: float = 0.0) -> torch.Tensor:
 
 
 def bearable(limit: float, entropy: float) -> float:
-    """The limit on the policy's change for a policy of this entropy, both in nats per token: less for one that is nearly
-    deterministic.
+    """The limit on the policy's change for a policy of this entropy, both in nats per token: less for one that is
+    nearly deterministic.
 
     A change that is small for a policy with high entropy is large for a nearly deterministic one.
     """

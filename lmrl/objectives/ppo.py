@@ -54,8 +54,8 @@ def advantages(
 def value_loss(
     values_N: torch.Tensor, old_N: torch.Tensor, returns_N: torch.Tensor, clip: float | None
 ) -> torch.Tensor:
-    """Half squared error per action; with `clip`, the larger error of the value and of the value clipped to within `clip` of its old
-    estimate."""
+    """Half squared error per action; with `clip`, the larger error of the value and of the value clipped to within
+    `clip` of its old estimate."""
     error = (values_N - returns_N) ** 2
     if clip is not None:
         held = old_N + (values_N - old_N).clamp(-clip, clip)
@@ -70,7 +70,8 @@ def adapt_kl_coef(coef: float, kl: float, target: float, episodes: int, horizon:
 
 
 def spread(returns_N: torch.Tensor) -> tuple[float, float] | None:
-    """Initial mean and standard deviation of returns, over all processes; None if all returns are 0, which have no scale."""
+    """Initial mean and standard deviation of returns, over all processes; None if all returns are 0, which have no
+    scale."""
     mean, variance = distributed.moments(returns_N)
     deviation = math.sqrt(variance)
     if deviation <= ROUNDING * abs(mean):  # all equal
@@ -79,8 +80,9 @@ def spread(returns_N: torch.Tensor) -> tuple[float, float] | None:
 
 
 def followed(mean: float, std: float, peak: float, new_mean: float, new_variance: float) -> tuple[float, float]:
-    """Mean and standard deviation of the mixture of the running estimate and a step's returns, the latter with weight UNIT_RATE; the
-    deviation stays above UNIT_FLOOR times its largest so far, because a policy near its optimum has returns that hardly vary."""
+    """Mean and standard deviation of the mixture of the running estimate and a step's returns, the latter with weight
+    UNIT_RATE; the deviation stays above UNIT_FLOOR times its largest so far, because a policy near its optimum has
+    returns that hardly vary."""
     gap = new_mean - mean
     variance = (1 - UNIT_RATE) * (std**2 + UNIT_RATE * gap**2) + UNIT_RATE * new_variance
     return mean + UNIT_RATE * gap, max(math.sqrt(variance), UNIT_FLOOR * peak)
@@ -88,7 +90,8 @@ def followed(mean: float, std: float, peak: float, new_mean: float, new_variance
 
 @dataclass
 class Warmup:
-    """The first steps, in which only the critic is trained: until its error on fresh returns stops falling, or `cap` steps."""
+    """The first steps, in which only the critic is trained: until its error on fresh returns stops falling, or `cap`
+    steps."""
 
     explained: list[float] = field(default_factory=list)
     """Explained variance of fresh returns at each step so far, before its updates."""

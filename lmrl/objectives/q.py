@@ -21,8 +21,8 @@ from lmrl.trajectories.trajectory import Trajectory
 def units(returns_N: torch.Tensor, rewards_N: torch.Tensor) -> tuple[float, float, float]:
     """Mean of returns-to-go, the unit of values, and the root mean square of the rewards that are not 0.
 
-    The unit is the spread of returns, or the size of a reward if that is smaller: if every turn earns something, the returns of
-    long episodes spread far wider than what a single action can change.
+    The unit is the spread of returns, or the size of a reward if that is smaller: if every turn earns something, the
+    returns of long episodes spread far wider than what a single action can change.
     """
     earned_N = rewards_N[rewards_N != 0]
     size = float(earned_N.square().mean().sqrt()) if len(earned_N) else 1.0

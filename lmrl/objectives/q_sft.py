@@ -5,10 +5,9 @@ second model p is trained by a weighted cross-entropy, with w = clip(r + gamma m
 
     L = -[w log p(a|s) + (1 - w) / (V - 1) sum_{a' != a} log p(a'|s)]
 
-If the data are drawn from pi, setting the expected gradient to zero gives
-p(a) = pi(a) w(a) + sum_{a' != a} pi(a') (1 - w(a')) / (V - 1): p / pi is the value w of an action only where pi(a) is well
-above 1 / V. Elsewhere the second term makes unlikely actions look good, so both the maximum and decoding stay inside the
-behaviour support.
+If the data are drawn from pi, setting the expected gradient to zero gives p(a) = pi(a) w(a) + sum_{a' != a} pi(a') (1 -
+w(a')) / (V - 1): p / pi is the value w of an action only where pi(a) is well above 1 / V. Elsewhere the second term
+makes unlikely actions look good, so both the maximum and decoding stay inside the behaviour support.
 """
 
 from __future__ import annotations

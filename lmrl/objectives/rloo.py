@@ -10,7 +10,8 @@ from lmrl.objectives.turns import Turns, less_group_mean
 
 
 class RLOO(GroupPolicyGradient):
-    """A = R - mean of the other episodes of the group; a turn is one action, with the ratio of its tokens' joint probability.
+    """A = R - mean of the other episodes of the group; a turn is one action, with the ratio of its tokens' joint
+    probability.
 
     The divergence from the reference is subtracted from the turn's reward.
     """

@@ -1,7 +1,7 @@
 """Advantages of turns: the return from the turn on, minus that of the group's other episodes, and how to scale it.
 
-Advantages are divided by one number per group or batch, never by one per turn: which episodes reach a late turn depends on earlier
-actions, so with a scale per turn the weight of a loss would depend on when it happens.
+Advantages are divided by one number per group or batch, never by one per turn: which episodes reach a late turn depends
+on earlier actions, so with a scale per turn the weight of a loss would depend on when it happens.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def cell_means(values_K: torch.Tensor, cell_K: torch.Tensor) -> tuple[torch.Tens
 
 
 def centred(values_K: torch.Tensor, cell_K: torch.Tensor) -> torch.Tensor:
-    """Each entry minus the mean of its cell, (K,); exactly 0 if all of a cell are equal, whatever the rounding of the mean."""
+    """Each entry minus the mean of its cell, (K,); exactly 0 if all of a cell are equal, whatever the rounding of the
+    mean."""
     mean_K, _ = cell_means(values_K, cell_K)
     centred_K = values_K - mean_K
     size_K, _ = cell_means(values_K.abs(), cell_K)
@@ -55,10 +56,11 @@ def centred(values_K: torch.Tensor, cell_K: torch.Tensor) -> torch.Tensor:
 
 
 def less_group_mean(turns: Turns, leave_one_out: bool = False) -> torch.Tensor:
-    """Each turn's return minus the mean of its group at the same turn, (K,). leave_one_out: the mean of the others only.
+    """Each turn's return minus the mean of its group at the same turn, (K,). leave_one_out: the mean of the others
+    only.
 
-    A turn that only one episode of the group has reached is compared with the other groups at that turn (of all processes);
-    if there is none, its advantage is 0.
+    A turn that only one episode of the group has reached is compared with the other groups at that turn (of all
+    processes); if there is none, its advantage is 0.
     """
     cell_K = turns.cell_K
     _, count_K = cell_means(turns.to_go_K, cell_K)
@@ -69,7 +71,8 @@ def less_group_mean(turns: Turns, leave_one_out: bool = False) -> torch.Tensor:
 
 
 def _over_groups(turns: Turns) -> torch.Tensor:
-    """Each return minus the mean of the other episodes at the same turn in all groups of all processes, (K,); 0 if there are none.
+    """Each return minus the mean of the other episodes at the same turn in all groups of all processes, (K,); 0 if
+    there are none.
 
     Returns are measured from the mean of their own group, so that easy and hard prompts can be compared.
     """
@@ -94,7 +97,8 @@ def _over_groups(turns: Turns) -> torch.Tensor:
 
 
 def group_scales(turns: Turns) -> torch.Tensor:
-    """The standard deviation of each turn's group, (K,): of returns around the mean at the same turn, pooled over the turns.
+    """The standard deviation of each turn's group, (K,): of returns around the mean at the same turn, pooled over the
+    turns.
 
     With one turn it is the sample standard deviation. 0 if nothing was compared.
     """
@@ -115,13 +119,15 @@ def over_batch_scale(advantages_K: torch.Tensor) -> torch.Tensor:
 
 
 def rewards_fall_at_turns(earned: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> bool:
-    """True if an episode of any process earned something before its last turn. earned: rewards and turns of each one's tokens."""
+    """True if an episode of any process earned something before its last turn. earned: rewards and turns of each one's
+    tokens."""
     early = any(bool(rewards_A[turns_A < turns_A[-1]].any()) for rewards_A, turns_A in earned)
     return bool(distributed.all_max(int(early)))
 
 
 def less_state_mean(visits: Turns) -> torch.Tensor:
-    """Each visit's return minus the mean over all visits of its state in the group, (K,); 0 for a state visited once."""
+    """Each visit's return minus the mean over all visits of its state in the group, (K,); 0 for a state visited
+    once."""
     return centred(visits.to_go_K, visits.cell_K)
 
 
@@ -136,7 +142,8 @@ def visits_of(
     states: Sequence[Sequence[str]],
     gamma: float,
 ) -> tuple[Turns, torch.Tensor]:
-    """The turns of these episodes as visits of states, with the states' indices in `index_K`; and the turn of each action token, (N,).
+    """The turns of these episodes as visits of states, with the states' indices in `index_K`; and the turn of each
+    action token, (N,).
 
     earned, groups: as for turns_of. states: for each episode, a key by turn number that is equal for equal states.
     gamma: discount per turn; returns count from the visit on.

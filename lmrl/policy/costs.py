@@ -11,8 +11,8 @@ from lmrl.trajectories.batch import Sequence
 
 @dataclass(frozen=True)
 class PassCost:
-    """Operations of a forward pass: per token in the layers, per action in the head, and per pair of tokens in attention. A
-    backward pass takes about twice as many, in the same proportions."""
+    """Operations of a forward pass: per token in the layers, per action in the head, and per pair of tokens in
+    attention. A backward pass takes about twice as many, in the same proportions."""
 
     token: float
     action: float
@@ -27,8 +27,8 @@ class PassCost:
 
 
 def pass_cost(policy: Policy) -> PassCost:
-    """The costs of a policy's passes, from its sizes (Kaplan et al., arXiv 2001.08361, table 1). Attention is causal: on average, a token
-    sees half of the others."""
+    """The costs of a policy's passes, from its sizes (Kaplan et al., arXiv 2001.08361, table 1). Attention is causal:
+    on average, a token sees half of the others."""
     lm: Any = policy.causal_lm
     config = lm.config.get_text_config()
     parameters, hidden = policy.size

@@ -101,7 +101,8 @@ def _first_sentence(text: str) -> str:
 
 
 def refuse_missing_weights(model: nn.Module, missing: Iterable[str], with_head: bool, key: str, path: str) -> None:
-    """Raise ModelError if weights are missing, which would be random. with_head: also check the head, if it is not new."""
+    """Raise ModelError if weights are missing, which would be random. with_head: also check the head, if it is not
+    new."""
     trunk = f"{model.base_model_prefix}."
     lost = sorted(name for name in missing if with_head or name.startswith(trunk))
     if lost:

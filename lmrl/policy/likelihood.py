@@ -63,7 +63,8 @@ def likelihoods(policy: Policy, wanted: Sequence[Continued]) -> list[list[Likeli
 
 
 def sequences(one: Continued, shares: bool) -> list[batches.Sequence]:
-    """The sequences to compute: one for all continuations if the model can compute their context once, else one for each.
+    """The sequences to compute: one for all continuations if the model can compute their context once, else one for
+    each.
 
     The last token of a continuation is only predicted, so it is not an input.
     """

@@ -5,12 +5,12 @@ only, projects them to the vocabulary in slices with a running log-sum-exp, and 
 pass, as fused cross-entropy kernels do (see Wijmans et al., "Cut your losses in large-vocabulary language models",
 arXiv 2411.09009).
 
-Where the vocabulary matrix W is frozen, nothing is recomputed: d log p(a) / d hidden = W_a - sum_v p_v W_v, and that sum is
-attention with W as keys and values, so the forward pass keeps it with the same running maximum (Milakov and Gimelshein,
-"Online normalizer calculation for softmax", arXiv 1805.02867).
+Where the vocabulary matrix W is frozen, nothing is recomputed: d log p(a) / d hidden = W_a - sum_v p_v W_v, and that
+sum is attention with W as keys and values, so the forward pass keeps it with the same running maximum (Milakov and
+Gimelshein, "Online normalizer calculation for softmax", arXiv 1805.02867).
 
-Under autocast on an accelerator, matrix products take bfloat16 and accumulate in float32, and everything else is float32; the work on
-a slice between its products is then a single kernel (logprobs_kernels.py).
+Under autocast on an accelerator, matrix products take bfloat16 and accumulate in float32, and everything else is
+float32; the work on a slice between its products is then a single kernel (logprobs_kernels.py).
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def restricted_logprobs(
     temperature: float = 1.0,
     slice_size: int = SLICE,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `greedy_logprobs`, with the distribution of a restricted action renormalised over the tokens it was chosen from.
+    """As `greedy_logprobs`, with the distribution of a restricted action renormalised over the tokens it was chosen
+    from.
 
     For restricted actions, only the part of the vocabulary that any of them may choose is computed.
     """
@@ -119,7 +120,8 @@ class Masks:
 class Totals:
     """Running sums over the slices so far, of shape (N,), in float32 at least.
 
-    top: the largest logit. total: sum of exp(logit - top). weighted: sum of exp(logit - top) * logit. picked: the target's logit.
+    top: the largest logit. total: sum of exp(logit - top). weighted: sum of exp(logit - top) * logit. picked: the
+    target's logit.
     """
 
     top: torch.Tensor
@@ -142,7 +144,8 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _logprobs(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probability, entropy and whether the target is the most likely token; arguments of `_TokenLogprobs.forward`."""
+    """Log-probability, entropy and whether the target is the most likely token; arguments of
+    `_TokenLogprobs.forward`."""
     found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _TokenLogprobs.apply(*arguments)  # type: ignore[no-untyped-call,unused-ignore]
     return found
 
@@ -159,7 +162,8 @@ def _logits(
 def add_slice(logits_NS: torch.Tensor, targets_N: torch.Tensor, totals: Totals) -> tuple[torch.Tensor, torch.Tensor]:
     """Add a slice of logits to the totals. targets_N: counted from the slice's first column.
 
-    Returns exp(logit - top), (N, S), in the memory of the logits, and the factor that earlier sums were scaled by, (N,).
+    Returns exp(logit - top), (N, S), in the memory of the logits, and the factor that earlier sums were scaled by,
+    (N,).
     """
     inside_N = (targets_N >= 0) & (targets_N < logits_NS.shape[1])
     found_N = logits_NS.gather(1, targets_N.clamp(0, logits_NS.shape[1] - 1)[:, None])[:, 0]
@@ -182,7 +186,8 @@ def slice_gradient(
     grad_entropy_N: torch.Tensor | None,
     temperature: float,
 ) -> torch.Tensor:
-    """Gradient with respect to a slice of logits before the temperature, (N, S). targets_N: counted from its first column."""
+    """Gradient with respect to a slice of logits before the temperature, (N, S). targets_N: counted from its first
+    column."""
     # d logprob / d logit = 1[target] - p;  d entropy / d logit = -p (log p + H)
     logprob_NS = logits_NS.sub_(lse_N[:, None])
     if grad_entropy_N is None:

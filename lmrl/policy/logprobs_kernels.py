@@ -1,4 +1,5 @@
-"""Triton kernels for the work of logprobs.py on a slice of logits between two products: one read of it instead of about ten."""
+"""Triton kernels for the work of logprobs.py on a slice of logits between two products: one read of it instead of about
+ten."""
 
 from __future__ import annotations
 

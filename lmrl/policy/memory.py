@@ -1,8 +1,8 @@
 """Running out of memory in passes over microbatches, and continuing with smaller ones.
 
-A lack of memory shows only when an allocation fails, so the size of microbatches is corrected then. The result does not change:
-gradients are sums over microbatches, however a minibatch is cut. On a CPU an allocation usually does not fail: Linux promises
-more memory than it has, and kills the process (see docs/memory.md).
+A lack of memory shows only when an allocation fails, so the size of microbatches is corrected then. The result does not
+change: gradients are sums over microbatches, however a minibatch is cut. On a CPU an allocation usually does not fail:
+Linux promises more memory than it has, and kills the process (see docs/memory.md).
 """
 
 from __future__ import annotations
@@ -64,13 +64,15 @@ class FailedPass:
     microbatch_tokens: int
     """The microbatch size, in tokens, at the failure."""
     shape: tuple[int, ...]
-    """Sequences and tokens of the failed microbatch; for `generate`, prompts and the longest context with its new tokens."""
+    """Sequences and tokens of the failed microbatch; for `generate`, prompts and the longest context with its new
+    tokens."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of that kind of work, as JSON."""
 
 
 def needs_checkpointing(recipe: Recipe, device: torch.device) -> bool:
-    """True if activations are to be recomputed: as the recipe says, else if they would not fit into an accelerator's memory."""
+    """True if activations are to be recomputed: as the recipe says, else if they would not fit into an accelerator's
+    memory."""
     if recipe.training.gradient_checkpointing is not None or device.type != "cuda":
         return bool(recipe.training.gradient_checkpointing)
     estimate = memory(recipe, accelerator=True)
@@ -97,8 +99,8 @@ def fit(policy: Cuts, batch: Batch, work: Callable[[Passes], T], kind: PassKind 
     """The result of `work` on a batch's microbatches. If memory runs out, it starts again with smaller ones.
 
     work: runs all passes it is given; when it starts, it must clear what a failed attempt left behind.
-    `policy.microbatch_tokens` keeps the size that was found. Raises MemoryShortError if no smaller size helps, with kind and options to
-    describe the work, see `FailedPass`.
+    `policy.microbatch_tokens` keeps the size that was found. Raises MemoryShortError if no smaller size helps, with
+    kind and options to describe the work, see `FailedPass`.
     """
     while True:
         passes = Passes(policy, batch)
@@ -161,7 +163,8 @@ def free_frames(error: BaseException) -> None:
 
 @contextmanager
 def or_advice(advice: str, failed: Callable[[], FailedPass | None] | None = None) -> Iterator[None]:
-    """Turn running out of memory inside into one line: `advice`, then what the allocator said. failed: describes the work."""
+    """Turn running out of memory inside into one line: `advice`, then what the allocator said. failed: describes the
+    work."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -1,8 +1,9 @@
 """Activations in autocast's precision.
 
-Trained weights are float32, and autocast casts them for matrix products only. Activations between these would then be float32:
-embeddings are, each RMSNorm's weight promotes its output, and every product casts its input again. Here embeddings and norms output
-autocast's precision, as in a model with weights of that precision; sums within a norm stay float32.
+Trained weights are float32, and autocast casts them for matrix products only. Activations between these would then be
+float32: embeddings are, each RMSNorm's weight promotes its output, and every product casts its input again. Here
+embeddings and norms output autocast's precision, as in a model with weights of that precision; sums within a norm stay
+float32.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def _autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
 
 
 def _offset(part: nn.Module) -> float | None:
-    """What an RMSNorm adds to its weight (usually 0, Gemma's 1); None for modules that do not compute an RMSNorm (Zhang and
-    Sennrich, arXiv 1910.07467)."""
+    """What an RMSNorm adds to its weight (usually 0, Gemma's 1); None for modules that do not compute an RMSNorm (Zhang
+    and Sennrich, arXiv 1910.07467)."""
     weight, eps = getattr(part, "weight", None), _eps(part)
     is_norm = type(part).__name__.endswith("RMSNorm") and not isinstance(part, nn.RMSNorm)
     if hasattr(part, TAKEN) or not is_norm or weight is None or eps is None or weight.is_meta:

@@ -1,9 +1,9 @@
 """Bounds on the gradient of the value loss, to protect the trunk that values share with the policy.
 
-Both losses have a gradient at the last hidden state of each token, where they can be compared in the one backward pass that is
-computed anyway. The values' gradient is scaled to at most `limit` times the norm of the policy's, token by token, so the result
-depends neither on how a batch is cut into microbatches nor on how weights are sharded. If the policy is certain of a token, its
-gradient vanishes, and so does the harm that a wrong value can do there.
+Both losses have a gradient at the last hidden state of each token, where they can be compared in the one backward pass
+that is computed anyway. The values' gradient is scaled to at most `limit` times the norm of the policy's, token by
+token, so the result depends neither on how a batch is cut into microbatches nor on how weights are sharded. If the
+policy is certain of a token, its gradient vanishes, and so does the harm that a wrong value can do there.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 def bounded(hidden_ND: torch.Tensor, limit: float, tally_3: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The hidden states twice: for the policy, and for the values.
 
-    tally_3: the backward pass adds the summed norms of the values' and the policy's gradients, and the number of tokens at which
-    the bound applied.
+    tally_3: the backward pass adds the summed norms of the values' and the policy's gradients, and the number of tokens
+    at which the bound applied.
     """
     twice: tuple[torch.Tensor, torch.Tensor] = _Bounded.apply(hidden_ND, limit, tally_3)  # type: ignore[no-untyped-call,unused-ignore]
     return twice

@@ -27,7 +27,8 @@ FILE = "quantization.json"
 
 
 def arguments(quantization: str | None, dtype: torch.dtype, key: str) -> dict[str, Any]:
-    """Arguments of `from_pretrained`. dtype: of unquantized weights and of products. Raises ModelError without bitsandbytes."""
+    """Arguments of `from_pretrained`. dtype: of unquantized weights and of products. Raises ModelError without
+    bitsandbytes."""
     if quantization is None:
         return {}
     need("bitsandbytes", f"{key}: quantization={quantization}", ModelError)
@@ -41,8 +42,8 @@ def arguments(quantization: str | None, dtype: torch.dtype, key: str) -> dict[st
 
 
 def keep_layout(model: nn.Module) -> None:
-    """Keep 4-bit weights as they were read: on some CPUs bitsandbytes packs them for its kernel at the first pass without
-    gradient, and a later pass with one would silently have none."""
+    """Keep 4-bit weights as they were read: on some CPUs bitsandbytes packs them for its kernel at the first pass
+    without gradient, and a later pass with one would silently have none."""
     module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -1,10 +1,10 @@
 """Keys and values of sequences in slots, which are kept when a sequence pauses and reused when it continues.
 
-Each layer holds a buffer of (slots, heads, columns, width): token t of a slot's sequence lies in column t, so there is no
-padding inside a sequence, positions are columns, and writing a token moves nothing. A pass computes the sequences of
-neighbouring slots [first, first + B). Tensors of positions (`Placement`) and two numbers, the rows and the columns in use, decide what
-it reads and writes: for a CUDA graph, both numbers can be rounded up to a few sizes, and nothing else changes in shape.
-Buffers grow by doubling.
+Each layer holds a buffer of (slots, heads, columns, width): token t of a slot's sequence lies in column t, so there is
+no padding inside a sequence, positions are columns, and writing a token moves nothing. A pass computes the sequences of
+neighbouring slots [first, first + B). Tensors of positions (`Placement`) and two numbers, the rows and the columns in
+use, decide what it reads and writes: for a CUDA graph, both numbers can be rounded up to a few sizes, and nothing else
+changes in shape. Buffers grow by doubling.
 
 It requires a model whose attention sees all positions and takes a mask of shape (batch, 1, queries, keys).
 """
@@ -32,7 +32,8 @@ COLUMNS = 64
 
 @dataclass
 class Placement:
-    """Where a pass reads and writes its keys and values. Suffixes: B sequences, T new tokens of each (right-padded), N in all."""
+    """Where a pass reads and writes its keys and values. Suffixes: B sequences, T new tokens of each (right-padded), N
+    in all."""
 
     first: int
     """Slot of the first sequence."""
@@ -168,8 +169,8 @@ def slots_fit(config: Any) -> bool:
 def slot_logits(
     policy: Policy, cache: SlotCache, guidance: Guidance | None, first: int, starts: list[int], new: list[list[int]]
 ) -> torch.Tensor:
-    """Compute new tokens of the slots from `first` on, behind the `starts` tokens that each holds; the logits (B, V) after the
-    last of each."""
+    """Compute new tokens of the slots from `first` on, behind the `starts` tokens that each holds; the logits (B, V)
+    after the last of each."""
     device, count = policy.device, len(new)
     start_B, new_B = np.array(starts), np.array([len(tokens) for tokens in new])
     steps, width = int(new_B.max()), int((start_B + new_B).max())

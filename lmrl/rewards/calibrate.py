@@ -1,7 +1,7 @@
 """How well a reward or a judge agrees with known labels: right and wrong answers, or human preferences.
 
-AUC: the probability that a right answer scores higher than a wrong one, with ties counted half. Its interval is for clustered
-data (Obuchowski, Biometrics 1997): answers of one row form a cluster.
+AUC: the probability that a right answer scores higher than a wrong one, with ties counted half. Its interval is for
+clustered data (Obuchowski, Biometrics 1997): answers of one row form a cluster.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def _owners(rows: Sequence[Sequence[float]]) -> np.ndarray:
 
 
 def _logit_interval(mean: float, deviation: float, rows: int) -> list[float]:
-    """A Student interval of the logit, which stays between 0 and 1; if all rows agree, the bound of a binomial share."""
+    """A Student interval of the logit, which stays between 0 and 1; if all rows agree, the bound of a binomial
+    share."""
     if rows < 2:
         return [0.0, 1.0]
     if mean in (0.0, 1.0) or deviation == 0:
@@ -76,8 +77,9 @@ def _logit_interval(mean: float, deviation: float, rows: int) -> list[float]:
 
 
 def check_gold(function: RewardFunction, path: str, gold: str, wrong: str | None) -> Iterator[Finding]:
-    """Check that a reward tells right answers from wrong ones. gold, wrong: columns of the file, with text or a list of texts in
-    each row (wrong: None takes the right answers of the next row with different ones). Other columns are passed to the reward by name."""
+    """Check that a reward tells right answers from wrong ones. gold, wrong: columns of the file, with text or a list of
+    texts in each row (wrong: None takes the right answers of the next row with different ones). Other columns are
+    passed to the reward by name."""
     rows, answers, others = read_answers(path, gold, wrong)
     right = _scores(function, rows, answers, wrong)
     bad = _scores(function, rows, others, wrong)
@@ -220,7 +222,8 @@ class Pairs:
 
 
 def by_scores(function: RewardFunction, pairs: Pairs) -> list[list[float | None]]:
-    """Verdicts of a reward that scores answers: 1 if it prefers the answer that people prefer; there is only one order."""
+    """Verdicts of a reward that scores answers: 1 if it prefers the answer that people prefer; there is only one
+    order."""
     columns = {
         name: [row.get(name) for row in pairs.columns]
         for name in dict.fromkeys(n for row in pairs.columns for n in row)
@@ -266,7 +269,8 @@ def check_pairs(verdicts: Sequence[Sequence[float | None]], pairs: Pairs) -> Ite
     longer = np.array([pairs.longer()[number] for number in whole])
     told = longer != 0.5
     if told.sum() >= FEWEST:
-        # If the preferred answer is the longer one, agreeing means preferring the longer; otherwise it means the opposite.
+        # If the preferred answer is the longer one, agreeing means preferring the longer; otherwise it means the
+        # opposite.
         prefers_longer = np.where(longer == 1, agreement, 1 - agreement)
         bias = summarize(
             (prefers_longer - longer)[told].tolist(),

@@ -45,8 +45,8 @@ INVENTED = [
 def check_reward(spec: Reward, data: Columns | None = None, timeout: float = 30.0) -> Iterator[Finding]:
     """Check a reward, on the samples of `data` (lists by column, with prompts and completions) or on invented ones.
 
-    It runs in two worker processes, so that a hang or a crash becomes a finding. Findings are yielded one by one; a failure that
-    makes the rest meaningless is the last.
+    It runs in two worker processes, so that a hang or a crash becomes a finding. Findings are yielded one by one; a
+    failure that makes the rest meaningless is the last.
     """
     spec = spec.model_copy(update={"workers": 2, "timeout": timeout, "retries": 0})
     try:

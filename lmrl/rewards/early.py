@@ -16,8 +16,8 @@ PARTS = 8
 class EarlyScores:
     """Calls the rewards with `is_remote` from threads, so that they are computed during sampling.
 
-    A part is a number of whole groups, in the order in which they complete, with at least an eighth of all episodes. So if that
-    order does not depend on timing, neither do the parts.
+    A part is a number of whole groups, in the order in which they complete, with at least an eighth of all episodes. So
+    if that order does not depend on timing, neither do the parts.
     """
 
     def __init__(self, rewards: Sequence[RewardFunction], episodes: int):

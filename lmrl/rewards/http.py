@@ -1,8 +1,8 @@
 """Rewards over HTTP: a scorer with a plain JSON protocol.
 
-The request is a POST of `{"prompts": [...], "completions": [...], "columns": {NAME: [...]}}`, the answer
-`{"scores": [...]}` with a number or null for each completion, and optionally `{"causes": [...]}` with text where a score is
-null. `lmrl reward serve` is such a scorer.
+The request is a POST of `{"prompts": [...], "completions": [...], "columns": {NAME: [...]}}`, the answer `{"scores":
+[...]}` with a number or null for each completion, and optionally `{"causes": [...]}` with text where a score is null.
+`lmrl reward serve` is such a scorer.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 class Client:
     """Posts JSON to one address over connections that stay open, and retries after transient failures.
 
-    A user and password in the address are sent in a header. timeout: seconds per request. connections: maximum requests at a
-    time. retries: further requests, after pauses that double (or as Retry-After says). token_env:
-    name of the environment variable that holds a bearer token. max_mb: a longer answer is refused.
+    A user and password in the address are sent in a header. timeout: seconds per request. connections: maximum requests
+    at a time. retries: further requests, after pauses that double (or as Retry-After says). token_env: name of the
+    environment variable that holds a bearer token. max_mb: a longer answer is refused.
     """
 
     def __init__(
@@ -58,7 +58,8 @@ class Client:
         self.pool = _pool(self.address, connections)
 
     def post(self, payload: Any) -> dict[str, Any]:
-        """The answer to a request. Raises Failure for a transient failure, RewardError if the address is not such a scorer."""
+        """The answer to a request. Raises Failure for a transient failure, RewardError if the address is not such a
+        scorer."""
         try:
             data = json.dumps(payload).encode()
         except (TypeError, ValueError) as error:
@@ -147,7 +148,8 @@ def _with_password_in_header(url: str) -> tuple[str, dict[str, str]]:
 
 
 def _pool(url: str, connections: int) -> urllib3.PoolManager:
-    """Connections to the host of an address, through the proxy that the environment names for it (http_proxy, no_proxy)."""
+    """Connections to the host of an address, through the proxy that the environment names for it (http_proxy,
+    no_proxy)."""
     settings: dict[str, Any] = {"num_pools": 1, "maxsize": connections, "block": True}
     host, proxy = urlsplit(url).hostname or "", urllib.request.getproxies().get(urlsplit(url).scheme)
     if proxy is None or urllib.request.proxy_bypass(host):
@@ -178,7 +180,8 @@ def _seconds(text: str | None) -> float | None:
 
 
 class Scorer:
-    """A reward that calls a scorer over HTTP, with `batch_size` completions per request and `concurrency` requests at a time."""
+    """A reward that calls a scorer over HTTP, with `batch_size` completions per request and `concurrency` requests at a
+    time."""
 
     def __init__(
         self,

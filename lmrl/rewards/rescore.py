@@ -22,7 +22,8 @@ OF_RUNS += ("group", "episode", "seed", "start", "turns", "final_observation", "
 
 
 def read_samples(path: str) -> list[Row]:
-    """Rows with `prompt`, `completion`, optionally `reward`, and further columns, from a run's samples or any logged data.
+    """Rows with `prompt`, `completion`, optionally `reward`, and further columns, from a run's samples or any logged
+    data.
 
     Columns that lmrl saved under `columns` (in a run's samples and in collected episodes) become columns again.
 

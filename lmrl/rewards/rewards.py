@@ -1,7 +1,8 @@
 """Running reward functions: `f(prompts, completions, **columns) -> list[float | None]`, plain or async.
 
 A function is called once per batch. It gets every column of the prompts' file by name, or those that its signature
-names; for rollouts also `completion_ids` and `completion_cut` (True if the token limit cut it). None means "not judged".
+names; for rollouts also `completion_ids` and `completion_cut` (True if the token limit cut it). None means "not
+judged".
 Instead of a number it may return an object with more to record: `{"score": 1.2, "std": 0.3}`. A failure is data: the
 sample is left out and counted, and never becomes a zero.
 """
@@ -75,9 +76,9 @@ class Scores:
 def score(function: RewardFunction, columns: dict[str, list[Any]]) -> Scores:
     """Call a function on a batch of columns, in parts if it takes several concurrently.
 
-    If a batch fails, rows are called one by one, so that only those that cause the failure are lost; after a few further
-    timeouts the rest of the batch is given up. A result of the wrong length or type raises
-    RewardError: that is a mistake in the function, not a hard sample.
+    If a batch fails, rows are called one by one, so that only those that cause the failure are lost; after a few
+    further timeouts the rest of the batch is given up. A result of the wrong length or type raises RewardError: that is
+    a mistake in the function, not a hard sample.
     """
     rows = len(columns["prompts"])
     parts = min(function.parallel, rows)
@@ -263,8 +264,8 @@ def arguments_of(trajectories: Sequence[Trajectory], columns: Sequence[str] = ()
 def drop_failed(
     trajectories: Sequence[Trajectory], max_failed: float, what: str, name: str | None = None
 ) -> list[Trajectory]:
-    """The judged trajectories. what: `reward` or `environment`; name: the environment's. Raises RewardError or EpisodeError if more
-    than `max_failed` of all processes' episodes, or all of them, could not be judged."""
+    """The judged trajectories. what: `reward` or `environment`; name: the environment's. Raises RewardError or
+    EpisodeError if more than `max_failed` of all processes' episodes, or all of them, could not be judged."""
     failed = [
         f"row {row} ({one.prompt!r:.40} -> {one.completion!r:.40}): {one.failure}"
         for row, one in enumerate(trajectories)

@@ -10,9 +10,9 @@ from typing import Any, Literal
 class Scale:
     """(score - mean) / std with fixed or running statistics, then clipping.
 
-    Running statistics are those of all training samples so far, including the current ones (Welford's method in batches,
-    Chan et al., 1983). Evaluation samples neither update them nor are they scaled: comparisons over time need a fixed
-    scale.
+    Running statistics are those of all training samples so far, including the current ones (Welford's method in
+    batches, Chan et al., 1983). Evaluation samples neither update them nor are they scaled: comparisons over time need
+    a fixed scale.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Processes that run a reward function, so that a hang or a crash costs samples, not the run.
 
-A worker loads the function itself and communicates over its own socket: columns and scores are sent as JSON, and what the
-function prints goes to a file. It leads a process group; when it is killed, so is everything that it has started.
+A worker loads the function itself and communicates over its own socket: columns and scores are sent as JSON, and what
+the function prints goes to a file. It leads a process group; when it is killed, so is everything that it has started.
 POSIX only.
 """
 
@@ -125,7 +125,8 @@ class Worker:
         return self
 
     def score(self, arguments: dict[str, list[Any]], timeout: float | None) -> list[float | None]:
-        """Run the function on a batch. Raises RewardError or Failure; after TimedOut and WorkerLost the worker is unusable."""
+        """Run the function on a batch. Raises RewardError or Failure; after TimedOut and WorkerLost the worker is
+        unusable."""
         try:
             self.channel.settimeout(timeout)
             send(self.channel, arguments)

@@ -1,4 +1,5 @@
-"""Environments that declare which actions are allowed (`task.allowed_actions`), and their actions as tries of tokens."""
+"""Environments that declare which actions are allowed (`task.allowed_actions`), and their actions as tries of
+tokens."""
 
 from __future__ import annotations
 

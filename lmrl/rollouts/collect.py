@@ -27,8 +27,8 @@ def collect(
     seed: int,
     check: Callable[[], Any] = lambda: None,
 ) -> Iterator[list[Trajectory]]:
-    """Play `episodes` episodes from random start states, `rollouts.prompts` starts at a time; yields the judged ones. An episode of a
-    self-play game yields one trajectory per side.
+    """Play `episodes` episodes from random start states, `rollouts.prompts` starts at a time; yields the judged ones.
+    An episode of a self-play game yields one trajectory per side.
 
     players: None for the sampler's engine, which plays `rollouts.samples` episodes from each start. check: called
     between the parts; may raise to stop. Groups and episodes are numbered throughout.

@@ -1,4 +1,5 @@
-"""One game of several players: the policy plays its sides, an opponent the others, and each of the policy's sides is a trajectory."""
+"""One game of several players: the policy plays its sides, an opponent the others, and each of the policy's sides is a
+trajectory."""
 
 from __future__ import annotations
 

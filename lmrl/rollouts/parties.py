@@ -147,7 +147,8 @@ def opponent_failure(error: BaseException) -> str:
 
 
 def build_party(section: Any, game: Game) -> Party | None:
-    """The opponent of a recipe's `task` section; None: the policy itself. Models and addresses are opened once per process."""
+    """The opponent of a recipe's `task` section; None: the policy itself. Models and addresses are opened once per
+    process."""
     options = section.opponent or Opponent(player=SELF)
     if options.player in game.players and options.player != SELF:
         return ScriptedParty(options.player)
@@ -175,8 +176,8 @@ def _model_party(options: str, chat: bool, history: int | str) -> ModelParty:
 
 
 def against_other(section: Any) -> Any:
-    """A task's section for evaluation: a self-play game is played against `opponent_in_evaluation`, or else a scripted player, `random`
-    if there is one, because what all sides earn together says nothing about the policy."""
+    """A task's section for evaluation: a self-play game is played against `opponent_in_evaluation`, or else a scripted
+    player, `random` if there is one, because what all sides earn together says nothing about the policy."""
     if not hasattr(section, "opponent"):
         return section
     if section.opponent_in_evaluation is not None:

@@ -22,10 +22,11 @@ SHOWN = 5
 
 
 def find_episodes(source: Path, wanted: str | None = None) -> list[Line]:
-    """The lines with this `id` (None: all that can be played again) of a run's samples.jsonl, or of a file of such lines.
+    """The lines with this `id` (None: all that can be played again) of a run's samples.jsonl, or of a file of such
+    lines.
 
-    An id has several lines if a step resampled prompts without a signal, or scored two policies. Raises RunError if there is no
-    such line.
+    An id has several lines if a step resampled prompts without a signal, or scored two policies. Raises RunError if
+    there is no such line.
     """
     path = source / SAMPLES_FILE if source.is_dir() else source
     if not path.is_file():
@@ -96,7 +97,8 @@ def _version(made: dict[str, Any]) -> str:
 
 
 def differences(environment: Any, line: Line, tell: Tell = lambda text: None) -> Iterator[str]:
-    """Play an episode's actions; each difference from what was recorded as a line. Playing continues after a difference."""
+    """Play an episode's actions; each difference from what was recorded as a line. Playing continues after a
+    difference."""
     turns, failure = line["turns"], line.get("failure")
     limit = line["environment"].get("call_timeout")
     over = terminated = False

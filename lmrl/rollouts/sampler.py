@@ -70,8 +70,9 @@ class Sampler:
     """Plays a task. Actions come from an engine, or from a scripted player of the environment."""
 
     def __init__(self, task: Task, engine: Engine | None = None, decode: Any = None, deterministic: bool = True):
-        """decode: turns sampled tokens into text without special tokens. deterministic: the engine waits for every step of an
-        environment, so that the order of computation does not depend on how long steps take; otherwise episodes may overtake each other."""
+        """decode: turns sampled tokens into text without special tokens. deterministic: the engine waits for every step
+        of an environment, so that the order of computation does not depend on how long steps take; otherwise episodes
+        may overtake each other."""
         self.task, self.samples_from, self.decode, self.deterministic = task, engine, decode, deterministic
         self.environments: list[Any] = []  # kept between plays: building one may be slow, resetting is not
         self.threads = StepThreads(task.workers) if task.workers else None
@@ -94,7 +95,8 @@ class Sampler:
     ) -> list[Trajectory]:
         """Play `samples` episodes from every start state and judge them. `name` names the random stream.
 
-        shared: play and return only this process's share of the start states; numbers and streams are those of a single process.
+        shared: play and return only this process's share of the start states; numbers and streams are those of a single
+        process.
         first: number of the first start state, if several plays form one.
         """
         if self.task.agent is not None:
@@ -149,8 +151,8 @@ class Sampler:
     def _new_episodes(
         self, starts: Sequence[int | None], samples: int, name: tuple[int | str, ...], first: int = 0
     ) -> list[Episode]:
-        """first: number of the first start state. In a self-play game, each side is an episode, and each side forms its own group: the
-        rewards of different sides, even from one start state, have no common mean to compare with."""
+        """first: number of the first start state. In a self-play game, each side is an episode, and each side forms its
+        own group: the rewards of different sides, even from one start state, have no common mean to compare with."""
         episodes: list[Episode] = []
         sides = self.task.sides
         for group, start in enumerate(starts, start=first):
@@ -238,7 +240,8 @@ class Sampler:
         episode.trajectory.completion = transcript(episode.trajectory.turns)
 
     def waited_for(self, by: Engine | None = None) -> ExitStack:
-        """Inside, an episode is between two requests, and the engines wait for it, unless episodes may overtake each other.
+        """Inside, an episode is between two requests, and the engines wait for it, unless episodes may overtake each
+        other.
 
         by: the engine that the episode itself waits for.
         """
@@ -303,8 +306,8 @@ class Sampler:
         return None if actions is None else self.tries.of(actions)
 
     async def call(self, work: Callable[[float | None], Any]) -> Any:
-        """Call an environment: in this thread, where it is interrupted at its time limit; or in another thread, which is
-        then abandoned."""
+        """Call an environment: in this thread, where it is interrupted at its time limit; or in another thread, which
+        is then abandoned."""
         if self.threads is None:
             return work(self.task.call_timeout)
         return await self.threads.run(lambda: work(None), self.task.call_timeout)

@@ -17,8 +17,8 @@ T = TypeVar("T")
 class StepThreads:
     """At most `count` calls run at a time; the others wait, and waiting does not count against their limit.
 
-    A thread cannot be stopped. One whose call exceeds its limit is abandoned: another takes its place, and the call's result
-    is dropped. Threads are daemons, so they do not keep the process from ending.
+    A thread cannot be stopped. One whose call exceeds its limit is abandoned: another takes its place, and the call's
+    result is dropped. Threads are daemons, so they do not keep the process from ending.
     """
 
     def __init__(self, count: int):

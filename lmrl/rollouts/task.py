@@ -56,7 +56,8 @@ class AgentRows:
 
 @dataclass(frozen=True)
 class Match:
-    """How the games of a task are played. party: the other side; None: the policy plays every side, and trains on each."""
+    """How the games of a task are played. party: the other side; None: the policy plays every side, and trains on
+    each."""
 
     players: int
     party: Party | None
@@ -89,8 +90,8 @@ class Task:
     """True if episodes are trained on, so that running statistics of rewards follow them."""
     judged_by: str = "environment"
     environment: dict[str, Any] | None = None
-    """How to rebuild the environment, and its version: `{"name", "options", "max_turns", "call_timeout", "version", "source"}`;
-    None for prompts."""
+    """How to rebuild the environment, and its version: `{"name", "options", "max_turns", "call_timeout", "version",
+    "source"}`; None for prompts."""
     longest_prompt: int | None = None
     """Tokens of the longest prompt (None: known only when it is played)."""
     notes: list[str] = field(default_factory=list)

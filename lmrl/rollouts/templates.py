@@ -25,7 +25,8 @@ BRACKETS = re.compile(r"\[.*?\]")
 
 
 def prompt_rows(prompts: Prompts) -> list[Row]:
-    """The rows of `task.prompts` with their prompt in its column. DataError names file and row of one that does not fit."""
+    """The rows of `task.prompts` with their prompt in its column. DataError names file and row of one that does not
+    fit."""
     path = prompts.path or ""
     rows = read_rows(path, Selection.of(prompts), None if prompts.where else prompts.limit)
     fill = Filler(prompts)

@@ -25,14 +25,16 @@ SESSIONS = "/session/"
 
 @dataclass(frozen=True)
 class AppLimits:
-    """concurrent: maximum completions sampled at a time; further requests are refused with 429. seconds: time limit of an answer."""
+    """concurrent: maximum completions sampled at a time; further requests are refused with 429. seconds: time limit of
+    an answer."""
 
     concurrent: int = 256
     seconds: float = 600
 
 
 class App:
-    """Answers requests to a policy. keys: accepted API keys (none: no key is needed). Sessions have their own paths and keys.
+    """Answers requests to a policy. keys: accepted API keys (none: no key is needed). Sessions have their own paths and
+    keys.
 
     public: False for a server bound to this machine without keys; web pages must then not reach it by DNS rebinding.
     open: False if only sessions are served.
@@ -106,7 +108,8 @@ class App:
 
     # ------------------------------------------------------------------------------------------------------ access
     def _check_origin(self, request: HTTPRequest) -> None:
-        """Refuse web pages access to a server without keys on this machine, including by a hostname that resolves to it."""
+        """Refuse web pages access to a server without keys on this machine, including by a hostname that resolves to
+        it."""
         if self.public or self.keys:
             return
         host = request.headers.get("host", "")
@@ -259,7 +262,8 @@ class _Job:
         return choice
 
     async def stream(self, index: int, queue: asyncio.Queue[tuple[int, str | Choice | BaseException]]) -> None:
-        """Put the text into the queue as it is sampled, then the choice. With tools, text may turn out to be a call, so it is sent whole."""
+        """Put the text into the queue as it is sampled, then the choice. With tools, text may turn out to be a call, so
+        it is sent whole."""
         text = TextStream(self.app.served, self.sampling.stop)
 
         def heard(token: int) -> None:

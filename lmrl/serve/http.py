@@ -22,9 +22,9 @@ CHUNK = 65536
 class Limits:
     """Limits on clients.
 
-    body_bytes: size of a request. read_seconds: for a request to arrive completely. write_seconds: for a client to receive what
-    is sent. idle_seconds: between two requests of a connection. connections: open at a time. grace_seconds: for running requests
-    when the server stops.
+    body_bytes: size of a request. read_seconds: for a request to arrive completely. write_seconds: for a client to
+    receive what is sent. idle_seconds: between two requests of a connection. connections: open at a time.
+    grace_seconds: for running requests when the server stops.
     """
 
     body_bytes: int = 8 * 2**20
@@ -266,7 +266,8 @@ class _Connection:
         await self._drain_input()
 
     async def _drain_input(self) -> None:
-        """Keep reading for a moment: otherwise a client that is still sending would be reset before it has read the answer."""
+        """Keep reading for a moment: otherwise a client that is still sending would be reset before it has read the
+        answer."""
         self.writer.write_eof()
         with suppress(TimeoutError, ConnectionError):
             async with asyncio.timeout(1):

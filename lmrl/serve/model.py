@@ -56,7 +56,8 @@ class ServedPolicy:
         return self.renderer(written).first(prepared)
 
     def following(self, messages: Messages, tools: tuple[Tool, ...], last: int, said: dict[str, Any]) -> list[int]:
-        """The tokens that follow an answer: those of the messages after it, including the opening of the next assistant turn.
+        """The tokens that follow an answer: those of the messages after it, including the opening of the next assistant
+        turn.
 
         last: the answer's last token. said: the answer as a message.
         """
@@ -75,7 +76,8 @@ class ServedPolicy:
         return list(prompt)
 
     def fit(self, sampling: Sampling, limited: bool, prompt: int) -> Sampling:
-        """The sampling with a token limit that leaves room for the prompt, if the client has set none. Raises BadRequest."""
+        """The sampling with a token limit that leaves room for the prompt, if the client has set none. Raises
+        BadRequest."""
         positions = self.policy.max_length
         if positions is None:
             return sampling

@@ -142,7 +142,8 @@ def _words(kinds: type | tuple[type, ...]) -> str:
 
 # --------------------------------------------------------------------------------------------------------------- requests
 def read_ask(payload: Any, chat: bool, defaults: Sampling, most: int = 128) -> Ask:
-    """A request for completions, checked. defaults: how to sample unless the request says otherwise. most: maximum `n`."""
+    """A request for completions, checked. defaults: how to sample unless the request says otherwise. most: maximum
+    `n`."""
     fields = Fields(payload)
     given = fields.number("max_completion_tokens", 1, 2**31, None, whole=True) if chat else None
     limit = fields.number("max_tokens", 1, 2**31, None, whole=True)

@@ -1,8 +1,9 @@
 """Sessions: the policy's calls in one episode of a program, as tokens.
 
-A call whose prompt continues an earlier call joins its segment. To find out, dialogues are compared as messages: sampled tokens are
-kept as they are, and what follows them is rendered separately, so nothing is tokenised again, however the chat template would
-render the history. A history that was rewritten, shortened or branched starts a new segment.
+A call whose prompt continues an earlier call joins its segment. To find out, dialogues are compared as messages:
+sampled tokens are kept as they are, and what follows them is rendered separately, so nothing is tokenised again,
+however the chat template would render the history. A history that was rewritten, shortened or branched starts a new
+segment.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ class Session:
             task.cancel()
 
     def sampling_of(self, ask: Ask) -> Sampling:
-        """How a call is sampled: as the recipe says, so that log-probabilities match those of training; the program may add stop
-        strings and lower the limit."""
+        """How a call is sampled: as the recipe says, so that log-probabilities match those of training; the program may
+        add stop strings and lower the limit."""
         limit = ask.sampling.max_new_tokens if ask.limited else self.sampling.max_new_tokens
         return replace(self.sampling, stop=ask.sampling.stop, max_new_tokens=min(limit, self.sampling.max_new_tokens))
 
@@ -129,7 +130,8 @@ class Session:
         return earlier.tokens + self.served.raw.plain(prompt[length:]), earlier
 
     def _earlier(self, messages: Messages, tools: tuple[Tool, ...]) -> Said | None:
-        """The latest call whose dialogue and answer these messages begin with, unless another assistant message follows."""
+        """The latest call whose dialogue and answer these messages begin with, unless another assistant message
+        follows."""
         marks = [mark_of(message) for message in messages]
         found: Said | None = None
         for one in self.calls:
@@ -143,8 +145,8 @@ class Session:
         return found
 
     def stream_key(self, tokens: Sequence[int]) -> tuple[int | str, ...]:
-        """Name of the random stream of a call: from the episode, the prompt, and how often the prompt was sent before, so the order in
-        which a program's concurrent calls arrive does not matter."""
+        """Name of the random stream of a call: from the episode, the prompt, and how often the prompt was sent before,
+        so the order in which a program's concurrent calls arrive does not matter."""
         digest = hashlib.blake2b(json.dumps(list(tokens)).encode(), digest_size=12).hexdigest()
         self._asked[digest] += 1
         return (*self.name, f"{digest}-{self._asked[digest]}")
@@ -193,7 +195,8 @@ class Session:
         return sorted(threads, key=lambda thread: thread.calls[-1].number)
 
     def write(self, trajectory: Trajectory) -> None:
-        """Add the calls to a trajectory: segments, turns, and the first prompt. Turns are numbered in the order of the segments."""
+        """Add the calls to a trajectory: segments, turns, and the first prompt. Turns are numbered in the order of the
+        segments."""
         turn = 0
         for thread in self.threads():
             numbers = {}
@@ -226,7 +229,8 @@ class Session:
 
 
 def mark_of(message: dict[str, Any]) -> str:
-    """A key that is equal for equal messages: role, text and calls count; call ids and surrounding white space do not."""
+    """A key that is equal for equal messages: role, text and calls count; call ids and surrounding white space do
+    not."""
     calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls") or ()]
     return json.dumps([message["role"], (message.get("content") or "").strip(), calls], sort_keys=True)
 

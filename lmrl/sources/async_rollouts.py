@@ -2,8 +2,8 @@
 weights.
 
 Staleness is at most one step: Noukhovitch et al., "Asynchronous RLHF: faster and more efficient off-policy RL for
-language models" (arXiv 2410.18252). The weights are those from before the step's update, so the samples do not
-depend on timing. A remote engine samples in a thread while the learner trains; an engine that shares the learner's weights or
+language models" (arXiv 2410.18252). The weights are those from before the step's update, so the samples do not depend
+on timing. A remote engine samples in a thread while the learner trains; an engine that shares the learner's weights or
 process samples before the update, with the same result.
 """
 

@@ -37,8 +37,8 @@ class SourceBatch:
 class SourceRequest:
     """The arguments of a source.
 
-    bad_rows: file in which skipped malformed rows are reported, if they are to be skipped. compares: True to sample logged
-    episodes in groups of one prompt.
+    bad_rows: file in which skipped malformed rows are reported, if they are to be skipped. compares: True to sample
+    logged episodes in groups of one prompt.
     """
 
     recipe: Recipe

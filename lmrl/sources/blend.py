@@ -28,8 +28,8 @@ STATE_FILE = "blend.json"
 class Shares:
     """How a step's `total` units are divided by weight.
 
-    Every unit goes to the part that lags furthest behind, so over the steps each stays within one unit of its share. A step's
-    units depend only on the step's number.
+    Every unit goes to the part that lags furthest behind, so over the steps each stays within one unit of its share. A
+    step's units depend only on the step's number.
     """
 
     def __init__(self, weights: Sequence[float], total: int):
@@ -71,7 +71,8 @@ class PlayedPart:
             self.schedule = Schedule(task.training, curriculum, (*self.name, "prompts"))
 
     def play(self, step: int, before: int, count: int, samples: int, sampling: Sampling) -> list[Trajectory]:
-        """This process's share of the episodes from `count` start states, judged or not. before: start states of earlier steps."""
+        """This process's share of the episodes from `count` start states, judged or not. before: start states of
+        earlier steps."""
         if self.schedule is not None:
             starts: list[int | None] = [*self.schedule.next(step, count)]
         else:

@@ -1,7 +1,7 @@
 """A curriculum by success rate: start states that are always or never solved rest, and come back.
 
-A policy gradient learns nothing from a prompt whose samples all earn the same, so rollouts of such prompts are wasted; but
-what is never solved now may be within reach later, and what is always solved may be forgotten.
+A policy gradient learns nothing from a prompt whose samples all earn the same, so rollouts of such prompts are wasted;
+but what is never solved now may be within reach later, and what is always solved may be forgotten.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Schedule:
     records: dict[int, Record] = field(default_factory=dict)
 
     def next(self, step: int, count: int) -> list[int]:
-        """`count` start states for a step: the next in the sequence that do not rest. If all rest, those whose rest ends first."""
+        """`count` start states for a step: the next in the sequence that do not rest. If all rest, those whose rest
+        ends first."""
         awake = [start for start in self.starts if not self.rests(start, step)]
         if not awake:
             ending = sorted(self.starts, key=lambda start: (self.records[start].until, start))

@@ -50,10 +50,11 @@ class Dataset(Source):
         heldout: Callable[[int | None], list[Trajectory]] = lambda count: [],
         notes: Sequence[str] = (),
     ):
-        """returns: of all episodes (None: not judged). best: share of episodes, those with the highest returns, to train on.
+        """returns: of all episodes (None: not judged). best: share of episodes, those with the highest returns, to
+        train on.
         best_among: for each episode the prompt within which it is ranked (None: among all).
-        turns: train on a piece of this many turns of each episode. groups: each episode's group, to draw whole groups, and only
-        those whose returns differ; `batch_size` then counts groups.
+        turns: train on a piece of this many turns of each episode. groups: each episode's group, to draw whole groups,
+        and only those whose returns differ; `batch_size` then counts groups.
 
         scores: means with intervals over all episodes, None if no return is known. heldout: returns the episodes of
         (that many) held-out prompts. notes: notes for the user.
@@ -85,8 +86,8 @@ class Dataset(Source):
         return SourceBatch(self.take((step - 1) * self.batch_size, self.batch_size))
 
     def take(self, first: int, count: int) -> list[Trajectory]:
-        """This process's share of `count` episodes (or groups) from position `first` of the endless sequence of shuffled
-        passes."""
+        """This process's share of `count` episodes (or groups) from position `first` of the endless sequence of
+        shuffled passes."""
         units: list[Any] = starts_for(self.kept, first, count, *self.name, "rows")
         low, high = distributed.shard_bounds(count)
         if self.grouped:

@@ -46,7 +46,8 @@ class OfferedTool(Protocol):
 class PythonTool:
     """A function whose parameters are type-hinted, or a class whose instances are called: a new one for each episode.
 
-    name: how the model calls it. key: the recipe's key, for messages. Raises PluginError for parameters that cannot be described.
+    name: how the model calls it. key: the recipe's key, for messages. Raises PluginError for parameters that cannot be
+    described.
     """
 
     def __init__(self, call: Callable[..., Any], key: str = "task.tools"):
@@ -86,7 +87,8 @@ class PythonTool:
 
 
 class ToolBox:
-    """The tools of one episode. seconds: time limit of a call; characters: maximum length of a result; of longer ones the middle is left out."""
+    """The tools of one episode. seconds: time limit of a call; characters: maximum length of a result; of longer ones
+    the middle is left out."""
 
     def __init__(self, tools: Sequence[OfferedTool], seconds: float = SECONDS, characters: int = CHARACTERS):
         self.tools = {tool.name: tool for tool in tools}
@@ -121,8 +123,8 @@ class ToolBox:
 def load_tools(names: Sequence[Any], key: str = "task.tools") -> list[OfferedTool]:
     """The tools that a recipe names. Raises PluginError.
 
-    A name is `file.py:function`, a dotted path, `python`, `{python: {seconds: 5}}`, or a server: `{mcp: {command: [...]}}`,
-    `{mcp: {url: ...}}`, which is started or connected to.
+    A name is `file.py:function`, a dotted path, `python`, `{python: {seconds: 5}}`, or a server: `{mcp: {command:
+    [...]}}`, `{mcp: {url: ...}}`, which is started or connected to.
     """
     tools: list[OfferedTool] = []
     for index, name in enumerate(names):

@@ -1,4 +1,5 @@
-"""The agent of `task.tools`: the policy answers, its tool calls are run, and it reads their results, until it makes no more calls."""
+"""The agent of `task.tools`: the policy answers, its tool calls are run, and it reads their results, until it makes no
+more calls."""
 
 from __future__ import annotations
 
@@ -11,9 +12,11 @@ from lmrl.trajectories.trajectory import Messages
 
 
 class ToolLoop:
-    """Plays an episode; the answer is the policy's last reply. prompt: the row's column with the question, text or messages.
+    """Plays an episode; the answer is the policy's last reply. prompt: the row's column with the question, text or
+    messages.
 
-    system: a message that comes first. rounds: maximum number of replies; the last one ends the episode even if it calls tools.
+    system: a message that comes first. rounds: maximum number of replies; the last one ends the episode even if it
+    calls tools.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Tools of MCP servers (Model Context Protocol): a command that a run starts, or an address. Needs the package `mcp`.
 
-One server serves all episodes of a process concurrently. Its connection lives in an event loop in a separate thread, because
-episodes are played in loops that end with their batch. A server that has ended is restarted by the next call.
+One server serves all episodes of a process concurrently. Its connection lives in an event loop in a separate thread,
+because episodes are played in loops that end with their batch. A server that has ended is restarted by the next call.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class McpServer(BaseModel):
 
     command: list[str] = []
     env: list[str] = []
-    """Names of environment variables that are passed to the command besides HOME, LOGNAME, PATH, SHELL, TERM and USER."""
+    """Names of environment variables that are passed to the command besides HOME, LOGNAME, PATH, SHELL, TERM and
+    USER."""
     url: str | None = None
     token_env: str | None = None
     """Environment variable that holds the token for `url`."""
@@ -71,7 +72,8 @@ class McpServer(BaseModel):
 
 
 class McpTool:
-    """A tool of a server. name: how the model calls it, the server's name for it, with all but word characters replaced by `_`."""
+    """A tool of a server. name: how the model calls it, the server's name for it, with all but word characters replaced
+    by `_`."""
 
     def __init__(self, connection: Connection, name: str, text: str, schema: dict[str, Any]):
         self.connection, self.real_name, self.text, self.schema = connection, name, text, schema
@@ -129,7 +131,8 @@ def mcp_tools(settings: Any, key: str = "task.tools") -> list[McpTool]:
 
 
 class Connection:
-    """A server in use, for all threads and event loops. It ends with the last tool that holds it, or with the process."""
+    """A server in use, for all threads and event loops. It ends with the last tool that holds it, or with the
+    process."""
 
     def __init__(self, server: McpServer):
         self._loop = asyncio.new_event_loop()
@@ -175,7 +178,8 @@ def _end(loop: asyncio.AbstractEventLoop, link: _Link, thread: threading.Thread,
 
 
 class _Link:
-    """The connection, inside its loop. `_life` is the task that holds it open: clients of the package are bound to one."""
+    """The connection, inside its loop. `_life` is the task that holds it open: clients of the package are bound to
+    one."""
 
     def __init__(self, server: McpServer):
         self.server = server

@@ -1,9 +1,10 @@
-"""The `python` tool: runs a model's code in a separate process, within limits, and isolated from the system if possible.
+"""The `python` tool: runs a model's code in a separate process, within limits, and isolated from the system if
+possible.
 
-With `isolation: full` (the default) the code sees its own file system (the standard library, read-only, and an empty folder in
-memory), no network and no other processes, through Linux namespaces and util-linux's `unshare`. A system without namespaces is an
-error. `isolation: limits` only limits time, memory, files and processes. That is not a sandbox: the code can then read and write
-what this user may, and use the network.
+With `isolation: full` (the default) the code sees its own file system (the standard library, read-only, and an empty
+folder in memory), no network and no other processes, through Linux namespaces and util-linux's `unshare`. A system
+without namespaces is an error. `isolation: limits` only limits time, memory, files and processes. That is not a
+sandbox: the code can then read and write what this user may, and use the network.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What training has cost or gained elsewhere: paired scores of the base model and the final policy on further suites.
 
-Both are scored after training, because the base model is still available then. The logs are kept in the run folder, so a run
-that is stopped during scoring resumes there.
+Both are scored after training, because the base model is still available then. The logs are kept in the run folder, so
+a run that is stopped during scoring resumes there.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def overrides_of(one: OtherSuite) -> list[str]:
 
 
 def before_after(run: Run, base: str, display: Display) -> dict[str, dict[str, Scores]]:
-    """Scores of the base model and of the final policy, and their paired difference, by suite and row; also written to FILE.
+    """Scores of the base model and of the final policy, and their paired difference, by suite and row; also written to
+    FILE.
 
     base: the model that the run began with.
     """

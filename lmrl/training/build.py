@@ -65,8 +65,8 @@ def build_stage(
 ) -> Stage:
     """A stage ready to train, or to resume from its newest checkpoint.
 
-    start: the checkpoint folder it begins from (None: the recipe's model). track: the tracker. strategy: None for one process.
-    Raises RecipeError if parts of the recipe cannot be combined.
+    start: the checkpoint folder it begins from (None: the recipe's model). track: the tracker. strategy: None for one
+    process. Raises RecipeError if parts of the recipe cannot be combined.
     """
     strategy = strategy or Strategy()
     section = task_of(recipe, run.folder)
@@ -231,7 +231,8 @@ def check_gate(recipe: Recipe, suite: Suite | None, strategy: Strategy) -> None:
 
 
 def watch_suite(task: Task, suite: Suite | None, tokenizer: Any, plays: bool) -> None:
-    """Tell a task which prompts its suite scores, and warn if the task trains on them. plays: True if the stage trains on its own task."""
+    """Tell a task which prompts its suite scores, and warn if the task trains on them. plays: True if the stage trains
+    on its own task."""
     if suite is None or task.judged_by != "reward" or not isinstance(suite.task, PromptTask):
         return
     scored = build_task(suite.task.model_copy(update={"rewards": []}), tokenizer)
@@ -271,7 +272,8 @@ def keep_beginning(run: runs.Run, name: str, recipe: Recipe, objective: Objectiv
 
 
 def task_of(recipe: Recipe, run: Path) -> Any:
-    """A stage's task section, with the paths of the run's own reward models resolved; without models if nothing is judged by them."""
+    """A stage's task section, with the paths of the run's own reward models resolved; without models if nothing is
+    judged by them."""
     if not isinstance(recipe.task, PromptTask):
         return recipe.task
     if not recipe.judges:

@@ -44,7 +44,8 @@ class Progress:
     kept: int | None = None
     """The step whose policy is the stage's result, once that is decided."""
     scores: dict[str, Any] = field(default_factory=dict)
-    """Scores for the closing table: of the policy at the `start`, at its `best` and its `last` step, of the `data` and of the `optimum`."""
+    """Scores for the closing table: of the policy at the `start`, at its `best` and its `last` step, of the `data` and
+    of the `optimum`."""
     gate: dict[str, Any] = field(default_factory=dict)
     """See gate.GateState."""
     label: str = ""
@@ -122,7 +123,8 @@ def checksum(path: Path) -> str:
 
 
 def verify(folder: Path, older: Sequence[Path] = (), needed: Sequence[Path] = NEEDED) -> None:
-    """Raise RunError if a checkpoint's files have changed; the message suggests one of the `older` ones (oldest first)."""
+    """Raise RunError if a checkpoint's files have changed; the message suggests one of the `older` ones (oldest
+    first)."""
     found = damage(folder, needed)
     if found is None:
         return
@@ -136,7 +138,8 @@ def verify(folder: Path, older: Sequence[Path] = (), needed: Sequence[Path] = NE
 
 
 def damage(folder: Path, needed: Sequence[Path] = NEEDED) -> str | None:
-    """The first problem with a checkpoint's files, or None. The files of a checkpoint without checksums (from an older version) are only opened."""
+    """The first problem with a checkpoint's files, or None. The files of a checkpoint without checksums (from an older
+    version) are only opened."""
     for name in needed:
         if not (folder / name).is_file():
             return f"'{name}' is missing"

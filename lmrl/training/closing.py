@@ -27,7 +27,8 @@ def warnings_of(run: Run) -> list[tuple[str, int, str]]:
 def closing_table(run: Run) -> tuple[dict[str, dict[str, dict[str, Any]]], list[str]]:
     """Rows for data, start, every stage and the optimum, also written to results.json; and the columns to show.
 
-    A stage's row is for the policy that is its result. If its best and its last policy differ, the other one has its own row.
+    A stage's row is for the policy that is its result. If its best and its last policy differ, the other one has its
+    own row.
     """
     rows: dict[str, Any] = {}
     columns: dict[str, None] = {}

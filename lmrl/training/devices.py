@@ -20,7 +20,8 @@ VISIBLE = {
 
 
 def variable_of(kind: str, hip: str | None = None) -> str | None:
-    """The environment variable for a device type (None: there is none). hip: ROCm's version; torch calls its devices cuda."""
+    """The environment variable for a device type (None: there is none). hip: ROCm's version; torch calls its devices
+    cuda."""
     return "HIP_VISIBLE_DEVICES" if kind == "cuda" and hip else VISIBLE.get(kind)
 
 
@@ -31,7 +32,8 @@ def visible(variable: str, environment: Mapping[str, str], count: int) -> list[s
 
 
 def deal(devices: Sequence[str], jobs: int, slot: int) -> list[str]:
-    """The devices of one of `jobs` runs at a time: an equal part for each, or a shared one if there are more runs than devices."""
+    """The devices of one of `jobs` runs at a time: an equal part for each, or a shared one if there are more runs than
+    devices."""
     share = len(devices) // jobs
     return list(devices[slot * share : (slot + 1) * share]) if share else [devices[slot % len(devices)]]
 

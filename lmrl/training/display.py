@@ -38,7 +38,8 @@ class Display:
         self._bar: NotebookBar | None = None
 
     def say(self, text: str, whole: bool = False) -> None:
-        """Print a line, wrapped between words in a terminal. whole: do not wrap, so that commands and paths can be copied."""
+        """Print a line, wrapped between words in a terminal. whole: do not wrap, so that commands and paths can be
+        copied."""
         self.console.print(Text(visible(text)), soft_wrap=whole or not self.console.is_terminal)
 
     def begin(self, stage: str, label: str, steps: int, done: int) -> None:
@@ -111,7 +112,8 @@ class Display:
 
 
 class NotebookBar:
-    """The progress of a stage in a notebook's cell: one output that is replaced at each step (rich would need ipywidgets)."""
+    """The progress of a stage in a notebook's cell: one output that is replaced at each step (rich would need
+    ipywidgets)."""
 
     def __init__(self, label: str, steps: int, done: int):
         from IPython.display import HTML, display

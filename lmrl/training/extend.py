@@ -1,4 +1,5 @@
-"""Continuing a run for more steps than its recipe had: reports what that changes, and refuses what it would invalidate."""
+"""Continuing a run for more steps than its recipe had: reports what that changes, and refuses what it would
+invalidate."""
 
 from __future__ import annotations
 

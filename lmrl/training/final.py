@@ -1,8 +1,9 @@
 """Which policy is a stage's result: the last one, unless an earlier one was significantly better.
 
-Two policies that have played the same episodes are compared by their differences: one per prompt or drawn start state, since a
-policy should be better on new ones as well; or one per episode if all existing start states were played. The earlier policy was
-picked as the best of several, so chance had that many tries to make it look better (Bonferroni's correction).
+Two policies that have played the same episodes are compared by their differences: one per prompt or drawn start state,
+since a policy should be better on new ones as well; or one per episode if all existing start states were played. The
+earlier policy was picked as the best of several, so chance had that many tries to make it look better (Bonferroni's
+correction).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ PAIRS = 5
 
 
 def paired_values(trajectories: Sequence[Trajectory], metric: str, by_episode: bool = False) -> dict[str, float]:
-    """A metric's mean for each start state, or its value for each episode if wanted or if there are fewer start states than PAIRS."""
+    """A metric's mean for each start state, or its value for each episode if wanted or if there are fewer start states
+    than PAIRS."""
     groups: dict[int, dict[int, float]] = {}
     for one in trajectories:
         value = dict(named_values(one)).get(metric)
@@ -33,7 +35,8 @@ def paired_values(trajectories: Sequence[Trajectory], metric: str, by_episode: b
 
 
 def certainly_better(earlier: Mapping[str, float], last: Mapping[str, float], tries: int) -> bool:
-    """True if the earlier policy, the best of `tries`, scores significantly higher than the last, over the keys that both have."""
+    """True if the earlier policy, the best of `tries`, scores significantly higher than the last, over the keys that
+    both have."""
     gains = [value - last[name] for name, value in earlier.items() if name in last]
     return len(gains) >= PAIRS and chance(gains) < LEVEL / max(tries, 1)
 

@@ -1,9 +1,9 @@
 """Muon for matrices, AdamW for everything else, as one optimizer.
 
 Muon (Jordan et al., 2024) replaces a matrix's averaged gradient by the nearest matrix with orthonormal rows or columns.
-Scaled as Moonlight does (Liu et al., "Muon is scalable for LLM training", arXiv 2502.16982, section 2.2), its steps are as
-long as AdamW's, so both take the same learning rate and weight decay. Embeddings, the projection to the vocabulary, norms,
-biases and heads stay with AdamW, as both papers advise.
+Scaled as Moonlight does (Liu et al., "Muon is scalable for LLM training", arXiv 2502.16982, section 2.2), its steps are
+as long as AdamW's, so both take the same learning rate and weight decay. Embeddings, the projection to the vocabulary,
+norms, biases and heads stay with AdamW, as both papers advise.
 """
 
 from __future__ import annotations

@@ -82,8 +82,9 @@ def sweep(
     """Run a recipe (a file or a shipped name) over values, `jobs` runs at a time; returns what results.json holds.
 
     over: `KEY=VALUE,VALUE`, one entry per key. output: the sweep's folder (default: a new one under `runs/`). resume:
-    keep the finished runs in that folder and continue the others. Accelerators, if any, are divided among parallel runs. Raises RecipeError or RunError before anything
-    runs, and SweepError at the end if runs failed. SIGTERM and Ctrl-C let every run save a checkpoint.
+    keep the finished runs in that folder and continue the others. Accelerators, if any, are divided among parallel
+    runs. Raises RecipeError or RunError before anything runs, and SweepError at the end if runs failed. SIGTERM and
+    Ctrl-C let every run save a checkpoint.
     """
     display = display or Display()
     points = combinations(recipe, overrides, over)
@@ -99,7 +100,8 @@ def sweep(
         command += ["--output", str(folder / point.name), "--resume"]
         environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {}) | slots.take(point.name)
         with open(_log(folder, point), "w", encoding="utf-8") as log:
-            # Its own process group: Ctrl-C reaches only the sweep, which passes it on once (a second one would not save).
+            # Its own process group: Ctrl-C reaches only the sweep, which passes it on once (a second one would not
+            # save).
             return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, process_group=0
             )

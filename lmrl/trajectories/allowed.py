@@ -13,7 +13,8 @@ AllowedTokens = tuple[int, ...]
 
 @dataclass
 class Allowed:
-    """The restricted actions of a microbatch, R of its N, each with one of S sets of tokens; U tokens are in at least one set."""
+    """The restricted actions of a microbatch, R of its N, each with one of S sets of tokens; U tokens are in at least
+    one set."""
 
     rows_R: torch.Tensor
     """Which of the N actions are restricted, in ascending order."""

@@ -1,8 +1,10 @@
-"""Balancing sequences over processes by the cost of their passes, and cutting them into minibatches of nearly equal cost.
+"""Balancing sequences over processes by the cost of their passes, and cutting them into minibatches of nearly equal
+cost.
 
-All processes wait for the slowest in every update, and their samples are uneven: completions end early or late, and prompts
-differ. So prepared sequences, which are small compared to weights and gradients, move between processes before the update. The
-loss is a sum over chains divided by their total weight, so it does not depend on which process computes which chain.
+All processes wait for the slowest in every update, and their samples are uneven: completions end early or late, and
+prompts differ. So prepared sequences, which are small compared to weights and gradients, move between processes before
+the update. The loss is a sum over chains divided by their total weight, so it does not depend on which process computes
+which chain.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ Cost = Callable[[Sequence], float]
 def assign(costs: list[float], homes: list[int], ranks: int, slack: float = SLACK) -> list[int]:
     """The rank of each item such that loads are nearly equal, and few items leave their homes.
 
-    Longest first (Graham, "Bounds on multiprocessing timing anomalies", 1969): an item stays at home while there is room, and
-    goes to the least loaded rank otherwise. Then single items are exchanged as long as that relieves the fullest rank.
+    Longest first (Graham, "Bounds on multiprocessing timing anomalies", 1969): an item stays at home while there is
+    room, and goes to the least loaded rank otherwise. Then single items are exchanged as long as that relieves the
+    fullest rank.
     """
     limit = (1 + slack) * max(sum(costs) / ranks, max(costs, default=0.0))
     loads, chosen = [0.0] * ranks, [0] * len(costs)
@@ -47,8 +50,8 @@ def assign(costs: list[float], homes: list[int], ranks: int, slack: float = SLAC
 
 
 def _relieve(costs: list[float], chosen: list[int], loads: list[float]) -> bool:
-    """Exchange an item of the fullest rank for a smaller one, or for none, so that both end up less full than the fullest was;
-    False if none helps."""
+    """Exchange an item of the fullest rank for a smaller one, or for none, so that both end up less full than the
+    fullest was; False if none helps."""
     fullest = max(range(len(loads)), key=lambda rank: loads[rank])
     best: tuple[float, int, int, int | None] | None = None
     for given in (item for item, rank in enumerate(chosen) if rank == fullest):
@@ -74,7 +77,8 @@ def _relieve(costs: list[float], chosen: list[int], loads: list[float]) -> bool:
 
 
 def split(costs: list[float], count: int, rng: np.random.Generator, tries: int = TRIES) -> list[list[int]]:
-    """Items at random in `count` parts of nearly equal numbers and costs; parts are empty only if there are fewer items.
+    """Items at random in `count` parts of nearly equal numbers and costs; parts are empty only if there are fewer
+    items.
 
     Items of similar cost go to different parts; of several such cuts the most even one is taken.
     """
@@ -90,8 +94,8 @@ def split(costs: list[float], count: int, rng: np.random.Generator, tries: int =
 
 
 def labelled(batch: Batch, index_fields: tuple[str, ...]) -> Batch:
-    """This rank's sequences, ready for `deal`, with the preparing rank added to their indices. index_fields: fields that hold indices
-    of episodes or turns."""
+    """This rank's sequences, ready for `deal`, with the preparing rank added to their indices. index_fields: fields
+    that hold indices of episodes or turns."""
     offset = distributed.rank() << HOME
 
     def label(sequence: Sequence) -> Sequence:
@@ -102,7 +106,8 @@ def labelled(batch: Batch, index_fields: tuple[str, ...]) -> Batch:
 
 
 def deal(batch: Batch, rng: np.random.Generator, count: int, cost: Cost) -> list[Batch]:
-    """This rank's parts of `count` random minibatches of all ranks' sequences, with whole chains (fewer if there are fewer chains).
+    """This rank's parts of `count` random minibatches of all ranks' sequences, with whole chains (fewer if there are
+    fewer chains).
 
     batch: labelled. rng: in the same state on every rank. In each minibatch the ranks' costs are nearly equal.
     """
@@ -131,7 +136,8 @@ def deal(batch: Batch, rng: np.random.Generator, count: int, cost: Cost) -> list
 
 
 def _to_arrays(sequence: Sequence) -> dict[str, Any]:
-    """A sequence's attributes, tensors as arrays: arrays pickle a hundred times as fast, and without the storage they are views of."""
+    """A sequence's attributes, tensors as arrays: arrays pickle a hundred times as fast, and without the storage they
+    are views of."""
     fields = {name: _to_array(value) for name, value in sequence.fields.items()}
     return {name: _to_array(value) for name, value in vars(sequence).items()} | {"fields": fields}
 

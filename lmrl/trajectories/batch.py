@@ -23,7 +23,8 @@ VECTORS = "vectors"
 
 @dataclass
 class Sequence:
-    """One segment. `states` are the positions that predict the `targets`: both have one entry per action token, (A,)."""
+    """One segment. `states` are the positions that predict the `targets`: both have one entry per action token,
+    (A,)."""
 
     tokens: torch.Tensor
     states: torch.Tensor
@@ -33,7 +34,8 @@ class Sequence:
     chain: int | None = None
     """Sequences of one chain (see chain.py) stay together, in order."""
     branches: torch.Tensor | None = None
-    """Branch of each token of a packed sequence (see shared.py): 0 for the shared beginning, n for its nth continuation, (T,)."""
+    """Branch of each token of a packed sequence (see shared.py): 0 for the shared beginning, n for its nth
+    continuation, (T,)."""
     zero_gradient: bool = False
     """True if its gradient is exactly zero: it is counted in the loss and skipped in the forward pass."""
     allowed: dict[int, AllowedTokens] = field(default_factory=dict)
@@ -61,8 +63,9 @@ class Sequence:
 
 @dataclass
 class Packing:
-    """The layout of sequences end to end in one row, as attention needs it: within each part, queries see the keys up to
-    themselves. A part is a sequence, or one continuation of several that share a beginning, with the beginning among its keys."""
+    """The layout of sequences end to end in one row, as attention needs it: within each part, queries see the keys up
+    to themselves. A part is a sequence, or one continuation of several that share a beginning, with the beginning among
+    its keys."""
 
     query_ends: torch.Tensor
     """Cumulative ends of the parts' queries, starting with 0, int32."""
@@ -207,7 +210,8 @@ class Batch:
         return chains
 
     def microbatches(self, max_tokens: int, pad_id: int, packed: bool = False) -> list[Microbatch]:
-        """Sort by length and cut where the size, with padding, would exceed `max_tokens`; a long chain may be a microbatch by itself.
+        """Sort by length and cut where the size, with padding, would exceed `max_tokens`; a long chain may be a
+        microbatch by itself.
 
         packed: sequences end to end, without padding.
         """

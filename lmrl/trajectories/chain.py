@@ -1,7 +1,8 @@
 """Chains: an episode as the linked action tokens that value-based objectives compute on.
 
-The state after an action token is the one in which the next action token was taken, wherever that is; environment tokens in
-between are skipped. A truncated episode continues: a pseudo-action at its end asks for the value of its last state.
+The state after an action token is the one in which the next action token was taken, wherever that is; environment
+tokens in between are skipped. A truncated episode continues: a pseudo-action at its end asks for the value of its last
+state.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def returns_to_go(rewards_A: torch.Tensor, discounts_A: torch.Tensor) -> torch.T
 
 
 def hidden_shares(trajectory: Trajectory, discounts_A: torch.Tensor) -> torch.Tensor:
-    """The share of the value of an episode's last state that each action token's return lacks, (A,): 0 if it terminated."""
+    """The share of the value of an episode's last state that each action token's return lacks, (A,): 0 if it
+    terminated."""
     if trajectory.terminated:
         return torch.zeros_like(discounts_A)
     return discounts_A.flip(0).cumprod(0).flip(0)
@@ -84,10 +86,11 @@ def to_chains(
 ) -> list[list[Sequence]]:
     """An episode as chains of at most `max_tokens` tokens (unless one segment alone has more), numbered from `first`.
 
-    Sequences carry, per action token: `rewards`, `discounts` (0 at the end of a terminated episode), `returns` (realised, to
-    the end of the log), `floors` (the same, but -inf where a truncation hides what followed, unless discounting makes
-    that negligible) and `real` (False for a pseudo-action). In a batch that keeps chains whole, the next state of action
-    n is that of action n + 1. A chain that was cut continues with a pseudo-action in the segment after the cut.
+    Sequences carry, per action token: `rewards`, `discounts` (0 at the end of a terminated episode), `returns`
+    (realised, to the end of the log), `floors` (the same, but -inf where a truncation hides what followed, unless
+    discounting makes that negligible) and `real` (False for a pseudo-action). In a batch that keeps chains whole, the
+    next state of action n is that of action n + 1. A chain that was cut continues with a pseudo-action in the segment
+    after the cut.
     """
     sequences = to_sequences(trajectory)
     rewards_A, turns_A = rewards_and_turns(trajectory)

@@ -29,8 +29,8 @@ SCAN_ROWS = 256
 
 @dataclass(frozen=True)
 class Selection:
-    """How rows are read: for a dataset on the hub its split, configuration (None: the only or default one) and revision (None:
-    main); and names of fields with the columns that hold them."""
+    """How rows are read: for a dataset on the hub its split, configuration (None: the only or default one) and revision
+    (None: main); and names of fields with the columns that hold them."""
 
     split: str = "train"
     config: str | None = None
@@ -182,7 +182,8 @@ class JsonLines(Rows):
 
 
 class Table(Rows):
-    """Rows of a `datasets.Dataset`, which maps its file into memory. files: (name, rows) of the files it was made from."""
+    """Rows of a `datasets.Dataset`, which maps its file into memory. files: (name, rows) of the files it was made
+    from."""
 
     def __init__(self, dataset: Any, files: list[tuple[str, int]]):
         self._dataset = dataset
@@ -223,8 +224,8 @@ class Given(Rows):
 
 
 def open_rows(path: str, part: Selection = Selection()) -> Rows:
-    """The rows of a file, of a folder of Parquet shards, of an object (`python:NAME`), or (the `part` of it) of a dataset on
-    the hub."""
+    """The rows of a file, of a folder of Parquet shards, of an object (`python:NAME`), or (the `part` of it) of a
+    dataset on the hub."""
     file = Path(path)
     rows: Rows
     if file.exists() and (given := next((name for name in ("config", "revision") if getattr(part, name)), None)):

@@ -23,8 +23,8 @@ HH_MARKER = "\n\nAssistant:"
 
 
 def prompt_of(row: Row, column: str = "prompt") -> str | Messages:
-    """The prompt in a row's column. Without that column: the common beginning of chosen and rejected, the messages of a chat before
-    the first answer, or a whole plain text, which then identifies the row."""
+    """The prompt in a row's column. Without that column: the common beginning of chosen and rejected, the messages of a
+    chat before the first answer, or a whole plain text, which then identifies the row."""
     if row.get(column) is None:
         if {"chosen", "rejected"} <= set(row):
             return preference(row)[0]

@@ -12,7 +12,8 @@ from lmrl.trajectories.trajectory import Messages, as_messages, prompt_key
 SENTINEL = "LMRL-SENTINEL"
 """Placeholder for an action, used to find the template's text around it; a number follows."""
 KEPT, KEPT_LENGTH = 4096, 256
-"""Games show the same few texts again and again: the tokens of this many texts, of at most this many characters, are cached."""
+"""Games show the same few texts again and again: the tokens of this many texts, of at most this many characters, are
+cached."""
 
 
 class Renderer:

@@ -1,7 +1,8 @@
 """Sequences with a common beginning, packed into one so that the beginning is computed once.
 
-A packed sequence holds the shared beginning, then every continuation after it. A continuation attends to the beginning and
-itself, and its positions continue from the beginning's end, so every log-probability equals that of the plain sequence.
+A packed sequence holds the shared beginning, then every continuation after it. A continuation attends to the beginning
+and itself, and its positions continue from the beginning's end, so every log-probability equals that of the plain
+sequence.
 """
 
 from __future__ import annotations

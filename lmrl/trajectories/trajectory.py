@@ -11,8 +11,8 @@ if TYPE_CHECKING:  # reward workers import this module without torch
 
 
 Messages = list[dict[str, Any]]
-"""`role` and `content`, text; an assistant's may have `tool_calls`, a tool's `tool_call_id` and `name`; the first one may have
-`tools`, the definitions that the chat template renders."""
+"""`role` and `content`, text; an assistant's may have `tool_calls`, a tool's `tool_call_id` and `name`; the first one
+may have `tools`, the definitions that the chat template renders."""
 
 CONTEXT = -1
 """In `Segment.turns`: a token the policy did not choose."""
@@ -105,8 +105,8 @@ class Trajectory:
     prompt: str
     completion: str
     terminated: bool = True
-    """False: truncated by a limit, so the value of its last state must be bootstrapped. A truncated episode ends with the
-    observation that would have come next."""
+    """False: truncated by a limit, so the value of its last state must be bootstrapped. A truncated episode ends with
+    the observation that would have come next."""
     reward: float | None = 0.0
     """Return of the episode, undiscounted; None: not judged."""
     components: dict[str, float | None] = field(default_factory=dict)
@@ -134,8 +134,8 @@ class Trajectory:
     start: int | None = field(default=None, compare=False)
     """Arguments of the environment's `reset`, if known: the seed, and `options["start"]` (None: drawn by the seed)."""
     game: dict[str, Any] | None = field(default=None, compare=False)
-    """In a game of several players: `player`, the side of this episode; `start`, the game's own start state; and `moves`, those of all
-    players as [player, action]."""
+    """In a game of several players: `player`, the side of this episode; `start`, the game's own start state; and
+    `moves`, those of all players as [player, action]."""
     version: int | None = field(default=None, compare=False)
     """Version of the weights that played: the number of the engine's weight sync (None: not played by this process)."""
 

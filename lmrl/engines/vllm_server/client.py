@@ -129,8 +129,8 @@ class Client:
     def name(self, version: str, group: str | None = None) -> None:
         """Name newly loaded weights: completions then carry the name, and the prefix cache of the old ones is dropped.
 
-        Only after that does the server report the new name, because requests may follow at once. group: the group in which
-        the weights were broadcast.
+        Only after that does the server report the new name, because requests may follow at once. group: the group in
+        which the weights were broadcast.
         """
         self.post("/update_weight_version", {"new_version": version})
         answer = self.post("/reset_prefix_cache?reset_running_requests=true", {})

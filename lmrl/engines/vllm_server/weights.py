@@ -32,9 +32,9 @@ Weights = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 class WeightFiles:
     """Files with the policy's weights, in shared memory where there is any; only the newest one is kept.
 
-    It is kept until the next one comes, so that a restarted server can load it. parent: where the folder
-    of files is made (None: in shared memory, if as much as `need` bytes are free there, else in the temporary folder). Folders
-    that a killed run has left there are removed.
+    It is kept until the next one comes, so that a restarted server can load it. parent: where the folder of files is
+    made (None: in shared memory, if as much as `need` bytes are free there, else in the temporary folder). Folders that
+    a killed run has left there are removed.
     """
 
     def __init__(self, parent: Path | None = None, need: int = 0) -> None:

@@ -1,7 +1,7 @@
 """Evaluation during a stage, on a suite or the stage's own task, and on held-out logged episodes.
 
-Policies are selected by separate episodes: the scores that a stage reports for its last and its best policy come from others,
-the same that `lmrl eval` plays.
+Policies are selected by separate episodes: the scores that a stage reports for its last and its best policy come from
+others, the same that `lmrl eval` plays.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ if TYPE_CHECKING:
 
 
 class Evaluation(Listener):
-    """Scores the policy before the first step, every few steps and after the last one, and decides which one is the stage's result."""
+    """Scores the policy before the first step, every few steps and after the last one, and decides which one is the
+    stage's result."""
 
     name = "evaluation"
 
     def __init__(self, evaluator: Evaluator | None, every: int = 0, starts: bool = True, gated: bool = False):
-        """evaluator: of the suite or the stage's own task, if there is one. every: steps between evaluations (0: at the start
-        and the end). starts: True if the policy that a stage starts with is scored. gated: True if that policy may be selected,
-        as with a gate."""
+        """evaluator: of the suite or the stage's own task, if there is one. every: steps between evaluations (0: at the
+        start and the end). starts: True if the policy that a stage starts with is scored. gated: True if that policy
+        may be selected, as with a gate."""
         self.evaluator, self.every, self.starts = evaluator, every, starts
         self.gated, self.choosing = gated, gated or every > 0
         self.step: int | None = None
@@ -90,8 +91,8 @@ class Evaluation(Listener):
             self.consider(stage, step, scores)
 
     def _score(self, stage: Stage, choosing: bool, heldout: bool) -> tuple[Scores, list[Trajectory]]:
-        """Scores of the current policy, and the episodes behind them. heldout: also score held-out episodes, which are skipped
-        between a stage's ends unless the recipe sets when to evaluate, or selects by them."""
+        """Scores of the current policy, and the episodes behind them. heldout: also score held-out episodes, which are
+        skipped between a stage's ends unless the recipe sets when to evaluate, or selects by them."""
         stage.source.wait()
         scores: Scores = {}
         played: list[Trajectory] = []
@@ -180,8 +181,8 @@ class Evaluation(Listener):
         self.reports.append((step, scores, played))
 
     def _record(self, stage: Stage) -> None:
-        """Record the reported scores before `final/` marks the stage as finished: a run that is killed in between drops these
-        lines on resume (see Run.cut), and writes them again."""
+        """Record the reported scores before `final/` marks the stage as finished: a run that is killed in between drops
+        these lines on resume (see Run.cut), and writes them again."""
         progress = stage.progress
         for step, scores, played in self.reports:
             stage.record(progress.step, "final", {"policy": step, "kept": step == progress.kept, **scores})

@@ -1,8 +1,8 @@
-"""The guard: follows measurements that a stage makes anyway, warns of certain failures, and rolls a collapsed stage back to its best
-policy.
+"""The guard: follows measurements that a stage makes anyway, warns of certain failures, and rolls a collapsed stage
+back to its best policy.
 
-It needs no pass of the model and plays nothing. Its cost is checkpoints: one at the start of the stage, and one whenever the last
-steps are certainly better than those of the kept checkpoint, about twenty per stage at most.
+It needs no pass of the model and plays nothing. Its cost is checkpoints: one at the start of the stage, and one
+whenever the last steps are certainly better than those of the kept checkpoint, about twenty per stage at most.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ class Guard(Listener):
             end_with_best(stage, step, self.name, to, why, self.evaluation)
 
     def _keep(self, stage: Stage, step: int, lost: str) -> dict[str, str]:
-        """Write a bundle of the step's last minibatch, the collapsed weights, and what a pass measures with them; returns the
-        metrics to record. Costs a pass, and a copy of the weights."""
+        """Write a bundle of the step's last minibatch, the collapsed weights, and what a pass measures with them;
+        returns the metrics to record. Costs a pass, and a copy of the weights."""
         begun = stage.attempt
         if not distributed.broadcast(begun is not None):
             return {}

@@ -1,10 +1,11 @@
 """The learning rate, limited by the measured change of the policy per step.
 
-A rate that is right at the start of a run may be far too high near its end, when the policy has little entropy left. So after
-each step's updates the policy is compared with the one that sampled, on a few of the step's tokens, as in Schulman et al.
-(arXiv 1707.06347, section 4) and in the rules of RSL-RL and rl_games. Here the band has only an upper edge: a policy that
-hardly moves may have nothing to learn, so the rate is never raised above the recipe's. A step's divergence grows with the
-square of the rate. If it is more than the objective allows, the last update is undone as well.
+A rate that is right at the start of a run may be far too high near its end, when the policy has little entropy left. So
+after each step's updates the policy is compared with the one that sampled, on a few of the step's tokens, as in
+Schulman et al. (arXiv 1707.06347, section 4) and in the rules of RSL-RL and rl_games. Here the band has only an upper
+edge: a policy that hardly moves may have nothing to learn, so the rate is never raised above the recipe's. A step's
+divergence grows with the square of the rate. If it is more than the objective allows, the last update is undone as
+well.
 """
 
 from __future__ import annotations

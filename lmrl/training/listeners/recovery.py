@@ -23,8 +23,8 @@ def warn(stage: Stage, step: int, name: str, text: str) -> None:
 def go_back(stage: Stage, step: int, to: int, name: str, lr_factor: float, why: str) -> dict[str, Any]:
     """Continue from an earlier step's checkpoint with a lower learning rate; returns the metrics to record.
 
-    name: of the listener, whose factor on the rate this becomes. It is multiplied with the factors of others, so none of them can
-    raise the rate above it.
+    name: of the listener, whose factor on the rate this becomes. It is multiplied with the factors of others, so none
+    of them can raise the rate above it.
     """
     stage.roll_back(to)
     stage.updater.factors[name] = lr_factor
@@ -47,7 +47,8 @@ def leave_checkpoint(stage: Stage, step: int, to: int, name: str, why: str) -> N
 
 
 def end_with_best(stage: Stage, step: int, name: str, to: int, why: str, evaluation: Evaluation) -> None:
-    """End the stage before its next step. The policy of step `to` is already loaded; its scores become the stage's last."""
+    """End the stage before its next step. The policy of step `to` is already loaded; its scores become the stage's
+    last."""
     stage.progress.ended = f"{name}: {why}, the stage ends with the policy of step {to}"
     stage.display.say(stage.progress.ended)
     evaluation.evaluate(stage, step)

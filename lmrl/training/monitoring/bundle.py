@@ -1,6 +1,7 @@
 """Bundles: what a run saves of a failed update or pass, so that `lmrl replay` can compute it again.
 
-A bundle is a folder `RUN/bundles/STAGE-step-000012-EVENT/`, the same for each event (`nonfinite`, `memory`, `collapse`):
+A bundle is a folder `RUN/bundles/STAGE-step-000012-EVENT/`, the same for each event (`nonfinite`, `memory`,
+`collapse`):
 
     info.json            event, stage, step, seed, objective's state, measurements, versions, environment
     recipe.yaml          the resolved recipe
@@ -61,8 +62,8 @@ def keep_update(
 ) -> tuple[Path, str]:
     """Write a bundle of an update. Called by all processes of a run.
 
-    stats: what its passes measured with the current weights. details: further entries of info.json. Returns the folder, and a
-    line to show; a bundle that cannot be written does not stop the run.
+    stats: what its passes measured with the current weights. details: further entries of info.json. Returns the folder,
+    and a line to show; a bundle that cannot be written does not stop the run.
     """
     minibatch = Batch(gathered(attempt.minibatch.sequences))
     target = bundle_path(stage, step, event)
@@ -159,7 +160,8 @@ def bundle_path(stage: Stage, step: int, event: str) -> Path:
 
 
 def newest_weights(stage: Stage) -> str | None:
-    """The newest checkpoint of the stage, or what it started from, relative to the run folder; None: the recipe's model."""
+    """The newest checkpoint of the stage, or what it started from, relative to the run folder; None: the recipe's
+    model."""
     run = stage.run
     folders = [*run.checkpoints(stage.name)[-1:], run.stage_folder(stage.name) / "start", stage.start]
     found = next((folder for folder in folders if folder is not None and folder.exists()), None)

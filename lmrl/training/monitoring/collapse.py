@@ -1,8 +1,9 @@
 """Collapse: when a stage has certainly lost what it gained, and which checkpoint to go back to.
 
-Nothing here judges by a single step. A window of steps has a mean and a standard error, which is the largest of three: from the
-steps' scatter around their fitted line, from that scatter over the whole stage so far, and from the spread of episodes within a
-step. It grows with the correlation of neighbouring steps, because ten correlated steps are worth less than ten independent ones.
+Nothing here judges by a single step. A window of steps has a mean and a standard error, which is the largest of three:
+from the steps' scatter around their fitted line, from that scatter over the whole stage so far, and from the spread of
+episodes within a step. It grows with the correlation of neighbouring steps, because ten correlated steps are worth less
+than ten independent ones.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ START, WINDOW = 5, 10
 LEAST = START + WINDOW
 """Minimum steps of a stage before it is judged."""
 SURE = 5.0
-"""Standard errors by which windows must differ. More than the usual 2, because the best of many windows is tested, again at every
-step."""
+"""Standard errors by which windows must differ. More than the usual 2, because the best of many windows is tested,
+again at every step."""
 BETTER = 2.0
 """Standard errors by which a checkpoint must be better than the kept one. A mistake only costs a checkpoint."""
 KEEP, CONFIRM = 5, 3
 """Steps whose mean decides whether to keep a checkpoint, and steps for which its weights must hold up afterwards."""
 FALL = 0.4
-"""If nothing was gained: the drop below the start that counts as collapse, in standard deviations of an episode's reward."""
+"""If nothing was gained: the drop below the start that counts as collapse, in standard deviations of an episode's
+reward."""
 SLIGHT, SLIGHT_YET = 0.5, 0.6
-"""A loss of fewer of these standard deviations (the smallest one) is no collapse, whatever share of the gain it is; the second
-applies as long as it is not known how the stage wanders."""
+"""A loss of fewer of these standard deviations (the smallest one) is no collapse, whatever share of the gain it is; the
+second applies as long as it is not known how the stage wanders."""
 WANDERS = 8.0
-"""Minimum loss as a multiple of the stage's usual wandering: from the best of many windows to the worst is already five times."""
+"""Minimum loss as a multiple of the stage's usual wandering: from the best of many windows to the worst is already five
+times."""
 FEWEST, MEMORY = 4, 50
 """Minimum number of second differences of windows for estimating how a stage wanders, and how many are remembered."""
 MOST_CORRELATED = 0.8
@@ -83,8 +86,8 @@ class Noise:
 
     @property
     def wander(self) -> float | None:
-        """Standard deviation of windows around the stage's trend, from second differences, which are 0 for a steady rise. The two
-        largest are left out, as the bends where learning begins and ends. None: too few windows yet."""
+        """Standard deviation of windows around the stage's trend, from second differences, which are 0 for a steady
+        rise. The two largest are left out, as the bends where learning begins and ends. None: too few windows yet."""
         if len(self.bends) < FEWEST:
             return None
         return math.sqrt(mean(sorted(self.bends)[:-2]) / 6)
@@ -96,7 +99,8 @@ class Noise:
 
     @property
     def correlation(self) -> float:
-        """Correlation of neighbouring steps, in [0, MOST_CORRELATED]. Residuals of a line are correlated by about -2 / WINDOW if steps are not."""
+        """Correlation of neighbouring steps, in [0, MOST_CORRELATED]. Residuals of a line are correlated by about -2 /
+        WINDOW if steps are not."""
         if self.steps < 2 * WINDOW or self.squares == 0:
             return 0.0
         found = self.products / self.squares * WINDOW / (WINDOW - 1)
@@ -131,8 +135,9 @@ def certainly_above(high: Window, low: Window, sure: float = SURE) -> bool:
 
 
 def has_collapsed(start: Window, best: Window | None, last: Window, wander: float | None) -> bool:
-    """True if most of what was certainly gained since the start is certainly lost: the last window lies below the middle of start
-    and best. If nothing was gained: if it lies certainly below the start, and by FALL standard deviations of an episode's reward.
+    """True if most of what was certainly gained since the start is certainly lost: the last window lies below the
+    middle of start and best. If nothing was gained: if it lies certainly below the start, and by FALL standard
+    deviations of an episode's reward.
 
     best: the highest window so far (None: there is none yet). wander: see `Noise`.
     """
@@ -175,7 +180,8 @@ class Tracker:
     """Steps since the candidate."""
 
     def add(self, step: int, measured: Step) -> None:
-        """Add a step's measurement, and decide on a checkpoint after it: if one is wanted, `candidate.step` is this step."""
+        """Add a step's measurement, and decide on a checkpoint after it: if one is wanted, `candidate.step` is this
+        step."""
         if len(self.first) < START:
             self.first.append(measured)
         self.last.append(measured)

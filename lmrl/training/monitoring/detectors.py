@@ -1,7 +1,7 @@
 """Warnings of the guard: what is certainly wrong with a stage, apart from a collapse, and which option to change.
 
-Each detector takes the stage's first steps, its last ones, the settings, and whether reward was certainly gained; it returns a
-warning, which names an option and a value to try, or None.
+Each detector takes the stage's first steps, its last ones, the settings, and whether reward was certainly gained; it
+returns a warning, which names an option and a value to try, or None.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ STILL = 0.1
 GOOD_MOVE = 1e-3
 """Nats per token by which a step moves the policy if the learning rate is about right."""
 ALIKE, MOSTLY_CUT, NEARLY_ALL, MANY_FAILED = 0.8, 0.5, 0.95, 0.2
-"""Shares that trigger a warning: of groups without spread; of episodes with a cut turn (two thresholds); of unjudged episodes."""
+"""Shares that trigger a warning: of groups without spread; of episodes with a cut turn (two thresholds); of unjudged
+episodes."""
 TWICE, THRICE = 2.0, 3.0
 """Factors on entropy and length since the start that count as running away."""
 RISE = 0.5
@@ -34,12 +35,13 @@ RISE = 0.5
 GONE = 0.02
 """Share of the start's entropy that counts as none."""
 WORSE, NOTHING, PREDICTABLE = -20.0, 0.05, 0.2
-"""Explained variance of a critic that is far off, and of one that explains nothing; share of the reward's variance between
-prompts, which a critic could predict."""
+"""Explained variance of a critic that is far off, and of one that explains nothing; share of the reward's variance
+between prompts, which a critic could predict."""
 STILL_VARIES = 0.25
 """Share of the start's spread above which rewards still vary."""
 HELD, STEEP = 0.2, 100.0
-"""Factor on the learning rate below which the recipe's is too high; growth of gradient norms that counts as exploding."""
+"""Factor on the learning rate below which the recipe's is too high; growth of gradient norms that counts as
+exploding."""
 
 
 @dataclass(frozen=True)
@@ -236,8 +238,8 @@ def values(name: str, rows: Sequence[Row]) -> list[float]:
 
 
 def between_groups(earned: Sequence[tuple[int, float]]) -> float | None:
-    """Share of the reward's variance that lies between groups (the intraclass correlation of a one-way analysis of variance), from
-    the group and reward of each episode; None if groups have one episode or rewards do not vary."""
+    """Share of the reward's variance that lies between groups (the intraclass correlation of a one-way analysis of
+    variance), from the group and reward of each episode; None if groups have one episode or rewards do not vary."""
     groups: dict[int, list[float]] = {}
     for group, reward in earned:
         groups.setdefault(group, []).append(reward)

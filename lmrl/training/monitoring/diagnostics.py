@@ -1,8 +1,8 @@
 """Diagnostics of a policy with values, on a probe batch that stays the same throughout a stage.
 
-They show what goes wrong in value-based learning before returns do: overestimation, values of actions that the data never
-took, drift from the behaviour, and features that lose rank or units (Kumar et al., "Implicit under-parameterization",
-arXiv 2010.14498; Kumar et al., "DR3", arXiv 2112.04716).
+They show what goes wrong in value-based learning before returns do: overestimation, values of actions that the data
+never took, drift from the behaviour, and features that lose rank or units (Kumar et al., "Implicit
+under-parameterization", arXiv 2010.14498; Kumar et al., "DR3", arXiv 2112.04716).
 """
 
 from __future__ import annotations
@@ -24,19 +24,22 @@ PROBE_STATES, FEWEST_STATES = 1024, 64
 DENSE = 2**23
 """Maximum elements of a tensor over probe states and the whole vocabulary."""
 SUPPORT = 0.01
-"""Actions less likely than this under the policy without Q count as outside the behaviour, unless the policy sets its own support."""
+"""Actions less likely than this under the policy without Q count as outside the behaviour, unless the policy sets its
+own support."""
 
 
 # ------------------------------------------------------------------------------------------------------------ mathematics
 def effective_rank(features_ND: torch.Tensor, delta: float = 0.01) -> int:
-    """Smallest number of singular values that make up 1 - delta of their sum (Kumar et al., arXiv 2010.14498, section 3)."""
+    """Smallest number of singular values that make up 1 - delta of their sum (Kumar et al., arXiv 2010.14498, section
+    3)."""
     values = torch.linalg.svdvals(features_ND.double())
     share = values.cumsum(0) / values.sum().clamp(min=1e-12)
     return int((share < 1 - delta).sum()) + 1
 
 
 def dead_units(features_ND: torch.Tensor) -> float:
-    """Share of the features that hardly vary over states: by less than a thousandth as much as the one that varies most."""
+    """Share of the features that hardly vary over states: by less than a thousandth as much as the one that varies
+    most."""
     spread_D = features_ND.float().std(0, correction=0)
     return float((spread_D <= 1e-3 * spread_D.max()).float().mean())
 

@@ -17,7 +17,8 @@ CAUSES = 5
 
 
 def keep_failed(stage: Stage, error: EpisodeError) -> None:
-    """Write the failed episodes of the batch that stops the run to samples.jsonl, and list their causes, most frequent first."""
+    """Write the failed episodes of the batch that stops the run to samples.jsonl, and list their causes, most frequent
+    first."""
     kept = samples_to_keep(error.episodes)
     if not kept:
         return

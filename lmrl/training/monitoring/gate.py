@@ -1,7 +1,7 @@
 """The gate: online training must not lose what was learned before.
 
-During a stage's first steps the policy is compared with the stage's initial policy, paired over start states. If the loss
-certainly exceeds the limit, the run restores the best policy.
+During a stage's first steps the policy is compared with the stage's initial policy, paired over start states. If the
+loss certainly exceeds the limit, the run restores the best policy.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class GateState:
 
 
 def drop(before: Sequence[float], now: Sequence[float]) -> dict[str, Any]:
-    """Points lost since the start of the stage: mean over start states, its 95 % interval, n. Raises if start states differ."""
+    """Points lost since the start of the stage: mean over start states, its 95 % interval, n. Raises if start states
+    differ."""
     lost = [first - second for first, second in zip(before, now, strict=True)]
     return summarize(lost, limits=UNLIMITED, unit="start state")
 

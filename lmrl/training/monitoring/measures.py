@@ -80,8 +80,8 @@ def samples_to_keep(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
 def sample_line(
     stage: str, step: int, kind: str, trajectory: Trajectory, environment: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """A line of samples.jsonl. environment: what played it (see `Task.environment`); the line then holds all that is needed to play
-    the episode again."""
+    """A line of samples.jsonl. environment: what played it (see `Task.environment`); the line then holds all that is
+    needed to play the episode again."""
     line = {
         "stage": stage,
         "step": step,

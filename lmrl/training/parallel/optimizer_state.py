@@ -15,7 +15,8 @@ def entry_to_tensor(key: str, value: Any) -> torch.Tensor:
 
 
 def entry_from_tensor(key: str, value: torch.Tensor, device: torch.device, fused: bool = False) -> Any:
-    """The entry again, on the parameter's device; the count of steps stays on the CPU, unless a fused kernel reads it (`fused`)."""
+    """The entry again, on the parameter's device; the count of steps stays on the CPU, unless a fused kernel reads it
+    (`fused`)."""
     if key == "step" and not value.is_floating_point():
         return int(value)
     return value.clone() if key == "step" and not fused else value.to(device, copy=True)

@@ -135,8 +135,8 @@ def entries_of(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 
 def all_reduce_gradients(parameters: list[torch.nn.Parameter], bucket: int = BUCKET) -> None:
-    """Sum these parameters' gradients over the ranks, in one collective for every `bucket` elements, after one that finds out
-    which gradients there are. A gradient that no rank has stays None."""
+    """Sum these parameters' gradients over the ranks, in one collective for every `bucket` elements, after one that
+    finds out which gradients there are. A gradient that no rank has stays None."""
     known = distributed.all_sum([float(parameter.grad is not None) for parameter in parameters])
     held = [parameter for parameter, count in zip(parameters, known, strict=True) if count]
     pending = []
@@ -153,7 +153,8 @@ def all_reduce_gradients(parameters: list[torch.nn.Parameter], bucket: int = BUC
 
 
 def buckets(parameters: list[torch.nn.Parameter], bucket: int) -> list[list[torch.nn.Parameter]]:
-    """The parameters in order, in parts of at most `bucket` elements of one dtype; a larger parameter is a part by itself."""
+    """The parameters in order, in parts of at most `bucket` elements of one dtype; a larger parameter is a part by
+    itself."""
     parts: list[list[torch.nn.Parameter]] = []
     room = 0
     for parameter in parameters:
