@@ -25,11 +25,11 @@ def refuse_missing(name: str, key: str, kind: str = "model") -> None:
     path = Path(name)
     if path.exists():
         return
-    beside = path.parent
+    parent = path.parent
     near = _near(path, kind)
     hint = f": did you mean '{near}'?" if near else ""
     is_hub_name = HUB_NAME.fullmatch(name) is not None and not name.startswith(".") and not name.endswith(FILES)
-    if not is_hub_name or len(path.parts) == 2 and (beside.is_dir() or str(beside) in OWN_FOLDERS):
+    if not is_hub_name or len(path.parts) == 2 and (parent.is_dir() or str(parent) in OWN_FOLDERS):
         raise DataError(f"{key}: there is no '{name}' here{hint} (a {kind} of the hub is named OWNER/NAME)")
     if len(path.parts) == 1 and near and not _cached(name, kind):
         raise DataError(f"{key}: there is no '{name}' here{hint} (a {kind} of the hub is named OWNER/NAME)")

@@ -53,7 +53,7 @@ def make(id: str, players: int | None = None, view: str = "new", **options: Any)
 
 
 class Arena:
-    """One game of TextArena, with generators of its own."""
+    """One game of TextArena, with its own random generators."""
 
     def __init__(self, env: Any, view: str):
         self.env, self.view = env, view

@@ -107,7 +107,7 @@ class Common:
     suite: NamedSuite
     scoring: Scoring
     played: str
-    """What is played, for people."""
+    """A readable description of what is played."""
 
     @classmethod
     def of(cls, evaluator: Evaluator) -> Common:

@@ -59,6 +59,6 @@ class Interrupt:
                 raise Interrupted(number)
 
     def check(self) -> None:
-        beside = threading.current_thread() is not threading.main_thread()
-        if self.number is not None and (self.safe or beside):
+        in_background = threading.current_thread() is not threading.main_thread()
+        if self.number is not None and (self.safe or in_background):
             raise Interrupted(self.number)

@@ -60,7 +60,7 @@ class Description:
 
 
 class Client:
-    """One server. Every request has a connection of its own, so that a lost one is never taken for a live one."""
+    """One server. Every request has its own connection, so that a lost one is never taken for a live one."""
 
     def __init__(self, url: str, timeout: float = 600):
         """timeout: seconds for a completion, and for loading weights."""

@@ -28,7 +28,7 @@ GRACE = 10.0
 
 
 class ServerProcess:
-    """A server on the loopback interface, in a process group of its own, that ends with this process.
+    """A server on the loopback interface, in its own process group, that ends with this process.
 
     model: folder with config and tokenizer; weights are sent later. gpus: the devices it may use, () on a CPU. log: the
     file its output is added to.

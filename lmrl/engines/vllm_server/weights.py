@@ -24,7 +24,7 @@ DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16
 """As the safetensors format calls them."""
 PREFIX, LOCK = "lmrl-weights-", "lock"
 ENTRY_BYTES = 160
-"""Room for one tensor's entry in the header, beside its name."""
+"""Bytes for one tensor's entry in the header, besides its name."""
 
 Weights = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
@@ -122,7 +122,7 @@ class ControlPlane:
         self.members = members
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Every worker gets a rank of its own: the policy is 0, and the servers follow one after the other."""
+        """Every worker gets its own rank: the policy is 0, and the servers follow one after the other."""
         bodies, offset = [], init_info["rank_offset"]
         for member in self.members:
             bodies.append({"init_info": init_info | {"rank_offset": offset}})
