@@ -116,7 +116,7 @@ async def _play(
     try:
         async with limit:
             outcome = await agent.program.run(copy.deepcopy(row), address)
-        if mistake := _mistake(session, outcome, agent.rewarded):
+        if mistake := _problem(session, outcome, agent.rewarded):
             trajectory.failure = f"agent {mistake}"
         else:
             trajectory.reward, trajectory.metrics = outcome.reward, dict(outcome.metrics)
@@ -137,7 +137,7 @@ async def _play(
         trajectory.completion = outcome.answer
 
 
-def _mistake(session: Session, outcome: Outcome, rewarded: bool) -> str | None:
+def _problem(session: Session, outcome: Outcome, rewarded: bool) -> str | None:
     """Why an outcome is invalid; None if it is valid."""
     if not session.calls:
         return "has sent no request to the policy"

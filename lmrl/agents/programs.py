@@ -123,7 +123,7 @@ class Command(Program):
             try:
                 assert process.stdin is not None
                 out, errors, _ = await asyncio.gather(
-                    _tail(process.stdout), _tail(process.stderr), _give(process.stdin, row)
+                    _tail(process.stdout), _tail(process.stderr), _write_input(process.stdin, row)
                 )
                 code = await process.wait()
             finally:
@@ -145,7 +145,7 @@ async def _tail(stream: asyncio.StreamReader | None) -> str:
     return kept.decode(errors="replace")
 
 
-async def _give(stream: asyncio.StreamWriter, row: dict[str, Any]) -> None:
+async def _write_input(stream: asyncio.StreamWriter, row: dict[str, Any]) -> None:
     with suppress(ConnectionError):  # it need not read its input
         stream.write(json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n")
         await stream.drain()

@@ -66,7 +66,7 @@ def command(
     check_destination(output, force)
     changes = [*(overrides or []), *([] if temperature is None else [f"rollouts.temperature={temperature}"])]
     if by_hand:
-        policy, changes = _person_of(policy, changes, environment)
+        policy, changes = _by_hand_target(policy, changes, environment)
     elif policy is None:
         raise RecipeError(
             "POLICY: no player is named. Name a policy or a scripted player, or play yourself with --by-hand"
@@ -98,7 +98,7 @@ def command(
     print(f"{totals.line(player.tokenizer is not None)} -> {output}")
 
 
-def _person_of(policy: str | None, changes: list[str], environment: str | None) -> tuple[str, list[str]]:
+def _by_hand_target(policy: str | None, changes: list[str], environment: str | None) -> tuple[str, list[str]]:
     """With --by-hand no policy is named, so the first argument is an override."""
     if policy is not None and not OVERRIDE.match(policy):
         raise RecipeError(f"--by-hand: you play yourself, leave '{policy}' out")

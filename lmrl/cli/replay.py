@@ -45,7 +45,7 @@ def _play(source: Path, episode: str | None) -> bool:
 
     found, every = find_episodes(source, episode), True
     for line in found:
-        told, same = replay_episode(line, _tell if len(found) == 1 else lambda text: None)
+        told, same = replay_episode(line, _show if len(found) == 1 else lambda text: None)
         for text in told:
             print(visible(text))
         every = every and same
@@ -54,7 +54,7 @@ def _play(source: Path, episode: str | None) -> bool:
     return every
 
 
-def _tell(text: str) -> None:
+def _show(text: str) -> None:
     from lmrl.visible import visible
 
     if text:

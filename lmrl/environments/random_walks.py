@@ -73,7 +73,7 @@ class RandomWalks(TextEnvironment):
         if not self.stepwise:
             optimality, metrics = self._judge(action)
             return "", optimality, True, False, {"metrics": metrics}
-        here, move = self._here, action.strip()
+        here, move = self._observation, action.strip()
         self.walked += move
         optimality, metrics = self._judge(self.walked)
         there = ord(move) - ord("a") if len(move) == 1 else -1
@@ -82,13 +82,13 @@ class RandomWalks(TextEnvironment):
         return "" if over else move, metrics["arrived"], over, False, {"metrics": metrics}
 
     @property
-    def _here(self) -> str:
+    def _observation(self) -> str:
         return (self.walked or _name(self.start))[-1]
 
     def allowed_actions(self) -> list[str] | None:
         """Stepwise, the nodes that an edge leads to; a walk in one action is free text."""
         return (
-            [_name(int(node)) for node in np.nonzero(self.edges[ord(self._here) - ord("a")])[0]]
+            [_name(int(node)) for node in np.nonzero(self.edges[ord(self._observation) - ord("a")])[0]]
             if self.stepwise
             else None
         )

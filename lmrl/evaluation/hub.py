@@ -23,7 +23,7 @@ def prepare(repository: str, private: bool = False) -> Any:
     try:
         api.create_repo(repository, private=private, exist_ok=True)
     except Exception as error:  # a fault of the network, the hub or the token
-        raise RunError(_why(repository, error)) from error
+        raise RunError(_reason(repository, error)) from error
     return api
 
 
@@ -32,11 +32,11 @@ def push(api: Any, folder: Path, repository: str) -> str:
     try:
         info = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by lmrl export")
     except Exception as error:
-        raise RunError(f"{_why(repository, error)}; the export itself is in {folder}") from error
+        raise RunError(f"{_reason(repository, error)}; the export itself is in {folder}") from error
     return str(getattr(info, "repo_url", info))
 
 
-def _why(repository: str, error: Exception) -> str:
+def _reason(repository: str, error: Exception) -> str:
     reason = redact(" ".join(str(error).split()))[:300] or type(error).__name__
     hint = " (set HF_TOKEN to a token that may write there)" if "401" in reason or "403" in reason else ""
     return f"--push {repository}: {reason}{hint}"

@@ -45,7 +45,7 @@ class Suite(Section):
     --run-code."""
 
     @model_validator(mode="after")
-    def _sensible(self) -> Suite:
+    def _check(self) -> Suite:
         if self.choices is None:
             return self
         if not isinstance(self.task, PromptTask):

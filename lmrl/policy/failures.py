@@ -32,7 +32,7 @@ def load_failure(path: str, key: str, error: Exception) -> str:
         return f"{key}: '{path}' comes with its own code, which is not run by default: read it, then {how}"
     if folder.is_dir():
         if reason := broken_file(folder):
-            return f"{key}: '{path}' cannot be loaded: {reason}: {_instead(folder)}"
+            return f"{key}: '{path}' cannot be loaded: {reason}: {_fix(folder)}"
         if not any((folder / name).is_file() for name in TOKENIZERS):
             return (
                 f"{key}: '{path}' cannot be loaded: it holds no tokenizer ({TOKENIZERS[0]}): save the one that the model "
@@ -83,7 +83,7 @@ def broken_file(folder: Path) -> str | None:
     return None
 
 
-def _instead(folder: Path) -> str:
+def _fix(folder: Path) -> str:
     """The fix for a broken folder: another checkpoint of its run, if one is complete."""
     run = next((one for one in folder.resolve().parents if (one / RECIPE_FILE).is_file()), None)
     if run is None:

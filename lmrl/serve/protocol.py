@@ -110,7 +110,7 @@ class Fields:
             return default
         wrong_flag = isinstance(value, bool) and bool not in (kinds if isinstance(kinds, tuple) else (kinds,))
         if wrong_flag or not isinstance(value, kinds):
-            raise BadRequest(f"'{name}' is {value!r:.60}; expected {_words(kinds)}", name)
+            raise BadRequest(f"'{name}' is {value!r:.60}; expected {_type_names(kinds)}", name)
         return value
 
     def number(self, name: str, low: float, high: float, default: Any, whole: bool = False) -> Any:
@@ -128,7 +128,7 @@ class Fields:
             raise BadRequest(f"'{name}' is not supported{allowed}", name, "unsupported_parameter")
 
 
-def _words(kinds: type | tuple[type, ...]) -> str:
+def _type_names(kinds: type | tuple[type, ...]) -> str:
     names = {
         int: "a whole number",
         float: "a number",

@@ -26,9 +26,9 @@ def best_of(
         raise DataError(
             f"source.best={share} ranks episodes by their returns, but episode {row + 1} of the data has no reward"
         )
-    lots = rng.permutation(len(returns))
+    tie_breakers = rng.permutation(len(returns))
     ranked: dict[Hashable, list[int]] = {}
-    for position in sorted(range(len(returns)), key=lambda position: (-known[position], lots[position])):
+    for position in sorted(range(len(returns)), key=lambda position: (-known[position], tie_breakers[position])):
         ranked.setdefault(None if groups is None else groups[position], []).append(position)
     return sorted(position for rows in ranked.values() for position in rows[: max(round(share * len(rows)), 1)])
 

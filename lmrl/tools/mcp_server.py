@@ -205,7 +205,7 @@ class _Link:
                             break
                     return listed
             except Exception as error:
-                raise ToolLost(f"{self.server.shown} does not list its tools: {_said(error)}") from error
+                raise ToolLost(f"{self.server.shown} does not list its tools: {_reason(error)}") from error
 
     async def call(self, name: str, arguments: dict[str, Any]) -> str:
         connecting = asyncio.ensure_future(self._ready())
@@ -223,7 +223,7 @@ class _Link:
         if not asked.done() or asked.cancelled() or _is_closed(asked.exception()):
             raise ToolFailed("the tool's server ended during the call")
         if (error := asked.exception()) is not None:
-            raise ToolFailed(_said(error)) from error
+            raise ToolFailed(_reason(error)) from error
         result = asked.result()
         text = _text(result)
         if result.is_error:
@@ -258,7 +258,7 @@ class _Link:
             life.cancel()
             await asyncio.wait({life}, timeout=END_SECONDS)
             error = None if not life.done() or life.cancelled() else life.exception()
-            why = f"not ready after {self.server.start_seconds:g} s" if over or error is None else _said(error)
+            why = f"not ready after {self.server.start_seconds:g} s" if over or error is None else _reason(error)
             last = await asyncio.to_thread(tail.last_line)
             text = (
                 f"{self.server.shown} cannot be started or reached: {why}{f'; its last output: {last}' if last else ''}"
@@ -348,7 +348,7 @@ def _is_closed(error: BaseException | None) -> bool:
     return getattr(error, "code", None) == CLOSED
 
 
-def _said(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """An error in one line; for an exception group, its first error."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

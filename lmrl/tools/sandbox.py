@@ -192,7 +192,7 @@ def run_python(code: str, sandbox: Sandbox = Sandbox()) -> str:
 
         timer = threading.Timer(sandbox.seconds + 2, kill, [f"timed out after {sandbox.seconds:g} s"])
         timer.start()
-        writer = threading.Thread(target=_give, args=(process, code), daemon=True)
+        writer = threading.Thread(target=_write_input, args=(process, code), daemon=True)
         writer.start()
         try:
             output = _read(process, sandbox.characters, kill)
@@ -234,7 +234,7 @@ def _isolated(python: list[str], root: str, file_mb: int) -> list[str]:
     return ["unshare", *own, *spaces, "sh", "-c", MOUNTS, "sh", root, str(file_mb), *seen, "--", *last]
 
 
-def _give(process: subprocess.Popen[bytes], code: str) -> None:
+def _write_input(process: subprocess.Popen[bytes], code: str) -> None:
     assert process.stdin is not None
     with suppress(OSError):
         process.stdin.write(code.encode(errors="replace"))

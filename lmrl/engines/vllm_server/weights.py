@@ -127,18 +127,18 @@ class ControlPlane:
         for member in self.members:
             bodies.append({"init_info": init_info | {"rank_offset": offset}})
             offset += member.workers
-        self._tell("/init_weight_transfer_engine", bodies)
+        self._post_all("/init_weight_transfer_engine", bodies)
 
     def start_weight_update(self) -> None:
-        self._tell("/start_weight_update")
+        self._post_all("/start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
-        self._tell("/update_weights", [{"update_info": update_info}] * len(self.members))
+        self._post_all("/update_weights", [{"update_info": update_info}] * len(self.members))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._tell("/finish_weight_update")
+        self._post_all("/finish_weight_update")
 
-    def _tell(self, path: str, bodies: list[dict[str, Any]] | None = None) -> None:
+    def _post_all(self, path: str, bodies: list[dict[str, Any]] | None = None) -> None:
         with ThreadPoolExecutor(len(self.members)) as threads:
             bodies = bodies or [{}] * len(self.members)
             list(threads.map(lambda member, body: member.client.post(path, body), self.members, bodies))

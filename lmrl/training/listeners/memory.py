@@ -38,17 +38,17 @@ class Memory(Listener):
         stage.objective.begin(stage.recipe.training.steps)  # after all warm-up
         batch = worst_case(stage.recipe, self.policy, stage.task, stage.objective.compares)
         stage.updater.rehearse(self.policy, stage.objective, batch)
-        self._tell(stage, stage.progress.step)
+        self._report(stage, stage.progress.step)
         longest = max(len(sequence.tokens) for sequence in batch.sequences)
         stage.display.say(
             f"the longest sequences, {longest} tokens, fit into memory in microbatches of {self.policy.microbatch_tokens}"
         )
 
     def measure(self, stage: Stage, step: int, source_batch: SourceBatch, metrics: dict[str, Any]) -> dict[str, Any]:
-        self._tell(stage, step)
+        self._report(stage, step)
         return {}
 
-    def _tell(self, stage: Stage, step: int) -> None:
+    def _report(self, stage: Stage, step: int) -> None:
         now, before = self.policy.microbatch_tokens, self.told
         if now == before:
             return
