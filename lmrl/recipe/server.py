@@ -44,7 +44,7 @@ class Server(Section):
     def _addresses(cls, urls: list[str]) -> list[str]:
         for url in urls:
             if not url.startswith(("http://", "https://")):
-                raise ValueError(f"'{url}' is no address: expected http://HOST:PORT")
+                raise ValueError(f"'{url}' is not an address: expected http://HOST:PORT")
         if len({url.rstrip("/") for url in urls}) < len(urls):
             raise ValueError("an address is named twice")
         return [url.rstrip("/") for url in urls]

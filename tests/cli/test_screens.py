@@ -53,15 +53,15 @@ def test_progress_shows_its_counts_whole(width, monkeypatch):
 
 @pytest.mark.parametrize(
     ("width", "beginning", "column"),
-    [(80, "      Whether a completion is the", 6), (130, "  lmrl.reward_models.answers.exact   ", 46)],
+    [(80, "      1 if a completion is the", 6), (130, "  lmrl.reward_models.answers.exact   ", 46)],
 )
 def test_long_names_leave_room_for_texts(width, beginning, column):
     """Texts stand beside the longest name, or below the names where that leaves no room."""
     found = listing("rewards")
     lines = shown(width, lambda console: console.print(_laid_out(found, width)))
     assert max(map(len, lines)) <= width and len(found) <= len(lines)
-    (first,) = [line for line in lines if "Whether a completion is the" in line]
-    assert first.startswith(beginning) and first.index("Whether") == column
+    (first,) = [line for line in lines if "1 if a completion is the" in line]
+    assert first.startswith(beginning) and first.index("1 if") == column
 
 
 def test_each_kind_has_columns_of_its_own():

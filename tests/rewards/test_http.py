@@ -231,5 +231,5 @@ def test_an_address_without_a_scorer_is_reported(answer, words):
 
 
 def test_an_address_has_a_scheme():
-    with pytest.raises(Exception, match="'localhost:1' is no address"):
+    with pytest.raises(Exception, match="'localhost:1' is not an address"):
         remote("localhost:1")

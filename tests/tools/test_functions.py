@@ -95,7 +95,7 @@ def test_results_and_errors_are_text():
     assert results[2].startswith("error: a: Input should be a valid number")
     assert results[3] == "error: c: Extra inputs are not permitted"
     assert results[4] == "error: b: Field required"
-    assert results[5] == "error: there is no tool 'multiply'; there are divide, table"
+    assert results[5] == "error: there is no tool 'multiply'; the tools are divide, table"
 
 
 def test_time_and_output_are_limited():

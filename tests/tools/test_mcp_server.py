@@ -28,7 +28,7 @@ def notes(tmp_path, monkeypatch):
     """The file of the servers' starts, whose processes must all be gone after the test."""
     path = tmp_path / "starts"
     monkeypatch.setenv("MCP_TEST_NOTES", str(path))
-    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH") or os.getcwd())
     yield path
     gc.collect()
     for process in started(path):

@@ -134,7 +134,7 @@ def test_which_policy_a_broken_run_keeps(tmp_path, breaks, final):
     assert set(result.scores) == {"data", "BC", row, rival, "optimum"}
     assert result.scores[row]["return"]["mean"] > result.scores[rival]["return"]["mean"] + 0.2
     which = "last policy, not the best" if final == "last" else "best policy, not the last"
-    assert f"stage main leaves the {which} one (training.final={final}): step 50 return" in said
+    assert f"stage main keeps the {which} one (training.final={final}): step 50 return" in said
 
 
 def test_reported_scores_did_not_select(tmp_path, breaks):

@@ -67,7 +67,7 @@ def test_a_policy_guided_by_q_is_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["rollouts.engine=vllm-server", "rollouts.server={urls: [here]}"], "'here' is no address"),
+        (["rollouts.engine=vllm-server", "rollouts.server={urls: [here]}"], "'here' is not an address"),
         (["rollouts.engine=vllm-server", "rollouts.server={urls: ['http://a:1'], count: 2}"], "`count` is for servers"),
         (["rollouts.engine=vllm-server", "rollouts.server.port=1"], "port"),
     ],
