@@ -39,7 +39,7 @@ def recipe_of(tmp_path, overrides=(), **changes):
         "def length(completions, **_): return [len(t) for t in completions]\n"
     )
     config = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    config |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.02}
     data = {
         "model": {"config": config},
         "task": {

@@ -120,7 +120,7 @@ def test_a_server_that_stays_dead_fails_episodes(notes, tmp_path):
     notes.with_name("starts.broken").touch()
     assert run(tools, ("die", {})) == ["error: the tool's server ended during the call"]
     for _ in range(2):  # the second time without another try
-        with pytest.raises(ToolLost, match="cannot be started or reached: .*it said: the disk is gone"):
+        with pytest.raises(ToolLost, match="cannot be started or reached: .*its last output: the disk is gone"):
             run(tools, ("add", {"a": 2, "b": 3}))
     assert len(started(notes)) == 2
 
