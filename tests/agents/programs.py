@@ -45,7 +45,7 @@ async def sub_agents(row, client):
 async def texts(row, client):
     prompt = row["question"]
     for _ in range(3):
-        answer = await client.completions.create(prompt=prompt, max_tokens=4)
+        answer = await client.completions.create(prompt=prompt, max_tokens=4, model="any")
         prompt += answer.choices[0].text + " then "
     return 0.0
 

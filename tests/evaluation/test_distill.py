@@ -27,12 +27,14 @@ HEADS = {
     "categories": "{name: mc, q_head: mlp, trunk: detached, value_loss: hl_gauss, support: 0}",
     "probability": "{name: q_sft, support: 0.02}",
 }
+SMALL = "model.config.initializer_range=0.02"
+"""Initial weights of a policy that is close to uniform, which a student can match in few steps."""
 
 
 def run_of_kind(folder, objective, *changes):
     """A run of a single step, whose Q heads are then drawn: unlike learned ones, they are strong wherever one looks."""
     steps = ["training.steps=1", "training.checkpoint_every=0", "evaluation.suite=null"]
-    lmrl.train("random_walks/bc", [*TINY_WALKS, *changes, f"objective={objective}", *steps], output=folder)
+    lmrl.train("random_walks/bc", [*TINY_WALKS, SMALL, *changes, f"objective={objective}", *steps], output=folder)
     final = final_checkpoint(folder)
     policy = open_policy(str(final))
     torch.manual_seed(0)
