@@ -19,7 +19,7 @@ STITCHING = [
     "stages.bc.optimizer.lr=3e-3",
     "stages.filtered_bc.optimizer.lr=3e-3",
     "optimizer.lr=3e-3",
-    "training.steps=200",
+    "training.steps=120",
     "evaluation.diagnostics_every=0",
 ]
 
