@@ -1,20 +1,20 @@
-"""Whether lmrl's methods learn at their default options, on sixteen games on which nobody has tuned them.
+"""Whether lmrl's methods learn at their default options, on sixteen games that no recipe was tuned on.
 
     python benchmarks/zoo.py run --half first --jobs 2 --out zoo.jsonl     # goes on where it stopped
     python benchmarks/zoo.py table --out zoo.jsonl
     python benchmarks/zoo.py references
     python benchmarks/zoo.py decoding                                       # what exact Q values earn at a beta
 
-Every cell is the same recipe but for the task, the method and the source that the method needs: a small model imitates
-episodes of random play, 1,000 online and 5,000 offline, and is then improved, online by fresh episodes or offline by the same 5,000.
-Learning rate and options of the objective are never set for that second stage. The games and what can be reached on them are in
-zoo_games.py and zoo_references.py.
+Cells differ only in task, method and the source that the method needs: a small model imitates episodes of random play
+(1,000 for online methods, 5,000 for offline ones), and is then improved, online from fresh episodes, offline from the
+same 5,000. The second stage sets neither learning rate nor options of the objective. zoo_game.py says what a game is,
+zoo_games.py and zoo_gymnasium.py hold the games, and zoo_references.py computes what can be reached on them.
 
-Scores: 0 is random play; 1 is online the optimum, offline what the method can reach from random play: of `mc` one step of
-policy improvement, of `ilql` the optimum among the actions that the data hold. A policy's return is estimated as the
-optimum less the mean regret of its actions, which has the same expectation as the mean return and less noise.
+Scores: 0 is random play; 1 is the optimum for online methods, and for offline ones what can be reached from random play:
+one step of policy improvement for `mc`, the optimum among the logged actions for `ilql`. A policy's return is estimated
+as the optimum minus the mean regret of its actions, which has the same expectation as the mean return and less noise.
 
-The games are split in two halves by a hash of their names: settings are chosen on the first, and the second is held out.
+The games are split into two halves by a hash of their names: settings are chosen on the first; the second is held out.
 """
 
 from __future__ import annotations
@@ -24,51 +24,40 @@ import hashlib
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from zoo_games import GAMES, Game, State
-from zoo_references import decoded, improved, optimum, random_play, within
+from zoo_game import Game, State, optimum
+from zoo_games import GAMES, half
+from zoo_references import improved, random_play, within
+from zoo_tables import decoding, references, table
 
 HERE = Path(__file__).resolve().parent
 ONLINE, OFFLINE = ("ppo", "grpo", "rloo"), ("ilql", "mc")
 METHODS = (*ONLINE, *OFFLINE)
 BC_LR = 2e-3
-"""Of the imitation stage: the library's default learning rate is meant for adapters of pretrained models."""
+"""Learning rate of the imitation stage."""
 BC_STEPS, ONLINE_STEPS, OFFLINE_STEPS = 100, 100, 3000
 ONLINE_LOG, OFFLINE_LOG = 1000, 5000
-"""Episodes of random play: to begin with, and to learn all from, where rewards that are a matter of luck need many."""
+"""Logged episodes of random play: to start from; and to learn everything from, which takes many if rewards are noisy."""
 NEW_TOKENS = 4
 EPISODES = 512
-"""Fresh ones that a policy is scored on."""
+"""Fresh episodes that a policy is scored on."""
 SCREEN_SEEDS = 1
 """How many of the seeds --screen takes."""
 TIMEOUT = 1800
 RUNNING: set[subprocess.Popen] = set()
-"""Cells under way, which end with this process."""
+"""Running cells, which end with this process."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- cells
-def half(which: str) -> list[str]:
-    """Tasks of the first (tuning) or second (held-out) half, or all; a matter of their names alone."""
-    ordered = split(GAMES)
-    middle = len(ordered) // 2
-    return {"first": ordered[:middle], "second": ordered[middle:], "all": ordered}[which]
-
-
-def split(names: Iterable[str]) -> list[str]:
-    """Names in the order of their hashes; the first half is the tuning half."""
-    return sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-
-
 def recipe(task: str, method: str, seed: int) -> dict[str, Any]:
     """What `lmrl train` runs for a cell."""
     return {
@@ -129,7 +118,7 @@ def task_section(task: str) -> dict[str, Any]:
 def version(task: str, method: str) -> str:
     """Of the code that makes a cell: lmrl's git tree, and the games, references, recipe and suite of the cell."""
     zoo = hashlib.sha256()
-    for name in ("zoo_games.py", "zoo_references.py"):
+    for name in ("zoo_game.py", "zoo_games.py", "zoo_gymnasium.py", "zoo_references.py"):
         zoo.update((HERE / name).read_bytes())
     zoo.update(json.dumps([recipe(task, method, 0), suite(task)], sort_keys=True).encode())
     return f"{library_version()}-{zoo.hexdigest()[:8]}"
@@ -274,89 +263,6 @@ def key(record: dict[str, Any]) -> tuple[str, str, int, str]:
     return record["task"], record["method"], record["seed"], record["version"]
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
-def table(records: Sequence[dict[str, Any]], library: str | None = None) -> str:
-    """Markdown: tasks x methods, mean score over seeds and the lowest; medians and counts for each half.
-
-    library: the version of lmrl whose cells to show (None: that of the last record). Of a cell that was run several
-    times, the last counts.
-    """
-    if not records:
-        return "no cells yet"
-    library = library or records[-1]["version"].rsplit("-", 1)[0]
-    cells = {
-        (one["task"], one["method"], one["seed"]): one for one in records if one["version"].startswith(f"{library}-")
-    }
-    methods = [method for method in METHODS if any(method == cell[1] for cell in cells)]
-    lines = [
-        f"lmrl/ at {library}; mean score over seeds (lowest).",
-        "",
-        "| task | " + " | ".join(methods) + " |",
-        "|---" * (len(methods) + 1) + "|",
-    ]
-    for which in ("first", "second"):
-        tasks = [task for task in half(which) if any(task == cell[0] for cell in cells)]
-        found = {
-            (task, method): [one for cell, one in cells.items() if cell[:2] == (task, method)]
-            for task in tasks
-            for method in methods
-        }
-        lines += [
-            f"| {task} | " + " | ".join(_entry(found[task, method]) for method in methods) + " |" for task in tasks
-        ]
-        for name, summary in SUMMARIES.items() if tasks else ():
-            columns = [
-                [one["score"] for task in tasks for one in found[task, method] if one["error"] is None]
-                for method in methods
-            ]
-            entries = [summary(scores) if scores else "" for scores in columns]
-            lines.append(f"| **{which} half, {name}** | " + " | ".join(entries) + " |")
-    return "\n".join(lines)
-
-
-SUMMARIES = {
-    "median cell": lambda scores: f"{statistics.median(scores):.2f}",
-    "cells below 0.5": lambda scores: f"{sum(one < 0.5 for one in scores)} of {len(scores)}",
-    "cells below 0": lambda scores: f"{sum(one < 0 for one in scores)} of {len(scores)}",
-}
-
-
-def _entry(records: Sequence[dict[str, Any]]) -> str:
-    scores = [one["score"] for one in records if one["error"] is None]
-    failed = f"{len(records) - len(scores)} failed" if len(scores) < len(records) else ""
-    mean = f"{statistics.fmean(scores):.2f} ({min(scores):.2f})" if scores else ""
-    return " ".join(filter(None, [mean, failed]))
-
-
-def references() -> str:
-    """Markdown: of each task its half, limits and exact expected returns."""
-    lines = [
-        "| task | half | turns | history | states | random | one step of improvement | optimum | reward scale |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for which in ("first", "second"):
-        for task in half(which):
-            game = GAMES[task]
-            low, middle, high = random_play(game).value, improved(game).value, optimum(game)
-            lines.append(
-                f"| {task} | {which} | {game.turns} | {game.history} | {len(high.values[-1])} | {low:.4f} | {middle:.4f} "
-                f"| {high.value:.4f} | {game.scale:g} |"
-            )
-    return "\n".join(lines)
-
-
-def decoding(betas: Sequence[float] = (4, 16, 64, 256)) -> str:
-    """Markdown: of each task the score of decoding by the exact Q of random play, beside one step of improvement on it."""
-    lines = [f"| task | half | {' | '.join(f'beta {beta:g}' for beta in betas)} |", "|---|---|" + "---|" * len(betas)]
-    for which in ("first", "second"):
-        for task in half(which):
-            game = GAMES[task]
-            low, high = random_play(game).value, improved(game).value
-            scores = [(decoded(game, random_play(game), beta) - low) / (high - low) for beta in betas]
-            lines.append(f"| {task} | {which} | {' | '.join(f'{score:.2f}' for score in scores)} |")
-    return "\n".join(lines)
-
-
 # ---------------------------------------------------------------------------------------------------------------- main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -385,7 +291,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit("terminated"))
         run(args)
     elif args.command == "table":
-        print(table(read(args.out), args.tree))
+        print(table(read(args.out), METHODS, args.tree))
     elif args.command == "references":
         print(references())
     elif args.command == "decoding":

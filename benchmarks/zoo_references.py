@@ -9,7 +9,7 @@ from collections.abc import Collection
 from functools import cache
 from itertools import accumulate
 
-from zoo_games import Game, Solution, State, evaluate, greedy, optimum, uniform
+from zoo_game import Game, Solution, State, evaluate, greedy, optimum, uniform
 
 
 @cache

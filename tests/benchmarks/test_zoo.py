@@ -14,7 +14,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import zoo
-from zoo_games import GAMES, Bandit, Blackjack, Guess, Lock, TwoArms, _reachable, evaluate, greedy, optimum, uniform
+import zoo_games
+import zoo_tables
+from zoo_game import evaluate, greedy, optimum, reachable, uniform
+from zoo_games import GAMES, Bandit, Blackjack, Guess, Lock, TwoArms
 from zoo_references import decoded, deviation, improved, random_play, within
 
 from lmrl.policy.tokenizers import build_tokenizer
@@ -105,7 +108,7 @@ def test_within_leaves_out_what_data_do_not_hold():
 def test_probabilities_sum_to_one(game):
     specification = game()
     assert sum(probability for probability, _ in specification.starts()) == pytest.approx(1)
-    for legal in _reachable(specification)[-1].values():
+    for legal in reachable(specification)[-1].values():
         for outcomes in legal.values():
             assert sum(probability for probability, _, _ in outcomes) == pytest.approx(1)
 
@@ -114,7 +117,7 @@ def test_probabilities_sum_to_one(game):
 def test_simulator_draws_from_outcomes(game):
     environment, draws = game(), 2000
     environment.reset(seed=0)
-    choices = [(s, a, o) for s, legal in _reachable(environment)[1].items() for a, o in legal.items()]
+    choices = [(s, a, o) for s, legal in reachable(environment)[1].items() for a, o in legal.items()]
     state, action, outcomes = max(choices, key=lambda choice: len(choice[2]))
     expected, counted = Counter(), Counter()
     for probability, reward, after in outcomes:
@@ -200,8 +203,8 @@ def test_set_is_as_varied_as_it_says():
 def test_halves_depend_on_names_alone():
     names = list(GAMES)
     random.Random(0).shuffle(names)
-    assert zoo.split(names) == zoo.half("all") == zoo.half("first") + zoo.half("second")
-    assert zoo.half("first") == "bandit stock two_arms lock taxi recall cliff_walking code".split()
+    assert zoo_games.split(names) == zoo_games.half("all") == zoo_games.half("first") + zoo_games.half("second")
+    assert zoo_games.half("first") == "bandit stock two_arms lock taxi recall cliff_walking code".split()
 
 
 def test_decoding_goes_from_random_play_to_its_improvement():
@@ -266,10 +269,10 @@ def test_run_skips_finished_cells_and_keeps_failures(tmp_path, monkeypatch):
     zoo.run(arguments)
     assert called == [("guess", 0), ("guess", 1)]
     assert [json.loads(line)["error"] for line in out.read_text().splitlines()] == [None, "Traceback\nValueError: no"]
-    assert "0.75 (0.75) 1 failed" in zoo.table(zoo.read(out))
+    assert "0.75 (0.75) 1 failed" in zoo_tables.table(zoo.read(out), zoo.METHODS)
     zoo.run(arguments)  # the finished one is left as it is, the failed one is tried again
     assert called[2:] == [("guess", 1)]
-    assert "0.75 (0.75) |" in zoo.table(zoo.read(out))
+    assert "0.75 (0.75) |" in zoo_tables.table(zoo.read(out), zoo.METHODS)
 
 
 def test_failed_process_leaves_its_error(tmp_path, monkeypatch):
@@ -284,7 +287,9 @@ def test_table_counts_low_cells():
         return {"task": task, "method": method, "seed": seed, "version": "v-1", "score": score, "error": None}
 
     old = {**cell("stock", "ppo", 7, 0.9), "version": "u-1"}
-    text = zoo.table([old, cell("stock", "ppo", 0, 0.25), cell("stock", "ppo", 1, -0.75), cell("guess", "mc", 0, 0.5)])
+    text = zoo_tables.table(
+        [old, cell("stock", "ppo", 0, 0.25), cell("stock", "ppo", 1, -0.75), cell("guess", "mc", 0, 0.5)], zoo.METHODS
+    )
     assert "| stock | -0.25 (-0.75) |  |" in text
     assert "| **first half, cells below 0.5** | 2 of 2 |  |" in text
     assert "| **first half, cells below 0** | 1 of 2 |  |" in text
