@@ -68,5 +68,7 @@ def test_a_file_or_a_player_has_neither(tmp_path):
             DataError, match=f"a.jsonl: `{given}` selects from a dataset on the hub, but this is a file"
         ):
             open_rows(str(tmp_path / "a.jsonl"), Selection(**{given: "x"}))
-    with pytest.raises(RecipeError, match="source: `config` and `revision` belong to a dataset on the hub, and `player` uses none"):
+    with pytest.raises(
+        RecipeError, match="source: `config` and `revision` belong to a dataset on the hub, and `player` uses none"
+    ):
         load_recipe("random_walks/bc", ["source.config=x"])
