@@ -1,10 +1,10 @@
-"""Recipes and data rows, mutated at random: every run ends well, or with one line that says what is wrong.
+"""Recipes and data rows, mutated at random: every run succeeds, or ends with one line that says what is wrong.
 
     python benchmarks/fuzz.py --mutations 2000 --seed 0 --out fuzz.jsonl [--seconds 170]   # goes on where it stopped
 
 A mutation changes a small recipe (its keys, values, types, nesting, its YAML text, an override) or one of the rows of its data
 (prompts, chats, pairs, logged episodes), and `lmrl show`, `lmrl train --dry-run` or a training of one step is run on it in this
-process. A defect is whatever else than
+process. A defect is anything other than
 
 - exit code 0, 2, or one of lmrl's own errors (1, 3), each with its line, short and free of control characters;
 - files inside the run folder alone (none at all of `show` and `--dry-run`), and no leftovers among temporary files;
@@ -90,7 +90,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     counts = Counter((line["kind"], line["outcome"]) for line in lines)
     rows = [[kind, *(str(counts[kind, name]) for name in names)] for kind in sorted({line["kind"] for line in lines})]
     rows.append(["all", *(str(sum(counts[kind, name] for kind, _, *_ in rows)) for name in names)])
-    head = [["mutated", "ends well", "refused (2)", "fails by name (1, 3)", "defect"], ["---"] * 5]
+    head = [["mutated", "succeeds", "refused (2)", "fails by name (1, 3)", "defect"], ["---"] * 5]
     return "\n".join(f"| {' | '.join(row)} |" for row in head + rows)
 
 

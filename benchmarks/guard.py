@@ -1,14 +1,15 @@
-"""What the guard does about runs that are broken on purpose, on small tasks that were not used to set its thresholds.
+"""What the guard does about runs that are broken on purpose, on small tasks that its thresholds were not set on.
 
     python benchmarks/guard.py run --seeds 0,1 --out guard.jsonl [--case rate_x30]   # goes on where it stopped
     python benchmarks/guard.py table --out guard.jsonl
 
-A cell is a recipe, an injury and a seed: a small model imitates random walks on a graph, and is then improved by PPO or GRPO, while
-what it plays, or its weights, are tampered with. Evaluation is not: scores are by the true reward. `none` is the same run unharmed.
+A cell is a recipe, a fault and a seed: a small model imitates random walks on a graph, and is then improved by PPO or
+GRPO, while its episodes or weights are tampered with. Evaluation is not: it scores by the true reward. `none` is the
+same run without a fault.
 
-The table: runs in which a detector of the injury spoke, the steps from the injury until it did, and the share of the best evaluation
-so far (above the start) that the final policy has. Beside a reward that is constant, or whose opposite is paid, nothing can be
-gained after the injury; there the best is what was reached before it.
+The table: the runs in which a detector of the fault warned, the steps from the fault until it did, and the share of the
+best evaluation so far (above the start) that the final policy keeps. With a constant or reversed reward nothing can be
+gained after the fault, so the best is what was reached before it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from lmrl.training.stage import Stage
 from lmrl.trajectories.trajectory import Trajectory
 
 STEPS, FROM = 100, 51
-"""Length of the tampered stage, and its first step with an injury that sets in late."""
+"""Length of the tampered stage, and the first step with a fault that sets in late."""
 SIZES = [
     "model.config.hidden_size=32",
     "model.config.intermediate_size=64",
@@ -61,7 +62,7 @@ GRAPHS = (7, 8, 9, 10, 11)
 METRIC = "optimality"
 
 
-# ------------------------------------------------------------------------------------------------------------- injuries
+# --------------------------------------------------------------------------------------------------------------- faults
 def reversed_reward(one: Trajectory, step: int) -> None:
     if step >= FROM:
         repay(one, -one.reward)
@@ -101,8 +102,8 @@ def blown_up_values(stage: Stage, step: int) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """An injury. episode, stage: what it does to an episode as it was played, and to a stage before a step. changes: to the recipe.
-    expected: detectors of which one has to speak; since: the step at which it sets in."""
+    """A fault. episode, stage: what it does to a played episode, and to a stage before a step. changes: to the recipe.
+    expected: detectors of which one has to warn. since: the step at which it sets in."""
 
     expected: tuple[str, ...]
     changes: tuple[str, ...] = ()
@@ -142,12 +143,12 @@ def run(case: Case, method: str, seed: int) -> dict[str, Any]:
                 case.episode(one, name[-1])
         return episodes
 
-    def injured(self: Stage, step: int) -> None:
+    def faulty(self: Stage, step: int) -> None:
         if case.stage and self.name == "main":
             case.stage(self, step)
         step_of(self, step)
 
-    Sampler.play, Stage._step = tampered, injured
+    Sampler.play, Stage._step = tampered, faulty
     started = time.monotonic()
     try:
         with tempfile.TemporaryDirectory() as scratch:
@@ -181,7 +182,7 @@ def run(case: Case, method: str, seed: int) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| injury | method | found | steps until found | rolled back | ended early | share of the best retained, lowest |"
+        "| fault | method | found | steps until found | rolled back | ended early | share of the best retained, lowest |"
     ]
     lines.append("|---|---|---|---|---|---|---|")
     for case in CASES:

@@ -74,7 +74,7 @@ def command(
         raise RecipeError("--dry-run tries a recipe from its start: leave --resume out")
     is_run = name is not None and (Path(name) / RECIPE_FILE).is_file()
     if is_run and not resume:
-        raise RecipeError(f"'{name}' is a run folder: go on with it by --resume")
+        raise RecipeError(f"'{name}' is a run folder: continue it with --resume")
     recipe = None
     if name is not None and not is_run:
         recipe = load_recipe(name, overrides or [])

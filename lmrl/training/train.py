@@ -85,7 +85,7 @@ def train(
     overrides = [*objects_as_overrides({key: value for key, value in given.items() if value is not None}), *overrides]
     if isinstance(recipe, str | Path) and (Path(recipe) / RECIPE_FILE).is_file():
         if not resume or output is not None:
-            raise RunError(f"'{recipe}' is a run folder: go on with it by resume=True, without output")
+            raise RunError(f"'{recipe}' is a run folder: continue it with resume=True, without output")
         again = load_recipe(Path(recipe) / RECIPE_FILE, overrides) if overrides else None
         return resume_run(Path(recipe), again, display)
     if not isinstance(recipe, Recipe):
@@ -226,7 +226,7 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
             compared, problem = _before_after(run, display)
             trackers.table("before_after", SCORE_COLUMNS, score_rows(flat(compared)), MAIN_STAGE, steps)
     except Interrupted:
-        display.say(f"interrupted; go on with: lmrl train {run.folder} --resume")
+        display.say(f"interrupted; continue with: lmrl train {run.folder} --resume")
         raise
     except LmrlError as error:
         if error.exit_code == 2 and not resumed:  # refused: the folder is free for the next try
@@ -310,8 +310,8 @@ def _train_stage(parts: StageParts, accelerator: Any) -> bool:
 def _reward_model_stage(parts: StageParts) -> RewardModelStage:
     if distributed.size() > 1:
         raise RunError(
-            f"a reward_model stage trains in one process, but this is a launch of {distributed.size()}: train it alone, and go on "
-            "with the run by --resume, or name its checkpoint as a reward"
+            f"a reward_model stage trains in one process, but this is a launch of {distributed.size()}: train it alone, then "
+            "continue the run with --resume, or name its checkpoint as a reward"
         )
     from lmrl.training.reward_model import RewardModelStage  # trl takes seconds to import
 

@@ -275,7 +275,7 @@ RUNS = [
         r"run holds a run without its recipe.yaml: put that back and resume",
     ),
     ([cut("run/recipe.yaml")], "train run --resume", r"run/recipe.yaml"),
-    ([], "train run", r"'run' is a run folder: go on with it by --resume"),
+    ([], "train run", r"'run' is a run folder: continue it with --resume"),
     ([], "train runn --resume", r"there is no run folder 'runn' to resume"),
     ([], "train runs/walks --resume", r"there is no run folder 'runs/walks' to resume"),
     ([], "train random_walks/bc -o run", r"run holds a run: continue it with --resume, or choose another --output"),

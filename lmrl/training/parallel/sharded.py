@@ -107,8 +107,8 @@ class DeepSpeedStrategy(Strategy):
         self._undo_idle_steps()
         if not finite:
             raise NonFiniteError(
-                "a loss is not finite while its gradient is, by which DeepSpeed goes: it has updated the weights; go on from the "
-                "last checkpoint by --resume, with a lower learning rate"
+                "a loss is not finite although its gradient is, which is all that DeepSpeed checks: it has updated the weights; continue "
+                "from the last checkpoint with --resume and a lower learning rate"
             )
         return norm
 
