@@ -1,4 +1,4 @@
-"""The games of zoo.py that it brings along; those of gymnasium are in zoo_gymnasium.py, what a game is in zoo_game.py."""
+"""The games of zoo.py, except those of gymnasium (zoo_gymnasium.py); zoo_game.py says what a game is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from zoo_gymnasium import Blackjack, CliffWalking, FrozenLake, Taxi
 
 # --------------------------------------------------------------------------------------------------- knowing too little
 class Guess(Game):
-    """A number from 1 to 15, told only whether it is higher or lower than the last guess; -1 a wrong guess."""
+    """A number from 1 to 15, told only whether it is higher or lower than the last guess; -1 per wrong guess."""
 
     name, turns, illegal, highest = "guess", 8, -2.0, 15
 
@@ -42,7 +42,7 @@ class Guess(Game):
 
 
 class Code(Game):
-    """Two of four colours in an order; a guess is told how many are exact and how many misplaced; -5 a wrong one."""
+    """Two of four colours in an order; each guess is told how many are exact and how many misplaced; -5 per wrong guess."""
 
     name, turns, scale, illegal = "code", 6, 5.0, -2.0
     colours = ("red", "blue", "green", "white")
@@ -77,7 +77,7 @@ def _marks(code: str, guess: str) -> str:
 
 
 class Recall(Game):
-    """Three colours are shown one by one and then asked for; 1 for each that is right."""
+    """Three colours are shown one by one and then asked for; 1 per right answer."""
 
     name, turns = "recall", 6
     colours, asked = ("red", "blue", "green", "white"), ("first", "second", "third")
@@ -103,7 +103,7 @@ class Recall(Game):
 
 
 class Haggle(Game):
-    """Sell to someone whose limit, 1 to 8, is hidden; who refuses a price may leave (0.2) or hear another. Earns it x 10."""
+    """Sell to a buyer with a hidden limit, 1 to 8, who leaves after a price above it with probability 0.2. Earns price x 10."""
 
     name, turns, scale, highest, leaves = "haggle", 5, 10.0, 8, 0.2
 
@@ -128,7 +128,7 @@ class Haggle(Game):
 
 
 class Bandit(Game):
-    """Six pulls of three arms, each of which wins with 0.2 or 0.8, as likely; 1 a win."""
+    """Six pulls of three arms, each of which wins with probability 0.2 or 0.8, equally likely; 1 per win."""
 
     name, turns = "bandit", 6
     arms, chances = ("red", "blue", "green"), (0.2, 0.8)
@@ -158,7 +158,7 @@ def _put(items: tuple, place: int, item: Any) -> tuple:
 
 
 class TwoArms(Game):
-    """Sixteen pulls of two arms, one of which wins with 0.7 and the other with 0.3; 0.01 a win."""
+    """Sixteen pulls of two arms, one of which wins with probability 0.7 and the other with 0.3; 0.01 per win."""
 
     name, turns, scale, chance = "two_arms", 16, 0.01, 0.7
 
@@ -181,7 +181,7 @@ class TwoArms(Game):
 
 
 class Offers(Game):
-    """Up to eight offers, 1 to 10, as likely: take one (it is earned, x 0.1) or pass it for good."""
+    """Up to eight offers, 1 to 10, equally likely: take one (earns it x 0.1) or pass it for good."""
 
     name, turns, scale, highest = "offers", 8, 0.1, 10
 
@@ -200,7 +200,7 @@ class Offers(Game):
 
 # ------------------------------------------------------------------------------------------------------ seeing it all
 class Sort(Game):
-    """Sort four letters by swapping neighbours; -0.1 a swap that does not finish it."""
+    """Sort four letters by swapping neighbours; -0.1 per swap that does not finish it."""
 
     name, turns, history, scale, illegal = "sort", 7, 1, 0.1, -2.0
     swaps = {"front": 0, "middle": 1, "back": 2}
@@ -222,7 +222,7 @@ class Sort(Game):
 
 
 class Lock(Game):
-    """A lock that opens after five letters in the right order, always the same; a wrong one starts over. Earns 100."""
+    """A lock that opens after five letters in a fixed order; a wrong letter starts over. Opening earns 100."""
 
     name, turns, history, scale, illegal = "lock", 8, 1, 100.0, -0.1
     letters, combination = "abcd", "cadbc"
@@ -268,7 +268,7 @@ class Stock(Game):
 
 
 class Harvest(Game):
-    """Fish from a lake of at most six: what is left multiplies, an empty lake is the end; 10 a fish."""
+    """Fish from a lake of at most six: what is left multiplies, an empty lake ends the episode; 10 per fish."""
 
     name, turns, history, scale, room = "harvest", 8, 1, 10.0, 6
     growth = {0: ((1.0, 0),), 1: ((0.5, 0), (0.5, 1))}

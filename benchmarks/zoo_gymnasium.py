@@ -16,7 +16,7 @@ class Table(Game):
     words: tuple[str, ...]
     columns: int
     first: tuple[int, ...]
-    """Start states, as likely."""
+    """Start states, equally likely."""
 
     @classmethod
     def table(cls) -> dict[int, dict[int, list[tuple[float, int, float, bool]]]]:
