@@ -127,7 +127,7 @@ class Policy(nn.Module):
                     continue
                 kind = type(trunk).__name__
                 raise ModelError(f"training.gradient_checkpointing: {kind} does not support it; leave it out")
-            trunk.gradient_checkpointing_enable()
+            trunk.gradient_checkpointing_enable()  # type: ignore[no-untyped-call,unused-ignore]  # typed in some releases
             layers = (module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer))
             self._checkpointed += [layer for layer in layers if layer.gradient_checkpointing]
 
