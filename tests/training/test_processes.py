@@ -116,6 +116,7 @@ def command(folder: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "lmrl", "train", "random_walks/ppo", *STEPS, "--output", str(folder), *more]
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_may_change(tmp_path):
     """A checkpoint of two processes goes on with one: what it plays is the same, and so is what it learns up to rounding."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
