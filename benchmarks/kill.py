@@ -29,18 +29,11 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests import forking
+from tests.conftest import TINY_LLAMA
 from tests.launcher import launch, start
 from tests.runs import assert_same_run
 
-TINY = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
+TINY = TINY_LLAMA | {"num_hidden_layers": 1}
 COMMON: dict[str, Any] = {
     "model": {"config": TINY},
     "rollouts": {"prompts": 4, "samples": 4, "max_new_tokens": 8},
