@@ -21,11 +21,12 @@ UNITS = (
 )
 """Folders below tests/ that hold unit tests, and the files beside them."""
 SLOW = re.compile(
-    r"\b(train|dry_run|resume_run|Updater|simulate\w*)\(|\b(subprocess|multiprocessing|Popen|fork|kill|fuzz)\b|\bworkers="
+    r"\b(train|dry_run|resume_run|Updater|simulate\w*|exec|range\(SEEDS)\b[()]|\b(subprocess|multiprocessing|Popen|fork|kill|fuzz)\b"
+    r"|\bworkers="
 )
-"""What the source of a test has that trains a policy, starts a process, or tries hundreds of inputs."""
+"""What the source of a test has that trains a policy, starts a process, runs a notebook, or tries hundreds of inputs."""
 SLOW_FIXTURES = {"ilql_run", "tiny_folder"}
-SLOW_MARKS = {"smollm2", "vllm"}
+SLOW_MARKS = {"slow", "smollm2", "vllm"}
 
 
 def is_fast(item: Any) -> bool:
