@@ -137,12 +137,12 @@ class GroupPolicyGradient(PolicyGradient):
 
     def _scaled(self, advantages_K: torch.Tensor, turns: Turns) -> torch.Tensor:
         match self.options.scale_rewards:
-            case "group":
-                scale_K = group_scales(turns)
-                return torch.where(scale_K > 0, advantages_K / torch.where(scale_K > 0, scale_K, 1.0), 0.0)
             case "batch":
                 return over_batch_scale(advantages_K)
-        return advantages_K
+            case "none":
+                return advantages_K
+        scale_K = group_scales(turns)
+        return torch.where(scale_K > 0, advantages_K / torch.where(scale_K > 0, scale_K, 1.0), 0.0)
 
     @staticmethod
     def _measure(groups: list[list[Trajectory]]) -> dict[str, float]:

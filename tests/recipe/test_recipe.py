@@ -183,3 +183,21 @@ def test_a_stage_name_cannot_leave_the_run(tmp_path, name):
     with pytest.raises(LmrlError, match=r"^stages: '.* cannot name a stage.*\(.*mine.yaml, line \d+\)$") as caught:
         load_recipe(path)
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "divisor"),
+    [
+        ("{prompts: {path: rows.jsonl}, rewards: [{function: lmrl.reward_models.answers.exact}]}", "group"),
+        ("{environment: random_walks}", "batch"),
+    ],
+)
+def test_divisor_of_grpo_depends_on_the_task(task, divisor, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    text = (
+        f"model: {{config: {{model_type: llama}}}}\ntask: {task}\nobjective: {{name: grpo}}\nrollouts: {{samples: 4}}"
+    )
+    file = write(tmp_path, text)
+    recipe = load_recipe(file)
+    assert recipe.objective.scale_rewards == "auto" and recipe.resolved_objective.scale_rewards == divisor
+    assert load_recipe(file, ["objective.scale_rewards=none"]).resolved_objective.scale_rewards == "none"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -167,9 +167,10 @@ class GroupObjective(PolicyGradientObjective):
     `kl_coef` weights the divergence in the reward with rloo and reinforce_pp, and a loss term (k3) with grpo and dr_grpo.
     """
 
-    scale_rewards: Literal["group", "batch", "none"] = "none"
+    scale_rewards: Literal["auto", "group", "batch", "none"] = "none"
     """Divisor of advantages: the group's standard deviation, the batch's, or none, so that the size of updates depends on the
-    scale of rewards. With per-turn rewards it is one number for all turns."""
+    scale of rewards. With per-turn rewards it is one number for all turns. auto: the group's for prompts, the batch's for
+    episodes of several turns."""
     mask_cut: bool = False
     """Leave episodes with a turn that was cut off by the token limit out of the loss (overlong filtering, DAPO, arXiv
     2503.14476); they still count in the baseline."""
@@ -194,12 +195,17 @@ class GroupObjective(PolicyGradientObjective):
         if self.compares_samples and recipe.rollouts.samples == 1:
             yield f"objective '{self.name}' compares samples of the same prompt: set rollouts.samples to 2 or more"
 
+    def resolved(self, recipe: Recipe) -> Self:
+        if self.scale_rewards != "auto":
+            return self
+        return self.model_copy(update={"scale_rewards": "group" if isinstance(recipe.task, PromptTask) else "batch"})
+
 
 class GRPOObjective(GroupObjective):
     """GRPO: rewards standardised within the group, loss averaged over each episode's tokens (Shao et al., arXiv 2402.03300)."""
 
     name: Literal["grpo"]
-    scale_rewards: Literal["group", "batch", "none"] = "group"
+    scale_rewards: Literal["auto", "group", "batch", "none"] = "auto"
     """Divisor of advantages (see above)."""
 
 
@@ -215,7 +221,7 @@ class RLOOObjective(GroupObjective):
     """RLOO: rewards minus the mean of the others in the group, loss summed over tokens (Ahmadian et al., arXiv 2402.14740)."""
 
     name: Literal["rloo"]
-    scale_rewards: Literal["group", "batch", "none"] = "batch"
+    scale_rewards: Literal["auto", "group", "batch", "none"] = "batch"
     """Divisor of advantages (see above)."""
 
 
