@@ -1,6 +1,7 @@
 """The cost of the loop itself: the share of a PPO step that is spent outside model code, and where.
 
     python benchmarks/overhead.py --model FOLDER [--engine vllm] [--steps 6] [--threads 2]
+    python benchmarks/overhead.py --model FOLDER --game maze [--episodes 256] [--turns 10]
 
 Model code is the policy's passes (without and with gradient) and the backward pass, the engine's passes (hf: logits of the
 next token; vLLM: its own scheduler and sampling), the update of the weights (norm, clipping, AdamW) and the reward functions
@@ -42,6 +43,9 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--batch", type=int, default=32, help="prompts per step, with one completion each")
     parser.add_argument("--microbatch", type=int, default=8)
+    parser.add_argument("--game", help="a shipped environment instead of prompts")
+    parser.add_argument("--episodes", type=int, default=256, help="concurrent episodes per step (with --game)")
+    parser.add_argument("--turns", type=int, default=10, help="turns per episode, at most (with --game)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5, help="the first is not counted, the last one is profiled")
     parser.add_argument("--json", type=Path)
@@ -162,21 +166,31 @@ def wrap_library(meter: Meter, engine: str) -> None:
 def train(args: argparse.Namespace, scratch: Path) -> None:
     import lmrl
 
-    overrides = {
+    shared = {
         "model.path": args.model,
-        "task.prompts.path": cut_prompts(args.model, args.prompts, args.prompt_tokens, scratch / "prompts.jsonl"),
-        "rollouts.prompts": args.batch,
-        "rollouts.max_new_tokens": args.new_tokens,
         "objective.value_warmup_steps": 0,
         "training.steps": args.steps,
         "training.checkpoint_every": 0,
         "training.threads": args.threads,
-        "training.microbatch_tokens": args.microbatch * (args.prompt_tokens + args.new_tokens),
         "evaluation.suite": "null",
         "evaluation.diagnostics_every": 0,  # would run in the last step
         **engine_overrides(args),
     }
-    lmrl.train("sentiment/ppo", assignments(overrides), output=scratch / "run")
+    if args.game:
+        recipe = {
+            "task": {"environment": args.game, "max_turns": args.turns},
+            "rollouts": {"prompts": args.episodes, "max_new_tokens": 8},
+            "objective": {"name": "ppo"},
+        }
+        lmrl.train(recipe, assignments(shared), output=scratch / "run")
+        return
+    overrides = {
+        "task.prompts.path": cut_prompts(args.model, args.prompts, args.prompt_tokens, scratch / "prompts.jsonl"),
+        "rollouts.prompts": args.batch,
+        "rollouts.max_new_tokens": args.new_tokens,
+        "training.microbatch_tokens": args.microbatch * (args.prompt_tokens + args.new_tokens),
+    }
+    lmrl.train("sentiment/ppo", assignments(shared | overrides), output=scratch / "run")
 
 
 # ----------------------------------------------------------------------------------------------------------------- report
