@@ -84,8 +84,8 @@ def no_signal(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: b
     share = mean(row["alike"] for row in rows)
     if gained:
         return (
-            f"no signal left: rewards have risen and are now all equal in {share:.0%} of groups; stop here, or give the "
-            "task harder prompts"
+            f"no signal left: rewards have risen and are now all equal in {share:.0%} of groups: if the score is good, stop "
+            "here or give the task harder prompts, else raise objective.entropy_coef"
         )
     if of.self_play:
         return (
