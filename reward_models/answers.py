@@ -14,15 +14,20 @@ NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 FINAL = re.compile(r"####\s*(.+)|\\boxed\{([^{}]*)\}", re.MULTILINE)
 
 
+def _answer_text(wanted: object) -> str:
+    """An answer as text: 7 for 7.0, because columns of a table that also have fractions or gaps hold only floats."""
+    return str(int(wanted)) if isinstance(wanted, float) and wanted.is_integer() else str(wanted)
+
+
 def exact(completions: list, answer: list, ignore_case: bool = True, **_) -> list[float | None]:
     """1 if a completion is the row's `answer`, up to white space, Unicode form, a final full stop and, if `ignore_case`, case."""
 
-    def normal(text: object) -> str:
-        text = " ".join(unicodedata.normalize("NFKC", str(text)).split()).rstrip(".")
+    def normal(text: str) -> str:
+        text = " ".join(unicodedata.normalize("NFKC", text).split()).rstrip(".")
         return text.casefold() if ignore_case else text
 
     return [
-        None if wanted is None else float(normal(text_of(completion)) == normal(wanted))
+        None if wanted is None else float(normal(text_of(completion)) == normal(_answer_text(wanted)))
         for completion, wanted in zip(completions, answer, strict=True)
     ]
 
@@ -63,7 +68,7 @@ def extracted(
     rewards: list[float | None] = []
     for completion, wanted in zip(completions, answer, strict=True):
         found = found_in(text_of(completion))
-        right = None if wanted is None else float(found is not None and plain(found) == plain(str(wanted)))
+        right = None if wanted is None else float(found is not None and plain(found) == plain(_answer_text(wanted)))
         rewards.append(right)
     return rewards
 

@@ -118,6 +118,14 @@ def test_rows_of_every_kind_are_read(rows):
     assert list(open_rows(objects.Names()(rows))) == ROWS
 
 
+def test_missing_values_of_a_data_frame_are_none():
+    frame = pandas.DataFrame({"prompt": ["a", "b"], "answer": ["x", None], "number": [1.5, float("nan")]})
+    assert list(open_rows(objects.Names()(frame))) == [
+        {"prompt": "a", "answer": "x", "number": 1.5},
+        {"prompt": "b", "answer": None, "number": None},
+    ]
+
+
 def test_other_objects_are_not_data():
     lmrl.provide(rows=3)
     with pytest.raises(DataError, match="python:rows: a int is not data"):

@@ -58,7 +58,7 @@ class DatasetOptions(SourceOptions):
     path: RowsPath | None = None
     """JSONL or Parquet, a folder of Parquet shards, or a dataset on the hub (see lmrl/trajectories/rows.py)."""
     split: str = "train"
-    """Split of a hub dataset; `config` and `revision` also apply only to the hub."""
+    """Split of a dataset on the hub or of `save_to_disk`; `config` and `revision` apply only to the hub."""
     config: str | None = None
     """Configuration of a hub dataset (null: its only or default one)."""
     revision: str | None = None

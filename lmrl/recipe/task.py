@@ -27,14 +27,14 @@ A reward's own `timeout` takes precedence; `url` and `model` have their own limi
 
 
 class Prompts(Section):
-    """Where prompts come from: a JSONL, Parquet or CSV file, or a dataset on the hub."""
+    """Where prompts come from: a JSONL, Parquet or CSV file, a folder of `save_to_disk`, or a dataset on the hub."""
 
     path: RowsPath | None = None
     """Null: the prompts of the logged episodes, `source.path`."""
     column: str = "prompt"
     """Column of the prompt. In preference data without it, the prompt is the common prefix of chosen and rejected."""
     split: str = "train"
-    """Split of a hub dataset; `config` and `revision` also apply only to the hub."""
+    """Split of a dataset on the hub or of `save_to_disk`; `config` and `revision` apply only to the hub."""
     config: str | None = None
     """Configuration of a hub dataset (null: its only or default one)."""
     revision: str | None = None
@@ -202,9 +202,9 @@ class AgentTask(Section):
     the tools of an MCP server. `rewards` judge the answer. `options`: `prompt` (the column with the question), `system`, `rounds`
     (maximum answers, 8), `seconds` per call (30) and `characters` of a result (4000)."""
     data: str
-    """Rows of tasks: a JSONL, Parquet or CSV file, or a hub dataset."""
+    """Rows of tasks: a JSONL, Parquet or CSV file, a folder of `save_to_disk`, or a hub dataset."""
     split: str = "train"
-    """Split of a hub dataset; `config` and `revision` also apply only to the hub."""
+    """Split of a dataset on the hub or of `save_to_disk`; `config` and `revision` apply only to the hub."""
     config: str | None = None
     """Configuration of a hub dataset (null: its only or default one)."""
     revision: str | None = None

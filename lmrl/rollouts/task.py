@@ -162,9 +162,11 @@ def task_texts(recipe: Recipe) -> list[str]:
         texts += dataset_texts(path, Selection.of(source))
     texts += [] if section is None else texts_of(section)
     if not texts and section is not None:
+        lacking = "its rows hold no text: fill their prompts"
+        if not isinstance(section, PromptTask | AgentTask):
+            lacking = f"environment '{section.environment}' has no texts(): add it"
         raise RecipeError(
-            f"model.config: a model from scratch takes its vocabulary from the task, but environment "
-            f"'{getattr(section, 'environment', '')}' has no texts(): add it, or set model.path"
+            f"model.config: a model from scratch takes its vocabulary from the task, but {lacking}, or set model.path"
         )
     return texts
 

@@ -1,4 +1,5 @@
-"""Files of rows, opened for random access: JSONL (plain or gzipped), Parquet (a file or a folder), CSV, the hub.
+"""Files of rows, opened for random access: JSONL (plain or gzipped), Parquet (a file or a folder), CSV, folders that
+`datasets` has saved, the hub.
 
 Plain JSONL and Parquet stay on disk, so they may be larger than memory.
 """
@@ -30,7 +31,7 @@ SCAN_ROWS = 256
 @dataclass(frozen=True)
 class Selection:
     """How rows are read: for a dataset on the hub its split, configuration (None: the only or default one) and revision
-    (None: main); and names of fields with the columns that hold them."""
+    (None: main), for a saved one its split; and names of fields with the columns that hold them."""
 
     split: str = "train"
     config: str | None = None
@@ -225,7 +226,7 @@ class Given(Rows):
 
 def open_rows(path: str, part: Selection = Selection()) -> Rows:
     """The rows of a file, of a folder of Parquet shards, of an object (`python:NAME`), or (the `part` of it) of a
-    dataset on the hub."""
+    dataset on the hub or saved by `save_to_disk`."""
     file = Path(path)
     rows: Rows
     if file.exists() and (given := next((name for name in ("config", "revision") if getattr(part, name)), None)):
@@ -235,10 +236,7 @@ def open_rows(path: str, part: Selection = Selection()) -> Rows:
     if is_object(path):
         rows = _open_object(path)
     elif file.is_dir():
-        shards = sorted(file.glob("*.parquet"))
-        if not shards:
-            raise DataError(f"{path}: the folder holds no Parquet shards (*.parquet)")
-        rows = _open_parquet(shards)
+        rows = _open_folder(file, part)
     elif not file.is_file():
         refuse_missing(path, "data", "dataset")
         rows = _open_hub(path, part)
@@ -267,6 +265,17 @@ def quiet_datasets() -> Any:
 
     datasets.disable_progress_bars()
     return datasets
+
+
+def _open_folder(folder: Path, part: Selection) -> Table:
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return _open_saved(folder, part)
+    shards = sorted(folder.glob("*.parquet"))
+    if not shards:
+        raise DataError(
+            f"{folder}: the folder holds neither Parquet shards (*.parquet) nor a dataset of `save_to_disk`; name a file in it"
+        )
+    return _open_parquet(shards)
 
 
 def _open_parquet(shards: list[Path]) -> Table:
@@ -300,12 +309,31 @@ def _open_object(name: str) -> Rows:
     if isinstance(rows, list):
         return Given(name, rows)
     if hasattr(rows, "iterrows"):
-        return Given(name, rows.to_dict("records"))
+        return Given(name, _records(rows))
     if not hasattr(rows, "column_names"):
         raise DataError(
             f"{name}: a {type(rows).__name__} is not data: pass a list of mappings, a datasets.Dataset or a pandas data frame"
         )
     return Table(rows, [(name, len(rows))])
+
+
+def _records(frame: Any) -> list[Row]:
+    """A pandas frame's rows, with None for missing values, which pandas keeps as NaN, NaT or NA."""
+    columns = {name: frame[name].astype(object).where(frame[name].notna(), None) for name in frame.columns}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _open_saved(folder: Path, part: Selection) -> Table:
+    """A dataset that `save_to_disk` has written; of several splits, `part.split`."""
+    try:
+        saved = quiet_datasets().load_from_disk(str(folder))
+    except Exception as error:  # the library wraps Arrow's errors
+        raise DataError(f"{folder}: cannot be read: {str(error).strip().splitlines()[0]}") from error
+    if isinstance(saved, dict):
+        if part.split not in saved:
+            raise DataError(f"{folder}: has no split '{part.split}' (splits: {', '.join(saved)}); set `split`")
+        saved = saved[part.split]
+    return Table(saved, [(str(folder), len(saved))])
 
 
 def _open_hub(name: str, part: Selection) -> Table:

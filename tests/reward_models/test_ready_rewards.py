@@ -23,6 +23,13 @@ def test_exact():
     assert run("answers.exact", message, answer=["Paris"]).values == [1.0]
 
 
+@pytest.mark.parametrize("name", ["exact", "extracted"])
+def test_whole_floats_of_a_table_are_integers(name):
+    """A column of 7, 2.5 and a gap is read as 7.0, 2.5 and nan or None."""
+    found = run(f"answers.{name}", ["7", "2.5", "7.0"], answer=[7.0, 2.5, "7.0"])
+    assert found.values == [1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("completion", "answer", "value"),
     [

@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 
 from lmrl.errors import DataError, RecipeError
@@ -29,6 +30,16 @@ def two_configs(tmp_path, monkeypatch):
 def test_config_and_split_choose_the_rows(two_configs):
     assert list(files._open_hub(str(two_configs), Selection("train", "short")).scan()) == [{"prompt": "short"}]
     assert list(files._open_hub(str(two_configs), Selection("test", "long")).scan()) == [{"prompt": "long"}]
+
+
+def test_a_saved_dataset_is_read_by_split(tmp_path):
+    rows = {name: datasets.Dataset.from_list([{"prompt": name}]) for name in ("train", "test")}
+    datasets.DatasetDict(rows).save_to_disk(tmp_path / "both")
+    rows["test"].save_to_disk(tmp_path / "one")
+    assert list(open_rows(str(tmp_path / "both"), Selection("test"))) == [{"prompt": "test"}]
+    assert list(open_rows(str(tmp_path / "one"))) == [{"prompt": "test"}]
+    with pytest.raises(DataError, match=r"both: has no split 'dev' \(splits: train, test\); set `split`"):
+        open_rows(str(tmp_path / "both"), Selection("dev"))
 
 
 def test_errors_name_config_split_and_revision(two_configs):

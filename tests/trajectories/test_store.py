@@ -7,8 +7,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lmrl.errors import DataError, RunError
+from lmrl.errors import DataError, RecipeError, RunError
 from lmrl.policy.tokenizers import build_tokenizer
+from lmrl.recipe.files import load_recipe
+from lmrl.rollouts.task import task_texts
 from lmrl.trajectories.files import JsonLines, open_rows, read_rows
 from lmrl.trajectories.recorder import Recorder
 from lmrl.trajectories.render import Renderer
@@ -186,6 +188,13 @@ def test_vocabulary_from_nested_text(tmp_path):
     assert set("".join(dataset_texts(lines(tmp_path / "a.jsonl", rows)))) == set("abcdef")
 
 
+def test_rows_without_text_give_no_vocabulary(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"prompt": 5}])
+    recipe = load_recipe("grpo", ["model.path=x", f"prompts={path}", "rewards=lmrl.reward_models.shaping.length"])
+    with pytest.raises(RecipeError, match=r"its rows hold no text: fill their prompts, or set model\.path"):
+        task_texts(recipe)
+
+
 # --------------------------------------------------------------------------------------------------------- files of rows
 def test_file_kinds(tmp_path):
     rows = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
@@ -207,7 +216,7 @@ def test_file_kinds(tmp_path):
         with pytest.raises(DataError, match=message):
             read_rows(str(tmp_path / name))
     (tmp_path / "folder").mkdir()
-    with pytest.raises(DataError, match="holds no Parquet shards"):
+    with pytest.raises(DataError, match="holds neither Parquet shards"):
         open_rows(str(tmp_path / "folder"))
 
 
