@@ -26,7 +26,8 @@ class TextEnvironment(gymnasium.Env):
     - `allowed_actions()`: the texts that may answer the last observation (None: any). With `task.allowed_actions=true`
       the policy samples one of these, each by its own probability among them.
     - `texts()`: samples of all observations and actions, from which a model built from scratch takes its vocabulary.
-    - `info["metrics"]` of the last step: a dict of numbers that evaluation reports along with `return`.
+    - `info["metrics"]` of the last step: a dict of numbers (or None: not measured) that evaluation reports along with
+      `return`.
     - `version`: text or a number that changes with what the environment does; `lmrl replay` names it.
     - `metric_limits`: the lowest and highest possible value of such metrics and of `return`, by name; 95 % intervals
       stay within. Metrics that are always 0 or 1 need none.

@@ -43,14 +43,16 @@ def take_step(
     )
     observation, reward = check_text(observation), checked_reward(reward)
     terminated, truncated = checked_flag("terminated", terminated), checked_flag("truncated", truncated)
-    metrics: dict[str, float | None] = {name: float(value) for name, value in info.get("metrics", {}).items()}
-    return observation, reward, terminated, truncated, metrics
+    return observation, reward, terminated, truncated, checked_metrics(info)
 
 
 def check_text(observation: Any) -> Any:
     """Observations are text; a prompt may also be a list of messages."""
     if not isinstance(observation, str | list):
-        raise TypeError(f"the observation is a {type(observation).__name__}, expected text")
+        raise TypeError(
+            f"the observation is a {type(observation).__name__}, expected text: write it out, or register the game with "
+            "gymnasium and name it gymnasium:MODULE:ID"
+        )
     return observation
 
 
@@ -79,6 +81,23 @@ def checked_reward(value: Any) -> float:
         raise TypeError(f"step() returned the reward {value!r:.60} ({type(value).__name__}); expected a number")
     if not math.isfinite(value):
         raise ValueError(f"step() returned the reward {value}")
+    return float(value)
+
+
+def checked_metrics(info: dict[str, Any]) -> dict[str, float | None]:
+    """The metrics of a step's info: finite numbers, or None if there is nothing to measure."""
+    metrics = info.get("metrics", {})
+    if not isinstance(metrics, dict):
+        raise TypeError(f"step() returned info['metrics']={metrics!r:.60}; expected an object of numbers")
+    return {name: None if value is None else _metric(name, value) for name, value in metrics.items()}
+
+
+def _metric(name: str, value: Any) -> float:
+    value = _plain(value)
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise TypeError(
+            f"step() returned the metric '{name}'={value!r:.60} ({type(value).__name__}); expected a finite number, or None"
+        )
     return float(value)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium.utils import seeding
 
 from lmrl.environments.base import TextEnvironment
-from lmrl.environments.calls import check_text, checked_flag, checked_reward, unpacked
+from lmrl.environments.calls import check_text, checked_flag, checked_metrics, checked_reward, unpacked
 from lmrl.errors import PluginError
 from lmrl.foreign import foreign
 
@@ -70,7 +70,7 @@ class Referee:
         self.game = game
         self.moves: list[Move] = []
         self.totals = [0.0] * game.num_players
-        self.metrics: dict[str, float] = {}
+        self.metrics: dict[str, float | None] = {}
         self.terminated = self.truncated = False
 
     @property
@@ -111,11 +111,11 @@ class Referee:
             )
         rewards = [checked_reward(reward) for reward in given]
         self.terminated, self.truncated = checked_flag("terminated", terminated), checked_flag("truncated", truncated)
-        self.metrics = {name: float(value) for name, value in info.get("metrics", {}).items()}
+        self.metrics = checked_metrics(info)
         self.totals = [total + reward for total, reward in zip(self.totals, rewards, strict=True)]
         return rewards
 
-    def metrics_of(self, player: int) -> dict[str, float]:
+    def metrics_of(self, player: int) -> dict[str, float | None]:
         """The game's own metrics, and `won`: 1 if this player earned more than every other."""
         others = [total for other, total in enumerate(self.totals) if other != player]
         return self.metrics | {"won": float(bool(others) and self.totals[player] > max(others))}

@@ -217,7 +217,7 @@ class Stage:
         self.engine.release_memory()
         batch = self.objective.prepare(self.policy, source_batch.learn)
         if not distributed.all_max(len(batch.sequences)):  # no episodes to compare
-            return measure(source_batch.learn) | batch.stats | {"updates": 0}
+            return measure(source_batch.learn, batch.stats) | batch.stats | {"updates": 0}
         updates: list[dict[str, float]] = []
         rejected: dict[str, float] = {}
         with distributed.prompt():  # all ranks are here, and none has much more to do than the others
@@ -230,7 +230,8 @@ class Stage:
                 updates.append(stats)
                 self.engine.stale = True
                 stop_on_nonfinite(self, step, self.attempt, stats)
-        return measure(source_batch.learn) | batch.stats | mean_of(updates) | rejected | {"updates": len(updates)}
+        stats = batch.stats | mean_of(updates) | rejected | {"updates": len(updates)}
+        return measure(source_batch.learn, stats) | stats
 
     def _minibatches(self, step: int, batch: Batch) -> Iterator[Batch]:
         """This rank's parts of the minibatches of all epochs, about as costly as the other ranks'."""

@@ -191,7 +191,13 @@ class Returning(TextEnvironment):
         ),
         (None, r"step\(\) returned a NoneType; expected observation"),
         (("o", 1.0, True, False, None), r"step\(\) returned the info None; expected an object"),
-        ((7, 1.0, True, False, {}), "the observation is a int, expected text"),
+        ((7, 1.0, True, False, {}), "the observation is a int, expected text: .* name it gymnasium:MODULE:ID"),
+        (("o", 1.0, True, False, {"metrics": 3}), r"step\(\) returned info\['metrics'\]=3; expected an object"),
+        (
+            ("o", 1.0, True, False, {"metrics": {"x": "high"}}),
+            r"the metric 'x'='high' \(str\); expected a finite number",
+        ),
+        (("o", 1.0, True, False, {"metrics": {"x": float("nan")}}), r"the metric 'x'=nan \(float\); expected a finite"),
     ],
 )
 def test_what_step_returns_is_checked(tokenizer, result, message):
@@ -204,7 +210,9 @@ def test_what_step_returns_is_checked(tokenizer, result, message):
 
 
 def test_numbers_of_numpy_and_torch_are_numbers(tokenizer):
-    result = ("o", np.float32(1.5), np.bool_(True), torch.tensor(False), {})
+    metrics = {"x": np.float32(0.5), "y": torch.tensor(2), "z": None}
+    result = ("o", np.float32(1.5), np.bool_(True), torch.tensor(False), {"metrics": metrics})
     task = Task(type("Environment", (Returning,), {"result": result}), Renderer(tokenizer), [0], [0])
     (episode,) = Sampler(task).play_scripted("one", [0], ("x",))
     assert episode.reward == 1.5 and episode.terminated and episode.failure is None
+    assert episode.metrics == {"x": 0.5, "y": 2.0, "z": None}

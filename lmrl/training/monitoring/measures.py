@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 
 from lmrl import distributed
 from lmrl.accelerators import has_memory
+from lmrl.evaluation.scoring import RESERVED
 from lmrl.training.monitoring.reward_hacking import repetition
 from lmrl.trajectories.rows import to_row
 from lmrl.trajectories.trajectory import Trajectory
 
 SAMPLES_KEPT, FAILED_KEPT = 8, 64
 """Samples per step that are written to samples.jsonl with their text; and of unjudged ones, with the cause."""
+OWN = (
+    *("stage", "step", "kind", "time", "reward_std", "cut", "repetition"),
+    *("failed", "skipped", "dropped", "staleness", "updates"),
+)
+"""Names that lmrl itself gives to what it records of a step, in addition to RESERVED and the objective's statistics."""
 EPISODE = ("group", "episode", "seed", "start", "turns", "final_observation", "terminated")
 """Fields of lmrl's own format (see lmrl/trajectories/rows.py) that a sample of an environment's episode keeps."""
 
 
-def measure(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Means of reward, components, metrics and length over the processes' episodes, and the spread of the reward."""
-    rows = distributed.all_gather([numbers_of(trajectory) for trajectory in trajectories])
+def measure(trajectories: Sequence[Trajectory], taken: Collection[str] = ()) -> dict[str, float]:
+    """Means of reward, components, metrics and length over the processes' episodes, and the spread of the reward.
+
+    taken: see `numbers_of`.
+    """
+    rows = distributed.all_gather([numbers_of(trajectory, taken) for trajectory in trajectories])
     columns: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row.items():
@@ -37,14 +46,16 @@ def measure(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     return found | {name: sum(column) / len(column) for name, column in columns.items() if name not in found}
 
 
-def numbers_of(trajectory: Trajectory) -> dict[str, float]:
-    """The numbers of one episode."""
+def numbers_of(trajectory: Trajectory, taken: Collection[str] = ()) -> dict[str, float]:
+    """The numbers of one episode. A metric of its environment with a name in OWN or `taken` becomes `component/NAME`."""
     found = {"length": trajectory.num_actions, "cut": float(bool(trajectory.cut_turns))}
     if trajectory.reward is not None:
         found["reward"] = trajectory.reward
     for name, value in {**trajectory.components, **trajectory.metrics}.items():
         if value is not None:
-            found[f"reward/{name}" if name in trajectory.components else name] = value
+            is_taken = name in OWN or name in RESERVED or name in taken
+            own = f"component/{name}" if is_taken else name
+            found[f"reward/{name}" if name in trajectory.components else own] = value
     return found
 
 
