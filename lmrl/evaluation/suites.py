@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from lmrl.errors import RecipeError
-from lmrl.recipe import AgentTask, Choices, PromptTask, Rollouts, Section, TaskSection
+from lmrl.recipe import Choices, PromptTask, Rollouts, Section, TaskSection
 from lmrl.recipe.document import Document, read_yaml
 from lmrl.recipe.files import find_yaml, merge
 from lmrl.recipe.methods import spelled_out, take_arguments
@@ -36,13 +36,21 @@ class Suite(Section):
     samples: int = Field(1, ge=1)
     """Episodes from each start state."""
     metrics: list[str] = Field(["return"], min_length=1)
-    """Columns of tables; the first is the main one, which also names the best checkpoint."""
+    """Columns of tables; the first is the main one, which also names the best checkpoint. Unset: `reward` if the task
+    has rewards, `acc` for `choices`, otherwise `return`."""
     seed: int = Field(0, ge=0)
     choices: Choices | None = None
     """Score given answers to the prompts by their log-likelihood, instead of sampled ones by rewards."""
     run_code: bool | None = None
     """True: rewards may run code that the policy writes. False: they do run such code, and `lmrl eval` requires
     --run-code."""
+
+    @model_validator(mode="after")
+    def _choose_metric(self) -> Suite:
+        if "metrics" not in self.model_fields_set:
+            rewards = getattr(self.task, "rewards", None)
+            self.metrics = ["acc" if self.choices else "reward" if rewards else "return"]
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Suite:
@@ -135,13 +143,8 @@ def own_suite(task: dict[str, Any], rollouts: dict[str, Any], overrides: Sequenc
         apply_override(document, override)
     resolve_files(document.data, document.folder)
     suite = validate(Suite, document)
-    if isinstance(suite.task, AgentTask):
-        judged = bool(suite.task.rewards) and "metrics" not in document.data
-        return suite.model_copy(update={"metrics": ["reward"]}) if judged else suite
-    if not isinstance(suite.task, PromptTask):
-        return suite
-    if not any(reward.weight for reward in suite.task.rewards):
+    if isinstance(suite.task, PromptTask) and not any(reward.weight for reward in suite.task.rewards):
         raise RecipeError(
             "task.rewards: the policy's own task has no reward to score it by: name a suite, --suite NAME"
         )
-    return suite.model_copy(update={"metrics": ["reward"]}) if "metrics" not in document.data else suite
+    return suite

@@ -31,6 +31,20 @@ def test_a_suite_that_does_not_follow_runs_stays_as_it_is(tmp_path):
     assert load_suite(tmp_path / "own.yaml", task={"environment": "random_walks", "graph": 7}).task.graph == 2
 
 
+@pytest.mark.parametrize(
+    ("suite", "metric"),
+    [
+        ("task: {environment: maze}", "return"),
+        ("task: {prompts: {path: a.jsonl}, rewards: [{function: lmrl.reward_models.shaping.length}]}", "reward"),
+        ("task: {prompts: {path: a.jsonl}}\nchoices: {texts: options, right: answer}", "acc"),
+    ],
+)
+def test_the_main_metric_of_a_suite_that_names_none(tmp_path, suite, metric):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    (tmp_path / "own.yaml").write_text(suite)
+    assert load_suite(tmp_path / "own.yaml").metrics == [metric]
+
+
 def test_names_of_lmrls_own_metrics_stay_its_own():
     from lmrl.evaluation.scoring import summarize_trajectories
     from lmrl.trajectories.trajectory import Trajectory
