@@ -19,7 +19,7 @@ from lmrl.evaluation.evaluate import Evaluator
 from lmrl.evaluation.log import in_order, is_log, logs_in, play_into_log
 from lmrl.evaluation.rescoring import rescore_log
 from lmrl.evaluation.scoring import Scores, check_metrics
-from lmrl.evaluation.suites import Suite, allow_code, load_suite, own_suite
+from lmrl.evaluation.suites import Suite, allow_code, load_suite, own_suite, refuse_unscored
 from lmrl.policy.load import open_policy
 from lmrl.policy.policy import Policy
 from lmrl.recipe.files import locate_rewards
@@ -148,6 +148,8 @@ def evaluate(
         evaluator = evaluator_for(
             contender, suite, overrides, trust_remote_code, given=given, run_code=run_code, endpoint=endpoint
         )
+        if log is None:
+            refuse_unscored(evaluator.suite)
         given = NamedSuite(evaluator.suite, evaluator.name)
         for label, scores, played in score_rows(evaluator, contender, betas, log, len(found) > 1, part):
             rows[label], episodes[label] = scores, played

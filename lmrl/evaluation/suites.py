@@ -130,6 +130,15 @@ def refuse_code(suite: Suite) -> None:
         )
 
 
+def refuse_unscored(suite: Suite) -> None:
+    """Raise RecipeError for prompts that nothing scores: their return would be 0."""
+    if isinstance(suite.task, PromptTask) and not suite.task.rewards and suite.choices is None:
+        raise RecipeError(
+            "task.rewards: the suite has no reward to score its prompts by: add one (or `choices`), or keep the answers, "
+            "--log LOG, and score them later, lmrl eval --rescore LOG"
+        )
+
+
 def own_suite(task: dict[str, Any], rollouts: dict[str, Any], overrides: Sequence[str] = ()) -> Suite:
     """The suite that a run's own task makes: fresh episodes of an environment, or prompts, sampled as the run sampled.
 

@@ -45,6 +45,14 @@ def test_the_main_metric_of_a_suite_that_names_none(tmp_path, suite, metric):
     assert load_suite(tmp_path / "own.yaml").metrics == [metric]
 
 
+def test_prompts_that_nothing_scores_are_refused(tiny_folder, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "own.yaml").write_text("task: {prompts: {path: a.jsonl}}\nrollouts: {max_new_tokens: 2}\n")
+    with pytest.raises(RecipeError, match=r"^task.rewards: the suite has no reward .*--rescore LOG$"):
+        lmrl.evaluate(tiny_folder, tmp_path / "own.yaml")
+    assert lmrl.evaluate(tiny_folder, tmp_path / "own.yaml", log=tmp_path / "log").metrics["length"]["n"] == 1
+
+
 def test_names_of_lmrls_own_metrics_stay_its_own():
     from lmrl.evaluation.scoring import summarize_trajectories
     from lmrl.trajectories.trajectory import Trajectory
