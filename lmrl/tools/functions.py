@@ -57,6 +57,8 @@ class PythonTool:
         self.name: str = getattr(call, "__name__", type(call).__name__)
         target = call.__call__ if inspect.isclass(call) else call
         skipped = 1 if inspect.isclass(call) else 0
+        if inspect.isclass(call):
+            _check_made_without_arguments(call, self.name, key)
         self.arguments = _model_of(target, self.name, key, skipped)
         self.text = inspect.cleandoc(getattr(call, "__doc__", None) or "").partition("\n\n")[0]
 
@@ -109,7 +111,8 @@ class ToolBox:
             async with asyncio.timeout(self.seconds) as limit:
                 if inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(getattr(call, "__call__", None)):  # noqa: B004
                     return as_text(await call(**given))
-                return as_text(await in_thread(lambda: call(**given)))
+                result = await in_thread(lambda: call(**given))
+                return as_text(await result if inspect.isawaitable(result) else result)  # of a decorated async function
         except ToolLost:
             raise
         except ToolFailed as error:
@@ -175,6 +178,15 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def _check_made_without_arguments(cls: type, name: str, key: str) -> None:
+    try:
+        inspect.signature(cls).bind()
+    except TypeError as error:
+        raise PluginError(f"{key}: class '{name}' is made without arguments, but {error}: give it a default") from error
+    except ValueError:
+        pass  # written in C
+
+
 def _model_of(call: Callable[..., Any], name: str, key: str, skipped: int) -> type[BaseModel]:
     """The parameters of a function as a model that checks them."""
     parameters = list(inspect.signature(call).parameters.values())[skipped:]
@@ -188,6 +200,8 @@ def _model_of(call: Callable[..., Any], name: str, key: str, skipped: int) -> ty
             raise PluginError(
                 f"{key}: '{name}' takes *{parameter.name}, which cannot be described to a model: name its parameters"
             )
+        if parameter.name.startswith("_"):
+            raise PluginError(f"{key}: parameter '{parameter.name}' of '{name}' begins with _: give it another name")
         if parameter.name not in hints:
             raise PluginError(f"{key}: parameter '{parameter.name}' of '{name}' has no type hint: add one")
         default = ... if parameter.default is parameter.empty else parameter.default

@@ -1,6 +1,7 @@
 """Tools in Python: how they are described, checked, run and limited."""
 
 import asyncio
+import functools
 import time
 from typing import Literal
 
@@ -117,12 +118,34 @@ def test_a_class_is_made_anew_for_each_episode():
     assert run([Counter], ("Counter", {})) == ["1"]
 
 
+def test_a_decorated_async_function_is_awaited():
+    @functools.wraps(wait)
+    def logged(**arguments):
+        return wait(**arguments)
+
+    assert run([logged], ("wait", {"seconds": 0}), ("wait", {"seconds": 9}), seconds=0.2) == [
+        "waited",
+        "error: timed out after 0.2 s",
+    ]
+
+
 def test_what_cannot_be_described_is_refused():
     def bare(a): ...
     def many(*a: int): ...
     def odd(a: object()): ...  # noqa: F821
+    def private(_a: int): ...
 
-    for tool, said in ((bare, "has no type hint"), (many, "takes \\*a"), (odd, "cannot be (read|described)")):
+    class Needs:
+        def __init__(self, key): ...
+        def __call__(self, a: int): ...
+
+    for tool, said in (
+        (bare, "has no type hint"),
+        (many, "takes \\*a"),
+        (odd, "cannot be (read|described)"),
+        (private, "parameter '_a' of 'private' begins with _"),
+        (Needs, "class 'Needs' is made without arguments, but missing a required argument: 'key'"),
+    ):
         with pytest.raises(PluginError, match=said):
             PythonTool(tool)
     with pytest.raises(PluginError, match="two tools are called 'divide'"):
