@@ -11,6 +11,7 @@ import numpy as np
 
 from lmrl.environments import environment_factory, limits_of
 from lmrl.environments.calls import begin_episode, take_step
+from lmrl.environments.games import GameEnvironment
 from lmrl.errors import LmrlError
 from lmrl.findings import Finding
 from lmrl.recipe import EpisodeLimits
@@ -62,6 +63,8 @@ def check_environment(task: EpisodeLimits, episodes: int = EPISODES) -> Iterator
         if same
         else "same seed and actions, different episode: draw from self.np_random",
     )
+    if isinstance(environment, GameEnvironment):
+        yield _turns(environment.game.num_players, played)
     ended = sum(one.ended for one in played)
     yield Finding(
         "ends by itself",
@@ -89,6 +92,8 @@ class _Played:
         self.trace: list[Any] = []
         self.texts: list[str] = []
         self.ended, self.seconds = False, 0.0
+        self.movers: set[int] = set()
+        """Players of a game that had a turn."""
 
 
 def _player(environment: Any) -> str:
@@ -115,7 +120,15 @@ def _play(environment: Any, seed: int, player: str, turns: int) -> _Played:
         if terminated or truncated:
             played.ended = True
             break
+    if isinstance(environment, GameEnvironment):
+        played.movers = {player for player, _ in environment.referee.moves}
     return played
+
+
+def _turns(players: int, played: list[_Played]) -> Finding:
+    idle = [player for player in range(players) if not any(player in one.movers for one in played)]
+    detail = f"player {idle[0] + 1} of {players} never has one: step() says in self.to_move who is next" if idle else ""
+    return Finding("all players have turns", None if idle else True, detail or f"{players} players")
 
 
 def _picklable(environment: Any) -> Finding:

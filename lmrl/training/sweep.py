@@ -136,6 +136,10 @@ def sweep(
     columns = dict.fromkeys(column for point in points for column in point.columns)
     if rows and columns:
         display.console.print(sweep_table(rows, columns))
+    elif not rows and not failed:
+        display.say(
+            f"no run was evaluated, so there are no scores to compare: set evaluation.every, or lmrl eval {folder}/*/"
+        )
     if failed:
         raise SweepError(
             f"{len(failed)} of {len(points)} runs failed: {', '.join(failed)} (each has a .log in {folder})"

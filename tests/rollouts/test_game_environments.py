@@ -9,11 +9,13 @@ from typer.testing import CliRunner
 import lmrl
 from lmrl import cli
 from lmrl.environments import GameEnvironment, environment_factory
+from lmrl.environments.check import check_environment
 from lmrl.environments.games import Referee
 from lmrl.environments.nim import Nim
 from lmrl.errors import PluginError, RecipeError
 from lmrl.recipe import CustomTask
-from tests.rollouts.echo import nim
+from tests.rollouts import echo
+from tests.rollouts.echo import Echo, nim
 
 
 class Own(lmrl.TextEnvironment):
@@ -82,3 +84,20 @@ def test_referee_counts_wins():
         referee.step(action)
     assert referee.totals == [1.0, -1.0] and referee.terminated
     assert (referee.metrics_of(0)["won"], referee.metrics_of(1)["won"]) == (1.0, 0.0)
+
+
+class Stuck(Echo):
+    """A game that forgets whose turn it is."""
+
+    def step(self, action):
+        result = super().step(action)
+        self.to_move = 0
+        return result
+
+
+@pytest.mark.parametrize(("name", "passed", "detail"), [("Echo", True, "players"), ("Stuck", None, "never has one")])
+def test_a_player_who_never_moves_is_found(name, passed, detail):
+    path = echo.__file__ if name == "Echo" else __file__
+    findings = {one.name: one for one in check_environment(CustomTask(environment=f"{path}:{name}"), episodes=2)}
+    found = findings["all players have turns"]
+    assert found.passed is passed and detail in found.detail

@@ -144,6 +144,14 @@ def test_a_sweep_keeps_what_finished_and_goes_on_past_failures(tmp_path):
     assert all(path.stat().st_mtime_ns == time_ for path, time_ in before.items() if path.name != ".lock")
 
 
+def test_a_sweep_without_evaluations_says_why_it_has_no_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lmrl.training.sweep._finished", lambda folder, point: True)
+    monkeypatch.setattr("lmrl.training.sweep._read", lambda folder, point: {})
+    sweep("random_walks/bc", TINY, ["training.seed=0,1"], tmp_path / "sweep")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no run was evaluated, so there are no scores to compare: set evaluation.every, or lmrl eval" in said
+
+
 def test_an_interrupt_ends_the_runs_and_lets_them_save(tmp_path):
     folder = tmp_path / "sweep"
     settings = [*TINY[1:], "training.steps=100000", "training.checkpoint_every=0", "evaluation.suite=null"]
