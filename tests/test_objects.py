@@ -132,6 +132,10 @@ def test_other_objects_are_not_data():
         open_rows("python:rows")
     with pytest.raises(RecipeError, match="prompts: expected a list of mappings.*got a int"):
         lmrl.train("grpo", prompts=3)
+    with pytest.raises(RecipeError, match="got a list with a str"):
+        lmrl.train("grpo", prompts=["a"])
+    with pytest.raises(RecipeError, match="got an empty list"):
+        lmrl.train("grpo", prompts=[])
 
 
 # ------------------------------------------------------------------------------------------------------------------- runs

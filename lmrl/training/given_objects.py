@@ -39,9 +39,15 @@ def objects_as_overrides(given: Mapping[str, Any]) -> list[str]:
         elif is_kind(value, kind):
             value = names(value)
         elif not isinstance(value, str | Path):
-            raise RecipeError(f"{name}: expected {EXPECTED[kind]}, got a {type(value).__name__}")
+            raise RecipeError(f"{name}: expected {EXPECTED[kind]}, got {_described(value)}")
         overrides.append(f"{key}={json.dumps(value, default=str)}")
     return overrides
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, list):
+        return f"a {type(value).__name__}"
+    return f"a list with a {type(value[0]).__name__}" if value else "an empty list"
 
 
 def at_hand(folder: str | Path | None) -> list[str]:
