@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -232,10 +232,11 @@ def difference(first: Played, second: Played, metric: str, scoring: Scoring) -> 
     groups = [group for group, _ in keys]
     gaps = [one[key] - other[key] for key in keys]
     limits = gap_limits(scoring.limits_of(metric, first.trajectories), [*one.values(), *other.values()])
-    summary = summarize(gaps, groups, limits, scoring.fixed, scoring.unit)
+    clusters = scoring.clusters(groups, first.trajectories)
+    summary = summarize(gaps, clusters, limits, scoring.fixed, scoring.unit)
     by_group = [group_means(groups, [side[key] for key in keys]) for side in (one, other)]
     signs = [_sign(a, b) for a, b in zip(*by_group, strict=True)]
-    p = p_value(gaps, groups, limits, scoring.fixed)
+    p = p_value(gaps, clusters, limits, scoring.fixed)
     if control is not None:
         sides = [keyed_values(each, control, scoring) for each in (first, second)]
         others = [sides[0][key] - sides[1][key] for key in keys]
@@ -255,7 +256,7 @@ def difference(first: Played, second: Played, metric: str, scoring: Scoring) -> 
         len(keys),
         summary["clusters"],
         correlation(*by_group),
-        prompts_needed(gaps, groups, scoring.fixed) if control is None else None,
+        prompts_needed(gaps, clusters, scoring.fixed) if control is None else None,
         summary["holds_for"],
         scoring.unit,
         scoring.fixed,
@@ -318,10 +319,10 @@ def correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
     return math.fsum((x - a) * (y - b) for x, y in zip(one, other, strict=True)) / math.sqrt(spread)
 
 
-def prompts_needed(gaps: Sequence[float], groups: Sequence[int], fixed: bool = False) -> int | None:
+def prompts_needed(gaps: Sequence[float], clusters: Sequence[Hashable], fixed: bool = False) -> int | None:
     """Prompts with which a mean as large as that of `gaps` has a p-value below 0.05 in 4 of 5 comparisons; None where
     it is 0. Of fixed prompts: as many times the samples of each as this is the number of prompts."""
-    data = Clustered.of(gaps, groups)
+    data = Clustered.of(gaps, clusters)
     within = fixed and data.values > data.clusters
     variance, _ = within_clusters(data) if within else between_clusters(data)
     if data.mean == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import inf, isfinite
 from typing import Any, cast
@@ -10,13 +10,16 @@ from typing import Any, cast
 from lmrl.errors import RecipeError, did_you_mean
 from lmrl.evaluation.best_of import SeveralSamples, several_samples
 from lmrl.evaluation.statistics import UNIT, UNLIMITED, Limits, summarize
-from lmrl.trajectories.trajectory import Trajectory
+from lmrl.trajectories.trajectory import Trajectory, prompt_key
 
 Scores = dict[str, dict[str, Any]]
 LIMITS: dict[str, Limits] = {"length": (0.0, inf), "kl": UNLIMITED}
 """Limits of lmrl's own metrics."""
 RESERVED = ("reward", "return", "length", "kl", "normalized")
 """Names of lmrl's own metrics; a reward function or environment metric of that name is reported as `component/NAME`."""
+
+PROMPT = "prompt"
+"""The unit of prompts, as opposed to start states."""
 
 
 @dataclass
@@ -25,7 +28,7 @@ class Scoring:
 
     metrics: list[str]
     """The suite's metrics; the first is the main one."""
-    unit: str = "prompt"
+    unit: str = PROMPT
     """The name of what episodes of one group have in common."""
     limits: dict[str, Limits] = field(default_factory=dict)
     """Lowest and highest possible value, by metric."""
@@ -53,7 +56,8 @@ class Scoring:
         scores = summarize_trajectories(trajectories, self.unit, self.limits, self.fixed)
         for name in [*extra, *filter(several_samples, self.metrics)]:
             values, groups = self.values(name, trajectories, extra)
-            scores[name] = summarize(values, groups, self.limits_of(name, trajectories), self.fixed, self.unit)
+            clusters = self.clusters(groups, trajectories)
+            scores[name] = summarize(values, clusters, self.limits_of(name, trajectories), self.fixed, self.unit)
         main = self.metrics[0]
         if main not in scores:
             raise RecipeError(f"suite: there is no metric '{main}'{did_you_mean(main, scores)}")
@@ -77,6 +81,11 @@ class Scoring:
         named = [(value_of(one, metric), one.group) for one in trajectories]
         found = [(value, group) for value, group in named if value is not None]
         return [value for value, _ in found], [group for _, group in found]
+
+    def clusters(self, groups: Sequence[int], trajectories: Sequence[Trajectory]) -> list[Hashable]:
+        """The cluster of each group, see `cluster_of`."""
+        found = {one.group: cluster_of(one, self.unit) for one in trajectories}
+        return [found[group] for group in groups]
 
     def _of_groups(self, several: SeveralSamples, trajectories: Sequence[Trajectory]) -> tuple[list[float], list[int]]:
         groups: dict[int, list[Trajectory]] = {}
@@ -134,15 +143,21 @@ def summarize_trajectories(
 
     unit: the name of a group. limits: of metrics, by name. fixed: True if these are all the groups, see `summarize`.
     """
-    groups: dict[str, list[int]] = {}
+    clusters: dict[str, list[Hashable]] = {}
     for trajectory in trajectories:
         for name, _ in named_values(trajectory):
-            groups.setdefault(name, []).append(trajectory.group)
+            clusters.setdefault(name, []).append(cluster_of(trajectory, unit))
     limits = limits | LIMITS
     return {
-        name: summarize(values, groups[name], limits.get(name), fixed, unit)
+        name: summarize(values, clusters[name], limits.get(name), fixed, unit)
         for name, values in values_of(trajectories).items()
     }
+
+
+def cluster_of(trajectory: Trajectory, unit: str) -> Hashable:
+    """What an episode's value is clustered by: its group; rows of a file with the same prompt are one prompt. Episodes
+    of several turns may begin alike in different states."""
+    return prompt_key(trajectory.prompt) if unit == PROMPT and not trajectory.turns else trajectory.group
 
 
 def values_of(trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:

@@ -243,3 +243,20 @@ def test_shuffled_start_states_are_always_the_same(ilql_run):
     assert sorted(starts) == list(range(7)) and starts != sorted(starts) and starts == evaluator.starts()
     evaluator.suite.episodes = 3
     assert evaluator.starts() == starts[:3]
+
+
+def test_rows_with_the_same_prompt_are_one_prompt():
+    from lmrl.evaluation.scoring import summarize_trajectories
+    from lmrl.trajectories.trajectory import Trajectory
+
+    rewards = [0.0, 0.2, 0.3, 0.9, 0.5, 0.6]
+
+    def scored(groups):
+        episodes = [
+            Trajectory([], f"question {place % 3}", "", reward=reward, components={"right": reward}, group=group)
+            for place, (reward, group) in enumerate(zip(rewards, groups, strict=True))
+        ]
+        return summarize_trajectories(episodes, "prompt")["reward"]
+
+    twice, sampled = scored(range(6)), scored([0, 1, 2, 0, 1, 2])
+    assert twice == sampled and twice["clusters"] == 3
