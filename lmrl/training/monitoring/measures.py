@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from lmrl import distributed
 from lmrl.accelerators import has_memory
 from lmrl.evaluation.scoring import RESERVED
+from lmrl.process_memory import peak_resident_mb
 from lmrl.training.monitoring.reward_hacking import repetition
 from lmrl.trajectories.rows import to_row
 from lmrl.trajectories.trajectory import Trajectory
@@ -119,5 +118,4 @@ def peak_memory_mb() -> int:
     """Largest resident size of this process so far, or of the accelerator's memory if there is one."""
     if has_memory():
         return torch.accelerator.max_memory_allocated() // 2**20
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
+    return peak_resident_mb()
