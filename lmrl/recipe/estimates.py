@@ -18,6 +18,7 @@ from lmrl.recipe import (
     Recipe,
 )
 from lmrl.recipe.evaluations import is_imitation, own_plan
+from lmrl.recipe.held_episodes import held_bytes
 from lmrl.recipe.rates import UNKNOWN_SIZE, default_rates, with_rates
 
 PROCESS_MB = 450
@@ -36,6 +37,8 @@ VLLM_CACHE_GIB = 1.0
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 """Bytes of a weight in 4 bits: 64 weights share an 8-bit scale, and 256 scales share a 32-bit one (arXiv 2305.14314, section 3)."""
 ON_THEIR_WAY = "gradients on their way"
+OBSERVATION = 16
+"""A guess at the tokens of an observation, which only playing tells."""
 SPARE = 64
 """Columns of keys and values ahead of need, as in lmrl.policy.cache."""
 
@@ -160,7 +163,8 @@ def memory(recipe: Recipe, accelerator: bool = False) -> dict[str, float] | None
     libraries = (VLLM_PROCESS_MB if recipe.rollouts.engine == "vllm" else 0) + (
         0 if recipe.objective.leaves_policy else TRL_MB
     )
-    return megabytes | {"python": PROCESS_MB + libraries}
+    episodes = held_bytes(recipe, recipe.rollouts.max_new_tokens + OBSERVATION) / 2**20
+    return megabytes | ({"episodes": episodes} if episodes else {}) | {"python": PROCESS_MB + libraries}
 
 
 def _frozen_bytes(model: Model, shape: dict[str, int]) -> int:
@@ -257,7 +261,7 @@ def _tokens_an_episode(recipe: Recipe) -> int:
     logged = getattr(recipe.source, "max_tokens", None)
     if not recipe.source.plays and logged is not None:
         return int(logged) * recipe.objective.episodes_a_row
-    prompt = recipe.task.prompts.max_tokens if isinstance(recipe.task, PromptTask) else 16
+    prompt = recipe.task.prompts.max_tokens if isinstance(recipe.task, PromptTask) else OBSERVATION
     return recipe.rollouts.max_new_tokens + prompt
 
 
