@@ -1,9 +1,9 @@
-"""Predicted and measured peak memory of ten recipes on a CPU: how far `lmrl show` is off, and where.
+"""Predicted and measured peak memory of recipes on a CPU: how far `lmrl show` is off, and where.
 
     python benchmarks/memory.py [--only "PPO;DPO"] [--json FILE]
 
-Each recipe runs two steps in a separate process, one after the other, on one thread, with random llama and qwen2 models of 20 to
-60 million parameters, so that the memory of Python and torch does not dominate. Rows are random letters, one token each. Measured is
+Each recipe runs two steps in a separate process, one after the other, on one thread, with random llama and qwen2 models of 16 to
+135 million parameters, so that the memory of Python and torch does not dominate (but for two shipped recipes with tiny models). Rows are random letters, one token each. Measured is
 the peak resident set size that the run records, predicted is the estimate of `lmrl show` for the same recipe. A ratio of 1.2 or
 0.83 means that the prediction is off by 20 %.
 """
@@ -25,12 +25,23 @@ LLAMA = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "
 LLAMA |= {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 16384}
 QWEN = {"model_type": "qwen2", "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8}
 QWEN |= {"num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 32768, "tie_word_embeddings": True}
-MODELS = {"llama": LLAMA, "qwen2": QWEN}
+WIDE = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
+WIDE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 49152, "tie_word_embeddings": True}
+SMOL = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+}  # as SmolLM2-135M
+SMOL |= {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}
+MODELS = {"llama": LLAMA, "qwen2": QWEN, "wide": WIDE, "smol": SMOL}
 COMMON = ["training.steps=2", "training.checkpoint_every=0", "training.threads=1", "evaluation.suite=null"]
 FULL = ["model.lora=null"]
 PLAYED = ["prompts=PROMPTS", "rewards=REWARD:length"]
+LONG_ROWS = ["grpo", "prompts=WIDEPROMPTS", "rewards=REWARD:length", *FULL]  # 500 tokens, and 200 new ones
+LONG_ROWS += ["rollouts={prompts: 2, samples: 2, max_new_tokens: 200}", "training.microbatch_tokens=1024"]
 
-RECIPES: dict[str, tuple[str, list[str]]] = {
+RECIPES: dict[str, tuple[str | None, list[str]]] = {
     "imitation, all weights": (
         "llama",
         ["sft", "data.path=ROWS", *FULL, "source.batch_size=8", "training.microbatch_tokens=512"],
@@ -77,6 +88,31 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
         "qwen2",
         ["rm", "data.path=PAIRS", *FULL, "source.batch_size=4", "training.microbatch_tokens=512"],
     ),
+    "GRPO, rows of 700 tokens": ("wide", LONG_ROWS),
+    "GRPO, rows of 700 tokens, checkpointing": ("wide", [*LONG_ROWS, "training.gradient_checkpointing=true"]),
+    "imitation, LoRA, the size of SmolLM2-135M": (
+        "smol",
+        ["sft", "data.path=ROWS", "source.batch_size=2", "training.microbatch_tokens=128"],
+    ),
+    "DPO, LoRA, the size of SmolLM2-135M": (
+        "smol",
+        [
+            *("dpo", "data.path=PAIRS", "source.batch_size=2", "training.microbatch_tokens=256"),
+            *("evaluation.every=0", "evaluation.episodes=2"),
+        ],
+    ),
+    "reward model, LoRA": (
+        "qwen2",
+        ["rm", "data.path=PAIRS", "source.batch_size=2", "training.microbatch_tokens=512", "evaluation.episodes=2"],
+    ),
+    "random_walks/ppo": (None, ["random_walks/ppo", "stages.warmup.training.steps=2"]),
+    "maze/ilql": (
+        None,
+        [
+            *("maze/ilql", "stages.bc.training.steps=2", "stages.filtered_bc.training.steps=2"),
+            "stages.bc.evaluation.suite=null",
+        ],
+    ),
 }
 
 
@@ -87,15 +123,15 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print the parts of each prediction, and run nothing")
     parser.add_argument("--write-models", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.write_models:
-        write_models(args.write_models)
-        return
     words = args.only.split(";") if args.only else [""]
     chosen = [name for name in RECIPES if any(word in name for word in words)]
+    if args.write_models:
+        write_models(args.write_models, {RECIPES[name][0] for name in chosen})
+        return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_rows(folder)
-        call(__file__, "--write-models", folder)
+        call(__file__, "--write-models", folder, "--only", args.only or "")
         rows = []
         for name in chosen:
             rows.append({"recipe": name, **measure(folder, name, args.show)})
@@ -114,17 +150,18 @@ def measure(folder: Path, name: str, only_predict: bool) -> dict[str, Any]:
 
     model, (recipe, *overrides) = RECIPES[name]
     files = {"PROMPTS": "prompts", "ROWS": "rows", "LONG": "long", "PAIRS": "pairs", "REWARDED": "rewarded"}
+    files["WIDEPROMPTS"] = "long_prompts"
     for word, file in files.items():
         overrides = [one.replace(f"={word}", f"={folder / file}.jsonl") for one in overrides]
     overrides = [one.replace("=REWARD:", f"={folder / 'reward.py'}:") for one in overrides]
-    overrides = [f"model.path={folder / model}", *overrides, *COMMON]
+    overrides = [*([f"model.path={folder / model}"] if model else []), *overrides, *COMMON]
     parts = {part: round(size) for part, size in (memory(load_recipe(recipe, overrides)) or {}).items()}
     if only_predict:
         return {"predicted": sum(parts.values()), "parts": parts}
-    run = folder / name.replace(" ", "-")
+    run = folder / name.replace(" ", "-").replace("/", "-")
     call("-m", "lmrl", "train", recipe, *overrides, "--output", run)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    (found,) = (line for line in lines if line["kind"] == "memory")
+    found = [line for line in lines if line["kind"] == "memory"][-1]
     return {
         "predicted": found["predicted_mb"],
         "measured": found["measured_mb"],
@@ -153,11 +190,13 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------------ inputs
-def write_models(folder: Path) -> None:
+def write_models(folder: Path, names: set[str | None]) -> None:
     from lmrl.policy.load import load_policy
     from lmrl.recipe import Model
 
     for name, config in MODELS.items():
+        if name not in names:
+            continue
         positions = {"max_position_embeddings": 2048}
         load_policy(Model(config=config | positions), texts=lambda: [string.ascii_lowercase + " "]).save(folder / name)
 
@@ -172,6 +211,7 @@ def write_rows(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     write("prompts", [{"prompt": text(32)} for _ in range(64)])
+    write("long_prompts", [{"prompt": text(500)} for _ in range(16)])
     write("rows", [{"prompt": text(32), "completion": text(95)} for _ in range(64)])
     write("long", [{"prompt": text(32), "completion": text(991)} for _ in range(16)])
     write("pairs", [{"prompt": text(32), "chosen": text(95), "rejected": text(95)} for _ in range(64)])
