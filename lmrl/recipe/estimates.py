@@ -218,8 +218,7 @@ def _moments_bytes(recipe: Recipe, shape: dict[str, int]) -> Callable[..., int]:
 def _update_bytes(recipe: Recipe, shape: dict[str, int], width: int) -> dict[str, int]:
     """Bytes that a pass of an update keeps for its backward pass. width: bytes per number."""
     tokens = min(recipe.training.microbatch_tokens, recipe.arithmetic()["episodes"] * _tokens_an_episode(recipe))
-    # Attention input, q, k, v, output, two norms and three feed-forward maps are kept for the backward pass.
-    per_token = shape["layers"] * (10 * shape["hidden"] + 4 * shape["intermediate"]) * width
+    per_token = shape["layers"] * _kept_by_a_layer(recipe.model.lora, shape) * width
     # With checkpointing only the layers' inputs are kept, and one layer is computed again at a time.
     kept = shape["layers"] * shape["hidden"] * width + per_token // shape["layers"]
     learned, copy, *_ = _trained(recipe, shape)
@@ -229,6 +228,14 @@ def _update_bytes(recipe: Recipe, shape: dict[str, int], width: int) -> dict[str
         items["vocabulary slices"] = 3 * tokens * min(SLICE, shape["vocabulary"]) * 4
         items[ON_THEIR_WAY] = 4 * _largest_gradients(recipe, shape)
     return items
+
+
+def _kept_by_a_layer(lora: Lora | None, shape: dict[str, int]) -> int:
+    """Numbers that a layer keeps for each token until its backward pass."""
+    # The inputs of both norms, their outputs, q, the attended values; k and v; gate, its activation, up and their product.
+    kept = 6 * shape["hidden"] + 2 * shape["keys"] + 4 * shape["intermediate"]
+    # Trained norms keep what they scale; adapters keep the r numbers between their two matrices.
+    return kept + (2 * shape["hidden"] if lora is None else 7 * lora.r)
 
 
 def _largest_gradients(recipe: Recipe, shape: dict[str, int]) -> int:

@@ -1,12 +1,23 @@
 """Estimates of a recipe's parameters and memory, compared with what is built."""
 
+import json
+
 import pytest
 import torch
 
 from lmrl.objectives import load_objective
 from lmrl.policy import cache, heads
 from lmrl.policy.load import load_policy
-from lmrl.recipe import ILQLObjective, LikelihoodObjective, MCObjective, Model, PPOObjective, QSFTObjective, estimates
+from lmrl.recipe import (
+    ILQLObjective,
+    LikelihoodObjective,
+    Lora,
+    MCObjective,
+    Model,
+    PPOObjective,
+    QSFTObjective,
+    estimates,
+)
 from lmrl.recipe.estimates import arithmetic_line, evaluation_line, memory, memory_lines, model_shape
 from lmrl.recipe.files import load_recipe
 from lmrl.recipe.objectives.base import BINS
@@ -103,6 +114,54 @@ def test_memory_of_a_reward_model(tmp_path):
     given = [f"model.path={tmp_path}", f"data.path={tmp_path / 'pairs.jsonl'}", "model.lora=null"]
     found = memory(load_recipe("rm", given))
     assert found["python"] == estimates.PROCESS_MB + estimates.TRL_MB and "gradients on their way" not in found
+
+
+def test_memory_of_activations(tmp_path):
+    """Three layers of width 64 and 256, with 4 of 8 heads of keys: numbers per token by hand."""
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"num_attention_heads": 8, "num_key_value_heads": 4}))
+
+    def activations(model, *changes):
+        given = [f"model={{path: {tmp_path}, {model}}}", "source.batch_size=64", "training.microbatch_tokens=128"]
+        return memory(load_recipe("random_walks/bc", [*given, *changes]))["activations"] * 2**20
+
+    assert activations("lora: null") == 128 * 4 * 3 * (8 * 64 + 2 * 32 + 4 * 256)
+    assert activations("lora: {r: 5}") == 128 * 4 * 3 * (6 * 64 + 2 * 32 + 4 * 256 + 7 * 5)
+    checkpointed = 128 * 4 * (3 * 64 + 8 * 64 + 2 * 32 + 4 * 256)  # the layers' inputs, and one layer
+    assert activations("lora: null", "training.gradient_checkpointing=true") == checkpointed
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_activations_are_what_a_layer_keeps(tmp_path, lora):
+    """Counted by autograd, but for a few numbers per token and head: the difference that a layer more makes."""
+    config = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 40,
+    }
+
+    def kept(layers):
+        folder = tmp_path / f"{layers}"
+        own = dict(TINY_LLAMA) | config | {"num_hidden_layers": layers}
+        load_policy(Model(config=own), texts=lambda: ["abcdefgh"]).save(folder)
+        policy, sizes = load_policy(Model(path=str(folder), lora=lora)), {}
+        weights = {one.untyped_storage().data_ptr() for one in policy.parameters()}
+
+        def keep(tensor):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found = policy.causal_lm(input_ids=torch.arange(24)[None], use_cache=False).logits
+        assert found.requires_grad
+        return sum(size for place, size in sizes.items() if place not in weights)
+
+    two, one = kept(2), kept(1)
+    shape = model_shape(Model(path=str(tmp_path / "1")))
+    expected = 24 * 4 * estimates._kept_by_a_layer(lora and Lora(**lora), shape)
+    assert two - one == pytest.approx(expected, rel=0.05)
 
 
 def test_memory_of_two_trunks():
