@@ -129,7 +129,7 @@ class DatasetFile:
             f"malformed {self.rows.unit}s" + (f" (see {bad_rows})" if bad_rows else ""): len(bad),
             "episodes that failed when they were played": failed,
             "sides of games that ended before the side had a turn": turnless,
-            "episodes of held-out prompts": heldout,
+            "episodes of held-out prompts (task.prompts.holdout)": heldout,
             f"episodes of more than {self.max_tokens} tokens": long,
             f"episodes of more than the {self.positions} tokens that the model has positions for": beyond,
         }

@@ -95,7 +95,7 @@ DATA = [
     (
         [written("log.jsonl", [{"prompt": "a", "completion": "b"}] * 3)],
         "'source={name: dataset, path: log.jsonl}' 'objective={name: likelihood}' task.prompts.path=log.jsonl",
-        r"log.jsonl: left out 3 episodes of held-out prompts: add rows",
+        r"log.jsonl: left out 3 episodes of held-out prompts \(task.prompts.holdout\): add rows",
     ),
     (
         [written("pairs.jsonl", [{"chosen": "ab"}])],
