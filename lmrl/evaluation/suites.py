@@ -27,7 +27,7 @@ class Suite(Section):
     description: str = ""
     task: TaskSection
     follows_run: bool = False
-    """Score a run on its own task instead, if it is of the same kind."""
+    """Score a run on its own task instead, if it is of the same kind: the same environment, or prompts with rewards."""
     rollouts: Rollouts = Rollouts()
     episodes: int | None = Field(None, ge=1)
     """Start states to play, in order (null: every held-out prompt, or every start state)."""
@@ -85,7 +85,7 @@ def load_suite(name: str | Path, overrides: Sequence[str] = (), task: dict[str, 
     arguments = take_arguments(document.data)
     own = document.data.get("task")
     follows = document.data.get("follows_run") is True and task is not None and isinstance(own, dict)
-    if follows and own is not None and task is not None and own.get("environment") == task.get("environment"):
+    if follows and own is not None and task is not None and _same_kind(own, task):
         document.data["task"] = merge(own, task)
     else:
         _score_whole_file(own)
@@ -94,6 +94,13 @@ def load_suite(name: str | Path, overrides: Sequence[str] = (), task: dict[str, 
     resolve_files(document.data, document.folder)
     _read_own_file(document)
     return validate(Suite, document)
+
+
+def _same_kind(own: dict[str, Any], task: dict[str, Any]) -> bool:
+    """True if a run's task is judged like the suite's: in the same environment, or by rewards, which runs that imitate or
+    learn from pairs do not have."""
+    judged = bool(task.get("rewards")) or not own.get("rewards")
+    return own.get("environment") == task.get("environment") and judged
 
 
 def _read_own_file(document: Document) -> None:

@@ -14,12 +14,18 @@ from lmrl.evaluation.suites import load_suite
 from tests.conftest import TINY_WALKS
 
 
-def test_suite_takes_over_the_task_of_a_run():
+def test_suite_takes_over_the_task_of_a_run(tmp_path):
     suite = load_suite("random_walks", task={"environment": "random_walks", "graph": 7})
     assert suite.task.graph == 7
     assert load_suite("random_walks", ["task.graph=9"], {"environment": "random_walks", "graph": 7}).task.graph == 9
     other = load_suite("sentiment", task={"environment": "random_walks", "graph": 7})
     assert other.task.prompts.path.endswith("prompts.jsonl")
+    own = tmp_path / "own.jsonl"
+    own.write_text("")
+    imitation = {"prompts": {"path": str(own)}, "rewards": []}
+    assert load_suite("sentiment", task=imitation) == load_suite("sentiment")
+    judged = imitation | {"rewards": [{"function": "lmrl.reward_models.answers.exact"}]}
+    assert load_suite("sentiment", task=judged).task.prompts.path == str(own)
     with pytest.raises(RecipeError, match="no suite called 'random_walk'; did you mean 'random_walks'"):
         load_suite("random_walk")
     with pytest.raises(RecipeError, match="unknown key 'rollouts.tempratur'"):
