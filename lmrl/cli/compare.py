@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
     from lmrl.evaluation.paired import Comparison, Difference
 
+INTERVAL = "95 % interval"
+NUMBERS = ("metric", "p", "Holm")
+"""Columns that stay on one line."""
 WIDTH = 300
 """Characters of a prompt or completion to show."""
 
@@ -134,17 +137,7 @@ def _show(found: Comparison) -> None:
     display = Display()
     display.table(f"Scores on {found.suite}", {f"{key}: {name}": found.rows[key] for key, name in found.names.items()})
     display.say(f"played: {found.played}")
-    heads = (
-        "",
-        "metric",
-        "difference",
-        "95 % interval",
-        "p",
-        "Holm",
-        "wins / ties / losses",
-        "correlation",
-        "to settle it",
-    )
+    heads = ("", "metric", f"change and {INTERVAL}", "p", "Holm", "wins / ties / losses", "correlation", "to settle it")
     table = _table("Differences of the same samples", heads)
     table.columns[1].justify = "left"
     for one in found.differences:
@@ -161,17 +154,20 @@ def _show(found: Comparison) -> None:
 
 
 def _table(title: str, heads: Sequence[str]) -> Table:
-    """An empty table; every column but the first is right-aligned."""
+    """An empty table; every column but the first is right-aligned. In a narrow terminal cells wrap at spaces, so that no
+    digit is lost."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table as NewTable
 
-    table = NewTable(title=title, title_justify="left")
+    table = NewTable(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for place, head in enumerate(heads):
-        table.add_column(head, justify="right" if place else "left")
+        justify: Literal["left", "right"] = "right" if place else "left"
+        table.add_column(head, justify=justify, no_wrap=head in NUMBERS, min_width=9 if INTERVAL in head else None)
     return table
 
 
 def _judged_table(found: Comparison) -> Table:
-    heads = ("", "win rate", "95 % interval", "p", "wins / ties / losses", "shown first wins")
+    heads = ("", "win rate", INTERVAL, "p", "wins / ties / losses", "shown first wins")
     table = _table(f"Judged by {found.judged[0].judge}, each pair in both orders", heads)
     for one in found.judged:
         low, high = one.ci95
@@ -185,7 +181,7 @@ def _judged_table(found: Comparison) -> Table:
 
 
 def _ratings_table(found: Comparison) -> Table:
-    heads = ("", "points", "95 % interval")
+    heads = ("", "points", INTERVAL)
     table = _table("Bradley-Terry ratings (A is 0; 400 points are odds of 10 to 1)", heads)
     for one in sorted(found.ratings, key=lambda one: -one.points):
         low, high = one.ci95
@@ -205,8 +201,7 @@ def _cells(one: Difference) -> list[str]:
     return [
         f"{one.first} - {one.second}",
         one.metric,
-        f"{one.mean:+.4f}",
-        f"[{low:+.4f}, {high:+.4f}]",
+        f"{one.mean:+.4f} [{low:+.4f}, {high:+.4f}]",
         f"{one.p:.2g}",
         f"{one.adjusted:.2g}",
         f"{one.wins} / {one.ties} / {one.losses}",
