@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from tests.fast import is_fast
+from tests.fast import is_fast, is_unit
 
 torch.set_num_threads(1)
 
@@ -40,6 +40,12 @@ TINY_WALKS = [
     "training.threads=1",
 ]
 """Overrides that make a recipe like random_walks/bc a matter of a second."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m fast`, files that have no fast test are not imported, which would take as long as the tests."""
+    is_test = collection_path.match("test_*.py")
+    return True if config.option.markexpr == "fast" and is_test and not is_unit(collection_path) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -32,12 +32,17 @@ SLOW_MARKS = {"slow", "smollm2", "vllm"}
 def is_fast(item: Any) -> bool:
     """True for a test of a unit folder that neither trains nor starts processes, itself or by what it uses of its module."""
     path = Path(item.path)
-    folder = path.relative_to(Path(__file__).parent).parts[0]
-    if not (folder in UNITS or folder.endswith(".py")):
+    if not is_unit(path):
         return False
     if SLOW_MARKS & {mark.name for mark in item.iter_markers()}:
         return False
     return not ({item.originalname, *item.fixturenames} & (SLOW_FIXTURES | slow_names(path)))
+
+
+def is_unit(path: Path) -> bool:
+    """True for a test file of a unit folder, or beside these folders."""
+    folder = path.relative_to(Path(__file__).parent).parts[0]
+    return folder in UNITS or folder.endswith(".py")
 
 
 @cache

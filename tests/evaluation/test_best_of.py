@@ -66,7 +66,13 @@ def test_answers_that_completions_vote_for():
 
 def episode(group, number, reward, completion="a", **components):
     return Trajectory(
-        [], "", completion, reward=reward, components=components or {"judge": reward}, group=group, episode=number
+        [],
+        f"prompt {group}",
+        completion,
+        reward=reward,
+        components=components or {"judge": reward},
+        group=group,
+        episode=number,
     )
 
 

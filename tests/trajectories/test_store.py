@@ -173,7 +173,9 @@ def test_pairs_are_two_episodes_and_heldout_prompts_none(tmp_path, tokenizer):
     rows = [{"prompt": text, "chosen": "c", "rejected": "d"} for text in "xyz"]
     path = lines(tmp_path / "pairs.jsonl", rows)
     file = DatasetFile(path, Renderer(tokenizer), without={"y"})
-    assert file.returns == [1.0, -1.0, 1.0, -1.0] and file.notes == [f"{path}: left out 2 episodes of held-out prompts (task.prompts.holdout)"]
+    assert file.returns == [1.0, -1.0, 1.0, -1.0] and file.notes == [
+        f"{path}: left out 2 episodes of held-out prompts (task.prompts.holdout)"
+    ]
     assert [(file[index].prompt, file[index].completion) for index in range(4)] == [
         ("x", "c"), ("x", "d"), ("z", "c"), ("z", "d")
     ]  # fmt: skip
