@@ -8,6 +8,9 @@ mathematics of turns is in turns.py.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 
 from lmrl import distributed
@@ -20,6 +23,7 @@ from lmrl.objectives.turns import (
     group_scales,
     less_group_mean,
     less_state_mean,
+    mean_square,
     over_batch_scale,
     repeated,
     rewards_fall_at_turns,
@@ -36,6 +40,8 @@ from lmrl.trajectories.trajectory import Trajectory, prompt_key
 
 TURN = "turn"
 """Field that numbers the turns of a batch."""
+SCALE_RATE = 0.1
+"""Weight of a step in the running mean square of advantages."""
 
 
 class GroupPolicyGradient(PolicyGradient):
@@ -49,6 +55,11 @@ class GroupPolicyGradient(PolicyGradient):
     pays_by_token = False
     """True if each token is charged its own divergence and all that follows; False if the turn is charged that of all
     its tokens."""
+
+    def __init__(self, options: GroupObjective):
+        super().__init__(options)
+        self.squares: dict[str, float] = {}
+        """Running mean squares of advantages, by kind."""
 
     # ----------------------------------------------------------------------------------------- where the methods differ
     def baseline(self, turns: Turns) -> torch.Tensor:
@@ -100,11 +111,13 @@ class GroupPolicyGradient(PolicyGradient):
             earned = [(rewards_A - cost_A, own) for (rewards_A, own), cost_A in zip(earned, costs, strict=True)]
         numbers = [number for number, group in enumerate(groups) for _ in group]
         turns, turn_N = turns_of(earned, numbers, by_turn)
-        advantages_N = self._scaled(self.baseline(turns), turns)[turn_N]
+        advantages_N = self._scaled(self.baseline(turns), turns, "turns")[turn_N]
         if options.state_weight:
             states = [[prompt_key(turn.observation) for turn in episode.turns] for episode in episodes]
             visits, visit_N = visits_of(earned, numbers, states, options.state_gamma)
-            advantages_N = advantages_N + options.state_weight * self._scaled(less_state_mean(visits), visits)[visit_N]
+            advantages_N = (
+                advantages_N + options.state_weight * self._scaled(less_state_mean(visits), visits, "states")[visit_N]
+            )
             batch.stats["states_repeated"] = distributed.mean(repeated(visits).double())
         if ratio_N is not None and self.pays_by_token:
             advantages_N = advantages_N - options.kl_coef * flat(
@@ -135,14 +148,34 @@ class GroupPolicyGradient(PolicyGradient):
                 sequence.zero_gradient = not sequence.fields["advantages"].any()
         return batch
 
-    def _scaled(self, advantages_K: torch.Tensor, turns: Turns) -> torch.Tensor:
+    def _scaled(self, advantages_K: torch.Tensor, turns: Turns, kind: str) -> torch.Tensor:
+        """Advantages divided as `scale_rewards` says. kind: of advantage, each of which has a running scale."""
         match self.options.scale_rewards:
+            case "running":
+                return self._over_running_scale(advantages_K, kind)
             case "batch":
                 return over_batch_scale(advantages_K)
             case "none":
                 return advantages_K
         scale_K = group_scales(turns)
         return torch.where(scale_K > 0, advantages_K / torch.where(scale_K > 0, scale_K, 1.0), 0.0)
+
+    def _over_running_scale(self, advantages_K: torch.Tensor, kind: str) -> torch.Tensor:
+        """Divided by the root mean square of this batch or of recent ones, whichever is larger, so that a batch in which
+        nothing large was earned does not count as much as one in which it was."""
+        square = mean_square(advantages_K)
+        if square == 0:
+            return advantages_K
+        known = self.squares.get(kind, square)
+        self.squares[kind] = known + SCALE_RATE * (square - known)
+        scale = math.sqrt(max(square, self.squares[kind]))
+        return advantages_K / scale
+
+    def state(self) -> dict[str, Any]:
+        return {"squares": dict(self.squares)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.squares = dict(state.get("squares", {}))
 
     @staticmethod
     def _measure(groups: list[list[Trajectory]]) -> dict[str, float]:

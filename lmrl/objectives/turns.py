@@ -111,10 +111,14 @@ def group_scales(turns: Turns) -> torch.Tensor:
     return (mean_K * size_K / (size_K - cells_K).round().clamp(min=1)).sqrt()
 
 
+def mean_square(advantages_K: torch.Tensor) -> float:
+    """The mean square of the nonzero advantages of all processes; 0 if there are none."""
+    return distributed.mean(advantages_K[advantages_K != 0].square())
+
+
 def over_batch_scale(advantages_K: torch.Tensor) -> torch.Tensor:
     """Advantages divided by the root mean square of the nonzero ones, over all processes, (K,)."""
-    earned_K = advantages_K[advantages_K != 0]
-    square = distributed.mean(earned_K.square())
+    square = mean_square(advantages_K)
     return advantages_K / square**0.5 if square > 0 else advantages_K
 
 

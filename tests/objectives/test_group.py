@@ -1,6 +1,7 @@
 """Policy gradients with a group for a baseline, by hand."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -349,3 +350,21 @@ def test_state_scale_is_the_groups(tiny_policy):
     twice = advantages_of(objective("grpo", state_weight=1.0), tiny_policy, walks)
     assert once == pytest.approx([2 / 3 * 3**0.5, -(3**0.5) / 3, -(3**0.5) / 3])
     assert twice == pytest.approx([2 * one for one in once])
+
+
+def test_running_scale_remembers_larger_batches(tiny_policy):
+    method = objective("grpo", scale_rewards="running")
+
+    def earned(best):
+        return advantages_of(method, tiny_policy, [game(best, 0.0), game(0.0, 0.0)])
+
+    assert earned(10.0) == pytest.approx([1, 0, -1, 0], abs=1e-6)  # 5 is the root mean square of +5 and -5
+    small = 0.1 / math.sqrt(25 + 0.1 * (0.01 - 25))
+    assert earned(0.2) == pytest.approx([small, 0, -small, 0], rel=1e-5)
+    resumed = objective("grpo", scale_rewards="running")
+    resumed.load_state(json.loads(json.dumps(method.state())))
+    assert earned(40.0) == pytest.approx([1, 0, -1, 0], abs=1e-6)  # larger than what is remembered
+    assert advantages_of(resumed, tiny_policy, [game(40.0, 0.0), game(0.0, 0.0)])[0] == pytest.approx(1, abs=1e-6)
+    assert resumed.state() == method.state()
+    resumed.load_state({})  # of a run of before
+    assert resumed.state() == {"squares": {}}

@@ -189,7 +189,7 @@ def test_a_stage_name_cannot_leave_the_run(tmp_path, name):
     ("task", "divisor"),
     [
         ("{prompts: {path: rows.jsonl}, rewards: [{function: lmrl.reward_models.answers.exact}]}", "group"),
-        ("{environment: random_walks}", "batch"),
+        ("{environment: random_walks}", "running"),
     ],
 )
 def test_divisor_of_grpo_depends_on_the_task(task, divisor, tmp_path):

@@ -167,10 +167,10 @@ class GroupObjective(PolicyGradientObjective):
     `kl_coef` weights the divergence in the reward with rloo and reinforce_pp, and a loss term (k3) with grpo and dr_grpo.
     """
 
-    scale_rewards: Literal["auto", "group", "batch", "none"] = "none"
-    """Divisor of advantages: the group's standard deviation, the batch's, or none, so that the size of updates depends on the
-    scale of rewards. With per-turn rewards it is one number for all turns. auto: the group's for prompts, the batch's for
-    episodes of several turns."""
+    scale_rewards: Literal["auto", "group", "batch", "running", "none"] = "none"
+    """Divisor of advantages: the group's standard deviation; the batch's; the batch's or that of recent ones if it is larger
+    (running); or none, so that the size of updates depends on the scale of rewards. With per-turn rewards it is one number for
+    all turns. auto: group for prompts, running for environments and agents."""
     mask_cut: bool = False
     """Leave episodes with a turn that was cut off by the token limit out of the loss (overlong filtering, DAPO, arXiv
     2503.14476); they still count in the baseline."""
@@ -198,14 +198,14 @@ class GroupObjective(PolicyGradientObjective):
     def resolved(self, recipe: Recipe) -> Self:
         if self.scale_rewards != "auto":
             return self
-        return self.model_copy(update={"scale_rewards": "group" if isinstance(recipe.task, PromptTask) else "batch"})
+        return self.model_copy(update={"scale_rewards": "group" if isinstance(recipe.task, PromptTask) else "running"})
 
 
 class GRPOObjective(GroupObjective):
     """GRPO: rewards standardised within the group, loss averaged over each episode's tokens (Shao et al., arXiv 2402.03300)."""
 
     name: Literal["grpo"]
-    scale_rewards: Literal["auto", "group", "batch", "none"] = "auto"
+    scale_rewards: Literal["auto", "group", "batch", "running", "none"] = "auto"
     """Divisor of advantages (see above)."""
 
 
@@ -221,7 +221,7 @@ class RLOOObjective(GroupObjective):
     """RLOO: rewards minus the mean of the others in the group, loss summed over tokens (Ahmadian et al., arXiv 2402.14740)."""
 
     name: Literal["rloo"]
-    scale_rewards: Literal["auto", "group", "batch", "none"] = "batch"
+    scale_rewards: Literal["auto", "group", "batch", "running", "none"] = "batch"
     """Divisor of advantages (see above)."""
 
 
