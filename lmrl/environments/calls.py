@@ -8,6 +8,7 @@ from typing import Any
 
 from lmrl.foreign import CallTimedOut, foreign
 from lmrl.secrets import redact
+from lmrl.trajectories.trajectory import LARGEST_REWARD, is_reward
 
 
 def call_player(environment: Any, player: str, rng: Any, limit: float | None = None) -> str:
@@ -79,8 +80,8 @@ def checked_reward(value: Any) -> float:
     value = _plain(value)
     if not isinstance(value, numbers.Real):
         raise TypeError(f"step() returned the reward {value!r:.60} ({type(value).__name__}); expected a number")
-    if not math.isfinite(value):
-        raise ValueError(f"step() returned the reward {value}")
+    if not is_reward(value):
+        raise ValueError(f"step() returned the reward {value}; expected a finite number up to {LARGEST_REWARD:g}")
     return float(value)
 
 

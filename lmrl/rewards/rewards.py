@@ -22,7 +22,7 @@ from lmrl.errors import EpisodeError, RewardError, TemporaryError
 from lmrl.rewards.scale import Scale
 from lmrl.rewards.workers import Failure
 from lmrl.secrets import redact
-from lmrl.trajectories.trajectory import Trajectory
+from lmrl.trajectories.trajectory import LARGEST_REWARD, Trajectory, is_reward
 
 if TYPE_CHECKING:
     from lmrl.rewards.early import EarlyScores
@@ -117,9 +117,13 @@ def _score(function: RewardFunction, columns: dict[str, list[Any]]) -> Scores:
             extra = {name: one for name, one in value.items() if name != "score" and one is not None}
             extra = {name: one for name, one in extra.items() if math.isfinite(one)}
             value = value["score"]
-        fine = value is not None and math.isfinite(value)
-        result.add(value if fine else None, None if fine else f"{function.origin} returned {value}", extra)
+        fine = value is not None and is_reward(value)
+        result.add(value if fine else None, None if fine else f"{function.origin} returned {_shown(value)}", extra)
     return result
+
+
+def _shown(value: float | None) -> str:
+    return f"{value}, larger than {LARGEST_REWARD:g}" if value is not None and math.isfinite(value) else str(value)
 
 
 def _row_by_row(function: RewardFunction, columns: dict[str, list[Any]], error: BaseException) -> Scores:
@@ -235,8 +239,13 @@ def judge(
             elif trajectory.reward is not None:
                 trajectory.reward += function.weight * earned
     for trajectory in trajectories:
-        if trajectory.reward is not None:
+        if trajectory.reward is None:
+            continue
+        if is_reward(trajectory.reward):
             trajectory.place_reward(trajectory.reward)
+        else:
+            trajectory.failure = f"the weighted sum of the rewards is {_shown(trajectory.reward)}"
+            trajectory.reward = None
 
 
 def arguments_of(trajectories: Sequence[Trajectory], columns: Sequence[str] = ()) -> dict[str, list[Any]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 from lmrl.trajectories.files import Malformed, Row, take
 from lmrl.trajectories.trajectory import (
+    LARGEST_REWARD,
     Messages,
+    is_reward,
 )
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -28,18 +29,14 @@ def optional(row: Row, name: str, kind: type, default: Any = None) -> Any:
     return default if row.get(name) is None else take(row, name, kind)
 
 
-def number_in(row: Row, name: str) -> float | None:
-    return None if row.get(name) is None else finite(row[name], name)
+def reward_in(row: Row, name: str) -> float | None:
+    return None if row.get(name) is None else reward_of(row[name], name)
 
 
-def finite(value: Any, name: str) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            if math.isfinite(value):
-                return float(value)
-        except OverflowError:
-            pass
-    raise Malformed(f"field '{name}' holds {value!r:.60}; expected a finite number")
+def reward_of(value: Any, name: str) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and is_reward(value):
+        return float(value)
+    raise Malformed(f"field '{name}' holds {value!r:.60}; expected a finite number up to {LARGEST_REWARD:g}")
 
 
 def not_empty(text: str, name: str) -> str:

@@ -7,7 +7,7 @@ import math
 from os.path import commonprefix
 from typing import Any
 
-from lmrl.trajectories.fields import finite, messages_in, not_empty, number_in, optional, text_or_messages
+from lmrl.trajectories.fields import messages_in, not_empty, optional, reward_in, reward_of, text_or_messages
 from lmrl.trajectories.files import Malformed, Row, take
 from lmrl.trajectories.trajectory import (
     Messages,
@@ -53,7 +53,7 @@ def chat_episode(row: Row, number: int) -> Trajectory:
         rewards = take(row, "rewards", list)
         if len(rewards) != len(turns):
             raise Malformed(f"field 'rewards' has {len(rewards)} numbers for {len(turns)} assistant messages")
-        rewards = [finite(reward, "rewards") for reward in rewards]
+        rewards = [reward_of(reward, "rewards") for reward in rewards]
         row = row | {"reward": math.fsum(rewards) if row.get("reward") is None else row["reward"]}
     trajectory = episode_of(row, turns, number, rewards)
     trajectory.terminated = optional(row, "terminated", bool, True)
@@ -142,7 +142,7 @@ def said_text(message: dict[str, Any]) -> str:
 
 def episode_of(row: Row, turns: list[Turn], number: int, rewards: list[float | None] | None = None) -> Trajectory:
     """An episode of any format. rewards: one per turn; without them, the row's `reward` is given in the last turn."""
-    total = number_in(row, "reward")
+    total = reward_in(row, "reward")
     if rewards is not None:
         for turn, reward in zip(turns, rewards, strict=True):
             turn.reward = 0.0 if reward is None else float(reward)

@@ -48,8 +48,8 @@ from lmrl.trajectories.fields import (
     json_of,
     messages_in,
     not_empty,
-    number_in,
     optional,
+    reward_in,
 )
 from lmrl.trajectories.files import Malformed, Row, take
 from lmrl.trajectories.formats import chat_episode, completion_episode, episode_of, preference_episodes
@@ -239,7 +239,7 @@ def _turn(turn: Any, index: int) -> Row:
     try:
         take(turn, "observation", str)
         take(turn, "action", str)
-        number_in(turn, "reward")
+        reward_in(turn, "reward")
         optional(turn, "cut", bool)
     except Malformed as error:
         raise Malformed(f"field 'turns', turn {index}: {error}") from error

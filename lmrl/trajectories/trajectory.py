@@ -18,6 +18,10 @@ CONTEXT = -1
 """In `Segment.turns`: a token the policy did not choose."""
 
 
+LARGEST_REWARD = 1e30
+"""Maximum size of a reward. The squares of much larger ones overflow, and advantages divided by their spread vanish."""
+
+
 TOKENS = "tokens"
 """The kind of actions that are tokens of the vocabulary."""
 
@@ -153,6 +157,11 @@ class Trajectory:
                         self.turns[segment.turns[position]].reward += reward
                     return
         raise ValueError(f"turn {turn} has no token to hold a reward")
+
+
+def is_reward(value: float) -> bool:
+    """True if a number can be a reward: it is finite, and no larger than LARGEST_REWARD."""
+    return abs(value) <= LARGEST_REWARD
 
 
 def prompt_text(observation: str | Messages) -> str:

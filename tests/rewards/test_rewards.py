@@ -85,6 +85,27 @@ def test_nan_infinity_and_none_are_not_zero(rewards):
     assert scores.causes == ["mine.py:odd returned nan", "mine.py:odd returned inf", "mine.py:odd returned None"]
 
 
+def test_oversized_scores_are_no_scores(rewards):
+    function = rewards("length")
+    function.call = lambda **_: [1e301, -2e30, 1e30]
+    scores = score(function, batch("a", "b", "c"))
+    assert scores.values == [None, None, 1e30]
+    assert scores.causes == [
+        "mine.py:length returned 1e+301, larger than 1e+30",
+        "mine.py:length returned -2e+30, larger than 1e+30",
+        None,
+    ]
+
+
+@pytest.mark.parametrize("weight", [1e28, 1e308])
+def test_an_oversized_sum_is_no_reward(rewards, weight):
+    episodes = [episode("a" * 1000), episode("")]
+    judge([rewards("length", weight=weight)], episodes)
+    assert [one.reward for one in episodes] == [None, 0.0]
+    assert episodes[0].failure.startswith("the weighted sum of the rewards is ")
+    assert episodes[0].segments[0].rewards == [0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

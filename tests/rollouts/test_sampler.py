@@ -183,6 +183,7 @@ class Returning(TextEnvironment):
         (("o", "1", True, False, {}), r"step\(\) returned the reward '1' \(str\); expected a number"),
         (("o", None, True, False, {}), r"step\(\) returned the reward None \(NoneType\); expected a number"),
         (("o", float("nan"), True, False, {}), r"step\(\) returned the reward nan"),
+        (("o", 1e301, True, False, {}), r"step\(\) returned the reward 1e\+301; expected a finite number up to 1e\+30"),
         (("o", 1.0, None, False, {}), r"step\(\) returned terminated=None; expected true or false"),
         (("o", 1.0, True, "no", {}), r"step\(\) returned truncated='no'; expected true or false"),
         (

@@ -210,6 +210,11 @@ TURN = {"observation": "a", "action": "b"}
         ({"prompt": "a", "completion": "b", "reward": "x"}, "field 'reward' holds 'x'; expected a finite number"),
         ({"prompt": "a", "completion": "b", "reward": float("nan")}, "field 'reward' holds nan; expected a finite"),
         ({"prompt": "a", "completion": "b", "reward": 10**400}, "field 'reward' holds 1000.*expected a finite"),
+        (
+            {"prompt": "a", "completion": "b", "reward": -1e301},
+            r"holds -1e\+301; expected a finite number up to 1e\+30",
+        ),
+        ({"messages": CHAT, "rewards": [2e30]}, r"field 'rewards' holds 2e\+30; expected a finite number up to 1e\+30"),
         ({"prompt": "a", "completion": "b", "reward": True}, "field 'reward' holds True"),
         ({"prompt": "a", "completion": [{"role": "assistant"}]}, "field 'completion' holds .*'role' and 'content'"),
         ({"prompt": [], "completion": "b"}, "field 'prompt' is empty; expected messages"),
