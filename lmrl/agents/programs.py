@@ -24,6 +24,7 @@ from lmrl.errors import PluginError
 from lmrl.plugins import load_plugin
 from lmrl.tools.functions import load_tools
 from lmrl.tools.loop import ToolLoop
+from lmrl.trajectories.trajectory import LARGEST_REWARD, is_reward
 
 LAST_BYTES = 65536
 """Bytes kept from the end of a command's output."""
@@ -79,17 +80,19 @@ class Function(Program):
             ) from error
         except ValueError:
             pass  # written in C
-        self.is_async = inspect.iscoroutinefunction(self.call) or inspect.iscoroutinefunction(
-            getattr(self.call, "__call__", None)  # noqa: B004 - an object whose call is a coroutine
+        inner = inspect.unwrap(self.call)  # a decorator may have made a plain function of an async one
+        self.is_async = inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(
+            getattr(inner, "__call__", None)  # noqa: B004 - an object whose call is a coroutine
         )
 
     async def run(self, row: dict[str, Any], address: Address) -> Outcome:
         client = client_for(self.is_async, address.base_url, address.key, address.timeout, address.dispatch)
         options = copy.deepcopy(self.options)
         try:
-            if self.is_async:
-                return outcome_of(await self.call(row, client, **options))
-            return outcome_of(await in_thread(lambda: self.call(row, client, **options)))
+            if not self.is_async:
+                return outcome_of(await in_thread(lambda: self.call(row, client, **options)))
+            result = self.call(row, client, **options)
+            return outcome_of(await result if inspect.isawaitable(result) else result)
         finally:
             closed = client.close()
             if inspect.isawaitable(closed):
@@ -167,6 +170,11 @@ def outcome_of(value: Any) -> Outcome:
     """What a program returned, checked. Raises TypeError or ValueError."""
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()
+    if inspect.iscoroutine(value):
+        value.close()
+        raise TypeError(
+            "it returned a coroutine that nothing awaits: write `async def`, and functools.wraps in decorators"
+        )
     if value is None or isinstance(value, str):
         return Outcome(answer=value)
     if isinstance(value, dict):
@@ -175,8 +183,15 @@ def outcome_of(value: Any) -> Outcome:
         if answer is not None and not isinstance(answer, str):
             raise TypeError(f"it returned the answer {answer!r:.60}; expected text")
         metrics = {str(name): _number(one, f"'{name}'") for name, one in given.items()}
-        return Outcome(None if reward is None else _number(reward, "'reward'"), metrics, answer)
-    return Outcome(_number(value, "the reward"))
+        return Outcome(None if reward is None else _reward(reward, "'reward'"), metrics, answer)
+    return Outcome(_reward(value, "the reward"))
+
+
+def _reward(value: Any, what: str) -> float:
+    number = _number(value, what)
+    if not is_reward(number):
+        raise ValueError(f"{what} is {number}; expected at most {LARGEST_REWARD:g} in size")
+    return number
 
 
 def _number(value: Any, what: str) -> float:

@@ -1,6 +1,7 @@
 """Programs of agent tasks."""
 
 import asyncio
+import functools
 import time
 
 
@@ -73,6 +74,30 @@ def slow(row, client):
     client.chat.completions.create(messages=ask("x"), max_tokens=2, model="any")
     time.sleep(2)
     return 1.0
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+@decorated
+async def wrapped(row, client):
+    await say(client, ask(row["question"]))
+    return 1.0
+
+
+def not_awaited(row, client):
+    client.chat.completions.create(messages=ask("x"), max_tokens=2, model="any")
+    return asyncio.sleep(0)
+
+
+def oversized(row, client):
+    client.chat.completions.create(messages=ask("x"), max_tokens=2, model="any")
+    return {"reward": 1e301}
 
 
 async def answer(row, client):

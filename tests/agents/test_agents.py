@@ -136,6 +136,23 @@ def test_failures_are_data(policy, rows):
     assert "has sent no request to the policy" in quiet.failure
 
 
+def test_a_decorated_async_function_is_awaited(policy, rows):
+    (played,) = play(policy, rows, "wrapped", starts=[0])
+    assert played.failure is None and played.reward == 1.0
+
+
+@pytest.mark.parametrize(
+    ("program", "cause"),
+    [
+        ("not_awaited", "raised TypeError: it returned a coroutine that nothing awaits: write `async def`"),
+        ("oversized", "raised ValueError: 'reward' is 1e+301; expected at most 1e+30 in size"),
+    ],
+)
+def test_what_is_no_reward_fails_with_its_cause(policy, rows, program, cause):
+    (played,) = play(policy, rows, program, starts=[0])
+    assert played.reward is None and cause in played.failure
+
+
 def test_a_plain_function_over_its_limit_is_abandoned(policy, rows):
     (trajectory,) = play(policy, rows, "slow", starts=[0], call_timeout=0.7)
     assert trajectory.failure == "agent timed out after 0.7 s (task.call_timeout)"
