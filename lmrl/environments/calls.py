@@ -80,7 +80,7 @@ def checked_reward(value: Any) -> float:
     value = _plain(value)
     if not isinstance(value, numbers.Real):
         raise TypeError(f"step() returned the reward {value!r:.60} ({type(value).__name__}); expected a number")
-    if not is_reward(value):
+    if not is_reward(float(value)):
         raise ValueError(f"step() returned the reward {value}; expected a finite number up to {LARGEST_REWARD:g}")
     return float(value)
 
