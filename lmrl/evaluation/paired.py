@@ -234,13 +234,13 @@ def difference(first: Played, second: Played, metric: str, scoring: Scoring) -> 
     limits = gap_limits(scoring.limits_of(metric, first.trajectories), [*one.values(), *other.values()])
     clusters = scoring.clusters(groups, first.trajectories)
     summary = summarize(gaps, clusters, limits, scoring.fixed, scoring.unit)
-    by_group = [group_means(groups, [side[key] for key in keys]) for side in (one, other)]
-    signs = [_sign(a, b) for a, b in zip(*by_group, strict=True)]
+    by_cluster = [group_means(clusters, [side[key] for key in keys]) for side in (one, other)]
+    signs = [_sign(a, b) for a, b in zip(*by_cluster, strict=True)]
     p = p_value(gaps, clusters, limits, scoring.fixed)
     if control is not None:
         sides = [keyed_values(each, control, scoring) for each in (first, second)]
         others = [sides[0][key] - sides[1][key] for key in keys]
-        held = controlled(group_means(groups, gaps), group_means(groups, others), control)
+        held = controlled(group_means(clusters, gaps), group_means(clusters, others), control)
         summary, p = summary | {"mean": held.mean, "ci95": held.ci95, "holds_for": f"new {scoring.unit}s"}, held.p
     return Difference(
         first.key,
@@ -255,7 +255,7 @@ def difference(first: Played, second: Played, metric: str, scoring: Scoring) -> 
         signs.count(-1),
         len(keys),
         summary["clusters"],
-        correlation(*by_group),
+        correlation(*by_cluster),
         prompts_needed(gaps, clusters, scoring.fixed) if control is None else None,
         summary["holds_for"],
         scoring.unit,
@@ -298,9 +298,9 @@ def gap_limits(limits: Limits | None, values: Sequence[float]) -> Limits:
     return -span, span
 
 
-def group_means(groups: Sequence[int], values: Sequence[float]) -> list[float]:
+def group_means(groups: Sequence[Hashable], values: Sequence[float]) -> list[float]:
     """The mean of each group, in order of appearance."""
-    found: dict[int, list[float]] = {}
+    found: dict[Hashable, list[float]] = {}
     for group, value in zip(groups, values, strict=True):
         found.setdefault(group, []).append(value)
     return [math.fsum(each) / len(each) for each in found.values()]

@@ -253,13 +253,21 @@ def test_shuffled_start_states_are_always_the_same(ilql_run):
 
 def test_rows_with_the_same_prompt_are_one_prompt():
     from lmrl.evaluation.scoring import summarize_trajectories
-    from lmrl.trajectories.trajectory import Trajectory
+    from lmrl.trajectories.trajectory import Trajectory, Turn
 
     rewards = [0.0, 0.2, 0.3, 0.9, 0.5, 0.6]
 
     def scored(groups):
         episodes = [
-            Trajectory([], f"question {place % 3}", "", reward=reward, components={"right": reward}, group=group)
+            Trajectory(
+                [],
+                prompt := f"question {place % 3}",
+                "",
+                reward=reward,
+                components={"right": reward},
+                group=group,
+                turns=[Turn(prompt, "")],
+            )
             for place, (reward, group) in enumerate(zip(rewards, groups, strict=True))
         ]
         return summarize_trajectories(episodes, "prompt")["reward"]

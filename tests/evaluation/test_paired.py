@@ -9,7 +9,7 @@ from lmrl.errors import RecipeError, RunError, ScoreError
 from lmrl.evaluation.claims import read_claim
 from lmrl.evaluation.paired import Played, compare_played, correlation, holm, prompts_needed
 from lmrl.evaluation.scoring import Scoring
-from lmrl.trajectories.trajectory import Trajectory
+from lmrl.trajectories.trajectory import Trajectory, Turn
 
 
 def played(label, *groups, length=None):
@@ -53,6 +53,17 @@ def test_samples_of_a_prompt_are_one_cluster():
     found = compared(played("old", [0, 4], [1, 1]), played("new", [2, 4], [4, 4])).differences[0]
     assert found.mean == 2 and found.ci95 == pytest.approx([2 - 12.706205, 2 + 12.706205])
     assert (found.pairs, found.prompts, found.wins) == (4, 2, 2)
+
+
+def test_rows_with_the_same_prompt_are_one_cluster():
+    """The same values as two samples of each of two prompts, but each in a row of its own, as they are played."""
+    old, new = played("old", 0, 4, 1, 1), played("new", 2, 4, 4, 4)
+    for episode in old.trajectories + new.trajectories:
+        episode.prompt = f"prompt {episode.group // 2}"
+        episode.turns = [Turn(episode.prompt, episode.completion)]
+    found = compared(old, new).differences[0]
+    samples = compared(played("old", [0, 4], [1, 1]), played("new", [2, 4], [4, 4])).differences[0]
+    assert found == samples and (found.pairs, found.prompts, found.wins) == (4, 2, 2)
 
 
 def test_samples_without_a_partner_are_left_out():
