@@ -34,6 +34,7 @@ def test_what_is_mutated_runs(tmp_path, model, name):
     assert run_case(case(name, "show", resolved(name)), model, tmp_path).name == "fine"
 
 
+@pytest.mark.slow
 def test_a_hundred_mutations(tmp_path, model):
     found = [one for number in (1, 2) for one in fuzz.run_batch(number, 50, model, tmp_path)]
     assert [f"{case!r}\n{outcome.defect}" for case, outcome in found if outcome.defect] == []

@@ -48,7 +48,7 @@ class Prompts(Section):
     max_tokens: int = Field(512, ge=1)
     """Prompts with more tokens are dropped and counted."""
     holdout: float = Field(0.1, ge=0, le=1)
-    """Share of the rows, drawn with a fixed seed, that is held out for evaluation. 1, the default of suites: all rows."""
+    """Share of the different prompts, drawn with a fixed seed, whose rows are held out for evaluation. 1, the default of suites: all."""
     limit: int | None = Field(None, ge=1)
     """Use only this many rows, the first ones."""
     where: str | None = None

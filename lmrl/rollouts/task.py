@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from lmrl.trajectories.files import Malformed, Selection, read_rows
 from lmrl.trajectories.formats import prompt_of
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.store import dataset_texts
-from lmrl.trajectories.trajectory import Trajectory
+from lmrl.trajectories.trajectory import Trajectory, prompt_key
 
 
 class PromptEnvironment(TextEnvironment):
@@ -260,7 +260,7 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
     ]
     if not short:
         raise DataError(f"{prompts.path}: every prompt is longer than task.prompts.max_tokens={prompts.max_tokens}")
-    training, heldout = split_rows(len(short), prompts)
+    training, heldout = split_rows([prompt_key(row[prompts.column]) for row in short], prompts)
     return Task(
         lambda: PromptEnvironment(short, prompts.column),
         renderer,
@@ -281,7 +281,7 @@ def _agent_rows(section: AgentTask) -> list[dict[str, Any]]:
 
 def _agent_task(section: AgentTask, tokenizer: Any) -> Task:
     rows = _agent_rows(section)
-    training, heldout = split_rows(len(rows), section)
+    training, heldout = split_rows(range(len(rows)), section)
     agent = Agent(
         load_program(section),
         rows,
@@ -305,17 +305,21 @@ def _agent_task(section: AgentTask, tokenizer: Any) -> Task:
     )
 
 
-def split_rows(count: int, prompts: Prompts | AgentTask) -> tuple[list[int], list[int]]:
-    """Row numbers to train on and to hold out. The split depends only on the number of rows."""
-    held = round(prompts.holdout * count)
+def split_rows(keys: Sequence[Hashable], prompts: Prompts | AgentTask) -> tuple[list[int], list[int]]:
+    """Row numbers to train on and to hold out. Rows with the same key stay together; the split depends only on which
+    keys are the same."""
+    numbers: dict[Hashable, int] = {}
+    number_of = [numbers.setdefault(key, len(numbers)) for key in keys]
+    rows, count = list(range(len(keys))), len(numbers)
     if prompts.holdout == 1:
-        return [], list(range(count))
+        return [], rows
+    held = round(prompts.holdout * count)
     if prompts.holdout > 0:
         held = min(max(held, 1), count - 1)
-    order = stream("holdout", count).permutation(count).tolist()
-    if count == 1 or held == 0:
-        return sorted(order), sorted(order)
-    return sorted(order[held:]), sorted(order[:held])
+    if held == 0:
+        return rows, rows
+    heldout = set(stream("holdout", count).permutation(count).tolist()[:held])
+    return [row for row in rows if number_of[row] not in heldout], [row for row in rows if number_of[row] in heldout]
 
 
 def starts_for(starts: list[int] | None, first: int, count: int, *name: int | str) -> list[int | None]:

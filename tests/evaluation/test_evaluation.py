@@ -134,7 +134,7 @@ def test_checkpoint_of_an_older_version_takes_the_sampling_of_its_run(walks_run,
 
 def prompts_run(folder, *changes):
     """A finished run on 20 prompts with a reward of 0 or 1."""
-    rows = [{"prompt": "ab" * (1 + number % 5), "id": number} for number in range(20)]
+    rows = [{"prompt": "ab" * (1 + number % 5) + chr(97 + number), "id": number} for number in range(20)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "judge.py").write_text(
         "def starts_with_a(completions, **columns):\n    return [float(text[:1] == 'a') for text in completions]\n"

@@ -59,7 +59,7 @@ DATA = [
         r"p.jsonl.gz: cannot",
     ),
     ([written("p.csv", 'a,b\n"1,2\n3')], "task.prompts.path=p.csv", r"p.csv: cannot be read: CSV parse error"),
-    ([folder("empty")], "task.prompts.path=empty", r"empty: the folder holds no Parquet shards"),
+    ([folder("empty")], "task.prompts.path=empty", r"empty: the folder holds neither Parquet shards .* nor a dataset"),
     ([], "task.prompts.path=promts.jsonl", r"task.prompts.path: file 'promts.jsonl' does not exist \(looked in "),
     ([], "task.prompts.path=prompts", r"there is no 'prompts' here: did you mean 'prompts.jsonl'\?"),
     ([folder("data")], "task.prompts.path=data/prompts", r"there is no 'data/prompts' here \(a dataset of the hub"),
@@ -94,7 +94,7 @@ DATA = [
     ),
     (
         [written("log.jsonl", [{"prompt": "a", "completion": "b"}] * 3)],
-        "'source={name: dataset, path: log.jsonl}' 'objective={name: likelihood}' task.prompts.path=log.jsonl",
+        "'source={name: dataset, path: log.jsonl}' 'objective={name: likelihood}' task.prompts.path=prompts.jsonl",
         r"log.jsonl: left out 3 episodes of held-out prompts \(task.prompts.holdout\): add rows",
     ),
     (

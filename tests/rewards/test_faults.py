@@ -159,7 +159,7 @@ def run(function, rows=ROWS, **columns):
         ("exits", r"bad.py:exits raised SystemExit: 3"),
         ("exits_at_once", r"bad.py:exits_at_once lost its worker: exit code 3"),
         ("kills_itself", r"bad.py:kills_itself lost its worker: killed by SIGKILL"),
-        ("segfaults", r"bad.py:segfaults lost its worker: killed by SIGSEGV"),
+        pytest.param("segfaults", r"bad.py:segfaults lost its worker: killed by SIGSEGV", marks=pytest.mark.slow),
         ("nan_on_a_row", r"bad.py:nan_on_a_row returned nan"),
         ("infinite_on_a_row", r"bad.py:infinite_on_a_row returned inf"),
         ("none_on_a_row", r"bad.py:none_on_a_row returned None"),

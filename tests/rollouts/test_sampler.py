@@ -156,10 +156,18 @@ def test_starts_go_through_all_in_shuffled_passes():
 
 
 def test_heldout_rows_are_never_trained_on():
-    training, heldout = split_rows(100, Prompts(path="x", holdout=0.2))
+    training, heldout = split_rows(range(100), Prompts(path="x", holdout=0.2))
     assert len(heldout) == 20 and sorted(training + heldout) == list(range(100))
-    assert split_rows(100, Prompts(path="x", holdout=0.2)) == (training, heldout)
-    assert len(split_rows(3, Prompts(path="x", holdout=0.01))[1]) == 1
+    assert split_rows(range(100), Prompts(path="x", holdout=0.2)) == (training, heldout)
+    assert len(split_rows(range(3), Prompts(path="x", holdout=0.01))[1]) == 1
+
+
+def test_rows_with_the_same_prompt_are_held_out_together():
+    single, heldout = split_rows(range(10), Prompts(path="x", holdout=0.3))
+    training, together = split_rows([row % 10 for row in range(20)], Prompts(path="x", holdout=0.3))
+    assert together == sorted(heldout + [10 + row for row in heldout])
+    assert training == sorted(single + [10 + row for row in single])
+    assert split_rows(["a", "a"], Prompts(path="x", holdout=0.5)) == ([0, 1], [0, 1])  # nothing else to train on
 
 
 class Returning(TextEnvironment):

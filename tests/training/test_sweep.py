@@ -112,6 +112,7 @@ def test_a_failure_in_one_line():
 
 
 # --------------------------------------------------------------------------------------------------------------- running
+@pytest.mark.slow
 def test_a_sweep_keeps_what_finished_and_goes_on_past_failures(tmp_path):
     folder = tmp_path / "sweep"
     over = ["--over", "model.config.num_attention_heads=2,5", "--over", "training.seed=0,1"]
