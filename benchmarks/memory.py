@@ -3,7 +3,8 @@
     python benchmarks/memory.py [--only "PPO;DPO"] [--json FILE]
 
 Each recipe runs two steps in a separate process, one after the other, on one thread, with random llama and qwen2 models of 16 to
-135 million parameters, so that the memory of Python and torch does not dominate (but for two shipped recipes with tiny models). Rows are random letters, one token each. Measured is
+135 million parameters (`smol` has the size of SmolLM2-135M), so that the memory of Python and torch does not dominate, and
+two shipped recipes with tiny models. Rows are random letters, one token each. Measured is
 the peak resident set size that the run records, predicted is the estimate of `lmrl show` for the same recipe. A ratio of 1.2 or
 0.83 means that the prediction is off by 20 %.
 """
@@ -27,12 +28,7 @@ QWEN = {"model_type": "qwen2", "hidden_size": 384, "intermediate_size": 1536, "n
 QWEN |= {"num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 32768, "tie_word_embeddings": True}
 WIDE = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
 WIDE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 49152, "tie_word_embeddings": True}
-SMOL = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-}  # as SmolLM2-135M
+SMOL = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
 SMOL |= {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}
 MODELS = {"llama": LLAMA, "qwen2": QWEN, "wide": WIDE, "smol": SMOL}
 COMMON = ["training.steps=2", "training.checkpoint_every=0", "training.threads=1", "evaluation.suite=null"]

@@ -21,8 +21,8 @@ UNITS = (
 )
 """Folders below tests/ that hold unit tests, and the files beside them."""
 SLOW = re.compile(
-    r"\b(train|dry_run|resume_run|Updater|simulate\w*|exec|range\(SEEDS)\b[()]|\b(subprocess|multiprocessing|Popen|fork|kill|fuzz)\b"
-    r"|\bworkers="
+    r"\b(train|dry_run|resume_run|Updater|simulate\w*|exec)\(|\b(subprocess|multiprocessing|Popen|fork|kill|fuzz)\b"
+    r"|\bworkers=|\brange\(SEEDS\)"
 )
 """What the source of a test has that trains a policy, starts a process, runs a notebook, or tries hundreds of inputs."""
 SLOW_FIXTURES = {"ilql_run", "tiny_folder"}

@@ -15,7 +15,7 @@ from lmrl.environments import limits_of
 from lmrl.errors import RunError
 from lmrl.evaluation.best_of import several_samples
 from lmrl.evaluation.choices import Chooser
-from lmrl.evaluation.scoring import Scores, Scoring, check_metrics, exact, named_values, values_of
+from lmrl.evaluation.scoring import PROMPT, Scores, Scoring, check_metrics, exact, named_values, values_of
 from lmrl.evaluation.statistics import Limits
 from lmrl.evaluation.suites import Suite, refuse_code
 from lmrl.policy.policy import Policy
@@ -73,7 +73,7 @@ class Evaluator:
     @property
     def unit(self) -> str:
         """The name of what episodes of one group share: a prompt or a start state."""
-        return "prompt" if self.task.judged_by == "reward" else "start state"
+        return PROMPT if self.task.judged_by == "reward" else "start state"
 
     @property
     def plays_all(self) -> bool:

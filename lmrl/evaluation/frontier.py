@@ -20,8 +20,8 @@ from lmrl.evaluation.api import NamedSuite, dtype_of, evaluator_for
 from lmrl.evaluation.contenders import contenders
 from lmrl.evaluation.controlled import FEWEST, controlled
 from lmrl.evaluation.evaluate import Evaluator
-from lmrl.evaluation.paired import Played, means_by_group
-from lmrl.evaluation.scoring import Scores
+from lmrl.evaluation.paired import Played, means_by_cluster
+from lmrl.evaluation.scoring import Scores, clusters_of
 from lmrl.evaluation.statistics import summarize
 from lmrl.policy.load import open_policy
 from lmrl.policy.policy import Policy
@@ -166,8 +166,10 @@ def best_of_n(evaluator: Evaluator, episodes: Sequence[Trajectory], metric: str,
     """The mean score of the best of n samples of a prompt, over all subsets of n (see lmrl/evaluation/best_of.py)."""
     single = metric if metric not in ("reward", "return") else None
     name = f"best@{n}" + (f"/{single}" if single else "")
-    values, groups = evaluator.scoring().values(name, episodes)
-    found = summarize(values, groups, evaluator.scoring().limits_of(name, episodes), unit=evaluator.unit)
+    scoring = evaluator.scoring()
+    values, groups = scoring.values(name, episodes)
+    clusters = clusters_of(groups, episodes, scoring.unit)
+    found = summarize(values, clusters, scoring.limits_of(name, episodes), unit=scoring.unit)
     return BestOf(n, divergence_of(n), found["mean"], found["ci95"])
 
 
@@ -195,9 +197,9 @@ def _point(evaluator: Evaluator, label: str, metric: str, base: Played, yardstic
 def at_equal_length(own: Played, base: Played, metric: str, evaluator: Evaluator) -> float | None:
     """The score that a policy would have if its episodes were as long as the initial policy's."""
     scoring = evaluator.scoring()
-    means = [[means_by_group(one, name, scoring) for name in (metric, "length")] for one in (own, base)]
-    groups = [group for group in means[0][0] if group in means[1][0]]
-    if len(groups) < FEWEST:
+    means = [[means_by_cluster(one, name, scoring) for name in (metric, "length")] for one in (own, base)]
+    common = [cluster for cluster in means[0][0] if cluster in means[1][0]]
+    if len(common) < FEWEST:
         return None
-    gaps, lengths = ([means[0][at][group] - means[1][at][group] for group in groups] for at in (0, 1))
-    return math.fsum(means[1][0][group] for group in groups) / len(groups) + controlled(gaps, lengths, "length").mean
+    gaps, lengths = ([means[0][at][cluster] - means[1][at][cluster] for cluster in common] for at in (0, 1))
+    return math.fsum(means[1][0][one] for one in common) / len(common) + controlled(gaps, lengths, "length").mean

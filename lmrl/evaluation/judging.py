@@ -16,6 +16,7 @@ from typing import Any
 from lmrl import registry
 from lmrl.errors import RecipeError, RewardError
 from lmrl.evaluation.paired import Played
+from lmrl.evaluation.scoring import PROMPT, clusters_of
 from lmrl.evaluation.statistics import p_value, summarize
 from lmrl.recipe import Reward
 from lmrl.rewards.load import load_reward, local_call, make_instance
@@ -157,9 +158,12 @@ def judge_pair(judge: Judge, first: Played, second: Played, fixed: bool = False)
         places[key] = (shown_first + shown_second) / 2
     if failed > MAX_FAILED * max(len(asked), 1):
         raise RewardError(f"{KEY}: {judge.name} gave no answer on {failed} of {len(asked)} pairs")
-    groups, shares = [group for group, _ in values], list(values.values())
-    found = summarize(shares, groups, (0.0, 1.0), fixed)
-    position = summarize(list(places.values()), [group for group, _ in places], (0.0, 1.0)) if places else None
+    clusters, of_places = (
+        clusters_of([group for group, _ in each], first.trajectories, PROMPT) for each in (values, places)
+    )
+    shares = list(values.values())
+    found = summarize(shares, clusters, (0.0, 1.0), fixed)
+    position = summarize(list(places.values()), of_places, (0.0, 1.0)) if places else None
     bias = position if judge.sees_pairs else None
     return Judged(
         first.key,
@@ -167,7 +171,7 @@ def judge_pair(judge: Judge, first: Played, second: Played, fixed: bool = False)
         judge.name,
         found["mean"],
         found["ci95"],
-        p_value([share - 0.5 for share in shares], groups, (-0.5, 0.5), fixed),
+        p_value([share - 0.5 for share in shares], clusters, (-0.5, 0.5), fixed),
         sum(share > 0.5 for share in shares),
         sum(share == 0.5 for share in shares),
         sum(share < 0.5 for share in shares),

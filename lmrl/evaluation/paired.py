@@ -21,7 +21,7 @@ from lmrl.evaluation.best_of import several_samples
 from lmrl.evaluation.claims import Claim, check_claims
 from lmrl.evaluation.controlled import controlled
 from lmrl.evaluation.ratings import Rating, ratings
-from lmrl.evaluation.scoring import Scores, Scoring, value_of
+from lmrl.evaluation.scoring import PROMPT, Scores, Scoring, clusters_of, value_of
 from lmrl.evaluation.statistics import Clustered, Limits, between_clusters, p_value, summarize, within_clusters
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -72,7 +72,7 @@ class Difference:
     needed: int | None
     """Prompts with which a difference as large as this one would be found 4 times in 5; None: there is none to find."""
     holds_for: str
-    unit: str = "prompt"
+    unit: str = PROMPT
     is_fixed: bool = False
     """True if the prompts are all there are: more samples of each settle it, and not more prompts."""
 
@@ -193,9 +193,9 @@ def compare_played(
 
 def rate(policies: Sequence[Played], metric: str, scoring: Scoring) -> list[Rating]:
     """Bradley-Terry ratings by a metric, on the prompts that all policies have."""
-    means = [means_by_group(one, metric, scoring) for one in policies]
-    common = [group for group in means[0] if all(group in other for other in means[1:])]
-    return ratings([one.key for one in policies], np.array([[mean[group] for group in common] for mean in means]))
+    means = [means_by_cluster(one, metric, scoring) for one in policies]
+    common = [cluster for cluster in means[0] if all(cluster in other for other in means[1:])]
+    return ratings([one.key for one in policies], np.array([[mean[cluster] for cluster in common] for mean in means]))
 
 
 def key_of(number: int) -> str:
@@ -232,15 +232,15 @@ def difference(first: Played, second: Played, metric: str, scoring: Scoring) -> 
     groups = [group for group, _ in keys]
     gaps = [one[key] - other[key] for key in keys]
     limits = gap_limits(scoring.limits_of(metric, first.trajectories), [*one.values(), *other.values()])
-    clusters = scoring.clusters(groups, first.trajectories)
+    clusters = clusters_of(groups, first.trajectories, scoring.unit)
     summary = summarize(gaps, clusters, limits, scoring.fixed, scoring.unit)
-    by_cluster = [group_means(clusters, [side[key] for key in keys]) for side in (one, other)]
+    by_cluster = [cluster_means(clusters, [side[key] for key in keys]) for side in (one, other)]
     signs = [_sign(a, b) for a, b in zip(*by_cluster, strict=True)]
     p = p_value(gaps, clusters, limits, scoring.fixed)
     if control is not None:
         sides = [keyed_values(each, control, scoring) for each in (first, second)]
         others = [sides[0][key] - sides[1][key] for key in keys]
-        held = controlled(group_means(clusters, gaps), group_means(clusters, others), control)
+        held = controlled(cluster_means(clusters, gaps), cluster_means(clusters, others), control)
         summary, p = summary | {"mean": held.mean, "ci95": held.ci95, "holds_for": f"new {scoring.unit}s"}, held.p
     return Difference(
         first.key,
@@ -283,11 +283,11 @@ def keyed_values(played: Played, metric: str, scoring: Scoring) -> dict[tuple[in
     return found
 
 
-def means_by_group(played: Played, metric: str, scoring: Scoring) -> dict[int, float]:
+def means_by_cluster(played: Played, metric: str, scoring: Scoring) -> dict[Hashable, float]:
     """The mean of a metric over the samples of each prompt."""
     values = keyed_values(played, metric, scoring)
-    groups = [group for group, _ in values]
-    return dict(zip(dict.fromkeys(groups), group_means(groups, list(values.values())), strict=True))
+    clusters = clusters_of([group for group, _ in values], played.trajectories, scoring.unit)
+    return dict(zip(dict.fromkeys(clusters), cluster_means(clusters, list(values.values())), strict=True))
 
 
 def gap_limits(limits: Limits | None, values: Sequence[float]) -> Limits:
@@ -298,11 +298,11 @@ def gap_limits(limits: Limits | None, values: Sequence[float]) -> Limits:
     return -span, span
 
 
-def group_means(groups: Sequence[Hashable], values: Sequence[float]) -> list[float]:
-    """The mean of each group, in order of appearance."""
+def cluster_means(clusters: Sequence[Hashable], values: Sequence[float]) -> list[float]:
+    """The mean of each cluster, in order of appearance."""
     found: dict[Hashable, list[float]] = {}
-    for group, value in zip(groups, values, strict=True):
-        found.setdefault(group, []).append(value)
+    for cluster, value in zip(clusters, values, strict=True):
+        found.setdefault(cluster, []).append(value)
     return [math.fsum(each) / len(each) for each in found.values()]
 
 

@@ -17,7 +17,6 @@ LIMITS: dict[str, Limits] = {"length": (0.0, inf), "kl": UNLIMITED}
 """Limits of lmrl's own metrics."""
 RESERVED = ("reward", "return", "length", "kl", "normalized")
 """Names of lmrl's own metrics; a reward function or environment metric of that name is reported as `component/NAME`."""
-
 PROMPT = "prompt"
 """The unit of prompts, as opposed to start states."""
 
@@ -56,7 +55,7 @@ class Scoring:
         scores = summarize_trajectories(trajectories, self.unit, self.limits, self.fixed)
         for name in [*extra, *filter(several_samples, self.metrics)]:
             values, groups = self.values(name, trajectories, extra)
-            clusters = self.clusters(groups, trajectories)
+            clusters = clusters_of(groups, trajectories, self.unit)
             scores[name] = summarize(values, clusters, self.limits_of(name, trajectories), self.fixed, self.unit)
         main = self.metrics[0]
         if main not in scores:
@@ -81,11 +80,6 @@ class Scoring:
         named = [(value_of(one, metric), one.group) for one in trajectories]
         found = [(value, group) for value, group in named if value is not None]
         return [value for value, _ in found], [group for _, group in found]
-
-    def clusters(self, groups: Sequence[int], trajectories: Sequence[Trajectory]) -> list[Hashable]:
-        """The cluster of each group, see `cluster_of`."""
-        found = {one.group: cluster_of(one, self.unit) for one in trajectories}
-        return [found[group] for group in groups]
 
     def _of_groups(self, several: SeveralSamples, trajectories: Sequence[Trajectory]) -> tuple[list[float], list[int]]:
         groups: dict[int, list[Trajectory]] = {}
@@ -158,6 +152,12 @@ def cluster_of(trajectory: Trajectory, unit: str) -> Hashable:
     """What an episode's value is clustered by: its group; rows of a file with the same prompt are one prompt. Episodes
     of several turns may begin alike in different states."""
     return prompt_key(trajectory.prompt) if unit == PROMPT and len(trajectory.turns) <= 1 else trajectory.group
+
+
+def clusters_of(groups: Sequence[int], trajectories: Sequence[Trajectory], unit: str) -> list[Hashable]:
+    """The cluster of each of these groups, see `cluster_of`."""
+    found = {one.group: cluster_of(one, unit) for one in trajectories}
+    return [found[group] for group in groups]
 
 
 def values_of(trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:

@@ -8,7 +8,6 @@ mathematics of turns is in turns.py.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from lmrl.objectives.turns import (
     less_group_mean,
     less_state_mean,
     mean_square,
-    over_batch_scale,
+    over_root,
     repeated,
     rewards_fall_at_turns,
     sums_to_go,
@@ -151,25 +150,22 @@ class GroupPolicyGradient(PolicyGradient):
     def _scaled(self, advantages_K: torch.Tensor, turns: Turns, kind: str) -> torch.Tensor:
         """Advantages divided as `scale_rewards` says. kind: of advantage, each of which has a running scale."""
         match self.options.scale_rewards:
-            case "running":
-                return self._over_running_scale(advantages_K, kind)
-            case "batch":
-                return over_batch_scale(advantages_K)
             case "none":
                 return advantages_K
+            case "batch":
+                return over_root(advantages_K, mean_square(advantages_K))
+            case "running":
+                return over_root(advantages_K, self._recent_square(mean_square(advantages_K), kind))
         scale_K = group_scales(turns)
         return torch.where(scale_K > 0, advantages_K / torch.where(scale_K > 0, scale_K, 1.0), 0.0)
 
-    def _over_running_scale(self, advantages_K: torch.Tensor, kind: str) -> torch.Tensor:
-        """Divided by the root mean square of this batch or of recent ones, whichever is larger, so that a batch in which
-        nothing large was earned does not count as much as one in which it was."""
-        square = mean_square(advantages_K)
-        if square == 0:
-            return advantages_K
-        known = self.squares.get(kind, square)
-        self.squares[kind] = known + SCALE_RATE * (square - known)
-        scale = math.sqrt(max(square, self.squares[kind]))
-        return advantages_K / scale
+    def _recent_square(self, square: float, kind: str) -> float:
+        """The mean square of this batch or the running one of recent batches, whichever is larger, so that a batch in
+        which nothing large was earned does not count as much as one in which it was."""
+        if square > 0:
+            known = self.squares.get(kind, square)
+            self.squares[kind] = known + SCALE_RATE * (square - known)
+        return max(square, self.squares.get(kind, 0.0))
 
     def state(self) -> dict[str, Any]:
         return {"squares": dict(self.squares)}

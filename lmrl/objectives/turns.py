@@ -116,9 +116,8 @@ def mean_square(advantages_K: torch.Tensor) -> float:
     return distributed.mean(advantages_K[advantages_K != 0].square())
 
 
-def over_batch_scale(advantages_K: torch.Tensor) -> torch.Tensor:
-    """Advantages divided by the root mean square of the nonzero ones, over all processes, (K,)."""
-    square = mean_square(advantages_K)
+def over_root(advantages_K: torch.Tensor, square: float) -> torch.Tensor:
+    """Advantages divided by the root of a mean square, (K,); unchanged if it is 0."""
     return advantages_K / square**0.5 if square > 0 else advantages_K
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from lmrl.errors import RecipeError, RunError, ScoreError
 from lmrl.evaluation.claims import read_claim
-from lmrl.evaluation.paired import Played, compare_played, correlation, holm, prompts_needed
+from lmrl.evaluation.paired import Played, compare_played, correlation, holm, means_by_cluster, prompts_needed
 from lmrl.evaluation.scoring import Scoring
 from lmrl.trajectories.trajectory import Trajectory, Turn
 
@@ -180,3 +180,10 @@ def test_equal_policies_are_told_apart_in_5_percent():
     rng = np.random.default_rng(0)
     wrong = sum(p_value(other - one, range(40)) < 0.05 for one, other in (pairs(rng, 40, 0.6) for _ in range(1000)))
     assert 30 <= wrong <= 70  # 50 expected, standard error 7
+
+
+def test_means_are_of_prompts_not_of_rows():
+    played_twice = played("a", 1, 2, 3, 5)
+    for place, one in enumerate(played_twice.trajectories):
+        one.prompt = f"question {place % 2}"
+    assert list(means_by_cluster(played_twice, "reward", Scoring(["reward"])).values()) == [2.0, 3.5]

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from lmrl.recipe.recipe import Recipe
 
 
+RewardScale = Literal["auto", "group", "batch", "running", "none"]
+
+
 class PolicyGradientObjective(ObjectiveOptions):
     """Options of all policy gradients, including the bounds of an update."""
 
@@ -167,7 +170,7 @@ class GroupObjective(PolicyGradientObjective):
     `kl_coef` weights the divergence in the reward with rloo and reinforce_pp, and a loss term (k3) with grpo and dr_grpo.
     """
 
-    scale_rewards: Literal["auto", "group", "batch", "running", "none"] = "none"
+    scale_rewards: RewardScale = "none"
     """Divisor of advantages: the group's standard deviation; the batch's; the batch's or that of recent ones if it is larger
     (running); or none, so that the size of updates depends on the scale of rewards. With per-turn rewards it is one number for
     all turns. auto: group for prompts, running for environments and agents."""
@@ -205,7 +208,7 @@ class GRPOObjective(GroupObjective):
     """GRPO: rewards standardised within the group, loss averaged over each episode's tokens (Shao et al., arXiv 2402.03300)."""
 
     name: Literal["grpo"]
-    scale_rewards: Literal["auto", "group", "batch", "running", "none"] = "auto"
+    scale_rewards: RewardScale = "auto"
     """Divisor of advantages (see above)."""
 
 
@@ -221,7 +224,7 @@ class RLOOObjective(GroupObjective):
     """RLOO: rewards minus the mean of the others in the group, loss summed over tokens (Ahmadian et al., arXiv 2402.14740)."""
 
     name: Literal["rloo"]
-    scale_rewards: Literal["auto", "group", "batch", "running", "none"] = "batch"
+    scale_rewards: RewardScale = "batch"
     """Divisor of advantages (see above)."""
 
 
