@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from zoo_game import optimum
-from zoo_games import GAMES, half
+from zoo_games import GAMES, SETS, half
 from zoo_references import decoded, improved, random_play
 
 
 def table(records: Sequence[dict[str, Any]], methods: Sequence[str], library: str | None = None) -> str:
-    """Markdown: tasks x methods, mean score over seeds and the lowest; medians and counts for each half.
+    """Markdown: tasks x methods, mean score over seeds and the lowest; medians and counts for each set.
 
     methods: in the order of their columns; those without a cell are left out. library: the version of lmrl
     whose cells to show (None: that of the last record). If a cell was run several times, its last run counts.
@@ -30,7 +30,7 @@ def table(records: Sequence[dict[str, Any]], methods: Sequence[str], library: st
         "| task | " + " | ".join(methods) + " |",
         "|---" * (len(methods) + 1) + "|",
     ]
-    for which in ("first", "second"):
+    for which in SETS:
         tasks = [task for task in half(which) if any(task == cell[0] for cell in cells)]
         found = {
             (task, method): [one for cell, one in cells.items() if cell[:2] == (task, method)]
@@ -46,7 +46,7 @@ def table(records: Sequence[dict[str, Any]], methods: Sequence[str], library: st
                 for method in methods
             ]
             entries = [summary(scores) if scores else "" for scores in columns]
-            lines.append(f"| **{which} half, {name}** | " + " | ".join(entries) + " |")
+            lines.append(f"| **{which}: {name}** | " + " | ".join(entries) + " |")
     return "\n".join(lines)
 
 
@@ -65,12 +65,12 @@ def _entry(records: Sequence[dict[str, Any]]) -> str:
 
 
 def references() -> str:
-    """Markdown: of each task its half, limits and exact expected returns."""
+    """Markdown: of each task its set, limits and exact expected returns."""
     lines = [
-        "| task | half | turns | history | states | random | one step of improvement | optimum | reward scale |",
+        "| task | set | turns | history | states | random | one step of improvement | optimum | reward scale |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for which in ("first", "second"):
+    for which in SETS:
         for task in half(which):
             game = GAMES[task]
             low, middle, high = random_play(game).value, improved(game).value, optimum(game)
@@ -83,8 +83,8 @@ def references() -> str:
 
 def decoding(betas: Sequence[float] = (4, 16, 64, 256)) -> str:
     """Markdown: of each task the score of decoding by the exact Q of random play, beside one step of improvement on it."""
-    lines = [f"| task | half | {' | '.join(f'beta {beta:g}' for beta in betas)} |", "|---|---|" + "---|" * len(betas)]
-    for which in ("first", "second"):
+    lines = [f"| task | set | {' | '.join(f'beta {beta:g}' for beta in betas)} |", "|---|---|" + "---|" * len(betas)]
+    for which in SETS:
         for task in half(which):
             game = GAMES[task]
             low, high = random_play(game).value, improved(game).value

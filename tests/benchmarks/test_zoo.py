@@ -123,7 +123,7 @@ def test_simulator_draws_from_outcomes(game):
     for probability, reward, after in outcomes:
         expected[reward * game.scale, after] += probability
     for _ in range(draws):
-        environment.state, environment.turn = state, 1
+        environment.state, environment.turn = state, min(1, game.turns - 1)
         _, reward, terminated, _, _ = environment.step(action)
         assert terminated == (environment.state is None)
         counted[reward, environment.state] += 1
@@ -201,9 +201,10 @@ def test_set_is_as_varied_as_it_says():
 
 # -------------------------------------------------------------------------------------------------------------- runner
 def test_halves_depend_on_names_alone():
-    names = list(GAMES)
+    names = [name for name in GAMES if name not in zoo_games.LATER]
     random.Random(0).shuffle(names)
-    assert zoo_games.split(names) == zoo_games.half("all") == zoo_games.half("first") + zoo_games.half("second")
+    assert zoo_games.split(names) == zoo_games.half("first") + zoo_games.half("second")
+    assert sorted(zoo_games.half("all")) == sorted(GAMES)
     assert zoo_games.half("first") == "bandit stock two_arms lock taxi recall cliff_walking code".split()
 
 
@@ -291,9 +292,9 @@ def test_table_counts_low_cells():
         [old, cell("stock", "ppo", 0, 0.25), cell("stock", "ppo", 1, -0.75), cell("guess", "mc", 0, 0.5)], zoo.METHODS
     )
     assert "| stock | -0.25 (-0.75) |  |" in text
-    assert "| **first half, cells below 0.5** | 2 of 2 |  |" in text
-    assert "| **first half, cells below 0** | 1 of 2 |  |" in text
-    assert "| **second half, median cell** |  | 0.50 |" in text
+    assert "| **first: cells below 0.5** | 2 of 2 |  |" in text
+    assert "| **first: cells below 0** | 1 of 2 |  |" in text
+    assert "| **second: median cell** |  | 0.50 |" in text
 
 
 def test_greedy_shares_between_equals():
