@@ -25,7 +25,8 @@ class TextEnvironment(gymnasium.Env):
     - `players`: names of scripted players, with `act` giving their next action. `optimal` is the exact optimum.
     - `allowed_actions()`: the texts that may answer the last observation (None: any). With `task.allowed_actions=true`
       the policy samples one of these, each by its own probability among them.
-    - `texts()`: samples of all observations and actions, from which a model built from scratch takes its vocabulary.
+    - `texts()`: samples of all observations and actions, from which a model built from scratch takes its vocabulary
+      (without it: the letters of printable ASCII).
     - `info["metrics"]` of the last step: a dict of numbers (or None: not measured) that evaluation reports along with
       `return`.
     - `version`: text or a number that changes with what the environment does; `lmrl replay` names it.

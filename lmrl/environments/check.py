@@ -211,7 +211,7 @@ def _nonsense(make: Any) -> Finding:
 def _texts(environment: Any, played: list[_Played]) -> Finding:
     known = list(environment.texts()) if hasattr(environment, "texts") else []
     if not known:
-        return Finding("texts", None, "none; a model from scratch takes its vocabulary from `texts()`")
+        return Finding("texts", None, "none; without, a model from scratch reads printable ASCII letter by letter")
     letters = {letter for text in known for letter in text}
     missing = {letter for one in played for text in one.texts for letter in text} - letters
     detail = (

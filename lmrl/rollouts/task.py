@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -151,34 +151,36 @@ class Task:
 
 def task_texts(recipe: Recipe) -> list[str]:
     """Text samples of a task and of logged data, from which a model built from scratch takes its vocabulary."""
-    section, source, texts = recipe.task, recipe.source, []
+    section, source, level, texts = recipe.task, recipe.source, recipe.model.tokenizer, []
     for part in getattr(source, "parts", ()):
         if part.log is not None and part.log.path:
             texts += dataset_texts(part.log.path, Selection.of(part.log))
         if part.task is not None:
-            texts += texts_of(part.task)
+            texts += texts_of(part.task, level)
     path = getattr(source, "path", None)
     if path:
         texts += dataset_texts(path, Selection.of(source))
-    texts += [] if section is None else texts_of(section)
+    texts += [] if section is None else texts_of(section, level)
     if not texts and section is not None:
         lacking = "its rows hold no text: fill their prompts"
         if not isinstance(section, PromptTask | AgentTask):
-            lacking = f"environment '{section.environment}' has no texts(): add it"
+            lacking = f"environment '{section.environment}' has no texts(): add it, set model.tokenizer=char"
         raise RecipeError(
             f"model.config: a model from scratch takes its vocabulary from the task, but {lacking}, or set model.path"
         )
     return texts
 
 
-def texts_of(section: Any) -> list[str]:
-    """Text samples of a task's section: of its prompts or its environment; empty if the environment gives none."""
+def texts_of(section: Any, level: Literal["char", "word"]) -> list[str]:
+    """Text samples of a task's section: of its prompts or its environment. If the environment gives none, printable ASCII
+    is its letters, while its words are unknown."""
     if isinstance(section, PromptTask):
         return strings_in(prompt_rows(section.prompts))
     if isinstance(section, AgentTask):
         return [string.printable, *strings_in(_agent_rows(section))]
     environment = environment_factory(section)()
-    return list(environment.texts()) if hasattr(environment, "texts") else []
+    texts = list(environment.texts()) if hasattr(environment, "texts") else []
+    return texts or [string.printable] * (level == "char")
 
 
 def strings_in(value: Any) -> list[str]:
