@@ -24,14 +24,23 @@ STITCHING = [
 ]
 
 
+def stitch(folder, graph, seed):
+    """Optimality after ILQL, and by how much that is more than after filtered BC. No walk in the data is a shortest one."""
+    overrides = [*STITCHING, f"training.seed={seed}", f"task.graph={graph}"]
+    scores = lmrl.train(lmrl.load_recipe("random_walks/stitching", overrides), output=folder).scores
+    final = scores["ILQL"]["optimality"]["mean"]
+    return final, final - scores["filtered BC"]["optimality"]["mean"]
+
+
 def test_ilql_stitches_what_imitation_cannot(tmp_path):
-    """Three graphs, a seed each: no walk in the data is a shortest one, and ILQL finds them all the same."""
-    gains, finals = [], []
-    for seed, graph in enumerate((1, 2, 4)):
-        overrides = [*STITCHING, f"training.seed={seed}", f"task.graph={graph}"]
-        scores = lmrl.train(lmrl.load_recipe("random_walks/stitching", overrides), output=tmp_path / str(seed)).scores
-        finals.append(scores["ILQL"]["optimality"]["mean"])
-        gains.append(finals[-1] - scores["filtered BC"]["optimality"]["mean"])
+    final, gain = stitch(tmp_path / "run", graph=1, seed=0)
+    assert final > 0.85 and gain > 0.05
+
+
+@pytest.mark.slow
+def test_ilql_stitches_on_other_graphs(tmp_path):
+    found = [stitch(tmp_path / str(seed), graph, seed) for seed, graph in enumerate((1, 2, 4, 5, 6))]
+    finals, gains = zip(*found, strict=True)
     assert summarize(finals)["mean"] > 0.95 and min(finals) > 0.85, finals
     assert summarize(gains)["ci95"][0] > 0.05, gains
 
