@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
@@ -51,24 +52,28 @@ async def in_thread(work: Callable[[], T]) -> T:
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
-    def settle(result: Any, error: BaseException | None) -> None:
-        if future.done():  # nobody waits any more
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
-
     def body() -> None:
         result, error = None, None
         try:
             result = work()
         except BaseException as caught:
             error = caught
-        post(loop, settle, result, error)
+        post(loop, settle, future, result, error)
 
     threading.Thread(target=body, daemon=True).start()
     return await future
+
+
+def is_async(call: Callable[..., Any]) -> bool:
+    """True for an `async def`, and for an object whose `__call__` is one."""
+    return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(getattr(call, "__call__", None))  # noqa: B004
+
+
+async def call_user(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """The result of a function of the user's: an async one runs in this loop, a plain one in a thread. An awaitable that
+    a plain one returns, as around an async function, is awaited in this loop."""
+    result = call(*arguments, **named) if is_async(call) else await in_thread(lambda: call(*arguments, **named))
+    return await result if inspect.isawaitable(result) else result
 
 
 def post(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: Any) -> None:
@@ -78,6 +83,18 @@ def post(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments:
     except RuntimeError:
         if not loop.is_closed():
             raise
+
+
+def settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    """Give a future what a thread returned or raised, unless nobody waits for it any more."""
+    if future.done():
+        return
+    if isinstance(error, StopIteration):  # which no future takes
+        error = RuntimeError("raised StopIteration")
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
 
 
 async def watched(awaitable: Awaitable[T], check: Callable[[], None]) -> T:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lmrl.agents.client import Dispatch, client_for
-from lmrl.coroutines import in_thread
+from lmrl.coroutines import call_user, in_thread, is_async
 from lmrl.errors import PluginError
 from lmrl.plugins import load_plugin
 from lmrl.tools.functions import load_tools
@@ -80,19 +80,18 @@ class Function(Program):
             ) from error
         except ValueError:
             pass  # written in C
-        inner = inspect.unwrap(self.call)  # a decorator may have made a plain function of an async one
-        self.is_async = inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(
-            getattr(inner, "__call__", None)  # noqa: B004 - an object whose call is a coroutine
-        )
+        self.awaits_client = is_async(inspect.unwrap(self.call))
 
     async def run(self, row: dict[str, Any], address: Address) -> Outcome:
-        client = client_for(self.is_async, address.base_url, address.key, address.timeout, address.dispatch)
+        # Behind a plain decorator, an async function may run in a loop of its own, which the server does not share.
+        dispatch = address.dispatch if is_async(self.call) else None
+        client = client_for(self.awaits_client, address.base_url, address.key, address.timeout, dispatch)
         options = copy.deepcopy(self.options)
         try:
-            if not self.is_async:
-                return outcome_of(await in_thread(lambda: self.call(row, client, **options)))
-            result = self.call(row, client, **options)
-            return outcome_of(await result if inspect.isawaitable(result) else result)
+            if self.awaits_client:
+                return outcome_of(await call_user(self.call, row, client, **options))
+            # A coroutine that it returns is refused: with the synchronous client it would block this loop.
+            return outcome_of(await in_thread(lambda: self.call(row, client, **options)))
         finally:
             closed = client.close()
             if inspect.isawaitable(closed):

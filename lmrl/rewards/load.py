@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lmrl import registry
+from lmrl.coroutines import is_async
 from lmrl.errors import LmrlError, PluginError, RewardError, did_you_mean
 from lmrl.foreign import CallTimedOut, foreign
 from lmrl.recipe import STAGE_PREFIX, Reward, SpecialTokens
@@ -86,10 +87,9 @@ def local_call(spec: Reward, key: str, limit: float | None = None) -> tuple[Call
     unknown = set() if takes_all else set(options) - names
     if unknown:
         raise PluginError(f"{key}: '{spec.what}' takes no option '{sorted(unknown)[0]}' (it takes {', '.join(names)})")
-    is_async = inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(type(found).__call__)
-    timeout = spec.timeout if is_async else None
+    timeout = spec.timeout if is_async(found) else None
     call = partial(_call, found, None if takes_all else names, options, timeout, limit, origin_of(spec))
-    setattr(call, LIMITS_ITSELF, is_async or spec.kind == "url")
+    setattr(call, LIMITS_ITSELF, is_async(found) or spec.kind == "url")
     return call, origin_of(spec)
 
 

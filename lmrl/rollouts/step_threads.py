@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from lmrl.coroutines import post
+from lmrl.coroutines import post, settle
 from lmrl.foreign import CallTimedOut, give_up_on
 
 T = TypeVar("T")
@@ -77,14 +77,5 @@ class StepThread(threading.Thread):
                 result = work()
             except BaseException as caught:  # an environment may even raise SystemExit
                 error = caught
-            post(loop, _settle, future, result, error)
+            post(loop, settle, future, result, error)
             del item, work, future, result, error
-
-
-def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(result)
-    else:
-        future.set_exception(error)

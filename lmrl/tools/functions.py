@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from lmrl.coroutines import in_thread
+from lmrl.coroutines import call_user
 from lmrl.errors import PluginError
 from lmrl.plugins import load_plugin
 from lmrl.tools.formats import Tool
@@ -109,10 +109,7 @@ class ToolBox:
         try:
             given = tool.check(arguments)
             async with asyncio.timeout(self.seconds) as limit:
-                if inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(getattr(call, "__call__", None)):  # noqa: B004
-                    return as_text(await call(**given))
-                result = await in_thread(lambda: call(**given))
-                return as_text(await result if inspect.isawaitable(result) else result)  # of a decorated async function
+                return as_text(await call_user(call, **given))
         except ToolLost:
             raise
         except ToolFailed as error:

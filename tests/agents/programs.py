@@ -90,6 +90,20 @@ async def wrapped(row, client):
     return 1.0
 
 
+def in_own_loop(function):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return asyncio.run(function(*args, **kwargs))
+
+    return wrapper
+
+
+@in_own_loop
+async def run_to_its_end(row, client):
+    await say(client, ask(row["question"]))
+    return 1.0
+
+
 def not_awaited(row, client):
     client.chat.completions.create(messages=ask("x"), max_tokens=2, model="any")
     return asyncio.sleep(0)

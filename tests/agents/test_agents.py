@@ -136,8 +136,9 @@ def test_failures_are_data(policy, rows):
     assert "has sent no request to the policy" in quiet.failure
 
 
-def test_a_decorated_async_function_is_awaited(policy, rows):
-    (played,) = play(policy, rows, "wrapped", starts=[0])
+@pytest.mark.parametrize("program", ["wrapped", "run_to_its_end"])
+def test_a_decorated_async_function_is_awaited(policy, rows, program):
+    (played,) = play(policy, rows, program, starts=[0])
     assert played.failure is None and played.reward == 1.0
 
 

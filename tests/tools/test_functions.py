@@ -129,6 +129,13 @@ def test_a_decorated_async_function_is_awaited():
     ]
 
 
+def test_stop_iteration_is_an_error_to_read():
+    def first() -> str:
+        return next(iter([]))
+
+    assert run([first], ("first", {}), seconds=5) == ["error: RuntimeError: raised StopIteration"]
+
+
 def test_what_cannot_be_described_is_refused():
     def bare(a): ...
     def many(*a: int): ...
