@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lmrl.cli.common import Debug, Overrides
 from lmrl.cli.env import Named, task_section
-from lmrl.errors import RecipeError, did_you_mean
+from lmrl.errors import EpisodeError, RecipeError, did_you_mean
 from lmrl.visible import visible
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def command(
     from rich.console import Console
 
     from lmrl.environments import GameEnvironment, environment_factory
-    from lmrl.environments.calls import begin_episode, take_step
+    from lmrl.environments.calls import begin_episode, call_player, take_step
     from lmrl.seeding import stream
 
     task = task_section(environment, options)
@@ -55,7 +56,8 @@ def command(
         )
     speakers = _speakers(policy, task, temperature, max_new_tokens, beta, seed) if policy else None
     rng, total = stream(seed, "play"), 0.0
-    observation, _ = begin_episode(game, seed, None)
+    with _failures_in_one_line():
+        observation, _ = begin_episode(game, seed, None)
     for turn in range(task.max_turns):
         console.print(visible(str(observation)), style="cyan", markup=False)
         action: str | None
@@ -65,7 +67,8 @@ def command(
         if speakers is not None:
             action = speakers(side).say(observation)
         elif player is not None:
-            action = game.act(player, rng)
+            with _failures_in_one_line():
+                action = call_player(game, player, rng)
         else:
             action = ask(console)
         if action is None:
@@ -73,7 +76,8 @@ def command(
             return
         if speakers is not None or player is not None:
             console.print(f"> {visible(action)}", markup=False)
-        observation, reward, terminated, truncated, metrics = take_step(game, action)
+        with _failures_in_one_line():
+            observation, reward, terminated, truncated, metrics = take_step(game, action)
         total += reward
         if reward:
             console.print(f"  {reward:+g}", style="dim", markup=False)
@@ -82,8 +86,19 @@ def command(
     if observation:
         console.print(visible(str(observation)), style="cyan", markup=False)
     ended = "over" if terminated else "cut off"
-    measured = "".join(f", {name} {value:g}" for name, value in metrics.items())
+    measured = "".join(f", {name} {value:g}" for name, value in metrics.items() if value is not None)
     console.print(f"{ended} after {turn + 1} turns: return {total:g}{measured}", markup=False)
+
+
+@contextmanager
+def _failures_in_one_line() -> Iterator[None]:
+    """Around calls of an environment. Raises EpisodeError."""
+    from lmrl.environments.calls import failure_text
+
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise EpisodeError(failure_text(error)) from error
 
 
 def printer() -> tuple[Console, Callable[[str], None]]:

@@ -11,10 +11,16 @@ from lmrl.secrets import redact
 from lmrl.trajectories.trajectory import LARGEST_REWARD, is_reward
 
 
+class EpisodeFailed(Exception):
+    """An episode's environment or one of its players failed, and so does the episode. Other errors are the run's."""
+
+
 def call_player(environment: Any, player: str, rng: Any, limit: float | None = None) -> str:
-    """The action of a scripted player."""
+    """The action of a scripted player, checked."""
     with foreign("the environment", limit):
-        action: str = environment.act(player, rng)
+        action = environment.act(player, rng)
+    if not isinstance(action, str):
+        raise TypeError(f"act({player!r}, ...) returned {action!r:.60} ({type(action).__name__}); expected text")
     return action
 
 

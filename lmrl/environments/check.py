@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lmrl.environments import environment_factory, limits_of
-from lmrl.environments.calls import begin_episode, take_step
+from lmrl.environments.calls import begin_episode, call_player, take_step
 from lmrl.environments.games import GameEnvironment
 from lmrl.errors import LmrlError
 from lmrl.findings import Finding
@@ -109,7 +109,7 @@ def _play(environment: Any, seed: int, player: str, turns: int) -> _Played:
         words = list(environment.texts()) if hasattr(environment, "texts") else []
         words = words or ["a"]
     for _ in range(turns):
-        action = str(rng.choice(words)) if words else environment.act(player, rng)
+        action = str(rng.choice(words)) if words else call_player(environment, player, rng)
         begun = time.perf_counter()
         after, reward, terminated, truncated, _ = take_step(environment, action)
         played.seconds += time.perf_counter() - begun

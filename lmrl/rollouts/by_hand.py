@@ -15,8 +15,8 @@ Tell = Callable[[str], None]
 Ask = Callable[[], str | None]
 
 
-class Left(Exception):
-    """The user has ended the input in the middle of an episode."""
+class Left(BaseException):
+    """The user has ended the input in the middle of an episode. No Exception, which would be a failure of the episode."""
 
 
 class ByHand:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lmrl.environments.calls import failure_text
+from lmrl.environments.calls import EpisodeFailed
 from lmrl.environments.games import Referee, split_start
 from lmrl.rollouts.parties import Side, opponent_failure
 from lmrl.trajectories.trajectory import transcript
@@ -40,16 +40,16 @@ class GamePlay:
         self.most_moves = sampler.task.max_turns * match.players
 
     async def play(self) -> None:
-        """Play the game to its end. An error in it is the failure of all its trajectories."""
+        """Play the game to its end. If it or an opponent fails, all its trajectories do."""
         try:
             await self._begin()
-            while not self.referee.over:
-                if not await self._turn():
-                    break
+            while not self.referee.over and await self._turn():
+                pass
             for episode in self.own.values():
                 self._end(episode)
-        except (Exception, SystemExit) as error:
-            self._fail(failure_text(error))
+        except EpisodeFailed as error:
+            for episode in self.own.values():
+                episode.fail(str(error))
         for episode in self.own.values():
             trajectory = episode.trajectory
             trajectory.completion = transcript(trajectory.turns)
@@ -68,7 +68,7 @@ class GamePlay:
     async def _turn(self) -> bool:
         """The turn of the player to move; False if a limit ends the game."""
         with self.sampler.waited_for():
-            player = self.referee.to_move
+            player = await self._call(lambda limit: self.referee.to_move)
             observation = await self._call(lambda limit: self.referee.observe(player, limit))
             episode = self.own.get(player)
             context = []
@@ -80,8 +80,6 @@ class GamePlay:
             await self._truncate(but=episode)
             return False
         action = await (self._answer(player, observation) if episode is None else self._own_action(episode, context))
-        if action is None:
-            return False
         with self.sampler.waited_for():
             rewards = await self._call(lambda limit: self.referee.step(action, limit))
             for side, own in self.own.items():
@@ -92,21 +90,20 @@ class GamePlay:
                 await self._truncate()
         return True
 
-    async def _own_action(self, episode: Episode, context: list[int]) -> str | None:
+    async def _own_action(self, episode: Episode, context: list[int]) -> str:
         action = await self.act(episode, context)
         cut = action.finish_reason == "length"
         episode.recorder.act(action.text, action.tokens, action.logprobs, cut=cut, allowed=action.allowed)
         episode.turn += 1
         return action.text
 
-    async def _answer(self, player: int, observation: Any) -> str | None:
-        """The opponent's action; None if it gave none."""
+    async def _answer(self, player: int, observation: Any) -> str:
+        """The opponent's action."""
         with self.sampler.waited_for(by=self.party.engine if self.party is not None else None):
             try:
                 return await self.others[player].answer(self.referee.game, observation, self.limit)
             except (Exception, SystemExit) as error:
-                self._fail(opponent_failure(error))
-                return None
+                raise EpisodeFailed(opponent_failure(error)) from error
 
     def _reward(self, episode: Episode, reward: float) -> None:
         if not episode.turn:
@@ -129,10 +126,6 @@ class GamePlay:
             episode.trajectory.metrics = dict(self.referee.metrics_of(episode.side))
             if not episode.turn:  # over before this side had a turn: nothing to train on, but its result counts
                 episode.trajectory.reward = self.waiting[episode.side]
-
-    def _fail(self, failure: str) -> None:
-        for episode in self.own.values():
-            episode.fail(failure)
 
     async def _call(self, work: Any) -> Any:
         return await self.sampler.call(work)

@@ -6,15 +6,14 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lmrl import distributed
 from lmrl.agents.play import play_agents
 from lmrl.coroutines import run, watched
 from lmrl.engines.base import Completion, Engine, Sampling
 from lmrl.engines.token_trie import TokenTrie
-from lmrl.environments.calls import begin_episode, call_player, failure_text, take_step
-from lmrl.foreign import CallTimedOut
+from lmrl.environments.calls import EpisodeFailed, begin_episode, call_player, failure_text, take_step
 from lmrl.rewards.early import EarlyScores
 from lmrl.rollouts.allowed_actions import ActionTries, allowed_actions
 from lmrl.rollouts.game_play import GamePlay
@@ -24,6 +23,8 @@ from lmrl.seeding import key, stream
 from lmrl.trajectories.allowed import AllowedTokens
 from lmrl.trajectories.recorder import Recorder
 from lmrl.trajectories.trajectory import Trajectory, transcript
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -218,25 +219,22 @@ class Sampler:
 
     # ----------------------------------------------------------------------------------------------------- one episode
     async def _play(self, episode: Episode, act: Act, max_new_tokens: int) -> None:
-        context: list[int] = []
-        with self.waited_for():
-            await self._begin(episode)
-            if not episode.over:
-                context = episode.recorder.observe(episode.observation)
-        while not episode.over:
-            try:
-                action = await act(episode, context)
-            except CallTimedOut as error:  # a scripted player
-                episode.fail(failure_text(error))
-                break
+        try:
             with self.waited_for():
-                await self._step(episode, action)
-                if not episode.over:
-                    context = episode.recorder.observe(episode.observation)
-                    if not self.fits(len(context) + max_new_tokens):
-                        episode.over = True
-                        episode.trajectory.metrics = episode.metrics
-                        episode.recorder.stop()
+                await self._begin(episode)
+                context = episode.recorder.observe(episode.observation)
+            while not episode.over:
+                action = await act(episode, context)
+                with self.waited_for():
+                    await self._step(episode, action)
+                    if not episode.over:
+                        context = episode.recorder.observe(episode.observation)
+                        if not self.fits(len(context) + max_new_tokens):
+                            episode.over = True
+                            episode.trajectory.metrics = episode.metrics
+                            episode.recorder.stop()
+        except EpisodeFailed as error:
+            episode.fail(str(error))
         episode.trajectory.completion = transcript(episode.trajectory.turns)
 
     def waited_for(self, by: Engine | None = None) -> ExitStack:
@@ -262,28 +260,21 @@ class Sampler:
 
     async def _begin(self, episode: Episode) -> None:
         trajectory = episode.trajectory
-        try:
-            episode.observation, info = await self.call(
-                lambda limit: begin_episode(episode.environment, trajectory.seed, trajectory.start, limit)
-            )
-            trajectory.columns = info.get("columns", {})
-            episode.allowed = await self.allowed(episode)
-        except (Exception, SystemExit) as error:
-            episode.fail(failure_text(error))
+        episode.observation, info = await self.call(
+            lambda limit: begin_episode(episode.environment, trajectory.seed, trajectory.start, limit)
+        )
+        trajectory.columns = info.get("columns", {})
+        episode.allowed = await self.allowed(episode)
 
     async def _step(self, episode: Episode, action: Action) -> None:
         trajectory = episode.trajectory
         cut = action.finish_reason == "length"
         episode.recorder.act(action.text, action.tokens, action.logprobs, cut=cut, allowed=action.allowed)
-        try:
-            observation, reward, terminated, truncated, metrics = await self.call(
-                lambda limit: take_step(episode.environment, action.text, limit)
-            )
-        except (Exception, SystemExit) as error:
-            episode.fail(failure_text(error))
-            return
+        observation, reward, terminated, truncated, metrics = await self.call(
+            lambda limit: take_step(episode.environment, action.text, limit)
+        )
         trajectory.place_reward(reward, episode.turn)
-        trajectory.reward += reward
+        trajectory.reward = (trajectory.reward or 0.0) + reward
         episode.turn += 1
         episode.observation = observation
         episode.metrics = metrics
@@ -293,24 +284,29 @@ class Sampler:
             if not terminated:
                 episode.recorder.truncate(observation)
             return
-        try:
-            episode.allowed = await self.allowed(episode)
-        except (Exception, SystemExit) as error:
-            episode.fail(failure_text(error))
+        episode.allowed = await self.allowed(episode)
 
     async def allowed(self, episode: Episode) -> TokenTrie | None:
         """The actions that the environment allows now, for an engine that samples."""
-        if self.tries is None or self.samples_from is None:
+        tries = self.tries
+        if tries is None or self.samples_from is None:
             return None
-        actions = await self.call(lambda limit: allowed_actions(episode.environment, limit))
-        return None if actions is None else self.tries.of(actions)
 
-    async def call(self, work: Callable[[float | None], Any]) -> Any:
+        def choices(limit: float | None) -> TokenTrie | None:
+            actions = allowed_actions(episode.environment, limit)
+            return None if actions is None else tries.of(actions)
+
+        return await self.call(choices)
+
+    async def call(self, work: Callable[[float | None], T]) -> T:
         """Call an environment: in this thread, where it is interrupted at its time limit; or in another thread, which
-        is then abandoned."""
-        if self.threads is None:
-            return work(self.task.call_timeout)
-        return await self.threads.run(lambda: work(None), self.task.call_timeout)
+        is then abandoned. Raises EpisodeFailed for what it raises."""
+        try:
+            if self.threads is None:
+                return work(self.task.call_timeout)
+            return await self.threads.run(lambda: work(None), self.task.call_timeout)
+        except (Exception, SystemExit) as error:
+            raise EpisodeFailed(failure_text(error)) from error
 
     def _text(self, completion: Completion, sampling: Sampling) -> str:
         text: str = self.decode(completion.tokens)

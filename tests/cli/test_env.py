@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lmrl.cli import app
-from lmrl.errors import RecipeError
+from lmrl.errors import EpisodeError, RecipeError
 
 GAME = """
 import random
@@ -30,6 +30,11 @@ class Good(TextEnvironment):
 
     def texts(self):
         return ["start 0 1 2", "go on", "yes", "no"]
+
+
+class Unmeasured(Good):
+    def step(self, action):
+        return "", 1.0, True, False, {"metrics": {"turns": None, "right": 1}}
 
 
 class Unseeded(Good):
@@ -95,6 +100,10 @@ def test_what_is_wrong_is_found(game, tmp_path, name, failed):
 def test_playing(game):
     mine = run("play", game("Good"), input="yes\nno\n").output
     assert "start" in mine and "over after 2 turns: return 1, turns 2" in mine
+    unmeasured = run("play", game("Unmeasured"), input="yes\n").output
+    assert unmeasured.endswith("over after 1 turns: return 1, right 1\n")
+    with pytest.raises(EpisodeError, match="environment raised KeyError: 'maybe'"):
+        run("play", game("Fragile"), input="maybe\n")
     left = run("play", game("Good"), input="yes\n").output
     assert "left after 1 turns: return 1" in left
     watched = run("play", game("Good"), "--player", "random", "--seed", 3).output

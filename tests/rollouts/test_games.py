@@ -3,6 +3,7 @@
 import pytest
 
 from lmrl.engines.base import Sampling
+from lmrl.errors import EngineError
 from lmrl.objectives.groups import groups_of
 from lmrl.recipe import NimTask, Rollouts
 from lmrl.rollouts.collect import collect
@@ -99,6 +100,14 @@ def test_a_failure_is_of_the_whole_game(tokenizer, workers):
     assert {one.failure for one in played} == {"environment raised RuntimeError: exclaimed"}
     assert [one.reward for one in played] == [None] * 4 and [len(one.turns) for one in played] == [1] * 4
     assert len(made) == 4  # those of the two games that failed are made anew
+
+
+def test_an_error_of_the_engine_is_not_of_the_game(tokenizer):
+    def choose(context):
+        raise EngineError("the engine stopped")
+
+    with pytest.raises(EngineError, match="the engine stopped"):
+        sampler_of(tokenizer, choose).play([None], 1, Sampling(), ("s",))
 
 
 @pytest.mark.parametrize(

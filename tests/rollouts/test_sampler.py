@@ -1,5 +1,7 @@
 """The sampler: multi-turn episodes token by token, nothing re-tokenised, failures counted."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -216,6 +218,19 @@ def test_what_step_returns_is_checked(tokenizer, result, message):
     with pytest.raises(EpisodeError, match=message) as caught:
         task.keep_judged([episode])
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda self, player, rng: 3, r"environment raised TypeError: act\('one', ...\) returned 3 \(int\); expected text"),
+        (lambda self, player, rng: next(iter(())), "environment raised StopIteration"),
+    ],
+)
+def test_a_failing_player_fails_its_episode(tokenizer, act, message):
+    task = Task(type("Environment", (Returning,), {"act": act}), Renderer(tokenizer), [0], [0])
+    (episode,) = Sampler(task).play_scripted("one", [0], ("x",))
+    assert episode.reward is None and re.match(message, episode.failure)
 
 
 def test_numbers_of_numpy_and_torch_are_numbers(tokenizer):
