@@ -72,8 +72,15 @@ def is_async(call: Callable[..., Any]) -> bool:
 async def call_user(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """The result of a function of the user's: an async one runs in this loop, a plain one in a thread. An awaitable that
     a plain one returns, as around an async function, is awaited in this loop."""
-    result = call(*arguments, **named) if is_async(call) else await in_thread(lambda: call(*arguments, **named))
-    return await result if inspect.isawaitable(result) else result
+    task = asyncio.current_task()
+    assert task is not None
+    try:
+        result = call(*arguments, **named) if is_async(call) else await in_thread(lambda: call(*arguments, **named))
+        return await result if inspect.isawaitable(result) else result
+    except asyncio.CancelledError as error:
+        if task.cancelling():
+            raise
+        raise RuntimeError("raised CancelledError") from error  # of a task of its own: nobody has cancelled this one
 
 
 def post(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: Any) -> None:
@@ -89,8 +96,8 @@ def settle(future: asyncio.Future[Any], result: Any, error: BaseException | None
     """Give a future what a thread returned or raised, unless nobody waits for it any more."""
     if future.done():
         return
-    if isinstance(error, StopIteration):  # which no future takes
-        error = RuntimeError("raised StopIteration")
+    if isinstance(error, StopIteration | asyncio.CancelledError):  # which would be taken for the future's own
+        error = RuntimeError(f"raised {type(error).__name__}")
     if error is None:
         future.set_result(result)
     else:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lmrl.foreign import CallTimedOut, foreign
 from lmrl.secrets import redact
+from lmrl.trajectories.fields import checked_messages
 from lmrl.trajectories.trajectory import LARGEST_REWARD, is_reward
 
 
@@ -60,6 +61,9 @@ def check_text(observation: Any) -> Any:
             f"the observation is a {type(observation).__name__}, expected text: write it out, or register the game with "
             "gymnasium and name it gymnasium:MODULE:ID"
         )
+    messages = checked_messages(observation, "observation") if isinstance(observation, list) else ()
+    for text in [message["content"] for message in messages] or [observation]:
+        text.encode()  # raises for lone surrogates, which no tokenizer reads
     return observation
 
 

@@ -99,7 +99,8 @@ class ToolBox:
 
     async def run(self, name: str, arguments: dict[str, Any]) -> str:
         """The result of a call as text; errors become text too, for the model to read. Raises ToolLost."""
-        return shortened(await self._run(name, arguments), self.characters)
+        text = shortened(await self._run(name, arguments), self.characters)
+        return text.encode(errors="replace").decode()  # without the lone surrogates of undecodable file names
 
     async def _run(self, name: str, arguments: dict[str, Any]) -> str:
         tool = self.tools.get(name)

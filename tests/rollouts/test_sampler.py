@@ -203,6 +203,9 @@ class Returning(TextEnvironment):
         (None, r"step\(\) returned a NoneType; expected observation"),
         (("o", 1.0, True, False, None), r"step\(\) returned the info None; expected an object"),
         ((7, 1.0, True, False, {}), "the observation is a int, expected text: .* name it gymnasium:MODULE:ID"),
+        (("a\udcff", 1.0, False, False, {}), "UnicodeEncodeError: .*surrogates not allowed"),
+        (([1], 1.0, False, False, {}), "field 'observation' holds 1; expected messages with text in 'role' and"),
+        (([], 1.0, False, False, {}), "field 'observation' is empty; expected messages"),
         (("o", 1.0, True, False, {"metrics": 3}), r"step\(\) returned info\['metrics'\]=3; expected an object"),
         (
             ("o", 1.0, True, False, {"metrics": {"x": "high"}}),
@@ -223,7 +226,10 @@ def test_what_step_returns_is_checked(tokenizer, result, message):
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda self, player, rng: 3, r"environment raised TypeError: act\('one', ...\) returned 3 \(int\); expected text"),
+        (
+            lambda self, player, rng: 3,
+            r"environment raised TypeError: act\('one', ...\) returned 3 \(int\); expected text",
+        ),
         (lambda self, player, rng: next(iter(())), "environment raised StopIteration"),
     ],
 )

@@ -129,11 +129,28 @@ def test_a_decorated_async_function_is_awaited():
     ]
 
 
-def test_stop_iteration_is_an_error_to_read():
+def test_errors_of_control_flow_are_errors_to_read():
     def first() -> str:
         return next(iter([]))
 
-    assert run([first], ("first", {}), seconds=5) == ["error: RuntimeError: raised StopIteration"]
+    def cancelled() -> str:
+        raise asyncio.CancelledError
+
+    async def lost() -> str:
+        await asyncio.sleep(0)
+        raise asyncio.CancelledError
+
+    calls = [("first", {}), ("cancelled", {}), ("lost", {})]
+    stop, *cancel = run([first, cancelled, lost], *calls, seconds=5)
+    assert stop == "error: RuntimeError: raised StopIteration"
+    assert cancel == ["error: RuntimeError: raised CancelledError"] * 2
+
+
+def test_a_result_is_text_that_can_be_encoded():
+    def names() -> str:
+        return "a\udcff"
+
+    assert run([names], ("names", {})) == ["a?"]
 
 
 def test_what_cannot_be_described_is_refused():
