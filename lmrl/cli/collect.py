@@ -300,9 +300,10 @@ class Totals:
 
     def line(self, with_tokens: bool) -> str:
         from lmrl.evaluation.statistics import summarize
+        from lmrl.training.display import interval
 
         counts = f"{self.episodes} episodes, {self.turns} turns" + (f", {self.tokens} tokens" if with_tokens else "")
         if not self.returns:
             return f"{counts}, not judged"
         score = summarize(self.returns, self.groups)
-        return f"{counts}, mean return {score['mean']:.3f} [{score['ci95'][0]:.3f}, {score['ci95'][1]:.3f}]"
+        return f"{counts}, mean return {interval(score)}"

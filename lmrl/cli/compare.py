@@ -132,7 +132,7 @@ def command(
 
 
 def _show(found: Comparison) -> None:
-    from lmrl.training.display import Display, shorten
+    from lmrl.training.display import Display, fixed, shorten
 
     display = Display()
     display.table(f"Scores on {found.suite}", {f"{key}: {name}": found.rows[key] for key, name in found.names.items()})
@@ -150,7 +150,7 @@ def _show(found: Comparison) -> None:
     for change in found.changes:
         display.say(f"\n  {shorten(change.prompt, WIDTH)}")
         for key, completion in change.completions.items():
-            display.say(f"    {key} [{change.scores[key]:.3f}] {shorten(completion, WIDTH)}")
+            display.say(f"    {key} [{fixed(change.scores[key])}] {shorten(completion, WIDTH)}")
 
 
 def _table(title: str, heads: Sequence[str]) -> Table:
@@ -191,8 +191,10 @@ def _ratings_table(found: Comparison) -> Table:
 
 def _cells(one: Difference) -> list[str]:
     from lmrl.evaluation.paired import AT_EQUAL
+    from lmrl.training.display import decimals
 
     low, high = one.ci95
+    places = max(4, decimals(one.mean, (high - low) / 2))
     more = "no difference" if one.more is None else "settled" if one.more == 0 else f"{one.more} more {one.unit}s"
     if AT_EQUAL in one.metric and one.more is None:
         more = ""
@@ -201,7 +203,7 @@ def _cells(one: Difference) -> list[str]:
     return [
         f"{one.first} - {one.second}",
         one.metric,
-        f"{one.mean:+.4f} [{low:+.4f}, {high:+.4f}]",
+        f"{one.mean:+.{places}f} [{low:+.{places}f}, {high:+.{places}f}]",
         f"{one.p:.2g}",
         f"{one.adjusted:.2g}",
         f"{one.wins} / {one.ties} / {one.losses}",

@@ -22,6 +22,8 @@ TROUBLES = ("failed", "skipped")
 PLAIN_EVERY_SECONDS = 2.0
 WIDE = 110
 """Minimum terminal width, in columns, for a bar of full length."""
+ROUNDING = 1e-12
+"""Share of a number below which its error is only that of float arithmetic."""
 LOPSIDED = 0.2
 """Asymmetry of an interval, as a share of its width, from which on both ends are shown."""
 
@@ -89,7 +91,7 @@ class Display:
     def samples(self, trajectories: list[Trajectory], count: int) -> None:
         """Show some of these episodes, from different prompts if there are several."""
         for trajectory in spread_out(trajectories, count):
-            reward = "not judged" if trajectory.reward is None else f"{trajectory.reward:.3f}"
+            reward = "not judged" if trajectory.reward is None else fixed(trajectory.reward)
             line = Text(f"  [{reward}] ", style="cyan")
             line.append(shorten(trajectory.prompt, 200), style="dim")
             line.append(" -> ", style="dim")
@@ -169,11 +171,24 @@ def scope_of(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
 def interval(score: dict[str, Any]) -> str:
     """Mean ± half width of its interval; both ends if the mean is not in the middle, for instance near a limit."""
     mean, (low, high) = score["mean"], score["ci95"]
+    half = (high - low) / 2
+    places = decimals(mean, half)
     if low == high and "holds_for" not in score:  # exact
-        return f"{mean:.3f}"
+        return fixed(mean)
     if abs((high - mean) - (mean - low)) > LOPSIDED * (high - low):
-        return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
-    return f"{mean:.3f} ± {(high - low) / 2:.3f}"
+        return f"{mean:.{places}f} [{low:.{places}f}, {high:.{places}f}]"
+    return f"{mean:.{places}f} ± {half:.{places}f}"
+
+
+def fixed(value: float) -> str:
+    """A number with three decimals, or more if it is small."""
+    return f"{value:.{decimals(value)}f}"
+
+
+def decimals(value: float, error: float = 0.0) -> int:
+    """Three, or as many as show two digits of a number's error (0: of the number itself)."""
+    size = error if error > ROUNDING * abs(value) else abs(value)
+    return max(3, 1 - math.floor(math.log10(size))) if 0 < size < math.inf else 3
 
 
 def shorten(text: str, width: int) -> str:

@@ -34,7 +34,7 @@ from lmrl.run import RESULTS_FILE, Run, write_atomically
 from lmrl.run_folders import RECIPE_FILE, read_recipe
 from lmrl.training.build import suite_of
 from lmrl.training.devices import slots_here
-from lmrl.training.display import Display, interval
+from lmrl.training.display import Display, fixed, interval
 from lmrl.training.extend import further_steps
 from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.train import default_output
@@ -288,7 +288,10 @@ def _read(folder: Path, point: Point) -> Rows:
 def finished_line(point: Point, rows: Rows) -> str:
     """A run's name and the main metric of each row."""
     means = [
-        f"{label} {row[main]['mean']:.3f}" for main in point.columns[:1] for label, row in rows.items() if main in row
+        f"{label} {fixed(row[main]['mean'])}"
+        for main in point.columns[:1]
+        for label, row in rows.items()
+        if main in row
     ]
     return "  ".join([point.name, *means])
 
@@ -334,4 +337,4 @@ def sweep_table(rows: Rows, columns: Iterable[str]) -> Table:
 
 
 def _cells(score: dict[str, Any] | None) -> tuple[str, str]:
-    return (interval(score), f"{score['lowest']:.3f}") if score else ("", "")
+    return (interval(score), fixed(score["lowest"])) if score else ("", "")

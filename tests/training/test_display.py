@@ -14,6 +14,13 @@ def test_interval_near_a_limit_shows_both_ends():
     assert interval({"mean": 5.0, "ci95": [5.0, 5.0]}) == "5.000"  # known and not estimated
 
 
+def test_small_scores_keep_two_digits_of_their_error():
+    assert interval({"mean": 0.0025351, "ci95": [0.0023518, 0.0027184]}) == "0.00254 ± 0.00018"
+    assert interval({"mean": 0.0, "ci95": [0.0, 0.0016]}) == "0.00000 [0.00000, 0.00160]"
+    assert interval({"mean": -0.0012, "ci95": [-0.0012, -0.0012]}) == "-0.0012"
+    assert interval({"mean": 0.3, "ci95": [0.3 - 1e-16, 0.3 + 1e-16], "holds_for": "x"}) == "0.300 ± 0.000"  # rounding
+
+
 def test_table_says_in_one_line_what_its_intervals_hold_for():
     score = {"mean": 2.0, "ci95": [1.5, 2.5], "n": 8, "clusters": 4, "holds_for": "new samples of these start states"}
     stream = io.StringIO()
