@@ -73,7 +73,7 @@ class Display:
         shown = [name for name in SHOWN if metrics.get(name) is not None] + [
             one for one in TROUBLES if metrics.get(one)
         ]
-        text = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
+        text = "  ".join(f"{name} {short(metrics[name])}" for name in shown)
         if self._bar is not None:
             left = time_left(time.monotonic() - self._began, step - self._done, self._steps - step)
             self._bar.update(step, f"{left} left  {text}")
@@ -109,7 +109,7 @@ class Display:
         for head in ["", *heads]:
             table.add_column(head, justify="right" if head else "left")
         for name, values in rows.items():
-            table.add_row(name, *("" if math.isnan(value) else f"{value:.3g}" for value in values))
+            table.add_row(name, *("" if math.isnan(value) else short(value) for value in values))
         self.console.print(table)
 
 
@@ -178,6 +178,11 @@ def interval(score: dict[str, Any]) -> str:
     if abs((high - mean) - (mean - low)) > LOPSIDED * (high - low):
         return f"{mean:.{places}f} [{low:.{places}f}, {high:.{places}f}]"
     return f"{mean:.{places}f} ± {half:.{places}f}"
+
+
+def short(value: float) -> str:
+    """A number with three digits, or all those before the point: rewards may differ little, far from zero."""
+    return f"{value:.0f}" if 999.5 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
 def fixed(value: float) -> str:

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from lmrl.training.display import Display, interval, scope_of
+from lmrl.training.display import Display, interval, scope_of, short
 
 
 def test_interval_near_a_limit_shows_both_ends():
@@ -19,6 +19,11 @@ def test_small_scores_keep_two_digits_of_their_error():
     assert interval({"mean": 0.0, "ci95": [0.0, 0.0016]}) == "0.00000 [0.00000, 0.00160]"
     assert interval({"mean": -0.0012, "ci95": [-0.0012, -0.0012]}) == "-0.0012"
     assert interval({"mean": 0.3, "ci95": [0.3 - 1e-16, 0.3 + 1e-16], "holds_for": "x"}) == "0.300 ± 0.000"  # rounding
+
+
+def test_large_numbers_keep_the_digits_before_the_point():
+    assert [short(value) for value in (8024.8, -8018.4, 999.7, 0.0012345)] == ["8025", "-8018", "1000", "0.00123"]
+    assert short(1.5e30) == "1.5e+30"
 
 
 def test_table_says_in_one_line_what_its_intervals_hold_for():
