@@ -5,7 +5,7 @@ prompts would. `summarize` takes the interval from the means of clusters, by the
 
 - values with two limits, such as successes (0 or 1): Wilson's interval with the effective number of values, that is the
   number of independent ones that would have the same variance (`wilson`; all alike: `unanimous`);
-- skewed values without limits: the bootstrap-t over clusters (`bootstrap_t`);
+- skewed values without limits: the bootstrap-t over clusters (`skewed_ts`);
 - otherwise Student's t with a cluster-robust variance and as many degrees of freedom as it has (`between_clusters`).
 
 benchmarks/coverage.py measures the coverage of these intervals, and how wide they are.
@@ -89,11 +89,11 @@ def p_value(
         return limited_p_value(data.scaled(low, high), -low / (high - low), variance / (high - low) ** 2, df, within)
     if variance == 0:
         return 0.0
-    if not within and is_skewed(data):
-        # The share of resamples that lie as far out on the side that makes the observed mean unlikely.
-        t, ts_B = data.mean / math.sqrt(variance), bootstrap_ts(data)
-        share = (1 + min(int((ts_B >= t).sum()), int((ts_B <= t).sum()))) / (1 + len(ts_B))
-        return min(1.0, 2 * share)
+    ts_B = None if within else skewed_ts(data, variance)
+    if ts_B is not None:
+        # The level of the quantile of resamples, as `unlimited_interval` takes them, at which the interval ends at 0.
+        below = float(np.interp(data.mean / math.sqrt(variance), np.sort(ts_B), np.linspace(0, 1, len(ts_B))))
+        return 2 * max(min(below, 1 - below), 1 / (1 + len(ts_B)))
     return 2 * upper_tail(abs(data.mean) / math.sqrt(variance), df)
 
 
@@ -149,9 +149,11 @@ def effective_number(data: Clustered, share: float, variance: float, df: float, 
 def unlimited_interval(data: Clustered, within: bool) -> tuple[float, float]:
     """The interval of values without limits. within: for new samples of the same clusters."""
     variance, df = within_clusters(data) if within else between_clusters(data)
-    if not within and is_skewed(data):
-        return bootstrap_t(data, variance)
-    half = t95(df) * math.sqrt(variance)
+    error, ts_B = math.sqrt(variance), None if within else skewed_ts(data, variance)
+    if ts_B is not None:
+        low, high = np.quantile(ts_B, [0.025, 0.975])
+        return float(data.mean - high * error), float(data.mean - low * error)
+    half = t95(df) * error
     return data.mean - half, data.mean + half
 
 
@@ -337,15 +339,15 @@ def is_skewed(data: Clustered) -> bool:
     return skewness > max(math.sqrt(6 / count), 0.1 * math.sqrt(count))
 
 
-def bootstrap_t(data: Clustered, variance: float) -> tuple[float, float]:
-    """The studentised bootstrap over clusters (Hall, Annals of Statistics 16, 1988): the same draws every time."""
-    low, high = np.quantile(bootstrap_ts(data), [0.025, 0.975])
-    error = math.sqrt(variance)
-    return float(data.mean - high * error), float(data.mean - low * error)
+def skewed_ts(data: Clustered, variance: float) -> np.ndarray | None:
+    """The t statistics around the mean of resamples of skewed clusters, for the studentised bootstrap (Hall, Annals of
+    Statistics 16, 1988): the same draws every time.
 
-
-def bootstrap_ts(data: Clustered) -> np.ndarray:
-    """The t statistics of resamples of clusters around the mean."""
+    None if Student's t is the better one: clusters are not skewed, or so few differ from the others that more than
+    2.5 % of resamples have none of these, thus no spread, and one end of the interval would be anything.
+    """
+    if not is_skewed(data):
+        return None
     count = len(data.sizes_G)
     chosen_BG = stream("bootstrap-t", count).integers(count, size=(RESAMPLES, count))
     sizes_BG, sums_BG = data.sizes_G[chosen_BG], data.sums_G[chosen_BG]
@@ -353,8 +355,10 @@ def bootstrap_ts(data: Clustered) -> np.ndarray:
     shares_BG = sizes_BG / sizes_BG.sum(1, keepdims=True)
     squares_BG = (shares_BG * (sums_BG / sizes_BG - means_B[:, None])) ** 2
     errors_B = np.sqrt((squares_BG / (1 - shares_BG)).sum(1))
-    moved_B = errors_B > 0
-    ts_B: np.ndarray = (means_B - data.mean)[moved_B] / errors_B[moved_B]
+    spread_B = errors_B > 1e-9 * math.sqrt(variance)  # equal values differ by rounding
+    if spread_B.mean() < 0.975:
+        return None
+    ts_B: np.ndarray = (means_B - data.mean)[spread_B] / errors_B[spread_B]
     return ts_B
 
 
