@@ -44,7 +44,7 @@ class Judged:
     judge: str
     win_rate: float
     """Share of pairs in which the first is better; one that the judge decides differently in the two orders counts
-    half."""
+    half. Of a judge that is less than certain, its mean confidence."""
     ci95: list[float]
     p: float
     """Two-sided, for the null hypothesis of a win rate of 1/2."""
@@ -148,7 +148,7 @@ def judge_pair(judge: Judge, first: Played, second: Played, fixed: bool = False)
     one, other = ([side[key] for key in asked] for side in sides)
     as_first, as_second = (judge.prefer(one, other), judge.prefer(other, one)) if asked else ([], [])
     values = dict.fromkeys(keys, 0.5)
-    places, failed = {}, 0
+    places, failed, wins, losses = {}, 0, 0, 0
     for key, shown_first, shown_second in zip(asked, as_first, as_second, strict=True):
         if shown_first is None or shown_second is None:
             failed += 1
@@ -156,6 +156,8 @@ def judge_pair(judge: Judge, first: Played, second: Played, fixed: bool = False)
             continue
         values[key] = (shown_first + 1 - shown_second) / 2
         places[key] = (shown_first + shown_second) / 2
+        wins += shown_first > 0.5 > shown_second
+        losses += shown_first < 0.5 < shown_second
     if failed > MAX_FAILED * max(len(asked), 1):
         raise RewardError(f"{KEY}: {judge.name} gave no answer on {failed} of {len(asked)} pairs")
     clusters, of_places = (
@@ -172,9 +174,9 @@ def judge_pair(judge: Judge, first: Played, second: Played, fixed: bool = False)
         found["mean"],
         found["ci95"],
         p_value([share - 0.5 for share in shares], clusters, (-0.5, 0.5), fixed),
-        sum(share > 0.5 for share in shares),
-        sum(share == 0.5 for share in shares),
-        sum(share < 0.5 for share in shares),
+        wins,
+        len(shares) - wins - losses,
+        losses,
         bias["mean"] if bias else None,
         bias["ci95"] if bias else None,
         len(shares),

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 import lmrl
 from lmrl import cli
 from lmrl.errors import PluginError, RecipeError, RewardError
-from lmrl.evaluation.judging import judge_pair, load_judge
+from lmrl.evaluation.judging import Judge, judge_pair, load_judge
 from lmrl.evaluation.paired import Played
 from lmrl.trajectories.trajectory import Trajectory
 from tests.reward_models.test_judge import endpoint
@@ -79,6 +79,14 @@ def test_bias_on_close_pairs_is_a_tie_and_is_reported(judges):
     found = judge_pair(judges("Biased", margin=3), B, A)
     assert (found.wins, found.ties, found.losses) == (1, 3, 0)
     assert found.position == pytest.approx((0.5 + 1 + 1) / 3)
+
+
+def test_wins_are_of_both_orders_however_sure_the_judge_is():
+    """Pairs that are judged 0.9 and 0.8, 0.9 and 0.2, 1 and 0.5 in the two orders: only the second is the same in both."""
+    orders = iter([[0.9, 0.9, 1.0], [0.8, 0.2, 0.5]])
+    found = judge_pair(Judge("unsure", lambda *_: next(orders), True), B, A)
+    assert (found.wins, found.ties, found.losses) == (1, 3, 0)
+    assert found.win_rate == pytest.approx((0.55 + 0.85 + 0.75 + 0.5) / 4)
 
 
 def test_a_reward_scores_each_answer_alone(judges):
