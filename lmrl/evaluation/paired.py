@@ -114,7 +114,7 @@ class Comparison:
         failed = []
         for claim in claims:
             found = self.difference(claim)
-            low, high = found.ci95
+            low, high = found.ci95 if found.pairs > 1 else (-math.inf, math.inf)  # one pair says nothing of its spread
             if not (low > claim.margin if claim.sign == ">" else high < claim.margin):
                 end, value = ("from", low) if claim.sign == ">" else ("to", high)
                 failed.append(
@@ -192,9 +192,11 @@ def compare_played(
 
 
 def rate(policies: Sequence[Played], metric: str, scoring: Scoring) -> list[Rating]:
-    """Bradley-Terry ratings by a metric, on the prompts that all policies have."""
+    """Bradley-Terry ratings by a metric, on the prompts that all policies have; none without such prompts."""
     means = [means_by_cluster(one, metric, scoring) for one in policies]
     common = [cluster for cluster in means[0] if all(cluster in other for other in means[1:])]
+    if not common:
+        return []
     return ratings([one.key for one in policies], np.array([[mean[cluster] for cluster in common] for mean in means]))
 
 
@@ -225,8 +227,9 @@ def check_same_prompts(policies: Sequence[Played]) -> None:
 def difference(first: Played, second: Played, metric: str, scoring: Scoring) -> Difference:
     """first - second on a metric, over the samples that both have; `adjusted` is still the p-value itself."""
     metric, control = split_control(metric)
-    one, other = (keyed_values(each, metric, scoring) for each in (first, second))
-    keys = [key for key in one if key in other]
+    held = [] if control is None else [keyed_values(each, control, scoring, metric) for each in (first, second)]
+    one, other = (keyed_values(each, metric, scoring, control) for each in (first, second))
+    keys = [key for key in one if all(key in side for side in (other, *held))]
     if not keys:
         raise RunError(f"{first.label} and {second.label} have no episode with a value of {metric} in common")
     groups = [group for group, _ in keys]
@@ -238,10 +241,9 @@ def difference(first: Played, second: Played, metric: str, scoring: Scoring) -> 
     signs = [_sign(a, b) for a, b in zip(*by_cluster, strict=True)]
     p = p_value(gaps, clusters, limits, scoring.fixed)
     if control is not None:
-        sides = [keyed_values(each, control, scoring) for each in (first, second)]
-        others = [sides[0][key] - sides[1][key] for key in keys]
-        held = controlled(cluster_means(clusters, gaps), cluster_means(clusters, others), control)
-        summary, p = summary | {"mean": held.mean, "ci95": held.ci95, "holds_for": f"new {scoring.unit}s"}, held.p
+        others = [held[0][key] - held[1][key] for key in keys]
+        equal = controlled(cluster_means(clusters, gaps), cluster_means(clusters, others), control)
+        summary, p = summary | {"mean": equal.mean, "ci95": equal.ci95, "holds_for": f"new {scoring.unit}s"}, equal.p
     return Difference(
         first.key,
         second.key,
@@ -269,8 +271,13 @@ def split_control(metric: str) -> tuple[str, str | None]:
     return name, control if found else None
 
 
-def keyed_values(played: Played, metric: str, scoring: Scoring) -> dict[tuple[int, int], float]:
-    """A metric's values by group and episode (of pass@k and its like, by group and 0)."""
+def keyed_values(
+    played: Played, metric: str, scoring: Scoring, beside: str | None = None
+) -> dict[tuple[int, int], float]:
+    """A metric's values by group and episode (of pass@k and its like, by group and 0).
+
+    beside: the metric that they are held against; if that is one of several samples, they are means by group and 0.
+    """
     if several_samples(metric) is not None:
         values, groups = scoring.values(metric, played.trajectories)
         return {(group, 0): value for group, value in zip(groups, values, strict=True)}
@@ -280,7 +287,11 @@ def keyed_values(played: Played, metric: str, scoring: Scoring) -> dict[tuple[in
         value = value_of(trajectory, metric) if extra is None else extra[place]
         if value is not None:
             found[trajectory.group, trajectory.episode] = value
-    return found
+    if beside is None or several_samples(beside) is None:
+        return found
+    groups = [group for group, _ in found]
+    means = cluster_means(groups, list(found.values()))
+    return {(group, 0): mean for group, mean in zip(dict.fromkeys(groups), means, strict=True)}
 
 
 def means_by_cluster(played: Played, metric: str, scoring: Scoring) -> dict[Hashable, float]:

@@ -48,6 +48,13 @@ def test_difference_by_hand():
     assert found.holds_for == "new prompts" and found.correlation is None
 
 
+def test_a_single_pair_shows_nothing():
+    claim = read_claim("B - A > 0")
+    found = compared(played("old", 5), played("new", 7), claims=[claim])
+    with pytest.raises(ScoreError, match="reward is \\+2, and its 95 % interval goes from -inf"):
+        found.require([claim])
+
+
 def test_samples_of_a_prompt_are_one_cluster():
     """Two prompts with two samples each: differences 1 and 3 in the mean, t(1) = 12.706205."""
     found = compared(played("old", [0, 4], [1, 1]), played("new", [2, 4], [4, 4])).differences[0]

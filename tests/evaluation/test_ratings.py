@@ -8,7 +8,9 @@ import pytest
 from lmrl.errors import RecipeError, ScoreError
 from lmrl.evaluation.claims import read_claim
 from lmrl.evaluation.controlled import controlled
+from lmrl.evaluation.paired import compare_played
 from lmrl.evaluation.ratings import ratings
+from lmrl.evaluation.scoring import Scoring
 from tests.evaluation.test_paired import compared, played
 
 
@@ -87,6 +89,30 @@ def test_longer_answers_gain_nothing_at_equal_length():
         compared(*policies, control="words", claims=[claim]).require([claim])
     with pytest.raises(RecipeError, match="there is no metric 'word'"):
         compared(*policies, control="word")
+
+
+def test_a_sample_without_the_control_is_left_out():
+    old, new = played("a", 1, 2, 3, 5, 8), played("b", 2, 4, 4, 9, 8)
+    new.trajectories[4].metrics = {}
+    plain, held = compared(old, new, control="words").differences
+    assert (plain.pairs, held.pairs, held.prompts) == (5, 4, 4) and held.mean == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("metric, control", [("pass@2", "words"), ("words", "pass@2")])
+def test_metrics_of_several_samples_at_equal_others(metric, control):
+    """By prompt: pass@2 differs by 0, 1, 0, 0, words by 1, 1, 1, 0, so that a line through them meets 0 at 0, 1/3."""
+    old, new = played("a", [0, 1], [0, 0], [0, 1], [1, 1]), played("b", [1, 1], [0, 1], [1, 1], [1, 1])
+    held = compare_played("suite", [old, new], Scoring(["reward", "pass@2"]), [metric], control=control).differences[1]
+    assert held.metric == f"{metric} at equal {control}" and (held.pairs, held.prompts) == (4, 4)
+    assert held.mean == pytest.approx(0 if metric == "pass@2" else 2 / 3)
+
+
+def test_no_ratings_without_a_common_prompt():
+    policies = [played(name, 1, 2) for name in "abc"]
+    for policy, missing in zip(policies, (None, 0, 1), strict=True):
+        for one in policy.trajectories:
+            one.metrics = {} if one.group == missing else {"words": 1.0}
+    assert compared(*policies, metrics=["words"]).ratings == []
 
 
 def test_too_few_prompts_are_refused():
