@@ -324,6 +324,8 @@ def _answer(found: Mapping[str, Any], name: str, cached: bool = False) -> Answer
         choice = found["choices"][0]
         message = choice.get("message") or {}
         text = message.get("content") if message else choice["text"]
+        if not isinstance(text, str | None):
+            raise TypeError("not a text")
         usage = found.get("usage") or {}
         counted = Usage(int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
         logprobs = _logprobs(choice.get("logprobs"))

@@ -181,7 +181,8 @@ def test_coroutines():
     assert (chat.text, text.text) == ("chat", "text")
 
 
-def test_an_answer_without_a_completion_is_an_error():
-    with stub_openai(lambda *_: {"choices": []}) as stub:
+@pytest.mark.parametrize("choices", [[], [{"text": ["a"]}], [{"message": {"content": 3}}]])
+def test_an_answer_without_a_completion_is_an_error(choices):
+    with stub_openai(lambda *_: {"choices": choices}) as stub:
         with pytest.raises(EndpointError, match="answered without a completion"):
             OpenAIClient(stub.url, "m").chat(HELLO)

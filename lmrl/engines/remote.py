@@ -144,7 +144,7 @@ class RemoteEngine(Engine):
             try:
                 return self._completion(self.remote.client.complete(self.remote.decode(context), **own))
             except EndpointError as error:
-                if error.temporary:
+                if error.temporary or error.__cause__ is None:  # not the endpoint's answer, but the limit on spending
                     raise
                 raise EndpointError(
                     f"{error}; if it has no plain-text completions, use chat: task.prompts.chat=true (for an environment: "

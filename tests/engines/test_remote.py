@@ -104,6 +104,13 @@ def test_an_endpoint_without_completions_is_explained():
             lmrl.evaluate(f"{stub.url}#m", "sums.yaml", ["task.prompts.chat=false"])
 
 
+def test_a_spent_budget_is_no_lack_of_completions():
+    limits = Endpoint(prices=(1e6, 1e6), max_spend=1, connections=1)
+    with stub_openai(lambda *_: {"choices": [{"text": "6"}], "usage": {"prompt_tokens": 1}}) as stub:
+        with pytest.raises(EndpointError, match="of max_spend=.1$"):
+            lmrl.evaluate(f"{stub.url}#m", "sums.yaml", ["task.prompts.chat=false"], endpoint=limits)
+
+
 def test_an_interrupted_log_goes_on_where_it_was():
     broken = [True]
 
