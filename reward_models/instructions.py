@@ -21,14 +21,14 @@ def follows(
     completions: list, instruction_id_list: list, kwargs: list, loose: bool = False, **_
 ) -> list[dict[str, float] | None]:
     """1 if a completion follows every instruction of its row, else 0; `share` is the share that it follows. None for a row
-    with an instruction that no rule here checks.
+    without instructions, or with one that no rule here checks.
 
     instruction_id_list, kwargs: each row's instructions and their arguments, as in IFEval's file. loose: also accept the
     completion without asterisks, without its first line, its last line, or both.
     """
     rewards: list[dict[str, float] | None] = []
     for completion, names, arguments in zip(completions, instruction_id_list, kwargs, strict=True):
-        if not set(names) <= set(CHECKS):
+        if not names or not set(names) <= set(CHECKS):
             rewards.append(None)
             continue
         forms = [form for form in (variants if loose else plain)(text_of(completion)) if form.strip()]

@@ -171,6 +171,7 @@ def test_ifeval_counts_instructions_strictly_and_loosely():
 def test_ifeval_leaves_out_what_no_rule_checks():
     assert [row["key"] for row in rows_of("ifeval")] == [1, 3]
     assert follows(["Bonjour"], [["language:response_language"]], [[{"language": "fr"}]]) == [None]
+    assert follows(["Bonjour"], [[]], [[]]) == [None]
 
 
 @pytest.mark.parametrize(
