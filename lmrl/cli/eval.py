@@ -24,7 +24,7 @@ from lmrl.cli.common import (
     write_json,
 )
 from lmrl.cli.completion import suites
-from lmrl.errors import RecipeError
+from lmrl.errors import RecipeError, did_you_mean
 
 
 def command(
@@ -123,6 +123,7 @@ def command(
 
     from lmrl.evaluation.api import evaluate, rescored
     from lmrl.evaluation.contamination import WORDS
+    from lmrl.evaluation.scoring import RESERVED
     from lmrl.training.display import Display
 
     if rescore is not None:
@@ -146,6 +147,10 @@ def command(
     display = Display()
     display.samples(report.trajectories, samples)
     display.table(f"{report.policy} on {report.suite}", report.rows)
+    known = list(dict.fromkeys(name for row in report.rows.values() for name in row))
+    for name in report.columns:
+        if name not in (*known, *RESERVED):  # `kl` and `normalized` depend on the policy and the environment
+            display.say(f"metrics: no episode has a '{name}'{did_you_mean(name, known)}")
     display.say(f"played: {report.played}")
     if report.overlap is not None:
         display.say(f"overlap: {report.overlap}")

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 KINDS = (".csv", ".json", ".jsonl", ".parquet")
 LISTS = ("tokens", "logprobs")
 """Columns that CSV cannot hold."""
+COLUMNS = ("policy", "group", "episode", "prompt", "completion", "turns", "failure", *LISTS, "began", "seconds")
+"""Columns of every table of episodes; a score of such a name is `component/NAME` there."""
 
 
 def load_eval(log: str | Path) -> DataFrame:
@@ -57,9 +59,9 @@ def load_samples(run: str | Path) -> DataFrame:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSON Lines file, flattened."""
+    """The complete lines of a JSON Lines file, flattened. Texts may hold other line breaks, such as U+2028."""
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             found = json.loads(line)
         except ValueError:
@@ -101,13 +103,14 @@ def records_of(episodes: Mapping[str, Sequence[Trajectory]]) -> Iterator[dict[st
 def record(policy: str, trajectory: Trajectory, extra: Mapping[str, float] = {}) -> dict[str, Any]:
     """An episode as a row of a table."""
     sampled = [(one, place) for one in trajectory.segments for place in one.actions]
+    values = {f"component/{name}" if name in COLUMNS else name: value for name, value in named_values(trajectory)}
     return {
         "policy": policy,
         "group": trajectory.group,
         "episode": trajectory.episode,
         "prompt": trajectory.prompt,
         "completion": trajectory.completion,
-        **dict(named_values(trajectory)),
+        **values,
         **extra,
         "turns": len(trajectory.turns),
         "failure": trajectory.failure,

@@ -11,9 +11,11 @@ from typer.testing import CliRunner
 import lmrl
 from lmrl.errors import RecipeError, RunError
 from lmrl.evaluation.api import rescored
+from lmrl.evaluation.frames import record
 from lmrl.evaluation.identity import policy_hash, suite_version
 from lmrl.evaluation.log import EvalLog
 from lmrl.evaluation.suites import load_suite
+from lmrl.trajectories.trajectory import Trajectory
 from tests import forking
 
 
@@ -170,6 +172,11 @@ def test_log_as_a_data_frame(logged):
     assert row["tokens"] == [one.segments[0].tokens[place] for place in one.segments[0].actions]
     with pytest.raises(RunError, match="is not an evaluation log"):
         lmrl.load_eval(folder.parent / "nowhere")
+
+
+def test_scores_named_like_columns_keep_their_place():
+    row = record("a", Trajectory([], "say", "no", metrics={"turns": 7.0, "seconds": 0.5, "words": 1.0}))
+    assert (row["turns"], row["component/turns"], row["component/seconds"], row["words"]) == (0, 7.0, 0.5, 1.0)
 
 
 def test_log_is_read_by_datasets(logged, tmp_path):

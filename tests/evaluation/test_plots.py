@@ -6,6 +6,7 @@ import pytest
 
 import lmrl
 from lmrl.errors import RecipeError, RunError
+from lmrl.evaluation.frames import load_samples
 from lmrl.evaluation.frontier import BestOf, Frontier, Point
 from tests.evaluation.test_paired import compared, played
 
@@ -33,6 +34,13 @@ def test_run_is_a_data_frame(run):
     assert frame["time/update_s"].dropna().tolist() == [2.0] * 4
     with pytest.raises(RunError, match="is not a run with metrics"):
         lmrl.load_run(run / "nothing")
+
+
+def test_samples_with_unicode_line_breaks_are_kept(tmp_path):
+    texts = ["a\u2028b", "a\x85b", "a\nb"]
+    lines = [json.dumps({"completion": text}, ensure_ascii=False) + "\n" for text in texts]
+    (tmp_path / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
+    assert load_samples(tmp_path)["completion"].tolist() == texts
 
 
 def test_curves_show_steps_and_evaluations(run):
