@@ -6,7 +6,7 @@ Written without the inspect_ai package, which lmrl does not need; a test reads t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def _sample(row: Row, trajectory: Trajectory, samples: int, model: str) -> dict[
         "id": trajectory.group + 1,
         "epoch": trajectory.episode % samples + 1,
         "input": trajectory.messages or trajectory.prompt,
-        "target": next((str(trajectory.columns[name]) for name in TARGETS if name in trajectory.columns), ""),
+        "target": target(trajectory.columns),
         "messages": messages,
         "output": {"model": model, "choices": choices},
         "scores": {
@@ -110,6 +110,12 @@ def _sample(row: Row, trajectory: Trajectory, samples: int, model: str) -> dict[
     if trajectory.failure is not None:
         sample["error"] = {"message": trajectory.failure, "traceback": "", "traceback_ansi": ""}
     return sample
+
+
+def target(columns: Mapping[str, Any]) -> str | list[str]:
+    """The target answer, or several of them; "" if there is none."""
+    found = next((columns[name] for name in TARGETS if columns.get(name) is not None), "")
+    return [str(one) for one in found] if isinstance(found, list) else str(found)
 
 
 def dialogue(trajectory: Trajectory) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ import pytest
 
 import lmrl
 from lmrl.errors import RunError
-from lmrl.evaluation.inspect_log import dialogue, export_inspect
+from lmrl.evaluation.inspect_log import dialogue, export_inspect, target
 from lmrl.evaluation.log import EvalLog
 from lmrl.trajectories.trajectory import Trajectory, Turn
 
@@ -45,6 +45,11 @@ def test_samples_as_plain_data(exported):
     assert [one["target"] for one in failed] == ["1", "1"] and "returned None" in failed[0]["error"]["message"]
     assert data["results"]["scores"][0]["metrics"]["mean"]["value"] == report.metrics["reward"]["mean"]
     assert data["results"]["completed_samples"] == 6
+
+
+def test_targets_may_be_several_or_missing():
+    assert target({"target": ["Rome", 3]}) == ["Rome", "3"] and target({"answer": 0}) == "0"
+    assert target({"target": None, "answer": "x"}) == "x" and target({"answer": None}) == target({}) == ""
 
 
 def test_package_opens_the_file(exported):
