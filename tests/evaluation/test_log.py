@@ -9,6 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 import lmrl
+from lmrl import cli
 from lmrl.errors import RecipeError, RunError
 from lmrl.evaluation.api import rescored
 from lmrl.evaluation.frames import record
@@ -177,6 +178,12 @@ def test_log_as_a_data_frame(logged):
 def test_scores_named_like_columns_keep_their_place():
     row = record("a", Trajectory([], "say", "no", metrics={"turns": 7.0, "seconds": 0.5, "words": 1.0}))
     assert (row["turns"], row["component/turns"], row["component/seconds"], row["words"]) == (0, 7.0, 0.5, 1.0)
+
+
+def test_a_metric_that_nothing_has_is_named(tiny_folder, prompts_suite):
+    arguments = ["eval", str(tiny_folder), "--suite", str(prompts_suite), "metrics=[reward, leters]", "episodes=1"]
+    said = CliRunner().invoke(cli.app, arguments).output
+    assert "metrics: no episode has a 'leters'; did you mean 'letters'?" in said
 
 
 def test_log_is_read_by_datasets(logged, tmp_path):
