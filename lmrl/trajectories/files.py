@@ -26,6 +26,8 @@ from lmrl.objects import find, is_object
 Row = dict[str, Any]
 SCAN_ROWS = 256
 """Rows of a table that a scan holds in memory at a time."""
+TEXT_FIELDS = ("prompt", "completion", "chosen", "rejected", "text")
+"""Fields that are text even where a CSV file writes them as numbers."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,7 @@ def open_rows(path: str, part: Selection = Selection()) -> Rows:
     elif file.suffix == ".parquet":
         rows = _open_parquet([file])
     elif file.suffix == ".csv":
-        rows = _open_csv(file)
+        rows = _open_csv(file, part)
     else:
         raise DataError(f"{path}: unknown file type; expected .jsonl, .jsonl.gz, .parquet or .csv")
     if not len(rows):
@@ -294,12 +296,27 @@ def _open_parquet(shards: list[Path]) -> Table:
         raise DataError(f"{shards[0]}: cannot be read: {str(cause).strip().splitlines()[0]}") from error
 
 
-def _open_csv(file: Path) -> Table:
-    import pyarrow.csv
+def _open_csv(file: Path, part: Selection) -> Table:
+    """A CSV file. Columns that hold only numbers become numbers, or booleans; all others, and those that are trained
+    on, are text as it is written."""
+    from pyarrow import ArrowInvalid, csv, string, types
 
+    def read(text: list[str]) -> Any:
+        columns = csv.ConvertOptions(column_types=dict.fromkeys(text, string()))
+        return csv.read_csv(file, parse_options=csv.ParseOptions(newlines_in_values=True), convert_options=columns)
+
+    names = dict(part.columns)
+    trained = {names.get(field, field) for field in TEXT_FIELDS}
+    fine, values = (types.is_string, types.is_null), (types.is_integer, types.is_floating, types.is_boolean)
     try:
-        table = pyarrow.csv.read_csv(file)
-    except (OSError, pyarrow.ArrowInvalid) as error:
+        table = read([])
+        if text := [
+            one.name
+            for one in table.schema
+            if not any(kind(one.type) for kind in (fine if one.name in trained else (*fine, *values)))
+        ]:  # numbers, dates and times; and bytes, which are refused
+            table = read(text)
+    except (OSError, ArrowInvalid) as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
     return Table(quiet_datasets().Dataset(table), [(str(file), len(table))])
 

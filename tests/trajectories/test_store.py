@@ -11,7 +11,7 @@ from lmrl.errors import DataError, RecipeError, RunError
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe.files import load_recipe
 from lmrl.rollouts.task import task_texts
-from lmrl.trajectories.files import JsonLines, open_rows, read_rows
+from lmrl.trajectories.files import JsonLines, Selection, open_rows, read_rows
 from lmrl.trajectories.recorder import Recorder
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.rows import fingerprint
@@ -220,6 +220,24 @@ def test_file_kinds(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match="holds neither Parquet shards"):
         open_rows(str(tmp_path / "folder"))
+
+
+def test_csv_columns_that_are_trained_on_are_text(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text("question,completion,n,right,day\n007,1.50,007,true,2024-01-05\n8,x,9,false,2024-01-06\n")
+    rows = read_rows(str(file), Selection(columns=(("prompt", "question"),)))
+    assert rows[0] == {"prompt": "007", "completion": "1.50", "n": 7, "right": True, "day": "2024-01-05"}
+    file.write_bytes("prompt\ncaf\xe9\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"a\.csv: cannot be read: .*invalid UTF8"):
+        read_rows(str(file))
+
+
+def test_csv_cells_may_hold_several_lines(tmp_path):
+    texts = [
+        f"{number}\n" + "line\n" * (number % 50) for number in range(20_000)
+    ]  # more than a block of Arrow's reader
+    (tmp_path / "a.csv").write_text("text\n" + "".join(f'"{text}"\n' for text in texts))
+    assert [row["text"] for row in read_rows(str(tmp_path / "a.csv"))] == texts
 
 
 def test_a_changed_file_is_read_anew(tmp_path):
