@@ -125,7 +125,9 @@ def is_rows(thing: Any) -> bool:
     """True for rows of data: a list of mappings, a datasets.Dataset, a pandas data frame."""
     if isinstance(thing, list):
         return bool(thing) and all(isinstance(row, Mapping) for row in thing)
-    return hasattr(thing, "column_names") or hasattr(thing, "iterrows")
+    # Neither splits by name, which also have column names, nor a stream without a length.
+    table = hasattr(thing, "column_names") and hasattr(thing, "__len__") and not isinstance(thing, Mapping)
+    return table or hasattr(thing, "iterrows")
 
 
 def is_kind(thing: Any, kind: str) -> bool:

@@ -126,6 +126,17 @@ def test_missing_values_of_a_data_frame_are_none():
     ]
 
 
+@pytest.mark.parametrize("kind", ["splits", "stream"])
+def test_splits_and_streams_are_not_rows(kind):
+    table = datasets.Dataset.from_list(ROWS)
+    given = datasets.DatasetDict(train=table) if kind == "splits" else table.to_iterable_dataset()
+    with pytest.raises(RecipeError, match="prompts: expected a list of mappings, a datasets.Dataset.*got a "):
+        lmrl.train("grpo", prompts=given)
+    lmrl.provide(rows=given)
+    with pytest.raises(DataError, match="is not data"):
+        open_rows("python:rows")
+
+
 def test_other_objects_are_not_data():
     lmrl.provide(rows=3)
     with pytest.raises(DataError, match="python:rows: a int is not data"):

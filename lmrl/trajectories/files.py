@@ -21,7 +21,7 @@ import numpy as np
 
 from lmrl.errors import DataError
 from lmrl.local_names import refuse_missing
-from lmrl.objects import find, is_object
+from lmrl.objects import find, is_object, is_rows
 
 Row = dict[str, Any]
 SCAN_ROWS = 256
@@ -327,7 +327,7 @@ def _open_object(name: str) -> Rows:
         return Given(name, rows)
     if hasattr(rows, "iterrows"):
         return Given(name, _records(rows))
-    if not hasattr(rows, "column_names"):
+    if not is_rows(rows):
         raise DataError(
             f"{name}: a {type(rows).__name__} is not data: pass a list of mappings, a datasets.Dataset or a pandas data frame"
         )
