@@ -178,7 +178,7 @@ class JsonLines(Rows):
             raise Malformed(f"not valid UTF-8 text: {error.reason}") from error
         except (ValueError, RecursionError) as error:
             reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", error)
-            raise Malformed(f"not valid JSON: {reason}") from error
+            raise Malformed(f"not valid JSON: {reason}; expected one object per line") from error
         if not isinstance(row, dict):
             raise Malformed(f"holds a {type(row).__name__}, expected an object with keys")
         return row

@@ -159,7 +159,7 @@ def test_malformed_rows_are_counted_and_kept_aside(tmp_path, tokenizer):
     assert first == {
         "file": str(path),
         "line": 3,
-        "reason": "not valid JSON: Expecting value",
+        "reason": "not valid JSON: Expecting value; expected one object per line",
         "row": '{"prompt":',
     }
     assert second["reason"] == "holds a list, expected an object with keys" and third["line"] == 5
