@@ -169,7 +169,8 @@ class Recipe(Section):
         for part in blend.parts:
             if part.log is not None and part.log.path is not None and part.task is None:
                 own = {name: getattr(part.log, name) for name in ("path", "split", "config", "revision", "columns")}
-                part.task = task.model_copy(update={"prompts": task.prompts.model_copy(update=own)})
+                prompts = task.prompts.model_copy(update=own)
+                part.task = task.model_copy(update={"prompts": prompts, "rewards": []})  # its rows are not played
         return next((part.log for part in blend.parts if part.log is not None), blend)
 
     def mistakes(self) -> Iterator[str]:

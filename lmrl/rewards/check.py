@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from lmrl.errors import LmrlError, RewardError
+from lmrl.errors import LmrlError, RewardError, did_you_mean
 from lmrl.findings import Finding
 from lmrl.recipe import Reward
 from lmrl.rewards.load import load_reward
@@ -58,15 +58,18 @@ def check_reward(spec: Reward, data: Columns | None = None, timeout: float = 30.
     alone = replace(function, parallel=1)
     columns = data or {"prompts": [prompt for prompt, _ in INVENTED], "completions": [text for _, text in INVENTED]}
     columns = _first(columns, BATCH)
+    if missing := [name for name in function.needs if name not in columns]:
+        place = (
+            f"the data have no such column{did_you_mean(missing[0], columns)}"
+            if data
+            else "add --data with such a column"
+        )
+        yield Finding("protocol", False, f"{function.origin} has the parameter '{missing[0]}': {place}")
+        return
     try:
         found = score(alone, columns)
     except RewardError as error:
         yield Finding("protocol", False, str(error))
-        return
-    missing = [cause for cause in found.causes if cause and "missing" in cause and "argument" in cause]
-    if missing:
-        advice = "" if data else "; it needs columns of your data: add --data"
-        yield Finding("protocol", False, f"{missing[0]}{advice}")
         return
     rows = len(found.values)
     yield Finding("protocol", True, f"one number or None for each of {rows} samples")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from lmrl.coroutines import in_thread
 from lmrl.rewards.rewards import RewardFunction, Scores, arguments_of, score
@@ -27,17 +27,17 @@ class EarlyScores:
         self.parts: list[list[Trajectory]] = []
         self.calls: list[asyncio.Task[list[Scores]]] = []
 
-    def add(self, group: list[Trajectory], columns: Callable[[], list[str]]) -> None:
-        """Add a complete group. columns: returns the names of the columns of all prompts."""
+    def add(self, group: list[Trajectory]) -> None:
+        """Add a complete group."""
         if not self.rewards:
             return
         self.complete += group
         if len(self.complete) >= self.size:
-            self._ask(columns)
+            self._ask()
 
-    def _ask(self, columns: Callable[[], list[str]]) -> None:
+    def _ask(self) -> None:
         part, self.complete = self.complete, []
-        arguments = arguments_of(part, columns())
+        arguments = arguments_of(part)
         before = self.calls[-1] if self.calls else None
 
         async def ask() -> list[Scores]:
@@ -48,10 +48,10 @@ class EarlyScores:
         self.parts.append(part)
         self.calls.append(asyncio.ensure_future(ask()))
 
-    async def finish(self, columns: Callable[[], list[str]]) -> None:
+    async def finish(self) -> None:
         """Score what is left, and wait for all scores."""
         if self.complete:
-            self._ask(columns)
+            self._ask()
         await asyncio.gather(*self.calls)
 
     def scores(self, reward: RewardFunction, trajectories: Sequence[Trajectory]) -> Scores | None:

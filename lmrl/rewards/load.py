@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ def load_rewards(
 
 LIMITS_ITSELF = "limits_itself"
 """Attribute of a callable that limits its own run time."""
+NEEDS = "needs"
+"""Attribute of a callable with the names of the columns that it cannot be called without."""
 
 
 def load_reward(spec: Reward, key: str, limit: float | None = None) -> RewardFunction:
@@ -61,10 +63,10 @@ def load_reward(spec: Reward, key: str, limit: float | None = None) -> RewardFun
     if workers > 0:
         origin = origin_of(spec)
         call = pool_of(spec.model_dump(mode="json"), key, workers, spec.timeout or limit)
-    scale = Scale(spec.normalize, spec.clip)
+    scale, needs = Scale(spec.normalize, spec.clip), getattr(call, NEEDS)
     remote = workers > 0 or spec.kind == "url"
     return RewardFunction(
-        spec.label, origin, spec.weight, call, max(workers, 1), spec.timeout, spec.retries, scale, remote
+        spec.label, origin, spec.weight, call, max(workers, 1), spec.timeout, spec.retries, scale, remote, needs
     )
 
 
@@ -90,7 +92,23 @@ def local_call(spec: Reward, key: str, limit: float | None = None) -> tuple[Call
     timeout = spec.timeout if is_async(found) else None
     call = partial(_call, found, None if takes_all else names, options, timeout, limit, origin_of(spec))
     setattr(call, LIMITS_ITSELF, is_async(found) or spec.kind == "url")
+    setattr(call, NEEDS, needs_of(found, options))
     return call, origin_of(spec)
+
+
+def needs_of(function: Any, options: Collection[str]) -> list[str]:
+    """Parameters that a reward cannot be called without. options: those that the recipe sets, which a class does not
+    get with its calls."""
+    if not callable(function):
+        return []
+    is_class = inspect.isclass(function)
+    parameters = inspect.signature(function.__call__ if is_class else function).parameters.values()
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [
+        one.name
+        for one in list(parameters)[is_class:]
+        if one.kind in by_name and one.default is one.empty and (is_class or one.name not in options)
+    ]
 
 
 def reward_object(spec: Reward, key: str) -> Any:
@@ -132,7 +150,7 @@ def _call(
     chosen = {name: value for name, value in columns.items() if names is None or name in names}
     try:
         with foreign(f"reward {origin}", limit):
-            result = function(**chosen, **options)
+            result = function(**chosen | options)
             return _await(result, timeout) if inspect.iscoroutine(result) else result
     except CallTimedOut as error:
         raise TimedOut(str(error)) from error

@@ -27,6 +27,8 @@ from lmrl.trajectories.trajectory import LARGEST_REWARD, Trajectory, is_reward
 if TYPE_CHECKING:
     from lmrl.rewards.early import EarlyScores
 
+GIVEN = ("prompts", "completions", "completion_ids", "completion_cut")
+"""Arguments of every reward function, in addition to the columns of its rows."""
 FIRST_PAUSE = 0.5
 """Seconds before the first retry of a call."""
 MAX_TIMEOUTS, MAX_LOST = 2, 8
@@ -51,6 +53,8 @@ class RewardFunction:
     """Normalisation and clipping of scores."""
     is_remote: bool = False
     """True if it runs in other processes, so that a thread may call it while episodes are played."""
+    needs: Sequence[str] = ()
+    """Names of the arguments that it cannot be called without."""
 
 
 @dataclass
@@ -185,7 +189,7 @@ def _value(origin: str, row: int, value: Any) -> Value:
 
 def _checked_list(origin: str, result: Any, rows: int) -> list[Any]:
     is_list = hasattr(result, "__len__") and hasattr(result, "__iter__") and getattr(result, "ndim", 1) == 1
-    if isinstance(result, str | bytes | dict) or not is_list:
+    if isinstance(result, str | bytes | dict | set) or not is_list:
         raise RewardError(
             f"reward {origin} returned {result!r:.60} ({type(result).__name__}); "
             f"expected a list with one number or None for each of the {rows} rows"
@@ -248,12 +252,9 @@ def judge(
             trajectory.reward = None
 
 
-def arguments_of(trajectories: Sequence[Trajectory], columns: Sequence[str] = ()) -> dict[str, list[Any]]:
-    """The arguments of reward functions: the prompts' columns, prompts and completions, one value per episode.
-
-    columns: names of columns, in addition to those that these episodes have.
-    """
-    names = dict.fromkeys([*columns, *(name for trajectory in trajectories for name in trajectory.columns)])
+def arguments_of(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
+    """The arguments of reward functions: the prompts' columns, prompts and completions, one value per episode."""
+    names = dict.fromkeys(name for trajectory in trajectories for name in trajectory.columns)
     arguments: dict[str, list[Any]] = {
         name: [trajectory.columns.get(name) for trajectory in trajectories] for name in names
     }

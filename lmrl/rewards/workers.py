@@ -122,6 +122,7 @@ class Worker:
         if "plugin_error" in answer:
             self.kill()
             raise PluginError(answer["plugin_error"])
+        self.needs: list[str] = answer["needs"]
         return self
 
     def score(self, arguments: dict[str, list[Any]], timeout: float | None) -> list[float | None]:
@@ -177,6 +178,7 @@ class Pool:
         try:
             for worker in [self._start() for _ in range(count)]:  # they load concurrently
                 self.idle.put(worker.ready())
+                self.needs = worker.needs
         except BaseException:
             self.close()
             raise

@@ -183,9 +183,6 @@ class Sampler:
             groups.setdefault(episode.trajectory.group, []).append(episode.trajectory)
         left = {group: len(members) for group, members in groups.items()}
 
-        def columns() -> list[str]:
-            return list(dict.fromkeys(name for episode in episodes for name in episode.trajectory.columns))
-
         sides = self.task.sides
 
         async def play(first: int) -> None:
@@ -197,12 +194,12 @@ class Sampler:
             group = episode.trajectory.group
             left[group] -= 1
             if early is not None and not left[group]:
-                early.add(groups[group], columns)
+                early.add(groups[group])
 
         async def everything() -> None:
             await asyncio.gather(*map(play, range(0, len(episodes), sides)))
             if early is not None:
-                await early.finish(columns)
+                await early.finish()
 
         try:
             await watched(everything(), lambda: self.engine.check() if self.samples_from is not None else None)

@@ -11,14 +11,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lmrl import registry
 from lmrl.agents.play import Agent
 from lmrl.agents.programs import load_program
 from lmrl.environments import GameEnvironment, TextEnvironment, environment_factory, version_of
-from lmrl.errors import DataError, EpisodeError, RecipeError
+from lmrl.errors import DataError, EpisodeError, RecipeError, RewardError, did_you_mean
 from lmrl.recipe import AgentTask, Prompts, PromptTask, Recipe
 from lmrl.rewards.early import EarlyScores
-from lmrl.rewards.load import load_rewards
-from lmrl.rewards.rewards import RewardFunction, drop_failed, judge
+from lmrl.rewards.load import load_rewards, needs_of, origin_of
+from lmrl.rewards.rewards import GIVEN, RewardFunction, drop_failed, judge
 from lmrl.rollouts.allowed_actions import check_says_what_is_allowed
 from lmrl.rollouts.parties import Party, build_party
 from lmrl.rollouts.templates import prompt_rows
@@ -256,7 +257,13 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
     # Plain text is not a prompt: all of it is trained on, and here it only identifies the row.
     plain = ["text" in row and row["text"] is row[prompts.column] for row in rows]
     lengths = [0 if text else len(renderer.first(row[prompts.column])) for row, text in zip(rows, plain, strict=True)]
-    short = [row for row, length in zip(rows, lengths, strict=True) if length <= prompts.max_tokens]
+    names = columns_of(rows)
+    # With None for the columns that a row lacks, so that rewards get the same columns in every batch.
+    short: list[dict[str, Any]] = [
+        {**dict.fromkeys(names), **row}
+        for row, length in zip(rows, lengths, strict=True)
+        if length <= prompts.max_tokens
+    ]
     notes = [
         f"{len(rows) - len(short)} of {len(rows)} prompts are longer than task.prompts.max_tokens={prompts.max_tokens}"
     ]
@@ -270,11 +277,49 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
         heldout=heldout,
         max_failed=section.max_failed,
         min_group=section.min_group,
-        rewards=load_rewards(section.rewards, section.special_tokens, section.call_timeout),
+        rewards=_load_rewards(section, names),
         judged_by="reward",
         longest_prompt=max(length for length in lengths if length <= prompts.max_tokens),
         notes=notes if len(short) < len(rows) else [],
     )
+
+
+def columns_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _load_rewards(section: PromptTask | AgentTask, columns: list[str]) -> list[RewardFunction]:
+    rewards = load_rewards(section.rewards, section.special_tokens, section.call_timeout)
+    for reward in rewards:
+        _check_columns(section, reward.origin, reward.needs, columns)
+    return rewards
+
+
+def _check_columns(section: PromptTask | AgentTask, reward: str, needs: Sequence[str], columns: list[str]) -> None:
+    """Raise RewardError if a reward cannot be called with the columns of the task's rows. needs: see RewardFunction."""
+    path, prompt = (
+        (section.data, None) if isinstance(section, AgentTask) else (section.prompts.path, section.prompts.column)
+    )
+    given = [*(name for name in columns if name != prompt), *GIVEN]
+    for name in needs:
+        if name not in given:
+            raise RewardError(
+                f"task.rewards: {reward} has the parameter '{name}', but no such column comes with the rows of {path}: "
+                f"rename it, set it under `options`, or give it a default value{did_you_mean(name, given)}"
+            )
+
+
+def check_rewards(section: Any) -> None:
+    """Raise PluginError or RewardError if a reward function of a task does not exist, or does not fit the task's rows.
+    Functions for workers are only loaded there."""
+    specs = enumerate(getattr(section, "rewards", ()))
+    functions = {index: spec for index, spec in specs if spec.kind == "function" and not spec.workers}
+    if not functions:
+        return
+    rows = prompt_rows(section.prompts) if isinstance(section, PromptTask) else _agent_rows(section)
+    for index, spec in functions.items():
+        function = registry.load("reward", spec.what, f"task.rewards.{index}.function")
+        _check_columns(section, origin_of(spec), needs_of(function, spec.options), columns_of(rows))
 
 
 def _agent_rows(section: AgentTask) -> list[dict[str, Any]]:
@@ -300,7 +345,7 @@ def _agent_task(section: AgentTask, tokenizer: Any) -> Task:
         heldout=heldout,
         max_failed=section.max_failed,
         call_timeout=section.call_timeout,
-        rewards=load_rewards(section.rewards, section.special_tokens, section.call_timeout),
+        rewards=_load_rewards(section, columns_of(rows)),
         min_group=section.min_group,
         judged_by="agent",
         agent=agent,

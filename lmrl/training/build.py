@@ -272,12 +272,12 @@ def keep_beginning(run: runs.Run, name: str, recipe: Recipe, objective: Objectiv
 
 
 def task_of(recipe: Recipe, run: Path) -> Any:
-    """A stage's task section, with the paths of the run's own reward models resolved; without models if nothing is
+    """A stage's task section, with the paths of the run's own reward models resolved; without rewards if nothing is
     judged by them."""
     if not isinstance(recipe.task, PromptTask):
         return recipe.task
     if not recipe.judges:
-        return recipe.task.model_copy(update={"rewards": [one for one in recipe.task.rewards if not one.models]})
+        return recipe.task.model_copy(update={"rewards": []})
     return PromptTask.model_validate(locate_rewards(recipe.task.model_dump(mode="json"), run))
 
 

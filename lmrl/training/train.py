@@ -22,6 +22,7 @@ from lmrl.objects import require
 from lmrl.recipe import MAIN_STAGE, Recipe
 from lmrl.recipe.files import load_recipe, stages_of
 from lmrl.recipe.own import with_own_options
+from lmrl.rollouts.task import check_rewards
 from lmrl.run import CALL_FILE, Run
 from lmrl.run_folders import RECIPE_FILE, read_recipe
 from lmrl.training.before_after import before_after, check_before_after, flat
@@ -268,6 +269,10 @@ def _train_stages(run: Run, accelerator: Any, display: Display, interrupt: Inter
     """Train the stages that are not finished, until one ends early; returns the steps of the finished ones."""
     previous: Path | None = None
     steps, predicted = 0, 0.0
+    for name, recipe in stages_of(run.recipe).items():
+        if recipe.judges and not run.final(name).exists():
+            for task in [recipe.task, *(part.task for part in getattr(recipe.source, "parts", ()) if part.log is None)]:
+                check_rewards(task)
     for name, recipe in stages_of(run.recipe).items():
         recipe = with_own_options(with_saved_model(run, recipe))
         if distributed.broadcast(run.final(name).exists()):

@@ -121,7 +121,11 @@ REWARDS = [
     ("def good(completions, **columns): return 1.0\n", "", r"reward.py:good returned"),
     ("def good(completions, **columns): return [float('nan')] * 2\n", "", r"reward.py:good returned nan"),
     ("def good(**columns): raise ValueError('no model')\n", "", r"reward.py:good raised ValueError: no model"),
-    ("def good(completions, answer): return [1.0, 2.0]\n", "", r"reward.py:good .*missing .*'answer'"),
+    (
+        "def good(completions, answer): return [1.0, 2.0]\n",
+        "",
+        r"reward.py:good has the parameter 'answer', but no such column",
+    ),
     ("def bad(**columns): pass\n", "", r"task.rewards.0.function: '.*reward.py' defines no 'good'; .*bad"),
     ("def good(:\n", "", r"task.rewards.0.function: importing '.*reward.py' failed: SyntaxError"),
     ("import nopackage\n", "", r"task.rewards.0.function: .* no module named 'nopackage'"),
@@ -215,8 +219,9 @@ def test_a_refused_run_leaves_its_folder_free(lmrl, place):
     check_line(lmrl("train", "mine.yaml", "-o", "deep/out"), r"row 1: has no field 'prompt'")
     assert not (place / "deep").exists()
     written("prompts.jsonl", PROMPTS)(place)
-    (place / "reward.py").write_text("def good(**columns): raise ValueError('once')\n")
-    check_line(lmrl("train", "mine.yaml", "-o", "deep/out"), r"raised ValueError: once")
+    (place / "failing.py").write_text("def good(**columns): raise ValueError('once')\n")  # reward.py is loaded already
+    failing = ("train", "mine.yaml", "-o", "deep/out", "task.rewards.0.function=failing.py:good")
+    check_line(lmrl(*failing), r"raised ValueError: once")
     assert not (place / "deep").exists()
     (place / "other.py").write_text(GOOD)
     code, out, err = lmrl("train", "mine.yaml", "-o", "deep/out", "task.rewards.0.function=other.py:good")

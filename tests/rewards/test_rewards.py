@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from lmrl.errors import PluginError, RewardError
-from lmrl.recipe import Reward
+from lmrl.policy.tokenizers import build_tokenizer
+from lmrl.recipe import PromptTask, Reward
 from lmrl.rewards.load import load_rewards
 from lmrl.rewards.rewards import drop_failed, judge, score
+from lmrl.rollouts.task import build_task, check_rewards
 from lmrl.trajectories.trajectory import Segment, Trajectory
 
 FILE = """
@@ -149,6 +151,39 @@ def test_failed_samples_are_left_out_up_to_the_limit(rewards):
         RewardError, match=r"1 of 4.*task.max_failed=0.1.*row 1.*'x'.*mine.py:bad_on_x raised ValueError"
     ):
         drop_failed(episodes, 0.1, "reward")
+
+
+def test_an_option_wins_over_a_column_of_its_name(rewards):
+    function = rewards("scaled", options={"scale": 3})
+    assert score(function, batch("ab", scale=[5])).values == [6.0]
+
+
+@pytest.mark.parametrize("name", ["fussy", "lacking", "Lacking"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_parameter_without_a_column_is_refused(tmp_path, name, workers):
+    (tmp_path / "mine.py").write_text(
+        FILE + "def lacking(completions, *, answer, n=1, **others): ...\n"
+        "class Lacking:\n    def __call__(self, prompts, completions, answer): ...\n"
+    )
+    rows, reward = tmp_path / "rows.jsonl", {"function": f"{tmp_path}/mine.py:{name}", "workers": workers}
+
+    def check(row):
+        rows.write_text(row + '\n{"prompt": "b"}\n')
+        task = PromptTask.model_validate({"prompts": {"path": str(rows)}, "rewards": [reward]})
+        if not workers:
+            check_rewards(task)
+        build_task(task, build_tokenizer("char", ["ab"]))
+
+    check('{"prompt": "a", "answer": "b"}')
+    with pytest.raises(RewardError, match=f"mine.py:{name} has the parameter 'answer'.*did you mean 'anwser'"):
+        check('{"prompt": "a", "anwser": "b"}')
+
+
+def test_rows_without_a_column_have_none_there(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "b"}\n')
+    task = PromptTask.model_validate({"prompts": {"path": str(tmp_path / "rows.jsonl"), "holdout": 0}})
+    environment = build_task(task, build_tokenizer("char", ["ab"])).make()
+    assert environment.reset(options={"start": 1})[1]["columns"] == {"answer": None}
 
 
 def test_messages_reach_the_function_as_messages(rewards):
