@@ -3,6 +3,7 @@ comments."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import yaml
 
 from lmrl.environments import environment_factory
 from lmrl.errors import DataError, RecipeError
@@ -116,13 +118,17 @@ def look_at_rows(path: str, kind: str, tokenizer: Any) -> Look:
     for number in range(0, look.rows, max(look.rows // ROWS, 1)):
         row = rows[number]
         try:
-            texts = (
-                [prompt_text(prompt_of(row))]
-                if kind == "prompts"
-                else [one.prompt + one.completion for one in parse(row, number)]
-            )
+            if kind == "prompts":
+                texts = [prompt_text(prompt_of(row))]
+            else:
+                texts = [one.prompt + one.completion for one in parse(row, number)]
         except Malformed as error:
             raise DataError(f"{rows.where(number)}: {error}") from error
+        if kind != "prompts" and (len(texts) == 2) != (kind == "pairs"):
+            is_pair = "has chosen and rejected: look at it with --pairs"
+            raise DataError(
+                f"{rows.where(number)}: {is_pair if len(texts) == 2 else 'has no chosen and rejected, which --pairs expects'}"
+            )
         lengths += [length(text) for text in texts]
     longest, common = max(lengths), int(np.quantile(lengths, 0.99))
     look.said.append(
@@ -135,6 +141,14 @@ def look_at_rows(path: str, kind: str, tokenizer: Any) -> Look:
 def _range(values: list[int], unit: str) -> str:
     low, high = min(values), max(values)
     return f"{low} {unit}" if low == high else f"{low} to {high} {unit}"
+
+
+def quoted(text: str) -> str:
+    """A text as YAML reads it back, also within braces."""
+    try:
+        return text if yaml.safe_load(f"[{text}]") == [text] else json.dumps(text, ensure_ascii=False)
+    except yaml.YAMLError:
+        return json.dumps(text, ensure_ascii=False)
 
 
 def rounded(value: float, to: int) -> int:
@@ -154,8 +168,8 @@ def environment_recipe(name: str, method: str, model: str | None, look: Look, ma
             f"but it has none: give it `players` and `act` (see lmrl.TextEnvironment), or set --model"
         )
     player = "random" if "random" in look.players else (look.players or ("",))[0]
-    lines = [f"# {line}" for line in look.said]
-    lines += ["", f"description: {Path(name.partition(':')[0]).stem} by {method}", "", "model:"]
+    title = quoted(f"{Path(name.partition(':')[0]).stem} by {method}")
+    lines = [*(f"# {line}" for line in look.said), "", f"description: {title}", "", "model:"]
     if model is None:
         size = 2 ** math.ceil(math.log2(max(1.5 * context + look.turn, 32)))
         lines += [
@@ -170,8 +184,8 @@ def environment_recipe(name: str, method: str, model: str | None, look: Look, ma
             f"  tokenizer: {look.tokenizer}",
         ]
     else:
-        lines += [f"  path: {model}", "  lora: {r: 16, alpha: 32}  # null: train all weights"]
-    lines += ["", "task:", f"  environment: {name}", f"  max_turns: {max_turns}"]
+        lines += [f"  path: {quoted(model)}", "  lora: {r: 16, alpha: 32}  # null: train all weights"]
+    lines += ["", "task:", f"  environment: {quoted(name)}", f"  max_turns: {max_turns}"]
     lines += [
         f"  history: {'4  # whole episodes are too long for a context' if deep else 'all  # what the policy sees: the whole episode'}"
     ]
@@ -211,13 +225,13 @@ def data_recipe(kind: str, path: str, method: str, model: str, look: Look, rewar
     batch = 16 if look.rows >= 64 else max(look.rows // 4, 1)
     epochs = 3 if method == "likelihood" else 1
     steps = max(math.ceil(0.9 * look.rows * epochs / batch), 1)
-    lines = [*(f"# {line}" for line in look.said), "", f"description: {Path(path).stem} by {method}", ""]
-    lines += ["model:", f"  path: {model}", "  lora: {r: 16, alpha: 32}  # null: train all weights", ""]
+    lines = [*(f"# {line}" for line in look.said), "", f"description: {quoted(f'{Path(path).stem} by {method}')}", ""]
+    lines += ["model:", f"  path: {quoted(model)}", "  lora: {r: 16, alpha: 32}  # null: train all weights", ""]
     if kind == "prompts":
         lines += [
             "task:",
-            f"  prompts: {{path: {path}, max_tokens: {size}, holdout: 0.1}}  # a tenth is held out for evaluation",
-            f"  rewards: {reward}",
+            f"  prompts: {{path: {quoted(path)}, max_tokens: {size}, holdout: 0.1}}  # a tenth is held out for evaluation",
+            f"  rewards: {quoted(reward or '')}",
             "",
             "source: {name: rollouts}",
             "rollouts:",
@@ -231,7 +245,7 @@ def data_recipe(kind: str, path: str, method: str, model: str, look: Look, rewar
     if method != "reward_model":
         lines += ["task:", f"  prompts: {{max_tokens: {size}, holdout: 0.1}}  # a tenth is held out, and measured", ""]
     lines += [
-        f"source: {{name: dataset, path: {path}, batch_size: {batch}, max_tokens: {size}}}",
+        f"source: {{name: dataset, path: {quoted(path)}, batch_size: {batch}, max_tokens: {size}}}",
         f"objective: {{name: {method}}}",
         f"training: {{steps: {steps}, seed: 0}}  # every row {'three times' if epochs == 3 else 'once'}",
     ]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lmrl.cli.common import Debug
-from lmrl.errors import DataError, RecipeError, did_you_mean
+from lmrl.errors import DataError, LmrlError, RecipeError, did_you_mean
 
 
 def command(
@@ -27,7 +27,10 @@ def command(
     method: Annotated[str | None, typer.Option("--method", "-m", help="An objective (default: the usual one)")] = None,
     model: Annotated[str | None, typer.Option("--model", help="A hub name, a folder or a run")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="A tiny model from scratch (of an environment)")] = False,
-    max_turns: Annotated[int, typer.Option("--max-turns", min=1, help="Maximum turns per episode")] = 100,
+    max_turns: Annotated[
+        int | None,
+        typer.Option("--max-turns", min=1, help="Maximum turns per episode of an environment (default: 100)"),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Write a first recipe for an environment or data of your own, after looking at it."""
@@ -42,6 +45,8 @@ def command(
         raise RecipeError(f"{file}: a recipe's file ends in .yaml")
     if (reward is not None) != (kind == "prompts"):
         raise RecipeError("--prompts and --reward go together: the reward judges the completions")
+    if max_turns is not None and kind != "environment":
+        raise RecipeError(f"--max-turns is for --environment: leave it out with --{kind}")
     if model is not None and tiny:
         raise RecipeError("--model names a model, and --tiny makes one: leave one of them out")
     if model is None and kind != "environment":
@@ -49,6 +54,7 @@ def command(
 
     from lmrl import new
     from lmrl.recipe.files import load_recipe
+    from lmrl.rollouts.task import check_rewards
 
     known = new.METHODS[kind]
     method = {"sft": "likelihood", "rm": "reward_model"}.get(method or "", method) or known[0]
@@ -59,17 +65,22 @@ def command(
         if path.endswith(".py") and not Path(path).is_file():
             raise DataError(f"{option}: file '{path}' does not exist")
     if environment is not None:
-        look = new.look_at_environment(environment, max_turns)
-        text = new.environment_recipe(environment, method, model, look, max_turns)
+        turns = max_turns or 100
+        look = new.look_at_environment(environment, turns)
+        text = new.environment_recipe(environment, method, model, look, turns)
     else:
         rows = given[kind]
         assert rows is not None and model is not None, "rows were given, with a model"
         look = new.look_at_rows(rows, kind, _tokenizer(model))
         text = new.data_recipe(kind, rows, method, model, look, reward)
-    file.write_text(
-        f"# Written by `lmrl new`; every line may be changed, and `lmrl show {file}` prints all defaults.\n" + text
-    )
-    load_recipe(file)  # what was written is a recipe
+    head = f"# Written by `lmrl new`; every line may be changed, and `lmrl show {file}` prints all defaults.\n"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(head + text)
+    try:
+        check_rewards(load_recipe(file).task)
+    except LmrlError:
+        file.unlink()
+        raise
     for line in look.said:
         typer.echo(line)
     typer.echo(f"written to {file}; try it: lmrl train {file} --dry-run; then: lmrl train {file}")

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 import lmrl
 from lmrl.cli import app
-from lmrl.errors import DataError, RecipeError
+from lmrl.errors import DataError, LmrlError, RecipeError
 from lmrl.recipe.files import load_recipe
 from lmrl.training import dry_run
 
@@ -100,6 +100,30 @@ def test_rows(tmp_path, tiny_folder):
         load_recipe(tmp_path / "3.yaml").source.max_tokens == 128
         and load_recipe(tmp_path / "3.yaml").training.steps == 11
     )
+
+
+def test_odd_names_are_quoted(tmp_path, tiny_folder):
+    data = tmp_path / "my, {odd} #1: rows.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    new(tmp_path / "sub" / "mine.yaml", "--messages", data, "--model", tiny_folder)
+    assert load_recipe(tmp_path / "sub" / "mine.yaml").source.path == str(data)
+
+
+def test_rows_that_would_not_train_are_refused(tmp_path, tiny_folder):
+    (tmp_path / "r.py").write_text("def f(completions, weather): return [1.0] * len(completions)")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    file, rows = tmp_path / "mine.yaml", tmp_path / "rows.jsonl"
+    for arguments, message in [
+        (["--messages", tmp_path / "pairs.jsonl"], "has chosen and rejected: look at it with --pairs"),
+        (["--pairs", rows], "line 1: has no chosen and rejected"),
+        (["--prompts", rows, "--reward", f"{tmp_path}/r.py:f"], "has the parameter 'weather'"),
+        (["--prompts", rows, "--reward", f"{tmp_path}/r.py:g"], "defines no 'g'"),
+        (["--messages", rows, "--max-turns", "3"], "--max-turns is for --environment"),
+    ]:
+        with pytest.raises(LmrlError, match=message):
+            new(file, *arguments, "--model", tiny_folder)
+        assert not file.exists()
 
 
 def test_refusals(tmp_path):
