@@ -82,12 +82,19 @@ def main() -> None:
             if not _leave_error(text, 1, own=True):
                 print(text, file=sys.stderr)
             sys.exit(1)
+        if not debug and isinstance(error, OSError) and error.filename and error.errno in UNUSABLE:
+            text = f"lmrl: {one_line(f'{error.filename}: cannot be used: {error.strerror}')}"
+            if not _leave_error(text, 2, own=True):
+                print(text, file=sys.stderr)
+            sys.exit(2)
         if isinstance(error, Exception) and _leave_error(traceback.format_exc(), 1, own=False):
             sys.exit(1)
         raise
 
 
 LONGEST_LINE = 1500
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+"""Errors of a file or folder that was named wrongly, or that the user may not use."""
 
 
 def one_line(text: str) -> str:

@@ -187,6 +187,15 @@ def test_a_full_disk_is_one_line(lmrl, monkeypatch, error):
     assert "free some space, then resume; checkpoints that were written before are whole" in err
 
 
+def test_a_path_that_cannot_be_written_is_one_line(lmrl, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "model").mkdir()
+    model = ("--messages", str(tmp_path / "rows.jsonl"), "--model", str(tmp_path / "model"))
+    code, _, err = lmrl("new", str(tmp_path / "file" / "mine.yaml"), *model)
+    assert code == 2 and err == f"lmrl: {tmp_path}/file: cannot be used: File exists\n"
+
+
 def test_recipes_that_hold_objects():
     with pytest.raises(LmrlError, match="^model: needs `path` .* or `config`"):
         load_recipe({"model": {}})
