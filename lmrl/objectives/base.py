@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -58,6 +58,8 @@ class Objective:
 
     loss_of_data: str | None = None
     """The metric on logged data that must fall while the policy learns; None if none must."""
+    heldout_limits: ClassVar[Mapping[str, tuple[float, float]]] = {}
+    """The lowest and highest possible values of metrics in `heldout`, for their intervals."""
 
     correction: Correction | None = None
     """Importance correction for samples of an engine with its own probabilities; the stage sets it."""

@@ -6,10 +6,11 @@ of its action tokens, over all its turns; environment tokens do not count.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from collections.abc import Sequence as List
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +114,7 @@ class DPO(Objective):
     label = "DPO"
     compares = True
     index_fields = (EPISODE,)
+    heldout_limits: ClassVar = {"accuracy": (0.0, 1.0), "margin": (-math.inf, math.inf)}
 
     def __init__(self, options: DPOObjective):
         self.options, self.minibatches = options, options.minibatches

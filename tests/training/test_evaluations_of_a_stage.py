@@ -11,6 +11,7 @@ from rich.console import Console
 
 import lmrl
 from lmrl.errors import RunError
+from lmrl.objectives.dpo import DPO
 from lmrl.recipe.document import read_yaml
 from lmrl.recipe.files import load_recipe
 from lmrl.run import Run
@@ -18,6 +19,7 @@ from lmrl.run_folders import read_recipe
 from lmrl.training import dry_run, resume_run, train
 from lmrl.training.closing import closing_lines
 from lmrl.training.display import Display
+from lmrl.training.listeners import evaluation
 from lmrl.training.listeners.evaluation import too_far
 from lmrl.training.stage import Stage
 from tests.conftest import TINY_WALKS
@@ -42,6 +44,21 @@ def state_of(folder):
 
 def evaluated(folder):
     return [(line["step"], line["kind"]) for line in metrics(folder) if line["kind"] in ("eval", "final")]
+
+
+def test_margins_of_held_out_pairs_have_no_limits(monkeypatch):
+    measured = {"accuracy": [0.5] * 4, "margin": [0.0] * 4}  # before the first step
+    monkeypatch.setattr(evaluation, "measure_heldout", lambda *_: measured)
+    stage = SimpleNamespace(
+        objective=DPO,
+        recipe=SimpleNamespace(evaluation=SimpleNamespace(episodes=None, metric=None)),
+        source=SimpleNamespace(dataset=SimpleNamespace(heldout=lambda count: [None])),
+        progress=SimpleNamespace(columns=[]),
+    )
+    scores = evaluation.Evaluation(None, 0, False, False)._heldout(stage)
+    assert scores["heldout/margin"]["ci95"] == [0, 0]  # unlike 0 of 4 successes
+    low, high = scores["heldout/accuracy"]["ci95"]
+    assert 0 <= low < 0.5 < high <= 1
 
 
 # ------------------------------------------------------------------------------------------------------------ by default

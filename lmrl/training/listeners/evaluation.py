@@ -116,7 +116,11 @@ class Evaluation(Listener):
         if not heldout:
             return {}
         measured = measure_heldout(stage, heldout)
-        scores = {f"heldout/{name}": summarize(values, unit="episode") for name, values in measured.items()}
+        limits = stage.objective.heldout_limits
+        scores = {
+            f"heldout/{name}": summarize(values, limits=limits.get(name), unit="episode")
+            for name, values in measured.items()
+        }
         stage.progress.columns = list(dict.fromkeys([*stage.progress.columns, *scores]))
         metric = (self._metric(stage) or "").removeprefix("heldout/")
         if metric in measured:
