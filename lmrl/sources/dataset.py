@@ -69,18 +69,19 @@ class Dataset(Source):
         rng = stream(seed, stage, "best")
         self.kept = best_of(returns, best, rng, best_among) if groups is None else list(range(len(self.units)))
         self.grouped, self.turns = groups is not None, turns
+        self.has_pairs = isinstance(episodes, DatasetFile) and episodes.has_pairs
         self._episode = lru_cache(CACHED)(episodes.__getitem__)
 
     @classmethod
     def build(cls, wanted: SourceRequest) -> Dataset:
-        return build_dataset(
-            cast(DatasetOptions, wanted.recipe.source),
-            wanted.task,
-            wanted.seed,
-            wanted.stage,
-            wanted.bad_rows,
-            wanted.compares,
-        )
+        source = cast(DatasetOptions, wanted.recipe.source)
+        found = build_dataset(source, wanted.task, wanted.seed, wanted.stage, wanted.bad_rows, wanted.compares)
+        if wanted.recipe.objective.imitates and source.best == 1 and found.has_pairs:
+            found.notes.append(
+                f"warning: {source.path} holds pairs, and the rejected answers are imitated as well: source.best=0.5 "
+                "source.best_among=prompt keeps the chosen ones"
+            )
+        return found
 
     def next(self, step: int) -> SourceBatch:
         return SourceBatch(self.take((step - 1) * self.batch_size, self.batch_size))

@@ -80,6 +80,11 @@ class DatasetFile:
     def __getitem__(self, index: int) -> Trajectory:
         return self._read(self._index[index], self._parts[index])
 
+    @property
+    def has_pairs(self) -> bool:
+        """True if rows are pairs of a chosen and a rejected episode."""
+        return any(self._parts)
+
     def heldout(self, groups: int | None = None) -> list[Trajectory]:
         """The episodes of held-out prompts, of the first `groups` prompts (None: of all), numbered by prompt."""
         numbers = {key: number for number, key in enumerate(dict.fromkeys(key for *_, key in self._heldout))}

@@ -11,11 +11,13 @@ from lmrl.evaluation.statistics import summarize
 from lmrl.evaluation.suites import Suite
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import DatasetSource, Prompts, PromptTask, RandomWalksTask, Rollouts
+from lmrl.recipe.files import load_recipe
 from lmrl.rollouts.collect import play_players
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import PromptEnvironment, Task, build_task
 from lmrl.seeding import stream
 from lmrl.sources import dataset as dataset_module
+from lmrl.sources.base import SourceRequest
 from lmrl.sources.best import best_among_all, best_of
 from lmrl.sources.dataset import Dataset, build_dataset, open_dataset_file, play_dataset
 from lmrl.sources.fresh import FreshRollouts
@@ -125,6 +127,16 @@ def test_malformed_rows_can_be_skipped(tmp_path, walks):
     source = build_dataset(dataset(path=path, skip_bad_rows=True), walks, 0, "main", report)
     assert source.notes == [f"{path}: left out 1 malformed lines (see {report})"]
     assert json.loads(report.read_text())["line"] == 2
+
+
+def test_imitated_rejections_are_warned_of(tmp_path, walks):
+    path = lines(tmp_path / "data.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    best = ["source.best=0.5", "source.best_among=prompt"]
+    for method, changes, notes in (("sft", [], 1), ("sft", best, 0), ("ilql", [], 0)):
+        recipe = load_recipe(method, ["model.path=x", f"data.path={path}", *changes])
+        found = Dataset.build(SourceRequest(recipe, walks, Sampler(walks), "main"))
+        assert sum("the rejected answers are imitated as well" in note for note in found.notes) == notes
+        assert [found.returns[row] for row in found.kept] == [1.0] if changes else [1.0, -1.0]
 
 
 def test_heldout_prompts_are_kept_out_of_logged_data(tmp_path, tokenizer):
