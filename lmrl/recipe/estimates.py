@@ -6,6 +6,8 @@ import json
 import math
 import struct
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,8 @@ from lmrl.recipe.evaluations import is_imitation, own_plan
 from lmrl.recipe.held_episodes import held_bytes
 from lmrl.recipe.rates import UNKNOWN_SIZE, default_rates, with_rates
 
-PROCESS_MB = 450
-"""Python with torch and transformers imported, before any model."""
+PROCESS_MB, CUDA_BUILD_MB = 580, 200
+"""Python with all imports of a run, before any model; and what a build of torch for CUDA adds, also on a machine without a GPU."""
 TRL_MB = 140
 """Added by trl's imports; trl's loop trains reward models."""
 VLLM_PROCESS_MB = 300
@@ -160,11 +162,19 @@ def memory(recipe: Recipe, accelerator: bool = False) -> dict[str, float] | None
     if "bfloat16" in (recipe.model.dtype, recipe.training.precision):
         computed = sum(size for name, size in passes.items() if name != ON_THEIR_WAY)
         megabytes["a CPU's bfloat16 kernels"] = (CPU_BFLOAT16 - 1) * computed / 2**20
-    libraries = (VLLM_PROCESS_MB if recipe.rollouts.engine == "vllm" else 0) + (
-        0 if recipe.objective.leaves_policy else TRL_MB
-    )
+    python = PROCESS_MB + (CUDA_BUILD_MB if is_cuda_build() else 0)
+    python += VLLM_PROCESS_MB if recipe.rollouts.engine == "vllm" else 0
+    python += 0 if recipe.objective.leaves_policy else TRL_MB
     episodes = held_bytes(recipe, recipe.rollouts.max_new_tokens + OBSERVATION) / 2**20
-    return megabytes | ({"episodes": episodes} if episodes else {}) | {"python": PROCESS_MB + libraries}
+    return megabytes | ({"episodes": episodes} if episodes else {}) | {"python": python}
+
+
+@cache
+def is_cuda_build() -> bool:
+    """True if the installed torch has CUDA's libraries; torch is not imported."""
+    torch = find_spec("torch")
+    folders = torch.submodule_search_locations if torch else None
+    return any(file for folder in folders or () for file in Path(folder, "lib").glob("*torch_cuda.*"))
 
 
 def _frozen_bytes(model: Model, shape: dict[str, int]) -> int:
