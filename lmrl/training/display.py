@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -55,13 +55,17 @@ class Display:
                 BarColumn(bar_width=24 if self.console.width >= WIDE else 8),
                 MofNCompleteColumn(table_column=Column(no_wrap=True)),
                 TimeElapsedColumn(table_column=Column(no_wrap=True)),
-                TimeRemainingColumn(table_column=Column(no_wrap=True)),
+                TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
                 # This column wraps onto a second line if there is no room.
                 TextColumn("{task.fields[metrics]}", table_column=Column(no_wrap=False)),
                 console=self.console,
             )
-            self._task = self._progress.add_task(self._stage, total=steps, completed=done, metrics="")
+            self._task = self._progress.add_task(self._stage, total=steps, completed=done, left="", metrics="")
             self._progress.start()
+
+    def steps_begin(self) -> None:
+        """Measure the pace from here: what a stage does first, such as an evaluation, is done once."""
+        self._began = time.monotonic()
 
     def end(self) -> None:
         if self._progress is not None:
@@ -74,15 +78,15 @@ class Display:
             one for one in TROUBLES if metrics.get(one)
         ]
         text = "  ".join(f"{name} {short(metrics[name])}" for name in shown)
+        now = time.monotonic()
+        left = f"{time_left(now - self._began, step - self._done, self._steps - step)} left"
         if self._bar is not None:
-            left = time_left(time.monotonic() - self._began, step - self._done, self._steps - step)
-            self._bar.update(step, f"{left} left  {text}")
+            self._bar.update(step, f"{left}  {text}")
         elif self._progress is not None:
-            self._progress.update(self._task, completed=step, metrics=text)
-        elif step in (1, self._steps) or time.monotonic() - self._last > PLAIN_EVERY_SECONDS:
-            self._last = time.monotonic()
-            left = time_left(self._last - self._began, step - self._done, self._steps - step)
-            self.say(f"{self._stage} {step}/{self._steps}  {left} left  {text}")
+            self._progress.update(self._task, completed=step, left=left, metrics=text)
+        elif step in (1, self._steps) or now - self._last > PLAIN_EVERY_SECONDS:
+            self._last = now
+            self.say(f"{self._stage} {step}/{self._steps}  {left}  {text}")
 
     def score(self, step: int, metrics: dict[str, dict[str, Any]]) -> None:
         text = "  ".join(f"{name} {interval(score)}" for name, score in metrics.items())

@@ -104,6 +104,7 @@ class Stage:
             self._ready(resumed)
             for listener in self.listeners:
                 listener.begin(self, resumed)
+            self.display.steps_begin()
             for step in range(progress.step + 1, steps + 1):
                 if any(listener.ends(self) for listener in self.listeners):
                     break

@@ -16,12 +16,35 @@ def test_time_left_by_hand():
 
 
 def test_measures_of_zero_are_shown(monkeypatch):
-    clock = iter([100.0, 104.0, 104.0])
+    clock = iter([100.0, 104.0])
     monkeypatch.setattr("lmrl.training.display.time.monotonic", lambda: next(clock))
     display = Display(Console(file=io.StringIO(), width=200))
     display.begin("main", "PPO", 12, 0)
     display.step(1, {"reward": 0.0, "kl": 0, "entropy": 1.234, "failed": 0, "skipped": 2, "unshown": 3})
     assert display.console.file.getvalue() == "main (PPO) 1/12  0:44 left  reward 0  kl 0  entropy 1.23  skipped 2\n"
+
+
+def test_what_precedes_the_first_step_is_not_its_pace(monkeypatch):
+    clock = iter([0.0, 60.0, 62.0])  # an evaluation of a minute, then a step of two seconds
+    monkeypatch.setattr("lmrl.training.display.time.monotonic", lambda: next(clock))
+    display = Display(Console(file=io.StringIO(), width=200))
+    display.begin("main", "PPO", 11, 0)
+    display.steps_begin()
+    display.step(1, {})
+    assert "main (PPO) 1/11  0:20 left" in display.console.file.getvalue()
+
+
+def test_a_terminal_shows_the_time_left_of_slow_steps(monkeypatch):
+    """rich's own estimate forgets steps after thirty seconds, and so knows nothing if each takes longer."""
+    clock = iter([0.0, 0.0, 40.0, 80.0])
+    monkeypatch.setattr("lmrl.training.display.time.monotonic", lambda: next(clock))
+    display = Display(Console(file=io.StringIO(), width=120, force_terminal=True))
+    display.begin("main", "PPO", 4, 0)
+    display.steps_begin()
+    display.step(1, {"reward": 0.5})
+    display.step(2, {"reward": 0.5})
+    display.end()
+    assert "2/4" in display.console.file.getvalue() and "1:20 left reward 0.5" in display.console.file.getvalue()
 
 
 def test_a_notebook_has_one_bar_that_is_replaced(monkeypatch):
