@@ -193,6 +193,8 @@ def settings_of(stage: Stage) -> Settings:
         entropy_coef=getattr(recipe.objective, "entropy_coef", None),
         missing_eos_penalty=getattr(recipe.objective, "missing_eos_penalty", None),
         has_eos_penalty=hasattr(recipe.objective, "missing_eos_penalty"),
+        max_turns=getattr(recipe.task, "max_turns", None),
+        can_resample=hasattr(recipe.source, "resample"),
         self_play=stage.task.sides > 1,
     )
 

@@ -57,6 +57,9 @@ class Settings:
     """None: the objective has none."""
     missing_eos_penalty: float | None = None
     has_eos_penalty: bool = False
+    max_turns: int | None = None
+    """None: an episode is one completion, or its task has no such limit."""
+    can_resample: bool = False
     self_play: bool = False
     """True if the policy plays all sides of a game: what one gains another may lose, so rewards show no gain."""
 
@@ -85,22 +88,28 @@ def no_signal(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: b
     if gained:
         return (
             f"no signal left: rewards have risen and are now all equal in {share:.0%} of groups: if the score is good, stop "
-            "here or give the task harder prompts, else raise objective.entropy_coef"
+            f"here or give the task harder prompts, else {more_varied(of)}"
         )
     if of.self_play:
         return (
             f"no signal left: games from one start end alike in {share:.0%} of groups: if the scores are good, stop here, else "
-            "raise objective.entropy_coef"
+            f"{more_varied(of)}"
         )
     if of.samples > 1 and share < 1:
+        resample = ", or source.resample=3, which replaces such prompts" if of.can_resample else ""
         return (
             f"no signal: rewards are all equal in {share:.0%} of groups: set rollouts.samples={2 * of.samples} (it is "
-            f"{of.samples}), or source.resample=3, which replaces such prompts, or grade the reward more finely"
+            f"{of.samples}){resample}, or grade the reward more finely"
         )
     return (
         "no signal: all episodes of a step earn the same: unless the task is solved, check the reward with `lmrl reward check`, or "
         "grade it more finely"
     )
+
+
+def more_varied(of: Settings) -> str:
+    """How to make episodes of one prompt differ more."""
+    return "raise objective.entropy_coef" if of.entropy_coef is not None else "set rollouts.samples higher"
 
 
 def endless_turns(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: bool) -> str | None:
@@ -167,10 +176,13 @@ def runaway_length(first: Sequence[Row], last: Sequence[Row], of: Settings, gain
         return None
     if difference(began, now) <= SURE or mean(now) <= THRICE * mean(began):
         return None
-    return (
-        f"episodes have grown from {mean(began):.0f} to {mean(now):.0f} tokens, while the reward has not risen: set "
-        f"rollouts.max_new_tokens={math.ceil(TWICE * mean(began))}, or penalise length in the reward"
-    )
+    text = f"episodes have grown from {mean(began):.0f} to {mean(now):.0f} tokens, while the reward has not risen: "
+    most = math.ceil(TWICE * mean(began))
+    if of.max_turns is not None:
+        text += f"lower task.max_turns from {of.max_turns} or rollouts.max_new_tokens from {of.max_new_tokens}, or "
+    elif most < of.max_new_tokens:  # else an agent's many turns make the length
+        text += f"set rollouts.max_new_tokens={most}, or "
+    return text + "penalise length in the reward"
 
 
 def blind_critic(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: bool) -> str | None:
@@ -211,7 +223,7 @@ def exploding_gradients(first: Sequence[Row], last: Sequence[Row], of: Settings,
         return None
     return (
         f"gradients have grown from {median(began):.2g} to {median(now):.2g}: lower optimizer.lr from {of.lr:.2g} to "
-        f"{of.lr / 3:.2g}, or set optimizer.max_grad_norm={median(began):.1g}"
+        f"{of.lr / 3:.2g}"
     )
 
 

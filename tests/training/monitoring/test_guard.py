@@ -291,6 +291,17 @@ def test_nothing_is_said_without_need(name, began, now, gained):
     assert DETECTORS[name](first(**began), rows(**now), SETTINGS, gained) is None
 
 
+def test_advice_names_only_options_that_the_recipe_has():
+    """A mixture cannot resample, Q values have no entropy bonus, and turns, not tokens, make an episode long."""
+    bare = replace(SETTINGS, entropy_coef=None)
+    assert "resample" not in DETECTORS["no_signal"](first(), rows(alike=0.9), bare, False)
+    assert "resample=3" in DETECTORS["no_signal"](first(), rows(alike=0.9), replace(bare, can_resample=True), False)
+    assert "else set rollouts.samples higher" in DETECTORS["no_signal"](first(), rows(alike=0.9), bare, True)
+    turns = DETECTORS["runaway_length"](first(length=10), rows(length=40), replace(bare, max_turns=20), False)
+    assert "lower task.max_turns from 20 or rollouts.max_new_tokens from 64, or" in turns
+    assert "max_grad_norm" not in DETECTORS["exploding_gradients"](first(grad_norm=9), rows(grad_norm=1e4), bare, False)
+
+
 def test_rewards_of_self_play_are_not_taken_for_a_failure():
     """Both sides' rewards sum to zero, however well they play."""
     own = replace(SETTINGS, self_play=True)
