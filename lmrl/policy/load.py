@@ -77,7 +77,7 @@ def load_policy(
     policy.quantization = quantization
     _match_arithmetic(policy, options.dtype)
     if start is not None:
-        policy.load_heads(start)
+        policy.heads_are_new = not policy.load_heads(start)
     return policy
 
 

@@ -66,7 +66,7 @@ class Policy(nn.Module):
         self.values: Values = self._build_values(heads) if heads is not None else ABSENT
         self._reference = reference if reference is None or isinstance(reference, str) else [reference]  # not a child
         self.heads_are_new = True
-        """True until the heads have learned something."""
+        """False if the heads come from an earlier stage. A stage that resumes has what it began with, so that it continues alike."""
         self.quantization: str | None = None
         """How the frozen weights were quantized as they were read (see quantized.py)."""
         self.temperature = 1.0
@@ -392,7 +392,6 @@ class Policy(nn.Module):
         )
         save_quantization(self.quantization, folder)
 
-    def load_heads(self, folder: Path, put: Callable[[torch.Tensor, torch.Tensor], Any] = torch.Tensor.copy_) -> None:
-        """Take over the heads of a checkpoint if it has the same ones. put: see lmrl.policy.load.load_weights."""
-        if self.values is not None and load_heads(self.values, folder, put):
-            self.heads_are_new = False
+    def load_heads(self, folder: Path, put: Callable[[torch.Tensor, torch.Tensor], Any] = torch.Tensor.copy_) -> bool:
+        """Take over the heads of a checkpoint; returns False if it has no such ones. put: see lmrl.policy.load.load_weights."""
+        return self.values is not None and load_heads(self.values, folder, put)

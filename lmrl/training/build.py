@@ -83,6 +83,7 @@ def build_stage(
         heads=objective.heads,
         reference=objective.uses_reference,
     ).to(device)
+    policy.heads_are_new |= start is None  # its own saved start is no earlier stage
     policy.configure(recipe)
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)

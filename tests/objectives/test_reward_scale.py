@@ -47,7 +47,6 @@ def weights_after(name: str, factor: float, **options) -> dict[str, torch.Tensor
         objective.begin(step)
         updater.begin(step)
         batch = objective.prepare(policy, copy.deepcopy(played))
-        policy.heads_are_new = False
         stats = updater.step(policy, objective, batch)
         assert "rejected" in stats or stats["grad_norm"] > 0
     units = ("mean", "std", "peak")

@@ -132,6 +132,19 @@ def test_interrupted_at_a_step(tmp_path, tiny_folder, kind):
     assert kls[0] == pytest.approx(0, abs=1e-6) and abs(kls[-1]) > 1e-4  # the reference stays where the stage began
 
 
+@pytest.mark.parametrize(("steps", "saved"), [(3, {"start"}), (15, {"start", "checkpoints"})])
+def test_stopped_before_the_first_step(tmp_path, tiny_folder, steps, saved):
+    """Values have no units yet: new heads, resumed from the saved start or the guard's first checkpoint, are still new."""
+    training = {"steps": steps, "threads": 1}
+    recipe = load_recipe(prompt_recipe(tmp_path, tiny_folder, model={"path": str(tiny_folder)}, training=training))
+    train(recipe, output=tmp_path / "whole")
+    with stopped_before(1):
+        train(recipe, output=tmp_path / "torn")
+    assert {path.name for path in (tmp_path / "torn/stages/main").iterdir()} == saved
+    resume_run(tmp_path / "torn")
+    assert_same_run(tmp_path / "whole", tmp_path / "torn", weights=2)
+
+
 def test_cutting_keeps_every_earlier_line(tmp_path):
     from lmrl.run import Run
 
