@@ -287,7 +287,9 @@ def drop_failed(
     if count and (lost > max_failed * count or lost == count):
         first = distributed.all_gather(failed[:1])[0]
         error = RewardError if what == "reward" else EpisodeError
-        raise error(
-            f"{what}{f' {name!r}' if name else ''} failed on {lost} of {count} samples, more than task.max_failed={max_failed} allows; first, {first}"
-        )
+        if lost > max_failed * count:
+            many = f"{lost} of {count} samples, more than task.max_failed={max_failed} allows"
+        else:
+            many = f"all {count} samples"
+        raise error(f"{what}{f' {name!r}' if name else ''} failed on {many}; first, {first}")
     return [trajectory for trajectory in trajectories if trajectory.reward is not None]
