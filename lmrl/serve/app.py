@@ -140,6 +140,11 @@ class App:
             raise BadRequest("the Content-Type must be application/json", status=415)
         try:
             payload = json.loads(request.body)
+            json.dumps(payload, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise BadRequest(
+                "the body holds a lone surrogate (half of a character's \\u escapes): send whole text"
+            ) from error
         except (ValueError, RecursionError) as error:
             raise BadRequest(f"the body is not JSON: {error}") from error
         defaults = session.sampling if session is not None else self.served.sampling

@@ -138,6 +138,7 @@ def test_tools_in_the_plain_form(tiny_folder):
         ({"n": 0}, "'n' is 0; expected a number from 1 to 256"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text is served"),
         ({"messages": [{"role": "wizard", "content": ""}]}, "expected an object with a role of"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "holds a lone surrogate"),
         ({"max_tokens": 1000}, "but the model has 256"),
     ],
 )
