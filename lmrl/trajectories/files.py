@@ -364,9 +364,9 @@ def _open_hub(name: str, part: Selection) -> Table:
     return Table(dataset, [(name, len(dataset))])
 
 
-def take(row: Row, name: str, *kinds: type) -> Any:
-    """A row's field, checked: Malformed names the field and what was expected."""
-    expected = " or ".join(_KINDS.get(kind, kind.__name__) for kind in kinds)
+def take(row: Row, name: str, *kinds: type, items: str = "messages") -> Any:
+    """A row's field, checked: Malformed names the field and what was expected. items: what a list holds."""
+    expected = " or ".join(f"a list of {items}" if kind is list else _KINDS[kind] for kind in kinds)
     if row.get(name) is None:
         given = ", ".join(key for key, value in row.items() if value is not None)
         raise Malformed(f"has no field '{name}' (fields: {given}); expected {expected}")
@@ -375,12 +375,4 @@ def take(row: Row, name: str, *kinds: type) -> Any:
     return row[name]
 
 
-_KINDS = {str: "text", list: "a list of messages", int: "a whole number", bool: "true or false"}
-
-
-def field_of(row: Row, name: str, kinds: tuple[type, ...], path: str, number: int) -> Any:
-    """A row's field, checked: DataError names file, row, field and what was expected."""
-    try:
-        return take(row, name, *kinds)
-    except Malformed as error:
-        raise DataError(f"{path}, row {number}: {error}") from error
+_KINDS = {str: "text", int: "a whole number", bool: "true or false"}

@@ -7,7 +7,15 @@ import math
 from os.path import commonprefix
 from typing import Any
 
-from lmrl.trajectories.fields import messages_in, not_empty, optional, reward_in, reward_of, text_or_messages
+from lmrl.trajectories.fields import (
+    messages_in,
+    not_empty,
+    optional,
+    reward_in,
+    reward_of,
+    same_reward,
+    text_or_messages,
+)
 from lmrl.trajectories.files import Malformed, Row, take
 from lmrl.trajectories.trajectory import (
     Messages,
@@ -40,26 +48,22 @@ def completion_episode(row: Row, number: int) -> Trajectory:
     prompt, completion = text_or_messages(row, "prompt"), text_or_messages(row, "completion")
     if isinstance(completion, str):
         return episode_of(row, [Turn(prompt, not_empty(completion, "completion"))], number)
-    turns, _ = _dialogue(completion, "completion", as_messages(prompt))
+    turns, trailing = _dialogue(completion, "completion", as_messages(prompt))
     if isinstance(prompt, str) and turns[0].observation == as_messages(prompt):
         turns[0].observation = prompt  # the task decides whether text goes through the chat template
-    return episode_of(row, turns, number)
+    return episode_of(row, turns, number, trailing=trailing)
 
 
 def chat_episode(row: Row, number: int) -> Trajectory:
     turns, trailing = _dialogue(messages_in(row, "messages"), "messages", [])
     rewards = None
     if row.get("rewards") is not None:
-        rewards = take(row, "rewards", list)
+        rewards = take(row, "rewards", list, items="numbers")
         if len(rewards) != len(turns):
             raise Malformed(f"field 'rewards' has {len(rewards)} numbers for {len(turns)} assistant messages")
         rewards = [reward_of(reward, "rewards") for reward in rewards]
         row = row | {"reward": math.fsum(rewards) if row.get("reward") is None else row["reward"]}
-    trajectory = episode_of(row, turns, number, rewards)
-    trajectory.terminated = optional(row, "terminated", bool, True)
-    if trailing and not trajectory.terminated:
-        trajectory.final_observation = _observed(trailing)
-    return trajectory
+    return episode_of(row, turns, number, rewards, trailing)
 
 
 def preference_episodes(row: Row, number: int) -> list[Trajectory]:
@@ -140,14 +144,21 @@ def said_text(message: dict[str, Any]) -> str:
     return "\n".join([*([message["content"]] if message["content"] else []), *calls])
 
 
-def episode_of(row: Row, turns: list[Turn], number: int, rewards: list[float | None] | None = None) -> Trajectory:
-    """An episode of any format. rewards: one per turn; without them, the row's `reward` is given in the last turn."""
-    total = reward_in(row, "reward")
+def episode_of(
+    row: Row,
+    turns: list[Turn],
+    number: int,
+    rewards: list[float | None] | None = None,
+    trailing: Messages | None = None,
+) -> Trajectory:
+    """An episode of any format. rewards: one per turn; without them, the row's `reward` is given in the last turn.
+    trailing: messages after the last action."""
+    total, terminated = reward_in(row, "reward"), optional(row, "terminated", bool, True)
     if rewards is not None:
         for turn, reward in zip(turns, rewards, strict=True):
             turn.reward = 0.0 if reward is None else float(reward)
         earned = math.fsum(turn.reward for turn in turns)
-        if total is not None and not math.isclose(total, earned, rel_tol=1e-6, abs_tol=1e-6):
+        if total is not None and not same_reward(total, earned):
             raise Malformed(f"field 'reward' is {total}, but its turns earned {earned} together; expected the same")
         if total is None and "reward" not in row:
             total = earned
@@ -157,9 +168,11 @@ def episode_of(row: Row, turns: list[Turn], number: int, rewards: list[float | N
         [],
         prompt_text(turns[0].observation) if turns else "",
         transcript(turns),
+        terminated=terminated,
         reward=total,
         group=number,
         episode=number,
         messages=turns[0].observation if turns and isinstance(turns[0].observation, list) else None,
         turns=turns,
+        final_observation=_observed(trailing) if trailing and not terminated else None,
     )

@@ -24,7 +24,7 @@ lmrl's own format has one row per episode, the same in Parquet and JSONL:
 Only `turns` with `observation` and `action` are required. Formats that other tools write are recognised by their
 fields:
 
-    prompt, completion   text or messages; `reward`, a number, may be missing
+    prompt, completion   text or messages; `reward`, a number, may be missing; `terminated` as above
     messages             a chat, every assistant message an action; `reward` for all of it, or `rewards` for each action.
                          Between two actions there is one observation: several user messages are joined; tool
                          messages stay messages. An assistant message may have `tool_calls`.
@@ -50,6 +50,8 @@ from lmrl.trajectories.fields import (
     not_empty,
     optional,
     reward_in,
+    reward_of,
+    same_reward,
 )
 from lmrl.trajectories.files import Malformed, Row, take
 from lmrl.trajectories.formats import chat_episode, completion_episode, episode_of, preference_episodes
@@ -196,7 +198,7 @@ def is_dialogue(trajectory: Trajectory) -> bool:
 
 
 def _own(row: Row, number: int, tokenizer: str | None) -> Trajectory:
-    given = take(row, "turns", list)
+    given = take(row, "turns", list, items="turns")
     if (
         not given and row.get("failure") is None and row.get("game") is None
     ):  # a game may be over before a side has had a turn
@@ -216,7 +218,6 @@ def _own(row: Row, number: int, tokenizer: str | None) -> Trajectory:
     trajectory.episode = optional(row, "episode", int, number)
     trajectory.seed, trajectory.start = optional(row, "seed", int), optional(row, "start", int)
     trajectory.player = optional(row, "player", str)
-    trajectory.terminated = optional(row, "terminated", bool, True)
     trajectory.components = _numbers(row, "components")
     trajectory.metrics = _numbers(row, "metrics")
     trajectory.failure = optional(row, "failure", str)
@@ -229,6 +230,7 @@ def _own(row: Row, number: int, tokenizer: str | None) -> Trajectory:
         trajectory.final_observation = optional(row, "final_observation", str)
     segments = _segments(row, len(turns))
     if segments and tokenizer is not None and row.get("tokenizer") == tokenizer:
+        _check_rewards(segments, turns)
         trajectory.segments = segments
     return trajectory
 
@@ -260,7 +262,7 @@ def _segments(row: Row, turns: int) -> list[Segment]:
     if row.get("segments") is None:
         return []
     segments = []
-    for index, segment in enumerate(take(row, "segments", list)):
+    for index, segment in enumerate(take(row, "segments", list, items="segments")):
         where = f"field 'segments', segment {index}"
         if not isinstance(segment, dict) or any(not isinstance(segment.get(name), list) for name in SEGMENT_LISTS):
             raise Malformed(f"{where} is {segment!r:.60}; expected an object with the lists {', '.join(SEGMENT_LISTS)}")
@@ -280,6 +282,21 @@ def _segments(row: Row, turns: int) -> list[Segment]:
         tokens, acted, logprobs, rewards = map(list, lists)
         segments.append(Segment(tokens, acted, logprobs, rewards, _allowed(segment, where)))
     return segments
+
+
+def _check_rewards(segments: list[Segment], turns: list[Turn]) -> None:
+    """Raise Malformed if tokens hold other rewards than their turns."""
+    earned = [0.0] * len(turns)
+    for segment in segments:
+        for turn, reward in zip(segment.turns, segment.rewards, strict=True):
+            if turn != CONTEXT:
+                earned[turn] += reward_of(reward, "segments")
+    for number, (turn, own) in enumerate(zip(turns, earned, strict=True)):
+        if not same_reward(own, turn.reward):
+            raise Malformed(
+                f"field 'segments' has rewards of {own:g} for turn {number}, but field 'turns' has {turn.reward:g}; "
+                "expected the same, or no 'segments'"
+            )
 
 
 def _allowed(segment: Row, where: str) -> dict[int, AllowedTokens]:

@@ -220,7 +220,7 @@ def _group(row: Row, number: int, episode: Trajectory) -> int:
     """A number shared by the episodes that can be compared: a pair, a group, or else those of the same prompt."""
     if "chosen" in row:
         return hash(number)
-    return hash((row.get("group"), _prompt(episode)))
+    return hash((str(row.get("group")), _prompt(episode)))
 
 
 def _prompt(episode: Trajectory) -> str:

@@ -127,6 +127,22 @@ def test_a_row_by_hand_needs_little(tokenizer):
     assert parse({"turns": turns, "reward": None})[0].reward is None
 
 
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (5.0, "has rewards of 5 for turn 0, but field 'turns' has 0.1; expected the same, or no 'segments'"),
+        (float("nan"), "holds nan; expected a finite number"),
+        ("1", "holds '1'; expected a finite number"),
+    ],
+)
+def test_tokens_and_turns_have_the_same_rewards(tokenizer, reward, message):
+    row = to_row(sampled(tokenizer)[0], fingerprint(tokenizer))
+    rewards = row["segments"][0]["rewards"]
+    rewards[rewards.index(0.1)] = reward
+    with pytest.raises(Malformed, match=f"field 'segments' {message}"):
+        from_row(row, Renderer(tokenizer))
+
+
 # --------------------------------------------------------------------------------------------------------- other formats
 def test_prompt_and_completion(tokenizer, chat):
     (read,) = from_row({"prompt": "ab", "completion": "cd"}, Renderer(tokenizer))
@@ -148,6 +164,14 @@ def test_prompt_and_completion(tokenizer, chat):
     assert read.segments[0].rewards[-1] == 1.0 and sum(read.segments[0].rewards) == 1.0
     row = {"prompt": "hi", "completion": [{"role": "assistant", "content": "a"}]}
     assert chat.decode(from_row(row, Renderer(chat))[0].segments[0].tokens) == "hia<eos>"
+
+
+@pytest.mark.parametrize(
+    "completion", ["cd", [{"role": "assistant", "content": "cd"}, {"role": "user", "content": "e"}]]
+)
+def test_a_truncated_completion_is_truncated(completion):
+    (read,) = parse({"prompt": "ab", "completion": completion, "reward": 1, "terminated": False})
+    assert not read.terminated and read.final_observation == (None if completion == "cd" else "e")
 
 
 def test_messages(chat):
@@ -224,6 +248,8 @@ TURN = {"observation": "a", "action": "b"}
         ({"messages": CHAT, "rewards": [float("inf")]}, "field 'rewards' holds inf; expected a finite number"),
         ({"messages": CHAT, "rewards": [1], "reward": 3}, "field 'reward' is 3.0, but its turns earned 1.0"),
         ({"messages": CHAT, "terminated": "yes"}, "field 'terminated' is 'yes'; expected true or false"),
+        ({"messages": CHAT, "rewards": 1.0}, "field 'rewards' is 1.0; expected a list of numbers"),
+        ({"prompt": "a", "completion": "b", "terminated": 0}, "field 'terminated' is 0; expected true or false"),
         ({"messages": CHAT[:1]}, "field 'messages' has no assistant message"),
         ({"messages": CHAT[1:]}, "field 'messages' has an assistant message first"),
         ({"messages": [*CHAT, ANSWER]}, "field 'messages' has two assistant messages in a row"),
@@ -233,6 +259,7 @@ TURN = {"observation": "a", "action": "b"}
         ({"chosen": "a b", "rejected": CHAT}, "fields 'chosen' and 'rejected' differ in type"),
         ({"chosen": "x\n\nAssistant:", "rejected": "x\n\nAssistant: a"}, "field 'chosen' is empty after the prompt"),
         ({"turns": []}, "field 'turns' is empty; expected at least one turn"),
+        ({"turns": "a"}, "field 'turns' is 'a'; expected a list of turns"),
         ({"turns": ["a"]}, "field 'turns', turn 0 is 'a'; expected an object"),
         ({"turns": [TURN, {"observation": "a"}]}, "field 'turns', turn 1: has no field 'action'"),
         ({"turns": [TURN | {"reward": "x"}]}, "field 'turns', turn 0: field 'reward' holds 'x'"),

@@ -134,6 +134,12 @@ def test_a_malformed_row_stops_with_its_place(tmp_path, tokenizer):
         DatasetFile(str(tmp_path / "data.parquet"), Renderer(tokenizer))
 
 
+def test_a_column_named_group_may_hold_anything(tmp_path, tokenizer):
+    rows = [GOOD | {"group": [1]}, GOOD | {"group": [1]}, GOOD | {"group": {"a": 2}}]
+    first, second, third = DatasetFile(lines(tmp_path / "data.jsonl", rows), Renderer(tokenizer)).groups
+    assert first == second != third
+
+
 def test_a_stored_action_needs_a_state(tmp_path, tokenizer, episodes):
     """With state -1 it would be predicted from the segment's last token."""
     path = tmp_path / "data.jsonl"
