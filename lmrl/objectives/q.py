@@ -137,11 +137,6 @@ class QLearning(Objective):
         self.returns_unit = float(values.mean), float(values.std)
         sequences: list[Sequence] = []
         for number, trajectory in enumerate(trajectories):
-            if trajectory.reward is None:
-                raise DataError(
-                    f"source.path: logged episode {trajectory.episode} has no reward, and '{self.options.name}' learns from rewards: "
-                    "add them, or imitate the data with objective.name=likelihood"
-                )
             first = 0 if number == 0 else (sequences[-1].chain or 0) + 1
             chains = to_chains(
                 trajectory, self.options.gamma, self.options.gamma_token, policy.microbatch_tokens, first

@@ -164,9 +164,9 @@ class Blend(Source):
                 played.append(PlayedPart(part, task, sampler, name, options.curriculum))
             else:
                 stage = f"{wanted.stage}/{part.name}"
-                logged.append(
-                    (part, build_dataset(part.log, task, wanted.seed, stage, wanted.bad_rows, wanted.compares))
-                )
+                log = build_dataset(part.log, task, wanted.seed, stage, wanted.bad_rows, wanted.compares)
+                log.check_returns(part.log, recipe.objective)
+                logged.append((part, log))
         rollouts = recipe.rollouts
         return cls(played, logged, rollouts.prompts, rollouts.samples, Sampling.of(rollouts), options.batch_size)
 

@@ -13,7 +13,7 @@ from lmrl.environments import limits_of
 from lmrl.errors import DataError, ModelError
 from lmrl.evaluation.scoring import RESERVED, Scores, summarize_trajectories
 from lmrl.evaluation.statistics import summarize
-from lmrl.recipe import DatasetOptions
+from lmrl.recipe import DatasetOptions, ObjectiveOptions
 from lmrl.recipe.source import Players
 from lmrl.rollouts.collect import check_players, draw_starts, play_players
 from lmrl.rollouts.sampler import Sampler
@@ -76,12 +76,25 @@ class Dataset(Source):
     def build(cls, wanted: SourceRequest) -> Dataset:
         source = cast(DatasetOptions, wanted.recipe.source)
         found = build_dataset(source, wanted.task, wanted.seed, wanted.stage, wanted.bad_rows, wanted.compares)
-        if wanted.recipe.objective.imitates and source.best == 1 and found.has_pairs:
-            found.notes.append(
-                f"warning: {source.path} holds pairs, and the rejected answers are imitated as well: source.best=0.5 "
+        found.check_returns(source, wanted.recipe.objective)
+        return found
+
+    def check_returns(self, source: DatasetOptions, objective: ObjectiveOptions) -> None:
+        """Raise DataError if returns are missing that the objective learns from; note returns that teach nothing."""
+        log, returns = source.path or "the log", self.returns
+        if objective.values_log and None in returns:
+            raise DataError(
+                f"{log}: episode {returns.index(None) + 1} of {len(returns)} has no reward, and '{objective.name}' learns from rewards: "
+                "add them, or imitate the data with objective.name=likelihood"
+            )
+        if objective.imitates and source.best == 1 and self.has_pairs:
+            self.notes.append(
+                f"warning: {log} holds pairs, and the rejected answers are imitated as well: source.best=0.5 "
                 "source.best_among=prompt keeps the chosen ones"
             )
-        return found
+        if len(returns) > 1 and len(set(returns)) == 1 and (objective.values_log or source.best < 1):
+            effect = "source.best chooses at random" if source.best < 1 else "at most the timing of rewards teaches"
+            self.notes.append(f"warning: {log}: all {len(returns)} episodes return {returns[0]}, so {effect}")
 
     def next(self, step: int) -> SourceBatch:
         return SourceBatch(self.take((step - 1) * self.batch_size, self.batch_size))

@@ -85,7 +85,7 @@ DATA = [
     (
         [written("log.jsonl", [{"prompt": one, "completion": "b"} for one in "defgh"])],
         "'source={name: dataset, path: log.jsonl}' 'objective={name: ilql}'",
-        r"source.path: logged episode \d has no reward, and 'ilql' learns from rewards: add them",
+        r"log.jsonl: episode 1 of 5 has no reward, and 'ilql' learns from rewards: add them",
     ),
     (
         [written("log.jsonl", [{"prompt": one, "completion": "b"} for one in "defgh"])],

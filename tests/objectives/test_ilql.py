@@ -194,14 +194,6 @@ def test_q_sft_weights_come_from_the_best_supported_ratio():
         build(QSFTObjective(name="q_sft"))[0].prepare(policy, [episode()])
 
 
-def test_data_without_rewards_is_refused():
-    objective, policy = build(ILQLObjective(name="ilql"))
-    unjudged = episode()
-    unjudged.reward = None
-    with pytest.raises(DataError, match="has no reward, and 'ilql' learns from rewards"):
-        objective.prepare(policy, [unjudged])
-
-
 def test_the_updater_moves_targets_after_each_step():
     objective, policy = build(ILQLObjective(name="ilql", q_head="linear", polyak=0.5))
     updater = Updater(policy, Optimizer(lr=1e-2), 10)

@@ -1,6 +1,7 @@
 """Logged data as a source: files and scripted players."""
 
 import json
+import re
 
 import pytest
 from transformers import AutoTokenizer
@@ -137,6 +138,29 @@ def test_imitated_rejections_are_warned_of(tmp_path, walks):
         found = Dataset.build(SourceRequest(recipe, walks, Sampler(walks), "main"))
         assert sum("the rejected answers are imitated as well" in note for note in found.notes) == notes
         assert [found.returns[row] for row in found.kept] == [1.0] if changes else [1.0, -1.0]
+
+
+def source_for(tmp_path, walks, method, rewards, *changes):
+    rows = [{"prompt": "a", "completion": str(number), "reward": one} for number, one in enumerate(rewards)]
+    recipe = load_recipe(method, ["model.path=x", f"data.path={lines(tmp_path / 'data.jsonl', rows)}", *changes])
+    return Dataset.build(SourceRequest(recipe, walks, Sampler(walks), "main"))
+
+
+@pytest.mark.parametrize("objective", ["ilql", "mc", "q_sft"])
+def test_one_missing_reward_stops_value_learning(tmp_path, walks, objective):
+    changes = [f"objective={{name: {objective}}}", "model.lora=null"]
+    with pytest.raises(DataError, match=f"data.jsonl: episode 2 of 3 has no reward, and '{objective}' learns from"):
+        source_for(tmp_path, walks, "ilql", [1, None, 0], *changes)
+    assert source_for(tmp_path, walks, "sft", [1, None, 0]).returns == [1.0, None, 0.0]
+
+
+def test_returns_that_teach_nothing_are_warned_of(tmp_path, walks):
+    note = "warning: .*data.jsonl: all 3 episodes return 2.0, so "
+    (found,) = source_for(tmp_path, walks, "ilql", [2, 2, 2]).notes
+    assert re.fullmatch(note + "at most the timing of rewards teaches", found)
+    (found,) = source_for(tmp_path, walks, "sft", [2, 2, 2], "source.best=0.5").notes
+    assert re.fullmatch(note + "source.best chooses at random", found)
+    assert not source_for(tmp_path, walks, "ilql", [2, 2, 1]).notes + source_for(tmp_path, walks, "sft", [2, 2]).notes
 
 
 def test_heldout_prompts_are_kept_out_of_logged_data(tmp_path, tokenizer):

@@ -48,6 +48,8 @@ class ObjectiveOptions(Section):
     """True if `rollouts.correction` may weight its loss."""
     imitates: ClassVar[bool] = False
     """True if it makes its episodes more likely, whatever they earned."""
+    values_log: ClassVar[bool] = False
+    """True if it learns values from what logged episodes earned."""
     leaves_policy: ClassVar[bool] = True
     """False if its result is a reward model instead of a policy."""
     twins: ClassVar[int] = 0

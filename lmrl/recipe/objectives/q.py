@@ -34,6 +34,7 @@ class Guidance(ObjectiveOptions):
 
     uses_sampling_temperature = False
     uses_correction = False
+    values_log = True
 
     @property
     def folds(self) -> bool:
