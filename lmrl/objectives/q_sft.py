@@ -12,6 +12,8 @@ makes unlikely actions look good, so both the maximum and decoding stay inside t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from lmrl.errors import DataError
@@ -22,7 +24,7 @@ from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.policy import Policy
 from lmrl.recipe import QSFTObjective
 from lmrl.trajectories.batch import Batch, Microbatch, Sequence
-from lmrl.trajectories.chain import to_chains
+from lmrl.trajectories.chain import discounts, returns_to_go, rewards_and_turns, to_chains
 from lmrl.trajectories.trajectory import Trajectory
 
 
@@ -40,21 +42,29 @@ class QSFT(Objective):
     def forward_request(self) -> ForwardRequest:
         return ForwardRequest(logprobs=False, probability=self.options.support)
 
-    def prepare(self, policy: Policy, trajectories: list[Trajectory]) -> Batch:
+    def ready(self, policy: Policy, dataset: Iterable[list[Trajectory]], fresh: bool) -> None:
+        """Raise DataError if a logged episode has returns outside the range."""
         low, high = self.options.return_range
+        found = [self._returns(one).aminmax() for part in dataset for one in part]
+        lowest, highest = (min(float(one.min) for one in found), max(float(one.max) for one in found))
+        if lowest < low - 1e-6 or highest > high + 1e-6:
+            raise DataError(
+                f"source: the logged returns-to-go are {lowest} to {highest}, outside objective.return_range=[{low:g}, {high:g}]: "
+                f"set objective.return_range=[{lowest},{highest}]"
+            )
+
+    def _returns(self, trajectory: Trajectory) -> torch.Tensor:
+        """Discounted return-to-go of every action token, (A,)."""
+        rewards_A, turns_A = rewards_and_turns(trajectory)
+        return returns_to_go(rewards_A, discounts(turns_A, self.options.gamma, self.options.gamma_token))
+
+    def prepare(self, policy: Policy, trajectories: list[Trajectory]) -> Batch:
         sequences: list[Sequence] = []
         for trajectory in trajectories:
             first = (sequences[-1].chain or 0) + 1 if sequences else 0
             options = self.options
             chains = to_chains(trajectory, options.gamma, options.gamma_token, policy.microbatch_tokens, first)
-            own = [sequence for chain in chains for sequence in chain]
-            returns_A = torch.cat([one.fields["returns"][one.fields["real"] > 0] for one in own])
-            if trajectory.reward is None or returns_A.min() < low - 1e-6 or returns_A.max() > high + 1e-6:
-                raise DataError(
-                    f"logged episode {trajectory.episode} has returns outside objective.return_range=[{low:g}, {high:g}] "
-                    "(or none at all): set the range to the lowest and highest return-to-go of the data"
-                )
-            sequences += own
+            sequences += [sequence for chain in chains for sequence in chain]
         batch = Batch(sequences)
         for name in ("rewards", "discounts", "returns", "real"):
             batch.set(name, batch.get(name).to(policy.precision))

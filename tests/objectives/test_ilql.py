@@ -190,8 +190,15 @@ def test_q_sft_weights_come_from_the_best_supported_ratio():
         others = float(p[place].sum() - p[place, action])
         total -= weight * float(p[place, action]) + (1 - weight) / (p.shape[1] - 1) * others
     assert torch.allclose(loss.sum.double(), torch.tensor(total, dtype=torch.float64), rtol=1e-4)
-    with pytest.raises(DataError, match=r"returns outside objective.return_range=\[0, 1\]"):
-        build(QSFTObjective(name="q_sft"))[0].prepare(policy, [episode()])
+
+
+def test_returns_outside_the_range_are_refused_at_once():
+    objective, policy = build(QSFTObjective(name="q_sft", gamma=1.0))
+    with pytest.raises(
+        DataError, match=r"returns-to-go are 4.0 to 5.0, outside .*\[0, 1\]: set objective.return_range=\[4.0,5.0\]"
+    ):
+        objective.ready(policy, [[episode()]], fresh=True)
+    build(QSFTObjective(name="q_sft", gamma=1.0, return_range=(4.0, 5.0)))[0].ready(policy, [[episode()]], fresh=True)
 
 
 def test_the_updater_moves_targets_after_each_step():
