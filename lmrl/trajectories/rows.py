@@ -288,9 +288,9 @@ def _check_rewards(segments: list[Segment], turns: list[Turn]) -> None:
     """Raise Malformed if tokens hold other rewards than their turns."""
     earned = [0.0] * len(turns)
     for segment in segments:
-        for turn, reward in zip(segment.turns, segment.rewards, strict=True):
-            if turn != CONTEXT:
-                earned[turn] += reward_of(reward, "segments")
+        for number, reward in zip(segment.turns, segment.rewards, strict=True):
+            if number != CONTEXT:
+                earned[number] += reward_of(reward, "segments")
     for number, (turn, own) in enumerate(zip(turns, earned, strict=True)):
         if not same_reward(own, turn.reward):
             raise Malformed(
