@@ -10,6 +10,9 @@ from lmrl.errors import RecipeError, did_you_mean
 from lmrl.recipe import CHOICES, MAIN_STAGE, EpisodeLimits
 from lmrl.recipe.document import Document, Keys, Loader, check_size, dotted
 
+OVERRIDE = "override "
+"""How the place of a key begins that an override has set."""
+
 
 def apply_override(document: Document, override: str) -> None:
     """Apply `a.b.c=value`; the value is read as YAML. Items of a list have an index: `task.rewards.0.weight=2`."""
@@ -29,9 +32,9 @@ def apply_override(document: Document, override: str) -> None:
     last = keys[-1]
     section = keys[-2] if len(keys) > 1 else None
     if section in CHOICES and last == CHOICES[section][0] and target.get(last) != value:
-        _keep_shared(section, target, override, document.notes)
+        _keep_shared(document, keys[:-1], target, override)
     _put(target, last, value, keys, override)
-    document.places[keys] = f"override {override}"
+    document.places[keys] = OVERRIDE + override
 
 
 def _check_stage(data: dict[str, Any], keys: Keys, override: str) -> None:
@@ -49,15 +52,20 @@ def _check_stage(data: dict[str, Any], keys: Keys, override: str) -> None:
     )
 
 
-def _keep_shared(section: str, given: dict[str, Any], override: str, notes: list[str]) -> None:
-    """Remove keys that another task, source or objective cannot have, and note which; keys common to all tasks stay."""
+def _keep_shared(document: Document, keys: Keys, given: dict[str, Any], override: str) -> None:
+    """Remove keys that another task, source or objective cannot have, and note which; keys common to all tasks stay, and
+    those of overrides."""
+    section = keys[-1]
+    choice = CHOICES[section][0]
     shared = EpisodeLimits.model_fields if section == "task" and "environment" in given else ()
-    lost = [key for key in given if key not in shared and key != CHOICES[section][0]]
-    for key in [*lost, CHOICES[section][0]]:
+    below = {known: place for known, place in document.places.items() if known[: len(keys)] == keys != known}
+    overridden = {known[len(keys)] for known, place in below.items() if place.startswith(OVERRIDE)}
+    lost = [key for key in given if key not in {*shared, *overridden, choice}]
+    for key in [*lost, choice]:
         given.pop(key, None)
     if lost:
         left = ", ".join(f"{section}.{key}" for key in lost)
-        notes.append(f"override {override} leaves out {left} of the recipe, which may not fit it")
+        document.notes.append(f"override {override} leaves out {left} of the recipe, which may not fit it")
 
 
 def _child(target: Any, key: str | int, keys: Keys, override: str) -> Any:

@@ -126,6 +126,12 @@ objective: {name: ppo}
         load_recipe(write(tmp_path, text), ["task.rewards=[]"])
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_order_of_a_name_and_its_options_does_not_matter(order):
+    recipe = load_recipe("random_walks/stitching", ["objective.name=mc", "objective.beta=3"][::order])
+    assert (recipe.objective.name, recipe.objective.beta) == ("mc", 3)
+
+
 def test_stages_inherit_and_override():
     stages = stages_of(load_recipe("random_walks/ppo", ["stages.warmup.training.steps=20", "task.graph=5"]))
     assert list(stages) == ["warmup", "main"]
