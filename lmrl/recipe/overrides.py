@@ -55,7 +55,7 @@ def _check_stage(data: dict[str, Any], keys: Keys, override: str) -> None:
 def _keep_shared(document: Document, keys: Keys, given: dict[str, Any], override: str) -> None:
     """Remove keys that another task, source or objective cannot have, and note which; keys common to all tasks stay, and
     those of overrides."""
-    section = keys[-1]
+    section = str(keys[-1])
     choice = CHOICES[section][0]
     shared = EpisodeLimits.model_fields if section == "task" and "environment" in given else ()
     below = {known: place for known, place in document.places.items() if known[: len(keys)] == keys != known}
