@@ -8,7 +8,7 @@
 Cells differ only in task, method and the source that the method needs: a small model imitates episodes of random play
 (1,000 for online methods, 5,000 for offline ones), and is then improved, online from fresh episodes, offline from the
 same 5,000. The second stage sets neither learning rate nor options of the objective. zoo_game.py says what a game is,
-zoo_games.py and zoo_gymnasium.py hold the games, and zoo_references.py computes what can be reached on them.
+zoo_games.py, zoo_gymnasium.py and zoo_later.py hold the games, and zoo_references.py computes what can be reached on them.
 
 Scores: 0 is random play; 1 is the optimum for online methods, and for offline ones what can be reached from random play:
 one step of policy improvement for `mc`, the optimum among the logged actions for `ilql`. A policy's return is estimated
@@ -119,7 +119,7 @@ def task_section(task: str) -> dict[str, Any]:
 def version(task: str, method: str) -> str:
     """Of the code that makes a cell: lmrl's git tree, and the games, references, recipe and suite of the cell."""
     zoo = hashlib.sha256()
-    for name in ("zoo_game.py", "zoo_games.py", "zoo_gymnasium.py", "zoo_references.py"):
+    for name in ("zoo_game.py", "zoo_games.py", "zoo_gymnasium.py", "zoo_later.py", "zoo_references.py"):
         zoo.update((HERE / name).read_bytes())
     zoo.update(json.dumps([recipe(task, method, 0), suite(task)], sort_keys=True).encode())
     return f"{library_version()}-{zoo.hexdigest()[:8]}"

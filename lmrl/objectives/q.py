@@ -14,7 +14,7 @@ from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.policy import Policy
 from lmrl.recipe import QObjective
 from lmrl.trajectories.batch import Batch, Microbatch, Sequence
-from lmrl.trajectories.chain import discounts, has_known_return, returns_to_go, rewards_and_turns, to_chains
+from lmrl.trajectories.chain import has_known_return, rewards_and_turns, to_chains, token_returns
 from lmrl.trajectories.trajectory import Trajectory
 
 
@@ -77,7 +77,9 @@ class QLearning(Objective):
                 f"objective '{options.name}' takes the unit of its new Q values from logged returns: set "
                 "source.name=mixture (or dataset), or start from a stage that has such values"
             )
-        returns_N = torch.cat([self.returns(trajectory) for trajectory in trajectories])
+        returns_N = torch.cat(
+            [token_returns(trajectory, self.options.gamma, self.options.gamma_token) for trajectory in trajectories]
+        )
         rewards_N = torch.cat([rewards_and_turns(trajectory)[0] for trajectory in trajectories])
         mean, std, size = units(returns_N, rewards_N)
         if options.value_normalization == "returns":
@@ -112,11 +114,6 @@ class QLearning(Objective):
                 f"{needs} needs the returns that followed, but all {count} logged episodes are truncated, so that their ends "
                 f"are missing: set {fix}, or log episodes to their end"
             )
-
-    def returns(self, trajectory: Trajectory) -> torch.Tensor:
-        """Discounted return-to-go of every action token, (A,)."""
-        rewards_A, turns_A = rewards_and_turns(trajectory)
-        return returns_to_go(rewards_A, discounts(turns_A, self.options.gamma, self.options.gamma_token))
 
     @property
     def forward_request(self) -> ForwardRequest:

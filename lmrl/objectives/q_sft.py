@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
-
 from lmrl.errors import DataError
 from lmrl.objectives.base import Loss, Objective
 from lmrl.objectives.ilql import next_values
@@ -24,7 +22,7 @@ from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.policy import Policy
 from lmrl.recipe import QSFTObjective
 from lmrl.trajectories.batch import Batch, Microbatch, Sequence
-from lmrl.trajectories.chain import discounts, returns_to_go, rewards_and_turns, to_chains
+from lmrl.trajectories.chain import to_chains, token_returns
 from lmrl.trajectories.trajectory import Trajectory
 
 
@@ -44,19 +42,14 @@ class QSFT(Objective):
 
     def ready(self, policy: Policy, dataset: Iterable[list[Trajectory]], fresh: bool) -> None:
         """Raise DataError if a logged episode has returns outside the range."""
-        low, high = self.options.return_range
-        found = [self._returns(one).aminmax() for part in dataset for one in part]
+        options, (low, high) = self.options, self.options.return_range
+        found = [token_returns(one, options.gamma, options.gamma_token).aminmax() for part in dataset for one in part]
         lowest, highest = (min(float(one.min) for one in found), max(float(one.max) for one in found))
         if lowest < low - 1e-6 or highest > high + 1e-6:
             raise DataError(
                 f"source: the logged returns-to-go are {lowest} to {highest}, outside objective.return_range=[{low:g}, {high:g}]: "
                 f"set objective.return_range=[{lowest},{highest}]"
             )
-
-    def _returns(self, trajectory: Trajectory) -> torch.Tensor:
-        """Discounted return-to-go of every action token, (A,)."""
-        rewards_A, turns_A = rewards_and_turns(trajectory)
-        return returns_to_go(rewards_A, discounts(turns_A, self.options.gamma, self.options.gamma_token))
 
     def prepare(self, policy: Policy, trajectories: list[Trajectory]) -> Batch:
         sequences: list[Sequence] = []

@@ -67,6 +67,12 @@ def returns_to_go(rewards_A: torch.Tensor, discounts_A: torch.Tensor) -> torch.T
     return rewards_A.new_tensor(result[::-1])
 
 
+def token_returns(trajectory: Trajectory, gamma: float, gamma_token: float) -> torch.Tensor:
+    """Discounted return-to-go of every action token, to the end of the log, (A,)."""
+    rewards_A, turns_A = rewards_and_turns(trajectory)
+    return returns_to_go(rewards_A, discounts(turns_A, gamma, gamma_token))
+
+
 def hidden_shares(trajectory: Trajectory, discounts_A: torch.Tensor) -> torch.Tensor:
     """The share of the value of an episode's last state that each action token's return lacks, (A,): 0 if it
     terminated."""

@@ -5,7 +5,7 @@ after each step's updates the policy is compared with the one that sampled, on a
 Schulman et al. (arXiv 1707.06347, section 4) and in the rules of RSL-RL and rl_games. Here the band has only an upper
 edge: a policy that hardly moves may have nothing to learn, so the rate is never raised above the recipe's. A step's
 divergence grows with the square of the rate. If it is more than the objective allows, the last update is undone as
-well. Of a step whose only update was undone, the divergence that it was undone for counts.
+well. If that was the step's only update, the divergence that led to its undoing counts.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class RateController(Listener):
         entropy = metrics.get("entropy", OPEN_ENTROPY)  # none while the critic warms up
         if stage.objective.rejects({"approx_kl": moved, "entropy": entropy}):
             stage.updater.undo_step()  # no later minibatch tested the last update
-        if metrics["updates"] == 1:  # if that was undone, the policy is back where it was, but the rate moved it
+        if metrics["updates"] == 1:  # if it was undone, the policy is back where it was, which says nothing of the rate
             moved = max(moved, metrics.get("rejected_kl", 0.0))
         self.factor = controlled(self.factor, moved, bearable(self.band, entropy))
         stage.updater.factors[self.name] = self.factor
