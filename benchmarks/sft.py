@@ -5,7 +5,8 @@
 Each side runs in a separate process, in turn: the same rows of prompt and completion in the same tokens, loss on completions only,
 LoRA rank and targets, learning rate, threads, bfloat16 arithmetic. trl runs in several settings (padded batches; batches of
 similar length; packed by its best-fit-decreasing strategy), without gradient checkpointing, and the fastest of
-them is compared; `--checkpointing` switches it on for both sides. lmrl keeps the frozen weights in bfloat16. ROWS may be in any format that lmrl reads.
+them is compared; `--checkpointing` switches it on for both sides. lmrl keeps the frozen weights in bfloat16, and puts at
+most as many tokens through the model at once as trl packed does. ROWS may be in any format that lmrl reads.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def run_lmrl(args: argparse.Namespace) -> None:
         "training.checkpoint_every": 0,
         "training.threads": args.threads,
         "training.precision": "bfloat16",
-        "training.microbatch_tokens": args.batch * args.max_tokens,
+        "training.microbatch_tokens": packed_blocks(args) * args.max_tokens,
         "training.gradient_checkpointing": str(args.checkpointing).lower(),
     }
     lmrl.train("sft", assignments(overrides), output=args.output)
@@ -161,7 +162,7 @@ def run_trl(args: argparse.Namespace) -> None:
             return super().compute_loss(model, inputs, *more, **named)
 
     settings = SETTINGS[args.peer]
-    batch = max(args.batch * int(mean_tokens(args)) // args.max_tokens, 1) if settings.get("packing") else args.batch
+    batch = packed_blocks(args) if settings.get("packing") else args.batch
     config = SFTConfig(
         str(args.output), per_device_train_batch_size=batch, max_steps=args.steps, learning_rate=1e-4,
         max_length=args.max_tokens, bf16=True, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
@@ -176,13 +177,14 @@ def run_trl(args: argparse.Namespace) -> None:
     report(args, counted, marks, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
-def mean_tokens(args: argparse.Namespace) -> float:
-    """Mean length of the rows in tokens."""
+def packed_blocks(args: argparse.Namespace) -> int:
+    """The blocks of trl packed that hold as many tokens as the rows of a step."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows = [json.loads(line) for line in Path(args.data).read_text().splitlines()]
-    return statistics.mean(len(tokenizer(row["prompt"] + row["completion"]).input_ids) + 1 for row in rows)
+    mean = statistics.mean(len(tokenizer(row["prompt"] + row["completion"]).input_ids) + 1 for row in rows)
+    return max(args.batch * int(mean) // args.max_tokens, 1)
 
 
 def report(args: argparse.Namespace, tokens: list[float], steps: list[float], peak_mb: float) -> None:
