@@ -154,6 +154,7 @@ def moments(values: torch.Tensor) -> tuple[float, float]:
 
 
 def mean(values: Sequence[float] | torch.Tensor) -> float:
-    """Mean of all ranks' numbers; 0 if there are none."""
-    total, count = all_sum([float(sum(values)), len(values)])
+    """Mean of all ranks' numbers, computed in float64; 0 if there are none."""
+    numbers = torch.as_tensor(values, dtype=torch.float64)
+    total, count = all_sum([float(numbers.sum()), len(numbers)])
     return total / max(count, 1)
