@@ -185,7 +185,8 @@ class ArCHer(PolicyGradient):
         stats = self._measure(policy, episodes)
         if policy.has_reference:
             stats["kl"] = distributed.mean(kls)
-        real_N, advantages_N = kinds_N < END, flat([one.at_actions(one.q_K - one.values_K) for one in episodes])
+        real_N = kinds_N < END
+        advantages_N = flat([one.at_actions(one.q_K - one.values_K) for one in episodes], torch.float64)
         whitened_N = torch.zeros_like(advantages_N)
         floor = ADVANTAGE_FLOOR * float(units.std) if units.is_normalised else 0.0
         whitened_N[real_N] = whiten(advantages_N[real_N], floor)

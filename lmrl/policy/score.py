@@ -35,5 +35,5 @@ def score_passes(
                 parts = flat.to("cpu", at_least_float32(flat.dtype)).split(micro.lengths)
                 fields.setdefault(name, {}).update(zip(micro.indices, parts, strict=True))
     if not count:
-        return {"logprobs": [], "entropy": [], "values": [], "greedy": []}
+        return {name: [] for name in FIELDS}
     return {name: [parts[index] for index in range(count)] for name, parts in fields.items()}

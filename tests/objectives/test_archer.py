@@ -209,6 +209,12 @@ def test_the_critic_fits_its_targets(policy):
     assert losses[-1] < 0.01 * losses[0]
 
 
+def test_a_process_without_episodes_prepares_nothing(policy):
+    objective = ArCHer(options())
+    objective.begin(1)
+    assert objective.prepare(policy, []).sequences == []
+
+
 def test_the_target_follows(policy):
     before = policy.values.target_v.weight.clone()
     policy.values.polyak_update(0.25)
