@@ -53,7 +53,8 @@ class HFEngine(Engine):
         fits = slots_fit(policy.causal_lm.config) and policy.holds_slots
         self.batch = SlotBatch(self) if fits else None
         """None: every turn is computed anew (see waves.py)."""
-        self._was_training: bool | None = None
+        self._has_begun = False
+        """True from the first pass of a batch on until it is idle."""
 
     @classmethod
     def build(cls, policy: Policy, options: Rollouts, check: Callable[[], None], folder: Path | None) -> HFEngine:
@@ -91,22 +92,18 @@ class HFEngine(Engine):
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:
-        """Inside, one pass is made. Between passes other code runs, to which neither no_grad nor autocast may apply;
-        what is costly to switch off and on (the mode of all modules, the weights that autocast has cast) stays until
-        `idle`."""
-        if self._was_training is None:
-            self._was_training = self.policy.training
-            self.policy.eval()
-            torch.autocast_increment_nesting()
+        """Inside, one pass is made. Between passes other code runs, to which neither no_grad nor autocast may apply; what
+        is costly to switch off and on stays until `idle`."""
+        if not self._has_begun:
+            self.policy.begin_decoding()
+            self._has_begun = True
         with torch.no_grad(), self.policy.autocast():
             yield
 
     def _restore(self) -> None:
-        if self._was_training is not None:
-            if torch.autocast_decrement_nesting() == 0:
-                torch.clear_autocast_cache()
-            self.policy.train(self._was_training)
-            self._was_training = None
+        if self._has_begun:
+            self.policy.end_decoding()
+            self._has_begun = False
 
     def idle(self) -> None:
         self._restore()

@@ -79,7 +79,8 @@ class Policy(nn.Module):
         self.autocast_dtype: torch.dtype | None = None
         self.attention: str = "auto"
         """The recipe's `model.attention`."""
-        self._is_decoding = False
+        self._is_decoding = self._was_training = False
+        """True while decoding; and the mode before."""
         self._projection: torch.Tensor | None = None
         """While decoding: the vocabulary's matrix in the precision of passes."""
         self._compiled: dict[nn.Module, Callable[..., Any]] = {}
@@ -252,20 +253,30 @@ class Policy(nn.Module):
     @contextmanager
     def decoding(self) -> Iterator[None]:
         """Inside, passes are for sampling: without dropout or gradient."""
-        was_training = self.training
-        self.eval()
-        for layer in self._compiled:  # they are compiled for passes over whole sequences
-            del layer.forward
+        self.begin_decoding()
         try:
-            # One autocast region around all passes: at its end the weights that it cast are forgotten.
-            self._is_decoding = True
             with torch.no_grad(), self.autocast():
                 yield
         finally:
-            self._is_decoding, self._projection = False, None
-            self.train(was_training)
-            for layer, compiled in self._compiled.items():
-                layer.forward = compiled
+            self.end_decoding()
+
+    def begin_decoding(self) -> None:
+        """Switch off, until `end_decoding`, what is costly to switch for every token. The passes themselves need no_grad and autocast."""
+        self._was_training = self.training
+        self.eval()
+        for layer in self._compiled:  # they are compiled for passes over whole sequences
+            del layer.forward
+        self._is_decoding = True
+        torch.autocast_increment_nesting()  # the weights that autocast has cast are kept until the end
+
+    def end_decoding(self) -> None:
+        """Back to the state before `begin_decoding`."""
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+        self._is_decoding, self._projection = False, None
+        self.train(self._was_training)
+        for layer, compiled in self._compiled.items():
+            layer.forward = compiled
 
     def new_cache(self, guidance: Guidance | None = None) -> Cache:
         two = guidance is not None and self.values.trunk is not None

@@ -89,7 +89,6 @@ def can_share_prompts(policy: Policy) -> bool:
     return torch.allclose(torch.cat(scores[0]), torch.cat(scores[1]), atol=_tolerance(policy), rtol=0)
 
 
-@torch.no_grad()
 def can_hold_slots(policy: Policy) -> bool:
     """True if the model computes tokens behind those that slots hold (see lmrl/policy/slots.py) as it computes all of them.
 
@@ -100,25 +99,22 @@ def can_hold_slots(policy: Policy) -> bool:
         return False
     tokens = (torch.arange(1, 15) % policy.vocabulary.shape[0]).tolist()
     parts = [[tokens[:3], tokens[3:8], tokens[8:9]], [tokens[9:11], tokens[11:12], tokens[12:13]]]
-    was_training = policy.training
-    policy.eval()
     try:
-        cache, starts = SlotCache(config, two=False), [0, 0]
-        cache.resize(2, 16)
-        for turn in range(3):  # a prompt, a prompt behind it, and one token
-            new = [row[turn] for row in parts]
-            found_2V = slot_logits(policy, cache, None, 0, starts, new)
-            starts = [start + len(tokens) for start, tokens in zip(starts, new, strict=True)]
-        plain = []
-        for row in parts:
-            every = torch.tensor([sum(row, [])], device=policy.device)
-            positions = torch.arange(every.shape[1], device=policy.device)[None]
-            inputs = {"input_ids": every, "attention_mask": torch.ones_like(every), "position_ids": positions}
-            plain.append(policy.next_token_logits(policy.new_cache(), None, **inputs))
+        with policy.decoding():
+            cache, starts = SlotCache(config, two=False), [0, 0]
+            cache.resize(2, 16)
+            for turn in range(3):  # a prompt, a prompt behind it, and one token
+                new = [row[turn] for row in parts]
+                found_2V = slot_logits(policy, cache, None, 0, starts, new)
+                starts = [start + len(tokens) for start, tokens in zip(starts, new, strict=True)]
+            plain = []
+            for row in parts:
+                every = torch.tensor([sum(row, [])], device=policy.device)
+                positions = torch.arange(every.shape[1], device=policy.device)[None]
+                inputs = {"input_ids": every, "attention_mask": torch.ones_like(every), "position_ids": positions}
+                plain.append(policy.next_token_logits(policy.new_cache(), None, **inputs))
     except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError, AttributeError):
         return False
-    finally:
-        policy.train(was_training)
     gap = found_2V.float().log_softmax(-1) - torch.cat(plain).float().log_softmax(-1)
     return float(gap.abs().mean()) < _tolerance(policy)
 

@@ -129,6 +129,19 @@ def test_new_weights_drop_kept_slots(policy):
     torch.testing.assert_close(torch.tensor(second.logprobs), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_compiled_layers_do_not_sample(policy):
+    """They are compiled for passes over whole sequences; a pass for every token would compile them again and again."""
+    layer, passes = policy.causal_lm.model.layers[0], []
+    plain = layer.forward
+    policy._compiled = {layer: lambda *args, **options: passes.append(len(passes)) or plain(*args, **options)}
+    layer.forward = policy._compiled[layer]
+    del policy.holds_slots  # found by trial, with the engine
+    run(dialogue(HFEngine(policy), 0, [5, 6], 2))
+    assert passes == [] and layer.forward is policy._compiled[layer]
+    logprobs_of(policy, [5, 6], [7])
+    assert passes == [0]
+
+
 def test_memory_is_released(policy):
     engine = HFEngine(policy)
     run(dialogue(engine, 0, [5, 6], 2))
