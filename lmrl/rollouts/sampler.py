@@ -166,7 +166,8 @@ class Sampler:
                     trajectory = Trajectory([], "", "", group=group * sides + side, episode=number)
                     # Episodes of a group share their start state, so it is drawn from the group's seed.
                     trajectory.seed, trajectory.start = key(*name, "start", group) % 2**31, start
-                    recorder = Recorder(trajectory, self.task.renderer, self.task.history)
+                    positions = None if self.samples_from is None else self.task.positions
+                    recorder = Recorder(trajectory, self.task.renderer, self.task.history, positions)
                     environment = self.environments[place]
                     episodes.append(Episode(environment, (*name, number), trajectory, recorder, place=place, side=side))
         return episodes

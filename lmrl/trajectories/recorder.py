@@ -14,11 +14,14 @@ class Recorder:
     """Records an episode while it is played: text in the trajectory's turns, tokens in its segments.
 
     history: what the policy sees of the episode, `all` or the last N observations with the turns between them; turns
-    share a segment only with `all`. renderer: turns text into context tokens.
+    share a segment only with `all`. renderer: turns text into context tokens. positions: tokens that the policy has
+    positions for; of a last observation that needs more, the beginning is kept (None: all of it).
     """
 
-    def __init__(self, trajectory: Trajectory, renderer: Renderer, history: int | str):
-        self.trajectory, self.renderer, self.history = trajectory, renderer, history
+    def __init__(
+        self, trajectory: Trajectory, renderer: Renderer, history: int | str, positions: int | None = None
+    ):
+        self.trajectory, self.renderer, self.history, self.positions = trajectory, renderer, history, positions
         self._observation: str | Messages = ""
         self._recent: list[
             tuple[str | Messages, dict[str, Any], list[int]]
@@ -72,14 +75,15 @@ class Recorder:
 
     def truncate(self, observation: str | Messages) -> None:
         """End with an unanswered observation: the state whose value stands for the rest of the episode."""
-        self.trajectory.terminated = False
-        self.trajectory.final_observation = observation
         self.observe(observation)
+        self.stop()
 
     def stop(self) -> None:
         """End with the last added observation, which stays unanswered."""
         self.trajectory.terminated = False
         self.trajectory.final_observation = self._observation
+        if self.positions is not None:
+            self.trajectory.segments[-1].cut(self.positions)
 
     def _begin(self, observation: str | Messages) -> None:
         self.trajectory.messages = None if isinstance(observation, str) else observation

@@ -73,6 +73,11 @@ class Segment:
         self.logprobs += logprobs if logprobs is not None else [None] * len(tokens)
         self.rewards += [0.0] * len(tokens)
 
+    def cut(self, size: int) -> None:
+        """Drop the context tokens beyond the first `size` tokens."""
+        for column in (self.tokens, self.turns, self.logprobs, self.rewards):
+            del column[size:]
+
     def act_vector(self, kind: str, vector: Sequence[float], logprob: float | None, turn: int, token: int = 0) -> None:
         """Add an action that is a vector, which takes the place of one token. token: the placeholder.
 

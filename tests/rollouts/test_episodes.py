@@ -147,6 +147,20 @@ def test_an_episode_that_outgrows_the_model_is_truncated(tokenizer):
     assert (len(short.turns), short.terminated) == (2, True)
 
 
+@pytest.mark.parametrize("turns", [1, 10])
+@pytest.mark.parametrize("history", ["all", 1])
+def test_a_last_observation_beyond_the_model_is_cut(tokenizer, monkeypatch, turns, history):
+    """Its value is that of its beginning: a pass over more tokens than the model has positions for would fail."""
+    monkeypatch.setattr(Counted, "step", lambda self, action: ("o" * 30, 1.0, False, False, {}))
+    sampler = sampler_of(tokenizer, positions=12)
+    sampler.task.max_turns, sampler.task.history = turns, history
+    (episode,) = sampler.play([1], 1, Sampling(max_new_tokens=4), ("x",))
+    assert (len(episode.turns), episode.terminated, episode.final_observation) == (1, False, "o" * 30)
+    last = episode.segments[-1]
+    assert tokenizer.decode(last.tokens) == ("s1ab<eos>ooooooo" if history == "all" else "o" * 12)
+    assert {len(column) for column in (last.turns, last.logprobs, last.rewards)} == {12}
+
+
 # ---------------------------------------------------------------------------------------------------------------- schedule
 def test_the_default_schedule_does_not_depend_on_the_clock(tokenizer):
     """Steps that take random times give the batches that steps without any time do."""

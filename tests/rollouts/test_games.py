@@ -68,7 +68,7 @@ def test_a_context_that_is_full_ends_the_game(tokenizer):
     sampler = sampler_of(tokenizer, lambda context: "a", max_turns=50, positions=24)
     first, second = sampler.play([None], 1, Sampling(max_new_tokens=4), ("s",))
     assert not first.terminated and not second.terminated and 1 < len(first.turns) < 50
-    assert max(len(one.segments[0].tokens) for one in (first, second)) <= 28
+    assert max(len(one.segments[0].tokens) for one in (first, second)) <= 24
 
 
 def test_groups_are_of_one_side_and_one_start(tokenizer):
