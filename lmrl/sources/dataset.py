@@ -164,7 +164,7 @@ def build_dataset(
     """The logged episodes that a recipe names: from a file, or by a scripted player."""
     by_prompt = source.best_among == "prompt"
     if source.player is not None:
-        episodes = play_dataset(task, source.player, source.episodes, seed)
+        episodes, notes = within(play_dataset(task, source.player, source.episodes, seed), task.positions)
         returns = [episode.reward for episode in episodes]
         return Dataset(
             episodes,
@@ -177,6 +177,7 @@ def build_dataset(
             [episode.group for episode in episodes] if compares else None,
             [prompt_key(episode.turns[0].observation) for episode in episodes] if by_prompt else None,
             lambda: summarize_trajectories(episodes, "start state", limits_of(task.make())),
+            notes=notes,
         )
     file = open_dataset_file(source, task, bad_rows)
     return Dataset(
@@ -201,6 +202,21 @@ def play_dataset(task: Task, player: Players, episodes: int, seed: int) -> list[
     name = (seed, "logged", player if isinstance(player, str) else "players")
     starts = draw_starts(task, episodes, name)
     return task.with_turns(task.keep_judged(play_players(Sampler(task), player, starts, name)))
+
+
+def within(episodes: list[Trajectory], positions: int | None) -> tuple[list[Trajectory], list[str]]:
+    """The episodes that fit into a model's positions (None: all), and a note on the others. Raises DataError if none does."""
+    if positions is None:
+        return episodes, []
+    fitting = [one for one in episodes if all(len(segment.tokens) <= positions for segment in one.segments)]
+    beyond = (
+        f"{len(episodes) - len(fitting)} episodes of more than the {positions} tokens that the model has positions for"
+    )
+    if not fitting:
+        raise DataError(
+            f"source.player: no episode is left to train on; left out {beyond}: take a model with more, or set task.history=1"
+        )
+    return fitting, [f"source.player: left out {beyond}"] if len(fitting) < len(episodes) else []
 
 
 def open_dataset_file(source: DatasetOptions, task: Task, bad_rows: Path | None = None) -> DatasetFile:

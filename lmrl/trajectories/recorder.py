@@ -18,9 +18,7 @@ class Recorder:
     positions for; of a last observation that needs more, the beginning is kept (None: all of it).
     """
 
-    def __init__(
-        self, trajectory: Trajectory, renderer: Renderer, history: int | str, positions: int | None = None
-    ):
+    def __init__(self, trajectory: Trajectory, renderer: Renderer, history: int | str, positions: int | None = None):
         self.trajectory, self.renderer, self.history, self.positions = trajectory, renderer, history, positions
         self._observation: str | Messages = ""
         self._recent: list[

@@ -58,6 +58,21 @@ def test_scripted_players_make_data(walks):
             play_dataset(walks, players, 1, seed=0)
 
 
+def test_a_players_episodes_beyond_the_model_are_left_out(walks):
+    """As those of a file are: a pass over more tokens than there are positions for fails."""
+    lengths = [len(walk.segments[0].tokens) for walk in play_dataset(walks, "random", 50, seed=0)]
+    walks.positions, options = max(lengths) - 1, dataset(player="random", episodes=50)
+    found = build_dataset(options, walks, 0, "main")
+    longest = lengths.count(max(lengths))
+    assert len(found.returns) == 50 - longest > 0
+    assert found.notes == [
+        f"source.player: left out {longest} episodes of more than the {max(lengths) - 1} tokens that the model has positions for"
+    ]
+    walks.positions = 1
+    with pytest.raises(DataError, match="source.player: no episode is left to train on; left out 50 episodes of more"):
+        build_dataset(options, walks, 0, "main")
+
+
 def test_players_share_the_episodes(walks):
     played = play_dataset(walks, {"random": 3, "optimal": 1}, 400, seed=0)
     assert [walk.episode for walk in played] == [walk.group for walk in played] == list(range(400))
