@@ -16,6 +16,7 @@ from lmrl.policy.logprobs import (
     restricted_logits,
     restricted_logprobs,
     token_logprobs,
+    whole_logits,
 )
 from lmrl.policy.passes import ABSENT, ForwardRequest, Outputs
 from lmrl.policy.pull import bounded
@@ -163,7 +164,7 @@ def _second_model(policy: Policy, inputs: dict[str, Any], batch: Microbatch, sup
     hidden_ND = trunk_of(trunks.own)(**inputs).last_hidden_state[rows, cols]
     logprobs_N, _ = token_logprobs(hidden_ND, head.weight, bias, actions_N)
     taken_N = (hidden_ND * head.weight[actions_N]).sum(-1)
-    every_N = hidden_ND @ head.weight.sum(0)  # the sum of all logits, without the logits
+    every_N = (hidden_ND * head.weight.sum(0)).sum(-1)  # the sum of all logits, without the logits
     if bias is not None:
         taken_N, every_N = taken_N + bias[actions_N], every_N + bias.sum()
     outputs.logprobs, outputs.vocabulary = logprobs_N, values.tokens
@@ -173,8 +174,8 @@ def _second_model(policy: Policy, inputs: dict[str, Any], batch: Microbatch, sup
         p_ND = trunk_of(trunks.target)(**inputs).last_hidden_state[rows, cols]
         best = []
         for pi, p in zip(*(part.split(max(CHUNK // values.tokens, 1)) for part in (pi_ND, p_ND)), strict=True):
-            pi_logits = projection_of(policy.causal_lm)(pi).float()
-            ratio = probability_ratio(projection_of(trunks.target)(p), pi_logits)
+            pi_logits = whole_logits(pi, projection_of(policy.causal_lm))
+            ratio = probability_ratio(whole_logits(p, projection_of(trunks.target)), pi_logits)
             supported = guide(pi_logits, torch.zeros_like(pi_logits), 0.0, support).isfinite()
             best.append(ratio.masked_fill(~supported, 0).amax(-1))
         outputs.best_ratio = torch.cat(best)

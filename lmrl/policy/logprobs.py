@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from lmrl.policy import logprobs_kernels
+from lmrl.policy.language_model import Projection
 from lmrl.recipe.estimates import SLICE
 from lmrl.trajectories.allowed import Allowed
 
@@ -143,6 +144,21 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return result.to(at_least_float32(result.dtype))
 
 
+def whole_logits(hidden_ND: torch.Tensor, head: Projection) -> torch.Tensor:
+    """Logits over the whole vocabulary, (N, V), as `token_logprobs` computes them: autocast does not round them."""
+    dtype = products_in(head.weight)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        return _logits(hidden_ND.to(dtype), head.weight, getattr(head, "bias", None), 1.0, dtype)
+
+
+def products_in(weight: torch.Tensor) -> torch.dtype:
+    """The precision of products with a weight: autocast's on an accelerator, else the weight's own."""
+    device = weight.device.type
+    if device != "cpu" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
 def _logprobs(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probability, entropy and whether the target is the most likely token; arguments of
     `_TokenLogprobs.forward`."""
@@ -217,9 +233,7 @@ class _TokenLogprobs(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         mean_wanted = need_hidden and not (need_weight or need_bias)
         device = hidden.device.type
-        dtype = weight.dtype
-        if device != "cpu" and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        dtype = products_in(weight)
         kernels = logprobs_kernels.available(hidden.device, dtype)
         with torch.autocast(device, enabled=False):
             hidden = hidden.to(dtype)

@@ -10,6 +10,7 @@ import torch
 from lmrl.policy.cache import Cache, cache_arguments
 from lmrl.policy.heads import probability_ratio
 from lmrl.policy.language_model import projection_of, trunk_of
+from lmrl.policy.logprobs import whole_logits
 from lmrl.policy.passes import States
 from lmrl.policy.slots import SlotCache
 
@@ -42,7 +43,9 @@ def run_states(
             arguments = cache_arguments(trunk, cache.values if cache else None)
             states.features_ND = pick(trunk(**inputs, **arguments).last_hidden_state)
             if values.spec.q == "probability":
-                states.q_NV = probability_ratio(projection_of(trunks.target)(states.features_ND), logits_NV)
+                states.q_NV = probability_ratio(
+                    whole_logits(states.features_ND, projection_of(trunks.target)), logits_NV
+                )
                 return states
         with torch.autocast(hidden_ND.device.type, enabled=False):
             states.q_NV = values.guiding(states.features_ND, policy.vocabulary)

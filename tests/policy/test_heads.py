@@ -7,7 +7,9 @@ import torch
 
 from lmrl.policy.heads import Head, HeadsSpec, bin_centres, guide, hl_gauss, probability_ratio
 from lmrl.policy.load import load_policy, open_policy
+from lmrl.policy.passes import ForwardRequest
 from lmrl.recipe import Model
+from lmrl.trajectories.batch import Batch, Sequence
 from tests.conftest import TINY_LLAMA
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?"
@@ -121,6 +123,28 @@ def test_probability_ratio_is_the_weight_where_the_behaviour_acts():
     q = probability_ratio(p.log()[None], pi.log()[None])[0]
     assert torch.allclose(q[:2].double(), w[:2], atol=2e-3)
     assert (q[2:] == 1).all()  # the trap: outside the support the ratio is at its highest
+
+
+def test_autocast_does_not_round_the_logits_of_q_sft():
+    """Only the hidden states are in bfloat16, against float64: decoding multiplies an error of the ratio by beta."""
+    policy = policy_with(HeadsSpec(value=False, q="probability", twins=1, trunk="separate"))
+    policy.autocast_dtype = torch.bfloat16
+    models = [policy.values.trunk, policy.values.target_trunk, policy.causal_lm]
+    hidden = []
+    for model in models:
+        torch.nn.init.normal_(model.lm_head.weight.data, mean=0.5, std=2.0)
+        model.model.norm.register_forward_hook(lambda _, __, output: hidden.append(output[0].double()))
+    tokens = torch.arange(3, 9)
+    micro = Batch([Sequence(tokens, torch.arange(5), tokens[1:])]).collate([0], 0)
+    with torch.no_grad():
+        found = policy.eval()(micro, ForwardRequest(logprobs=False, probability=0.3))
+    heads = [model.lm_head.weight.double() for model in (models[0], models[2], models[1])]
+    own, pi, target = ((states[:5] @ head.T).log_softmax(-1) for states, head in zip(hidden, heads, strict=True))
+    chosen = own.gather(1, tokens[1:, None])[:, 0]
+    assert torch.allclose(found.other_logprobs.double(), own.sum(1) - chosen, rtol=1e-5)
+    supported = pi >= pi.amax(1, keepdim=True).clamp(max=math.log(0.3))
+    best = (target - pi).exp().clamp(max=1).masked_fill(~supported, 0).amax(1)
+    assert torch.allclose(found.best_ratio.double(), best, rtol=1e-4) and best.min() < 0.9
 
 
 @pytest.mark.parametrize("trunk", ["shared", "separate"])
