@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -221,12 +221,6 @@ class Values(nn.Module):
         if self.trunk is None or self.target_trunk is None:
             return None
         return Trunks(self.trunk, self.target_trunk)
-
-    def _load_from_state_dict(self, state: dict[str, torch.Tensor], prefix: str, *rest: Any) -> None:
-        # Heads saved before there were normalised units learned in those of the return.
-        for name, value in BUFFERS.items():
-            state.setdefault(prefix + name, torch.tensor(value))
-        super()._load_from_state_dict(state, prefix, *rest)
 
     def calibrate(self, start: float, mean: float, scale: float, low: float, high: float) -> None:
         """Say what Q (`start`) and V (`mean`) are before learning, how far one unit of a head's output moves them, and the

@@ -165,17 +165,3 @@ def test_a_saved_policy_guides_as_before(tmp_path, trunk):
 def test_mlp_is_the_published_head():
     head = Head("mlp", 8, 5)
     assert head.hidden.weight.shape == (16, 8) and head.weight.shape == (5, 16) and not head.weight.any()
-
-
-def test_heads_saved_without_units_load_in_those_of_the_return():
-    values = policy_with(HeadsSpec(q="linear")).values
-    state = {name: tensor.clone() for name, tensor in values.state_dict().items()}
-    for name in ("mean", "std", "gain", "shift", "peak"):
-        del state[name]
-    values.renormalise(3.0, 2.0)
-    values.load_state_dict(state)
-    assert not values.is_normalised
-    assert values.to_returns(torch.tensor([1.5])).tolist() == [1.5] and (float(values.gain), float(values.shift)) == (
-        1,
-        0,
-    )
