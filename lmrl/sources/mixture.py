@@ -53,7 +53,10 @@ class Mixture(Source):
         if step <= options.warmup_steps:
             return replace(source_batch, learn=[])
         count = self.online(step)
-        rows = stream(*self.fresh.name, "replay", step).integers(len(self.replay), size=count)
+        rng = stream(*self.fresh.name, "replay", step)
+        rows: Any = (
+            rng.integers(len(self.replay), size=count) if self.replay else ()
+        )  # no group may have been kept so far
         first = sum(options.batch_size - self.online(earlier) for earlier in range(options.warmup_steps + 1, step))
         replayed = self.dataset.pieces([self.replay[row] for row in rows], "replayed", step)
         learn = [*distributed.shard(replayed), *self.dataset.take(first, options.batch_size - count)]

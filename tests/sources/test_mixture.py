@@ -76,6 +76,16 @@ def test_replay_keeps_the_newest_and_alone_is_drawn_from():
     assert again.next(3).learn == third  # a function of the step and of the saved buffer
 
 
+def test_an_empty_buffer_leaves_the_log(monkeypatch):
+    """As if task.min_group had dropped all groups of the first step."""
+    source = mixture(3, batch_size=10, online=0.4, online_end=0.4)
+    with monkeypatch.context() as patched:
+        patched.setattr(Fresh, "next", lambda self, step: SourceBatch([], ["failed"], 1))
+        first = source.next(1).learn
+    assert len(first) == 6 and all(isinstance(one, int) for one in first)
+    assert len(source.next(2).learn) == 10
+
+
 MIXTURE = [
     *TINY_WALKS,
     "source={name: mixture, player: random, episodes: 40, batch_size: 8, warmup_steps: 2, replay: 14, online: 0.25}",
