@@ -171,11 +171,8 @@ class HFEngine(Engine):
     # ---------------------------------------------------------------------------------------------------------- scoring
     def score_batch(self, sequences: Iterable[list[int]]) -> list[list[float]]:
         batch = Batch([_scored(tokens) for tokens in sequences])
-        before, self.policy.temperature = self.policy.temperature, 1.0
-        try:
+        with self.policy.at_temperature(1.0):
             return [part.tolist() for part in self.policy.score(batch)["logprobs"]]
-        finally:
-            self.policy.temperature = before
 
 
 def _scored(tokens: list[int]) -> Sequence:

@@ -145,12 +145,8 @@ class Evaluator:
         """Further measures of judged episodes: `kl`, if the policy has a reference."""
         if isinstance(self.policy, RemotePolicy) or self.chooser is not None or not self.policy.has_reference:
             return {}
-        before = self.policy.temperature
-        self.policy.temperature = self.sampling.temperature or 1.0
-        try:
+        with self.policy.at_temperature(self.sampling.temperature or 1.0):
             return {"kl": divergences(self.policy, trajectories)}
-        finally:
-            self.policy.temperature = before
 
     def optimum(self) -> Scores | None:
         """The exact optimum, if the environment has a player for it."""

@@ -14,8 +14,8 @@ class ReinforcePP(GroupPolicyGradient):
     """A = R, standardised over all tokens of the batch; each token is charged its own divergence from the reference and
     all that follows.
 
-    If a prompt has several episodes, the group's mean at the same turn is subtracted from R first (the paper's variant
-    with a baseline); a prompt's only episode is compared with the batch only.
+    If any prompt has several episodes, the group's mean at the same turn is subtracted from R first (the paper's variant
+    with a baseline); a prompt's only episode then has an advantage of about 0.
     """
 
     label = "REINFORCE++"

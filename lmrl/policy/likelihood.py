@@ -47,11 +47,8 @@ def likelihoods(policy: Policy, wanted: Sequence[Continued]) -> list[list[Likeli
             "(shots=N), or leave long prompts out, task.prompts.max_tokens=N"
         )
     packed = [sequences(one, policy.shares_prompts) for one in wanted]
-    before, policy.temperature = policy.temperature, 1.0
-    try:
+    with policy.at_temperature(1.0):
         found = policy.score(batches.Batch([one for group in packed for one in group]), ForwardRequest(greedy=True))
-    finally:
-        policy.temperature = before
     pairs = iter(zip(found["logprobs"], found["greedy"], strict=True))
     result = []
     for one, group in zip(wanted, packed, strict=True):

@@ -70,6 +70,7 @@ class Policy(nn.Module):
         self.quantization: str | None = None
         """How the frozen weights were quantized as they were read (see quantized.py)."""
         self.temperature = 1.0
+        """That of log-probabilities and entropies."""
         self.microbatch_tokens = 4096
         """Tokens of a pass at most; becomes less if memory runs out (see memory.py)."""
         self.value_pull = torch.zeros(3)
@@ -249,6 +250,15 @@ class Policy(nn.Module):
         """A microbatch with which this rank joins the collectives of a pass."""
         tokens, first = torch.zeros(2, dtype=torch.long), torch.zeros(1, dtype=torch.long)
         return Batch([Sequence(tokens, first, first, {"floors": torch.zeros(1)})]).collate([0], self.pad_id, self.packs)
+
+    @contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """Inside, log-probabilities and entropies are those at this temperature."""
+        before, self.temperature = self.temperature, temperature
+        try:
+            yield
+        finally:
+            self.temperature = before
 
     @contextmanager
     def decoding(self) -> Iterator[None]:

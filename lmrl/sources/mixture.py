@@ -54,9 +54,8 @@ class Mixture(Source):
             return replace(source_batch, learn=[])
         count = self.online(step)
         rng = stream(*self.fresh.name, "replay", step)
-        rows: Any = (
-            rng.integers(len(self.replay), size=count) if self.replay else ()
-        )  # no group may have been kept so far
+        # The buffer is empty as long as no group has been kept.
+        rows = rng.integers(len(self.replay), size=count).tolist() if self.replay else []
         first = sum(options.batch_size - self.online(earlier) for earlier in range(options.warmup_steps + 1, step))
         replayed = self.dataset.pieces([self.replay[row] for row in rows], "replayed", step)
         learn = [*distributed.shard(replayed), *self.dataset.take(first, options.batch_size - count)]

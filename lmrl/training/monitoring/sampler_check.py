@@ -113,10 +113,7 @@ def pick_segments(played: list[Trajectory], count: int = EPISODES, tokens: int =
 
 def logprob_differences(policy: Policy, segments: list[Segment], temperature: float) -> torch.Tensor:
     """Sampler's minus learner's log-probability of each action token, (N,); the learner's is taken at `temperature`."""
-    before, policy.temperature = policy.temperature, temperature
-    try:
+    with policy.at_temperature(temperature):
         learner = policy.score(Batch([to_sequence(segment) for segment in segments]))["logprobs"]
-    finally:
-        policy.temperature = before
     sampled = [segment.logprobs[position] for segment in segments for position in segment.actions]
     return torch.tensor(sampled) - flat(learner)
