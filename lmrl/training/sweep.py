@@ -160,9 +160,6 @@ def read_over(over: Iterable[str]) -> dict[str, list[str]]:
         values = _split(text, option)
         if not values:
             raise RecipeError(f"--over '{option}' has no values, for instance training.seed=0,1,2")
-        for value in values:
-            if values.count(value) > 1:
-                raise RecipeError(f"--over '{option}' has the value {value} twice")
         swept[key] = values
     return swept
 
@@ -186,12 +183,17 @@ def combinations(recipe: str, overrides: Sequence[str], over: Sequence[str]) -> 
     labels = _labels(list(swept))
     short = {key: _short(values) for key, values in swept.items()}
     points = []
+    made: dict[str, str] = {}
     for chosen in itertools.product(*(range(len(values)) for values in swept.values())):
         name = "_".join(f"{labels[key]}-{short[key][index]}" for key, index in zip(swept, chosen, strict=True))
         own = [f"{key}={swept[key][index]}" for key, index in zip(swept, chosen, strict=True)]
         # A section's kind is set first, because setting it clears the section's other keys.
         everything = sorted([*overrides, *own], key=lambda override: not _names_a_kind(override))
-        points.append(Point(name, everything, load_recipe(recipe, everything)))
+        point = Point(name, everything, load_recipe(recipe, everything))
+        first = made.setdefault(point.recipe.model_dump_json(), " ".join(own))
+        if len(made) == len(points):
+            raise RecipeError(f"--over: {first} and {' '.join(own)} make the same run: leave one out")
+        points.append(point)
     return points
 
 

@@ -50,7 +50,8 @@ def test_values_split_at_commas_outside_brackets():
         (["training.seed="], "has no values"),
         (["training.seed=0,,1"], "not a YAML list"),
         (["training.seed={0,1"], "not a YAML list"),
-        (["training.seed=0,1,0"], "has the value 0 twice"),
+        (["training.seed=0,1,0"], "training.seed=0 and training.seed=0 make the same run: leave one out"),
+        (["optimizer.lr=1e-3,2e-3,0.001"], "optimizer.lr=1e-3 and optimizer.lr=0.001 make the same run"),
         (["training.seed=0", "training.seed=1"], "names 'training.seed' twice"),
         (["training.steps=3,4"], "both set and swept"),
         (["training.sed=0,1"], "unknown key 'training.sed'"),
@@ -74,8 +75,8 @@ def test_names_and_recipes_of_combinations():
     assert points[0].columns == ["optimality", "arrived", "length"]
     points = combinations("random_walks/ppo", [], ["training.steps=5", "stages.warmup.training.steps=6"])
     assert [point.name for point in points] == ["training-steps-5_warmup-training-steps-6"]
-    points = combinations("random_walks/bc", [], ["source.player={random: 1},{random: 1.0},optimal"])
-    assert [point.name for point in points] == ["player-random-1", "player-random-1.0", "player-optimal"]
+    points = combinations("random_walks/bc", [], ["source.player={random: 1},{random: 2.5},optimal"])
+    assert [point.name for point in points] == ["player-random-1", "player-random-2.5", "player-optimal"]
     points = combinations("random_walks/bc", ["objective.epochs=3"], ["objective.name=ppo", "source.name=rollouts"])
     assert points[0].recipe.objective.epochs == 3  # though choosing the objective clears the section
 
