@@ -177,7 +177,7 @@ def interval(score: dict[str, Any]) -> str:
     mean, (low, high) = score["mean"], score["ci95"]
     half = (high - low) / 2
     places = decimals(mean, half)
-    if low == high and "holds_for" not in score:  # exact
+    if low == high and ("holds_for" not in score or score.get("n") == 1):  # exact, or nothing is known of the spread
         return fixed(mean)
     if abs((high - mean) - (mean - low)) > LOPSIDED * (high - low):
         return f"{mean:.{places}f} [{low:.{places}f}, {high:.{places}f}]"

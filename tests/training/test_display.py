@@ -12,6 +12,8 @@ def test_interval_near_a_limit_shows_both_ends():
     assert interval({"mean": 0.0, "ci95": [0.0, 0.161]}) == "0.000 [0.000, 0.161]"
     assert interval({"mean": 5.0, "ci95": [5.0, 5.0], "holds_for": "new prompts"}) == "5.000 ± 0.000"
     assert interval({"mean": 5.0, "ci95": [5.0, 5.0]}) == "5.000"  # known and not estimated
+    one = {"mean": 5.0, "ci95": [5.0, 5.0], "n": 1, "holds_for": "new runs"}
+    assert interval(one) == "5.000"  # nothing is known of the spread, which is not a spread of 0
 
 
 def test_small_scores_keep_two_digits_of_their_error():
