@@ -78,7 +78,7 @@ def main() -> None:
             sys.exit(128 + number)
         _abandon()
         if not debug and (full := _disk_full(error)):
-            text = f"lmrl: {full}: free some space, then resume; checkpoints that were written before are whole"
+            text = f"lmrl: {full}, then resume; checkpoints that were written before are whole"
             if not _leave_error(text, 1, own=True):
                 print(text, file=sys.stderr)
             sys.exit(1)
@@ -95,6 +95,13 @@ def main() -> None:
 LONGEST_LINE = 1500
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 """Errors of a file or folder that was named wrongly, or that the user may not use."""
+
+DISK_LIMITS = {
+    errno.ENOSPC: ("no space is left on the disk", "free some space"),
+    errno.EDQUOT: ("no space is left on the disk", "free some space"),
+    errno.EFBIG: ("a file would be larger than its limit", "raise that (ulimit -f)"),
+}
+"""By the error's number: what is exhausted, and the fix."""
 
 
 def one_line(text: str) -> str:
@@ -115,12 +122,12 @@ def _leave_error(text: str, code: int, own: bool) -> bool:
 
 
 def _disk_full(error: BaseException | None) -> str | None:
-    """A message about a full disk if that caused the error, else None."""
+    """Which limit of the disk caused the error, and what to do about it; None if none did."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"no space is left on the disk{f' for {error.filename}' if error.filename else ''}"
-        if "No space left on device" in str(error):  # safetensors and Arrow have errors of their own
-            return "no space is left on the disk"
+        for number, (fact, fix) in DISK_LIMITS.items():
+            if os.strerror(number) in str(error):  # not by class: safetensors and Arrow have errors of their own
+                name = getattr(error, "filename", None)
+                return f"{fact}{f' for {name}' if name else ''}: {fix}"
         error = error.__cause__ or error.__context__
     return None
 

@@ -178,13 +178,33 @@ def test_a_byte_order_mark_is_skipped(tmp_path):
     ],
 )
 def test_a_full_disk_is_one_line(lmrl, monkeypatch, error):
+    code, _, err = fail_with(error, lmrl, monkeypatch)
+    assert code == 1 and err.startswith("lmrl: no space is left on the disk") and err.count("\n") == 1
+    assert "free some space, then resume; checkpoints that were written before are whole" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "place"),
+    [
+        (OSError(27, "File too large"), ""),
+        (OSError(27, "File too large", "/data/x"), " for /data/x"),
+        (RuntimeError("Error while serializing: I/O error: File too large (os error 27)"), ""),
+    ],
+)
+def test_a_limit_of_file_size_is_one_line(lmrl, monkeypatch, error, place):
+    code, _, err = fail_with(error, lmrl, monkeypatch)
+    assert code == 1 and err == (
+        f"lmrl: a file would be larger than its limit{place}: raise that (ulimit -f), then resume; checkpoints that "
+        "were written before are whole\n"
+    )
+
+
+def fail_with(error, lmrl, monkeypatch):
     def full(*_):
         raise error
 
     monkeypatch.setattr("lmrl.recipe.files.find_yaml", full)
-    code, _, err = lmrl("show", "random_walks/ppo")
-    assert code == 1 and err.startswith("lmrl: no space is left on the disk") and err.count("\n") == 1
-    assert "free some space, then resume; checkpoints that were written before are whole" in err
+    return lmrl("show", "random_walks/ppo")
 
 
 def test_a_path_that_cannot_be_written_is_one_line(lmrl, tmp_path):
