@@ -42,7 +42,9 @@ def find_yaml(name: str | Path, kind: str) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        raise RecipeError(f"'{name}' is a folder, not a {noun}: name a {noun}'s file")
+        own = path / "recipe.yaml"
+        which = str(own) if noun == "recipe" and own.is_file() else f"a {noun}'s file"
+        raise RecipeError(f"'{name}' is a folder, not a {noun}: name {which}")
     if path.suffix in (".yaml", ".yml"):
         raise RecipeError(f"{noun} file '{name}' does not exist")
     names = shipped_names(kind)

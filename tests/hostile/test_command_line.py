@@ -175,7 +175,10 @@ def test_recipes_suites_and_folders_are_told_apart(lmrl, place):
     written("mine.yaml", RECIPE)(place)
     copied("model")(place)
     check_line(lmrl("eval", "model", "--suite", "mine.yaml"), r"mine.yaml is a recipe, not a suite: a suite has a task")
-    check_line(lmrl("show", "model"), r"'model' is a folder, not a recipe")
+    check_line(lmrl("show", "model"), r"'model' is a folder, not a recipe: name a recipe's file")
+    (place / "run").mkdir()
+    written("run/recipe.yaml", RECIPE)(place)
+    check_line(lmrl("show", "run"), r"'run' is a folder, not a recipe: name run/recipe.yaml")
     check_line(
         lmrl("cp", "random_walks/ppo", "mine.yaml"), r"mine.yaml exists: choose another destination, or .* --force"
     )
