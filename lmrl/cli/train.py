@@ -160,6 +160,8 @@ def _sweep(
 def _run_to_resume(name: str | None, output: Path | None) -> Path | None:
     """The run folder that --resume means, or None if there is none yet and the recipe starts over."""
     if name is not None and (Path(name) / RECIPE_FILE).is_file():
+        if output is not None:
+            raise RunError(f"'{name}' is a run folder, and continues there: leave --output out")
         return Path(name)
     folder = output if output is not None else Path(name) if name is not None and Path(name).is_dir() else None
     if folder is not None and folder.is_dir() and not (folder / RECIPE_FILE).is_file() and not is_blank(folder):

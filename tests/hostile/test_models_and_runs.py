@@ -276,6 +276,7 @@ RUNS = [
     ),
     ([cut("run/recipe.yaml")], "train run --resume", r"run/recipe.yaml"),
     ([], "train run", r"'run' is a run folder: continue it with --resume"),
+    ([], "train run --resume -o other", r"'run' is a run folder, and continues there: leave --output out"),
     ([], "train runn --resume", r"there is no run folder 'runn' to resume"),
     ([], "train runs/walks --resume", r"there is no run folder 'runs/walks' to resume"),
     ([], "train random_walks/bc -o run", r"run holds a run: continue it with --resume, or choose another --output"),
