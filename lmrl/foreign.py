@@ -31,8 +31,8 @@ class CallTimedOut(Exception):
 class foreign:  # noqa: N801 - reads as a statement
     """`with foreign("reward f"):` around a call.
 
-    torch's global settings (gradients on or off, default dtype, threads, deterministic kernels) are restored
-    afterwards: otherwise a reward that turns gradients off would silently stop the training. A call that forks returns
+    torch's global settings (gradients on or off, default dtype, threads, deterministic kernels) and the working
+    directory are restored afterwards: otherwise a reward that turns gradients off would silently stop the training. A call that forks returns
     in two processes; the new one is ended here, before it can write to the run.
 
     limit: seconds after which the call is interrupted by CallTimedOut. This needs the main thread, and code that
@@ -48,6 +48,8 @@ class foreign:  # noqa: N801 - reads as a statement
         self.process, self.settings = os.getpid(), _settings()
         self.thread = threading.get_ident()
         self.began = time.monotonic()
+        if not _running:
+            _keep_directory()
         _running.append(self)
         _note()
         if self.limit is not None and threading.current_thread() is threading.main_thread():
@@ -88,6 +90,8 @@ class foreign:  # noqa: N801 - reads as a statement
             )
             os.write(2, text.encode())
             os._exit(FORKED)
+        if not _running:  # of nested and concurrent calls, the last
+            _restore_directory()
         if self.settings is not None and self.settings != _settings():
             _restore(self.settings)
 
@@ -193,6 +197,23 @@ def _note() -> None:
         call = next(iter(_running), None)
         text = call.what.encode(errors="replace")[:NOTE_BYTES] if call else b""
         _noted[1][:] = text.ljust(NOTE_BYTES, b"\0")
+
+
+_directory: str | None = None
+"""The working directory outside calls; None if it has been deleted."""
+
+
+def _keep_directory() -> None:
+    global _directory
+    try:
+        _directory = os.getcwd()
+    except FileNotFoundError:
+        _directory = None
+
+
+def _restore_directory() -> None:
+    if _directory is not None:
+        os.chdir(_directory)
 
 
 def _settings() -> tuple[Any, ...] | None:

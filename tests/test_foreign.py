@@ -1,6 +1,7 @@
 """Changes that rewards and environments make to the process are undone."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -55,6 +56,18 @@ def test_a_reward_that_turns_gradients_off(tmp_path):
     assert untouched()
     (function,) = load_rewards([Reward(function=f"{tmp_path / 'meddle.py'}:reward")])
     assert score(function, {"prompts": ["a"], "completions": ["b"]}).values == [1.0] and untouched()
+
+
+def test_a_call_that_changes_the_working_directory(tmp_path, monkeypatch):
+    for name in ("here", "there", "beyond"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with foreign("an environment"):
+        os.chdir(tmp_path / "there")
+        with foreign("a reward"):  # an inner call leaves the outer one's directory alone
+            os.chdir(tmp_path / "beyond")
+        (tmp_path / "beyond").rmdir()
+    assert os.getcwd() == str(tmp_path / "here")
 
 
 class Meddling(TextEnvironment):
