@@ -265,7 +265,8 @@ def run_all(
 
 def failure(log: str, code: int) -> str:
     """Why a run failed, in one line: its error, or the last line that it printed, or its exit code."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    end = log.rpartition("Traceback (most recent call last):")[2]  # lines of lmrl before it did not end the run
+    lines = [line.strip() for line in end.splitlines() if line.strip()]
     errors = [line.removeprefix("lmrl: ") for line in lines if line.startswith("lmrl: ")]
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"

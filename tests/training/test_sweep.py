@@ -107,7 +107,9 @@ def test_scores_over_runs_by_hand():
 
 def test_a_failure_in_one_line():
     assert failure("run folder: x\nlmrl: model.config: cannot build\n\nwarning\n", 2) == "model.config: cannot build"
-    assert failure("Traceback\nValueError: no\n", 1) == "ValueError: no"
+    traceback = "Traceback (most recent call last):\nValueError: no\n"
+    assert failure(f"lmrl: still waiting for reward f (60 s)\n{traceback}", 1) == "ValueError: no"
+    assert failure(f"{traceback}lmrl: model.config: cannot build\n", 2) == "model.config: cannot build"
     assert failure("", 7) == "exit code 7"
     assert failure("lmrl: earlier\n", -9) == "ended by SIGKILL"
 
