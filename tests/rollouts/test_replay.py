@@ -156,17 +156,21 @@ def test_a_hang_is_interrupted_again(tmp_path):
 
 
 def test_a_batch_that_stops_the_run_is_kept(dice, tmp_path, capsys):
-    (tmp_path / "dice.py").write_text(DICE.replace('action.startswith("9")', "True"))
+    (tmp_path / "dice.py").write_text(
+        DICE.replace('action.startswith("9")', "True").replace('"nine"', r'"nine\nin a row"')
+    )
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("max_failed: 1", "max_failed: 0.5"))
     with pytest.raises(EpisodeError, match="failed on 8 of 8"):
         lmrl.train(tmp_path / "recipe.yaml", output=tmp_path / "run", overrides=["evaluation.suite=null"])
     lines = samples(tmp_path / "run")
     assert [line["id"] for line in lines] == [f"main/failed/1/{number}" for number in range(8)]
     shown = capsys.readouterr().out
-    assert "   8 x environment raised RuntimeError: nine" in shown
+    assert "   8 x environment raised RuntimeError: nine in a row\n" in shown
     assert f"lmrl replay {tmp_path / 'run'} --episode main/failed/1/0" in shown
     result = command(tmp_path / "run", "--episode", "main/failed/1/7")
-    assert result.exit_code == 0 and result.output.endswith("environment raised RuntimeError: nine: the same\n")
+    assert result.exit_code == 0 and result.output.endswith(
+        "environment raised RuntimeError: nine\nin a row: the same\n"
+    )
 
 
 def test_a_changed_environment_fails_the_command(dice, tmp_path):

@@ -26,7 +26,7 @@ def keep_failed(stage: Stage, error: EpisodeError) -> None:
     stage.run.record_samples(lines)
     causes = Counter(str(one.failure) for one in kept)
     for cause, count in causes.most_common(CAUSES):
-        stage.display.say(f"{count:>4} x {cause}")
+        stage.display.say(f"{count:>4} x {' '.join(cause.split())}")
     if len(causes) > CAUSES:
         stage.display.say(f"     and {len(causes) - CAUSES} more causes")
     if "id" in lines[0]:
