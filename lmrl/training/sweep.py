@@ -182,7 +182,7 @@ def combinations(recipe: str, overrides: Sequence[str], over: Sequence[str]) -> 
             raise RecipeError(f"'{key}' is both set and swept by --over: leave one out")
     labels = _labels(list(swept))
     short = {key: _short(values) for key, values in swept.items()}
-    points = []
+    points: list[Point] = []
     made: dict[str, str] = {}
     for chosen in itertools.product(*(range(len(values)) for values in swept.values())):
         name = "_".join(f"{labels[key]}-{short[key][index]}" for key, index in zip(swept, chosen, strict=True))
