@@ -21,8 +21,7 @@ from lmrl.rollouts.collect import draw_starts
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task, build_task
 from lmrl.trajectories.files import Malformed, open_rows
-from lmrl.trajectories.formats import prompt_of
-from lmrl.trajectories.rows import parse
+from lmrl.trajectories.rows import parse, prompt_of
 from lmrl.trajectories.trajectory import Trajectory, prompt_text
 
 EPISODES, ROWS = 64, 2000

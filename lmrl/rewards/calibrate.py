@@ -19,7 +19,8 @@ from lmrl.findings import Finding
 from lmrl.rewards.rewards import RewardFunction, Scores, score
 from lmrl.rewards.workers import Failure
 from lmrl.trajectories.files import Malformed, Row, Rows, open_rows, take
-from lmrl.trajectories.formats import preference, prompt_of
+from lmrl.trajectories.formats import preference
+from lmrl.trajectories.rows import prompt_of
 from lmrl.trajectories.trajectory import Messages, prompt_key, prompt_text
 
 BATCH = 64

@@ -30,20 +30,6 @@ HH_MARKER = "\n\nAssistant:"
 """The marker that ends the prompt in Anthropic's HH-RLHF."""
 
 
-def prompt_of(row: Row, column: str = "prompt") -> str | Messages:
-    """The prompt in a row's column. Without that column: the common beginning of chosen and rejected, the messages of a
-    chat before the first answer, or a whole plain text, which then identifies the row."""
-    if row.get(column) is None:
-        if {"chosen", "rejected"} <= set(row):
-            return preference(row)[0]
-        if row.get("messages") is not None:
-            return chat_episode(row, 0).turns[0].observation
-        if row.get("text") is not None:
-            return str(take(row, "text", str))
-    found: str | Messages = take(row, column, str, list)
-    return found if isinstance(found, str) or not row.get("tools") else messages_in(row, column)
-
-
 def completion_episode(row: Row, number: int) -> Trajectory:
     prompt, completion = text_or_messages(row, "prompt"), text_or_messages(row, "completion")
     if isinstance(completion, str):

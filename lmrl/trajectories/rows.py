@@ -54,7 +54,7 @@ from lmrl.trajectories.fields import (
     same_reward,
 )
 from lmrl.trajectories.files import Malformed, Row, take
-from lmrl.trajectories.formats import chat_episode, completion_episode, episode_of, preference_episodes
+from lmrl.trajectories.formats import chat_episode, completion_episode, episode_of, preference, preference_episodes
 from lmrl.trajectories.recorder import Recorder
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.trajectory import (
@@ -163,6 +163,21 @@ def parse(row: Row, number: int = 0, tokenizer: str | None = None) -> list[Traje
         f"has no known format (fields: {', '.join(row)}); expected turns, prompt and completion, messages, chosen and "
         "rejected, or text"
     )
+
+
+def prompt_of(row: Row, column: str = "prompt") -> str | Messages:
+    """The prompt in a row's column. Without that column: the common beginning of chosen and rejected, what an episode or a
+    chat has before the first action, or a whole plain text, which then identifies the row."""
+    if row.get(column) is None:
+        present = {name for name, value in row.items() if value is not None}
+        if "turns" not in present and {"chosen", "rejected"} <= present:
+            return preference(row)[0]
+        if {"turns", "messages"} & present and (turns := parse(row)[0].turns):
+            return turns[0].observation
+        if "text" in present:
+            return str(take(row, "text", str))
+    found: str | Messages = take(row, column, str, list)
+    return found if isinstance(found, str) or not row.get("tools") else messages_in(row, column)
 
 
 def render(trajectory: Trajectory, renderer: Renderer, history: int | str = "all") -> Trajectory:

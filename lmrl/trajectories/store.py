@@ -166,7 +166,7 @@ class DatasetFile:
 
     def _is_among(self, keys: Collection[str], row: Row, episode: Trajectory) -> bool:
         """True if one of its prompts has one of these keys."""
-        stated = row.get("text" if "prompt" not in row else "prompt")
+        stated = row.get("text" if row.get("prompt") is None else "prompt")
         prompts = [*([stated] if isinstance(stated, str) else []), *prompts_of(episode)]
         return any(not self.renderer.keys(prompt).isdisjoint(keys) for prompt in prompts)
 
@@ -218,7 +218,7 @@ def dataset_texts(path: str, part: Selection = Selection()) -> list[str]:
 
 def _group(row: Row, number: int, episode: Trajectory) -> int:
     """A number shared by the episodes that can be compared: a pair, a group, or else those of the same prompt."""
-    if "chosen" in row:
+    if row.get("chosen") is not None:
         return hash(number)
     return hash((str(row.get("group")), _prompt(episode)))
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 
 import pyarrow
 import pyarrow.parquet
@@ -14,7 +15,7 @@ from lmrl.rollouts.task import task_texts
 from lmrl.trajectories.files import JsonLines, Selection, open_rows, read_rows
 from lmrl.trajectories.recorder import Recorder
 from lmrl.trajectories.render import Renderer
-from lmrl.trajectories.rows import fingerprint
+from lmrl.trajectories.rows import fingerprint, prompt_of, to_row
 from lmrl.trajectories.store import DatasetFile, EpisodeWriter, dataset_texts, read_episodes, write_episodes
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -185,6 +186,31 @@ def test_pairs_are_two_episodes_and_heldout_prompts_none(tmp_path, tokenizer):
     assert [(file[index].prompt, file[index].completion) for index in range(4)] == [
         ("x", "c"), ("x", "d"), ("z", "c"), ("z", "d")
     ]  # fmt: skip
+
+
+MIXED = [
+    {"prompt": "a b", "completion": "c", "reward": 1.0},
+    {"prompt": "a b", "completion": "d", "reward": 0.0},
+    {"chosen": "a c", "rejected": "a d"},
+    {"text": "d c b a"},
+    {"turns": [{"observation": "b", "action": "c"}, {"observation": "d", "action": "a"}]},
+]
+
+
+def test_rows_of_mixed_formats_may_hold_nulls(tmp_path, tokenizer):
+    names = {name: None for row in MIXED for name in row}
+    path = lines(tmp_path / "mixed.jsonl", [names | row for row in MIXED])
+    assert [prompt_of(row) for row in read_rows(path)] == ["a b", "a b", "a", "d c b a", "b"]
+    first, second, chosen, rejected, *others = DatasetFile(path, Renderer(tokenizer)).groups
+    assert first == second and chosen == rejected and len({first, chosen, *others}) == 4
+    kept = DatasetFile(path, Renderer(tokenizer), without={"d c b a", "b"})
+    assert len(kept) == 4 and len(kept.heldout()) == 2
+
+
+def test_the_prompt_of_a_collected_dialogue(tokenizer, episodes):
+    asked = [{"role": "user", "content": "a"}]
+    episode = replace(episodes[0], turns=[replace(episodes[0].turns[0], observation=asked)], messages=asked)
+    assert prompt_of(to_row(episode)) == asked
 
 
 def test_vocabulary_from_nested_text(tmp_path):
