@@ -33,7 +33,9 @@ HH_MARKER = "\n\nAssistant:"
 def completion_episode(row: Row, number: int) -> Trajectory:
     prompt, completion = text_or_messages(row, "prompt"), text_or_messages(row, "completion")
     if isinstance(completion, str):
-        return episode_of(row, [Turn(prompt, not_empty(completion, "completion"))], number)
+        episode = episode_of(row, [Turn(prompt, not_empty(completion, "completion"))], number)
+        episode.cut_turns = [] if episode.terminated else [0]
+        return episode
     turns, trailing = _dialogue(completion, "completion", as_messages(prompt))
     if isinstance(prompt, str) and turns[0].observation == as_messages(prompt):
         turns[0].observation = prompt  # the task decides whether text goes through the chat template
@@ -139,7 +141,8 @@ def episode_of(
 ) -> Trajectory:
     """An episode of any format. rewards: one per turn; without them, the row's `reward` is given in the last turn.
     trailing: messages after the last action."""
-    total, terminated = reward_in(row, "reward"), optional(row, "terminated", bool, True)
+    total = reward_in(row, "reward")
+    terminated = optional(row, "terminated", bool, not optional(row, "truncated", bool, False))
     if rewards is not None:
         for turn, reward in zip(turns, rewards, strict=True):
             turn.reward = 0.0 if reward is None else float(reward)

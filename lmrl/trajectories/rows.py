@@ -7,7 +7,7 @@ lmrl's own format has one row per episode, the same in Parquet and JSONL:
                        "message", an action that calls tools
     prompt_messages    the first observation as [{"role", "content"}] if it is a dialogue, else null
     final_observation  of a truncated episode: the observation that would have come next
-    terminated         false: truncated by a limit
+    terminated         false: truncated by a limit; without it, `truncated: true` says the same
     reward             the return; null: not judged
     metrics components objects of numbers (in Parquet as JSON text), of the environment and of the reward functions
     failure            why the episode could not be judged, or null
@@ -24,7 +24,7 @@ lmrl's own format has one row per episode, the same in Parquet and JSONL:
 Only `turns` with `observation` and `action` are required. Formats that other tools write are recognised by their
 fields:
 
-    prompt, completion   text or messages; `reward`, a number, may be missing; `terminated` as above
+    prompt, completion   text or messages; `reward`, a number, may be missing; `terminated` as above: a text was then cut
     messages             a chat, every assistant message an action; `reward` for all of it, or `rewards` for each action.
                          Between two actions there is one observation: several user messages are joined; tool
                          messages stay messages. An assistant message may have `tool_calls`.

@@ -170,8 +170,18 @@ def test_prompt_and_completion(tokenizer, chat):
     "completion", ["cd", [{"role": "assistant", "content": "cd"}, {"role": "user", "content": "e"}]]
 )
 def test_a_truncated_completion_is_truncated(completion):
-    (read,) = parse({"prompt": "ab", "completion": completion, "reward": 1, "terminated": False})
-    assert not read.terminated and read.final_observation == (None if completion == "cd" else "e")
+    for field in ({"terminated": False}, {"truncated": True}):
+        (read,) = parse({"prompt": "ab", "completion": completion, "reward": 1, **field})
+        assert not read.terminated and read.final_observation == (None if completion == "cd" else "e")
+    (read,) = parse({"prompt": "ab", "completion": completion, "terminated": True, "truncated": True})
+    assert read.terminated and read.final_observation is None
+
+
+def test_a_truncated_text_has_no_end(tokenizer):
+    row = {"prompt": "ab", "completion": "cd"}
+    for truncated, end in ((True, []), (False, [tokenizer.eos_token_id])):
+        (read,) = from_row(row | {"truncated": truncated}, Renderer(tokenizer))
+        assert read.segments[0].tokens == tokenizer("abcd", add_special_tokens=False).input_ids + end
 
 
 def test_messages(chat):
