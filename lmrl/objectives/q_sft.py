@@ -41,7 +41,9 @@ class QSFT(Objective):
         return ForwardRequest(logprobs=False, probability=self.options.support)
 
     def ready(self, policy: Policy, dataset: Iterable[list[Trajectory]], fresh: bool) -> None:
-        """Raise DataError if a logged episode has returns outside the range."""
+        """Raise DataError if a stage begins and a logged episode has returns outside the range."""
+        if not fresh:
+            return
         options, (low, high) = self.options, self.options.return_range
         found = [token_returns(one, options.gamma, options.gamma_token).aminmax() for part in dataset for one in part]
         lowest, highest = (min(float(one.min) for one in found), max(float(one.max) for one in found))

@@ -97,6 +97,12 @@ def build_stage(
     sampler = Sampler(task, engine, policy.decode, recipe.rollouts.deterministic)
     source = build_source(SourceRequest(recipe, task, sampler, name, run.folder / BAD_ROWS, objective.compares))
     calibrate(recipe, objective, policy, source)
+    scratch = start is None and recipe.model.path is None
+    if scratch and not recipe.resolved_objective.trained_parameters(1, 1)[0]:
+        task.notes.append(
+            f"warning: '{recipe.objective.name}' never changes the policy, which here is a model from scratch that has learned nothing: "
+            "begin with a stage of objective.name=likelihood, or set model.path to a run that has imitated the data"
+        )
 
     if start is None:
         keep_beginning(run, name, recipe, objective, policy)
@@ -110,7 +116,6 @@ def build_stage(
     cost = pass_cost(policy)  # before its weights are sharded
     updater = Updater(policy, with_rates(recipe, *policy.size), recipe.training.steps, strategy)
     evaluator, every = evaluation_of(recipe, suite, policy, engine)
-    scratch = start is None and recipe.model.path is None
     gated = recipe.evaluation.gate is not None
     begins = gated or recipe.evaluation.suite != OWN_TASK or not (scratch and is_imitation(recipe))
     evaluation = Evaluation(evaluator, every, begins, gated)

@@ -198,6 +198,7 @@ def test_returns_outside_the_range_are_refused_at_once():
         DataError, match=r"returns-to-go are 4.0 to 5.0, outside .*\[0, 1\]: set objective.return_range=\[4.0,5.0\]"
     ):
         objective.ready(policy, [[episode()]], fresh=True)
+    objective.ready(policy, [[episode()]], fresh=False)  # checked when the stage began
     build(QSFTObjective(name="q_sft", gamma=1.0, return_range=(4.0, 5.0)))[0].ready(policy, [[episode()]], fresh=True)
 
 
