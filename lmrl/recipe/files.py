@@ -81,8 +81,9 @@ def load_recipe(name: str | Path | Mapping[str, Any], overrides: typing.Sequence
         apply_override(document, spelled_out(override, arguments))
     check_arguments(document.data, arguments, str(name))
     stages = document.data.get("stages")
-    for section in [document.data, *(stages.values() if isinstance(stages, dict) else ())]:
-        resolve_files(section, document.folder)
+    resolve_files(document.data, document.folder)
+    for stage, section in (stages if isinstance(stages, dict) else {}).items():
+        resolve_files(section, document.folder, ("stages", str(stage)))
     recipe = validate(Recipe, document)
     stages = {name: _stage(document, name) for name in recipe.stages}
     _check_stage_rewards(stages | {MAIN_STAGE: recipe})

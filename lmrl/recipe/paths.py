@@ -28,8 +28,14 @@ def find_file(name: str, recipe_folder: Path, key: str) -> str:
     raise DataError(f"{key}: file '{name}' does not exist (looked in {looked})")
 
 
-def resolve_files(data: Any, recipe_folder: Path) -> None:
-    """Make the files that plain recipe data name absolute, in place, so that a run resumes from any folder."""
+def resolve_files(data: Any, recipe_folder: Path, place: tuple[str, ...] = ()) -> None:
+    """Make the files that plain recipe data name absolute, in place, so that a run resumes from any folder.
+
+    place: keys of the data in the recipe, if they are a stage or a part of a blend.
+    """
+
+    def at(*keys: str) -> str:
+        return dotted((*place, *keys))
 
     def resolve(resolver: Callable[[str, Path, str], str], *keys: str) -> None:
         section = data
@@ -37,12 +43,13 @@ def resolve_files(data: Any, recipe_folder: Path) -> None:
             section = section.get(key) if isinstance(section, dict) else None
         name = section.get(keys[-1]) if isinstance(section, dict) else None
         if isinstance(name, str) and not is_object(name):
-            section[keys[-1]] = resolver(name, recipe_folder, dotted(keys))
+            section[keys[-1]] = resolver(name, recipe_folder, at(*keys))
 
     resolve(_model_path, "model", "path")
     resolve(_data_path, "task", "prompts", "path")
     resolve(_data_path, "task", "prompts", "shots", "path")
     resolve(_data_path, "source", "path")
+    resolve(_data_path, "log", "path")
     resolve(_plugin_path, "task", "environment")
     for opponent in ("opponent", "opponent_in_evaluation"):
         resolve(_player_path, "task", opponent)
@@ -58,19 +65,18 @@ def resolve_files(data: Any, recipe_folder: Path) -> None:
     if isinstance(evaluation, dict) and isinstance(others, list):
         evaluation["before_after"] = as_suites(others)
         for one in evaluation["before_after"]:
-            resolve_files({"evaluation": one}, recipe_folder)
-    _resolve_items(data, ("training", "listeners"), "name", recipe_folder)
-    _resolve_items(data, ("tracking", "trackers"), "name", recipe_folder)
+            resolve_files({"evaluation": one}, recipe_folder, place)
+    for keys in (("training", "listeners"), ("tracking", "trackers")):
+        _resolve_items(data, keys, "name", recipe_folder, at(*keys))
     source = data.get("source") if isinstance(data, dict) else None
     parts = source.get("parts") if isinstance(source, dict) else None
-    for part in parts if isinstance(parts, list) else ():
-        if isinstance(part, dict):
-            resolve_files({"task": part.get("task"), "source": part.get("log")}, recipe_folder)
+    for index, part in enumerate(parts if isinstance(parts, list) else ()):
+        resolve_files(part, recipe_folder, (*place, "source", "parts", str(index)))
     task = data.get("task") if isinstance(data, dict) else None
     if isinstance(task, dict) and isinstance(task.get("tools"), list):
         given = enumerate(task["tools"])
         task["tools"] = [
-            _plugin_path(one, recipe_folder, f"task.tools.{n}")
+            _plugin_path(one, recipe_folder, at("task", "tools", str(n)))
             if isinstance(one, str)
             else _server_path(one, recipe_folder)
             for n, one in given
@@ -82,10 +88,13 @@ def resolve_files(data: Any, recipe_folder: Path) -> None:
     rewards = task.get("rewards") if isinstance(task, dict) else None
     for index, reward in enumerate(rewards if isinstance(rewards, list) else ()):
         if isinstance(reward, dict) and isinstance(reward.get("function"), str):
-            reward["function"] = _plugin_path(reward["function"], recipe_folder, f"task.rewards.{index}.function")
+            reward["function"] = _plugin_path(
+                reward["function"], recipe_folder, at("task", "rewards", str(index), "function")
+            )
         if isinstance(reward, dict) and isinstance(reward.get("model"), str | list):
             models = [reward["model"]] if isinstance(reward["model"], str) else reward["model"]
-            found = [_reward_model(model, recipe_folder, f"task.rewards.{index}.model") for model in models]
+            key = at("task", "rewards", str(index), "model")
+            found = [_reward_model(model, recipe_folder, key) for model in models]
             reward["model"] = found[0] if isinstance(reward["model"], str) else found
 
 
@@ -105,17 +114,17 @@ def _beside(part: Any, recipe_folder: Path) -> Any:
     return part
 
 
-def _resolve_items(data: Any, keys: tuple[str, str], name: str, recipe_folder: Path) -> None:
-    """Make absolute the files that items of a list name as code."""
+def _resolve_items(data: Any, keys: tuple[str, str], name: str, recipe_folder: Path, place: str) -> None:
+    """Make absolute the files that items of a list name as code. place: the list's key in the recipe."""
     section = data.get(keys[0]) if isinstance(data, dict) else None
     items = section.get(keys[1]) if isinstance(section, dict) else None
     if not isinstance(items, list):
         return
     for index, item in enumerate(items):
         if isinstance(item, dict) and isinstance(item.get(name), str):
-            item[name] = _plugin_path(item[name], recipe_folder, f"{dotted(keys)}.{index}.{name}")
+            item[name] = _plugin_path(item[name], recipe_folder, f"{place}.{index}.{name}")
         elif isinstance(item, str):
-            items[index] = _plugin_path(item, recipe_folder, f"{dotted(keys)}.{index}")
+            items[index] = _plugin_path(item, recipe_folder, f"{place}.{index}")
 
 
 def _looks_local(name: str) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from lmrl import distributed
-from lmrl.errors import DataError
 from lmrl.trajectories.trajectory import Trajectory
 
 
@@ -21,11 +20,7 @@ def best_of(
     if share == 1:
         return list(range(len(returns)))
     known = [value for value in returns if value is not None]
-    if len(known) < len(returns):
-        row = returns.index(None)
-        raise DataError(
-            f"source.best={share} ranks episodes by their returns, but episode {row + 1} of the data has no reward"
-        )
+    assert len(known) == len(returns), "unjudged episodes cannot be ranked"
     tie_breakers = rng.permutation(len(returns))
     ranked: dict[Hashable, list[int]] = {}
     for position in sorted(range(len(returns)), key=lambda position: (-known[position], tie_breakers[position])):

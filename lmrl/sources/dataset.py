@@ -61,6 +61,11 @@ class Dataset(Source):
         """
         self.returns, self.batch_size, self.name = returns, batch_size, (seed, stage)
         self.scores, self.heldout, self.notes, self.dataset = scores, heldout, list(notes), self
+        file = episodes if isinstance(episodes, DatasetFile) else None
+        self.has_pairs = file is not None and file.has_pairs
+        self._where = file.where if file else (lambda index: f"the log, episode {index + 1}")
+        if best < 1:
+            self._need_returns(f"source.best={best} ranks episodes by their returns")
         self.units = [[row] for row in range(len(returns))] if groups is None else self._comparable(groups)
         if best_among is not None and len(set(best_among)) == len(returns):
             raise DataError(
@@ -69,7 +74,6 @@ class Dataset(Source):
         rng = stream(seed, stage, "best")
         self.kept = best_of(returns, best, rng, best_among) if groups is None else list(range(len(self.units)))
         self.grouped, self.turns = groups is not None, turns
-        self.has_pairs = isinstance(episodes, DatasetFile) and episodes.has_pairs
         self._episode = lru_cache(CACHED)(episodes.__getitem__)
 
     @classmethod
@@ -82,10 +86,9 @@ class Dataset(Source):
     def check_returns(self, source: DatasetOptions, objective: ObjectiveOptions) -> None:
         """Raise DataError if returns are missing that the objective learns from; note returns that teach nothing."""
         log, returns = source.path or "the log", self.returns
-        if objective.values_log and None in returns:
-            raise DataError(
-                f"{log}: episode {returns.index(None) + 1} of {len(returns)} has no reward, and '{objective.name}' learns from rewards: "
-                "add them, or imitate the data with objective.name=likelihood"
+        if objective.values_log:
+            self._need_returns(
+                f"'{objective.name}' learns from rewards", "add it, or imitate the data with objective.name=likelihood"
             )
         if objective.imitates and source.best == 1 and self.has_pairs:
             self.notes.append(
@@ -95,6 +98,11 @@ class Dataset(Source):
         if len(returns) > 1 and len(set(returns)) == 1 and (objective.values_log or source.best < 1):
             effect = "source.best chooses at random" if source.best < 1 else "at most the timing of rewards teaches"
             self.notes.append(f"warning: {log}: all {len(returns)} episodes return {returns[0]}, so {effect}")
+
+    def _need_returns(self, why: str, fix: str = "add it") -> None:
+        """Raise DataError with the place of the first episode that has no reward."""
+        if None in self.returns:
+            raise DataError(f"{self._where(self.returns.index(None))}: has no reward, but {why}: {fix}")
 
     def next(self, step: int) -> SourceBatch:
         return SourceBatch(self.take((step - 1) * self.batch_size, self.batch_size))
@@ -119,20 +127,17 @@ class Dataset(Source):
         rows: dict[int, list[int]] = {}
         for row, group in enumerate(groups):
             rows.setdefault(group, []).append(row)
-        if None in self.returns:
-            raise DataError(
-                f"source.path: episode {self.returns.index(None) + 1} has no reward, but pairs are ranked by rewards: add them, or give "
-                "chosen and rejected"
-            )
+        self._need_returns("pairs are ranked by rewards", "add it, or give chosen and rejected")
         units = [unit for unit in rows.values() if len({self.returns[row] for row in unit}) > 1]
         if not units:
+            reasons = "; ".join(["no two episodes of a prompt have different rewards", *self.notes])
             raise DataError(
-                "no two episodes of a prompt have different rewards, so there is no pair to train on; expected "
-                "chosen and rejected, or several episodes with rewards for each prompt"
+                f"there is no pair to train on: {reasons}: add chosen and rejected, or several episodes with rewards for each prompt, or "
+                "relax the options that leave episodes out"
             )
         if len(units) < len(rows):
             self.notes.append(
-                f"left out {len(rows) - len(units)} of {len(rows)} prompts, whose episodes all earn the same"
+                f"left out {len(rows) - len(units)} of {len(rows)} prompts without two episodes of different rewards"
             )
         return units
 

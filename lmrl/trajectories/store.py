@@ -80,6 +80,10 @@ class DatasetFile:
     def __getitem__(self, index: int) -> Trajectory:
         return self._read(self._index[index], self._parts[index])
 
+    def where(self, index: int) -> str:
+        """The file and the line (or row) of an episode."""
+        return self.rows.where(self._index[index])
+
     @property
     def has_pairs(self) -> bool:
         """True if rows are pairs of a chosen and a rejected episode."""

@@ -85,7 +85,7 @@ DATA = [
     (
         [written("log.jsonl", [{"prompt": one, "completion": "b"} for one in "defgh"])],
         "'source={name: dataset, path: log.jsonl}' 'objective={name: ilql}'",
-        r"log.jsonl: episode 1 of 5 has no reward, and 'ilql' learns from rewards: add them",
+        r"log.jsonl, line 1: has no reward, but 'ilql' learns from rewards: add it",
     ),
     (
         [written("log.jsonl", [{"prompt": one, "completion": "b"} for one in "defgh"])],

@@ -103,6 +103,21 @@ def test_mistakes_in_an_override(tmp_path, override, message):
         load_recipe(write(tmp_path, GOOD), [override])
 
 
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [
+        ("log: {path: gone.jsonl}", "source.parts.1.log.path"),
+        ("task: {prompts: {path: gone.jsonl}, rewards: [length]}", "source.parts.1.task.prompts.path"),
+    ],
+)
+def test_a_missing_file_of_a_part_has_its_place(tmp_path, part, key):
+    source = f"source={{name: blend, parts: [{{name: a}}, {{name: b, {part}}}]}}"
+    with pytest.raises(LmrlError, match=f"^{key}: file 'gone.jsonl' does not exist"):
+        load_recipe(write(tmp_path, GOOD), [source])
+    with pytest.raises(LmrlError, match=f"^stages.warm.{key}: file 'gone.jsonl' does not exist"):
+        load_recipe(write(tmp_path, GOOD), [f"stages.warm={{{source.replace('=', ': ')}}}"])
+
+
 def test_prompt_mistakes(tmp_path):
     text = """
 model: {config: {model_type: llama}}

@@ -114,7 +114,7 @@ def test_a_file_without_rewards(tmp_path, walks):
         tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b", "reward": 1}, {"prompt": "a", "completion": "c"}]
     )
     assert build_dataset(dataset(path=path), walks, 0, "main").scores()["return"]["n"] == 1
-    with pytest.raises(DataError, match="source.best=0.5 ranks episodes .* episode 2 of the data has no reward"):
+    with pytest.raises(DataError, match="data.jsonl, line 2: has no reward, but source.best=0.5 ranks episodes"):
         build_dataset(dataset(path=path, best=0.5), walks, 0, "main")
     path = lines(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}])
     assert build_dataset(dataset(path=path), walks, 0, "main").scores() is None
@@ -164,7 +164,7 @@ def source_for(tmp_path, walks, method, rewards, *changes):
 @pytest.mark.parametrize("objective", ["ilql", "mc", "q_sft"])
 def test_one_missing_reward_stops_value_learning(tmp_path, walks, objective):
     changes = [f"objective={{name: {objective}}}", "model.lora=null"]
-    with pytest.raises(DataError, match=f"data.jsonl: episode 2 of 3 has no reward, and '{objective}' learns from"):
+    with pytest.raises(DataError, match=f"data.jsonl, line 2: has no reward, but '{objective}' learns from"):
         source_for(tmp_path, walks, "ilql", [1, None, 0], *changes)
     assert source_for(tmp_path, walks, "sft", [1, None, 0]).returns == [1.0, None, 0.0]
 
@@ -298,7 +298,7 @@ def test_groups_are_drawn_whole(tmp_path, walks):
     assert len(source_batch) == 6  # two pairs and one of them again; the prompt c has nothing to compare
     assert [episode.group for episode in source_batch] == [0, 0, 1, 1, 2, 2]
     assert {episode.prompt for episode in source_batch} == {"a", "b"}
-    assert source.notes == ["left out 1 of 3 prompts, whose episodes all earn the same"]
+    assert source.notes == ["left out 1 of 3 prompts without two episodes of different rewards"]
 
 
 def test_pairs_of_the_same_prompt_stay_apart(tmp_path, walks):
@@ -311,6 +311,9 @@ def test_nothing_to_compare_is_reported(tmp_path, walks):
     path = lines(tmp_path / "data.jsonl", rewarded(("a", "x", 1), ("b", "x", 0)))
     with pytest.raises(DataError, match="no two episodes of a prompt have different rewards"):
         build_dataset(dataset(path=path), walks, 0, "main", compares=True)
+    path = lines(tmp_path / "data.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c" * 9}])
+    with pytest.raises(DataError, match="no pair to train on: .*left out 1 episodes of more than 5 tokens: add"):
+        build_dataset(dataset(path=path, max_tokens=5), walks, 0, "main", compares=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- batches

@@ -77,5 +77,8 @@ def test_new_values_need_a_log(tmp_path):
 @pytest.mark.parametrize(("objective", "warned"), [("q_sft", True), ("likelihood", False)])
 def test_an_untrained_policy_that_stays_so_is_noted(tmp_path, capsys, objective, warned):
     steps = ["training.steps=1", "training.checkpoint_every=0", "evaluation.suite=null"]
-    train(load_recipe("random_walks/bc", [*TINY_WALKS, f"objective={{name: {objective}}}", *steps]), output=tmp_path / "run")
+    train(
+        load_recipe("random_walks/bc", [*TINY_WALKS, f"objective={{name: {objective}}}", *steps]),
+        output=tmp_path / "run",
+    )
     assert ("has learned nothing: begin with a stage" in " ".join(capsys.readouterr().out.split())) == warned
