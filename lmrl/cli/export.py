@@ -32,7 +32,10 @@ def command(
         bool, typer.Option("--adapter-only", help="For a LoRA run: write the adapter instead of merged weights")
     ] = False,
     max_loss: Annotated[
-        float, typer.Option("--max-loss", help="Points of normalised score that --beta may cost")
+        float,
+        typer.Option(
+            "--max-loss", help="Points of normalised score that --beta may cost, or percent of the gain over beta 0"
+        ),
     ] = 5.0,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Play the suite with both policies")] = True,
     suite: Annotated[
@@ -75,7 +78,8 @@ def command(
     )
     if result.rows:
         Display().table(f"beta {beta:g}", result.rows)
-        print(f"{result.metric}: the export loses {result.loss:.1f} points of at most {max_loss:g}")
+        lost = max(result.loss or 0.0, 0.0)
+        print(f"{result.metric}: the export loses {lost:.1f} {result.unit}; at most {max_loss:g} are allowed")
     print(f"written to {destination}, with a model card")
     if result.address:
         print(f"pushed to {result.address}")

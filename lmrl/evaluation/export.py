@@ -35,6 +35,11 @@ class Export:
     address: str | None = None
     """Its address on the hub, if it was pushed."""
 
+    @property
+    def unit(self) -> str:
+        """What `loss` is counted in."""
+        return "% of the gain over beta 0" if "without Q" in self.rows else "points of normalised score"
+
 
 def export(
     policy: str | Path,
@@ -95,7 +100,7 @@ def export(
                 raise RunError(
                     f"the export scores {result.rows['exported'][result.metric]['mean']:.3f} on {result.metric} where the "
                     f"guided policy scores {result.rows['guided'][result.metric]['mean']:.3f}: a loss of {result.loss:.1f} "
-                    f"points, more than the {max_loss:g} allowed. {advice}, or allow it with --max-loss"
+                    f"{result.unit}, more than the {max_loss:g} allowed. {advice}, or allow it with --max-loss"
                 )
         if (path / TASK_FILE).is_file():
             shutil.copy(path / TASK_FILE, written / TASK_FILE)

@@ -186,7 +186,9 @@ def test_an_export_is_checked_on_the_suite(tmp_path, ilql_run):
 
 
 def test_an_export_that_loses_too_much_is_not_kept(tmp_path, ilql_run):
-    with pytest.raises(RunError, match=r"the export scores [\d.]+ on optimality .* more than the -1000 allowed"):
+    with pytest.raises(
+        RunError, match=r"the export scores [\d.]+ on optimality .* points of .*, more than the -1000 allowed"
+    ):
         export(ilql_run, tmp_path / "out", 8.0, max_loss=-1000)
     assert list(tmp_path.iterdir()) == []
 
@@ -202,7 +204,7 @@ def test_without_players_the_loss_is_a_share_of_the_gain(tmp_path, ilql_run, mon
     monkeypatch.setattr(Evaluator, "scale", None)
     result = export(ilql_run, tmp_path / "out", 8.0, max_loss=1e9)
     assert list(result.rows) == ["guided", "exported", "without Q"] and betas == [8.0, None, 0.0]
-    assert result.loss == pytest.approx(loss)
+    assert result.loss == pytest.approx(loss) and result.unit == "% of the gain over beta 0"
 
 
 def test_what_is_there_is_not_overwritten(tmp_path, ilql_run):
