@@ -59,7 +59,8 @@ class GymnasiumText(TextEnvironment):
 
     id: gymnasium's name for it. actions: a word for each (default: known ones, else numbers). template: the observation's text,
     in which {observation} stands for its values. illegal_reward: of a text that is no action, which takes a turn and changes
-    nothing. Further keys go to `gymnasium.make`. The metric `illegal` counts such texts. A game that says in `info["action_mask"]`
+    nothing. Further keys go to `gymnasium.make`. The metric `illegal` counts such texts, beside the game's own
+    `info["metrics"]`. A game that says in `info["action_mask"]`
     which actions change something (Taxi) allows these; others allow all.
     """
 
@@ -105,6 +106,7 @@ class GymnasiumText(TextEnvironment):
         super().reset(seed=seed)
         observation, info = self.env.reset(seed=seed)
         self.mask = info.get("action_mask")
+        self.metrics: dict[str, Any] = {}
         self.illegal, self.shown = 0, self._text(observation)
         return self.shown, {}
 
@@ -112,12 +114,12 @@ class GymnasiumText(TextEnvironment):
         word = " ".join(action.split())
         if word not in self.words:
             self.illegal += 1
-            return self.shown, self.illegal_reward, False, False, {"metrics": {"illegal": self.illegal}}
+            return self.shown, self.illegal_reward, False, False, self._measured()
         number = self.words.index(word) + self.first
         observation, reward, terminated, truncated, info = self.env.step(number)
-        self.mask = info.get("action_mask")
+        self.mask, self.metrics = info.get("action_mask"), info.get("metrics", {})
         self.shown = self._text(observation)
-        return self.shown, float(reward), bool(terminated), bool(truncated), {"metrics": {"illegal": self.illegal}}
+        return self.shown, float(reward), bool(terminated), bool(truncated), self._measured()
 
     def act(self, player: str, rng: np.random.Generator) -> str:
         return str(rng.choice(self.words))
@@ -140,6 +142,9 @@ class GymnasiumText(TextEnvironment):
 
     def close(self) -> None:
         self.env.close()
+
+    def _measured(self) -> dict[str, Any]:
+        return {"metrics": {**self.metrics, "illegal": self.illegal}}
 
     def _text(self, observation: Any) -> str:
         return self.template.replace("{observation}", self.describe(observation))

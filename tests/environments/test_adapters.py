@@ -4,6 +4,7 @@ import importlib.util
 import pickle
 import random
 
+import gymnasium
 import numpy as np
 import pytest
 
@@ -38,6 +39,28 @@ def test_gymnasium_passes_every_check(game):
         if terminated or truncated:
             break
         assert game in ("CartPole-v1", "MountainCar-v0", "Acrobot-v1") or set(observation.split()) <= words
+
+
+class Measured(gymnasium.Env):
+    action_space, observation_space = gymnasium.spaces.Discrete(2), gymnasium.spaces.Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        self.count = 0
+        return 0, {}
+
+    def step(self, action):
+        self.count += int(action)
+        return self.count, 0.0, False, False, {"metrics": {"ones": self.count, "illegal": 9}}
+
+
+def test_gymnasium_metrics_are_kept():
+    gymnasium.register("Measured-v0", Measured)
+    game = make("gymnasium:Measured-v0")
+    game.reset(seed=0)
+    said = [game.step(action)[4]["metrics"] for action in ("1", "5", "1")]
+    assert said == [{"ones": 1, "illegal": 0}, {"ones": 1, "illegal": 1}, {"ones": 2, "illegal": 1}]
+    game.reset(seed=1)
+    assert game.step("5")[4] == {"metrics": {"illegal": 1}}
 
 
 def test_what_the_games_say():
