@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, Protocol, cast, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from lmrl.coroutines import call_user
+from lmrl.coroutines import call_user, in_thread
 from lmrl.errors import PluginError
 from lmrl.plugins import load_plugin
 from lmrl.tools.formats import Tool
@@ -110,7 +110,7 @@ class ToolBox:
         try:
             given = tool.check(arguments)
             async with asyncio.timeout(self.seconds) as limit:
-                return as_text(await call_user(call, **given))
+                return as_text(await _listed(await call_user(call, **given)))
         except ToolLost:
             raise
         except ToolFailed as error:
@@ -151,6 +151,13 @@ def _load(name: Any, key: str) -> Sequence[OfferedTool]:
     raise PluginError(
         f"{key}: {', '.join(map(repr, kinds)) or 'nothing'} is not a kind of tool; write {{python: ...}} or {{mcp: ...}}"
     )
+
+
+async def _listed(result: Any) -> Any:
+    """The items that a generator yields, as a list; any other result unchanged."""
+    if isinstance(result, AsyncIterator):
+        return [item async for item in result]
+    return await in_thread(lambda: list(result)) if isinstance(result, Iterator) else result
 
 
 def as_text(result: Any) -> str:

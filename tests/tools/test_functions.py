@@ -113,6 +113,25 @@ def test_time_and_output_are_limited():
     assert results[2] == "a" * 20 + "\n[... 80 characters ...]\n" + "b" * 20
 
 
+def test_yielded_items_are_a_list():
+    def count(to: int):
+        for number in range(to):
+            time.sleep(0.3 * (to > 2))
+            yield number
+
+    async def slowly(to: int):
+        yield "a"
+        await asyncio.sleep(to)
+
+    def broken():
+        yield 1
+        raise KeyError("b")
+
+    calls = ("count", {"to": 2}), ("slowly", {"to": 0}), ("broken", {}), ("count", {"to": 9}), ("slowly", {"to": 9})
+    late = "error: timed out after 0.5 s"
+    assert run([count, slowly, broken], *calls, seconds=0.5) == ["[0, 1]", '["a"]', "error: KeyError: 'b'", late, late]
+
+
 def test_a_class_is_made_anew_for_each_episode():
     assert run([Counter], ("Counter", {}), ("Counter", {"step": 4})) == ["1", "5"]
     assert run([Counter], ("Counter", {})) == ["1"]
