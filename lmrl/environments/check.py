@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import string
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from lmrl.environments import environment_factory, limits_of
 from lmrl.environments.calls import begin_episode, call_player, take_step
-from lmrl.environments.games import GameEnvironment
+from lmrl.environments.games import GameEnvironment, lists_actions
 from lmrl.errors import LmrlError
 from lmrl.findings import Finding
 from lmrl.recipe import EpisodeLimits
@@ -32,7 +33,8 @@ def check_environment(task: EpisodeLimits, episodes: int = EPISODES) -> Iterator
     except LmrlError as error:
         yield Finding("can be made", False, str(error))
         return
-    yield Finding("can be made", True, type(environment).__name__)
+    inner = environment.game if isinstance(environment, GameEnvironment) else environment
+    yield Finding("can be made", True, type(inner).__name__)
     yield _picklable(environment)
     try:
         first, _ = begin_episode(environment, 1, None)
@@ -81,7 +83,7 @@ def check_environment(task: EpisodeLimits, episodes: int = EPISODES) -> Iterator
     )
     yield _within_limits(environment, returns)
     yield from _scripted(make, environment, task)
-    yield _nonsense(make)
+    yield _odd_actions(make, task, environment)
     yield _texts(environment, played)
     yield _speed(played)
 
@@ -195,31 +197,45 @@ def _scripted(make: Any, environment: Any, task: EpisodeLimits) -> Iterator[Find
         yield Finding(f"player '{player}'", True, f"mean return {np.mean(returns):.3g} in 5 episodes")
 
 
-def _nonsense(make: Any) -> Finding:
+def _odd_actions(make: Any, task: EpisodeLimits, environment: Any) -> Finding:
+    name = "survives odd actions"
+    if task.allowed_actions:
+        return Finding(name, None, "not tried: task.allowed_actions=true plays only those that the environment lists")
+    raised = raised_by_odd_actions(make)
+    if raised is None:
+        return Finding(name, True, "empty, odd and very long actions")
+    fix = (
+        "set task.allowed_actions=true" if lists_actions(environment) else "answer any text, or list allowed_actions()"
+    )
+    return Finding(name, False, f"{raised}: {fix}")
+
+
+def raised_by_odd_actions(make: Any) -> str | None:
+    """Which odd action an environment does not survive, and what it raises; None: it survives them all."""
     for action in NONSENSE:
         environment = make()
         try:
             begin_episode(environment, 0, None)
             take_step(environment, action)
         except (Exception, SystemExit) as error:
-            return Finding(
-                "survives odd actions", False, f"action {action[:12]!r} raises {type(error).__name__}: {error}"
-            )
-    return Finding("survives odd actions", True, "empty, odd and very long actions")
+            return f"action {action[:12]!r} raises {type(error).__name__}: {error}"
+    return None
 
 
 def _texts(environment: Any, played: list[_Played]) -> Finding:
     known = list(environment.texts()) if hasattr(environment, "texts") else []
+    seen = [text for one in played for text in one.texts]
+    letters = {letter for text in known or [string.printable] for letter in text}
+    missing = "".join(sorted({letter for text in seen for letter in text} - letters))
+    lacking = f" lack {visible(missing)[:40]!r}" if missing else ""
     if not known:
-        return Finding("texts", None, "none; without, a model from scratch reads printable ASCII letter by letter")
-    letters = {letter for text in known for letter in text}
-    missing = {letter for one in played for text in one.texts for letter in text} - letters
-    detail = (
-        f"cover the letters of {len(played)} episodes"
-        if not missing
-        else f"lack {visible(''.join(sorted(missing)))[:40]!r}"
-    )
-    return Finding("texts", not missing, detail)
+        begins = "none; without, a model from scratch reads printable ASCII letter by letter"
+        return Finding("texts", None, begins + (lacking and f", which{lacking.replace('lack', 'lacks')}"))
+    if lacking:
+        return Finding("texts", False, lacking.strip())
+    words = sorted({word for text in seen for word in text.split()} - {word for text in known for word in text.split()})
+    others = f", but not all words, so use model.tokenizer=char: {visible(' '.join(words))[:40]!r}" if words else ""
+    return Finding("texts", True, f"cover the letters of {len(played)} episodes{others}")
 
 
 def _speed(played: list[_Played]) -> Finding:

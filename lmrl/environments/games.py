@@ -201,6 +201,13 @@ def split_start(game: Game, start: int | None, number: int) -> tuple[int | None,
     return start // game.num_players, start % game.num_players
 
 
+def lists_actions(environment: Any) -> bool:
+    """True if an environment declares which actions are allowed."""
+    inner = environment.game if isinstance(environment, GameEnvironment) else environment
+    method = getattr(type(inner), "allowed_actions", None)
+    return method not in (None, TextEnvironment.allowed_actions, Game.allowed_actions)
+
+
 def check_game(game: Any, name: str) -> None:
     """Raise PluginError for anything that cannot be played as a game of several players."""
     count = game.num_players

@@ -6,8 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from lmrl.engines.token_trie import TokenTrie
-from lmrl.environments.base import TextEnvironment
-from lmrl.environments.games import Game, GameEnvironment
+from lmrl.environments.games import lists_actions
 from lmrl.errors import PluginError
 from lmrl.foreign import foreign
 from lmrl.trajectories.render import Renderer
@@ -46,9 +45,7 @@ def allowed_actions(environment: Any, limit: float | None = None) -> tuple[str, 
 
 def check_says_what_is_allowed(environment: Any, name: str) -> None:
     """Raise PluginError for an environment that does not declare which actions are allowed."""
-    inner = environment.game if isinstance(environment, GameEnvironment) else environment
-    method = getattr(type(inner), "allowed_actions", None)
-    if method in (None, TextEnvironment.allowed_actions, Game.allowed_actions):
+    if not lists_actions(environment):
         raise PluginError(
             f"task.allowed_actions: environment '{name}' has no method allowed_actions(): add it, or leave the key out"
         )

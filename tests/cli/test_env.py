@@ -37,6 +37,14 @@ class Unmeasured(Good):
         return "", 1.0, True, False, {"metrics": {"turns": None, "right": 1}}
 
 
+class Accented(Good):
+    def reset(self, **options):
+        return super().reset(**options)[0] + " é", {}
+
+    def texts(self):
+        return []
+
+
 class Unseeded(Good):
     def step(self, action):
         observation, reward, *rest = super().step(action)
@@ -46,6 +54,11 @@ class Unseeded(Good):
 class Fragile(Good):
     def step(self, action):
         return super().step({"yes": "yes", "no": "no"}[action])
+
+
+class Strict(Fragile):
+    def allowed_actions(self):
+        return ["yes", "no"]
 
 
 class Four(Good):
@@ -95,6 +108,21 @@ def test_what_is_wrong_is_found(game, tmp_path, name, failed):
     assert done.exit_code == 1
     found = {one["name"] for one in json.loads((tmp_path / "found.json").read_text()) if one["passed"] is False}
     assert found >= failed if name == "Unseeded" else found == failed
+
+
+def test_findings_name_the_fix(game, tmp_path):
+    def found(*arguments):
+        run("env", "check", *arguments, "--json", tmp_path / "found.json")
+        return {
+            one["name"]: (one["passed"], one["detail"]) for one in json.loads((tmp_path / "found.json").read_text())
+        }
+
+    name, raised = "survives odd actions", "action '' raises KeyError: ''"
+    assert found(game("Fragile"))[name] == (False, f"{raised}: answer any text, or list allowed_actions()")
+    assert found(game("Strict"))[name] == (False, f"{raised}: set task.allowed_actions=true")
+    assert found(game("Strict"), "allowed_actions=true")[name][0] is None
+    assert found(game("Accented"))["texts"][1].endswith("letter by letter, which lacks 'é'")
+    assert "not all words" not in found(game("Good"))["texts"][1]
 
 
 def test_playing(game):
