@@ -14,6 +14,8 @@ import numpy as np
 import yaml
 
 from lmrl.environments import environment_factory
+from lmrl.environments.check import raised_by_odd_actions
+from lmrl.environments.games import lists_actions
 from lmrl.errors import DataError, RecipeError
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import CustomTask
@@ -30,6 +32,8 @@ WORDS = 200
 """Maximum number of distinct words for which a tiny model gets a word-level tokenizer."""
 LONGEST = 2048
 """Maximum tokens of a context; of longer episodes only the last observations are shown."""
+TURN = 32
+"""Tokens of an action if none is known, and at least of a model that was not taught how short actions are."""
 TEMPLATE = 64
 """Tokens that a chat template may add to a row, in addition to a quarter of its length."""
 METHODS = {
@@ -49,36 +53,55 @@ class Look:
     """Comment lines for the top of the recipe."""
     context: int = 0
     """Tokens of the longest context, as far as was seen."""
-    turn: int = 32
+    turn: int = TURN
     """Tokens of an action."""
     players: tuple[str, ...] = ()
     rows: int = 0
     tokens: int = 0
     """Maximum tokens of a row of data, with room for what a chat template adds."""
     tokenizer: Literal["char", "word"] = "char"
+    chat: bool = False
+    history: int | str = "all"
+    only_allowed: bool = False
+    """True if an environment lists its actions and raises for other texts."""
 
 
-def look_at_environment(name: str, max_turns: int) -> Look:
-    """Play an environment with its random player, if it has one."""
-    section = CustomTask(environment=name, max_turns=max_turns)
-    probe = build_task(section, build_tokenizer("char", ["a"]))
-    environment = probe.make()
+def look_at_environment(name: str, max_turns: int, scratch: bool = True, tokenizer: Any = None) -> Look:
+    """Play an environment with its random player, if it has one. scratch: for a model from scratch; tokenizer: that of
+    a named model; None counts four characters as a token."""
+    letters = build_tokenizer("char", ["a"])
+    look = Look(chat=not scratch and bool(tokenizer is None or tokenizer.chat_template))
+    section = CustomTask(environment=name, max_turns=max_turns, chat=look.chat and tokenizer is not None)
+    task = build_task(section, tokenizer or letters)
+    environment = task.make()
     texts = list(environment.texts()) if hasattr(environment, "texts") else []
-    look = Look(players=tuple(getattr(environment, "players", ())))
-    words = {word for text in texts for word in text.split()}
-    look.tokenizer = (
-        "word" if 0 < len(words) <= WORDS and all(" ".join(text.split()) == text for text in texts) else "char"
-    )
-    task = build_task(section, build_tokenizer(look.tokenizer, texts or ["a"]))
+    look.players = tuple(getattr(environment, "players", ()))
+    if raised := raised_by_odd_actions(environment_factory(section)):
+        look.only_allowed = lists_actions(environment)
+        look.said.append(
+            raised + (": only allowed actions are played" if look.only_allowed else ": such episodes fail")
+        )
     if not look.players:
         observation, _ = environment_factory(section)().reset(seed=0)
         look.said.append("no scripted player: the length of actions is a guess (rollouts.max_new_tokens)")
         look.context = 4 * len(task.renderer.first(observation)) + 4 * look.turn
         return look
     player = "random" if "random" in look.players else look.players[0]
+    per_token = 1 if scratch or tokenizer else 4
     starts = draw_starts(task, EPISODES, ("new", "starts"))
-    played = Sampler(task).play_scripted(player, starts, ("new", player))
-    _measure(look, played, task)
+
+    def play(tokenizer: Any) -> tuple[Task, list[Trajectory]]:
+        task = build_task(section.model_copy(update={"history": look.history}), tokenizer)
+        return task, Sampler(task).play_scripted(player, starts, ("new", player))
+
+    if scratch:
+        look.tokenizer = _level(texts, play(letters)[1])
+        tokenizer = build_tokenizer(look.tokenizer, texts)
+    for look.history in ("all", 4, 1):
+        task, played = play(tokenizer or letters)
+        _measure(look, played, task, per_token)
+        if look.context <= LONGEST:
+            break
     done = [one for one in played if one.failure is None]
     if not done:
         raise RecipeError(f"--environment {name}: every episode failed, for instance: {played[0].failure}")
@@ -94,12 +117,19 @@ def look_at_environment(name: str, max_turns: int) -> Look:
     return look
 
 
-def _measure(look: Look, played: Iterable[Trajectory], task: Task) -> None:
-    for one in played:
-        for segment in one.segments:
-            look.context = max(look.context, len(segment.tokens))
-    longest = max((len(task.renderer.action(turn.action)) for one in played for turn in one.turns), default=look.turn)
-    look.turn = longest
+def _level(texts: list[str], played: Iterable[Trajectory]) -> Literal["char", "word"]:
+    """Words, if they are few and `texts` has all that were played."""
+    words = {word for text in texts for word in text.split()}
+    seen = [text for one in played for turn in one.turns for text in (prompt_text(turn.observation), turn.action)]
+    spaced = all(" ".join(text.split()) == text for text in [*texts, *seen])
+    known = all(word in words for text in seen for word in text.split())
+    return "word" if 0 < len(words) <= WORDS and spaced and known else "char"
+
+
+def _measure(look: Look, played: Iterable[Trajectory], task: Task, per_token: int) -> None:
+    context = max((len(segment.tokens) for one in played for segment in one.segments), default=0)
+    turn = max((len(task.renderer.action(turn.action)) for one in played for turn in one.turns), default=look.turn)
+    look.context, look.turn = math.ceil(context / per_token), math.ceil(turn / per_token)
 
 
 def look_at_rows(path: str, kind: str, tokenizer: Any) -> Look:
@@ -139,7 +169,7 @@ def look_at_rows(path: str, kind: str, tokenizer: Any) -> Look:
 
 def _range(values: list[int], unit: str) -> str:
     low, high = min(values), max(values)
-    return f"{low} {unit}" if low == high else f"{low} to {high} {unit}"
+    return f"{low} {unit.removesuffix('s') if low == 1 else unit}" if low == high else f"{low} to {high} {unit}"
 
 
 def quoted(text: str) -> str:
@@ -158,8 +188,6 @@ def rounded(value: float, to: int) -> int:
 # ------------------------------------------------------------------------------------------------------------ the recipe
 def environment_recipe(name: str, method: str, model: str | None, look: Look, max_turns: int) -> str:
     """The recipe's text: for a tiny model from scratch, or for a model that is named."""
-    deep = look.context > LONGEST
-    context = LONGEST if deep else look.context
     logged = method in LOGGED
     if (logged or model is None) and not look.players:
         raise RecipeError(
@@ -170,7 +198,7 @@ def environment_recipe(name: str, method: str, model: str | None, look: Look, ma
     title = quoted(f"{Path(name.partition(':')[0]).stem} by {method}")
     lines = [*(f"# {line}" for line in look.said), "", f"description: {title}", "", "model:"]
     if model is None:
-        size = 2 ** math.ceil(math.log2(max(1.5 * context + look.turn, 32)))
+        size = 2 ** math.ceil(math.log2(max(1.5 * look.context + look.turn, 32)))
         lines += [
             "  config:  # a model from scratch, small enough for a laptop",
             "    model_type: llama",
@@ -185,11 +213,15 @@ def environment_recipe(name: str, method: str, model: str | None, look: Look, ma
     else:
         lines += [f"  path: {quoted(model)}", "  lora: {r: 16, alpha: 32}  # null: train all weights"]
     lines += ["", "task:", f"  environment: {quoted(name)}", f"  max_turns: {max_turns}"]
-    lines += [
-        f"  history: {'4  # whole episodes are too long for a context' if deep else 'all  # what the policy sees: the whole episode'}"
-    ]
+    seen = "the whole episode" if look.history == "all" else f"the last {look.history} observations"
+    if look.history == 1:
+        seen = "the last observation"
+    lines += [f"  history: {look.history}  # what the policy sees: {seen}"]
+    if look.only_allowed:
+        lines += ["  allowed_actions: true  # the environment raises for other texts"]
     if model is not None:
-        lines += ["  chat: true  # observations go through the model's chat template; false for a base model"]
+        chat = "true  # observations go through the model's chat template; false for a base model"
+        lines += [f"  chat: {chat if look.chat else 'false  # the tokenizer has no chat template'}"]
     if model is None:
         lines += [
             "",
@@ -207,11 +239,12 @@ def environment_recipe(name: str, method: str, model: str | None, look: Look, ma
         ]
     else:
         lines += ["source: {name: rollouts}"]
+    room = look.turn + max(look.turn // 2, 2)
     lines += [
         "rollouts:",
         "  prompts: 16  # start states a step",
-        f"  samples: {8}  # episodes from each",
-        f"  max_new_tokens: {look.turn + max(look.turn // 2, 2)}  # of a turn; the longest action seen has {look.turn}",
+        "  samples: 8  # episodes from each",
+        f"  max_new_tokens: {room if model is None else max(room, TURN)}  # of a turn; the longest action seen has {look.turn}",
         f"objective: {{name: {method}}}",
         f"training: {{steps: {3000 if logged else 200}, seed: 0}}",
     ]

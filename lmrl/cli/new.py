@@ -66,7 +66,7 @@ def command(
             raise DataError(f"{option}: file '{path}' does not exist")
     if environment is not None:
         turns = max_turns or 100
-        look = new.look_at_environment(environment, turns)
+        look = new.look_at_environment(environment, turns, model is None, _tokenizer(model) if model else None)
         text = new.environment_recipe(environment, method, model, look, turns)
     else:
         rows = given[kind]

@@ -39,6 +39,34 @@ class Coin(TextEnvironment):
 
 class Silent(Coin):
     players = ()
+
+
+class Counted(Coin):
+    def step(self, action):
+        observation, *rest = super().step(action)
+        return f"turn {self.turn}", *rest
+
+    def texts(self):
+        return ["call it", "turn 0123456789", "heads", "tails"]
+
+
+class Logbook(Coin):
+    """Observations of 1,000 and 2,000 letters: both at once are too long."""
+
+    def step(self, action):
+        observation, *rest = super().step(action)
+        return "x" * 1000 * self.turn, *rest
+
+    def texts(self):
+        return []
+
+
+class Strict(Coin):
+    def step(self, action):
+        return super().step({"heads": "heads", "tails": "tails"}[action])
+
+    def allowed_actions(self):
+        return ["heads", "tails"]
 '''
 
 
@@ -59,6 +87,34 @@ def test_an_environment(tmp_path, method):
     assert recipe.model.tokenizer == "word" and recipe.rollouts.max_new_tokens == 4  # a word and its end, and room
     assert recipe.model.config["max_position_embeddings"] == 32
     dry_run(recipe)
+
+
+@pytest.mark.parametrize(
+    ("game", "tokenizer", "history", "allowed", "positions"),
+    [
+        ("Coin", "word", "all", False, 32),
+        ("Counted", "char", "all", False, 64),  # its texts have the digits of "turn 2", not the word
+        ("Logbook", "char", 1, False, 4096),  # the longest: 2,000 letters and an action of 6 tokens
+        ("Strict", "word", "all", True, 32),
+    ],
+)
+def test_the_recipe_fits_the_game(tmp_path, game, tokenizer, history, allowed, positions):
+    (tmp_path / "game.py").write_text(GAME)
+    new(tmp_path / "mine.yaml", "-e", f"{tmp_path}/game.py:{game}", "--tiny")
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    assert recipe.model.tokenizer == tokenizer and recipe.model.config["max_position_embeddings"] == positions
+    assert recipe.task.history == history and recipe.task.allowed_actions == allowed
+
+
+def test_a_models_tokens_are_counted(tmp_path, tiny_folder):
+    (tmp_path / "game.py").write_text(GAME)
+    seen = []
+    for model in (tiny_folder, "somebody/unknown"):
+        file = tmp_path / f"{len(seen)}.yaml"
+        new(file, "-e", f"{tmp_path}/game.py:Logbook", "--model", model)
+        task = load_recipe(file).task
+        seen.append((task.history, task.chat))
+    assert seen == [(1, True), ("all", True)]  # a letter is a token, or a quarter
 
 
 def test_written_recipes_learn(tmp_path):
