@@ -39,6 +39,8 @@ class Renderer:
         self.tokenizer, self.chat, self.system = tokenizer, chat, system
         self.encoder = Encoder(tokenizer, special_tokens, tools)
         self._encoded: dict[tuple[tuple[Part, ...], bool], list[int]] = {}
+        self.unknown: str | None = None
+        """The first letter or word so far that the vocabulary lacks."""
 
     def first(self, observation: str | Messages) -> list[int]:
         """Context that opens a segment."""
@@ -116,9 +118,16 @@ class Renderer:
         known = self._encoded.get(name)
         if known is None:
             known = self.encoder.encode(parts, opening)
+            if self.unknown is None and self.tokenizer.is_fast and self.tokenizer.unk_token_id in known:
+                self.unknown = self._unknown("".join(part.text for part in parts))
             if sum(len(part.text) for part in parts) <= KEPT_LENGTH and len(self._encoded) < KEPT:
                 self._encoded[name] = known
         return list(known)
+
+    def _unknown(self, text: str) -> str | None:
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spans = zip(found.input_ids, found.offset_mapping, strict=True)
+        return next((text[low:high] for token, (low, high) in spans if token == self.tokenizer.unk_token_id), None)
 
     def _after_action(
         self, messages: Messages, open_turn: bool = True, said: dict[str, Any] | None = None

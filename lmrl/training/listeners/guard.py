@@ -22,6 +22,7 @@ from lmrl.training.listeners.recovery import end_with_best, go_back, leave_check
 from lmrl.training.monitoring.bundle import keep_update, rng_state
 from lmrl.training.monitoring.collapse import KEEP, LEAST, START, RollbackPoint, Step, Tracker
 from lmrl.training.monitoring.detectors import DETECTORS, WIDE, Row, Settings, between_groups
+from lmrl.visible import visible
 
 if TYPE_CHECKING:
     from lmrl.training.stage import Stage
@@ -30,6 +31,8 @@ LR_FACTOR, MAX_ROLLBACKS = 0.3, 3
 """Factor on the learning rate after a rollback, and maximum rollbacks per stage."""
 CHECKPOINTS = 20
 """About how many checkpoints per stage the guard may ask for."""
+UNKNOWN = "unknown_text"
+"""Name of the warning of text that the vocabulary of a model from scratch lacks."""
 FRESH = {"reward_std": "reward_std", "length": "length", "cut": "cut"}
 OWN = {
     "entropy": "entropy",
@@ -91,6 +94,17 @@ class Guard(Listener):
         measured = measured_of(metrics, self.recipe, self.objective, stage.task.sides)
         if measured is not None:
             self.tracker.add(step, measured)
+        unknown = stage.task.renderer.unknown
+        if unknown is not None and self.recipe.model.config is not None and UNKNOWN not in self.said:
+            self.said.append(UNKNOWN)
+            letters = "" if self.recipe.model.tokenizer == "char" else ", or set model.tokenizer=char"
+            warn(
+                stage,
+                step,
+                UNKNOWN,
+                f"the vocabulary lacks {visible(unknown)[:40]!r}, so the policy can neither read nor write it: add it to the "
+                f"environment's texts(){letters}",
+            )
         gained = self.tracker.gained
         for name, detector in DETECTORS.items():
             if name not in self.said and (text := detector(self.first, self.last, self.settings, gained)):

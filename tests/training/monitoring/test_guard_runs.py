@@ -235,6 +235,33 @@ def names(folder):
     return [line["name"] for line in lines(folder, "warning")]
 
 
+def test_text_outside_the_vocabulary_is_reported(tmp_path):
+    (tmp_path / "game.py").write_text(
+        "import lmrl\n\n"
+        "class Game(lmrl.TextEnvironment):\n"
+        "    def reset(self, *, seed=None, options=None):\n"
+        "        return 'turn 7', {}\n\n"
+        "    def step(self, action):\n"
+        "        return '', 0.0, True, False, {}\n\n"
+        "    def texts(self):\n"
+        "        return ['turn 0123456789']\n"
+    )
+    (tmp_path / "game.yaml").write_text(
+        "model: {config: {model_type: llama, hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1,\n"
+        "  num_attention_heads: 2, num_key_value_heads: 2, max_position_embeddings: 32}, tokenizer: word}\n"
+        "task: {environment: game.py:Game}\n"
+        "source: {name: rollouts}\n"
+        "rollouts: {prompts: 2, samples: 2, max_new_tokens: 2}\n"
+        "objective: {name: grpo}\n"
+        "training: {steps: 2, threads: 1}\n"
+        "evaluation: {suite: null}\n"
+    )
+    for level, expected in ("word", 1), ("char", 0):
+        lmrl.train(tmp_path / "game.yaml", [f"model.tokenizer={level}"], output=tmp_path / level)
+        found = [line["text"] for line in lines(tmp_path / level, "warning") if line["name"] == "unknown_text"]
+        assert len(found) == expected and all("lacks '7'" in one and "model.tokenizer=char" in one for one in found)
+
+
 def test_a_constant_reward_is_reported_once(good, tmp_path, monkeypatch):
     repaid(monkeypatch, lambda reward, step: 1.0)
     said, _ = run_of(recipe_from(good, "training.steps=20"), tmp_path / "run")
