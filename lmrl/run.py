@@ -1,6 +1,6 @@
 """The run folder: everything a run leaves behind, as files that people and other tools can read.
 
-    recipe.yaml       the resolved recipe          versions.json   versions, git commit, machine
+    recipe.yaml       the resolved recipe          versions.json   versions, git commit, machine, hashes of named files
     metrics.jsonl     one line per step or score   samples.jsonl   samples with their rewards
     results.json      the final table
     model/                                         a model that was passed as a Python object, unchanged
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from lmrl.errors import RunError
+from lmrl.named_files import changed, contents
 from lmrl.recipe import MAIN_STAGE, OWN_TASK, Recipe
 from lmrl.recipe.document import dotted, read_yaml
 from lmrl.recipe.files import stages_of, to_yaml
@@ -107,7 +108,8 @@ class Run:
         run = cls(folder, recipe)
         run.new = new
         run._clear()
-        write_atomically(folder / VERSIONS_FILE, json.dumps(describe_machine(), indent=2) + "\n")
+        versions = describe_machine() | {"files": contents(recipe.model_dump(mode="json"))}
+        write_atomically(folder / VERSIONS_FILE, json.dumps(versions, indent=2) + "\n")
         write_atomically(folder / RECIPE_FILE, to_yaml(recipe))  # last: a folder with a recipe is a run
         return run
 
@@ -126,6 +128,11 @@ class Run:
                     "resume it without overrides, or start a new run with another --output"
                 )
         return cls(folder, recipe or own)
+
+    def changed_files(self) -> list[str]:
+        """The files that the recipe names whose content is not what it was when the run began."""
+        path = self.folder / VERSIONS_FILE
+        return changed(json.loads(path.read_text()).get("files", {})) if path.is_file() else []
 
     def release(self) -> None:
         """Unlock the folder for other writers; this object only reads from now on."""

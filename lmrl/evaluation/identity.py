@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lmrl.evaluation.suites import SAMPLING, Suite
+from lmrl.named_files import file_hash, file_in
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf", ".json", ".model", ".txt", ".jinja")
 """Files of a model's folder that define the policy: weights, configuration, tokenizer, heads."""
@@ -17,9 +18,6 @@ OF_THE_ENGINE = ("slots", "cache_tokens")
 """Sampling options that change only the speed."""
 NOT_PLAYED = ("description", "metrics", "follows_run", "run_code")
 """Keys of a suite that do not change scores."""
-BLOCK = 1 << 20
-
-
 NO_PART_OF_TASKS = ("call_timeout", "max_failed", "min_group", "workers", "environment")
 """Keys of a task that do not change what is played."""
 
@@ -48,7 +46,7 @@ def policy_hash(path: str, commit: str | None = None) -> str:
         return commit or path
     digest = hashlib.sha256()
     for file in [place] if place.is_file() else policy_files(place):
-        digest.update(file.name.encode() + b"\0" + _file_hash(file).encode())
+        digest.update(file.name.encode() + b"\0" + file_hash(file).encode())
     return digest.hexdigest()[:16]
 
 
@@ -56,14 +54,6 @@ def policy_files(folder: Path) -> list[Path]:
     """The files of a model's folder that define the policy, by name."""
     files = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     return sorted(file for file in files if file.suffix in WEIGHT_SUFFIXES and file.name not in NO_WEIGHTS)
-
-
-def _file_hash(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _by_content(value: Any) -> Any:
@@ -74,9 +64,7 @@ def _by_content(value: Any) -> Any:
         return [_by_content(one) for one in value]
     if not isinstance(value, str) or not value.startswith("/"):
         return value
-    file, colon, attribute = value.rpartition(":")
-    if colon and file.endswith(".py") and Path(file).is_file():
-        return f"{_file_hash(Path(file))}:{attribute}"
-    if Path(value).is_file():
-        return _file_hash(Path(value))
+    if named := file_in(value):
+        file, rest = named
+        return file_hash(file) + rest
     return policy_hash(value) if Path(value).is_dir() else value

@@ -165,3 +165,16 @@ def test_a_run_is_not_overwritten_nor_mixed_up(tmp_path, tiny_folder):
         train(other, output=tmp_path / "run", resume=True)
     harmless = load_recipe(tmp_path / "mine.yaml", ["training.steps=1", "training.keep_checkpoints=5"])
     train(harmless, output=tmp_path / "run", resume=True)
+
+
+def test_a_named_file_that_changed_is_told_of(tmp_path, tiny_folder, capsys):
+    """Files that did not change are not, nor those that the recipe does not name."""
+    train(load_recipe(prompt_recipe(tmp_path, tiny_folder), ["training.steps=1"]), output=tmp_path / "run")
+    resume_run(tmp_path / "run")
+    assert "has changed" not in capsys.readouterr().out
+    rewards = tmp_path / "mine.py"
+    rewards.write_text(rewards.read_text().replace("< 'P'", "> 'P'"))
+    resume_run(tmp_path / "run")
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"note: {rewards} has changed since the run began: from here on, its new content counts" in told
+    assert told.count("has changed") == 1
