@@ -15,7 +15,7 @@ from rich.text import Text
 
 from lmrl.cli.common import Checkpoint, Debug, TrustRemoteCode
 from lmrl.errors import RecipeError
-from lmrl.visible import visible
+from lmrl.visible import plain_console, visible
 
 HELP = "/new  start over     /system TEXT    /temperature T    /quit"
 
@@ -52,14 +52,14 @@ def command(
             raise RecipeError(f"--system needs a chat template, and '{name}' has none: leave it out")
         speakers.append(Speaker(Path(name).name or name, policy, sampling, system, seed))
 
-    console = Console(highlight=False)
+    console = plain_console()
     if prompt is not None:
         _answer(console, speakers, prompt)
         return
     if sys.stdin.isatty():
-        console.print(HELP, style="dim", markup=False)
+        console.print(HELP, style="dim")
         if not speakers[0].renderer.chat:
-            console.print("no chat template: the text is continued as it is", style="dim", markup=False)
+            console.print("no chat template: the text is continued as it is", style="dim")
     while (line := _read(console)) is not None:
         word, _, rest = line.strip().partition(" ")
         if word == "/quit":
@@ -74,9 +74,9 @@ def command(
             try:
                 _each(speakers, "set_temperature", max(float(rest), 0.0))
             except ValueError:
-                console.print(f"/temperature takes a number, got {rest!r}", markup=False)
+                console.print(f"/temperature takes a number, got {rest!r}")
         elif word.startswith("/"):
-            console.print(HELP, style="dim", markup=False)
+            console.print(HELP, style="dim")
         elif line.strip():
             _answer(console, speakers, line)
 
@@ -89,9 +89,10 @@ def _each(speakers: list[Any], method: str, *arguments: float) -> None:
 def _read(console: Console) -> str | None:
     """A line that the user types; None at the end of the input."""
     try:
-        return console.input("[bold]> [/bold]") if sys.stdin.isatty() else (sys.stdin.readline().rstrip("\n") or None)
+        line = console.input("> ") + "\n" if sys.stdin.isatty() else sys.stdin.readline()
     except (EOFError, KeyboardInterrupt):
         return None
+    return line.rstrip("\r\n") if line else None
 
 
 def _answer(console: Console, speakers: list[Any], said: str) -> None:
@@ -129,4 +130,5 @@ def _answer(console: Console, speakers: list[Any], said: str) -> None:
             live.stop()
     if not live:
         for speaker, answer in zip(speakers, answers, strict=True):
-            console.print(f"{speaker.name}: {visible(answer)}" if len(speakers) > 1 else visible(answer), markup=False)
+            name = f"{speaker.name}: " if len(speakers) > 1 else ""
+            console.print(f"{name}{visible(answer)}", soft_wrap=True)

@@ -50,3 +50,15 @@ def test_the_verb(tiny_folder):
     assert isinstance(refused.exception, RecipeError) and "weighs Q values" in str(refused.exception)
     with pytest.raises(RecipeError, match="one policy or two"):
         run.invoke(app, ["chat", "a", "b", "c"], catch_exceptions=False)
+
+
+def test_empty_lines_of_a_pipe_do_not_end_the_talk(tiny_folder):
+    arguments = ["chat", str(tiny_folder), "--max-new-tokens", "4", "-t", "0"]
+    found = CliRunner().invoke(app, arguments, input="\n  \r\n/temperature hot\n\n/temperature cold")
+    assert [line[-4:] for line in found.output.splitlines()] == ["hot'", "old'"]
+
+
+def test_an_answer_in_a_pipe_is_one_unchanged_line(tiny_folder, monkeypatch):
+    answer = "word :smile: [b]bold[/b] " * 20
+    monkeypatch.setattr(Speaker, "say", lambda self, text, heard: answer)
+    assert CliRunner().invoke(app, ["chat", str(tiny_folder), "-p", "hello"]).output == answer + "\n"
