@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmrl.visible import visible
+from lmrl.visible import plain_console, visible
 
 
 @dataclass
@@ -22,10 +22,9 @@ class Finding:
 def show(findings: Iterable[Finding], to_json: Path | None = None, well: str = "fit for training") -> int:
     """Print findings as they arrive; returns how many failed. to_json: a file for them. well: printed if none has
     failed."""
-    from rich.console import Console
     from rich.text import Text
 
-    console, made = Console(highlight=False), []
+    console, made = plain_console(), []
     for finding in findings:
         made.append(finding)
         mark, style = {True: ("ok", "green"), False: ("FAILED", "bold red"), None: ("note", "yellow")}[finding.passed]

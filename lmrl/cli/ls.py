@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +17,7 @@ from lmrl import registry
 from lmrl.cli.common import Debug
 from lmrl.errors import RecipeError, did_you_mean
 from lmrl.shipped import descriptions, reward_docs, section_docs
+from lmrl.visible import plain_console
 
 KINDS: dict[str, registry.Kind | None] = {
     "recipes": None,
@@ -69,23 +70,23 @@ def command(
     if kind is not None and kind not in KINDS:
         raise RecipeError(f"no kind called '{kind}'{did_you_mean(kind, KINDS)}")
     if kind is not None and name is not None:
-        console = Console(highlight=False)
+        console = plain_console()
         for line in details(kind, name, console.width):
-            console.print(line, markup=False)
+            console.print(line)
         return
-    console = Console(highlight=False)
+    console = plain_console()
     parts: list[RenderableType] = []
     for one in [kind] if kind else KINDS:
         found = listing(one)
         if found or kind is not None:
-            parts += [f"[bold]{one}[/bold]", _laid_out(found, console.width)]
+            parts += [Text(one, style="bold"), _laid_out(found, console.width)]
     console.print(Group(*parts))  # in one write, so that a reader such as `grep -q` may close the pipe early
 
 
 def _laid_out(found: dict[str, str], width: int) -> RenderableType:
     """Names with their descriptions beside them, or below if long names leave no room. width: columns of the
     terminal."""
-    texts = {name: Text(text) for name, text in found.items()}  # so that brackets in them are not taken for markup
+    texts = {name: Text(text) for name, text in found.items()}
     if max(map(len, found), default=0) > width // 3:
         parts = [(Padding(Text(name), (0, 0, 0, 2)), Padding(text, (0, 3, 0, 6))) for name, text in texts.items()]
         return Group(*(part for pair in parts for part in pair))

@@ -12,7 +12,7 @@ import typer
 from lmrl.cli.common import Debug, Overrides
 from lmrl.cli.env import Named, task_section
 from lmrl.errors import EpisodeError, RecipeError, did_you_mean
-from lmrl.visible import visible
+from lmrl.visible import plain_console, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,14 +41,12 @@ def command(
     """Play an environment, or watch a scripted player or a policy. Ctrl-D ends the game."""
     if player is not None and policy is not None:
         raise RecipeError("--player and --policy: one of them plays, leave the other out")
-    from rich.console import Console
-
     from lmrl.environments import GameEnvironment, environment_factory
     from lmrl.environments.calls import begin_episode, call_player, take_step
     from lmrl.seeding import stream
 
     task = task_section(environment, options)
-    game, console = environment_factory(task)(), Console(highlight=False)
+    game, console = environment_factory(task)(), plain_console()
     players = tuple(getattr(game, "players", ()))
     if player is not None and player not in players:
         raise RecipeError(
@@ -59,11 +57,11 @@ def command(
     with _failures_in_one_line():
         observation, _ = begin_episode(game, seed, None)
     for turn in range(task.max_turns):
-        console.print(visible(str(observation)), style="cyan", markup=False)
+        console.print(visible(str(observation)), style="cyan")
         action: str | None
         side = game.referee.to_move if isinstance(game, GameEnvironment) else 0
         if isinstance(game, GameEnvironment) and game.new_opponent is None:
-            console.print(f"player {side + 1}", style="dim", markup=False)
+            console.print(f"player {side + 1}", style="dim")
         if speakers is not None:
             action = speakers(side).say(observation)
         elif player is not None:
@@ -72,22 +70,22 @@ def command(
         else:
             action = ask(console)
         if action is None:
-            console.print(f"left after {turn} turns: return {total:g}", markup=False)
+            console.print(f"left after {turn} turns: return {total:g}")
             return
         if speakers is not None or player is not None:
-            console.print(f"> {visible(action)}", markup=False)
+            console.print(f"> {visible(action)}")
         with _failures_in_one_line():
             observation, reward, terminated, truncated, metrics = take_step(game, action)
         total += reward
         if reward:
-            console.print(f"  {reward:+g}", style="dim", markup=False)
+            console.print(f"  {reward:+g}", style="dim")
         if terminated or truncated:
             break
     if observation:
-        console.print(visible(str(observation)), style="cyan", markup=False)
+        console.print(visible(str(observation)), style="cyan")
     ended = "over" if terminated else "cut off"
     measured = "".join(f", {name} {value:g}" for name, value in metrics.items() if value is not None)
-    console.print(f"{ended} after {turn + 1} turns: return {total:g}{measured}", markup=False)
+    console.print(f"{ended} after {turn + 1} turns: return {total:g}{measured}")
 
 
 @contextmanager
@@ -103,10 +101,8 @@ def _failures_in_one_line() -> Iterator[None]:
 
 def printer() -> tuple[Console, Callable[[str], None]]:
     """A console, and a function that shows an environment's text on it."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    return console, lambda text: console.print(visible(text), style="cyan", markup=False)
+    console = plain_console()
+    return console, lambda text: console.print(visible(text), style="cyan")
 
 
 def ask(console: Console) -> str | None:

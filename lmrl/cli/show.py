@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
@@ -13,6 +12,7 @@ from lmrl.cli.common import Debug, Overrides
 from lmrl.cli.completion import recipes
 from lmrl.recipe.estimates import arithmetic_line, evaluation_line, memory_lines, rate_line
 from lmrl.recipe.files import is_suite, load_recipe, stages_of, to_yaml
+from lmrl.visible import plain_console
 
 
 def command(
@@ -21,16 +21,16 @@ def command(
     debug: Debug = False,
 ) -> None:
     """Show a recipe with all defaults, what a step does, and how much memory it takes; or a suite with all defaults."""
-    console = Console(highlight=False)
+    console = plain_console()
     if is_suite(name):
         from lmrl.evaluation.suites import load_suite
 
-        console.print(to_yaml(load_suite(name, overrides or [])), markup=False, soft_wrap=True)
+        console.print(to_yaml(load_suite(name, overrides or [])), soft_wrap=True)
         return
     recipe = load_recipe(name, overrides or [])
-    console.print(to_yaml(recipe), markup=False, soft_wrap=True)
+    console.print(to_yaml(recipe), soft_wrap=True)
     for stage, resolved in stages_of(recipe).items():
-        console.print(f"[bold]stage {stage}[/bold] ({resolved.objective.name})")
+        console.print(Text.assemble((f"stage {stage}", "bold"), f" ({resolved.objective.name})"))
         for line in [
             arithmetic_line(resolved),
             rate_line(resolved),
@@ -40,4 +40,4 @@ def command(
             if console.is_terminal:
                 console.print(Padding(Text(line), (0, 0, 0, 2)))
             else:
-                console.print(f"  {line}", markup=False, soft_wrap=True)
+                console.print(f"  {line}", soft_wrap=True)

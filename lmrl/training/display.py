@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lmrl.trajectories.trajectory import Trajectory
-from lmrl.visible import visible
+from lmrl.visible import plain_console, visible
 
 SHOWN = ("reward", "kl", "nll", "entropy", "approx_kl", "accuracy", "margin", "length")
 TROUBLES = ("failed", "skipped")
@@ -32,7 +32,7 @@ class Display:
     """Progress, scores, samples and tables of a run."""
 
     def __init__(self, console: Console | None = None):
-        self.console = console or Console(highlight=False)
+        self.console = console or plain_console()
         self._progress: Progress | None = None
         self._task: Any = None
         self._stage, self._steps, self._last = "", 0, 0.0
@@ -103,7 +103,13 @@ class Display:
             self.console.print(line, soft_wrap=True)
 
     def table(self, title: str, rows: dict[str, dict[str, dict[str, Any]]]) -> None:
-        self.console.print(score_table(title, rows))
+        table = score_table(title, rows)
+        if (
+            self.console.measure(table, options=self.console.options.update(max_width=10_000)).minimum
+            > self.console.width
+        ):
+            table = score_table(title, rows, upright=True)
+        self.console.print(table)
         if scope := scope_of(rows):
             self.say(f"95 % intervals hold for {scope}")
 
@@ -142,20 +148,22 @@ def spread_out(trajectories: Sequence[Trajectory], count: int) -> list[Trajector
     return list(trajectories[::stride][:count])
 
 
-def score_table(title: str, rows: dict[str, dict[str, dict[str, Any]]]) -> Table:
-    """Rows of scores side by side, each with its 95 % interval."""
+def score_table(title: str, rows: dict[str, dict[str, dict[str, Any]]], upright: bool = False) -> Table:
+    """Rows of scores side by side, each with its 95 % interval. upright: a line per metric and a column per row, for
+    many metrics on a narrow screen."""
     names = list(dict.fromkeys(name for scores in rows.values() for name in scores))
     caption = "mean ± half width of the 95 % interval, or its ends"
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-    table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right")
-    table.add_column("n", justify="right")
+    lines = [["", *names, "n"]]
     for label, scores in rows.items():
         counts = {str(score["n"]) for score in scores.values()}
-        table.add_row(
-            label, *(interval(scores[name]) if name in scores else "" for name in names), "/".join(sorted(counts))
-        )
+        cells = [interval(scores[name]) if name in scores else "" for name in names]
+        lines.append([label, *cells, "/".join(sorted(counts))])
+    head, *body = list(map(list, zip(*lines, strict=True))) if upright else lines
+    for name in head:
+        table.add_column(name, justify="right" if name else "left", overflow="fold")
+    for line in body:
+        table.add_row(*line)
     return table
 
 

@@ -44,3 +44,21 @@ def test_scope_names_rows_that_differ():
     rows = {"data": score("new start states"), "PPO, best": these, "PPO": these, "old": score(None)}
     assert scope_of(rows) == "new start states (data); new samples of these start states (PPO, best / PPO)"
     assert scope_of({"old": score(None)}) == ""
+
+
+def test_many_metrics_stand_below_each_other():
+    score = {"mean": 0.25, "ci95": [0.125, 0.375], "n": 8, "clusters": 4, "holds_for": "new prompts"}
+    stream = io.StringIO()
+    rows = {label: {f"metric{number}": score for number in range(12)} for label in ("first", "second")}
+    Display(Console(file=stream, width=60)).table("Result", rows)
+    lines = [line.split() for line in stream.getvalue().splitlines()]
+    assert ["│", "metric11", "│", "0.250", "±", "0.125", "│", "0.250", "±", "0.125", "│"] in lines
+    assert ["│", "n", "│", "8", "│", "8", "│"] in lines
+
+
+def test_names_in_brackets_and_emoji_codes_are_shown_as_they_are():
+    score = {"mean": 2.0, "ci95": [1.5, 2.5], "n": 8, "clusters": 4, "holds_for": "new prompts"}
+    display = Display()
+    with display.console.capture() as captured:
+        display.table("runs/a[1] :smile:", {"[b]run[/b]": {"won[left]": score}})
+    assert all(text in captured.get() for text in ("runs/a[1] :smile:", "[b]run[/b]", "won[left]"))
