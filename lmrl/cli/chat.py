@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import math
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,6 +59,8 @@ def command(
     if prompt is not None:
         _answer(console, speakers, prompt)
         return
+    if not sys.stdin.isatty() and isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # `_answer` replaces what is no text
     if sys.stdin.isatty():
         console.print(HELP, style="dim")
         if not speakers[0].renderer.chat:
@@ -72,9 +77,13 @@ def command(
             _each(speakers, "forget")
         elif word == "/temperature":
             try:
-                _each(speakers, "set_temperature", max(float(rest), 0.0))
+                heat = float(rest)
             except ValueError:
-                console.print(f"/temperature takes a number, got {rest!r}")
+                heat = math.nan
+            if 0 <= heat < math.inf:
+                _each(speakers, "set_temperature", heat)
+            else:
+                console.print(f"/temperature takes a number of 0 or more, got {rest!r}")
         elif word.startswith("/"):
             console.print(HELP, style="dim")
         elif line.strip():
@@ -96,7 +105,8 @@ def _read(console: Console) -> str | None:
 
 
 def _answer(console: Console, speakers: list[Any], said: str) -> None:
-    """Show each policy's answer as it comes."""
+    """Show each policy's answer as it comes. Bytes that are not UTF-8 are replaced, as by editors."""
+    said = os.fsencode(said).decode(errors="replace")
     answers = [""] * len(speakers)
 
     def shown() -> RenderableType:

@@ -45,7 +45,7 @@ def test_the_verb(tiny_folder):
     assert [line.partition(":")[0] for line in lines[:1]] == [tiny_folder.name] and one.output.strip() in two.output
     talk = "hello\n/temperature 0\n/temperature hot\n/new\n/system Be brief.\nhello\n/what\n/quit\nnever said\n"
     many = run.invoke(app, ["chat", str(tiny_folder), "--max-new-tokens", "4", "-t", "0"], input=talk)
-    assert many.exit_code == 0 and "takes a number, got 'hot'" in many.output and "/new  start over" in many.output
+    assert many.exit_code == 0 and "takes a number of 0 or more, got 'hot'" in many.output and "/new  start over" in many.output
     refused = run.invoke(app, ["chat", str(tiny_folder), "--beta", "4", "-p", "a"])
     assert isinstance(refused.exception, RecipeError) and "weighs Q values" in str(refused.exception)
     with pytest.raises(RecipeError, match="one policy or two"):
@@ -54,11 +54,18 @@ def test_the_verb(tiny_folder):
 
 def test_empty_lines_of_a_pipe_do_not_end_the_talk(tiny_folder):
     arguments = ["chat", str(tiny_folder), "--max-new-tokens", "4", "-t", "0"]
-    found = CliRunner().invoke(app, arguments, input="\n  \r\n/temperature hot\n\n/temperature cold")
-    assert [line[-4:] for line in found.output.splitlines()] == ["hot'", "old'"]
+    found = CliRunner().invoke(app, arguments, input="\n  \r\n/temperature nan\n\n/temperature cold")
+    assert [line[-4:] for line in found.output.splitlines()] == ["nan'", "old'"]
 
 
 def test_an_answer_in_a_pipe_is_one_unchanged_line(tiny_folder, monkeypatch):
     answer = "word :smile: [b]bold[/b] " * 20
     monkeypatch.setattr(Speaker, "say", lambda self, text, heard: answer)
     assert CliRunner().invoke(app, ["chat", str(tiny_folder), "-p", "hello"]).output == answer + "\n"
+
+
+def test_bytes_that_are_not_text_are_replaced(tiny_folder, monkeypatch):
+    heard = []
+    monkeypatch.setattr(Speaker, "say", lambda self, text, live: heard.append(text) or "")
+    CliRunner().invoke(app, ["chat", str(tiny_folder)], input=b"a\xffb\n")
+    assert heard == ["a\ufffdb"]
