@@ -236,7 +236,7 @@ def difference(first: Played, second: Played, metric: str, scoring: Scoring) -> 
     gaps = [one[key] - other[key] for key in keys]
     limits = gap_limits(scoring.limits_of(metric, first.trajectories), [*one.values(), *other.values()])
     clusters = clusters_of(groups, first.trajectories, scoring.unit)
-    summary = summarize(gaps, clusters, limits, scoring.fixed, scoring.unit)
+    summary = summarize(gaps, clusters, limits, scoring.fixed, scoring.unit, paired=True)
     by_cluster = [cluster_means(clusters, [side[key] for key in keys]) for side in (one, other)]
     signs = [_sign(a, b) for a, b in zip(*by_cluster, strict=True)]
     p = p_value(gaps, clusters, limits, scoring.fixed)

@@ -5,7 +5,7 @@ prompts would. `summarize` takes the interval from the means of clusters, by the
 
 - values with two limits, such as successes (0 or 1): Wilson's interval with the effective number of values, that is the
   number of independent ones that would have the same variance (`wilson`; all alike: `unanimous`);
-- skewed values without limits: the bootstrap-t over clusters (`skewed_ts`);
+- skewed values without limits, unless they are differences of pairs: the bootstrap-t over clusters (`skewed_ts`);
 - otherwise Student's t with a cluster-robust variance and as many degrees of freedom as it has (`between_clusters`).
 
 benchmarks/coverage.py measures the coverage of these intervals, and how wide they are.
@@ -40,6 +40,7 @@ def summarize(
     limits: Limits | None = None,
     fixed: bool = False,
     unit: str = "value",
+    paired: bool = False,
 ) -> dict[str, Any]:
     """`{"mean", "ci95": [low, high], "n", "clusters", "holds_for"}` of values: their mean and its 95 % interval.
 
@@ -47,6 +48,8 @@ def summarize(
     possible value (None: 0 and 1 if every value is one of these, otherwise none); a value outside disables them.
     fixed: True if these are all the clusters, so that the interval holds for new samples of them, not for new clusters.
     unit: the name of a cluster, for `holds_for`, which says what the interval generalises to.
+    paired: True for differences of two scores each. Between equal policies these are symmetric, however skewed the
+    scores, and the bootstrap-t would take a long tail that shows on one side by chance for skewness.
 
     A single value without limits has an interval of width 0: nothing is known about its spread. Raises ValueError if
     there is no value, or if values and clusters differ in number.
@@ -59,7 +62,7 @@ def summarize(
         below, above = limited_interval(data.scaled(low, high), within)
         bounds = low + below * (high - low), low + above * (high - low)
     else:
-        bounds = unlimited_interval(data, within)
+        bounds = unlimited_interval(data, within, paired)
     return {
         "mean": data.mean,
         "ci95": [max(bounds[0], low), min(bounds[1], high)],
@@ -75,9 +78,9 @@ def p_value(
     limits: Limits | None = None,
     fixed: bool = False,
 ) -> float:
-    """Two-sided p-value of the hypothesis that the mean is 0; arguments and errors as for `summarize`.
+    """Two-sided p-value of the hypothesis that the mean of differences is 0; arguments and errors as for `summarize`.
 
-    It inverts the interval of `summarize`: below 0.05 if that excludes 0. A single value proves nothing: 1.
+    It inverts the interval of `summarize(paired=True)`: below 0.05 if that excludes 0. A single value proves nothing: 1.
     """
     data = Clustered.of(values, clusters)
     low, high = limits_for(data, limits)
@@ -89,11 +92,6 @@ def p_value(
         return limited_p_value(data.scaled(low, high), -low / (high - low), variance / (high - low) ** 2, df, within)
     if variance == 0:
         return 0.0
-    ts_B = None if within else skewed_ts(data, variance)
-    if ts_B is not None:
-        # The level of the quantile of resamples, as `unlimited_interval` takes them, at which the interval ends at 0.
-        below = float(np.interp(data.mean / math.sqrt(variance), np.sort(ts_B), np.linspace(0, 1, len(ts_B))))
-        return 2 * max(min(below, 1 - below), 1 / (1 + len(ts_B)))
     return 2 * upper_tail(abs(data.mean) / math.sqrt(variance), df)
 
 
@@ -146,10 +144,10 @@ def effective_number(data: Clustered, share: float, variance: float, df: float, 
     return effective, df
 
 
-def unlimited_interval(data: Clustered, within: bool) -> tuple[float, float]:
-    """The interval of values without limits. within: for new samples of the same clusters."""
+def unlimited_interval(data: Clustered, within: bool, paired: bool) -> tuple[float, float]:
+    """The interval of values without limits. within: for new samples of the same clusters. paired: see `summarize`."""
     variance, df = within_clusters(data) if within else between_clusters(data)
-    error, ts_B = math.sqrt(variance), None if within else skewed_ts(data, variance)
+    error, ts_B = math.sqrt(variance), None if within or paired else skewed_ts(data, variance)
     if ts_B is not None:
         low, high = np.quantile(ts_B, [0.025, 0.975])
         return float(data.mean - high * error), float(data.mean - low * error)

@@ -149,6 +149,21 @@ def test_one_value_apart_from_equal_ones_has_a_t_interval():
     assert found["ci95"] == pytest.approx([0.1 + 0.6 / 13 - half, 0.1 + 0.6 / 13 + half])
 
 
+def test_skewed_differences_of_pairs_have_a_t_interval():
+    """Their mean is (15 + 2 + 3 + 5 + 8 + 20) / 20 = 2.65, and t(19) = 2.093024."""
+    gaps = [1.0] * 15 + [2.0, 3.0, 5.0, 8.0, 20.0]
+    mean, error = 2.65, math.sqrt(sum((gap - 2.65) ** 2 for gap in gaps) / 20 / 19)
+    found = summarize(gaps, paired=True)
+    assert found["ci95"] == pytest.approx([mean - 2.093024 * error, mean + 2.093024 * error])
+
+
+def test_equal_policies_of_skewed_scores_seldom_differ():
+    rng = np.random.default_rng(0)
+    gaps = rng.lognormal(size=(1000, 50)) - rng.lognormal(size=(1000, 50))
+    excluded = sum(not low <= 0 <= high for low, high in (summarize(row, paired=True)["ci95"] for row in gaps))
+    assert excluded <= 60 and sum(p_value(row) < 0.05 for row in gaps) == excluded
+
+
 # -------------------------------------------------------------------------------------------------------------- p-values
 def test_p_value_by_hand():
     # mean 2, standard error 1 / sqrt(3): t = 3.4641 with two degrees of freedom, p = 1 - t / sqrt(t^2 + 2)
@@ -165,7 +180,7 @@ def test_p_value_agrees_with_the_interval(limits, shape):
     fixed = shape == "fixed"
 
     def low(shift):
-        return summarize(values - shift, clusters, limits, fixed)["ci95"][0]
+        return summarize(values - shift, clusters, limits, fixed, paired=True)["ci95"][0]
 
     bottom, top = 0.0, 1.0
     for _ in range(40):

@@ -30,7 +30,7 @@ def drop(before: Sequence[float], now: Sequence[float]) -> dict[str, Any]:
     """Points lost since the start of the stage: mean over start states, its 95 % interval, n. Raises if start states
     differ."""
     lost = [first - second for first, second in zip(before, now, strict=True)]
-    return summarize(lost, limits=UNLIMITED, unit="start state")
+    return summarize(lost, limits=UNLIMITED, unit="start state", paired=True)
 
 
 def is_due(gate: Gate, step: int) -> bool:
