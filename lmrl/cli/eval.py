@@ -143,6 +143,7 @@ def command(
             overlap=overlap or (),
             overlap_words=overlap_words or WORDS,
             endpoint=endpoint_of(endpoint, names),
+            floors=floors,
         )
     display = Display()
     display.samples(report.trajectories, samples)

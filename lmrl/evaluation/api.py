@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lmrl.evaluation.contenders import Contender, contenders, folder_name
 from lmrl.evaluation.evaluate import Evaluator
 from lmrl.evaluation.log import in_order, is_log, logs_in, play_into_log
 from lmrl.evaluation.rescoring import rescore_log
-from lmrl.evaluation.scoring import Scores, check_metrics
+from lmrl.evaluation.scoring import Scores, check_known, check_metrics
 from lmrl.evaluation.suites import Suite, allow_code, load_suite, own_suite, refuse_unscored
 from lmrl.policy.load import open_policy
 from lmrl.policy.policy import Policy
@@ -109,6 +109,7 @@ def evaluate(
     overlap: Sequence[str | Path] = (),
     overlap_words: int = WORDS,
     endpoint: Endpoint | None = None,
+    floors: Iterable[str] = (),
 ) -> Report:
     """Score a policy: a run folder, a checkpoint, any transformers or peft folder, a GGUF file, a hub name, or an
     address of OpenAI's API, `http://HOST/v1#MODEL`.
@@ -128,6 +129,8 @@ def evaluate(
     A suite `lm-eval:TASK` is a task of lm-eval, with the overrides of `HarnessOptions`; `inspect:TASK` one of
     inspect_ai, with those of `InspectOptions`.
     endpoint: how requests are sent to addresses.
+    floors: metrics that `Report.require` will be asked about: an unknown one is refused before anything is played, if
+    it can be known by then.
     """
     policies = [policy] if isinstance(policy, str | Path) else list(policy)
     found = contenders(policies, checkpoint, checkpoints)
@@ -150,6 +153,7 @@ def evaluate(
         )
         if log is None:
             refuse_unscored(evaluator.suite)
+        check_known(floors, evaluator.suite, "--fail-under")
         given = NamedSuite(evaluator.suite, evaluator.name)
         for label, scores, played in score_rows(evaluator, contender, betas, log, len(found) > 1, part):
             rows[label], episodes[label] = scores, played

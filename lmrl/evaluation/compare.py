@@ -16,8 +16,8 @@ from lmrl.evaluation.contenders import contenders
 from lmrl.evaluation.evaluate import Evaluator
 from lmrl.evaluation.judging import judge_pair, load_judge
 from lmrl.evaluation.log import EvalLog, is_log, logs_in
-from lmrl.evaluation.paired import Comparison, Played, compare_played, key_of
-from lmrl.evaluation.scoring import Scoring
+from lmrl.evaluation.paired import Comparison, Played, asked_metrics, compare_played, key_of
+from lmrl.evaluation.scoring import Scoring, check_known
 
 SHOWN = 5
 """How many of the samples that changed most are shown."""
@@ -89,6 +89,7 @@ def compare(
             endpoint=endpoint,
         )
         common = common or Common.of(evaluator)
+        check_known(asked_metrics(metrics, wanted, control), evaluator.suite, "metrics")
         for row, _, episodes in score_rows(evaluator, contender, betas, log, several=len(fresh) > 1):
             label = row if not contender.is_alone else f"{contender.name} {row}" if betas else contender.name
             played.setdefault(contender.name, []).append(Played(label, episodes))

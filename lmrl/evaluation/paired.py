@@ -162,12 +162,7 @@ def compare_played(
     rows = {one.key: scoring.report(one.trajectories, one.extra) for one in policies}
     shared = [name for name in rows["A"] if all(name in row for row in rows.values()) and name != "normalized"]
     wanted = list(metrics) or [name for name in scoring.metrics if name in shared]
-    asked = [
-        *wanted,
-        *(split_control(claim.metric)[0] for claim in claims if claim.metric),
-        *([control] if control else []),
-    ]
-    for name in asked:
+    for name in asked_metrics(wanted, claims, control):
         if name not in shared:
             raise RecipeError(
                 f"metrics: there is no metric '{name}' that all policies have{did_you_mean(name, shared)}"
@@ -189,6 +184,12 @@ def compare_played(
     changes = changed_samples(policies, wanted[0], scoring, shown)
     rated = rate(policies, wanted[0], scoring) if len(policies) > 2 else []
     return Comparison(suite, names, rows, found, changes, played, rated)
+
+
+def asked_metrics(metrics: Sequence[str], claims: Sequence[Claim], control: str | None) -> list[str]:
+    """All metrics that a comparison names."""
+    named = [part for claim in claims if claim.metric for part in split_control(claim.metric) if part]
+    return [*metrics, *named, *([control] if control else [])]
 
 
 def rate(policies: Sequence[Played], metric: str, scoring: Scoring) -> list[Rating]:

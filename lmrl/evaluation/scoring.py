@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import inf, isfinite
 from typing import Any, cast
@@ -10,6 +10,8 @@ from typing import Any, cast
 from lmrl.errors import RecipeError, did_you_mean
 from lmrl.evaluation.best_of import SeveralSamples, several_samples
 from lmrl.evaluation.statistics import UNIT, UNLIMITED, Limits, summarize
+from lmrl.evaluation.suites import Suite
+from lmrl.recipe import PromptTask
 from lmrl.trajectories.trajectory import Trajectory, prompt_key
 
 Scores = dict[str, dict[str, Any]]
@@ -123,6 +125,19 @@ def check_metrics(metrics: Sequence[str], samples: int) -> None:
             raise RecipeError(
                 f"metrics: '{metric}' takes {several.count} samples of a prompt: set samples={several.count}"
             )
+
+
+def check_known(names: Iterable[str], suite: Suite, option: str) -> None:
+    """Raise RecipeError for metrics that no episode of this suite can have; those of an environment's own are not known
+    before it is played. option: for messages."""
+    if not isinstance(suite.task, PromptTask):
+        return
+    labels = ["acc", "acc_norm"] if suite.choices else [reward.label for reward in suite.task.rewards]
+    components = [f"component/{label}" if label in RESERVED else label for label in labels]
+    known = list(dict.fromkeys([*suite.metrics, "reward", *components, "length", "kl"]))
+    for name in names:
+        if name not in known and not any(name.startswith(f"{label}/") for label in labels):
+            raise RecipeError(f"{option}: there is no metric '{name}': this suite has {', '.join(known)}")
 
 
 def exact(score: dict[str, Any]) -> dict[str, Any]:

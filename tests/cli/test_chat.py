@@ -45,7 +45,11 @@ def test_the_verb(tiny_folder):
     assert [line.partition(":")[0] for line in lines[:1]] == [tiny_folder.name] and one.output.strip() in two.output
     talk = "hello\n/temperature 0\n/temperature hot\n/new\n/system Be brief.\nhello\n/what\n/quit\nnever said\n"
     many = run.invoke(app, ["chat", str(tiny_folder), "--max-new-tokens", "4", "-t", "0"], input=talk)
-    assert many.exit_code == 0 and "takes a number of 0 or more, got 'hot'" in many.output and "/new  start over" in many.output
+    assert (
+        many.exit_code == 0
+        and "takes a number of 0 or more, got 'hot'" in many.output
+        and "/new  start over" in many.output
+    )
     refused = run.invoke(app, ["chat", str(tiny_folder), "--beta", "4", "-p", "a"])
     assert isinstance(refused.exception, RecipeError) and "weighs Q values" in str(refused.exception)
     with pytest.raises(RecipeError, match="one policy or two"):

@@ -274,3 +274,18 @@ def test_rows_with_the_same_prompt_are_one_prompt():
 
     twice, sampled = scored(range(6)), scored([0, 1, 2, 0, 1, 2])
     assert twice == sampled and twice["clusters"] == 3
+
+
+def test_floors_of_unknown_metrics_are_refused_before_playing(tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "reward.py").write_text("def length(completions):\n    return [1.0 for _ in completions]\n")
+    task = "task:\n  prompts: {path: prompts.jsonl}\n  rewards: [{function: 'reward.py:length'}]\n"
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(task + "rollouts: {max_new_tokens: 2}\n")
+    monkeypatch.setattr(type(evaluator_for(tiny_folder, str(suite))), "play", None)
+    known = "there is no metric 'nosuch': this suite has reward, component/length, length, kl"
+    with pytest.raises(RecipeError, match=f"--fail-under: {known}"):
+        lmrl.evaluate(str(tiny_folder), str(suite), floors=["length", "component/length", "length/part", "nosuch"])
+    for asked in ({"metrics": ["nosuch"]}, {"control": "nosuch"}, {"claims": ["reward at equal nosuch: B - A > 0"]}):
+        with pytest.raises(RecipeError, match=known):
+            lmrl.compare([tiny_folder, f"{tiny_folder}/."], str(suite), **asked)
