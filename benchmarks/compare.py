@@ -8,6 +8,8 @@ simulation: paired, and unpaired (Welch's t-test of the same two samples). Their
 10 %. `estimate` is the median of the number that `lmrl compare` estimates from 100 prompts. `false positives` are
 p-values below 0.05 for equal policies, which should be 4 to 6 %: with 40 prompts, and with 40 prompts of 4 samples each
 that share the prompt's difficulty.
+
+A second table has scores that are not normal, without limits: how often the interval of the difference misses it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from lmrl.evaluation.paired import gap_limits, prompts_needed
-from lmrl.evaluation.statistics import p_value
+from lmrl.evaluation.statistics import p_value, summarize
 from lmrl.evaluation.student import upper_tail
 from lmrl.seeding import stream
 
@@ -103,6 +105,50 @@ def binary_false_positives(correlation: float, trials: int) -> float:
     return wrong / trials
 
 
+def log_normal(rng: np.random.Generator, prompts: int) -> Pair:
+    return rng.lognormal(size=prompts), rng.lognormal(size=prompts)
+
+
+def log_normal_by_prompt(rng: np.random.Generator, prompts: int) -> Pair:
+    """Prompts share four fifths of the logarithms' variance."""
+    shared = rng.standard_normal(prompts)
+    one, other = (np.exp(shared + 0.5 * rng.standard_normal(prompts)) for _ in range(2))
+    return one, other
+
+
+def failures(rng: np.random.Generator, prompts: int, share: float) -> np.ndarray:
+    """Normal scores, of which this share is 10 lower."""
+    return rng.standard_normal(prompts) - 10 * (rng.random(prompts) < share)
+
+
+SKEWED: dict[str, tuple[Callable[[np.random.Generator, int], Pair], float]] = {
+    "log-normal": (log_normal, 0.0),
+    "log-normal, prompts share 4/5 of the variance": (log_normal_by_prompt, 0.0),
+    "both fail on 5 % of prompts": (
+        lambda rng, prompts: (failures(rng, prompts, 0.05), failures(rng, prompts, 0.05)),
+        0.0,
+    ),
+    "one fails on 10 % of prompts": (
+        lambda rng, prompts: (failures(rng, prompts, 0), failures(rng, prompts, 0.1)),
+        -1.0,
+    ),
+}
+"""Scores that are not normal, and the true difference."""
+SIZES = (20, 50, 200)
+"""Prompts of these comparisons."""
+
+
+def missed(name: str, prompts: int, trials: int) -> float:
+    """Share of comparisons whose interval does not contain the true difference."""
+    draw, true = SKEWED[name]
+    rng, wrong = stream("compare", name, prompts), 0
+    for _ in range(trials):
+        one, other = draw(rng, prompts)
+        low, high = summarize(other - one, paired=True)["ci95"]
+        wrong += not low <= true <= high
+    return wrong / trials
+
+
 def row(correlation: float, trials: int) -> tuple[str, list[str]]:
     """A line of the table, and the targets that it misses."""
     with_pairs, without = (needed(test, correlation, trials) for test in (paired, welch))
@@ -145,6 +191,15 @@ def main() -> None:
         lines.append(line)
         misses += missed
         print(line, flush=True)
+    lines += [
+        "",
+        "| scores | " + " | ".join(f"{size} prompts" for size in SIZES) + " |",
+        "|" + "---|" * (len(SIZES) + 1),
+    ]
+    for name in SKEWED:
+        shares = [f"{100 * missed(name, size, arguments.trials):.1f} %" for size in SIZES]
+        lines.append(f"| {name} | " + " | ".join(shares) + " |")
+        print(lines[-1], flush=True)
     print(f"{time.monotonic() - began:.0f} s; " + ("; ".join(misses) if misses else "all targets met"))
     if arguments.output:
         arguments.output.write_text("\n".join(lines) + "\n")
