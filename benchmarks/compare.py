@@ -138,7 +138,7 @@ SIZES = (20, 50, 200)
 """Prompts of these comparisons."""
 
 
-def missed(name: str, prompts: int, trials: int) -> float:
+def miss_rate(name: str, prompts: int, trials: int) -> float:
     """Share of comparisons whose interval does not contain the true difference."""
     draw, true = SKEWED[name]
     rng, wrong = stream("compare", name, prompts), 0
@@ -197,7 +197,7 @@ def main() -> None:
         "|" + "---|" * (len(SIZES) + 1),
     ]
     for name in SKEWED:
-        shares = [f"{100 * missed(name, size, arguments.trials):.1f} %" for size in SIZES]
+        shares = [f"{100 * miss_rate(name, size, arguments.trials):.1f} %" for size in SIZES]
         lines.append(f"| {name} | " + " | ".join(shares) + " |")
         print(lines[-1], flush=True)
     print(f"{time.monotonic() - began:.0f} s; " + ("; ".join(misses) if misses else "all targets met"))

@@ -271,6 +271,10 @@ def arguments_of(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
     return arguments
 
 
+CHECKS = {"reward": "lmrl reward check", "environment": "lmrl env check"}
+"""The commands that try what judges episodes."""
+
+
 def drop_failed(
     trajectories: Sequence[Trajectory], max_failed: float, what: str, name: str | None = None
 ) -> list[Trajectory]:
@@ -291,5 +295,6 @@ def drop_failed(
             many = f"{lost} of {count} samples, more than task.max_failed={max_failed} allows"
         else:
             many = f"all {count} samples"
-        raise error(f"{what}{f' {name!r}' if name else ''} failed on {many}; first, {first}")
+        check = f"; {CHECKS[what]} may say how to mend it" if what in CHECKS else ""
+        raise error(f"{what}{f' {name!r}' if name else ''} failed on {many}; first, {first}{check}")
     return [trajectory for trajectory in trajectories if trajectory.reward is not None]

@@ -151,7 +151,10 @@ def test_failed_samples_are_left_out_up_to_the_limit(rewards):
         RewardError, match=r"1 of 4.*task.max_failed=0.1.*row 1.*'x'.*mine.py:bad_on_x raised ValueError"
     ):
         drop_failed(episodes, 0.1, "reward")
-    with pytest.raises(RewardError, match=r"^reward failed on all 1 samples; first, row 0"):
+    with pytest.raises(
+        RewardError,
+        match=r"^reward failed on all 1 samples; first, row 0 .*; lmrl reward check may say how to mend it$",
+    ):
         drop_failed([one for one in episodes if one.failure], 1.0, "reward")
 
 
