@@ -150,8 +150,9 @@ def test_which_policy_a_broken_run_keeps(tmp_path, breaks, final):
     row, rival = ("BC, best", "BC") if final == "last" else ("BC", "BC, last")
     assert set(result.scores) == {"data", "BC", row, rival, "optimum"}
     assert result.scores[row]["return"]["mean"] > result.scores[rival]["return"]["mean"] + 0.2
-    which = "last policy, not the best" if final == "last" else "best policy, not the last"
-    assert f"stage main keeps the {which} one (training.final={final}): step 50 return" in said
+    which = "last" if final == "last" else "best"
+    why = "the best evaluation, of step 50, is certainly better than the last one, " if final == "auto" else ""
+    assert f"stage main keeps the {which} policy ({why}training.final={final}); on fresh episodes: step 50 return" in said
 
 
 def test_reported_scores_did_not_select(tmp_path, breaks):

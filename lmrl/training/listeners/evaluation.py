@@ -201,11 +201,13 @@ class Evaluation(Listener):
                 stage.track(means, progress.step)
         if metric is not None and progress.best is not None and len(self.reports) > 1:
             last, best = (f"{metric} {interval(scores[metric])}" for _, scores, _ in self.reports)
-            step = progress.best["step"]
-            kept, other = ("best", "last") if progress.kept == step else ("last", "best")
+            final, step = stage.recipe.training.final, progress.best["step"]
+            certain = "" if progress.kept == step else "not "
+            why = f"the best evaluation, of step {step}, is {certain}certainly better than the last one, training.final=auto"
+            kept = "best" if progress.kept == step else "last"
             stage.display.say(
-                f"stage {stage.name} keeps the {kept} policy, not the {other} one (training.final="
-                f"{stage.recipe.training.final}): step {step} {best}, step {progress.step} {last}"
+                f"stage {stage.name} keeps the {kept} policy ({why if final == 'auto' else f'training.final={final}'}); "
+                f"on fresh episodes: step {step} {best}, step {progress.step} {last}"
             )
 
     def _samples(self, stage: Stage, step: int, kind: str, played: list[Trajectory]) -> list[dict[str, Any]]:
