@@ -170,13 +170,16 @@ def command(
 
 def _floors(texts: list[str]) -> dict[str, float]:
     """`return=-3` as a metric and the lowest mean allowed."""
-    floors = {}
+    floors: dict[str, float] = {}
     for text in texts:
-        metric, _, value = text.partition("=")
+        metric, _, value = map(str.strip, text.partition("="))
         try:
-            floors[metric.strip()] = float(value)
+            floor = float(value)
         except ValueError:
-            floors[metric.strip()] = math.nan
-        if math.isnan(floors[metric.strip()]):
+            floor = math.nan
+        if math.isnan(floor):
             raise RecipeError(f"--fail-under: '{text}' is not METRIC=VALUE, for instance return=-3")
+        if metric in floors:
+            raise RecipeError(f"--fail-under: '{metric}' is named twice: leave one out")
+        floors[metric] = floor
     return floors

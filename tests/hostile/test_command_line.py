@@ -32,6 +32,7 @@ OPTIONS = [
     ("show", r"missing argument 'name' \(see `lmrl show -h`\)"),
     ("eval run --beta 1,x", r"--beta: '1,x' is not a list of weights, for instance 1,4,16,64"),
     ("eval run --fail-under return", r"--fail-under: 'return' is not METRIC=VALUE, for instance return=-3"),
+    ("eval run --fail-under return=1 --fail-under return=2", r"--fail-under: 'return' is named twice: leave one out"),
     ("train", r"name a recipe, for instance: lmrl train random_walks/ppo"),
     ("train random_walks/bc --jobs 2", r"--jobs goes with --over"),
     ("train random_walks/bc --over training.steps", r"--over"),
