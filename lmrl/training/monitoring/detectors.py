@@ -25,9 +25,9 @@ STILL = 0.1
 """Nats per token by which a stage must be able to move the policy if all its steps pulled in the same direction."""
 GOOD_MOVE = 1e-3
 """Nats per token by which a step moves the policy if the learning rate is about right."""
-ALIKE, MOSTLY_CUT, NEARLY_ALL, MANY_FAILED = 0.8, 0.5, 0.95, 0.2
-"""Shares that trigger a warning: of groups without spread; of episodes with a cut turn (two thresholds); of unjudged
-episodes."""
+ALIKE, MOSTLY_CUT, CLEARLY, NEARLY_ALL, MANY_FAILED = 0.8, 0.5, 0.3, 0.95, 0.2
+"""Shares that trigger a warning: of groups without spread; of episodes with a cut turn (most; so many more than at
+the start; nearly all); of unjudged episodes."""
 TWICE, THRICE = 2.0, 3.0
 """Factors on entropy and length since the start that count as running away."""
 RISE = 0.5
@@ -115,11 +115,10 @@ def more_varied(of: Settings) -> str:
 def endless_turns(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: bool) -> str | None:
     """Most turns now run into the token limit, and did not at the start."""
     began, now = values("cut", first), values("cut", last[-WINDOW:])
-    if len(now) < WINDOW or not began or mean(began) >= MOSTLY_CUT or mean(now) <= MOSTLY_CUT:
+    # The first step alone, before any update: within five a policy may learn never to end.
+    if len(now) < WINDOW or not began or began[0] >= MOSTLY_CUT or mean(now) <= max(MOSTLY_CUT, began[0] + CLEARLY):
         return None
-    if difference(began, now) <= SURE:
-        return None
-    text = f"endless turns: {mean(now):.0%} of episodes are cut at rollouts.max_new_tokens={of.max_new_tokens}, {mean(began):.0%} "
+    text = f"endless turns: {mean(now):.0%} of episodes are cut at rollouts.max_new_tokens={of.max_new_tokens}, {began[0]:.0%} "
     text += "at the start: "
     if of.has_eos_penalty and of.missing_eos_penalty is None:
         return text + "set objective.missing_eos_penalty=1"

@@ -291,6 +291,12 @@ def test_nothing_is_said_without_need(name, began, now, gained):
     assert DETECTORS[name](first(**began), rows(**now), SETTINGS, gained) is None
 
 
+def test_turns_that_lose_their_end_within_the_first_steps_are_found():
+    began = [{"cut": share} for share in (0.25, 0.4, 0.56, 0.67, 0.77)]
+    found = DETECTORS["endless_turns"](began, rows(cut=0.95), SETTINGS, False)
+    assert found is not None and "95% of episodes are cut at rollouts.max_new_tokens=64, 25% at the start" in found
+
+
 def test_advice_names_only_options_that_the_recipe_has():
     """A mixture cannot resample, Q values have no entropy bonus, and turns, not tokens, make an episode long."""
     bare = replace(SETTINGS, entropy_coef=None)
