@@ -152,7 +152,9 @@ def test_which_policy_a_broken_run_keeps(tmp_path, breaks, final):
     assert result.scores[row]["return"]["mean"] > result.scores[rival]["return"]["mean"] + 0.2
     which = "last" if final == "last" else "best"
     why = "the best evaluation, of step 50, is certainly better than the last one, " if final == "auto" else ""
-    assert f"stage main keeps the {which} policy ({why}training.final={final}); on fresh episodes: step 50 return" in said
+    assert (
+        f"stage main keeps the {which} policy ({why}training.final={final}); on fresh episodes: step 50 return" in said
+    )
 
 
 def test_reported_scores_did_not_select(tmp_path, breaks):
