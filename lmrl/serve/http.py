@@ -225,7 +225,7 @@ class _Connection:
         finally:
             for task in (work, ahead):
                 task.cancel()
-            await asyncio.wait([work, ahead])
+            await asyncio.gather(work, ahead, return_exceptions=True)
         if not ahead.cancelled():  # the next request, pipelined; further ones wait in the socket
             self.http.receive_data(ahead.result())
 

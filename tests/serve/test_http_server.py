@@ -1,6 +1,7 @@
 """`lmrl serve`: what is answered, to whom, and within which limits."""
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from lmrl.cli.serve import read_keys
 from lmrl.engines.base import Sampling
 from lmrl.errors import RunError
 from lmrl.serve.app import App, AppLimits
-from lmrl.serve.http import Limits
+from lmrl.serve.http import HTTPResponse, Limits
 from tests.serve.clients import ask, bearer, chat, served_model
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -302,6 +303,25 @@ def test_a_disconnect_in_mid_stream_ends_the_sampling(tiny_folder):
 
     passes = ask(app, work)
     assert passes is not None and passes < 150
+
+
+def test_a_disconnect_is_no_logged_error(caplog):
+    async def handler(request):
+        try:
+            await asyncio.sleep(60)
+        finally:
+            return HTTPResponse(200, b"x" * 2**24)  # noqa: B012 - what is left to send when the client has gone
+
+    async def work(connect):
+        client = await connect()
+        client.send("GET", "/")
+        await asyncio.sleep(0.05)
+        client.writer.transport.abort()
+        await asyncio.sleep(0.1)
+
+    ask(handler, work)
+    gc.collect()
+    assert not caplog.records
 
 
 def test_nonsense_is_no_request(tiny_folder):
