@@ -57,6 +57,13 @@ class EpisodeError(LmrlError):
     episodes: Sequence[Any] = ()
 
 
+def first_of(error: BaseException) -> BaseException:
+    """The first error of a group, as `asyncio.TaskGroup` raises it; any other error itself."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 class RunError(LmrlError):
     """A run folder cannot be used as asked: it exists already, belongs to another recipe, or holds no checkpoint."""
 

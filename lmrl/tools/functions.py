@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from itertools import takewhile
 from typing import Any, Protocol, cast, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from lmrl.coroutines import call_user, in_thread
-from lmrl.errors import PluginError
+from lmrl.errors import PluginError, first_of
 from lmrl.plugins import load_plugin
 from lmrl.tools.formats import Tool
 
@@ -154,10 +156,17 @@ def _load(name: Any, key: str) -> Sequence[OfferedTool]:
 
 
 async def _listed(result: Any) -> Any:
-    """The items that a generator yields, as a list; any other result unchanged."""
+    """The items that a generator yields, as a list; any other result unchanged. One that nobody waits for any more is
+    stopped."""
     if isinstance(result, AsyncIterator):
         return [item async for item in result]
-    return await in_thread(lambda: list(result)) if isinstance(result, Iterator) else result
+    if not isinstance(result, Iterator):
+        return result
+    stopped = threading.Event()
+    try:
+        return await in_thread(lambda: list(takewhile(lambda _: not stopped.is_set(), result)))
+    finally:
+        stopped.set()
 
 
 def as_text(result: Any) -> str:
@@ -179,6 +188,7 @@ def shortened(text: str, characters: int) -> str:
 
 
 def _reason(error: BaseException) -> str:
+    error = first_of(error)
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -196,7 +206,7 @@ def _model_of(call: Callable[..., Any], name: str, key: str, skipped: int) -> ty
     """The parameters of a function as a model that checks them."""
     parameters = list(inspect.signature(call).parameters.values())[skipped:]
     try:
-        hints = get_type_hints(call)
+        hints = get_type_hints(call, include_extras=True)
     except Exception as error:  # names in annotations that do not exist
         raise PluginError(f"{key}: the type hints of '{name}' cannot be read: {error}") from error
     fields: dict[str, Any] = {}

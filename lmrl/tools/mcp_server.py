@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lmrl.errors import PluginError
+from lmrl.errors import PluginError, first_of
 from lmrl.extras import need
 from lmrl.secrets import redact, remember
 from lmrl.tools.formats import Tool
@@ -350,7 +350,6 @@ def _is_closed(error: BaseException | None) -> bool:
 
 def _reason(error: BaseException) -> str:
     """An error in one line; for an exception group, its first error."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
+    error = first_of(error)
     text = " ".join(str(error).split())
     return redact(text or type(error).__name__)

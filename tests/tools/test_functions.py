@@ -2,10 +2,12 @@
 
 import asyncio
 import functools
+import itertools
 import time
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
+from pydantic import Field
 
 from lmrl.errors import PluginError
 from lmrl.tools.functions import PythonTool, ToolBox, load_tools
@@ -130,6 +132,38 @@ def test_yielded_items_are_a_list():
     calls = ("count", {"to": 2}), ("slowly", {"to": 0}), ("broken", {}), ("count", {"to": 9}), ("slowly", {"to": 9})
     late = "error: timed out after 0.5 s"
     assert run([count, slowly, broken], *calls, seconds=0.5) == ["[0, 1]", '["a"]', "error: KeyError: 'b'", late, late]
+
+
+def test_bounds_of_a_hint_are_described_and_checked():
+    def pick(number: Annotated[int, Field(ge=1, le=3, description="Which.")]) -> int:
+        return number
+
+    described = PythonTool(pick).described["function"]["parameters"]["properties"]["number"]
+    assert described == {"type": "integer", "minimum": 1, "maximum": 3, "description": "Which."}
+    assert run([pick], ("pick", {"number": 7})) == ["error: number: Input should be less than or equal to 3"]
+
+
+def test_a_generator_is_stopped_at_its_limit():
+    yielded = itertools.count()
+
+    def endless():
+        while True:
+            yield next(yielded)
+            time.sleep(0.01)
+
+    assert run([endless], ("endless", {}), seconds=0.1) == ["error: timed out after 0.1 s"]
+    time.sleep(0.1)
+    so_far = next(yielded)
+    time.sleep(0.1)
+    assert next(yielded) == so_far + 1
+
+
+def test_the_cause_in_a_task_group_is_named():
+    async def fetch() -> str:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(wait("soon"))
+
+    assert run([fetch], ("fetch", {}))[0].startswith("error: TypeError: ")
 
 
 def test_a_class_is_made_anew_for_each_episode():
