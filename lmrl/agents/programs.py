@@ -18,12 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from lmrl.agents.client import Dispatch, client_for
 from lmrl.coroutines import call_user, in_thread, is_async
 from lmrl.errors import PluginError
 from lmrl.plugins import load_plugin
 from lmrl.tools.functions import load_tools
-from lmrl.tools.loop import ToolLoop
+from lmrl.tools.loop import LoopOptions, ToolLoop
 from lmrl.trajectories.trajectory import LARGEST_REWARD, is_reward
 
 LAST_BYTES = 65536
@@ -214,10 +216,14 @@ def tool_loop(tools: list[Any], options: dict[str, Any]) -> ToolLoop:
     """The agent that runs the tools of a recipe. Raises PluginError."""
     found = load_tools(tools)
     try:
-        return ToolLoop(found, **options)
-    except TypeError as error:
-        known = ", ".join(list(inspect.signature(ToolLoop).parameters)[1:])
-        raise PluginError(f"task.options: {error}; the loop of task.tools has {known}") from error
+        return ToolLoop(found, LoopOptions.model_validate(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, ("task.options", *first["loc"])))
+        what = first["msg"].removeprefix("Value error, ")
+        raise PluginError(
+            f"{place}: {what}; the loop of task.tools has {', '.join(LoopOptions.model_fields)}"
+        ) from error
 
 
 def resolved(command: list[str]) -> list[str]:

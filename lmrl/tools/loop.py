@@ -7,45 +7,53 @@ import asyncio
 import json
 from typing import Any
 
+from pydantic import Field
+
+from lmrl.recipe.base import Section
 from lmrl.tools.functions import CHARACTERS, SECONDS, OfferedTool, ToolBox
 from lmrl.trajectories.trajectory import Messages
 
 
+class LoopOptions(Section):
+    """`task.options` with `task.tools`."""
+
+    prompt: str = "prompt"
+    """The row's column with the question, text or messages."""
+    system: str | None = None
+    """A message that comes first."""
+    rounds: int = Field(8, ge=1)
+    """Maximum number of replies; the last one ends the episode even if it calls tools."""
+    seconds: float = Field(SECONDS, gt=0)
+    """Time limit of a call."""
+    characters: int = Field(CHARACTERS, ge=1)
+    """Maximum length of a result."""
+
+
 class ToolLoop:
-    """Plays an episode; the answer is the policy's last reply. prompt: the row's column with the question, text or
-    messages.
+    """Plays an episode; the answer is the policy's last reply."""
 
-    system: a message that comes first. rounds: maximum number of replies; the last one ends the episode even if it
-    calls tools.
-    """
-
-    def __init__(
-        self,
-        tools: list[OfferedTool],
-        prompt: str = "prompt",
-        system: str | None = None,
-        rounds: int = 8,
-        seconds: float = SECONDS,
-        characters: int = CHARACTERS,
-    ):
-        self.tools, self.prompt, self.system, self.rounds = tools, prompt, system, rounds
-        self.seconds, self.characters = seconds, characters
+    def __init__(self, tools: list[OfferedTool], options: LoopOptions):
+        self.tools, self.options = tools, options
 
     async def __call__(self, row: dict[str, Any], client: Any) -> dict[str, Any]:
-        if self.prompt not in row:
-            raise KeyError(f"the row has no '{self.prompt}' (task.options.prompt); it has {', '.join(row)}")
-        box = ToolBox(self.tools, self.seconds, self.characters)
-        given = row[self.prompt]
-        messages: Messages = [{"role": "system", "content": self.system}] if self.system else []
-        messages += [{"role": "user", "content": given}] if isinstance(given, str) else list(given)
+        options = self.options
+        given = row.get(options.prompt)
+        if not isinstance(given, str | list):
+            raise TypeError(
+                f"the row's '{options.prompt}' (task.options.prompt) is {given!r:.60}; expected text or messages, and the "
+                f"row has {', '.join(row)}"
+            )
+        box = ToolBox(self.tools, options.seconds, options.characters)
+        messages: Messages = [{"role": "system", "content": options.system}] if options.system else []
+        messages += [{"role": "user", "content": given}] if isinstance(given, str) else given
         described = {"tools": [tool.described for tool in self.tools]} if self.tools else {}
         used = failed = 0
         words = ""
-        for number in range(self.rounds):
+        for number in range(options.rounds):
             answer = await client.chat.completions.create(model="policy", messages=messages, **described)
             message = answer.choices[0].message
             words = message.content or ""
-            if not message.tool_calls or number == self.rounds - 1:
+            if not message.tool_calls or number == options.rounds - 1:
                 break
             calls = [one.model_dump() if hasattr(one, "model_dump") else dict(one) for one in message.tool_calls]
             results = await asyncio.gather(

@@ -71,9 +71,21 @@ def test_system_message_and_column(tiny_folder, section):
     assert text.startswith("[system]Be exact.\n\nTo call a tool") and "[user]3<eos>" in text
 
 
+def test_a_question_that_is_no_text_is_named(tiny_folder, section, tmp_path):
+    (tmp_path / "tasks.jsonl").write_text(json.dumps({"prompt": 12, "answer": "3"}) + "\n")
+    policy = open_policy(str(tiny_folder))
+    task = build_task(section(), policy.tokenizer)
+    (played,) = Sampler(task, Scripted(policy, []), policy.decode).play([0], 1, Sampling(60), (0,))
+    assert "the row's 'prompt' (task.options.prompt) is 12; expected text or messages" in played.failure
+
+
 def test_mistakes(tiny_folder, section):
     tokenizer = open_policy(str(tiny_folder)).tokenizer
     with pytest.raises(PluginError, match="the loop of task.tools has prompt, system, rounds"):
         build_task(section(options={"round": 2}), tokenizer)
+    with pytest.raises(PluginError, match="task.options.rounds: Input should be greater than or equal to 1"):
+        build_task(section(options={"rounds": 0}), tokenizer)
+    with pytest.raises(PluginError, match="task.options.seconds: expected a number, got the text '5'"):
+        build_task(section(options={"seconds": "5"}), tokenizer)
     with pytest.raises(ValueError, match="nothing judges it"):
         section(rewards=[])
