@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lmrl.agents.client import Dispatch, client_for
-from lmrl.coroutines import call_user, in_thread, is_async
+from lmrl.coroutines import call_user, in_thread, is_async, watched
 from lmrl.errors import PluginError
 from lmrl.plugins import load_plugin
 from lmrl.tools.functions import load_tools
@@ -105,7 +105,7 @@ class Command(Program):
     OPENAI_API_KEY.
 
     The last line that it prints is the reward, or JSON with `reward` and measurements. It runs in its own temporary
-    folder, and is killed with all its children when its time is over.
+    folder, and is killed when its time is over; its children are killed with it, or when it ends.
     """
 
     def __init__(self, command: list[str]):
@@ -124,15 +124,22 @@ class Command(Program):
                 env=os.environ | {"OPENAI_BASE_URL": address.base_url, "OPENAI_API_KEY": address.key},
                 start_new_session=True,
             )
-            try:
-                assert process.stdin is not None
-                out, errors, _ = await asyncio.gather(
-                    _tail(process.stdout), _tail(process.stderr), _write_input(process.stdin, row)
-                )
-                code = await process.wait()
-            finally:
+
+            def kill() -> None:
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
+
+            def kill_children() -> None:  # that it has left behind, and that hold its output open
+                if process.returncode is not None:
+                    kill()
+
+            try:
+                assert process.stdin is not None
+                work = asyncio.gather(_tail(process.stdout), _tail(process.stderr), _write_input(process.stdin, row))
+                out, errors, _ = await watched(work, kill_children)
+                code = await process.wait()
+            finally:
+                kill()
                 await process.wait()
         if code:
             said = errors.strip().splitlines()[-1:] or ["it wrote no error message"]
