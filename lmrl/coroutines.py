@@ -16,6 +16,7 @@ POLL = 0.1
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end in a new event loop, and cancel the tasks that it leaves running.
 
+    A SystemExit in a task of the user's goes to whoever awaits that task; by itself it would end the loop.
     Also works inside a running event loop, as in a notebook: that loop is blocked meanwhile.
     """
     outer = asyncio._get_running_loop()
@@ -26,7 +27,13 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
         asyncio._set_running_loop(None)
     loop = asyncio.new_event_loop()
     try:
-        return loop.run_until_complete(coroutine)
+        main = loop.create_task(coroutine)
+        while True:
+            try:
+                return loop.run_until_complete(main)
+            except SystemExit:
+                if main.done():
+                    raise
     finally:
         try:
             _cancel_all(loop)

@@ -13,7 +13,7 @@ from lmrl import distributed
 from lmrl.agents.programs import Address, Outcome, Program
 from lmrl.coroutines import run, watched
 from lmrl.engines.base import Engine, Sampling
-from lmrl.errors import RecipeError
+from lmrl.errors import RecipeError, first_of
 from lmrl.policy.policy import Policy
 from lmrl.recipe import SpecialTokens
 from lmrl.secrets import redact
@@ -116,7 +116,7 @@ async def _play(
     try:
         async with limit:
             outcome = await agent.program.run(copy.deepcopy(row), address)
-        if mistake := _problem(session, outcome, agent.rewarded):
+        if mistake := problem(session, outcome, agent.rewarded):
             trajectory.failure = f"agent {mistake}"
         else:
             trajectory.reward, trajectory.metrics = outcome.reward, dict(outcome.metrics)
@@ -137,10 +137,14 @@ async def _play(
         trajectory.completion = outcome.answer
 
 
-def _problem(session: Session, outcome: Outcome, rewarded: bool) -> str | None:
+def problem(session: Session, outcome: Outcome, rewarded: bool) -> str | None:
     """Why an outcome is invalid; None if it is valid."""
+    if session.unfinished:
+        return (
+            "left a streamed answer before its end, so its tokens are unknown: read it all, or set stop or max_tokens"
+        )
     if not session.calls:
-        return "has sent no request to the policy"
+        return "has waited for no answer of the policy" if session.begun else "has sent no request to the policy"
     if rewarded and outcome.reward is not None:
         return "returned a reward, but task.rewards judges: return text or nothing, or leave task.rewards out"
     if not rewarded and outcome.reward is None:
@@ -149,4 +153,5 @@ def _problem(session: Session, outcome: Outcome, rewarded: bool) -> str | None:
 
 
 def _raised(error: BaseException) -> str:
+    error = first_of(error)
     return f"raised {type(error).__name__}: {error}"

@@ -271,8 +271,11 @@ class _Job:
         it is sent whole."""
         text = TextStream(self.app.served, self.sampling.stop)
 
+        unfinished = set() if self.session is None else self.session.unfinished
+
         def heard(token: int) -> None:
             if part := text.add(token):
+                unfinished.add(text)
                 queue.put_nowait((index, part))
 
         try:
@@ -282,6 +285,7 @@ class _Job:
         except BaseException as error:
             queue.put_nowait((index, error))
             return
+        unfinished.discard(text)
         if rest := text.finish(choice.text):
             queue.put_nowait((index, rest))
         queue.put_nowait((index, choice))

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lmrl.engines.base import Completion, Sampling
-from lmrl.serve.model import ServedPolicy
+from lmrl.serve.model import ServedPolicy, TextStream
 from lmrl.serve.protocol import Ask, BadRequest, Choice
 from lmrl.tools.formats import Tool
 from lmrl.trajectories.trajectory import Messages, Segment, Trajectory, Turn, prompt_text, transcript
@@ -73,6 +73,8 @@ class Session:
         self.refused: str | None = None
         """Why a call was refused."""
         self.begun = 0
+        self.unfinished: set[TextStream] = set()
+        """Answers of which the program was sent a part, and that have not ended."""
         self._asked: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[Any]] = set()
         self.closed = False

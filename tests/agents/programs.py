@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import sys
 import time
 
 
@@ -112,6 +113,28 @@ def not_awaited(row, client):
 def oversized(row, client):
     client.chat.completions.create(messages=ask("x"), max_tokens=2, model="any")
     return {"reward": 1e301}
+
+
+async def in_a_group(row, client):
+    async with asyncio.TaskGroup() as group:
+        group.create_task(say(client, ask("x")))
+        group.create_task(client.chat.completions.create(messages=[], model="any"))
+
+
+async def exits_in_a_task(row, client):
+    await say(client, ask("x"))
+
+    async def leave():
+        sys.exit(0)
+
+    await asyncio.gather(leave(), asyncio.sleep(0.1))
+
+
+async def impatient(row, client):
+    waiting = asyncio.ensure_future(say(client, ask("x")))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    return 1.0
 
 
 async def answer(row, client):

@@ -147,6 +147,9 @@ def test_a_decorated_async_function_is_awaited(policy, rows, program):
     [
         ("not_awaited", "raised TypeError: it returned a coroutine that nothing awaits: write `async def`"),
         ("oversized", "raised ValueError: 'reward' is 1e+301; expected at most 1e+30 in size"),
+        ("in_a_group", "Error: 'messages' is missing or empty"),
+        ("exits_in_a_task", "raised SystemExit: 0"),
+        ("impatient", "has waited for no answer of the policy"),
     ],
 )
 def test_what_is_no_reward_fails_with_its_cause(policy, rows, program, cause):
@@ -180,6 +183,15 @@ def test_commands_in_any_language(policy, rows, tmp_path):
     assert late.failure == "agent timed out after 6 s (task.call_timeout)"
     left = subprocess.run(["pgrep", "-f", "time.sleep(77)"], capture_output=True, text=True)
     assert not left.stdout  # its children are gone as well
+
+
+def test_a_command_ends_without_its_children(policy, rows, tmp_path):
+    script = tmp_path / "agent.py"
+    script.write_text(command_text())
+    command = ["sh", "-c", f"'{sys.executable}' '{script}'; sleep 78 & echo 0.25"]
+    (played,) = play(policy, rows, "", starts=[0], agent_command=command, call_timeout=60)
+    assert played.failure is None and played.reward == 0.25
+    assert not subprocess.run(["pgrep", "-f", "sleep 78"], capture_output=True, text=True).stdout
 
 
 def command_text():

@@ -4,11 +4,13 @@ import json
 
 import pytest
 
+from lmrl.agents.play import problem
+from lmrl.agents.programs import Outcome
 from lmrl.engines.base import Sampling
 from lmrl.serve.app import App
 from lmrl.serve.sessions import Session
 from lmrl.trajectories.trajectory import CONTEXT, Trajectory
-from tests.serve.clients import ask, chat, served_model
+from tests.serve.clients import ask, bearer, chat, served_model
 
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {}, "b": {}}}}}
 
@@ -82,6 +84,24 @@ def test_a_session_ends_with_its_limit(tiny_folder):
     assert (first.status, second.status, ended.status) == (200, 400, 410)
     assert second.json["error"]["code"] == "max_calls" and ended.json["error"]["code"] == "session_ended"
     assert [sorted({*one.turns} - {CONTEXT}) for one in written(session).segments] == [[0], [1]]
+
+
+def test_a_stream_that_was_left_fails_the_episode(tiny_folder):
+    app, session = opened(served_model(tiny_folder))
+    session.sampling = Sampling(200)
+
+    async def work(connect):
+        client = await connect()
+        fields = {"messages": [user("hello")], "stream": True, "seed": 0}
+        client.send("POST", path(session), json.dumps(fields).encode(), bearer(session.key))
+        await client.reader.readuntil(b'"content": "')  # the opening
+        await client.reader.readuntil(b'"content": "')
+        left = problem(session, Outcome(1.0), False)
+        await client.reader.readuntil(b"[DONE]")
+        return left, problem(session, Outcome(1.0), False)
+
+    left, read = ask(app, work)
+    assert left is not None and left.startswith("left a streamed answer before its end") and read is None
 
 
 def test_the_recipe_decides_the_sampling(tiny_folder):
