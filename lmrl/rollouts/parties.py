@@ -12,7 +12,7 @@ from lmrl.engines.base import Completion, Engine, Key, Sampling
 from lmrl.engines.remote import check_address, is_address
 from lmrl.environments.calls import call_player
 from lmrl.environments.games import Answer, Game
-from lmrl.errors import RecipeError, did_you_mean
+from lmrl.errors import EndpointError, RecipeError, did_you_mean
 from lmrl.foreign import CallTimedOut
 from lmrl.openai_client import OpenAIClient
 from lmrl.recipe.players import SELF, Opponent
@@ -127,6 +127,8 @@ class AddressSide(Side):
         settings |= {"stop": options.stop} if options.stop else {}
         seed = key(*self.name, self.turn) % 2**31
         found = await self.party.client.chat_async(self.messages, seed=seed, **settings)
+        if found.message.get("content") is None:  # refused, or all tokens spent on thoughts: not an empty move
+            raise EndpointError(f"{self.party.client.name} answered without text (finish_reason={found.finish_reason})")
         self.turn += 1
         text = cut_at(found.text, options.stop)
         self.messages.append({"role": "assistant", "content": text})

@@ -85,6 +85,16 @@ def test_an_address_that_fails_costs_its_episodes(tokenizer):
         task.keep_judged(played)
 
 
+def test_an_address_without_text_makes_no_empty_move(tokenizer):
+    with stub_openai(lambda path, body, number: chat_answer(None, finish_reason="length")) as stub:
+        options = {"player": f"{stub.url}#m"}
+        task = build_task(CustomTask(environment=f"{echo.__file__}:Echo", opponent=options), tokenizer)
+        sampler = Sampler(task, Says(tokenizer, lambda context: "a"), lambda tokens: tokenizer.decode(tokens[:-1]))
+        (played,) = sampler.play([None], 1, Sampling(), ("s",))
+    cause = f"opponent raised EndpointError: {stub.url} answered without text (finish_reason=length)"
+    assert played.failure == cause and played.reward is None
+
+
 @pytest.fixture(scope="module")
 def nim_model(tmp_path_factory):
     import torch
