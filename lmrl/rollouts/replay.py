@@ -37,8 +37,8 @@ def find_episodes(source: Path, wanted: str | None = None) -> list[Line]:
     episodes = [line for line in lines if "id" in line]
     if not episodes:
         raise RunError(
-            f"--episode: {path} holds no episode that can be played again: prompts are judged by rewards (see `lmrl reward "
-            "check`), and older runs have recorded no seeds"
+            f"--episode: {path} holds no episode that can be played again: only those of environments can, not programs "
+            "and tools, nor prompts, which rewards judge (see `lmrl reward check`)"
         )
     found = [line for line in episodes if wanted in (None, line["id"])]
     if not found:

@@ -232,7 +232,7 @@ def test_messages_are_compared(place):
 
 def test_samples_without_episodes(tmp_path):
     (tmp_path / "samples.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b", "reward": 1.0}) + "\n")
-    with pytest.raises(RunError, match="holds no episode that can be played again: prompts are judged by rewards"):
+    with pytest.raises(RunError, match="holds no episode that can be played again: only those of environments can"):
         find_episodes(tmp_path, "main/train/1/0")
 
 
