@@ -14,6 +14,8 @@ BLOCK = 256
 """Size of the vocabulary blocks whose probabilities are summed before a token is looked for in one of them."""
 CANDIDATES = 1024
 """Most likely tokens among which the edge of top-p is looked for first."""
+GREEDY = 1e-30
+"""Below this temperature the most likely token is drawn: logits divided by a smaller one overflow."""
 
 
 def sample_token(
@@ -24,7 +26,7 @@ def sample_token(
     Returns tokens (B,) and their log-probabilities (B,) under the sampling distribution (after temperature, top-k,
     top-p).
     """
-    if sampling.temperature == 0:
+    if sampling.temperature < GREEDY:
         tokens_B = logits_BV.argmax(-1)
         return tokens_B, torch.zeros(len(tokens_B), device=logits_BV.device)
     tempered_BV = logits_BV if sampling.temperature == 1 else logits_BV / sampling.temperature
@@ -89,6 +91,8 @@ def _truncate(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
             before = probs.cumsum(-1) - probs
             if bool((before[:, -1] >= sampling.top_p).all()):  # the edge lies among these candidates
                 break
-        ordered = ordered.masked_fill(before >= sampling.top_p, -torch.inf)
+        outside = before >= sampling.top_p
+        outside[:, 0] = False  # also if top_p is 0 in float32
+        ordered = ordered.masked_fill(outside, -torch.inf)
         logits_BV = torch.full_like(logits_BV, -torch.inf).scatter(1, order, ordered)
     return logits_BV

@@ -15,6 +15,13 @@ def test_draw_inverts_the_distribution():
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.2, 0.5, 0.5, 0.3]))
 
 
+@pytest.mark.parametrize("sampling", [Sampling(temperature=1e-40), Sampling(top_p=1e-300)])
+def test_the_most_likely_token_always_stays(sampling):
+    logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]])).repeat(3, 1)
+    tokens, logprobs = sample_token(logits, sampling, np.array([0.0, 0.5, 0.99]))
+    assert tokens.tolist() == [1, 1, 1] and logprobs.tolist() == [0, 0, 0]
+
+
 def test_draw_frequencies():
     """20,000 draws agree with the distribution (chi-square, 5 degrees of freedom, far tail)."""
     rng = np.random.default_rng(0)
