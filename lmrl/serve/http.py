@@ -235,9 +235,9 @@ class _Connection:
         except Exception:
             log.exception("a request failed")
             response = HTTPResponse(500, error_body("the server failed", "server_error"))
-        await self._respond(response)
+        await self._respond(response, with_body=request.method != "HEAD")
 
-    async def _respond(self, response: HTTPResponse) -> None:
+    async def _respond(self, response: HTTPResponse, with_body: bool) -> None:
         headers = {"Content-Type": response.content_type, "Cache-Control": "no-store"} | response.headers
         if self.server.ending:
             headers["Connection"] = "close"
@@ -247,7 +247,7 @@ class _Connection:
             headers["Transfer-Encoding"] = "chunked"
         await self._send(h11.Response(status_code=response.status, headers=list(headers.items())))
         if response.stream is None:
-            await self._send(h11.Data(data=response.body))
+            await self._send(h11.Data(data=response.body if with_body else b""))
         else:
             async with aclosing(response.stream) as parts:
                 async for part in parts:

@@ -161,6 +161,17 @@ def test_models_health_and_unknown_paths(tiny_folder):
 
 
 # ---------------------------------------------------------------------------------------------------------- who may ask
+def test_head_is_answered_without_a_body(tiny_folder):
+    async def work(connect):
+        client = await connect()
+        client.send("HEAD", "/health")
+        head = await client.reader.readuntil(b"\r\n\r\n")
+        return head, (await client.get("/health")).json["status"]
+
+    head, after = ask(App(served_model(tiny_folder)), work)
+    assert head.startswith(b"HTTP/1.1 200") and after == "ok"
+
+
 def test_forged_keys_are_refused(tiny_folder):
     async def work(connect):
         client = await connect()
