@@ -24,7 +24,7 @@ SHOWN = 5
 
 
 def compare(
-    policies: Sequence[str | Path],
+    policies: str | Path | Sequence[str | Path],
     suite: str | Path | None = None,
     overrides: Sequence[str] = (),
     checkpoint: str = "final",
@@ -58,6 +58,7 @@ def compare(
         )
     wanted = [read_claim(text) for text in claims]
     by = None if judge is None else load_judge(judge, judge_options)  # before anything is played
+    policies = [policies] if isinstance(policies, str | Path) else list(policies)
     logs = {str(name): logs_in(name) for name in policies if has_logs(Path(name))}
     given = [one for found in logs.values() for one in found]
     check_same_suite(given)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import lmrl
-from lmrl.errors import RecipeError, RunError
+from lmrl.errors import DataError, RecipeError, RunError
 from tests import forking
 from tests.conftest import TINY_WALKS
 
@@ -81,6 +81,8 @@ def test_policies_and_logs_compare_alike(run, tmp_path):
         lmrl.compare([tmp_path / "old", tmp_path / "other"])
     with pytest.raises(RecipeError, match="logs are not played again: leave out --checkpoint"):
         lmrl.compare([tmp_path / "old", tmp_path / "new"], betas=[1])
+    with pytest.raises(DataError, match="there is no 'runs/none' here"):  # one name, as for lmrl.evaluate
+        lmrl.compare("runs/none")
     with pytest.raises(RecipeError, match="two policies or more are needed"):
         lmrl.compare([tmp_path / "old"])
 
