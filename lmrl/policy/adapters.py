@@ -91,10 +91,13 @@ def add_adapter(model: Any, lora: Lora, task: str, revision: str | None) -> Peft
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Silence peft's warnings about tied weights, which are handled here, and about its own patterns for experts."""
+    """Silence peft's warnings about what is handled here or by peft itself: tied weights, GPT-2's transposed layers, its own
+    patterns for experts, and a name that transformers 5.24 has changed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`")
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         yield
 
 

@@ -116,6 +116,12 @@ def test_a_layer_beside_the_adapter_is_trained_whole(folders):
     assert (whole[0].grad.abs().sum(1) > 0).all()  # every token, by the head
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_adapters_are_added_without_warnings(folders, kind, recwarn):
+    load_policy(Model(path=str(folders[kind]), lora=Lora()))
+    assert not [str(one.message) for one in recwarn]
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
