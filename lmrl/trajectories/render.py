@@ -96,6 +96,12 @@ class Renderer:
         header = next((one for one in self._headers(opening, plain, sentinel) if text.startswith(one)), None)
         if header is None:
             raise ModelError("the tokenizer's chat template cannot render tool calls: give such turns as text")
+        names = [call.get("function", call).get("name", "") for call in message.get("tool_calls") or ()]
+        if lost := next((name for name in names if name not in text[len(header) :]), None):
+            raise ModelError(
+                f"the tokenizer's chat template leaves out the call of the tool '{lost}': take a model whose template renders "
+                "tool calls, or give such turns as text"
+            )
         tokens = self._encode(_without(parts, len(header)))
         closing = [at for at, token in enumerate(tokens) if token in self.tokenizer.all_special_ids]
         return tokens[: closing[-1] + 1] if closing else tokens

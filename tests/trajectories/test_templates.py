@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from lmrl.errors import ModelError
 from lmrl.trajectories.files import Malformed
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.rows import from_row
@@ -111,6 +112,11 @@ def test_calls_of_tools_are_learned_and_results_are_not(template):
     assert learned[1] == f"It is 5.{end}"
     assert '"name": "add"' in learned[0] and learned[0].endswith(end) and "Add." not in learned[0]
     assert '"description": "Add."' in whole
+
+
+def test_calls_that_the_template_leaves_out_are_refused():
+    with pytest.raises(ModelError, match="leaves out the call of the tool 'add': take a model whose template"):
+        rendered("smollm2", {"messages": CALLS, "tools": TOOLS})
 
 
 def test_tools_as_json_text_are_read():
