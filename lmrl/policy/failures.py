@@ -125,6 +125,6 @@ def refuse_broken(model: Any, tokenizer: Any, key: str, path: str) -> None:
     rows, tokens = getattr(embeddings, "num_embeddings", None), len(tokenizer)
     if rows is not None and tokens > rows:
         raise ModelError(
-            f"{key}: the tokenizer of '{path}' has {tokens} tokens, but the model embeds {rows}: they do not belong "
-            "together"
+            f"{key}: the tokenizer of '{path}' has {tokens} tokens, but the model embeds {rows}: save the "
+            "tokenizer that belongs to it, or first call `model.resize_token_embeddings(len(tokenizer))`"
         )
