@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from lmrl.trajectories.files import Malformed, Row, take
+from lmrl.trajectories.files import OTHER_NAMES, Malformed, Row, take
 from lmrl.trajectories.trajectory import (
     LARGEST_REWARD,
     Messages,
@@ -51,7 +51,7 @@ def not_empty(text: str, name: str) -> str:
 
 
 def text_or_messages(row: Row, name: str) -> str | Messages:
-    return row[name] if isinstance(take(row, name, str, list), str) else messages_in(row, name)
+    return row[name] if isinstance(take(row, name, str, list, fix=OTHER_NAMES), str) else messages_in(row, name)
 
 
 def messages_in(row: Row, name: str) -> Messages:

@@ -180,7 +180,7 @@ class JsonLines(Rows):
             reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", error)
             raise Malformed(f"not valid JSON: {reason}; expected one object per line") from error
         if not isinstance(row, dict):
-            raise Malformed(f"holds a {type(row).__name__}, expected an object with keys")
+            raise Malformed(f"holds a {type(row).__name__}; expected one object per line")
         return row
 
 
@@ -364,12 +364,16 @@ def _open_hub(name: str, part: Selection) -> Table:
     return Table(dataset, [(name, len(dataset))])
 
 
-def take(row: Row, name: str, *kinds: type, items: str = "messages") -> Any:
-    """A row's field, checked: Malformed names the field and what was expected. items: what a list holds."""
+OTHER_NAMES = "; if columns have other names, set `columns`, for instance {prompt: question, completion: answer}"
+
+
+def take(row: Row, name: str, *kinds: type, items: str = "messages", fix: str = "") -> Any:
+    """A row's field, checked: Malformed names the field and what was expected. items: what a list holds; fix: for a field
+    that is missing."""
     expected = " or ".join(f"a list of {items}" if kind is list else _KINDS[kind] for kind in kinds)
     if row.get(name) is None:
         given = ", ".join(key for key, value in row.items() if value is not None)
-        raise Malformed(f"has no field '{name}' (fields: {given}); expected {expected}")
+        raise Malformed(f"has no field '{name}' (fields: {given}); expected {expected}{fix}")
     if not isinstance(row[name], kinds) or (isinstance(row[name], bool) and bool not in kinds):
         raise Malformed(f"field '{name}' is {row[name]!r:.60}; expected {expected}")
     return row[name]

@@ -53,7 +53,7 @@ from lmrl.trajectories.fields import (
     reward_of,
     same_reward,
 )
-from lmrl.trajectories.files import Malformed, Row, take
+from lmrl.trajectories.files import OTHER_NAMES, Malformed, Row, take
 from lmrl.trajectories.formats import chat_episode, completion_episode, episode_of, preference, preference_episodes
 from lmrl.trajectories.recorder import Recorder
 from lmrl.trajectories.render import Renderer
@@ -161,7 +161,7 @@ def parse(row: Row, number: int = 0, tokenizer: str | None = None) -> list[Traje
         return [episode_of(row, [Turn("", not_empty(take(row, "text", str), "text"))], number)]
     raise Malformed(
         f"has no known format (fields: {', '.join(row)}); expected turns, prompt and completion, messages, chosen and "
-        "rejected, or text"
+        f"rejected, or text{OTHER_NAMES}"
     )
 
 
@@ -176,7 +176,7 @@ def prompt_of(row: Row, column: str = "prompt") -> str | Messages:
             return turns[0].observation
         if "text" in present:
             return str(take(row, "text", str))
-    found: str | Messages = take(row, column, str, list)
+    found: str | Messages = take(row, column, str, list, fix=OTHER_NAMES)
     return found if isinstance(found, str) or not row.get("tools") else messages_in(row, column)
 
 

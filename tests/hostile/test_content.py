@@ -123,7 +123,7 @@ PROMPTS = [
     ({"prompt": [{"role": "user", "content": "a\udfff"}]}, r"holds the lone surrogate \\udfff"),
     ("[" * 100_000, "not valid JSON: nested too deeply"),
     ('{"prompt": ' + "9" * 5000 + "}", "not valid JSON"),
-    ("[1]", "holds a list, expected an object with keys"),
+    ("[1]", "holds a list; expected one object per line"),
     ('{"prompt": "a"', "not valid JSON"),
 ]
 

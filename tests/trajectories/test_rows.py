@@ -238,7 +238,10 @@ TURN = {"observation": "a", "action": "b"}
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a"}, r"has no field 'completion' \(fields: prompt\); expected text or a list of messages"),
+        (
+            {"prompt": "a"},
+            r"has no field 'completion' \(fields: prompt\); expected text or a list of messages; if columns .* set `columns`",
+        ),
         ({"prompt": "a", "completion": 3}, "field 'completion' is 3; expected text or a list of messages"),
         ({"prompt": "a", "completion": ""}, "field 'completion' is empty"),
         ({"prompt": "a", "completion": "b", "reward": "x"}, "field 'reward' holds 'x'; expected a finite number"),
@@ -252,7 +255,10 @@ TURN = {"observation": "a", "action": "b"}
         ({"prompt": "a", "completion": "b", "reward": True}, "field 'reward' holds True"),
         ({"prompt": "a", "completion": [{"role": "assistant"}]}, "field 'completion' holds .*'role' and 'content'"),
         ({"prompt": [], "completion": "b"}, "field 'prompt' is empty; expected messages"),
-        ({"words": "a"}, r"has no known format \(fields: words\); expected turns, prompt and completion"),
+        (
+            {"words": "a"},
+            r"has no known format \(fields: words\); expected turns, prompt and completion, .* set `columns`",
+        ),
         ({"text": ""}, "field 'text' is empty"),
         ({"messages": CHAT, "rewards": [1, 2]}, "field 'rewards' has 2 numbers for 1 assistant messages"),
         ({"messages": CHAT, "rewards": [float("inf")]}, "field 'rewards' holds inf; expected a finite number"),

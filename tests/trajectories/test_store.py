@@ -169,7 +169,7 @@ def test_malformed_rows_are_counted_and_kept_aside(tmp_path, tokenizer):
         "reason": "not valid JSON: Expecting value; expected one object per line",
         "row": '{"prompt":',
     }
-    assert second["reason"] == "holds a list, expected an object with keys" and third["line"] == 5
+    assert second["reason"] == "holds a list; expected one object per line" and third["line"] == 5
     assert "not valid UTF-8" in third["reason"]
     path.write_text("{}\n")
     with pytest.raises(DataError, match="no episode is left to train on; .*left out 1 malformed lines"):
