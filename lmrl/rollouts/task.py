@@ -264,12 +264,16 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
         for row, length in zip(rows, lengths, strict=True)
         if length <= prompts.max_tokens
     ]
-    notes = [
-        f"{len(rows) - len(short)} of {len(rows)} prompts are longer than task.prompts.max_tokens={prompts.max_tokens}"
-    ]
+    notes = []
+    if len(short) < len(rows):
+        notes.append(
+            f"{len(rows) - len(short)} of {len(rows)} prompts are longer than task.prompts.max_tokens={prompts.max_tokens}"
+        )
     if not short:
         raise DataError(f"{prompts.path}: every prompt is longer than task.prompts.max_tokens={prompts.max_tokens}")
     training, heldout = split_rows([prompt_key(row[prompts.column]) for row in short], prompts)
+    if prompts.holdout and training == heldout:
+        notes.append(f"{prompts.path}: all rows have the same prompt, so none is held out for evaluation")
     return Task(
         lambda: PromptEnvironment(short, prompts.column),
         renderer,
@@ -280,7 +284,7 @@ def _prompt_task(section: PromptTask, tokenizer: Any) -> Task:
         rewards=_load_rewards(section, names),
         judged_by="reward",
         longest_prompt=max(length for length in lengths if length <= prompts.max_tokens),
-        notes=notes if len(short) < len(rows) else [],
+        notes=notes,
     )
 
 

@@ -91,7 +91,8 @@ def build_stage(
     task = build_task(section, policy.tokenizer)
     task.learning = True
     task.positions = policy.max_length
-    watch_suite(task, suite, policy.tokenizer, plays=recipe.source.plays)
+    if recipe.evaluation.suite != OWN_TASK:
+        watch_suite(task, suite, policy.tokenizer, plays=recipe.source.plays)
     engine = build_engine(recipe.rollouts, policy, interrupt.check, run.folder)
     sampler_check = SamplerCheck(policy, engine, recipe.rollouts)
     sampler = Sampler(task, engine, policy.decode, recipe.rollouts.deterministic)

@@ -100,9 +100,9 @@ def test_a_warm_up_from_scratch_is_scored_at_its_end(tmp_path):
     assert evaluated(tmp_path / "run") == [(4, "eval")]
 
 
-@pytest.mark.parametrize(("holdout", "count"), [(0.25, 10), (0, 0)])
-def test_prompts_are_scored_on_held_out_rows(tmp_path, tiny_folder, holdout, count):
-    prompts = [f"word {number} " for number in range(40)]
+@pytest.mark.parametrize(("holdout", "different", "count"), [(0.25, 40, 10), (0, 40, 0), (0.25, 1, 0)])
+def test_prompts_are_scored_on_held_out_rows(tmp_path, tiny_folder, holdout, different, count):
+    prompts = [f"word {number % different} " for number in range(40)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     (tmp_path / "reward.py").write_text(
         "def long(completions, **_):\n    return [len(one) / 9 for one in completions]\n"
@@ -112,7 +112,9 @@ def test_prompts_are_scored_on_held_out_rows(tmp_path, tiny_folder, holdout, cou
         f"task: {{prompts: {{path: prompts.jsonl, holdout: {holdout}}}, rewards: [{{function: 'reward.py:long'}}]}}\n"
         "rollouts: {prompts: 8, samples: 4, max_new_tokens: 4}\nobjective: {name: grpo}\ntraining: {steps: 13}\n"
     )
-    result, _ = run_of([], tmp_path / "run", tmp_path / "recipe.yaml")
+    result, shown = run_of([], tmp_path / "run", tmp_path / "recipe.yaml")
+    assert "scores flatter" not in shown
+    assert ("all rows have the same prompt, so none is held out" in shown) == (different == 1)
     lines = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     trained, scored = ({line["prompt"] for line in lines if line["kind"] == kind} for kind in ("train", "eval"))
     if not count:
