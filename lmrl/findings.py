@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from lmrl.visible import plain_console, visible
 
@@ -19,9 +17,8 @@ class Finding:
     detail: str
 
 
-def show(findings: Iterable[Finding], to_json: Path | None = None, well: str = "fit for training") -> int:
-    """Print findings as they arrive; returns how many failed. to_json: a file for them. well: printed if none has
-    failed."""
+def show(findings: Iterable[Finding], well: str) -> list[Finding]:
+    """Print findings as they arrive, and return them. well: printed if none has failed."""
     from rich.text import Text
 
     console, made = plain_console(), []
@@ -30,7 +27,5 @@ def show(findings: Iterable[Finding], to_json: Path | None = None, well: str = "
         mark, style = {True: ("ok", "green"), False: ("FAILED", "bold red"), None: ("note", "yellow")}[finding.passed]
         console.print(Text.assemble((f"{mark:7}", style), f"{finding.name}: {visible(finding.detail)}"), soft_wrap=True)
     failed = sum(finding.passed is False for finding in made)
-    if to_json:
-        to_json.write_text(json.dumps([vars(finding) for finding in made], indent=2) + "\n")
     console.print(f"{failed} of {len(made)} checks failed" if failed else well)
-    return failed
+    return made

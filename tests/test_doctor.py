@@ -21,7 +21,7 @@ def test_this_machine(tmp_path, monkeypatch):
     assert found["Python"].passed and found["packages"].passed, found
     assert found["not-there"].passed is None and "pip install not-there" in found["not-there"].detail
     assert {"device", "threads", "memory", "disk for runs"} <= set(found)
-    assert show([found["Python"]], well="ready") == 0
+    assert show([found["Python"]], well="ready") == [found["Python"]]
 
 
 def test_versions_out_of_range(monkeypatch):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lmrl.errors import RecipeError, RunError
+
+if TYPE_CHECKING:
+    from lmrl.findings import Finding
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides, for instance training.steps=50", metavar="[KEY=VALUE]...")
@@ -50,22 +54,32 @@ def split_policies(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return [one for one in arguments if one not in overrides], overrides
 
 
-def check_outputs(json: Path | None, plot: Path | None = None) -> None:
-    """Raise RunError for output files that cannot be written, before anything is played."""
-    if json is not None and json.is_dir():
-        raise RunError(f"--json: {json} is a folder, name a file")
+def check_outputs(file: Path | None, plot: Path | None = None, option: str = "--json") -> None:
+    """Raise RunError for output files that cannot be written, before any work is done. option: that names the file."""
+    if file is not None and file.is_dir():
+        raise RunError(f"{option}: {file} is a folder, name a file")
     if plot is not None:
         from lmrl.plots import check_picture
 
         check_picture(plot)
 
 
-def write_json(path: Path | None, what: str, text: Callable[[], str]) -> None:
-    """Write a command's result to the --json file, if one is named."""
+def write_file(path: Path | None, what: str, text: Callable[[], str]) -> None:
+    """Write a command's result to the file that an option names, if it does."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text())
+        path.write_text(text(), encoding="utf-8")
         print(f"{what} written to {path}")
+
+
+def show_findings(findings: Iterable[Finding], file: Path | None, well: str = "fit for training") -> None:
+    """Print findings as they arrive, and write them to the --json file. Exits with 1 if one has failed."""
+    from lmrl.findings import show
+
+    made = show(findings, well)
+    write_file(file, "findings", lambda: json.dumps(list(map(vars, made)), indent=2) + "\n")
+    if any(finding.passed is False for finding in made):
+        raise typer.Exit(1)
 
 
 def draw(path: Path | None, picture: str, found: Any) -> None:

@@ -23,7 +23,7 @@ from lmrl.cli.common import (
     read_options,
     split_policies,
     weights,
-    write_json,
+    write_file,
 )
 from lmrl.errors import RecipeError
 
@@ -126,7 +126,7 @@ def command(
         endpoint_of(endpoint, names),
     )
     _show(found)
-    write_json(json, "comparison", found.to_json)
+    write_file(json, "comparison", found.to_json)
     draw(plot, "comparison", found)
     found.require(claims)
 

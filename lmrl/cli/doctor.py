@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lmrl.cli.common import Debug
+from lmrl.cli.common import Debug, check_outputs, show_findings
 
 
 def command(
@@ -17,7 +17,6 @@ def command(
 ) -> None:
     """Check versions, devices, memory, disk and optional parts, and name fixes. Exit code 1: something is wrong."""
     from lmrl.doctor import examine
-    from lmrl.findings import show
 
-    if show(examine(output), to_json, well="ready"):
-        raise typer.Exit(1)
+    check_outputs(to_json)
+    show_findings(examine(output), to_json, well="ready")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmrl.cli.common import Debug, Overrides
+from lmrl.cli.common import Debug, Overrides, check_outputs, show_findings
 from lmrl.cli.verbs import PLAIN, VERBS
 
 if TYPE_CHECKING:
@@ -39,10 +39,9 @@ def check(
     """Check an environment before training: seeds, return values, episode ends, rewards, players, odd actions, speed.
     Exit code 1: a check failed."""
     from lmrl.environments.check import check_environment
-    from lmrl.findings import show
 
-    if show(check_environment(task_section(environment, options), episodes), to_json):
-        raise typer.Exit(1)
+    check_outputs(to_json)
+    show_findings(check_environment(task_section(environment, options), episodes), to_json)
 
 
 def task_section(environment: str, options: list[str] | None) -> EpisodeLimits:
@@ -53,13 +52,13 @@ def task_section(environment: str, options: list[str] | None) -> EpisodeLimits:
     from lmrl.recipe.paths import resolve_files
     from lmrl.recipe.validation import validate
 
-    class Named(Section):
+    class Checked(Section):
         task: TaskSection
 
     document = Document({"task": {"environment": environment}}, places={("task", "environment"): "ENVIRONMENT"})
     for option in options or ():
         apply_override(document, option if option.startswith("task.") else f"task.{option}")
     resolve_files(document.data, Path.cwd())
-    task = validate(Named, document).task
+    task = validate(Checked, document).task
     assert isinstance(task, EpisodeLimits), "an environment was named"
     return task

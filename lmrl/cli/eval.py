@@ -21,7 +21,7 @@ from lmrl.cli.common import (
     listed,
     split_policies,
     weights,
-    write_json,
+    write_file,
 )
 from lmrl.cli.completion import suites
 from lmrl.errors import RecipeError, did_you_mean
@@ -157,7 +157,7 @@ def command(
         display.say(f"overlap: {report.overlap}")
     if report.clean:
         display.table("Without overlapping prompts", report.clean)
-    write_json(json, "scores", report.to_json)
+    write_file(json, "scores", report.to_json)
     for path in export or ():
         write_table(frame_of(list(records_of(report.episodes))), path)
         print(f"episodes written to {path}")

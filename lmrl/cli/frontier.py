@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lmrl.cli.common import Debug, TrustRemoteCode, check_outputs, draw, listed, split_policies, write_json
+from lmrl.cli.common import Debug, TrustRemoteCode, check_outputs, draw, listed, split_policies, write_file
 from lmrl.errors import RecipeError
 
 
@@ -62,5 +62,5 @@ def command(
     yardstick = {f"best of {one.n}": [one.kl, one.score, *one.ci95] for one in found.yardstick}
     display.number_table("Best-of-n of the initial policy", ["kl at most", found.metric, "from", "to"], yardstick)
     display.say(f"played: {found.played}")
-    write_json(json, "frontier", found.to_json)
+    write_file(json, "frontier", found.to_json)
     draw(plot, "frontier", found)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmrl.cli.common import Debug, read_options
+from lmrl.cli.common import Debug, check_outputs, read_options, show_findings, write_file
 from lmrl.cli.verbs import PLAIN, VERBS
 from lmrl.visible import visible
 
@@ -52,12 +52,12 @@ def check(
     from itertools import chain
 
     from lmrl.errors import DataError
-    from lmrl.findings import show
     from lmrl.rewards.calibrate import check_gold, samples_of
     from lmrl.rewards.check import check_reward
     from lmrl.rewards.load import load_reward
     from lmrl.rewards.rescore import columns_of, read_samples
 
+    check_outputs(to_json)
     spec = _spec(reward, option)
     if (gold is None and wrong is not None) or (gold is not None and data is None):
         raise DataError(
@@ -68,8 +68,7 @@ def check(
     if data is not None and gold is not None:
         apart = spec.model_copy(update={"timeout": timeout, "workers": 1}) if spec.kind == "function" else spec
         findings = chain(findings, check_gold(load_reward(apart, "reward"), data, gold, wrong))
-    if show(findings, to_json):
-        raise typer.Exit(1)
+    show_findings(findings, to_json)
 
 
 @app.command()
@@ -84,18 +83,17 @@ def calibrate(
 ) -> None:
     """Compare a reward or a judge with people's preferences: agreement, and bias for length and position. Exit code 1:
     a check failed."""
-    from lmrl.findings import show
     from lmrl.rewards.calibrate import Pairs, by_comparison, by_scores, check_pairs
     from lmrl.rewards.load import load_reward, reward_object
 
+    check_outputs(to_json)
     pairs, spec = Pairs(data, limit), _spec(reward, option)
     judge = reward_object(spec, "reward") if spec.kind == "function" else None
     if hasattr(judge, "prefers_first"):
         verdicts = by_comparison(judge, pairs)
     else:
         verdicts = by_scores(load_reward(spec.model_copy(update={"timeout": timeout}), "reward"), pairs)
-    if show(check_pairs(verdicts, pairs), to_json, well="agrees with the labels"):
-        raise typer.Exit(1)
+    show_findings(check_pairs(verdicts, pairs), to_json, well="agrees with the labels")
 
 
 @app.command()
@@ -120,6 +118,7 @@ def score(
 
     if (data is None) == (run is None):
         raise DataError("name either --data FILE or --run FOLDER")
+    check_outputs(output, option="--output")
     if run is not None:
         if not (run / SAMPLES_FILE).is_file():
             raise RunError(f"{run} holds no {SAMPLES_FILE}")
@@ -129,16 +128,16 @@ def score(
     samples = read_samples(data)
     found = rescore(load_reward(spec, "reward"), samples)
     known = [value for value in found.values if value is not None]
-    if output:
-        with open(output, "w", encoding="utf-8") as file:
-            for sample, value, cause in zip(samples, found.values, found.causes, strict=True):
-                file.write(
-                    json.dumps({**sample, "score": value, "cause": cause}, ensure_ascii=False, default=str) + "\n"
-                )
+    scored = [
+        {**sample, "score": value, "cause": cause}
+        for sample, value, cause in zip(samples, found.values, found.causes, strict=True)
+    ]
+    lines = [json.dumps(one, ensure_ascii=False, default=str) + "\n" for one in scored]
+    write_file(output, "samples", lambda: "".join(lines))
     failed = len(samples) - len(known)
     if known:
-        judged = [sample for sample, value in zip(samples, found.values, strict=True) if value is not None]
-        summary = summarize(known, [str(sample["prompt"]) for sample in judged], unit="prompt")
+        prompts = [str(sample["prompt"]) for sample in scored if sample["score"] is not None]
+        summary = summarize(known, prompts, unit="prompt")
         low, high = summary["ci95"]
         print(
             f"{spec.label}: mean {summary['mean']:.4f} [{low:.4f}, {high:.4f}] over {len(known)} samples; the 95 % "

@@ -178,9 +178,9 @@ def test_check_with_gold_answers():
         "--wrong",
         "bad",
         "--json",
-        "f.json",
+        "new/f.json",
     )
-    found = {one["name"]: one for one in json.loads(Path("f.json").read_text())}
+    found = {one["name"]: one for one in json.loads(Path("new/f.json").read_text())}
     assert found["tells gold from wrong answers"]["passed"], done.output
     assert done.exit_code == 0 and found["distribution"]["passed"]  # of right and wrong answers together
 

@@ -124,11 +124,14 @@ def test_check_on_the_command_line(file, tmp_path):
 def test_score_on_the_command_line(file, tmp_path):
     samples = [{"prompt": "p", "completion": "x" * n, "reward": n * n, "stage": "main"} for n in range(1, 6)]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in samples))
-    done = lmrl("score", f"{file}:good", "--run", str(tmp_path), "--output", str(tmp_path / "out.jsonl"))
+    output = tmp_path / "new" / "out.jsonl"
+    done = lmrl("score", f"{file}:good", "--run", str(tmp_path), "--output", str(output))
     assert done.returncode == 0, done.stderr
     assert "mean 0.0030 [0.0010, 0.0050] over 5 samples" in done.stdout
     assert "Spearman 1.000" in done.stdout
-    assert [json.loads(line)["score"] for line in (tmp_path / "out.jsonl").read_text().splitlines()][-1] == 0.005
+    assert [json.loads(line)["score"] for line in output.read_text().splitlines()][-1] == 0.005
+    done = lmrl("score", f"{file}:good", "--run", str(tmp_path), "--output", str(tmp_path))
+    assert done.returncode == 2 and f"--output: {tmp_path} is a folder, name a file" in done.stderr
     done = lmrl("score", f"{file}:good")
     assert done.returncode == 2 and "name either --data FILE or --run FOLDER" in done.stderr
 
