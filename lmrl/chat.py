@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from lmrl.coroutines import run
 from lmrl.engines.base import Sampling
@@ -59,6 +59,3 @@ class Speaker:
         answer = self.policy.decode(done.tokens)
         self.recorder.act(answer, done.tokens, done.logprobs, cut=done.finish_reason == "length")
         return answer
-
-    def set_temperature(self, temperature: float) -> None:
-        self.sampling = replace(self.sampling, temperature=temperature)

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +42,7 @@ def command(
     if len(policies) > 2:
         raise RecipeError(f"chat takes one policy or two, got {len(policies)}")
     from lmrl.chat import Speaker
-    from lmrl.engines.base import Sampling
+    from lmrl.engines.base import Sampling, check_has_q
     from lmrl.policy.load import open_policy
     from lmrl.run_folders import checkpoint_of
 
@@ -49,8 +50,8 @@ def command(
     speakers = []
     for name in policies:
         policy = open_policy(checkpoint_of(name, checkpoint), trust_remote_code=trust_remote_code)
-        if beta is not None and policy.guidance is None:
-            raise RecipeError(f"--beta weighs Q values, but '{name}' has none: leave it out")
+        if beta is not None:
+            check_has_q(policy, name)
         if system is not None and not policy.tokenizer.chat_template:
             raise RecipeError(f"--system needs a chat template, and '{name}' has none: leave it out")
         speakers.append(Speaker(Path(name).name or name, policy, sampling, system, seed))
@@ -70,29 +71,26 @@ def command(
         if word == "/quit":
             return
         if word == "/new":
-            _each(speakers, "forget")
+            for speaker in speakers:
+                speaker.forget()
         elif word == "/system":
             for speaker in speakers:
                 speaker.system = rest or None
-            _each(speakers, "forget")
+                speaker.forget()
         elif word == "/temperature":
             try:
                 heat = float(rest)
             except ValueError:
                 heat = math.nan
             if 0 <= heat < math.inf:
-                _each(speakers, "set_temperature", heat)
+                for speaker in speakers:
+                    speaker.sampling = replace(speaker.sampling, temperature=heat)
             else:
                 console.print(f"/temperature takes a number of 0 or more, got {rest!r}")
         elif word.startswith("/"):
             console.print(HELP, style="dim")
         elif line.strip():
             _answer(console, speakers, line)
-
-
-def _each(speakers: list[Any], method: str, *arguments: float) -> None:
-    for speaker in speakers:
-        getattr(speaker, method)(*arguments)
 
 
 def _read(console: Console) -> str | None:

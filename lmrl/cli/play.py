@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,10 +28,12 @@ def command(
     policy: Annotated[
         str | None, typer.Option("--policy", help="Watch a policy: a run, a folder or a hub name")
     ] = None,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="The policy's temperature")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", "-t", min=0.0, help="The policy's temperature (default: 1)")
+    ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Maximum tokens per turn of the policy")
-    ] = 64,
+        int | None, typer.Option("--max-new-tokens", min=1, help="Maximum tokens per turn of the policy (default: 64)")
+    ] = None,
     beta: Annotated[
         float | None, typer.Option("--beta", min=0.0, help="Weight of the Q values, for a policy that has them")
     ] = None,
@@ -41,6 +43,10 @@ def command(
     """Play an environment, or watch a scripted player or a policy. Ctrl-D ends the game."""
     if player is not None and policy is not None:
         raise RecipeError("--player and --policy: one of them plays, leave the other out")
+    sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens, "beta": beta}
+    stated = {name: value for name, value in sampling.items() if value is not None}
+    if stated and policy is None:
+        raise RecipeError(f"--{next(iter(stated)).replace('_', '-')} is for a policy: add --policy, or leave it out")
     from lmrl.environments import GameEnvironment, environment_factory
     from lmrl.environments.calls import begin_episode, call_player, take_step
     from lmrl.seeding import stream
@@ -52,7 +58,7 @@ def command(
         raise RecipeError(
             f"--player {player}: the environment has {', '.join(players) or 'no players'}{did_you_mean(player, players)}"
         )
-    speakers = _speakers(policy, task, temperature, max_new_tokens, beta, seed) if policy else None
+    speakers = _speakers(policy, task, stated, seed) if policy else None
     rng, total = stream(seed, "play"), 0.0
     with _failures_in_one_line():
         observation, _ = begin_episode(game, seed, None)
@@ -114,17 +120,17 @@ def ask(console: Console) -> str | None:
     return line.rstrip("\n") if line or sys.stdin.isatty() else None
 
 
-def _speakers(
-    policy: str, task: EpisodeLimits, temperature: float, max_new_tokens: int, beta: float | None, seed: int
-) -> Callable[[int], Speaker]:
-    """The policy as each side of a game; each side has its own dialogue."""
+def _speakers(policy: str, task: EpisodeLimits, stated: dict[str, Any], seed: int) -> Callable[[int], Speaker]:
+    """The policy as each side of a game; each side has its own dialogue. stated: how to sample, see `Sampling`."""
     from functools import cache
 
     from lmrl.chat import Speaker
-    from lmrl.engines.base import Sampling
+    from lmrl.engines.base import Sampling, check_has_q
     from lmrl.policy.load import open_policy
     from lmrl.run_folders import checkpoint_of
 
     opened = open_policy(str(checkpoint_of(policy)))
-    sampling = Sampling(max_new_tokens, temperature, beta=beta)
+    if "beta" in stated:
+        check_has_q(opened, policy)
+    sampling = Sampling(**stated)
     return cache(lambda side: Speaker(policy, opened, sampling, None, seed + side, task.chat, task.history))

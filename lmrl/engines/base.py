@@ -20,7 +20,7 @@ import numpy as np
 
 from lmrl.coroutines import in_thread, run, watched
 from lmrl.engines.token_trie import TokenTrie
-from lmrl.errors import ModelError
+from lmrl.errors import ModelError, RecipeError
 from lmrl.policy.passes import Guidance
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Rollouts
@@ -355,6 +355,14 @@ class Engine:
 
 async def _gathered(calls: list[Any]) -> list[Any]:
     return list(await asyncio.gather(*calls))
+
+
+def check_has_q(policy: Any, name: str) -> None:
+    """Raise RecipeError for `--beta` with a policy without Q values. name: the policy's, as the user wrote it."""
+    if policy.guidance is None:
+        raise RecipeError(
+            f"--beta weighs Q values, but '{name}' has no Q heads: leave it out, or train some, for instance maze/ilql"
+        )
 
 
 def guidance_of(policy: Policy, sampling: Sampling) -> Guidance | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lmrl.allocator import keep_freed_memory
+from lmrl.engines.base import check_has_q
 from lmrl.engines.remote import Endpoint, RemotePolicy, is_address
 from lmrl.errors import RecipeError, RunError, ScoreError
 from lmrl.evaluation.bridges import HARNESS, INSPECT, harness_options, harness_task, inspect_options, inspect_task
@@ -271,10 +272,8 @@ def score_rows(
     """
     from lmrl.accelerators import default_device
 
-    if betas and evaluator.policy.guidance is None:
-        raise RecipeError(
-            f"--beta weighs Q values, but '{contender.name}' has no Q heads: train one, for instance maze/ilql"
-        )
+    if betas:
+        check_has_q(evaluator.policy, contender.name)
     try:
         evaluator.policy.to(default_device())
         for beta in betas or (None,):

@@ -146,3 +146,11 @@ def test_playing(game):
 def test_watching_a_policy(game, tiny_folder):
     watched = run("play", game("Good"), "--policy", tiny_folder, "--max-new-tokens", 3).output
     assert watched.count("> ") == 2 and "over after 2 turns: return 0" in watched
+    with pytest.raises(RecipeError, match="--beta weighs Q values, but '.*' has no Q heads"):
+        run("play", game("Good"), "--policy", tiny_folder, "--beta", 4)
+
+
+@pytest.mark.parametrize("option", ["--temperature", "--max-new-tokens", "--beta"])
+def test_sampling_options_need_a_policy(game, option):
+    with pytest.raises(RecipeError, match=f"^{option} is for a policy: add --policy, or leave it out"):
+        run("play", game("Good"), "--player", "random", option, 1)

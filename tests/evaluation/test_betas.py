@@ -21,7 +21,7 @@ def test_a_row_for_each_weight(ilql_run):
 
 def test_without_q_heads_there_is_nothing_to_weigh(tiny_folder):
     suite = ["random_walks", ["episodes=1", "samples=1"]]
-    with pytest.raises(RecipeError, match="--beta weighs Q values, but .* has no Q heads: train one, for instance"):
+    with pytest.raises(RecipeError, match="--beta weighs Q values, but .* has no Q heads: leave it out"):
         lmrl.evaluate(tiny_folder, *suite, betas=[1.0])
 
 
