@@ -20,10 +20,10 @@ DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".gz")
 
 def find_file(name: str, recipe_folder: Path, key: str) -> str:
     """Absolute path of a file that a recipe names: in the current folder, the recipe's, or that of the shipped recipes."""
-    folders = [Path.cwd(), recipe_folder, shipped("recipes")]
+    folders, path = [Path.cwd(), recipe_folder, shipped("recipes")], Path(name).expanduser()
     for folder in folders:
-        if (folder / name).exists():
-            return str((folder / name).resolve())
+        if (folder / path).exists():
+            return str((folder / path).resolve())
     looked = ", ".join(dict.fromkeys(str(folder) for folder in folders))
     raise DataError(f"{key}: file '{name}' does not exist (looked in {looked})")
 
@@ -67,7 +67,7 @@ def resolve_files(data: Any, recipe_folder: Path, place: tuple[str, ...] = ()) -
         for one in evaluation["before_after"]:
             resolve_files({"evaluation": one}, recipe_folder, place)
     for keys in (("training", "listeners"), ("tracking", "trackers")):
-        _resolve_items(data, keys, "name", recipe_folder, at(*keys))
+        _resolve_items(data, keys, recipe_folder, at(*keys))
     source = data.get("source") if isinstance(data, dict) else None
     parts = source.get("parts") if isinstance(source, dict) else None
     for index, part in enumerate(parts if isinstance(parts, list) else ()):
@@ -108,21 +108,22 @@ def _server_path(tool: Any, recipe_folder: Path) -> Any:
 
 def _beside(part: Any, recipe_folder: Path) -> Any:
     """A part of a command, made absolute if it is a file in the current or the recipe's folder. Programs on PATH stay names."""
-    for place in (Path.cwd(), recipe_folder) if isinstance(part, str) and ("/" in part or "." in part) else ():
-        if (place / part).is_file():
-            return str((place / part).absolute())
+    if isinstance(part, str) and ("/" in part or "." in part):
+        for place in (Path.cwd(), recipe_folder):
+            if (file := place / Path(part).expanduser()).is_file():
+                return str(file.absolute())
     return part
 
 
-def _resolve_items(data: Any, keys: tuple[str, str], name: str, recipe_folder: Path, place: str) -> None:
+def _resolve_items(data: Any, keys: tuple[str, str], recipe_folder: Path, place: str) -> None:
     """Make absolute the files that items of a list name as code. place: the list's key in the recipe."""
     section = data.get(keys[0]) if isinstance(data, dict) else None
     items = section.get(keys[1]) if isinstance(section, dict) else None
     if not isinstance(items, list):
         return
     for index, item in enumerate(items):
-        if isinstance(item, dict) and isinstance(item.get(name), str):
-            item[name] = _plugin_path(item[name], recipe_folder, f"{place}.{index}.{name}")
+        if isinstance(item, dict) and isinstance(item.get("name"), str):
+            item["name"] = _plugin_path(item["name"], recipe_folder, f"{place}.{index}.name")
         elif isinstance(item, str):
             items[index] = _plugin_path(item, recipe_folder, f"{place}.{index}")
 
@@ -153,7 +154,6 @@ def _reward_model(name: Any, recipe_folder: Path, key: str) -> Any:
 
 
 def _data_path(name: str, recipe_folder: Path, key: str) -> str:
-    name = str(Path(name).expanduser()) if name.startswith("~") else name
     if _looks_local(name) or Path(name).exists() or (recipe_folder / name).exists():
         return find_file(name, recipe_folder, key)
     refuse_missing(name, key, "dataset")

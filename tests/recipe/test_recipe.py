@@ -118,6 +118,23 @@ def test_a_missing_file_of_a_part_has_its_place(tmp_path, part, key):
         load_recipe(write(tmp_path, GOOD), [f"stages.warm={{{source.replace('=', ': ')}}}"])
 
 
+def test_files_below_the_home_folder(tmp_path, monkeypatch):
+    """A shell does not expand the `~` of KEY=~/FILE."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    (home / "mine.py").write_text("def f(completions): return [0.0] * len(completions)")
+    (home / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    (home / "suite.yaml").write_text("task: {environment: maze}\n")
+    prompts = "task={prompts: {path: ~/rows.jsonl}, rewards: ['~/mine.py:f']}"
+    recipe = load_recipe(write(tmp_path, GOOD), [prompts, "evaluation.suite=~/suite.yaml"])
+    assert recipe.task.prompts.path == str(home / "rows.jsonl")
+    assert recipe.task.rewards[0].function == f"{home / 'mine.py'}:f"
+    assert recipe.evaluation.suite == str(home / "suite.yaml")
+    agent = "task={agent_command: [python, ~/mine.py], data: ~/rows.jsonl}"
+    assert load_recipe(write(tmp_path, GOOD), [agent]).task.agent_command == ["python", str(home / "mine.py")]
+
+
 def test_prompt_mistakes(tmp_path):
     text = """
 model: {config: {model_type: llama}}
