@@ -13,7 +13,7 @@ from lmrl.recipe import Choices, PromptTask, Rollouts, Section, TaskSection
 from lmrl.recipe.document import Document, read_yaml
 from lmrl.recipe.files import find_yaml, merge
 from lmrl.recipe.methods import spelled_out, take_arguments
-from lmrl.recipe.overrides import apply_override
+from lmrl.recipe.overrides import OVERRIDE, apply_override
 from lmrl.recipe.paths import resolve_files
 from lmrl.recipe.validation import validate
 
@@ -83,9 +83,8 @@ def load_suite(name: str | Path, overrides: Sequence[str] = (), task: dict[str, 
         )
     resolve_files(document.data, document.folder)
     arguments = take_arguments(document.data)
-    own = document.data.get("task")
-    follows = document.data.get("follows_run") is True and task is not None and isinstance(own, dict)
-    if follows and own is not None and task is not None and _same_kind(own, task):
+    own, follows = document.data.get("task"), document.data.get("follows_run") is True
+    if follows and task is not None and isinstance(own, dict) and _same_kind(own, task):
         document.data["task"] = merge(own, task)
     else:
         _score_whole_file(own)
@@ -110,7 +109,7 @@ def _read_own_file(document: Document) -> None:
     for section, keys in ((prompts, ("task", "prompts")), ((prompts or {}).get("shots"), ("task", "prompts", "shots"))):
         if isinstance(section, dict) and Path(str(section.get("path"))).exists():
             for name in ("config", "revision"):
-                if "override" not in document.places.get((*keys, name), ""):
+                if not document.places.get((*keys, name), "").startswith(OVERRIDE):
                     section.pop(name, None)
 
 

@@ -1,6 +1,7 @@
 """Suites that name a file of prompts."""
 
 import lmrl
+from lmrl.evaluation.suites import load_suite
 
 
 def test_a_suite_scores_all_of_its_own_file(tmp_path, tiny_folder):
@@ -17,3 +18,14 @@ def test_a_suite_scores_all_of_its_own_file(tmp_path, tiny_folder):
     assert found.metrics["reward"]["n"] == 6 and found.played.startswith("all 6 prompts, ")
     assert lmrl.evaluate(tiny_folder, suite, ["task.prompts.holdout=1"]).metrics == found.metrics
     assert lmrl.evaluate(tiny_folder, suite, ["task.prompts.holdout=0.5"]).metrics["reward"]["n"] == 3
+
+
+def test_a_file_replaces_the_hub_dataset(tmp_path):
+    """Its keys are left out, also those of a suite in a folder that is called like an override."""
+    folder = tmp_path / "override "
+    folder.mkdir()
+    (folder / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    (folder / "suite.yaml").write_text("task: {prompts: {path: someone/data, config: main, revision: old}}\n")
+    changes = [f"task.prompts.path={folder / 'prompts.jsonl'}", "task.prompts.revision=new"]
+    prompts = load_suite(folder / "suite.yaml", changes).task.prompts
+    assert (prompts.config, prompts.revision) == (None, "new")
