@@ -66,23 +66,21 @@ def export(
     """
     if destination.is_file() or destination.is_dir() and any(destination.iterdir()):
         raise RunError(f"{destination} is not an empty folder: choose another destination")
-    api = prepare(push_to, private) if push_to else None
+    if distill is not None and (beta is None or adapter_only):
+        raise RunError(
+            "--distill fits a plain model to the policy that Q values guide: add their weight, --beta B, and drop --adapter-only"
+        )
+    if beta is not None and adapter_only:
+        raise RunError("Q heads are folded into the vocabulary matrix, which no adapter holds: drop --adapter-only")
     path = Path(checkpoint_of(str(policy), checkpoint))
+    exported = open_policy(str(path), trust_remote_code=trust_remote_code)
+    if beta is None and exported.guidance is not None and not adapter_only:
+        raise RunError("this policy is guided by Q heads: add their weight, --beta B (0: export without them)")
+    api = prepare(push_to, private) if push_to else None
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".export-") as scratch:
         written = Path(scratch) / "model"
-        exported = open_policy(str(path), trust_remote_code=trust_remote_code)
-        if distill is not None and (beta is None or adapter_only):
-            raise RunError(
-                "--distill fits a plain model to the policy that Q values guide: add their weight, --beta B, and drop --adapter-only"
-            )
-        if beta is None and exported.guidance is not None and not adapter_only:
-            raise RunError("this policy is guided by Q heads: add their weight, --beta B (0: export without them)")
         if adapter_only:
-            if beta is not None:
-                raise RunError(
-                    "Q heads are folded into the vocabulary matrix, which no adapter holds: drop --adapter-only"
-                )
             save_adapter(exported, written)
         elif distill is None:
             save_plain(exported, written, beta)
@@ -94,7 +92,7 @@ def export(
                 f"After {fit.steps} updates it is {fit.kl:.3f} nats per token from the guided policy: raise --steps"
             )
         result = Export(destination)
-        if check and (beta or (distill is not None and beta is not None)):
+        if check and beta is not None and (beta > 0 or distill is not None):
             result = compare(path, written, destination, beta, suite, trust_remote_code)
             if (result.loss or 0.0) > max_loss:
                 raise RunError(

@@ -192,6 +192,13 @@ def test_a_refused_push_exports_nothing(runs, tmp_path):
     assert "--push me/mine: " in done.stderr and "set HF_TOKEN" in done.stderr and "hf_secret" not in done.stderr
 
 
+def test_refused_options_create_no_repository(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("lmrl.evaluation.export.prepare", lambda *_: pytest.fail("a repository was created"))
+    for options in ({"distill": 1}, {"beta": 1.0, "adapter_only": True}):
+        with pytest.raises(RunError, match="--adapter-only"):
+            export(runs / "all", tmp_path / "out", push_to="me/mine", **options)
+
+
 def test_a_name_without_an_owner_is_refused(runs, tmp_path):
     with pytest.raises(RunError, match="expected OWNER/NAME"):
         export(runs / "all", tmp_path / "out", push_to="mine")
