@@ -257,17 +257,19 @@ def check_pairs(verdicts: Sequence[Sequence[float | None]], pairs: Pairs) -> Ite
     if len(whole) < len(pairs):
         share = 1 - len(whole) / len(pairs)
         yield Finding(
-            "judges every pair", share < BIAS and None, f"{len(pairs) - len(whole)} of {len(pairs)} have no verdict"
+            "judges every pair",
+            None if share < BIAS else False,
+            f"{len(pairs) - len(whole)} of {len(pairs)} have no verdict",
         )
     if len(whole) < FEWEST:
         yield Finding("agrees with the labels", False, f"{len(whole)} pairs are too few for a verdict")
         return
-    keys = [pairs.keys[number] for number in whole]
+    keys = [key for key, orders in zip(pairs.keys, verdicts, strict=True) if None not in orders]
     orders = np.array([verdicts[number] for number in whole], dtype=float)
     agreement = orders.mean(1)
     found = summarize(agreement.tolist(), keys, (0, 1), unit="prompt")
     yield Finding("agrees with the labels", found["ci95"][0] > 0.5, f"{_shown(found)} of {len(whole)} pairs")
-    longer = np.array([pairs.longer()[number] for number in whole])
+    longer = np.array(pairs.longer())[whole]
     told = longer != 0.5
     if told.sum() >= FEWEST:
         # If the preferred answer is the longer one, agreeing means preferring the longer; otherwise it means the

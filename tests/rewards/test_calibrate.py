@@ -161,6 +161,13 @@ def test_pairs_without_a_verdict_are_counted():
     assert findings([[None]] * 59 + [[1.0]], pairs)["agrees with the labels"].passed is False
 
 
+def test_each_prompt_is_looked_at_once(monkeypatch):
+    pairs, seen = pairs_file(), []
+    monkeypatch.setattr("lmrl.rewards.calibrate.prompt_key", lambda prompt: seen.append(prompt) or prompt)
+    list(check_pairs([[1.0]] * 60, pairs))
+    assert seen == pairs.prompts
+
+
 # ------------------------------------------------------------------------------------------------------------ command line
 def run(*arguments):
     return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
