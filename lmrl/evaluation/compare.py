@@ -18,6 +18,7 @@ from lmrl.evaluation.judging import judge_pair, load_judge
 from lmrl.evaluation.log import EvalLog, is_log, logs_in
 from lmrl.evaluation.paired import Comparison, Played, asked_metrics, compare_played, key_of
 from lmrl.evaluation.scoring import Scoring, check_known
+from lmrl.evaluation.suites import refuse_unscored
 
 SHOWN = 5
 """How many of the samples that changed most are shown."""
@@ -90,6 +91,8 @@ def compare(
             endpoint=endpoint,
         )
         common = common or Common.of(evaluator)
+        if not metrics and by is None and log is None:
+            refuse_unscored(evaluator.suite)
         check_known(asked_metrics(metrics, wanted, control), evaluator.suite, "metrics")
         for row, _, episodes in score_rows(evaluator, contender, betas, log, several=len(fresh) > 1):
             label = row if not contender.is_alone else f"{contender.name} {row}" if betas else contender.name

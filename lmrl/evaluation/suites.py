@@ -137,10 +137,13 @@ def refuse_code(suite: Suite) -> None:
 
 
 def refuse_unscored(suite: Suite) -> None:
-    """Raise RecipeError for prompts that nothing scores: their return would be 0."""
-    if isinstance(suite.task, PromptTask) and not suite.task.rewards and suite.choices is None:
+    """Raise RecipeError for prompts that nothing scores, or whose rewards are only watched: their return would be 0."""
+    if not isinstance(suite.task, PromptTask) or suite.choices is not None:
+        return
+    rewards = suite.task.rewards
+    if not rewards or suite.metrics[0] in ("reward", "return") and not any(reward.weight for reward in rewards):
         raise RecipeError(
-            "task.rewards: the suite has no reward to score its prompts by: add one (or `choices`), or keep the answers, "
+            "task.rewards: the suite has no reward with a weight to score its prompts by: add one (or `choices`), or keep the answers, "
             "--log LOG, and score them later, lmrl eval --rescore LOG"
         )
 

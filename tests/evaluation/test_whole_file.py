@@ -1,6 +1,9 @@
 """Suites that name a file of prompts."""
 
+import pytest
+
 import lmrl
+from lmrl.errors import RecipeError
 from lmrl.evaluation.suites import load_suite
 
 
@@ -29,3 +32,16 @@ def test_a_file_replaces_the_hub_dataset(tmp_path):
     changes = [f"task.prompts.path={folder / 'prompts.jsonl'}", "task.prompts.revision=new"]
     prompts = load_suite(folder / "suite.yaml", changes).task.prompts
     assert (prompts.config, prompts.revision) == (None, "new")
+
+
+@pytest.mark.parametrize("rewards", ["", ", rewards: [{function: 'lmrl.reward_models.answers.numeric', weight: 0}]"])
+def test_prompts_that_nothing_scores_are_refused(tmp_path, tiny_folder, rewards):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "answer": "1"}\n')
+    (tmp_path / "suite.yaml").write_text(
+        f"task: {{prompts: {{path: prompts.jsonl}}{rewards}}}\nrollouts: {{max_new_tokens: 2}}\n"
+    )
+    for score in (lmrl.evaluate, lambda policy, suite: lmrl.compare([policy, f"{policy}/"], suite)):
+        with pytest.raises(RecipeError, match="no reward with a weight to score its prompts by"):
+            score(tiny_folder, tmp_path / "suite.yaml")
+    found = lmrl.compare([tiny_folder, f"{tiny_folder}/"], tmp_path / "suite.yaml", metrics=["length"])
+    assert [one.mean for one in found.differences] == [0.0]
