@@ -57,14 +57,12 @@ def mistakes(recipe: Recipe) -> Iterator[str]:
             "to that number at most"
         )
     if isinstance(task, PromptTask):
-        if source.plays_own_task:
-            if not task.rewards:
-                yield "a task of prompts learns from rewards: list at least one under task.rewards"
+        if source.plays_own_task and not task.rewards:
+            yield "a task of prompts learns from rewards: list at least one under task.rewards"
         if getattr(source, "player", None):
             yield "`source.player` plays an environment; prompts have none: give source.path"
-    if getattr(source, "turns", None) is not None:
-        if getattr(task, "history", "all") == "all":
-            yield "`source.turns` cuts episodes between turns, but here all turns share a context: set task.history=1 (or N)"
+    if getattr(source, "turns", None) is not None and getattr(task, "history", "all") == "all":
+        yield "`source.turns` cuts episodes between turns, but here all turns share a context: set task.history=1 (or N)"
     evaluation = recipe.evaluation
     unscored = evaluation.suite is None or evaluation.suite == OWN_TASK and not recipe.scores_own_task
     if evaluation.gate is not None and unscored:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lmrl.recipe.recipe import Recipe
@@ -34,25 +34,20 @@ class Plan:
     episodes: int
 
 
-def plays_to_learn(recipe: Recipe) -> bool:
-    """True if a stage learns from fresh episodes, alone or together with logged ones."""
-    return recipe.source.plays
-
-
 def room(recipe: Recipe) -> float:
     """Budget: episodes that all evaluations of a stage may play together."""
     steps, rollouts = recipe.training.steps, recipe.rollouts
-    if plays_to_learn(recipe):
+    if recipe.source.plays:
         return SHARE * steps * rollouts.prompts * rollouts.samples
     return OFFLINE_SHARE * steps * math.prod(recipe.source.episodes_a_step(recipe))
 
 
-def is_imitation(recipe: Any) -> bool:
+def is_imitation(recipe: Recipe) -> bool:
     """True if a stage only imitates logged episodes (usually a warm-up, where only the end result matters)."""
-    return recipe.objective.imitates and not plays_to_learn(recipe)
+    return recipe.objective.imitates and not recipe.source.plays
 
 
-def own_plan(recipe: Any) -> Plan | None:
+def own_plan(recipe: Recipe) -> Plan | None:
     """Evaluations of a stage on its own task; None if it is too short for any.
 
     The recipe's own settings take precedence. Otherwise there are as many as the budget allows with enough episodes each.
@@ -64,7 +59,7 @@ def own_plan(recipe: Any) -> Plan | None:
     size = 0
     for between in counts:
         evaluations = between + AROUND if between else 2
-        size = stated.episodes or min(int(spare / evaluations), MOST if plays_to_learn(recipe) else MOST_OFFLINE)
+        size = stated.episodes or min(int(spare / evaluations), MOST if recipe.source.plays else MOST_OFFLINE)
         if size * evaluations <= spare and size >= (stated.episodes or ENOUGH):
             break
     asked = (stated.every, stated.episodes, stated.gate) != (None, None, None) or recipe.training.final == "best"

@@ -18,7 +18,7 @@ from lmrl import objects, registry
 from lmrl.recipe.base import Section
 from lmrl.recipe.blend import BlendSource
 from lmrl.recipe.combinations import mistakes
-from lmrl.recipe.evaluations import OWN_TASK, plays_to_learn
+from lmrl.recipe.evaluations import OWN_TASK
 from lmrl.recipe.model import Model
 from lmrl.recipe.objectives import OBJECTIVES, CustomObjective, ObjectiveOptions
 from lmrl.recipe.rollouts import Rollouts
@@ -201,7 +201,7 @@ class Recipe(Section):
     def judges(self) -> bool:
         """True if a stage plays its task, and so needs the task's rewards."""
         return self.objective.name != REWARD_MODEL and (
-            plays_to_learn(self) or self.evaluation.suite not in (None, OWN_TASK) or self.scores_own_task
+            self.source.plays or self.evaluation.suite not in (None, OWN_TASK) or self.scores_own_task
         )
 
     @property
@@ -214,7 +214,7 @@ class Recipe(Section):
         # An offline stage would load a model, or call a server, only for its evaluations.
         cheap = all(reward.kind == "function" for reward in self.task.rewards)
         judged = any(reward.weight for reward in self.task.rewards)
-        return judged and self.task.prompts.holdout > 0 and (plays_to_learn(self) or cheap)
+        return judged and self.task.prompts.holdout > 0 and (self.source.plays or cheap)
 
     @property
     def resolved_objective(self) -> ObjectiveOptions:
