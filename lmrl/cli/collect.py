@@ -72,7 +72,7 @@ def command(
             "POLICY: no player is named. Name a policy or a scripted player, or play yourself with --by-hand"
         )
 
-    from lmrl.rollouts.by_hand import Left
+    from lmrl.rollouts.by_hand import InputEnded
     from lmrl.training.interrupt import Interrupt, Interrupted
 
     totals = Totals()
@@ -91,7 +91,7 @@ def command(
             except Interrupted:
                 print(f"interrupted; {totals.line(player.tokenizer is not None)} are saved in {output}")
                 raise
-            except Left:
+            except InputEnded:
                 print("stopped: the unfinished episode is not saved")
             finally:
                 player.close()

@@ -357,6 +357,12 @@ async def _gathered(calls: list[Any]) -> list[Any]:
     return list(await asyncio.gather(*calls))
 
 
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """The text up to the first of these stop strings."""
+    cuts = [text.find(one) for one in stop if one in text]
+    return text[: min(cuts)] if cuts else text
+
+
 def check_has_q(policy: Any, name: str) -> None:
     """Raise RecipeError for `--beta` with a policy without Q values. name: the policy's, as the user wrote it."""
     if policy.guidance is None:

@@ -15,8 +15,8 @@ Tell = Callable[[str], None]
 Ask = Callable[[], str | None]
 
 
-class Left(BaseException):
-    """The user has ended the input in the middle of an episode. No Exception, which would be a failure of the episode."""
+class InputEnded(BaseException):
+    """The user has ended the input in the middle of an episode. Not an Exception, which would fail the episode."""
 
 
 class ByHand:
@@ -49,7 +49,7 @@ class ByHand:
     def act(self, player: str, rng: np.random.Generator) -> str:
         action = self.ask()
         if action is None:
-            raise Left
+            raise InputEnded
         return action
 
     def _show(self, observation: Any) -> None:

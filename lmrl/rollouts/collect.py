@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lmrl.engines.base import Sampling
+from lmrl.engines.base import Key, Sampling
 from lmrl.errors import RecipeError
 from lmrl.recipe import Rollouts
 from lmrl.recipe.source import Players
@@ -15,8 +15,6 @@ from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task
 from lmrl.seeding import stream
 from lmrl.trajectories.trajectory import Trajectory
-
-Name = tuple[int | str, ...]
 
 
 def collect(
@@ -55,7 +53,7 @@ def collect(
             yield task.with_turns(task.keep_judged(played))
 
 
-def draw_starts(task: Task, count: int, name: Name) -> list[int | None]:
+def draw_starts(task: Task, count: int, name: Key) -> list[int | None]:
     """Random start states that the task trains on (None: drawn by the environment)."""
     if task.training is None:
         return [None] * count
@@ -71,7 +69,7 @@ def check_players(task: Task, players: Players, key: str) -> None:
             raise RecipeError(f"{key}: the environment has no player '{player}' (it has {', '.join(known) or 'none'})")
 
 
-def play_players(sampler: Sampler, players: Players, starts: list[int | None], name: Name) -> list[Trajectory]:
+def play_players(sampler: Sampler, players: Players, starts: list[int | None], name: Key) -> list[Trajectory]:
     """An episode from every start state, each by the scripted player, or by one drawn according to the shares."""
     if isinstance(players, str):
         return sampler.play_scripted(players, starts, name)

@@ -23,11 +23,7 @@ class GamePlay:
         self.sampler, self.act, self.max_new_tokens = sampler, act, max_new_tokens
         first = sides[0]
         self.referee = Referee(first.environment)
-        self.start, self.seed, self.limit = (
-            first.trajectory.start,
-            first.trajectory.seed or 0,
-            sampler.task.call_timeout,
-        )
+        self.start, self.seed = first.trajectory.start, first.trajectory.seed or 0
         self.others: dict[int, Side] = {}
         self.party = match.party
         if match.party is not None:
@@ -61,15 +57,15 @@ class GamePlay:
 
     async def _begin(self) -> None:
         with self.sampler.waited_for():
-            info = await self._call(lambda limit: self.referee.begin(self.seed, self.start, limit))
+            info = await self.sampler.call(lambda limit: self.referee.begin(self.seed, self.start, limit))
         for episode in self.own.values():
             episode.trajectory.columns = info.get("columns", {})
 
     async def _turn(self) -> bool:
         """The turn of the player to move; False if a limit ends the game."""
         with self.sampler.waited_for():
-            player = await self._call(lambda limit: self.referee.to_move)
-            observation = await self._call(lambda limit: self.referee.observe(player, limit))
+            player = await self.sampler.call(lambda limit: self.referee.to_move)
+            observation = await self.sampler.call(lambda limit: self.referee.observe(player, limit))
             episode = self.own.get(player)
             context = []
             if episode is not None:
@@ -81,7 +77,7 @@ class GamePlay:
             return False
         action = await (self._answer(player, observation) if episode is None else self._own_action(episode, context))
         with self.sampler.waited_for():
-            rewards = await self._call(lambda limit: self.referee.step(action, limit))
+            rewards = await self.sampler.call(lambda limit: self.referee.step(action, limit))
             for side, own in self.own.items():
                 self._reward(own, rewards[side])
             if len(self.referee.moves) >= self.most_moves and not self.referee.over:
@@ -101,7 +97,7 @@ class GamePlay:
         """The opponent's action."""
         with self.sampler.waited_for(by=self.party.engine if self.party is not None else None):
             try:
-                return await self.others[player].answer(self.referee.game, observation, self.limit)
+                return await self.others[player].answer(self.referee.game, observation, self.sampler.task.call_timeout)
             except (Exception, SystemExit) as error:
                 raise EpisodeFailed(opponent_failure(error)) from error
 
@@ -117,7 +113,7 @@ class GamePlay:
         """End the game by a limit: each side ends with what it would have seen next."""
         for side, episode in self.own.items():
             if episode.turn and episode is not but:
-                observation = await self._call(lambda limit, side=side: self.referee.observe(side, limit))
+                observation = await self.sampler.call(lambda limit, side=side: self.referee.observe(side, limit))
                 episode.recorder.truncate(observation)
 
     def _end(self, episode: Episode) -> None:
@@ -126,6 +122,3 @@ class GamePlay:
             episode.trajectory.metrics = dict(self.referee.metrics_of(episode.side))
             if not episode.turn:  # over before this side had a turn: nothing to train on, but its result counts
                 episode.trajectory.reward = self.waiting[episode.side]
-
-    async def _call(self, work: Any) -> Any:
-        return await self.sampler.call(work)

@@ -8,7 +8,7 @@ from functools import cache, partial
 from typing import Any
 
 from lmrl.coroutines import run
-from lmrl.engines.base import Completion, Engine, Key, Sampling
+from lmrl.engines.base import Completion, Engine, Key, Sampling, before_stop
 from lmrl.engines.remote import check_address, is_address
 from lmrl.environments.calls import call_player
 from lmrl.environments.games import Answer, Game
@@ -95,7 +95,7 @@ class ModelSide(Side):
         sampling = Sampling(options.max_new_tokens, options.temperature, stop=tuple(options.stop))
         done: Completion = await party.engine.generate(context, sampling, (*self.name, self.turn))
         self.turn += 1
-        text = cut_at(party.policy.decode(done.tokens), options.stop)
+        text = before_stop(party.policy.decode(done.tokens), options.stop)
         self.recorder.act(text, done.tokens, done.logprobs, cut=done.finish_reason == "length")
         return text
 
@@ -130,15 +130,9 @@ class AddressSide(Side):
         if found.message.get("content") is None:  # refused, or all tokens spent on thoughts: not an empty move
             raise EndpointError(f"{self.party.client.name} answered without text (finish_reason={found.finish_reason})")
         self.turn += 1
-        text = cut_at(found.text, options.stop)
+        text = before_stop(found.text, options.stop)
         self.messages.append({"role": "assistant", "content": text})
         return text
-
-
-def cut_at(text: str, stop: list[str]) -> str:
-    """The text up to the first of these stop strings."""
-    places = [text.find(one) for one in stop if one in text]
-    return text[: min(places)] if places else text
 
 
 def opponent_failure(error: BaseException) -> str:

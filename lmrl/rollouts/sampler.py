@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from lmrl import distributed
 from lmrl.agents.play import play_agents
 from lmrl.coroutines import run, watched
-from lmrl.engines.base import Completion, Engine, Sampling
+from lmrl.engines.base import Completion, Engine, Key, Sampling, before_stop
 from lmrl.engines.token_trie import TokenTrie
 from lmrl.environments.calls import EpisodeFailed, begin_episode, call_player, failure_text, take_step
 from lmrl.rewards.early import EarlyScores
@@ -42,7 +42,7 @@ class Episode:
     """An episode in progress."""
 
     environment: Any
-    name: tuple[int | str, ...]
+    name: Key
     trajectory: Trajectory
     recorder: Recorder
     observation: Any = ""
@@ -90,7 +90,7 @@ class Sampler:
         starts: Sequence[int | None],
         samples: int,
         sampling: Sampling,
-        name: tuple[int | str, ...],
+        name: Key,
         shared: bool = False,
         first: int = 0,
     ) -> list[Trajectory]:
@@ -133,7 +133,7 @@ class Sampler:
                 episode.trajectory.version = self.engine.syncs
         return self._judged(episodes, early)
 
-    def play_scripted(self, player: str, starts: Sequence[int | None], name: tuple[int | str, ...]) -> list[Trajectory]:
+    def play_scripted(self, player: str, starts: Sequence[int | None], name: Key) -> list[Trajectory]:
         """Play one episode from every start state with a scripted player of the environment."""
         episodes = self._new_episodes(starts, 1, name)
         streams = {id(episode): stream(*episode.name, player) for episode in episodes}
@@ -149,9 +149,7 @@ class Sampler:
         return self._judged(episodes)
 
     # ---------------------------------------------------------------------------------------------------- all episodes
-    def _new_episodes(
-        self, starts: Sequence[int | None], samples: int, name: tuple[int | str, ...], first: int = 0
-    ) -> list[Episode]:
+    def _new_episodes(self, starts: Sequence[int | None], samples: int, name: Key, first: int = 0) -> list[Episode]:
         """first: number of the first start state. In a self-play game, each side is an episode, and each side forms its
         own group: the rewards of different sides, even from one start state, have no common mean to compare with."""
         episodes: list[Episode] = []
@@ -308,7 +306,4 @@ class Sampler:
 
     def _text(self, completion: Completion, sampling: Sampling) -> str:
         text: str = self.decode(completion.tokens)
-        if completion.finish_reason == "stop":
-            cuts = [text.find(stop) for stop in sampling.stop if stop in text]
-            text = text[: min(cuts)] if cuts else text
-        return text
+        return before_stop(text, sampling.stop) if completion.finish_reason == "stop" else text

@@ -6,8 +6,8 @@ import asyncio
 import hmac
 import json
 import secrets
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,12 +160,18 @@ class App:
         jobs = self._jobs(ask, session)
         if ask.stream:
             return HTTPResponse(200, stream=self._stream(ask, jobs), content_type="text/event-stream")
-        async with self._running(ask):
+        with self._running(ask):
             choices = await _all([job.run() for job in jobs])
         return self._json(Writer(ask, self.served.name).whole(choices))
 
-    def _running(self, ask: Ask) -> _Running:
-        return _Running(self, ask.completions)
+    @contextmanager
+    def _running(self, ask: Ask) -> Iterator[None]:
+        """Count the completions of a request while they are being sampled."""
+        self.running += ask.completions
+        try:
+            yield
+        finally:
+            self.running -= ask.completions
 
     def _jobs(self, ask: Ask, session: Session | None) -> list[_Job]:
         """The completions that a request asks for. All checks of the request are made here."""
@@ -197,7 +203,7 @@ class App:
         writer, queue = Writer(ask, self.served.name), asyncio.Queue[tuple[int, str | Choice | BaseException]]()
         choices: dict[int, Choice] = {}
         tasks: list[asyncio.Task[None]] = []
-        async with self._running(ask):
+        with self._running(ask):
             try:
                 for index, job in enumerate(jobs):
                     if ask.is_chat:
@@ -221,19 +227,6 @@ class App:
             finally:
                 for task in tasks:
                     task.cancel()
-
-
-class _Running:
-    """Counts completions while they are being sampled."""
-
-    def __init__(self, app: App, count: int):
-        self.app, self.count = app, count
-
-    async def __aenter__(self) -> None:
-        self.app.running += self.count
-
-    async def __aexit__(self, *_: Any) -> None:
-        self.app.running -= self.count
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from lmrl.engines.base import Completion, Engine, Key, Sampling
+from lmrl.engines.base import Completion, Engine, Key, Sampling, before_stop
 from lmrl.policy.policy import Policy
 from lmrl.recipe import SpecialTokens
 from lmrl.serve.protocol import Ask, BadRequest, Choice, tool_calls
@@ -116,15 +116,10 @@ class ServedPolicy:
         """Text without the names of special tokens."""
         return self.raw.encoder.without_special(text)
 
-    def marked(self, tokens: list[int], stop: tuple[str, ...]) -> str:
+    def marked(self, tokens: list[int], stop: tuple[str, ...] = ()) -> str:
         """The text with special tokens, which may mark tool calls, but without the one that ends the turn."""
         ended = tokens[:-1] if tokens and tokens[-1] in self.policy.eos_ids else tokens
         return before_stop(self.tokenizer.decode(ended), stop)
-
-
-def before_stop(text: str, stop: tuple[str, ...]) -> str:
-    cuts = [text.find(one) for one in stop if one in text]
-    return text[: min(cuts)] if cuts else text
 
 
 class TextStream:

@@ -222,12 +222,7 @@ class Session:
 
     def _action(self, call: Said) -> str:
         """An answer as readable text, with its calls."""
-        return self.served.shown(call.done.tokens) if not call.message.get("tool_calls") else self._called(call)
-
-    def _called(self, call: Said) -> str:
-        eos = self.served.policy.eos_ids
-        tokens = call.done.tokens
-        return str(self.served.tokenizer.decode(tokens[:-1] if tokens and tokens[-1] in eos else tokens))
+        return (self.served.marked if call.message.get("tool_calls") else self.served.shown)(call.done.tokens)
 
 
 def mark_of(message: dict[str, Any]) -> str:
