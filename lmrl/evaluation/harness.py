@@ -25,7 +25,8 @@ from lmrl.errors import RecipeError, RunError
 from lmrl.evaluation.bridges import HARNESS, HarnessOptions
 from lmrl.evaluation.scoring import Scores
 from lmrl.evaluation.statistics import summarize
-from lmrl.policy.likelihood import Continued, Likelihood, likelihoods
+from lmrl.evaluation.student import NORMAL
+from lmrl.policy.likelihood import Continued, likelihoods
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Rollouts
 from lmrl.trajectories.trajectory import Trajectory, Turn
@@ -36,7 +37,6 @@ BOOTSTRAP = 1000
 """Bootstrap resamples for standard errors without a closed form in lm-eval."""
 NEW_TOKENS = 256
 """Maximum new tokens of a task that does not set it, as for lm-eval's own models."""
-NORMAL = 1.959963984540054
 KNOWN = {"until", "do_sample", "temperature", "top_p", "top_k", "max_gen_toks"}
 """Sampling options that a task may set."""
 
@@ -106,7 +106,7 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         result: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for own, found in zip(places.values(), likelihoods(self.policy, wanted), strict=True):
             for place, one in zip(own, found, strict=True):
-                result[place] = _answer(one)
+                result[place] = one.total, one.is_greedy
                 if requests[place][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[place][0], result[place])
         return result
@@ -168,10 +168,6 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             beta=0.0,
             support=0.0,
         )
-
-
-def _answer(one: Likelihood) -> tuple[float, bool]:
-    return one.total, one.is_greedy
 
 
 @cache

@@ -18,7 +18,7 @@ from lmrl.evaluation.scoring import Scores, named_values
 from lmrl.run import write_atomically
 from lmrl.trajectories.files import Row
 from lmrl.trajectories.rows import json_of
-from lmrl.trajectories.trajectory import Messages, Trajectory, as_messages
+from lmrl.trajectories.trajectory import Trajectory, as_messages
 
 VERSION = 2
 TARGETS = ("target", "answer", "solution")
@@ -121,12 +121,8 @@ def target(columns: Mapping[str, Any]) -> str | list[str]:
 def dialogue(trajectory: Trajectory) -> Iterator[dict[str, Any]]:
     """The episode as a dialogue; tool calls in inspect_ai's form."""
     for turn in trajectory.turns:
-        yield from map(_message, _seen(turn.observation))
+        yield from map(_message, as_messages(turn.observation) if turn.observation else ())
         yield _message(turn.message or {"role": "assistant", "content": turn.action})
-
-
-def _seen(observation: str | Messages) -> Messages:
-    return as_messages(observation) if observation else []
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
@@ -135,14 +131,15 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     if role == "tool":
         plain |= {"tool_call_id": message.get("tool_call_id"), "function": message.get("name")}
     calls = [
-        {"id": call.get("id", str(number)), "type": "function", **_function(call["function"])}
+        {
+            "id": call.get("id", str(number)),
+            "type": "function",
+            "function": call["function"]["name"],
+            "arguments": call["function"]["arguments"],
+        }
         for number, call in enumerate(message.get("tool_calls") or ())
     ]
     return plain | ({"tool_calls": calls} if calls else {})
-
-
-def _function(function: dict[str, Any]) -> dict[str, Any]:
-    return {"function": function["name"], "arguments": function["arguments"]}
 
 
 def _results(scores: Scores) -> list[dict[str, Any]]:

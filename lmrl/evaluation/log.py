@@ -29,7 +29,8 @@ from lmrl.evaluation.evaluate import Evaluator
 from lmrl.evaluation.identity import policy_hash, suite_version
 from lmrl.evaluation.scoring import Scores, Scoring
 from lmrl.evaluation.suites import Suite
-from lmrl.recipe.files import Document, validate
+from lmrl.recipe.document import Document
+from lmrl.recipe.validation import validate
 from lmrl.rewards.rewards import drop_failed
 from lmrl.run import describe_machine, write_atomically
 from lmrl.secrets import check_no_secrets
@@ -65,10 +66,6 @@ class EvalLog:
     def episodes(self) -> int:
         """How many there are once all have been played."""
         return len(self.header["starts"]) * int(self.header["samples"])
-
-    @property
-    def is_complete(self) -> bool:
-        return len(self.rows()) == self.episodes
 
     @property
     def policy(self) -> str:

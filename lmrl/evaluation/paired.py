@@ -23,12 +23,13 @@ from lmrl.evaluation.controlled import controlled
 from lmrl.evaluation.ratings import Rating, ratings
 from lmrl.evaluation.scoring import PROMPT, Scores, Scoring, clusters_of, value_of
 from lmrl.evaluation.statistics import Clustered, Limits, between_clusters, p_value, summarize, within_clusters
+from lmrl.evaluation.student import NORMAL
 from lmrl.trajectories.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from lmrl.evaluation.judging import Judged
 
-SETTLED, POWER = 1.959963984540054, 0.8416212335729143
+SETTLED, POWER = NORMAL, 0.8416212335729143
 """Normal quantiles: of a two-sided p-value of 0.05, and of finding a difference with probability 0.8."""
 AT_EQUAL = " at equal "
 """Between a metric and the one that is held equal."""

@@ -14,7 +14,10 @@ from lmrl.evaluation.log import EvalLog, LogWriter, episode_row, write_scores
 from lmrl.evaluation.scoring import Scores, Scoring, check_metrics
 from lmrl.evaluation.suites import Suite, allow_code, load_suite, refuse_code
 from lmrl.recipe import PromptTask
-from lmrl.recipe.files import Document, apply_override, resolve_files, validate
+from lmrl.recipe.document import Document
+from lmrl.recipe.overrides import apply_override
+from lmrl.recipe.paths import resolve_files
+from lmrl.recipe.validation import validate
 from lmrl.rewards.load import load_rewards
 from lmrl.rewards.rewards import drop_failed, judge
 from lmrl.trajectories.rows import json_of

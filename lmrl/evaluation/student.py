@@ -8,7 +8,7 @@ from functools import lru_cache
 EPSILON = 1e-15
 """Relative change at which the continued fraction has converged."""
 NORMAL = 1.959963984540054
-"""97.5 % quantile of the normal distribution, where the search for a quantile of t begins."""
+"""97.5 % quantile of the normal distribution."""
 
 
 def upper_tail(t: float, df: float) -> float:
@@ -26,7 +26,7 @@ def t95(df: float) -> float:
 
 @lru_cache(maxsize=4096)
 def _t95(df: float) -> float:
-    """By Newton's method, which converges from below on a convex tail."""
+    """By Newton's method from the normal quantile, which converges from below on a convex tail."""
     t = NORMAL
     for _ in range(100):
         step = (upper_tail(t, df) - 0.025) / density(t, df)
