@@ -32,7 +32,7 @@ def command(
         raise RunError(f"{target} exists: choose another destination, or overwrite it with --force")
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(source.read_text())
-    print(f"{target}")
+    print(target)
 
 
 def _find(name: str) -> Path:

@@ -82,8 +82,8 @@ def command(
         file.unlink()
         raise
     for line in look.said:
-        typer.echo(line)
-    typer.echo(f"written to {file}; try it: lmrl train {file} --dry-run; then: lmrl train {file}")
+        print(line)
+    print(f"written to {file}; try it: lmrl train {file} --dry-run; then: lmrl train {file}")
 
 
 def _tokenizer(model: str) -> object | None:

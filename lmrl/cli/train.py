@@ -60,6 +60,8 @@ def command(
         if over:
             raise RecipeError("--over makes several runs, and --processes is for one: leave one of them out")
         _launch(processes, accelerate)
+    if dry_run and resume:
+        raise RecipeError("--dry-run tries a recipe from its start: leave --resume out")
     if over:
         if skip_bad_rows:
             raise RecipeError("--skip-bad-rows does not go with --over: set source.skip_bad_rows=true")
@@ -70,8 +72,6 @@ def command(
     folder = _run_to_resume(name, output) if resume else None
     if folder is None and name is None:
         raise RecipeError("name a recipe, for instance: lmrl train random_walks/ppo (lmrl ls shows them all)")
-    if dry_run and resume:
-        raise RecipeError("--dry-run tries a recipe from its start: leave --resume out")
     is_run = name is not None and (Path(name) / RECIPE_FILE).is_file()
     if is_run and not resume:
         raise RecipeError(f"'{name}' is a run folder: continue it with --resume")
@@ -141,8 +141,6 @@ def _sweep(
         raise RecipeError("--over needs a recipe, for instance: lmrl train random_walks/ppo --over training.seed=0,1,2")
     if (Path(name) / RECIPE_FILE).is_file():
         raise RecipeError(f"'{name}' is a run folder: --over goes with a recipe")
-    if dry and resume:
-        raise RecipeError("--dry-run tries a recipe from its start: leave --resume out")
     if resume and output is None:
         raise RecipeError("--resume needs the sweep's folder: --output FOLDER beside the recipe")
 

@@ -21,6 +21,8 @@ from lmrl.trajectories.trajectory import Messages
 
 Tool = dict[str, Any]
 """A tool as OpenAI's API describes it: {"type": "function", "function": {"name", "description", "parameters"}}."""
+SEPARATORS = " \n\t;,"
+"""Characters between the calls that a Llama model writes."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def parse_hermes(text: str, tools: list[Tool]) -> Parsed:
 def parse_llama(text: str, tools: list[Tool]) -> Parsed:
     """A sequence of JSON objects, with nothing else after an optional <|python_tag|>."""
     words, tag, rest = text.rpartition("<|python_tag|>")
-    calls = _json_calls(rest, " \n\t;,")
+    calls = _json_calls(rest)
     if calls is None and not tag:
         return parse_plain(text, tools)
     return Parsed(words.strip(), calls) if calls else Parsed(text, [])
@@ -131,25 +133,20 @@ def _xml_call(text: str, tools: list[Tool]) -> Call | None:
     return Call(match[1], arguments)
 
 
-def _json_calls(text: str, between: str) -> list[Call] | None:
-    """JSON objects with separators between them, and nothing else; None if there is none, or something else."""
-    decoder, at, calls = json.JSONDecoder(), 0, []
-    while (at := _skip(text, at, between)) < len(text):
+def _json_calls(text: str) -> list[Call] | None:
+    """JSON objects with SEPARATORS between them, and nothing else; None if there is none, or something else."""
+    calls, rest = [], text.lstrip(SEPARATORS)
+    while rest:
         try:
-            value, at = decoder.raw_decode(text, at)
+            value, end = json.JSONDecoder().raw_decode(rest)
         except (ValueError, RecursionError):
             return None
         call = _json_call(value)
         if call is None:
             return None
         calls.append(call)
+        rest = rest[end:].lstrip(SEPARATORS)
     return calls or None
-
-
-def _skip(text: str, at: int, characters: str) -> int:
-    while at < len(text) and text[at] in characters:
-        at += 1
-    return at
 
 
 def _json_call(value: Any) -> Call | None:

@@ -28,6 +28,7 @@ from lmrl.errors import PluginError
 from lmrl.recipe.base import Section
 
 NOBODY = 65534
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32")
 STARTED = "lmrl-started\n"
 """Written to stderr just before the code runs."""
@@ -148,7 +149,7 @@ def python_tool(settings: Any, key: str = "task.tools") -> Callable[[str], str]:
 @cache
 def why_not_isolated() -> str | None:
     """Why code cannot be isolated on this system; None if it can."""
-    missing = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
+    missing = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
     if missing:
         return f"{missing[0]} is missing"
     output = run_python("print('apart')", Sandbox(seconds=20))
@@ -180,7 +181,7 @@ def run_python(code: str, sandbox: Sandbox = Sandbox()) -> str:
             stdout=subprocess.PIPE,
             stderr=said,  # of the launcher; the code's own stderr goes to its output
             cwd=folder,
-            env={"PATH": _path(), "LANG": "C.UTF-8", "PYTHONIOENCODING": "utf-8:replace", "HOME": "/"},
+            env={"PATH": PATH, "LANG": "C.UTF-8", "PYTHONIOENCODING": "utf-8:replace", "HOME": "/"},
             start_new_session=True,
         )
         killed: list[str] = []
@@ -252,7 +253,3 @@ def _read(process: subprocess.Popen[bytes], characters: int, kill: Callable[[str
             break
     process.stdout.close()
     return kept.decode(errors="replace")[:characters]
-
-
-def _path() -> str:
-    return "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
