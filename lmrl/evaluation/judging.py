@@ -93,8 +93,7 @@ def load_judge(name: str, options: Mapping[str, Any] = {}) -> Judge:
     parameters = inspect.signature(loaded.__call__ if inspect.isclass(loaded) else loaded).parameters
     spec = Reward(function=name, options=given)
     if {"first", "second"} <= set(parameters):
-        call, _ = local_call(spec, KEY)
-        return Judge(label, _preference(call), True)
+        return Judge(label, _preference(local_call(spec, KEY)), True)
     function = load_reward(spec, KEY)
 
     def by_score(one: Sequence[Trajectory], other: Sequence[Trajectory]) -> list[float | None]:

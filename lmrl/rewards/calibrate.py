@@ -16,7 +16,7 @@ from lmrl.errors import DataError
 from lmrl.evaluation.statistics import summarize
 from lmrl.evaluation.student import t95
 from lmrl.findings import Finding
-from lmrl.rewards.rewards import RewardFunction, Scores, score
+from lmrl.rewards.rewards import RewardFunction, Scores, answer_to, by_column, score
 from lmrl.rewards.workers import Failure
 from lmrl.trajectories.files import Malformed, Row, Rows, open_rows, take
 from lmrl.trajectories.formats import preference
@@ -166,15 +166,10 @@ def _columns(rows: Rows, part: Sequence[tuple[int, str]], hidden: str | None) ->
         prompts = [prompt_of(row) for row in chosen]
     except Malformed as error:
         raise DataError(f"{rows.where(part[0][0])}: {error}") from error
-    names = dict.fromkeys(name for row in chosen for name in row if name not in ("prompt", "completion", hidden))
-    completions: list[Any] = [
-        [{"role": "assistant", "content": answer}] if isinstance(prompt, list) else answer
-        for prompt, (_, answer) in zip(prompts, part, strict=True)
-    ]
-    return {name: [row.get(name) for row in chosen] for name in names} | {
-        "prompts": prompts,
-        "completions": completions,
-    }
+    given = by_column(chosen).items()
+    columns = {name: column for name, column in given if name not in ("prompt", "completion", hidden)}
+    completions = [answer_to(prompt, answer) for prompt, (_, answer) in zip(prompts, part, strict=True)]
+    return columns | {"prompts": prompts, "completions": completions}
 
 
 def _worst(rows: Rows, right: list[list[float]], wrong: list[list[float]]) -> str:
@@ -225,10 +220,7 @@ class Pairs:
 def by_scores(function: RewardFunction, pairs: Pairs) -> list[list[float | None]]:
     """Verdicts of a reward that scores answers: 1 if it prefers the answer that people prefer; there is only one
     order."""
-    columns = {
-        name: [row.get(name) for row in pairs.columns]
-        for name in dict.fromkeys(n for row in pairs.columns for n in row)
-    }
+    columns = by_column(pairs.columns)
     sides = []
     for answers in (pairs.chosen, pairs.rejected):
         found = Scores()

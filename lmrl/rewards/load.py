@@ -57,21 +57,29 @@ def load_reward(spec: Reward, key: str, limit: float | None = None) -> RewardFun
     if spec.kind == "model" and spec.timeout is not None:
         workers = max(workers, 1)  # without a copy of its weights in this process
     if workers == 0:
-        call, origin = local_call(spec, key, limit)
-        if spec.timeout is not None and not _limits_itself(call):
+        call = local_call(spec, key, limit)
+        if spec.timeout is not None and not getattr(call, LIMITS_ITSELF):
             workers = 1  # only a worker can be stopped if the function hangs
     if workers > 0:
-        origin = origin_of(spec)
         call = pool_of(spec.model_dump(mode="json"), key, workers, spec.timeout or limit)
     scale, needs = Scale(spec.normalize, spec.clip), getattr(call, NEEDS)
     remote = workers > 0 or spec.kind == "url"
     return RewardFunction(
-        spec.label, origin, spec.weight, call, max(workers, 1), spec.timeout, spec.retries, scale, remote, needs
+        spec.label,
+        origin_of(spec),
+        spec.weight,
+        call,
+        max(workers, 1),
+        spec.timeout,
+        spec.retries,
+        scale,
+        remote,
+        needs,
     )
 
 
-def local_call(spec: Reward, key: str, limit: float | None = None) -> tuple[Callable[..., Any], str]:
-    """The function, to be called with columns by name in this process, and its name in messages.
+def local_call(spec: Reward, key: str, limit: float | None = None) -> Callable[..., Any]:
+    """The function, to be called with columns by name in this process.
 
     A class is instantiated with its `options`; a function gets them with every call. limit: see load_reward.
     """
@@ -93,7 +101,7 @@ def local_call(spec: Reward, key: str, limit: float | None = None) -> tuple[Call
     call = partial(_call, found, None if takes_all else names, options, timeout, limit, origin_of(spec))
     setattr(call, LIMITS_ITSELF, is_async(found) or spec.kind == "url")
     setattr(call, NEEDS, needs_of(found, options))
-    return call, origin_of(spec)
+    return call
 
 
 def needs_of(function: Any, options: Collection[str]) -> list[str]:
@@ -113,7 +121,7 @@ def needs_of(function: Any, options: Collection[str]) -> list[str]:
 
 def reward_object(spec: Reward, key: str) -> Any:
     """The object that the reward names: a function, or an instance of a class, constructed with the options."""
-    call, _ = local_call(spec, key)
+    call = local_call(spec, key)
     assert isinstance(call, partial)
     return call.args[0]
 
@@ -186,10 +194,6 @@ def _await(coroutine: Coroutine[Any, Any, Any], timeout: float | None) -> Any:
     if not finished:
         raise value
     return value
-
-
-def _limits_itself(call: Callable[..., Any]) -> bool:
-    return bool(getattr(call, LIMITS_ITSELF, False))
 
 
 def origin_of(spec: Reward) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lmrl.errors import DataError
-from lmrl.rewards.rewards import RewardFunction, Scores, score
+from lmrl.rewards.rewards import RewardFunction, Scores, answer_to, by_column, score
 from lmrl.trajectories.fields import json_of
 from lmrl.trajectories.files import Malformed, Row, open_rows
 from lmrl.trajectories.rows import parse
@@ -61,11 +61,10 @@ def read_samples(path: str) -> list[Row]:
 
 def columns_of(samples: Sequence[Row]) -> dict[str, list[Any]]:
     """Samples as a reward takes them: lists by column, completions as messages if the prompt is a dialogue."""
-    given = [_columns(sample) for sample in samples]
-    columns = {name: [one.get(name) for one in given] for name in dict.fromkeys(name for one in given for name in one)}
+    columns = by_column([_columns(sample) for sample in samples])
     completions = [
-        [{"role": "assistant", "content": sample["completion"]}]
-        if isinstance(sample["prompt"], list) and isinstance(sample["completion"], str)
+        answer_to(sample["prompt"], sample["completion"])
+        if isinstance(sample["completion"], str)
         else sample["completion"]
         for sample in samples
     ]

@@ -13,7 +13,7 @@ import copy
 import math
 import numbers
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from lmrl.errors import EpisodeError, RewardError, TemporaryError
 from lmrl.rewards.scale import Scale
 from lmrl.rewards.workers import Failure
 from lmrl.secrets import redact
-from lmrl.trajectories.trajectory import LARGEST_REWARD, Trajectory, is_reward
+from lmrl.trajectories.trajectory import LARGEST_REWARD, Messages, Trajectory, is_reward
 
 if TYPE_CHECKING:
     from lmrl.rewards.early import EarlyScores
@@ -254,14 +254,11 @@ def judge(
 
 def arguments_of(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
     """The arguments of reward functions: the prompts' columns, prompts and completions, one value per episode."""
-    names = dict.fromkeys(name for trajectory in trajectories for name in trajectory.columns)
-    arguments: dict[str, list[Any]] = {
-        name: [trajectory.columns.get(name) for trajectory in trajectories] for name in names
-    }
-    arguments["prompts"] = [trajectory.messages or trajectory.prompt for trajectory in trajectories]
+    arguments = by_column([trajectory.columns for trajectory in trajectories])
+    prompts = [trajectory.messages or trajectory.prompt for trajectory in trajectories]
+    arguments["prompts"] = prompts
     arguments["completions"] = [
-        [{"role": "assistant", "content": trajectory.completion}] if trajectory.messages else trajectory.completion
-        for trajectory in trajectories
+        answer_to(prompt, trajectory.completion) for prompt, trajectory in zip(prompts, trajectories, strict=True)
     ]
     arguments["completion_ids"] = [
         [token for segment in trajectory.segments for token in map(segment.tokens.__getitem__, segment.actions)]
@@ -269,6 +266,16 @@ def arguments_of(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
     ]
     arguments["completion_cut"] = [bool(trajectory.cut_turns) for trajectory in trajectories]
     return arguments
+
+
+def by_column(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Rows as lists by column, with None where a row lacks one."""
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+
+
+def answer_to(prompt: str | Messages, text: str) -> str | Messages:
+    """A completion as rewards get it: a message if the prompt is a dialogue."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 CHECKS = {"reward": "lmrl reward check", "environment": "lmrl env check"}

@@ -12,7 +12,7 @@ from typing import Any
 
 from lmrl.errors import LmrlError, RewardError
 from lmrl.recipe import Reward
-from lmrl.rewards.load import NEEDS, local_call
+from lmrl.rewards.load import NEEDS, local_call, origin_of
 from lmrl.rewards.rewards import checked_values, is_temporary
 from lmrl.rewards.workers import packed, receive, send
 from lmrl.secrets import redact
@@ -28,7 +28,7 @@ def main() -> None:
 
         resource.setrlimit(resource.RLIMIT_AS, (spec.memory_mb << 20, spec.memory_mb << 20))
     try:
-        call, origin = local_call(spec, order["key"])
+        call, origin = local_call(spec, order["key"]), origin_of(spec)
         needs = getattr(call, NEEDS)
     except LmrlError as error:
         send(channel, {"plugin_error": redact(str(error))})
