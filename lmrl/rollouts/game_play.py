@@ -3,6 +3,7 @@ trajectory."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lmrl.environments.calls import EpisodeFailed
@@ -113,7 +114,7 @@ class GamePlay:
         """End the game by a limit: each side ends with what it would have seen next."""
         for side, episode in self.own.items():
             if episode.turn and episode is not but:
-                observation = await self.sampler.call(lambda limit, side=side: self.referee.observe(side, limit))
+                observation = await self.sampler.call(partial(self.referee.observe, side))
                 episode.recorder.truncate(observation)
 
     def _end(self, episode: Episode) -> None:
