@@ -311,7 +311,7 @@ def _train_stage(parts: StageParts, accelerator: Any) -> bool:
         shared = strategy.synchronized
         stage = build_stage(*parts, strategy)
     for note in stage.notes:
-        parts.display.say(f"note: {note}")
+        parts.display.say(note if note.startswith("warning: ") else f"note: {note}")
     stage.train()
     return shared
 
