@@ -245,7 +245,7 @@ class SlotBatch(SlotStore):
     def _decode(self) -> None:
         """One more token for each running sequence."""
         slots = self.slots[: self.running]
-        if max(len(slot.tokens) for slot in slots) > self.buffers.columns:
+        if max(len(slot.tokens) for slot in slots) > self.buffers.extent.columns:
             self._arrange(list(self.slots), len(self.slots))
         logits_RV = self._pass(slots)
         for slot in slots:

@@ -168,7 +168,7 @@ class SlotStore:
             (len(slot.tokens) for slot in order if slot.pending is not None or slot is self.beginning), default=0
         )
         longest = max([needed, *[slot.end for slot in running]])
-        slots, columns = cache.slots, cache.columns
+        slots, columns = cache.extent.slots, cache.extent.columns
         if len(order) > slots:
             slots = max(len(order), min(2 * slots, most))
         if needed > columns:
@@ -181,7 +181,7 @@ class SlotStore:
             dropped |= self._drop_excess([slot for slot in kept if slot not in dropped], len(order) - limit // columns)
             order = [slot for slot in order if slot not in dropped]
             slots = max(len(order), min(slots, limit // columns))
-        if slots >= cache.slots:
+        if slots >= cache.extent.slots:
             cache.resize(slots, columns)
         moves = [
             (slot.place, place, slot.computed) for place, slot in enumerate(order) if slot.placed not in (None, place)

@@ -11,7 +11,7 @@ It requires a model whose attention sees all positions and takes a mask of shape
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,6 +56,15 @@ class Placement:
         return 0 if self.fresh else self.width - self.steps
 
 
+@dataclass
+class Extent:
+    """What all layers share: the size of their buffers, and the placement of the current or latest pass."""
+
+    slots: int = 0
+    columns: int = 0
+    placement: Placement = field(init=False)
+
+
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values of one layer."""
 
@@ -64,23 +73,24 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Like `values`, set once `is_initialized`."""
     values: torch.Tensor
 
-    def __init__(self, cache: SlotCache) -> None:
+    def __init__(self, extent: Extent) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.cache = cache
+        # Not the cache: in a cycle of references, buffers would stay in memory until the garbage collector comes.
+        self.extent = extent
 
     # ------------------------------------------------------------------------------------------- methods that transformers calls
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         for name, like in (("keys", key_states), ("values", value_states)):
             # Zeros: attention multiplies what it masks by zero, and uninitialised memory may not be finite.
-            setattr(self, name, like.new_zeros(self.cache.slots, like.shape[1], self.cache.columns, like.shape[3]))
+            setattr(self, name, like.new_zeros(self.extent.slots, like.shape[1], self.extent.columns, like.shape[3]))
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the new tokens' keys and values; returns those that attention sees."""
-        place, device = self.cache.placement, key_states.device.type
+        place, device = self.extent.placement, key_states.device.type
         if torch.is_autocast_enabled(device):  # otherwise attention would cast all of them again for every token
             key_states, value_states = (
                 part.to(torch.get_autocast_dtype(device)) for part in (key_states, value_states)
@@ -98,10 +108,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.keys[used], self.values[used]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.placement.before + query_length, 0
+        return self.extent.placement.before + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.cache.placement.before
+        return self.extent.placement.before
 
     def get_max_length(self) -> int:
         return -1
@@ -117,7 +127,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Move the contents into buffers of the cache's size."""
         if not self.is_initialized:
             return
-        slots, columns = self.cache.slots, self.cache.columns
+        slots, columns = self.extent.slots, self.extent.columns
         for name in ("keys", "values"):  # one after the other, so that no more than one is held twice
             old = getattr(self, name)
             new = old.new_zeros(slots, old.shape[1], columns, old.shape[3])
@@ -130,15 +140,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 class SlotCache:
     """Keys and values for each trunk that decoding runs: `policy`, and `values` if there are two."""
 
-    placement: Placement
-    """That of the current or latest pass."""
-
     def __init__(self, config: Any, two: bool):
-        self.slots = self.columns = 0
+        self.extent = Extent()
         self.policy, self.values = (self._layers(config) if wanted else None for wanted in (True, two))
 
     def _layers(self, config: Any) -> TransformersCache:
-        return TransformersCache(layers=[SlotLayer(self) for _ in DynamicCache(config=config).layers])
+        return TransformersCache(layers=[SlotLayer(self.extent) for _ in DynamicCache(config=config).layers])
 
     @property
     def layers(self) -> list[SlotLayer]:
@@ -147,8 +154,8 @@ class SlotCache:
 
     def resize(self, slots: int, columns: int) -> None:
         """Resize to this many slots and columns. What is held beyond them is lost."""
-        if (slots, columns) != (self.slots, self.columns):
-            self.slots, self.columns = slots, columns
+        if (slots, columns) != (self.extent.slots, self.extent.columns):
+            self.extent.slots, self.extent.columns = slots, columns
             for layer in self.layers:
                 layer.resize()
 
@@ -185,7 +192,7 @@ def slot_logits(
     def tensor(part: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(part)).to(device)
 
-    cache.placement = Placement(
+    cache.extent.placement = Placement(
         first=first,
         count=count,
         width=width,
