@@ -94,9 +94,14 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in head + rows)
 
 
+CALLS = "{% for call in message.tool_calls or [] %}{{ call.function.name }}({{ call.function.arguments }}){% endfor %}"
+"""A chat template's tool calls."""
+
+
 def prepare(scratch: Path) -> Path:
     """The tiny chat model that recipes name, and settings of the process."""
     import torch
+    from transformers import AutoTokenizer
 
     from tests.conftest import save_tiny_model
 
@@ -104,6 +109,10 @@ def prepare(scratch: Path) -> Path:
     sys.dont_write_bytecode = True  # beside reward.py
     logging.disable(logging.WARNING)
     save_tiny_model(scratch / "model")
+    tokenizer = AutoTokenizer.from_pretrained(scratch / "model")
+    content = "{{ message.content }}"
+    tokenizer.chat_template = tokenizer.chat_template.replace(content, content + CALLS)
+    tokenizer.save_pretrained(scratch / "model")
     return scratch / "model"
 
 

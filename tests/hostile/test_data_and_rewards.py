@@ -38,7 +38,11 @@ DATA = [
     ([], "task.prompts.column=promt", r"prompts.jsonl, row 1: has no field 'promt' \(fields: prompt\)"),
     ([written("prompts.jsonl", "{'prompt': 'a'}\n")], "", r"prompts.jsonl, line 1: not valid JSON: .*double quotes"),
     ([written("prompts.jsonl", '{\n  "prompt": "a"\n}\n')], "", r"prompts.jsonl, line 1: not valid JSON"),
-    ([written("prompts.jsonl", '[{"prompt": "a"}]')], "", r"prompts.jsonl, line 1: holds a list, expected an object"),
+    (
+        [written("prompts.jsonl", '[{"prompt": "a"}]')],
+        "",
+        r"prompts.jsonl, line 1: holds a list; expected one object per line",
+    ),
     ([written("prompts.jsonl", b'{"prompt": "caf\xe9"}\n')], "", r"prompts.jsonl, line 1: not valid UTF-8 text"),
     ([written("prompts.jsonl", '{"prompt": "a"}\n'.encode("utf-16"))], "", r"prompts.jsonl, line 1: not valid UTF-8"),
     (

@@ -133,7 +133,11 @@ MODELS = [
     ([], "export model out --adapter-only", r"--adapter-only needs a run with model.lora.*: leave it out"),
     ([], "export model out --beta 1", r"--beta folds Q heads into the model, but this policy has none: leave it out"),
     ([written("out/mine", "x")], "export model out", r"out is not an empty folder: choose another destination"),
-    ([], "eval model --suite random_walks --beta 1", r"--beta weighs Q values, but 'model' has no Q heads: train one"),
+    (
+        [],
+        "eval model --suite random_walks --beta 1",
+        r"--beta weighs Q values, but 'model' has no Q heads: leave it out",
+    ),
     ([], "collect model", r"does not say what it was trained for: name what to play, --environment NAME"),
     (
         [written("log.jsonl", "x")],
