@@ -150,6 +150,18 @@ def has_collapsed(start: Window, best: Window | None, last: Window, wander: floa
     return fallen and certainly_above(start, last)
 
 
+def is_ruined(first: Sequence[Step], last: Sequence[Step]) -> bool:
+    """True if each of the last steps is worse than every one of the first, certainly and by FALL standard deviations of
+    an episode's reward.
+
+    By the scatter of these steps alone: a sharp rise and fall between them would count as the stage's noise.
+    """
+    if max(one.mean for one in last) >= min(one.mean for one in first):
+        return False
+    start, newest = window_of(first, Noise()), window_of(last, Noise())
+    return start.mean - newest.mean > FALL * max(start.spread, newest.spread) and certainly_above(start, newest)
+
+
 @dataclass(frozen=True)
 class RollbackPoint:
     """A checkpoint to roll back to: its step, and the window of steps before it (None: the start of the stage)."""
@@ -222,7 +234,11 @@ class Tracker:
         last, wander = window_of(self.last[-size:], self.noise), self.noise.wander
         # The window before any update: the first update may already have been too much.
         begun = window_of(self.first[:1], self.noise)
-        return has_collapsed(self.start, best, last, wander) or has_collapsed(begun, None, last, wander)
+        return (
+            has_collapsed(self.start, best, last, wander)
+            or has_collapsed(begun, None, last, wander)
+            or (size == WINDOW and is_ruined(self.first, self.last))
+        )
 
     def loss(self) -> str:
         """The loss, in words."""

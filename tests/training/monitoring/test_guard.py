@@ -18,6 +18,7 @@ from lmrl.training.monitoring.collapse import (
     Window,
     certainly_above,
     has_collapsed,
+    is_ruined,
     scatter,
     window_of,
 )
@@ -219,6 +220,23 @@ def test_a_policy_ruined_by_its_first_update_is_found():
     for step, chance in enumerate([0.8, *[0.1] * 12], start=1):
         tracker.add(step, of(rng.random(64) < chance))
     assert tracker.collapsed() and tracker.kept == RollbackPoint(0)
+
+
+def test_a_gain_that_is_lost_within_a_window_is_found():
+    """The rewards of a run whose policy rose at step 7 and fell at step 11."""
+    rewards = [0.22, 0.21, 0.22, 0.23, 0.2, 0.23, 0.96, 0.98, 0.99, 1.0, 0.01, *[0.0] * 20]
+    tracker, found = Tracker(), []
+    for step, reward in enumerate(rewards, start=1):
+        tracker.add(step, Step(reward, math.sqrt(reward * (1 - reward)), 128))
+        found.append(tracker.collapsed())
+    assert found.index(True) + 1 == 20 and tracker.kept.step == 8
+
+
+def test_steps_that_are_partly_above_the_start_are_no_ruin():
+    first = [Step(one, 0.4, 64) for one in (0.5, 0.52, 0.48, 0.5, 0.5)]
+    assert is_ruined(first, [Step(0.3, 0.4, 64)] * WINDOW)
+    assert not is_ruined(first, [*[Step(0.3, 0.4, 64)] * (WINDOW - 1), Step(0.49, 0.4, 64)])
+    assert not is_ruined(first, [Step(0.35, 0.4, 64)] * WINDOW)  # less than 0.4 deviations
 
 
 def test_a_collapse_at_the_end_needs_fewer_steps():
