@@ -131,8 +131,11 @@ class Run:
 
     def changed_files(self) -> list[str]:
         """The files that the recipe names whose content is not what it was when the run began."""
-        path = self.folder / VERSIONS_FILE
-        return changed(json.loads(path.read_text()).get("files", {})) if path.is_file() else []
+        try:
+            before = json.loads((self.folder / VERSIONS_FILE).read_text(encoding="utf-8")).get("files", {})
+        except (OSError, ValueError):  # missing or damaged: the run does not need it
+            return []
+        return changed(before)
 
     def release(self) -> None:
         """Unlock the folder for other writers; this object only reads from now on."""

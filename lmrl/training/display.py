@@ -103,11 +103,8 @@ class Display:
             self.console.print(line, soft_wrap=True)
 
     def table(self, title: str, rows: dict[str, dict[str, dict[str, Any]]]) -> None:
-        table = score_table(title, rows)
-        if (
-            self.console.measure(table, options=self.console.options.update(max_width=10_000)).minimum
-            > self.console.width
-        ):
+        table, unlimited = score_table(title, rows), self.console.options.update(max_width=10_000)
+        if self.console.measure(table, options=unlimited).minimum > self.console.width:
             table = score_table(title, rows, upright=True)
         self.console.print(table)
         if scope := scope_of(rows):

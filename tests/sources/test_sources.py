@@ -6,44 +6,20 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
-from lmrl import distributed
 from lmrl.errors import DataError, ModelError, RecipeError
 from lmrl.evaluation.statistics import summarize
 from lmrl.evaluation.suites import Suite
-from lmrl.policy.tokenizers import build_tokenizer
-from lmrl.recipe import DatasetSource, Prompts, PromptTask, RandomWalksTask, Rollouts
+from lmrl.recipe import Prompts, PromptTask
 from lmrl.recipe.files import load_recipe
 from lmrl.rollouts.collect import play_players
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import PromptEnvironment, Task, build_task
-from lmrl.seeding import stream
 from lmrl.sources import dataset as dataset_module
 from lmrl.sources.base import SourceRequest
-from lmrl.sources.best import best_among_all, best_of
 from lmrl.sources.dataset import Dataset, build_dataset, open_dataset_file, play_dataset
-from lmrl.sources.fresh import FreshRollouts
 from lmrl.training.build import watch_suite
 from lmrl.trajectories.render import Renderer
-from lmrl.trajectories.trajectory import Trajectory
-
-
-@pytest.fixture
-def tokenizer():
-    return build_tokenizer("char", ["abcdefghijklmnopqrstuvwxyz "])
-
-
-@pytest.fixture
-def walks(tokenizer):
-    return build_task(RandomWalksTask(environment="random_walks", graph=1000), tokenizer)
-
-
-def lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def dataset(**options):
-    return DatasetSource(name="dataset", **options)
+from tests.sources.conftest import dataset, lines, rewarded
 
 
 # -------------------------------------------------------------------------------------------------------------- players
@@ -287,10 +263,6 @@ def test_long_episodes_are_left_out(tmp_path, walks):
 
 
 # --------------------------------------------------------------------------------------------------------------- groups
-def rewarded(*triples):
-    return [{"prompt": prompt, "completion": text, "reward": reward} for prompt, text, reward in triples]
-
-
 def test_groups_are_drawn_whole(tmp_path, walks):
     rows = rewarded(("a", "x", 1), ("b", "x", 0), ("a", "y", 0), ("c", "x", 1), ("c", "y", 1), ("b", "z", 2))
     source = build_dataset(dataset(path=lines(tmp_path / "data.jsonl", rows)), walks, 0, "main", compares=True)
@@ -345,89 +317,6 @@ def test_only_the_last_used_episodes_are_held(monkeypatch):
     source = Dataset(Counted(), [0.0] * 8, 4, 0, "main")
     source.next(1), source.next(1)
     assert len(read) > 4 and source._episode.cache_info().currsize == 3
-
-
-# ------------------------------------------------------------------------------------------------------------- the best
-def test_the_best_share():
-    rng = stream("x")
-    assert best_of([1.0, 3.0, 2.0, 3.0], 1.0, rng) == [0, 1, 2, 3]
-    assert best_of([1.0, 3.0, 2.0, 3.0], 0.5, rng) == [1, 3] and best_of([1.0, 3.0, 2.0, 3.0], 0.75, rng) == [1, 2, 3]
-    assert best_of([1.0, 3.0], 0.01, rng) == [1] and best_of([None, 1.0], 1.0, rng) == [0, 1]
-
-
-def test_which_of_equal_returns_is_kept_is_drawn():
-    returns = [0.0, 1.0] * 40
-    draws = [best_of(returns, 0.25, stream(seed)) for seed in range(200)]
-    assert all(len(kept) == 20 and {returns[row] for row in kept} == {1.0} for kept in draws)
-    times = [sum(row in kept for kept in draws) for row in range(1, 80, 2)]
-    assert sum(times) == 4000 and 60 < min(times) and max(times) < 140  # 100 each, with a standard deviation of 7
-    assert best_of(returns, 0.25, stream(3)) == draws[3] != draws[4]
-
-
-def test_the_best_of_each_prompt():
-    returns, prompts = [1.0, 9.0, 2.0, 8.0, 3.0, 7.0, 0.0], list("abababc")
-    assert best_of(returns, 1 / 3, stream("x"), prompts) == [1, 4, 6]
-    assert best_of(returns, 2 / 3, stream("x"), prompts) == [1, 2, 3, 4, 6]
-    assert {row for seed in range(50) for row in best_of([1.0] * 3, 0.3, stream(seed), "aab")} == {0, 1, 2}
-
-
-def test_logged_draws_follow_seed_and_stage():
-    def kept(seed, stage):
-        return Dataset(list(range(60)), [1.0] * 60, 4, seed, stage, best=0.5).kept
-
-    assert kept(0, "main") == kept(0, "main") and len(kept(0, "main")) == 30
-    assert len({tuple(kept(seed, stage)) for seed in (0, 1) for stage in ("main", "other")}) == 4
-
-
-def test_the_best_of_each_logged_prompt(tmp_path, walks):
-    rows = rewarded(("a", "x", 1), ("b", "x", 7), ("a", "y", 0), ("b", "y", 8), ("c", "z", 5))
-    path = lines(tmp_path / "data.jsonl", rows)
-    source = build_dataset(dataset(path=path, best=0.5, best_among="prompt"), walks, 0, "main")
-    assert source.kept == [0, 3, 4] and build_dataset(dataset(path=path, best=0.5), walks, 0, "main").kept == [1, 3]
-    path = lines(tmp_path / "data.jsonl", rewarded(("a", "x", 1), ("b", "x", 0)))
-    with pytest.raises(DataError, match="source.best_among=prompt .* no prompt has two: set it to all"):
-        build_dataset(dataset(path=path, best=0.5, best_among="prompt"), walks, 0, "main")
-    source = build_dataset(dataset(player="random", episodes=80, best=0.3, best_among="prompt"), walks, 0, "main")
-    found = {source._episode(row).prompt for row in source.kept}
-    assert found == {source._episode(row).prompt for row in range(80)} and len(source.kept) < 40
-
-
-def judged(group, episode, reward):
-    return Trajectory([], "", "", group=group, episode=episode, reward=reward)
-
-
-@pytest.mark.parametrize("by_prompt", [False, True])
-def test_all_processes_draw_the_same_best(monkeypatch, by_prompt):
-    """Two processes, whose episodes lie in another order together than one's, keep what one process keeps."""
-    everyone = [judged(number // 4, number, float(number % 2)) for number in range(32)]
-    one = best_among_all(everyone, 0.25, stream("x"), by_prompt)
-    assert len(one) == 8 and all(trajectory.reward == 1 for trajectory in one)
-    parts = [everyone[16:], everyone[:16]]
-
-    def numbers(trajectories):
-        return [(each.group, each.episode, each.reward) for each in trajectories]
-
-    monkeypatch.setattr(distributed, "all_gather", lambda items: numbers(parts[0]) + numbers(parts[1]))
-    kept = [best_among_all(part, 0.25, stream("x"), by_prompt) for part in parts]
-    assert kept[1] + kept[0] == one
-    if by_prompt:
-        assert [trajectory.group for trajectory in one] == list(range(8))
-    assert best_among_all(parts[0], 1.0, stream("x")) == parts[0]
-
-
-def test_fresh_rollouts_keep_the_best_of_each_prompt(walks):
-    """Ties of a step are drawn anew each step, and again the same for the same step."""
-
-    class Played:
-        task = walks
-
-        def play(self, starts, samples, sampling, name, shared):
-            return [judged(number // samples, number, 1.0) for number in range(len(starts) * samples)]
-
-    options = Rollouts(prompts=6, samples=4)
-    source = FreshRollouts(Played(), options, 0, "main", best=0.5, by_prompt=True)
-    kept = [[one.episode for one in source.next(step).learn] for step in (1, 2, 1)]
-    assert kept[0] == kept[2] != kept[1] and [number // 4 for number in kept[0]] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
 
 def test_logged_scores_are_clustered_by_prompt(tmp_path, walks):

@@ -178,3 +178,6 @@ def test_a_named_file_that_changed_is_told_of(tmp_path, tiny_folder, capsys):
     told = " ".join(capsys.readouterr().out.split())
     assert f"note: {rewards} has changed since the run began: from here on, its new content counts" in told
     assert told.count("has changed") == 1
+    (tmp_path / "run/versions.json").write_text("torn")  # which a run can do without
+    resume_run(tmp_path / "run")
+    assert "has changed" not in capsys.readouterr().out
