@@ -17,6 +17,8 @@ class FakeServer:
     def __init__(self, port: int = 0):
         self.version, self.stamp, self.loaded, self.paths = None, "default", [], []
         self.requests: list[dict] = []
+        self.completed: list[str] = []
+        """The weights that each completion came from."""
         self.on_generate = lambda number: None
         self.extension, self.logprobs, self.delay = True, "processed_logprobs", 0.0
         self.resets = iter(())
@@ -111,6 +113,7 @@ class FakeServer:
                 **{"token_ids": tokens, "finish_reason": "length", "logprobs": {"content": content}},
                 "weight_versions": [{"version": self.stamp, "start": 0, "end": len(tokens)}],
             }
+            self.completed.append(choice["weight_versions"][0]["version"])
             return 200, {"choices": [choice]}
         finally:
             with self.lock:
