@@ -28,15 +28,17 @@ OLD, WEIGHTS = "old_logprobs", "correction"
 
 
 def importance_weights(
-    old_N: torch.Tensor, sampled_N: torch.Tensor, episodes_N: torch.Tensor, mode: CorrectionMode, cap: float
+    old_N: torch.Tensor, sampled_N: torch.Tensor, episodes_N: torch.Tensor | None, mode: CorrectionMode, cap: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight of each action token, and whether the cap applied, both (N,).
 
     old_N, sampled_N: log-probabilities under learner and sampler (NaN: unknown, counted as equal). episodes_N: index of
-    the episode a token belongs to. Equal to trl 1.16's `vllm_importance_sampling_mode` for episodes of one turn.
+    the episode a token belongs to, which the modes by token do not need. Equal to trl 1.16's
+    `vllm_importance_sampling_mode` for episodes of one turn.
     """
     difference_N = torch.nan_to_num(old_N - sampled_N, nan=0.0)
     if mode.startswith("sequence"):
+        assert episodes_N is not None
         numbers_E, places_N = episodes_N.unique(return_inverse=True)
         difference_N = difference_N.new_zeros(len(numbers_E)).index_add(0, places_N, difference_N)[places_N]
     ratio_N = difference_N.exp()
@@ -55,11 +57,22 @@ class Correction:
     def of(cls, rollouts: Rollouts) -> Correction | None:
         return None if rollouts.corrects is None else cls(rollouts.corrects, rollouts.correction_cap)
 
+    @property
+    def is_by_token(self) -> bool:
+        return self.mode.startswith("token")
+
     def weigh(self, batch: Batch, sampled_N: torch.Tensor, episodes_N: torch.Tensor) -> dict[str, float]:
         """Set WEIGHTS in a batch that has OLD; returns the mean weight and the share of weights that were capped."""
-        weights_N, beyond_N = importance_weights(batch.get(OLD), sampled_N, episodes_N, self.mode, self.cap)
+        weights_N, stats = self.weights(batch.get(OLD), sampled_N, episodes_N)
         batch.set(WEIGHTS, weights_N)
-        return {"correction_mean": distributed.mean(weights_N), "correction_capped": distributed.mean(beyond_N.float())}
+        return {name: distributed.mean(value_N) for name, value_N in stats.items()}
+
+    def weights(
+        self, old_N: torch.Tensor, sampled_N: torch.Tensor, episodes_N: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Weight of each action token, and what is reported of it; see `importance_weights`."""
+        weights_N, beyond_N = importance_weights(old_N, sampled_N, episodes_N, self.mode, self.cap)
+        return weights_N, {"correction_mean": weights_N, "correction_capped": beyond_N.float()}
 
 
 def sampled_logprobs(trajectory: Trajectory) -> torch.Tensor:

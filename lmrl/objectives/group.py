@@ -14,7 +14,7 @@ import torch
 
 from lmrl import distributed
 from lmrl.objectives.base import Loss
-from lmrl.objectives.correction import OLD, sampled_logprobs
+from lmrl.objectives.correction import OLD, WEIGHTS, sampled_logprobs
 from lmrl.objectives.groups import EPISODE, episode_sums, flat, grouped_batch, groups_of
 from lmrl.objectives.policy_gradient import PolicyGradient, k3
 from lmrl.objectives.turns import (
@@ -37,6 +37,8 @@ from lmrl.trajectories.batch import Batch, Microbatch
 from lmrl.trajectories.chain import rewards_and_turns
 from lmrl.trajectories.trajectory import Trajectory, prompt_key
 
+SAMPLED = "sampled_logprobs"
+"""Field of the sampler's log-probabilities, if it knows those of all tokens."""
 TURN = "turn"
 """Field that numbers the turns of a batch."""
 SCALE_RATE = 0.1
@@ -87,10 +89,11 @@ class GroupPolicyGradient(PolicyGradient):
     def kl_in_reward(self) -> bool:
         return self.uses_reference and self.penalises_reward
 
-    @property
-    def needs_old(self) -> bool:
-        """True if log-probabilities are compared with those before the first update."""
-        return self.epochs * self.minibatches > 1 or self.kl_in_reward or self.correction is not None
+    def needs_old(self, sampler_is_known: bool) -> bool:
+        """True if log-probabilities from before the first update take a pass of their own: with one update per step, its
+        own pass has them, token by token."""
+        by_pass = self.correction is None or (self.correction.is_by_token and sampler_is_known)
+        return self.epochs * self.minibatches > 1 or self.kl_in_reward or not by_pass
 
     def prepare(self, policy: Policy, trajectories: list[Trajectory]) -> Batch:
         options = self.options
@@ -99,7 +102,11 @@ class GroupPolicyGradient(PolicyGradient):
         batch = grouped_batch(groups, policy, options.share_prompts, whole=False)
         if self.uses_reference:
             batch.set("reference_logprobs", flat(policy.score(batch, reference=True)["logprobs"]))
-        if self.needs_old:
+        sampled_N = flat([sampled_logprobs(episode) for episode in episodes])
+        # Packed or not, actions are in the order of the episodes.
+        if sampler_is_known := not distributed.all_max(int(sampled_N.isnan().any())):
+            batch.set(SAMPLED, sampled_N)
+        if self.needs_old(sampler_is_known):
             batch.set(OLD, flat(policy.score(batch)["logprobs"]))
         sizes = [episode.num_actions for episode in episodes]
         earned = [rewards_and_turns(episode, options.missing_eos_penalty) for episode in episodes]
@@ -136,11 +143,7 @@ class GroupPolicyGradient(PolicyGradient):
         episodes_N = flat([sequence.fields[EPISODE] for sequence in batch.sequences], torch.long)
         if ratio_N is not None:
             batch.stats["kl"] = distributed.mean(episode_sums(ratio_N, episodes_N))
-        sampled_N = flat([sampled_logprobs(episode) for episode in episodes])
-        # Packed or not, actions are in the order of the episodes.
-        if not distributed.all_max(int(sampled_N.isnan().any())):
-            batch.set("sampled_logprobs", sampled_N)
-        if self.correction is not None:
+        if self.correction is not None and self.needs_old(sampler_is_known):
             batch.stats |= self.correction.weigh(batch, sampled_N, episodes_N)
         if options.entropy_coef == 0 and (not self.uses_reference or self.kl_in_reward):
             for sequence in batch.sequences:
@@ -186,6 +189,10 @@ class GroupPolicyGradient(PolicyGradient):
     def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
         options, fields, logprobs_N = self.options, batch.fields, outputs.logprobs
         old_N = fields.get(OLD, logprobs_N.detach())  # with one update per step, the policy is still the old one
+        corrected: dict[str, torch.Tensor] = {}
+        if self.correction is not None and WEIGHTS not in fields:
+            weights_N, corrected = self.correction.weights(old_N, fields[SAMPLED])
+            fields = fields | {WEIGHTS: weights_N}
         losses_N, clipped_N = self.token_losses(logprobs_N, old_N, fields)
         if self.uses_reference and not self.kl_in_reward:
             divergence_N = k3(logprobs_N, fields["reference_logprobs"])
@@ -200,11 +207,12 @@ class GroupPolicyGradient(PolicyGradient):
                 "clip_fraction": clipped_N.float(),
                 "entropy": outputs.entropy,
                 "approx_kl": k3(old_N, logprobs_N),
+                **corrected,
             }
             if self.uses_reference and not self.kl_in_reward:
                 stats["kl"] = (logprobs_N - fields["reference_logprobs"]) / fields["share"]  # nats per episode
-            if "sampled_logprobs" in fields:
-                stats["sampler_kl"] = fields["sampled_logprobs"] - old_N
+            if SAMPLED in fields:
+                stats["sampler_kl"] = fields[SAMPLED] - old_N
             sums = {name: (stat_N * value).sum() for name, value in stats.items()}
         return Loss((loss_N * losses_N).sum(), sums)
 

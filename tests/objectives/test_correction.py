@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lmrl.objectives import load_objective
-from lmrl.objectives.correction import WEIGHTS, Correction, importance_weights, mismatch
+from lmrl.objectives.correction import OLD, WEIGHTS, Correction, importance_weights, mismatch
 from lmrl.recipe import OBJECTIVES, Rollouts
 from lmrl.trajectories.trajectory import CONTEXT, Segment, Trajectory
 
@@ -122,3 +122,37 @@ def test_packed_episodes_keep_their_own_weights(tiny_policy):
         found.append(torch.cat([sequence.fields[WEIGHTS] for sequence in batch.sequences]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
     assert len(found[0].unique()) == 3
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "reinforce_pp"])
+def test_a_single_update_corrects_without_a_pass_of_its_own(tiny_policy, name, monkeypatch):
+    """The loss, its gradient and what is reported are those with old log-probabilities from an earlier pass."""
+    episodes = [episode([4, 5], 1.0), episode([6], 0.0, sampled=-4.0), episode([7, 8, 9], 0.5)]
+    assert tiny_policy.shares_prompts  # found out with passes of its own
+    scores, own = [], tiny_policy.score
+    monkeypatch.setattr(tiny_policy, "score", lambda *args, **options: scores.append(args) or own(*args, **options))
+    found = []
+    for minibatches in (1, 2):
+        method = load_objective(OBJECTIVES[name](name=name, epochs=1, minibatches=minibatches))
+        method.correction = Correction("token_truncate", 1.2)
+        batch = method.prepare(tiny_policy, episodes)
+        assert len(scores) == minibatches - 1
+        micro = batch.collate(range(len(batch.sequences)), tiny_policy.pad_id)
+        loss = method.loss(tiny_policy(micro, method.forward_request), micro)
+        gradient = torch.autograd.grad(loss.sum, tiny_policy.vocabulary)[0]
+        means = {key: float(value) / method.count(batch) for key, value in loss.stats.items()} | batch.stats
+        found.append((float(loss.sum.detach()), gradient, means))
+    (loss, gradient, means), (expected_loss, expected_gradient, expected_means) = found
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+    assert means.keys() == expected_means.keys() and 0 < means["correction_capped"] < 1
+    if name == "reinforce_pp":  # the others report means over episodes of their means over tokens
+        assert means == pytest.approx(expected_means, abs=1e-5)
+
+
+@pytest.mark.parametrize(("mode", "sampled"), [("sequence_mask", -1.0), ("token_mask", None)])
+def test_a_ratio_of_whole_episodes_or_of_unknown_tokens_takes_a_pass(tiny_policy, mode, sampled):
+    method = load_objective(OBJECTIVES["grpo"](name="grpo", epochs=1, minibatches=1))
+    method.correction = Correction(mode, 1.2)
+    batch = method.prepare(tiny_policy, [episode([4, 5], 1.0, sampled=sampled), episode([6], 0.0)])
+    assert all(OLD in one.fields and WEIGHTS in one.fields for one in batch.sequences)
