@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lmrl import distributed
 from lmrl.accelerators import default_precision
-from lmrl.errors import ModelError
 from lmrl.policy.attention import take_attention
 from lmrl.policy.cache import Cache
 from lmrl.policy.forward import run_pass
@@ -23,12 +21,12 @@ from lmrl.policy.heads import HeadsSpec, Values, guide
 from lmrl.policy.heads_files import below, load_heads, save_heads
 from lmrl.policy.language_model import (
     AnyModel,
-    decoder_layers,
     embeddings_of,
     has_adapters,
     projection_of,
     without_adapters,
 )
+from lmrl.policy.layers import Layers
 from lmrl.policy.logprobs import at_least_float32, product
 from lmrl.policy.memory import fit, needs_checkpointing
 from lmrl.policy.mixed_precision import take_mixed_precision
@@ -84,22 +82,19 @@ class Policy(nn.Module):
         """True while decoding; and the mode before."""
         self._projection: torch.Tensor | None = None
         """While decoding: the vocabulary's matrix in the precision of passes."""
-        self._compiled: dict[nn.Module, Callable[..., Any]] = {}
-        """Layers by what runs them, except while sampling."""
+        self.layers = Layers()
         parts: list[nn.Module] = [self, *(self._reference if isinstance(self._reference, list) else [])]
         for part in parts:
             take_attention(part)
             take_mixed_precision(part)
         self.splits_head = head_is_linear(self.causal_lm)
-        self._checkpointed: list[GradientCheckpointingLayer] = []
         super().train()  # all parts in one mode, which `train` relies on
 
     def train(self, mode: bool = True) -> Policy:
         """As for any module, but free if nothing changes: a step changes modes several times, over thousands of modules."""
         if mode != self.training:
             super().train(mode)
-        for layer in self._checkpointed:
-            layer.training = mode
+        self.layers.run_checkpointed(mode)
         return self
 
     def configure(self, recipe: Recipe) -> None:
@@ -114,30 +109,14 @@ class Policy(nn.Module):
             torch.set_float32_matmul_precision("highest" if self.autocast_dtype is None else "high")
         trunks = [self.causal_lm, *([self.values.trunk] if self.values and self.values.trunk else [])]
         if needs_checkpointing(recipe, self.device):
-            self._checkpoint(trunks, asked=bool(recipe.training.gradient_checkpointing))
+            self.layers.checkpoint(trunks, asked=bool(recipe.training.gradient_checkpointing))
         if recipe.training.compile:
-            layers = [layer for trunk in trunks for layer in decoder_layers(trunk)]
-            self._compiled = {layer: torch.compile(layer.forward, dynamic=True) for layer in layers}
-            for layer, compiled in self._compiled.items():
-                layer.forward = compiled
-
-    def _checkpoint(self, trunks: list[PreTrainedModel], asked: bool) -> None:
-        """Let the layers of these trunks compute their activations again. asked: refuse trunks that cannot."""
-        for trunk in trunks:
-            if not trunk.supports_gradient_checkpointing:
-                if not asked:
-                    continue
-                kind = type(trunk).__name__
-                raise ModelError(f"training.gradient_checkpointing: {kind} does not support it; leave it out")
-            trunk.gradient_checkpointing_enable()  # type: ignore[no-untyped-call,unused-ignore]  # typed in some releases
-            layers = (module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer))
-            self._checkpointed += [layer for layer in layers if layer.gradient_checkpointing]
+            self.layers.compile(trunks)
 
     def begin_update(self, dropout: bool) -> None:
         """Make ready for passes with gradient, with the model's dropout or without."""
         self.train(dropout)
-        for layer in self._checkpointed:  # they checkpoint themselves in training mode only, and take no cache then
-            layer.training = True
+        self.layers.run_checkpointed(True)
 
     def _build_values(self, heads: HeadsSpec) -> Values:
         width, tokens = self.vocabulary.shape[1], self.vocabulary.shape[0]
@@ -274,8 +253,7 @@ class Policy(nn.Module):
         """Switch off, until `end_decoding`, what is costly to switch for every token. The passes themselves need no_grad and autocast."""
         self._was_training = self.training
         self.eval()
-        for layer in self._compiled:  # they are compiled for passes over whole sequences
-            del layer.forward
+        self.layers.run_compiled(False)
         self._is_decoding = True
         torch.autocast_increment_nesting()  # the weights that autocast has cast are kept until the end
 
@@ -285,8 +263,7 @@ class Policy(nn.Module):
             torch.clear_autocast_cache()
         self._is_decoding, self._projection = False, None
         self.train(self._was_training)
-        for layer, compiled in self._compiled.items():
-            layer.forward = compiled
+        self.layers.run_compiled(True)
 
     def new_cache(self, guidance: Guidance | None = None) -> Cache:
         two = guidance is not None and self.values.trunk is not None

@@ -135,11 +135,11 @@ def test_compiled_layers_do_not_sample(policy):
     """They are compiled for passes over whole sequences; a pass for every token would compile them again and again."""
     layer, passes = policy.causal_lm.model.layers[0], []
     plain = layer.forward
-    policy._compiled = {layer: lambda *args, **options: passes.append(len(passes)) or plain(*args, **options)}
-    layer.forward = policy._compiled[layer]
+    policy.layers._compiled = {layer: lambda *args, **options: passes.append(len(passes)) or plain(*args, **options)}
+    layer.forward = policy.layers._compiled[layer]
     del policy.holds_slots  # found by trial, with the engine
     run(dialogue(HFEngine(policy), 0, [5, 6], 2))
-    assert passes == [] and layer.forward is policy._compiled[layer]
+    assert passes == [] and layer.forward is policy.layers._compiled[layer]
     logprobs_of(policy, [5, 6], [7])
     assert passes == [0]
 
