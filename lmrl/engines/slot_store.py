@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lmrl.engines.base import Key, Request
+from lmrl.engines.prefixes import WORTHWHILE, common
 from lmrl.engines.token_trie import Node
 from lmrl.policy.slots import COLUMNS, SlotCache
+from lmrl.seeding import stream
 from lmrl.trajectories.allowed import AllowedTokens
 
 if TYPE_CHECKING:
@@ -87,22 +89,56 @@ class SlotStore:
 
     @property
     def buffers(self) -> SlotCache:
-        """The cache: there is one from `_begin` on, until `forget` with nothing running."""
+        """The cache: the batch makes one when it begins, and `forget` drops it if nothing is running."""
         assert self.cache is not None, "the batch has no cache yet"
         return self.cache
 
     def forget(self) -> None:
         """Drop what is kept of finished sequences; all buffers if nothing is running."""
         for slot in self.slots[self.running :]:
-            self._drop(slot)
+            self.drop(slot)
         del self.slots[self.running :]
         self.beginning = None
         if not self.running:
             self.cache = None
 
-    def _make_room(self, joins: list[Join], places: int) -> None:
+    def places(self, next_one: Request | None = None) -> int:
+        """Maximum sequences while `next_one` runs: the longest decides, because all slots have the same number of
+        columns."""
+        ends = [slot.end for slot in self.slots[: self.running]]
+        if next_one is not None:
+            ends.append(len(next_one.tokens) + next_one.generation.max_new_tokens)
+        return self.engine.places(max(ends))
+
+    def find(self, request: Request) -> tuple[Slot | None, int, bool]:
+        """The slot that holds the most of a request's first tokens, how many, and whether it may go on as this
+        request."""
+        tokens, most = request.tokens, len(request.tokens) - 1  # the last one is computed in any case, for its logits
+        own = self.by_name.get(request.key[:-1])
+        if own is not None and own.pending is None:
+            shared = common(own.tokens, tokens, min(own.computed, most))
+            if shared == own.computed or shared >= WORTHWHILE:
+                return own, shared, True
+        twin = self.by_prompt.get(tuple(tokens))
+        if twin is not None:
+            return twin, most, False
+        if self.beginning is not None:
+            shared = common(self.beginning.tokens, tokens, min(self.beginning.computed, most))
+            if shared >= WORTHWHILE:
+                return self.beginning, shared, False
+        return None, 0, False
+
+    def new_slot(self, request: Request) -> Slot:
+        uniforms = stream(*request.key).random(request.generation.max_new_tokens)
+        slot = Slot(list(request.tokens), tuple(request.tokens), request.key[:-1], pending=request, uniforms=uniforms)
+        slot.version = self.engine.syncs
+        slot.node = None if request.allowed is None else request.allowed.root
+        return slot
+
+    def make_room(self, joins: list[Join], places: int) -> None:
         """Place the slots of those that join behind the running ones, and drop kept ones that they leave no room
         for."""
+        self.admissions += 1
         going_on = {join.source for join in joins if join.goes_on}
         kept = [slot for slot in self.slots[self.running :] if slot not in going_on]
         most = places + (self.beginning is not None)
@@ -114,10 +150,10 @@ class SlotStore:
                 join.source.used = self.admissions
                 if join.goes_on:
                     join.slot.placed = join.source.place
-                    self._drop(join.source)
+                    self.drop(join.source)
         distinct = [join.slot for join in joins if join.twin is None]
         twins = [join.slot for join in joins if join.twin is not None]
-        self._arrange(self._order(distinct, twins, kept), most)
+        self.arrange(self._order(distinct, twins, kept), most)
 
     def _order(self, distinct: list[Slot], twins: list[Slot], kept: list[Slot]) -> list[Slot]:
         """All slots: the running ones, those that join, the kept ones. Each stays where it is if it can."""
@@ -142,7 +178,7 @@ class SlotStore:
         candidates.sort(key=lambda slot: (slot in sources, slot.used))
         dropped = set(candidates[: max(count, 0)])
         for slot in dropped:
-            self._drop(slot)
+            self.drop(slot)
         for join in joins:
             if join.source in dropped:  # the first join that needs it takes it over
                 join.goes_on = all(other.source is not join.source for other in joins if other.goes_on)
@@ -150,14 +186,37 @@ class SlotStore:
                     join.source, join.shared = None, 0
         return dropped
 
-    def _drop(self, slot: Slot) -> None:
+    def part(self, first: int, ended: list[bool]) -> None:
+        """Move the running slots, from `first` on, that have ended behind those that go on."""
+        if not any(ended):
+            return
+        section = list(zip(self.slots[first : self.running], ended, strict=True))
+        finished = [slot for slot, over in section if over]
+        going = len(section) - len(finished)
+        # Slots beyond the new end move into the places that became free; all others stay where they are.
+        moving = iter([slot for slot, over in section[going:] if not over])
+        order = [next(moving) if over else slot for slot, over in section[:going]]
+        staying = iter([slot for slot, over in section[:going] if over])
+        behind = [slot if over else next(staying) for slot, over in section[going:]]
+        for slot in finished:
+            slot.pending, slot.uniforms, slot.used = None, slot.uniforms[:0], self.admissions
+            if self.engine.keeps:
+                self.by_name[slot.name] = slot
+            else:
+                self.drop(slot)
+        kept = self.slots[self.running :]
+        self.running = first + going
+        behind = behind if self.engine.keeps else []
+        self.arrange([*self.slots[:first], *order, *behind, *kept], len(self.slots))
+
+    def drop(self, slot: Slot) -> None:
         """Remove a slot from the indexes."""
         if self.by_name.get(slot.name) is slot:
             del self.by_name[slot.name]
         if self.by_prompt.get(slot.prompt) is slot:
             del self.by_prompt[slot.prompt]
 
-    def _arrange(self, order: list[Slot], most: int) -> None:
+    def arrange(self, order: list[Slot], most: int) -> None:
         """Bring the slots into this order, in buffers that have room for them. most: maximum number of slots.
 
         A buffer that is too small is doubled, up to the size that can be needed.
@@ -186,13 +245,13 @@ class SlotStore:
         moves = [
             (slot.place, place, slot.computed) for place, slot in enumerate(order) if slot.placed not in (None, place)
         ]
-        self._copy([move for move in moves if move[2]])
+        self.copy([move for move in moves if move[2]])
         for place, slot in enumerate(order):
             slot.placed = place
         self.slots = order
         cache.resize(slots, columns)
 
-    def _copy(self, copies: list[tuple[int, int, int]]) -> None:
+    def copy(self, copies: list[tuple[int, int, int]]) -> None:
         """Copy slots: from, to, tokens. All are read before any is written."""
         if copies:
             sources, targets, columns = zip(*copies, strict=True)

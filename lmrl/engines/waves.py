@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from lmrl.engines.base import Completion, Keys, Sampling, guidance_of
+from lmrl.engines.prefixes import WORTHWHILE, shared_beginning
 from lmrl.engines.sample_token import restrict, sample_token
-from lmrl.engines.slot_batch import REFILL, WORTHWHILE, shared_beginning
+from lmrl.engines.slot_queue import REFILL
 from lmrl.engines.token_trie import TokenTrie
 from lmrl.policy.cache import Cache
 from lmrl.seeding import stream

@@ -147,22 +147,22 @@ def test_compiled_layers_do_not_sample(policy):
 def test_memory_is_released(policy):
     engine = HFEngine(policy)
     run(dialogue(engine, 0, [5, 6], 2))
-    assert engine.batch.slots
-    keys = weakref.ref(engine.batch.cache.layers[0].keys)
+    assert engine.batch.store.slots
+    keys = weakref.ref(engine.batch.store.cache.layers[0].keys)
     gc.disable()  # at once, not when the garbage collector comes: an update needs the memory
     try:
         engine.release_memory()
         assert keys() is None
     finally:
         gc.enable()
-    assert engine.batch.cache is None and not engine.batch.slots and not engine.batch.by_name
+    assert engine.batch.store.cache is None and not engine.batch.store.slots and not engine.batch.store.by_name
 
 
 def test_buffers_grow_by_doubling(policy):
     policy.causal_lm.generation_config.eos_token_id = 1
     engine, columns = HFEngine(policy), []
     own = engine.batch._decode
-    engine.batch._decode = lambda: (own(), columns.append(engine.batch.cache.extent.columns))
+    engine.batch._decode = lambda: (own(), columns.append(engine.batch.store.cache.extent.columns))
     policy.microbatch_tokens = 10_000
     long = Sampling(max_new_tokens=59)
 
@@ -246,7 +246,7 @@ def test_memory_shortage_while_slots_move_is_reported(policy, lengths):
     """Moving the slots of running sequences may need memory: the shortage is reported, and the engine continues."""
     policy.causal_lm.generation_config.eos_token_id = 1
     engine = HFEngine(policy)
-    original = engine.batch._arrange
+    original = engine.batch.store.arrange
 
     def fails_as_they_leave(order, most):
         if any(slot.logprobs and slot.pending is None for slot in order):
@@ -258,7 +258,7 @@ def test_memory_shortage_while_slots_move_is_reported(policy, lengths):
         return await asyncio.gather(*calls, return_exceptions=True)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.batch, "_arrange", fails_as_they_leave)
+        patch.setattr(engine.batch.store, "arrange", fails_as_they_leave)
         found = run(several())
     failed = [one for one in found if isinstance(one, Exception)]
     assert len(failed) == len(set(lengths) - {3}) * 2  # those that had ended have their answers

@@ -197,7 +197,7 @@ def test_sampling_runs_short_again(tmp_path, monkeypatch):
         sampled.append([(request.tokens, request.sampling, request.key) for request in self.requests])
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(SlotBatch, "_due", fail)
+    monkeypatch.setattr(SlotBatch, "_admit", fail)
     bundle, info = stopped_by_memory(tmp_path / "run")
     assert info["pass"] == "generate" and info["shape"][0] == 8
     assert replay(bundle).same
