@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lmrl import distributed
-from lmrl.objectives.base import Loss
+from lmrl.objectives.base import Loss, less_entropy
 from lmrl.objectives.correction import OLD, mismatch, sampled_logprobs
 from lmrl.objectives.groups import flat
 from lmrl.objectives.policy_gradient import ROUNDING, PolicyGradient, k3, whiten
@@ -246,7 +246,7 @@ class ArCHer(PolicyGradient):
             stats["policy_loss"], stats["entropy"] = policy.detach(), entropy.detach()
             stats["clip_fraction"] = (clipped_N * real_N).sum()
             stats["approx_kl"] = (k3(fields[OLD], outputs.logprobs) * real_N).sum()
-        return Loss(policy + options.value_coef * critic - options.entropy_coef * entropy, stats)
+        return Loss(less_entropy(policy + options.value_coef * critic, entropy, options.entropy_coef), stats)
 
     def count(self, batch: Batch) -> float:
         """Action tokens, without the ends of turns."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lmrl import distributed
-from lmrl.objectives.base import Loss
+from lmrl.objectives.base import Loss, less_entropy
 from lmrl.objectives.correction import OLD, WEIGHTS, sampled_logprobs
 from lmrl.objectives.groups import EPISODE, episode_sums, flat, grouped_batch, groups_of
 from lmrl.objectives.policy_gradient import PolicyGradient, k3
@@ -197,7 +197,7 @@ class GroupPolicyGradient(PolicyGradient):
         if self.uses_reference and not self.kl_in_reward:
             divergence_N = k3(logprobs_N, fields["reference_logprobs"])
             losses_N = losses_N + options.kl_coef * divergence_N
-        losses_N = losses_N - options.entropy_coef * outputs.entropy
+        losses_N = less_entropy(losses_N, outputs.entropy, options.entropy_coef)
         loss_N, stat_N = self.weights(fields)
         if "kept" in fields:
             loss_N, stat_N = loss_N * fields["kept"], stat_N * fields["kept"]

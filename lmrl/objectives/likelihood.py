@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lmrl.objectives.base import Loss, Objective
+from lmrl.objectives.base import Loss, Objective, less_entropy
 from lmrl.objectives.groups import EPISODE, episode_sums, flat, grouped_batch
 from lmrl.policy.passes import Outputs
 from lmrl.policy.policy import Policy
@@ -27,8 +27,9 @@ class Likelihood(Objective):
     def loss(self, outputs: Outputs, batch: Microbatch) -> Loss:
         nll = -outputs.logprobs.sum()
         entropy = outputs.entropy.sum()
-        total = nll - self.options.entropy_coef * entropy
-        return Loss(total, {"nll": nll.detach(), "entropy": entropy.detach()})
+        return Loss(
+            less_entropy(nll, entropy, self.options.entropy_coef), {"nll": nll.detach(), "entropy": entropy.detach()}
+        )
 
     def heldout(self, policy: Policy, trajectories: list[Trajectory]) -> dict[str, list[float]]:
         groups = [[trajectory] for trajectory in trajectories]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lmrl import distributed
-from lmrl.objectives.base import Loss
+from lmrl.objectives.base import Loss, less_entropy
 from lmrl.objectives.correction import OLD, mismatch, sampled_logprobs
 from lmrl.objectives.groups import flat
 from lmrl.objectives.policy_gradient import ROUNDING, PolicyGradient, k3, whiten
@@ -241,7 +241,8 @@ class PPO(PolicyGradient):
         if self.warming_up:
             return Loss(options.value_coef * critic, stats)
         surrogate_N, clipped_N = self.surrogate(outputs.logprobs, fields[OLD], fields)
-        total = surrogate_N.sum() + options.value_coef * critic - options.entropy_coef * outputs.entropy.sum()
+        total = surrogate_N.sum() + options.value_coef * critic
+        total = less_entropy(total, outputs.entropy.sum(), options.entropy_coef)
         if options.kl_in == "loss" and self.kl_coef > 0:
             penalty = k3(outputs.logprobs, fields["reference_logprobs"]).sum()
             total = total + self.kl_coef * penalty

@@ -253,6 +253,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     exp, shrink = add_slice(logits, targets - start, totals)
                 if mean is not None:
                     mean.mul_(shrink[:, None]).add_(product(exp.to(dtype), own))
+                del logits, exp  # before the next slice takes memory
             lse = totals.top + totals.total.log()
             entropy = lse - totals.weighted / totals.total
             if mean is not None:
@@ -299,4 +300,5 @@ class _TokenLogprobs(torch.autograd.Function):
                     grad_hidden += product(grad, own)
                 if grad_weight is not None:
                     grad_weight[start:end] = product(grad.T, hidden)
+                del logits, grad  # before the next slice takes memory
         return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, *(None,) * 4
