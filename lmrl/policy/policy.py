@@ -28,6 +28,7 @@ from lmrl.policy.language_model import (
 )
 from lmrl.policy.layers import Layers
 from lmrl.policy.logprobs import at_least_float32, product
+from lmrl.policy.lora_linear import take_lora
 from lmrl.policy.memory import fit, needs_checkpointing
 from lmrl.policy.mixed_precision import take_mixed_precision
 from lmrl.policy.passes import ABSENT, ForwardRequest, Guidance, Outputs, States
@@ -87,6 +88,8 @@ class Policy(nn.Module):
         for part in parts:
             take_attention(part)
             take_mixed_precision(part)
+        if has_adapters(model):
+            take_lora(model)
         self.splits_head = head_is_linear(self.causal_lm)
         super().train()  # all parts in one mode, which `train` relies on
 
