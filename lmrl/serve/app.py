@@ -16,7 +16,7 @@ from lmrl.errors import LmrlError, ModelError
 from lmrl.secrets import redact
 from lmrl.serve.http import HTTPRequest, HTTPResponse, error_body
 from lmrl.serve.model import ServedPolicy, TextStream
-from lmrl.serve.protocol import Ask, BadRequest, Choice, Writer, read_ask, sse
+from lmrl.serve.protocol import CONTEXT_FULL, Ask, BadRequest, Choice, Writer, read_ask, sse
 from lmrl.serve.sessions import Said, Session
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -65,7 +65,7 @@ class App:
             headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
             return HTTPResponse(error.status, error_body(str(error), kind, error.code, error.param), headers)
         except ModelError as error:
-            return HTTPResponse(400, error_body(str(error), code="context_length_exceeded"))
+            return HTTPResponse(400, error_body(str(error), code=CONTEXT_FULL))
         except LmrlError as error:
             self.failures += 1
             return HTTPResponse(500, error_body(redact(str(error)), "server_error"))

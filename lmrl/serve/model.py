@@ -10,7 +10,7 @@ from typing import Any
 from lmrl.engines.base import Completion, Engine, Key, Sampling, before_stop
 from lmrl.policy.policy import Policy
 from lmrl.recipe import SpecialTokens
-from lmrl.serve.protocol import Ask, BadRequest, Choice, tool_calls
+from lmrl.serve.protocol import CONTEXT_FULL, Ask, BadRequest, Choice, tool_calls
 from lmrl.tools.formats import Tool, format_of
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.trajectory import Messages
@@ -87,7 +87,7 @@ class ServedPolicy:
             raise BadRequest(
                 f"the prompt has {prompt} tokens, and {wanted} more need {prompt + wanted} positions, but the model has "
                 f"{positions}",
-                code="context_length_exceeded",
+                code=CONTEXT_FULL,
             )
         return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
 

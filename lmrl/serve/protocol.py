@@ -45,6 +45,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Fields for which only these values (and null) are supported."""
 LONGEST_STOP, MOST_STOPS = 256, 16
+CONTEXT_FULL = "context_length_exceeded"
+"""OpenAI's code for a prompt that does not fit the model."""
 
 
 class BadRequest(Exception):

@@ -1,5 +1,5 @@
 """The agent of `task.tools`: the policy answers, its tool calls are run, and it reads their results, until it makes no
-more calls."""
+more calls, or their results no longer fit its context."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from lmrl.recipe.base import Section
+from lmrl.serve.protocol import CONTEXT_FULL
 from lmrl.tools.functions import CHARACTERS, SECONDS, OfferedTool, ToolBox
 from lmrl.trajectories.trajectory import Messages
 
@@ -50,7 +51,12 @@ class ToolLoop:
         used = failed = 0
         words = ""
         for number in range(options.rounds):
-            answer = await client.chat.completions.create(model="policy", messages=messages, **described)
+            try:
+                answer = await client.chat.completions.create(model="policy", messages=messages, **described)
+            except Exception as error:  # of the openai package, or of the small client
+                if number and getattr(error, "code", None) == CONTEXT_FULL:
+                    break
+                raise
             message = answer.choices[0].message
             words = message.content or ""
             if not message.tool_calls or number == options.rounds - 1:

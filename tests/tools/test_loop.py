@@ -19,6 +19,11 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
+def long() -> str:
+    """Long."""
+    return "1" * 10**4
+
+
 def lost() -> int:
     raise ToolLost("the server is gone")
 
@@ -58,6 +63,22 @@ def test_calls_results_and_answer(tiny_folder, section):
 def test_rounds_end_it(tiny_folder, section):
     trajectory, _ = play(tiny_folder, section(options={"rounds": 2}), ["[add(1, 2)]<eos>"] * 3)
     assert len(trajectory.turns) == 2 and trajectory.reward == 0.0 and trajectory.metrics["tool_calls"] == 1.0
+
+
+def test_a_full_context_ends_it(tiny_folder, section):
+    """The result of the first call does not fit; the answer is what came before the call."""
+    changes = {"tools": [f"{__file__}:long"], "options": {"characters": 10**6}}
+    trajectory, text = play(tiny_folder, section(**changes), ["3 [long()]<eos>", "4<eos>"])
+    assert trajectory.failure is None and trajectory.reward == 1.0 and len(trajectory.turns) == 1
+    assert text.endswith("[assistant]3 [long()]<eos>") and trajectory.metrics["tool_calls"] == 1.0
+
+
+def test_a_question_beyond_the_context_fails(tiny_folder, section, tmp_path):
+    (tmp_path / "tasks.jsonl").write_text(json.dumps({"prompt": "1" * 10**4, "answer": "3"}) + "\n")
+    policy = open_policy(str(tiny_folder))
+    task = build_task(section(), policy.tokenizer)
+    (played,) = Sampler(task, Scripted(policy, []), policy.decode).play([0], 1, Sampling(60), (0,))
+    assert "the prompt has " in played.failure and "positions, but the model has" in played.failure
 
 
 def test_a_lost_tool_fails_the_episode(tiny_folder, section):
