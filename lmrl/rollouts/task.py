@@ -15,7 +15,7 @@ from lmrl import registry
 from lmrl.agents.play import Agent
 from lmrl.agents.programs import load_program
 from lmrl.environments import GameEnvironment, TextEnvironment, environment_factory, version_of
-from lmrl.errors import DataError, EpisodeError, RecipeError, RewardError, did_you_mean
+from lmrl.errors import DataError, EpisodeError, ModelError, RecipeError, RewardError, did_you_mean
 from lmrl.recipe import AgentTask, Prompts, PromptTask, Recipe
 from lmrl.rewards.early import EarlyScores
 from lmrl.rewards.load import load_rewards, needs_of, origin_of
@@ -122,6 +122,16 @@ class Task:
         """Keys of the prompts with these numbers."""
         environment = self.make()
         return set().union(*(self.renderer.keys(environment.rows[row][environment.column]) for row in starts))
+
+    def check_prompts_fit(self, max_new_tokens: int) -> None:
+        """Raise ModelError if the longest prompt leaves no room for a completion, before a run comes to it."""
+        needed = (self.longest_prompt or 0) + max_new_tokens
+        if self.longest_prompt is not None and self.positions is not None and needed > self.positions:
+            raise ModelError(
+                f"task.prompts: the longest prompt has {self.longest_prompt} tokens, and rollouts.max_new_tokens="
+                f"{max_new_tokens} more need {needed} positions, but the model has {self.positions}: lower that, or leave "
+                "out longer prompts (task.prompts.max_tokens)"
+            )
 
     def judge(self, trajectories: list[Trajectory], early: EarlyScores | None = None) -> None:
         """Set every trajectory's reward; environments have done so already. early: scores that are known already."""

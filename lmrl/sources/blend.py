@@ -154,6 +154,7 @@ class Blend(Source):
         for part in options.parts:
             task = wanted.task if part.task is None else part_task(part, wanted.task)
             if part.log is None:
+                task.check_prompts_fit(recipe.rollouts.max_new_tokens)
                 if isinstance(part.task, PromptTask) and not part.task.rewards:
                     raise RecipeError(f"source.parts '{part.name}': a task of prompts needs rewards: list at least one")
                 sampler = (

@@ -43,6 +43,7 @@ class FreshRollouts(Source):
     @classmethod
     def build(cls, wanted: SourceRequest) -> FreshRollouts | AsyncRollouts:
         options, recipe = wanted.recipe.source, wanted.recipe
+        wanted.sampler.task.check_prompts_fit(recipe.rollouts.max_new_tokens)
         if options.has_log:  # part of a mixture, which selects from the played episodes
             fresh = cls(wanted.sampler, recipe.rollouts, wanted.seed, wanted.stage)
         else:
