@@ -11,6 +11,9 @@ from lmrl.secrets import redact
 from lmrl.trajectories.fields import checked_messages
 from lmrl.trajectories.trajectory import LARGEST_REWARD, is_reward
 
+NOT_ITS_OWN = ("opponent ", "model ")
+"""Prefixes of failures that are not the environment's, and that do not recur when its episode is played again."""
+
 
 class EpisodeFailed(Exception):
     """An episode's environment or one of its players failed, and so does the episode. Other errors are the run's."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmrl.environments.calls import EpisodeFailed
 from lmrl.environments.games import Referee, split_start
-from lmrl.rollouts.parties import Side, opponent_failure
+from lmrl.rollouts.parties import ContextFull, Side, opponent_failure
 from lmrl.trajectories.trajectory import transcript
 
 if TYPE_CHECKING:
@@ -71,12 +71,20 @@ class GamePlay:
             context = []
             if episode is not None:
                 context = episode.recorder.observe(observation)
+                if not episode.turn:
+                    self.sampler.check_first(context, self.max_new_tokens)
                 episode.allowed = await self.sampler.allowed(episode)
-        if episode is not None and episode.turn and not self.sampler.fits(len(context) + self.max_new_tokens):
+        if episode is not None and not self.sampler.fits(len(context) + self.max_new_tokens):
             episode.recorder.stop()
             await self._truncate(but=episode)
             return False
-        action = await (self._answer(player, observation) if episode is None else self._own_action(episode, context))
+        try:
+            action = await (
+                self._answer(player, observation) if episode is None else self._own_action(episode, context)
+            )
+        except ContextFull:
+            await self._truncate()
+            return False
         with self.sampler.waited_for():
             rewards = await self.sampler.call(lambda limit: self.referee.step(action, limit))
             for side, own in self.own.items():
@@ -99,6 +107,8 @@ class GamePlay:
         with self.sampler.waited_for(by=self.party.engine if self.party is not None else None):
             try:
                 return await self.others[player].answer(self.referee.game, observation, self.sampler.task.call_timeout)
+            except ContextFull:
+                raise
             except (Exception, SystemExit) as error:
                 raise EpisodeFailed(opponent_failure(error)) from error
 

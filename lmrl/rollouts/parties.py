@@ -24,11 +24,16 @@ from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.trajectory import Messages, Trajectory, as_messages
 
 
+class ContextFull(Exception):
+    """A game has outgrown the context of the player to move."""
+
+
 class Side:
     """One side of one game. `answer` may be called in turn only."""
 
     async def answer(self, game: Game, observation: str | Messages, limit: float | None = None) -> str:
-        """The action. limit: seconds that a scripted player may take; `timeout` and `retries` limit an address."""
+        """The action. limit: seconds that a scripted player may take; `timeout` and `retries` limit an address. Raises
+        ContextFull after its first turn."""
         raise NotImplementedError
 
 
@@ -92,6 +97,9 @@ class ModelSide(Side):
         if not self.turn and options.system is not None:
             observation = [{"role": "system", "content": options.system}, *as_messages(observation)]
         context = self.recorder.observe(observation)
+        positions = party.policy.max_length
+        if self.turn and positions is not None and len(context) + options.max_new_tokens > positions:
+            raise ContextFull(f"opponent has {positions} positions, and the game has outgrown them")
         sampling = Sampling(options.max_new_tokens, options.temperature, stop=tuple(options.stop))
         done: Completion = await party.engine.generate(context, sampling, (*self.name, self.turn))
         self.turn += 1

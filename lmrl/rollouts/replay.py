@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from lmrl.environments import GameEnvironment, environment_factory, version_of
-from lmrl.environments.calls import begin_episode, take_step
+from lmrl.environments.calls import NOT_ITS_OWN, begin_episode, take_step
 from lmrl.errors import RunError
 from lmrl.rollouts.replay_game import failed, game_differences
 from lmrl.run import SAMPLES_FILE
@@ -124,7 +124,8 @@ def differences(environment: Any, line: Line, tell: Tell = lambda text: None) ->
         yield from failed(error, failure, tell)
         return
     if failure:
-        yield f"no failure, recorded: {failure}"
+        if not failure.startswith(NOT_ITS_OWN):
+            yield f"no failure, recorded: {failure}"
         return
     # An episode that outgrew the model's context was truncated at this observation, unknown to the environment.
     if not over and (line["terminated"] or prompt_text(observation) != line["final_observation"]):

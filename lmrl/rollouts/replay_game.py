@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lmrl.environments.calls import failure_text
+from lmrl.environments.calls import NOT_ITS_OWN, failure_text
 from lmrl.environments.games import Game, Referee
 from lmrl.trajectories.trajectory import prompt_text
-
-OPPONENT = "opponent "
-"""Prefix of an opponent's failure."""
 
 
 def failed(error: BaseException, recorded: str | None, tell: Callable[[str], None]) -> Iterator[str]:
@@ -51,13 +48,13 @@ def game_differences(game: Game, line: dict[str, Any], tell: Callable[[str], Non
                 rewards[turn - 1], waiting = rewards[turn - 1] + waiting, 0.0
         if not referee.over and line["final_observation"] is not None:
             last = prompt_text(referee.observe(player, limit))
-        elif failure and not failure.startswith(OPPONENT) and not referee.over:  # it had failed before another move
+        elif failure and not failure.startswith(NOT_ITS_OWN) and not referee.over:  # it had failed before another move
             referee.observe(referee.to_move, limit)
     except (Exception, SystemExit) as error:
         yield from failed(error, failure, tell)
         return
     if failure:
-        if not failure.startswith(OPPONENT):  # opponents are not called again
+        if not failure.startswith(NOT_ITS_OWN):
             yield f"no failure, recorded: {failure}"
         return
     for number, (reward, given) in enumerate(zip(rewards, turns, strict=True)):

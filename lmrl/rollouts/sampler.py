@@ -219,6 +219,8 @@ class Sampler:
             with self.waited_for():
                 await self._begin(episode)
                 context = episode.recorder.observe(episode.observation)
+                if self.task.longest_prompt is None:  # the engine refuses what is known before the run
+                    self.check_first(context, max_new_tokens)
             while not episode.over:
                 action = await act(episode, context)
                 with self.waited_for():
@@ -253,6 +255,15 @@ class Sampler:
     def fits(self, tokens: int) -> bool:
         """False if an episode exceeds the model's positions, so that it is truncated."""
         return self.task.positions is None or tokens <= self.task.positions or self.samples_from is None
+
+    def check_first(self, context: list[int], max_new_tokens: int) -> None:
+        """Raise EpisodeFailed for a first observation that leaves no room for an action."""
+        tokens = len(context)
+        if not self.fits(tokens + max_new_tokens):
+            raise EpisodeFailed(
+                f"model has {self.task.positions} positions, but a first observation of {tokens} tokens and "
+                f"max_new_tokens={max_new_tokens} need {tokens + max_new_tokens}"
+            )
 
     async def _begin(self, episode: Episode) -> None:
         trajectory = episode.trajectory

@@ -161,6 +161,22 @@ def test_a_last_observation_beyond_the_model_is_cut(tokenizer, monkeypatch, turn
     assert {len(column) for column in (last.turns, last.logprobs, last.rewards)} == {12}
 
 
+def test_a_first_observation_beyond_the_model_fails(tokenizer, monkeypatch):
+    reset = Counted.reset
+
+    def long(self, *, seed=None, options=None):
+        observation, info = reset(self, seed=seed, options=options)
+        return "s" * 9 if options["start"] == 7 else observation, info
+
+    monkeypatch.setattr(Counted, "reset", long)
+    sampler = sampler_of(tokenizer, positions=12)
+    failed, played = sampler.play([7, 0], 1, Sampling(max_new_tokens=4), ("x",))
+    assert failed.failure == (
+        "model has 12 positions, but a first observation of 9 tokens and max_new_tokens=4 need 13"
+    )
+    assert (failed.reward, failed.turns) == (None, []) and (played.failure, len(played.turns)) == (None, 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------- schedule
 def test_the_default_schedule_does_not_depend_on_the_clock(tokenizer):
     """Steps that take random times give the batches that steps without any time do."""

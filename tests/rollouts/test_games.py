@@ -71,6 +71,13 @@ def test_a_context_that_is_full_ends_the_game(tokenizer):
     assert max(len(one.segments[0].tokens) for one in (first, second)) <= 24
 
 
+def test_a_first_observation_beyond_the_model_fails(tokenizer):
+    sampler = sampler_of(tokenizer, lambda context: "a", positions=6)
+    played = sampler.play([None], 1, Sampling(max_new_tokens=4), ("s",))  # p0: has three tokens
+    message = "model has 6 positions, but a first observation of 3 tokens and max_new_tokens=4 need 7"
+    assert [one.failure for one in played] == [message] * 2
+
+
 def test_groups_are_of_one_side_and_one_start(tokenizer):
     """Two starts with three samples: four groups of three, numbered by start and side."""
     sampler = sampler_of(tokenizer, lambda context: "x")

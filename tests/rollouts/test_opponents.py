@@ -131,6 +131,22 @@ def test_a_model_answers_all_games_in_one_batch(nim_model, workers):
     assert len({json.dumps(one.game["moves"][0]) for one in played}) > 1
 
 
+def test_a_game_that_outgrows_the_opponent_is_truncated(nim_model):
+    """The policy only says a letter; the opponent's context has one turn more, and its own answers."""
+    policy, folder = nim_model
+    task = build_task(
+        CustomTask(
+            environment=f"{echo.__file__}:Echo", max_turns=99, opponent={"player": str(folder), "max_new_tokens": 8}
+        ),
+        policy.tokenizer,
+    )
+    sampler = Sampler(task, Says(policy.tokenizer, lambda context: "1"), policy.decode)
+    for played in sampler.play([None, None], 1, Sampling(max_new_tokens=2), ("s",)):
+        assert played.failure is None and not played.terminated and played.turns
+        assert played.final_observation.startswith(f"p{played.game['player']}:")
+        assert replay_episode(sample_line("main", 0, "eval", played, task.environment))[1]
+
+
 def test_allowed_actions_hold_for_each_side(nim_model):
     """An untrained policy then never loses by an illegal move."""
     policy, _ = nim_model

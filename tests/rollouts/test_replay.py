@@ -91,6 +91,13 @@ def test_a_difference_is_named(dice, change, message):
     assert told[-1].endswith(": not the same")
 
 
+def test_a_failure_of_the_model_is_not_looked_for(dice):
+    """The environment does not know how much the model can read."""
+    line = next(line for line in samples(dice / "run") if "failure" not in line)
+    line |= {"turns": [], "reward": None, "failure": "model has 4 positions, but a first observation of 3 tokens ..."}
+    assert replay_episode(line)[1]
+
+
 def test_another_environment_is_named(dice):
     line = next(line for line in samples(dice / "run") if "failure" not in line)
     line["environment"] |= {"version": "2", "source": "0123"}
