@@ -61,17 +61,15 @@ class PythonTool:
         skipped = 1 if inspect.isclass(call) else 0
         if inspect.isclass(call):
             _check_made_without_arguments(call, self.name, key)
-        self.arguments = _model_of(target, self.name, key, skipped)
+        self.arguments, self.schema = _model_of(target, self.name, key, skipped)
         self.text = inspect.cleandoc(getattr(call, "__doc__", None) or "").partition("\n\n")[0]
 
     @property
     def described(self) -> Tool:
         """The tool as OpenAI's API describes it."""
-        schema = _without_titles(self.arguments.model_json_schema())
-        schema.pop("additionalProperties", None)
         return {
             "type": "function",
-            "function": {"name": self.name, "description": " ".join(self.text.split()), "parameters": schema},
+            "function": {"name": self.name, "description": " ".join(self.text.split()), "parameters": self.schema},
         }
 
     def check(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +80,7 @@ class PythonTool:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "arguments"
             raise ToolFailed(f"{place}: {first['msg']}") from error
-        return {field: getattr(checked, field) for field in type(checked).model_fields}
+        return {str(field.alias): getattr(checked, name) for name, field in type(checked).model_fields.items()}
 
     def instance(self) -> Callable[..., Any]:
         """The callable for one episode."""
@@ -202,8 +200,9 @@ def _check_made_without_arguments(cls: type, name: str, key: str) -> None:
         pass  # written in C
 
 
-def _model_of(call: Callable[..., Any], name: str, key: str, skipped: int) -> type[BaseModel]:
-    """The parameters of a function as a model that checks them."""
+def _model_of(call: Callable[..., Any], name: str, key: str, skipped: int) -> tuple[type[BaseModel], dict[str, Any]]:
+    """The parameters of a function as a model that checks them, and its JSON schema. Parameters are aliases of its
+    fields, because a parameter may be called like a method of the model (`json`, `copy`)."""
     parameters = list(inspect.signature(call).parameters.values())[skipped:]
     try:
         hints = get_type_hints(call, include_extras=True)
@@ -215,14 +214,16 @@ def _model_of(call: Callable[..., Any], name: str, key: str, skipped: int) -> ty
             raise PluginError(
                 f"{key}: '{name}' takes *{parameter.name}, which cannot be described to a model: name its parameters"
             )
-        if parameter.name.startswith("_"):
-            raise PluginError(f"{key}: parameter '{parameter.name}' of '{name}' begins with _: give it another name")
         if parameter.name not in hints:
             raise PluginError(f"{key}: parameter '{parameter.name}' of '{name}' has no type hint: add one")
         default = ... if parameter.default is parameter.empty else parameter.default
-        fields[parameter.name] = (hints[parameter.name], default)
+        fields[f"parameter_{parameter.name}"] = (hints[parameter.name], default)
+    config = ConfigDict(extra="forbid", alias_generator=lambda field: field.removeprefix("parameter_"))
     try:
-        return create_model(name, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=False), **fields)
+        model = create_model(name, __config__=config, **fields)
+        schema = _without_titles(model.model_json_schema())
+        schema.pop("additionalProperties", None)
+        return model, schema
     except Exception as error:  # a type without a JSON schema
         raise PluginError(f"{key}: '{name}' cannot be described: {' '.join(str(error).split()):.200}") from error
 

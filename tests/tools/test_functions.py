@@ -4,6 +4,8 @@ import asyncio
 import functools
 import itertools
 import time
+import warnings
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import pytest
@@ -206,11 +208,31 @@ def test_a_result_is_text_that_can_be_encoded():
     assert run([names], ("names", {})) == ["a?"]
 
 
+def test_parameters_may_have_any_name():
+    def odd(json: int, copy: int, _a: int, model_fields: list[int], model_config: int = 5) -> list:
+        return [json, copy, _a, model_fields, model_config]
+
+    with warnings.catch_warnings(action="error"):
+        tool = PythonTool(odd)
+    assert list(tool.described["function"]["parameters"]["properties"]) == [
+        "json",
+        "copy",
+        "_a",
+        "model_fields",
+        "model_config",
+    ]
+    calls = [("odd", {"json": 1, "copy": 2, "_a": 3, "model_fields": [4]}), ("odd", {"json": "x"})]
+    assert run([odd], *calls) == [
+        "[1, 2, 3, [4], 5]",
+        "error: json: Input should be a valid integer, unable to parse string as an integer",
+    ]
+
+
 def test_what_cannot_be_described_is_refused():
     def bare(a): ...
     def many(*a: int): ...
     def odd(a: object()): ...  # noqa: F821
-    def private(_a: int): ...
+    def called(a: Callable[[], int]): ...
 
     class Needs:
         def __init__(self, key): ...
@@ -220,7 +242,7 @@ def test_what_cannot_be_described_is_refused():
         (bare, "has no type hint"),
         (many, "takes \\*a"),
         (odd, "cannot be (read|described)"),
-        (private, "parameter '_a' of 'private' begins with _"),
+        (called, "'called' cannot be described: Cannot generate a JsonSchema"),
         (Needs, "class 'Needs' is made without arguments, but missing a required argument: 'key'"),
     ):
         with pytest.raises(PluginError, match=said):
