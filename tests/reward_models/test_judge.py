@@ -13,6 +13,7 @@ from lmrl.recipe import Reward
 from lmrl.rewards.load import load_rewards
 from lmrl.rewards.rewards import score
 from lmrl.rewards.workers import Failure
+from tests.stub_openai import chat_answer, stub_openai
 
 
 @contextmanager
@@ -60,6 +61,22 @@ def test_scores_are_parsed_and_scaled(monkeypatch):
     path, token, request = seen[0]
     assert (path, token) == ("/v1/chat/completions", "Bearer secret")
     assert request["model"] == "m" and request["temperature"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("reply", "value"),
+    [("8/10", 8), ("**7**/10.", 7), ("9.5 out of 10", 9.5), ("Step 1/2 is fine.\nScore: 4", 4), ("10/10", 10)],
+)
+def test_a_score_is_not_what_it_is_out_of(reply, value):
+    assert Judge("m", url="http://127.0.0.1:9/v1").score_in(reply) == pytest.approx((value - 1) / 9)
+
+
+def test_a_reply_that_was_cut_has_no_score():
+    cut = lambda path, body, number: chat_answer("Of 3 criteria", finish_reason="length")  # noqa: E731
+    with stub_openai(cut) as stub:
+        judge = Judge("m", url=stub.url)
+        for (found,) in (judge(["p"], ["c"]), judge.prefers(["p"], ["a"], ["b"])):
+            assert isinstance(found, Failure) and "was cut at max_tokens=64: 'Of 3 criteria'" in str(found)
 
 
 def test_a_rubric_of_ones_own_sees_columns():
