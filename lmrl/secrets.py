@@ -14,6 +14,8 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from lmrl.errors import RecipeError
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+"""Addresses that only this machine reaches: a server there needs no key."""
 MASK = "***"
 SHORTEST = 6
 """Shorter values of environment variables are not masked: they would occur in ordinary text."""

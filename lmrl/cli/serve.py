@@ -57,7 +57,8 @@ def command(
     debug: Debug = False,
 ) -> None:
     """Serve a policy over OpenAI's API: chat completions, completions, models."""
-    from lmrl.serve.app import LOOPBACK, App, AppLimits
+    from lmrl.secrets import LOOPBACK
+    from lmrl.serve.app import App, AppLimits
     from lmrl.serve.http import Limits
 
     keys = read_keys(key_env, key_file)

@@ -13,7 +13,7 @@ from lmrl.evaluation.identity import suite_version
 from lmrl.evaluation.log import EvalLog, LogWriter, episode_row, write_scores
 from lmrl.evaluation.scoring import Scores, Scoring, check_metrics
 from lmrl.evaluation.suites import Suite, allow_code, load_suite, refuse_code
-from lmrl.recipe import PromptTask
+from lmrl.recipe import PromptTask, any_weighted
 from lmrl.recipe.document import Document
 from lmrl.recipe.overrides import apply_override
 from lmrl.recipe.paths import resolve_files
@@ -90,7 +90,7 @@ def judging_suite(log: EvalLog, suite: str | Path | None, overrides: Sequence[st
     resolve_files(document.data, Path.cwd())
     found = validate(Suite, document)
     task = found.task
-    if not isinstance(task, PromptTask) or not any(reward.weight for reward in task.rewards):
+    if not isinstance(task, PromptTask) or not any_weighted(task.rewards):
         raise RecipeError("task.rewards: no reward has a weight to score by: name a suite, --suite NAME")
     check_metrics(found.metrics, log.header["samples"])
     return found, task

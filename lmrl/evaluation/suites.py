@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from lmrl.errors import RecipeError
-from lmrl.recipe import Choices, PromptTask, Rollouts, Section, TaskSection
+from lmrl.recipe import Choices, PromptTask, Rollouts, Section, TaskSection, any_weighted
 from lmrl.recipe.document import Document, read_yaml
 from lmrl.recipe.files import find_yaml, merge
 from lmrl.recipe.methods import spelled_out, take_arguments
@@ -141,7 +141,7 @@ def refuse_unscored(suite: Suite) -> None:
     if not isinstance(suite.task, PromptTask) or suite.choices is not None:
         return
     rewards = suite.task.rewards
-    if not rewards or suite.metrics[0] in ("reward", "return") and not any(reward.weight for reward in rewards):
+    if not rewards or suite.metrics[0] in ("reward", "return") and not any_weighted(rewards):
         raise RecipeError(
             "task.rewards: the suite has no reward with a weight to score its prompts by: add one (or `choices`), or keep the answers, "
             "--log LOG, and score them later, lmrl eval --rescore LOG"
@@ -161,7 +161,7 @@ def own_suite(task: dict[str, Any], rollouts: dict[str, Any], overrides: Sequenc
         apply_override(document, override)
     resolve_files(document.data, document.folder)
     suite = validate(Suite, document)
-    if isinstance(suite.task, PromptTask) and not any(reward.weight for reward in suite.task.rewards):
+    if isinstance(suite.task, PromptTask) and not any_weighted(suite.task.rewards):
         raise RecipeError(
             "task.rewards: the policy's own task has no reward to score it by: name a suite, --suite NAME"
         )

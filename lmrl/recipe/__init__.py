@@ -44,5 +44,6 @@ from lmrl.recipe.task import (
     RandomWalksTask,
     Reward,
     SpecialTokens,
+    any_weighted,
 )
 from lmrl.recipe.templates import Choices, Shots

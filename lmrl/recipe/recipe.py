@@ -25,7 +25,16 @@ from lmrl.recipe.rollouts import Rollouts
 from lmrl.recipe.source import SOURCES as OF_ONE_KIND
 from lmrl.recipe.source import CustomSource, DatasetOptions, RolloutsSource, SourceOptions
 from lmrl.recipe.steps import Evaluation, Optimizer, Tracking, Training
-from lmrl.recipe.task import ENVIRONMENTS, AgentTask, CustomTask, MazeTask, NimTask, PromptTask, RandomWalksTask
+from lmrl.recipe.task import (
+    ENVIRONMENTS,
+    AgentTask,
+    CustomTask,
+    MazeTask,
+    NimTask,
+    PromptTask,
+    RandomWalksTask,
+    any_weighted,
+)
 
 MAIN_STAGE, REWARD_MODEL = "main", "reward_model"
 STAGE_NAME = re.compile(r"[^\W_][^/\\:\x00-\x1f\x7f]{0,99}")
@@ -213,7 +222,7 @@ class Recipe(Section):
             return True
         # An offline stage would load a model, or call a server, only for its evaluations.
         cheap = all(reward.kind == "function" for reward in self.task.rewards)
-        judged = any(reward.weight for reward in self.task.rewards)
+        judged = any_weighted(self.task.rewards)
         return judged and self.task.prompts.holdout > 0 and (self.source.plays or cheap)
 
     @property

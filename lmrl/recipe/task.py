@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AllowInfNan, BeforeValidator, Field, field_validator, model_validator
@@ -151,6 +152,11 @@ class Reward(Section):
         return self.function or "", dict(self.options)
 
 
+def any_weighted(rewards: Sequence[Reward]) -> bool:
+    """True if rewards judge episodes; those of weight 0 are only watched."""
+    return any(reward.weight for reward in rewards)
+
+
 def as_rewards(given: Any) -> Any:
     """Turn a single reward, and rewards given by name, into a list of sections."""
     given = named_rewards(given)
@@ -238,7 +244,7 @@ class AgentTask(Section):
     def _one_program(self) -> AgentTask:
         if sum(bool(one) for one in (self.agent, self.agent_command, self.tools)) != 1:
             raise ValueError("an agent task is played by exactly one of `agent`, `agent_command` and `tools`: set one")
-        if self.tools and not any(reward.weight for reward in self.rewards):
+        if self.tools and not any_weighted(self.rewards):
             raise ValueError("`tools` end with an answer, and nothing judges it: list a reward under `rewards`")
         if self.agent_command is not None and (not self.agent_command or self.options):
             raise ValueError("`agent_command` is a program and its arguments; `options` are those of `agent`")

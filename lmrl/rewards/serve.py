@@ -10,8 +10,7 @@ from typing import Any
 
 from lmrl.errors import LmrlError, RunError
 from lmrl.rewards.rewards import RewardFunction, score
-
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
+from lmrl.secrets import LOOPBACK
 
 
 class RewardServer(ThreadingHTTPServer):

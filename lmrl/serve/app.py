@@ -13,13 +13,12 @@ from typing import Any
 
 from lmrl.engines.base import Completion, Key, Sampling
 from lmrl.errors import LmrlError, ModelError
-from lmrl.secrets import redact
+from lmrl.secrets import LOOPBACK, redact
 from lmrl.serve.http import HTTPRequest, HTTPResponse, error_body
 from lmrl.serve.model import ServedPolicy, TextStream
 from lmrl.serve.protocol import CONTEXT_FULL, Ask, BadRequest, Choice, Writer, read_ask, sse
 from lmrl.serve.sessions import Said, Session
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 SESSIONS = "/session/"
 
 

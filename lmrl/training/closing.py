@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from lmrl.recipe import MAIN_STAGE, OWN_TASK, PromptTask
+from lmrl.recipe import MAIN_STAGE, OWN_TASK, PromptTask, any_weighted
 from lmrl.recipe.files import stages_of
 from lmrl.run import RESULTS_FILE, Run, write_atomically
 from lmrl.training.checkpoint import final_state
@@ -67,7 +67,7 @@ def closing_lines(run: Run) -> list[str]:
             f"score texts: lmrl reward score {judge} --data SAMPLES.jsonl",
             f"serve it:    lmrl reward serve {judge}",
         ]
-    judged = not isinstance(recipe.task, PromptTask) or any(reward.weight for reward in recipe.task.rewards)
+    judged = not isinstance(recipe.task, PromptTask) or any_weighted(recipe.task.rewards)
     scored = judged or recipe.evaluation.suite not in (None, OWN_TASK)
     options = recipe.resolved_objective.export_options
     return [
