@@ -100,6 +100,11 @@ class SamplerError(LmrlError):
     exit_code = 1
 
 
+def counted(count: int, one: str, several: str | None = None) -> str:
+    """A number of things in words: `1 row`, `2 rows`. several: the plural, if it is not `one` with an s."""
+    return f"{count} {one if count == 1 else several or f'{one}s'}"
+
+
 def did_you_mean(word: str, valid: Iterable[str]) -> str:
     """`": did you mean 'clip'?"` for the nearest valid name, or the list of all if none is near."""
     valid = sorted(valid)

@@ -16,7 +16,7 @@ import yaml
 from lmrl.environments import environment_factory
 from lmrl.environments.check import raised_by_odd_actions
 from lmrl.environments.games import lists_actions
-from lmrl.errors import DataError, RecipeError
+from lmrl.errors import DataError, RecipeError, counted
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import CustomTask
 from lmrl.rollouts.collect import draw_starts
@@ -107,12 +107,12 @@ def look_at_environment(name: str, max_turns: int, scratch: bool = True, tokeniz
         raise RecipeError(f"--environment {name}: every episode failed, for instance: {played[0].failure}")
     returns = [one.reward or 0.0 for one in done]
     look.said.append(
-        f"{len(done)} episodes of player '{player}': {_range([len(one.turns) for one in done], 'turns')}, return "
+        f"{counted(len(done), 'episode')} of player '{player}': {_range([len(one.turns) for one in done], 'turn')}, return "
         f"{np.mean(returns):.3g} on average, {min(returns):.3g} to {max(returns):.3g}"
     )
     if len(done) < len(played):
         look.said.append(
-            f"{len(played) - len(done)} episodes failed, for instance: {next(one.failure for one in played if one.failure)}"
+            f"{counted(len(played) - len(done), 'episode')} failed, for instance: {next(one.failure for one in played if one.failure)}"
         )
     return look
 
@@ -161,7 +161,7 @@ def look_at_rows(path: str, kind: str, tokenizer: Any) -> Look:
         lengths += [length(text) for text in texts]
     longest, common = max(lengths), int(np.quantile(lengths, 0.99))
     look.said.append(
-        f"{look.rows} rows; {'prompts' if kind == 'prompts' else 'texts'} of {_range(lengths, 'tokens')}, 99 in 100 up to {common}"
+        f"{counted(look.rows, 'row')}; {'prompts' if kind == 'prompts' else 'texts'} of {_range(lengths, 'token')}, 99 in 100 up to {common}"
     )
     look.tokens = rounded(1.25 * (longest if longest <= LONGEST else common) + TEMPLATE, 64)
     return look
@@ -169,7 +169,7 @@ def look_at_rows(path: str, kind: str, tokenizer: Any) -> Look:
 
 def _range(values: list[int], unit: str) -> str:
     low, high = min(values), max(values)
-    return f"{low} {unit.removesuffix('s') if low == 1 else unit}" if low == high else f"{low} to {high} {unit}"
+    return counted(low, unit) if low == high else f"{low} to {high} {unit}s"
 
 
 def quoted(text: str) -> str:

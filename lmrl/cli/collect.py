@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lmrl.cli.common import OVERRIDE, Checkpoint, Debug, EndpointOptions, TrustRemoteCode, endpoint_of
-from lmrl.errors import RecipeError
+from lmrl.errors import RecipeError, counted
 from lmrl.local_names import refuse_missing
 from lmrl.recipe import AgentTask, PromptTask, Rollouts, Section, TaskSection
 from lmrl.recipe.document import Document
@@ -302,7 +302,10 @@ class Totals:
         from lmrl.evaluation.statistics import summarize
         from lmrl.training.display import interval
 
-        counts = f"{self.episodes} episodes, {self.turns} turns" + (f", {self.tokens} tokens" if with_tokens else "")
+        counts = ", ".join(
+            [counted(self.episodes, "episode"), counted(self.turns, "turn")]
+            + ([counted(self.tokens, "token")] if with_tokens else [])
+        )
         if not self.returns:
             return f"{counts}, not judged"
         score = summarize(self.returns, self.groups)

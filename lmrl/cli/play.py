@@ -11,7 +11,7 @@ import typer
 
 from lmrl.cli.common import Debug, Overrides
 from lmrl.cli.env import Named, task_section
-from lmrl.errors import EpisodeError, RecipeError, did_you_mean
+from lmrl.errors import EpisodeError, RecipeError, counted, did_you_mean
 from lmrl.visible import plain_console, visible
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def command(
         else:
             action = ask(console)
         if action is None:
-            console.print(f"left after {turn} turns: return {total:g}")
+            console.print(f"left after {counted(turn, 'turn')}: return {total:g}")
             return
         if speakers is not None or player is not None:
             console.print(f"> {visible(action)}")
@@ -91,7 +91,7 @@ def command(
         console.print(visible(str(observation)), style="cyan")
     ended = "over" if terminated else "cut off"
     measured = "".join(f", {name} {value:g}" for name, value in metrics.items() if value is not None)
-    console.print(f"{ended} after {turn + 1} turns: return {total:g}{measured}")
+    console.print(f"{ended} after {counted(turn + 1, 'turn')}: return {total:g}{measured}")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import typer
 
 from lmrl.cli.common import Debug, check_outputs, read_options, show_findings, write_file
 from lmrl.cli.verbs import PLAIN, VERBS
+from lmrl.errors import counted
 from lmrl.visible import visible
 
 if TYPE_CHECKING:
@@ -140,11 +141,13 @@ def score(
         summary = summarize(known, prompts, unit="prompt")
         low, high = summary["ci95"]
         print(
-            f"{spec.label}: mean {summary['mean']:.4f} [{low:.4f}, {high:.4f}] over {len(known)} samples; the 95 % "
+            f"{spec.label}: mean {summary['mean']:.4f} [{low:.4f}, {high:.4f}] over {counted(len(known), 'sample')}; the 95 % "
             f"interval holds for {summary['holds_for']}"
         )
     if failed:
-        print(f"{failed} samples have no score; first: {visible(next(cause for cause in found.causes if cause))}")
+        print(
+            f"without a score: {counted(failed, 'sample')}; first: {visible(next(cause for cause in found.causes if cause))}"
+        )
     if related := correlations(found.values, [sample.get("reward") for sample in samples]):
         print(
             f"correlation with the saved reward: Pearson {related['pearson']:.3f}, Spearman {related['spearman']:.3f}"

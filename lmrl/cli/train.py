@@ -10,7 +10,7 @@ import typer
 
 from lmrl.cli.common import Debug, Overrides
 from lmrl.cli.completion import recipes
-from lmrl.errors import COLLAPSED, RecipeError, RunError
+from lmrl.errors import COLLAPSED, RecipeError, RunError, counted
 from lmrl.recipe import MAIN_STAGE, DatasetOptions, Recipe
 from lmrl.recipe.files import find_launch, load_recipe, shipped_names, stages_of
 from lmrl.run import is_blank
@@ -150,7 +150,9 @@ def _sweep(
     if dry:
         first, *others = combinations(name, overrides, over)
         training.dry_run(first.recipe)
-        print(f"dry run of {first.name} passed, and {len(others)} more recipes are in order: nothing was kept")
+        print(
+            f"dry run of {first.name} passed, so did the checks of {counted(len(others), 'more recipe')}: nothing was kept"
+        )
     else:
         sweep(name, overrides, over, output, jobs, resume)
 

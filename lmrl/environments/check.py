@@ -13,7 +13,7 @@ import numpy as np
 from lmrl.environments import environment_factory, limits_of
 from lmrl.environments.calls import begin_episode, call_player, take_step
 from lmrl.environments.games import GameEnvironment, lists_actions
-from lmrl.errors import LmrlError
+from lmrl.errors import LmrlError, counted
 from lmrl.findings import Finding
 from lmrl.recipe import EpisodeLimits
 from lmrl.seeding import stream
@@ -56,7 +56,9 @@ def check_environment(task: EpisodeLimits, episodes: int = EPISODES) -> Iterator
     except (Exception, SystemExit) as error:
         yield Finding("step", False, f"{type(error).__name__}: {error}")
         return
-    yield Finding("step", True, f"five values of the right types in {sum(len(one.rewards) for one in played)} steps")
+    yield Finding(
+        "step", True, f"five values of the right types in {counted(sum(len(one.rewards) for one in played), 'step')}"
+    )
     same = repeated.trace == played[0].trace
     yield Finding(
         "the seed decides the episode",
@@ -130,7 +132,7 @@ def _play(environment: Any, seed: int, player: str, turns: int) -> _Played:
 def _turns(players: int, played: list[_Played]) -> Finding:
     idle = [player for player in range(players) if not any(player in one.movers for one in played)]
     detail = f"player {idle[0] + 1} of {players} never has one: step() says in self.to_move who is next" if idle else ""
-    return Finding("all players have turns", None if idle else True, detail or f"{players} players")
+    return Finding("all players have turns", None if idle else True, detail or counted(players, "player"))
 
 
 def _picklable(environment: Any) -> Finding:
@@ -235,7 +237,7 @@ def _texts(environment: Any, played: list[_Played]) -> Finding:
         return Finding("texts", False, lacking.strip())
     words = sorted({word for text in seen for word in text.split()} - {word for text in known for word in text.split()})
     others = f", but not all words, so use model.tokenizer=char: {visible(' '.join(words))[:40]!r}" if words else ""
-    return Finding("texts", True, f"cover the letters of {len(played)} episodes{others}")
+    return Finding("texts", True, f"cover the letters of {counted(len(played), 'episode')}{others}")
 
 
 def _speed(played: list[_Played]) -> Finding:

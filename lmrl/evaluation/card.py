@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from lmrl import __version__
+from lmrl.errors import counted
 from lmrl.local_names import HUB_NAME
 from lmrl.objects import PREFIX, is_object
 from lmrl.recipe import MAIN_STAGE, AgentTask, PromptTask, Recipe
@@ -130,7 +131,7 @@ def _training(recipe: Recipe) -> str:
         task = stage.task
         what = [
             f"objective `{_shown(stage.objective.name)}`",
-            f"{stage.training.steps} steps",
+            counted(stage.training.steps, "step"),
             f"seed {stage.training.seed}",
         ]
         if isinstance(task, AgentTask):

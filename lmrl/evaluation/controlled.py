@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lmrl.errors import RecipeError
+from lmrl.errors import RecipeError, counted
 from lmrl.evaluation.student import t95, upper_tail
 
 FEWEST = 4
@@ -41,7 +41,7 @@ def controlled(gaps_G: Sequence[float], others_G: Sequence[float], name: str) ->
     count = len(y_G)
     if count < FEWEST:
         raise RecipeError(
-            f"--control {name}: {count} prompts are too few to estimate its influence: take {FEWEST} or more"
+            f"--control {name}: {counted(count, 'prompt')} cannot show its influence: take {FEWEST} or more"
         )
     columns = [np.ones(count)] + ([x_G] if np.ptp(x_G) > 0 else [])
     design_GP = np.stack(columns, 1)

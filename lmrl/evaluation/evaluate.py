@@ -12,7 +12,7 @@ from lmrl.engines.base import Engine, Sampling
 from lmrl.engines.build import build_engine
 from lmrl.engines.remote import RemoteEngine, RemotePolicy, without_limit
 from lmrl.environments import limits_of
-from lmrl.errors import RunError
+from lmrl.errors import RunError, counted
 from lmrl.evaluation.best_of import several_samples
 from lmrl.evaluation.choices import Chooser
 from lmrl.evaluation.scoring import PROMPT, Scores, Scoring, check_metrics, exact, named_values, values_of
@@ -90,17 +90,17 @@ class Evaluator:
         task, count, samples = self.task, len(self.starts()), self.suite.samples
         if task.judged_by == "reward":
             whole = not task.training  # a suite's own file, of which nothing is for training
-            what = f"{'all ' if whole and count == len(task.heldout or ()) else ''}{count} {'' if whole else 'held-out '}prompts"
+            what = f"{'all ' if whole and count == len(task.heldout or ()) else ''}{counted(count, ('' if whole else 'held-out ') + 'prompt')}"
             if task.heldout == task.training:
-                what = f"{count} prompts of the task itself (task.prompts.holdout keeps none aside)"
+                what = f"{counted(count, 'prompt')} of the task itself (task.prompts.holdout keeps none aside)"
         elif task.heldout is None:
-            what = f"{count} fresh start states"
+            what = counted(count, "fresh start state")
         else:
             some = "drawn" if self.suite.shuffled else "the first"
-            what = f"{'all' if count == len(task.heldout) else some} {count} start states"
+            what = f"{'all' if count == len(task.heldout) else some} {counted(count, 'start state')}"
         if self.suite.choices is not None:
             return f"{what}, each answer by its log-likelihood"
-        return f"{what}, {samples} fresh episode{'' if samples == 1 else 's'} from each"
+        return f"{what}, {counted(samples, 'fresh episode')} from each"
 
     @cached_property
     def limits(self) -> dict[str, Limits]:

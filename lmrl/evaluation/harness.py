@@ -21,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lmrl.engines.base import Sampling
 from lmrl.engines.build import build_engine
-from lmrl.errors import RecipeError, RunError
+from lmrl.errors import RecipeError, RunError, counted
 from lmrl.evaluation.bridges import HARNESS, HarnessOptions
 from lmrl.evaluation.scoring import Scores
 from lmrl.evaluation.statistics import summarize
@@ -207,7 +207,7 @@ def run_harness(
     finally:
         lm.engine.close()
     trajectories = list(_episodes(found["samples"]))
-    played = f"{len(trajectories)} documents of {task}, by lm-eval {lm_eval.__version__}"
+    played = f"{counted(len(trajectories), 'document')} of {task}, by lm-eval {lm_eval.__version__}"
     return _scores(trajectories, found["results"]), trajectories, played
 
 

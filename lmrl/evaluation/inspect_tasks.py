@@ -26,7 +26,7 @@ from inspect_ai.scorer import value_to_float
 from lmrl.coroutines import run
 from lmrl.engines.base import Sampling
 from lmrl.engines.build import build_engine
-from lmrl.errors import RecipeError, RunError
+from lmrl.errors import RecipeError, RunError, counted
 from lmrl.evaluation.bridges import INSPECT, InspectOptions
 from lmrl.evaluation.scoring import Scores
 from lmrl.evaluation.statistics import summarize
@@ -96,7 +96,7 @@ def run_inspect(
             known = ", ".join(logs[0].eval.task_args) or "none"
             raise RecipeError(f"args: {INSPECT}{task} has no argument '{unknown[0]}'; it has {known}")
         trajectories = list(episodes_of(logs[0]))  # samples are read lazily from the log's file
-    played = f"{len(trajectories)} samples of {logs[0].eval.task}, by inspect_ai {inspect_ai.__version__}"
+    played = f"{counted(len(trajectories), 'sample')} of {logs[0].eval.task}, by inspect_ai {inspect_ai.__version__}"
     return scores_of(trajectories, logs[0]), trajectories, played
 
 

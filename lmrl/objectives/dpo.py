@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from lmrl import distributed
-from lmrl.errors import DataError, RunError
+from lmrl.errors import DataError, RunError, counted
 from lmrl.objectives.base import Loss, Objective
 from lmrl.objectives.groups import EPISODE, episode_sums, flat, grouped_batch, groups_of
 from lmrl.policy.passes import Outputs
@@ -138,7 +138,7 @@ class DPO(Objective):
             lacking = cache.missing(part)
             if lacking and not fresh:
                 raise RunError(
-                    f"{self.cache.path}: {len(lacking)} episodes of this run are missing in the reference's cache, and the "
+                    f"{self.cache.path}: the reference's cache lacks {counted(len(lacking), 'episode')} of this run, and the "
                     "policy has changed since: start the run again, or set objective.cache_reference=false"
                 )
             if lacking and distributed.size() > 1:

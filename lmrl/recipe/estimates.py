@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lmrl.errors import counted
 from lmrl.recipe import (
     OWN_TASK,
     Lora,
@@ -51,9 +52,9 @@ def arithmetic_line(recipe: Recipe) -> str:
     if not recipe.objective.leaves_policy:
         longest = (recipe.objective.tokens_a_row() or 0) // 2
         return (
-            f"a step: {_counted(a['episodes'], 'pair')} of texts of at most {longest} tokens each -> microbatches of "
-            f"about {recipe.training.microbatch_tokens} tokens -> 1 update; {_counted(a['steps'], 'step')} = "
-            f"{_counted(a['updates'], 'update')}"
+            f"a step: {counted(a['episodes'], 'pair')} of texts of at most {longest} tokens each -> microbatches of "
+            f"about {recipe.training.microbatch_tokens} tokens -> 1 update; {counted(a['steps'], 'step')} = "
+            f"{counted(a['updates'], 'update')}"
         )
     width = _tokens_an_episode(recipe)
     micro = math.ceil(a["episodes_per_minibatch"] * width / recipe.training.microbatch_tokens)
@@ -65,42 +66,41 @@ def arithmetic_line(recipe: Recipe) -> str:
             f"from {a['episodes']}"
         )
     return (
-        f"a step: {episodes} -> {_counted(a['minibatches'], 'minibatch', 'minibatches')} of {a['episodes_per_minibatch']} -> about "
-        f"{_counted(micro, 'microbatch', 'microbatches')} of at most {recipe.training.microbatch_tokens} tokens each -> "
-        f"{_counted(a['epochs'], 'epoch')} = {_counted(a['updates_per_step'], 'update')}; {_counted(a['steps'], 'step')} = "
-        f"{_counted(a['updates'], 'update')}"
+        f"a step: {episodes} -> {counted(a['minibatches'], 'minibatch', 'minibatches')} of {a['episodes_per_minibatch']} -> about "
+        f"{counted(micro, 'microbatch', 'microbatches')} of at most {recipe.training.microbatch_tokens} tokens each -> "
+        f"{counted(a['epochs'], 'epoch')} = {counted(a['updates_per_step'], 'update')}; {counted(a['steps'], 'step')} = "
+        f"{counted(a['updates'], 'update')}"
     )
 
 
 def _played(prompts: int, samples: int, episodes: int) -> str:
-    return f"{_counted(prompts, 'prompt')} x {_counted(samples, 'sample')} = {_counted(episodes, 'episode')}"
-
-
-def _counted(count: int, one: str, several: str | None = None) -> str:
-    return f"{count} {one if count == 1 else several or f'{one}s'}"
+    return f"{counted(prompts, 'prompt')} x {counted(samples, 'sample')} = {counted(episodes, 'episode')}"
 
 
 def evaluation_line(recipe: Recipe) -> str:
     """One line that says when a stage is scored, and on what."""
     options = recipe.evaluation
     if not recipe.objective.leaves_policy:
-        return "evaluation: on held-out pairs, at the end" + (
-            f" and every {options.every} steps" if options.every else ""
-        )
+        return "evaluation: on held-out pairs, at the end" + (f" and {_every(options.every)}" if options.every else "")
     if options.suite is None:
         return "evaluation: none"
     if options.suite != OWN_TASK:
-        between = {None: "in between if the budget allows", 0: ""}.get(options.every, f"every {options.every} steps")
+        between = "in between if the budget allows" if options.every is None else _every(options.every)
         return f"evaluation on suite {options.suite}: {_when(between)}"
     if not recipe.scores_own_task:
         return "evaluation: none, since nothing judges held-out episodes of this task"
     plan = own_plan(recipe)
     if plan is None:
         return "evaluation: none, since the stage is too short to spare any (evaluation.every=0 asks for it)"
-    when = _when(f"every {plan.every} steps" if plan.every else "")
+    when = _when(_every(plan.every))
     if is_imitation(recipe) and recipe.model.path is None and recipe.evaluation.gate is None:
         when = "at the end, and at the start if it continues from another stage"
-    return f"evaluation on the stage's own task: {plan.episodes} episodes each, {when}"
+    return f"evaluation on the stage's own task: {counted(plan.episodes, 'episode')} each, {when}"
+
+
+def _every(steps: int) -> str:
+    """When something happens that is due every so many steps; nothing for 0, which is never."""
+    return f"every {counted(steps, 'step')}" if steps else ""
 
 
 def _when(between: str) -> str:

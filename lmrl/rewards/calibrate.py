@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lmrl.errors import DataError
+from lmrl.errors import DataError, counted
 from lmrl.evaluation.statistics import summarize
 from lmrl.evaluation.student import t95
 from lmrl.findings import Finding
@@ -93,7 +93,7 @@ def check_gold(function: RewardFunction, path: str, gold: str, wrong: str | None
         return
     found = auc(known_right, known_bad)
     low, high = found["ci95"]
-    detail = f"AUC {found['mean']:.3f} [{low:.3f}, {high:.3f}] over {found['clusters']} rows"
+    detail = f"AUC {found['mean']:.3f} [{low:.3f}, {high:.3f}] over {counted(found['clusters'], 'row')}"
     means = [float(np.mean([value for row in part for value in row])) for part in (known_right, known_bad)]
     detail += f"; mean score {means[0]:.4g} of gold, {means[1]:.4g} of wrong answers"
     if wrong is None:
@@ -254,7 +254,7 @@ def check_pairs(verdicts: Sequence[Sequence[float | None]], pairs: Pairs) -> Ite
             f"{len(pairs) - len(whole)} of {len(pairs)} have no verdict",
         )
     if len(whole) < FEWEST:
-        yield Finding("agrees with the labels", False, f"{len(whole)} pairs are too few for a verdict")
+        yield Finding("agrees with the labels", False, f"{counted(len(whole), 'pair')}, too few for a verdict")
         return
     keys = [key for key, orders in zip(pairs.keys, verdicts, strict=True) if None not in orders]
     orders = np.array([verdicts[number] for number in whole], dtype=float)

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 import urllib3
 
-from lmrl.errors import RecipeError, RewardError
+from lmrl.errors import RecipeError, RewardError, counted
 from lmrl.rewards.workers import Failure
 from lmrl.secrets import plain_url, remember
 
@@ -219,8 +219,8 @@ class Scorer:
     def _scores(self, answer: dict[str, Any], count: int) -> list[Any]:
         scores, causes = answer.get("scores"), answer.get("causes") or [None] * count
         if not isinstance(scores, list) or len(scores) != count or len(causes) != count:
-            given = f"{len(scores)} scores" if isinstance(scores, list) else "no list of scores"
-            raise RewardError(f"{self.client.url} answered with {given} for {count} completions")
+            given = counted(len(scores), "score") if isinstance(scores, list) else "no list of scores"
+            raise RewardError(f"{self.client.url} answered with {given} for {counted(count, 'completion')}")
         return [
             Failure(f"could not score it: {cause}") if score is None and cause else score
             for score, cause in zip(scores, causes, strict=True)

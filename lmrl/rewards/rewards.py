@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lmrl.errors import EpisodeError, RewardError, TemporaryError
+from lmrl.errors import EpisodeError, RewardError, TemporaryError, counted
 from lmrl.rewards.scale import Scale
 from lmrl.rewards.workers import Failure
 from lmrl.secrets import redact
@@ -192,12 +192,14 @@ def _checked_list(origin: str, result: Any, rows: int) -> list[Any]:
     if isinstance(result, str | bytes | dict | set) or not is_list:
         raise RewardError(
             f"reward {origin} returned {result!r:.60} ({type(result).__name__}); "
-            f"expected a list with one number or None for each of the {rows} rows"
+            f"expected a list with one number or None for each row ({rows})"
         )
     values = list(result)
     if len(values) != rows:
         where = f"row {len(values)} has no value" if len(values) < rows else f"row {rows} does not exist"
-        raise RewardError(f"reward {origin} returned {len(values)} values for {rows} rows ({where}): {values!r:.80}")
+        raise RewardError(
+            f"reward {origin} returned {counted(len(values), 'value')} for {counted(rows, 'row')} ({where}): {values!r:.80}"
+        )
     return values
 
 
@@ -301,7 +303,7 @@ def drop_failed(
         if lost > max_failed * count:
             many = f"{lost} of {count} samples, more than task.max_failed={max_failed} allows"
         else:
-            many = f"all {count} samples"
+            many = f"every sample ({count})"
         check = f"; {CHECKS[what]} may say how to mend it" if what in CHECKS else ""
         raise error(f"{what}{f' {name!r}' if name else ''} failed on {many}; first, {first}{check}")
     return [trajectory for trajectory in trajectories if trajectory.reward is not None]

@@ -10,7 +10,7 @@ from typing import Any
 
 from lmrl.environments import GameEnvironment, environment_factory, version_of
 from lmrl.environments.calls import NOT_ITS_OWN, begin_episode, take_step
-from lmrl.errors import RunError
+from lmrl.errors import RunError, counted
 from lmrl.rollouts.replay_game import failed, game_differences
 from lmrl.run import SAMPLES_FILE
 from lmrl.trajectories.trajectory import Messages, prompt_text
@@ -86,8 +86,8 @@ def replay_episode(line: Line, tell: Tell = lambda text: None) -> tuple[list[str
         found = list(differences(environment, line, tell))
     lines += found[:SHOWN]
     if len(found) > SHOWN:
-        lines.append(f"and {len(found) - SHOWN} more differences")
-    turns = "1 turn" if len(line["turns"]) == 1 else f"{len(line['turns'])} turns"
+        lines.append(f"and {counted(len(found) - SHOWN, 'more difference')}")
+    turns = counted(len(line["turns"]), "turn")
     outcome = line.get("failure") or f"return {line['reward']:g}"
     return [*lines, f"{turns}, {outcome}: {'not ' if found else ''}the same"], not found
 
@@ -107,7 +107,7 @@ def differences(environment: Any, line: Line, tell: Tell = lambda text: None) ->
         observation, _ = begin_episode(environment, line["seed"], line["start"], limit)
         for number, turn in enumerate(turns):
             if over:
-                yield f"turn {number}: the episode is over, recorded are {len(turns)} turns"
+                yield f"turn {number}: the episode is over, recorded: {counted(len(turns), 'turn')}"
                 return
             tell(prompt_text(observation))
             if observation != (recorded := _observation(line, number)):

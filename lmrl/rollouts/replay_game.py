@@ -7,6 +7,7 @@ from typing import Any
 
 from lmrl.environments.calls import NOT_ITS_OWN, failure_text
 from lmrl.environments.games import Game, Referee
+from lmrl.errors import counted
 from lmrl.trajectories.trajectory import prompt_text
 
 
@@ -28,7 +29,7 @@ def game_differences(game: Game, line: dict[str, Any], tell: Callable[[str], Non
         referee.begin(line["seed"], recorded["start"], limit)
         for number, (mover, action) in enumerate(recorded["moves"]):
             if referee.over:
-                yield f"move {number}: the game is over, recorded are {len(recorded['moves'])} moves"
+                yield f"move {number}: the game is over, recorded: {counted(len(recorded['moves']), 'move')}"
                 return
             if referee.to_move != mover:
                 yield f"move {number}: is of player {referee.to_move}, recorded of player {mover}"
@@ -37,7 +38,7 @@ def game_differences(game: Game, line: dict[str, Any], tell: Callable[[str], Non
             if mover == player:
                 tell(observation)
                 if turn >= len(turns):
-                    yield f"turn {turn}: recorded are {len(turns)} turns"
+                    yield f"turn {turn}: recorded: {counted(len(turns), 'turn')}"
                     return
                 if observation != turns[turn]["observation"]:
                     yield f"turn {turn}: observation {observation!r:.200}, recorded {turns[turn]['observation']!r:.200}"

@@ -7,6 +7,7 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from lmrl.errors import counted
 from lmrl.serve.app import App
 from lmrl.serve.http import HTTPServer, Limits
 
@@ -33,7 +34,7 @@ async def serve_until_signalled(app: App, host: str, port: int, limits: Limits) 
     await ending.wait()
     ending.clear()
     if app.running:
-        print(f"ending: {app.running} completions have {limits.grace_seconds:g} s to finish", flush=True)
+        print(f"ending: {limits.grace_seconds:g} s for {counted(app.running, 'completion')} to finish", flush=True)
     closing = asyncio.ensure_future(server.close())
     again = asyncio.ensure_future(ending.wait())
     await asyncio.wait([closing, again], return_when=asyncio.FIRST_COMPLETED)
@@ -44,4 +45,4 @@ async def serve_until_signalled(app: App, host: str, port: int, limits: Limits) 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.remove_signal_handler(number)
     failed = f", {app.failures} of them failed" if app.failures else ""
-    print(f"served {app.requests} requests{failed}")
+    print(f"served {counted(app.requests, 'request')}{failed}")

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from lmrl import distributed
 from lmrl.environments import limits_of
-from lmrl.errors import DataError, ModelError
+from lmrl.errors import DataError, ModelError, counted
 from lmrl.evaluation.scoring import RESERVED, Scores, summarize_trajectories
 from lmrl.evaluation.statistics import summarize
 from lmrl.recipe import DatasetOptions, ObjectiveOptions
@@ -23,6 +23,7 @@ from lmrl.sources.base import Source, SourceBatch, SourceRequest
 from lmrl.sources.best import best_of
 from lmrl.trajectories.chain import piece
 from lmrl.trajectories.files import Selection
+from lmrl.trajectories.formats import equal_pairs_note
 from lmrl.trajectories.store import DatasetFile
 from lmrl.trajectories.trajectory import Trajectory, prompt_key
 
@@ -66,7 +67,7 @@ class Dataset(Source):
         self._where = file.where if file else (lambda index: f"the log, episode {index + 1}")
         if best < 1:
             self._need_returns(f"source.best={best} ranks episodes by their returns")
-        self.units = [[row] for row in range(len(returns))] if groups is None else self._comparable(groups)
+        self.units = [[row] for row in range(len(returns))] if groups is None else self._comparable(groups, file)
         if best_among is not None and len(set(best_among)) == len(returns):
             raise DataError(
                 "source.best_among=prompt ranks the episodes of each prompt, but no prompt has two: set it to all"
@@ -122,7 +123,7 @@ class Dataset(Source):
             return [self._episode(row) for row in units[low:high]]
         return self.pieces([self._episode(row) for row in units], "piece", first)[low:high]
 
-    def _comparable(self, groups: Sequence[int]) -> list[list[int]]:
+    def _comparable(self, groups: Sequence[int], file: DatasetFile | None) -> list[list[int]]:
         """Rows of each group that has different returns; the others are counted in a note."""
         rows: dict[int, list[int]] = {}
         for row, group in enumerate(groups):
@@ -135,6 +136,8 @@ class Dataset(Source):
                 f"there is no pair to train on: {reasons}: add chosen and rejected, or several episodes with rewards for each prompt, or "
                 "relax the options that leave episodes out"
             )
+        if file is not None and file.equal_pairs:
+            self.notes.append(equal_pairs_note(len(file.equal_pairs), file.rows.where(file.equal_pairs[0])))
         if len(units) < len(rows):
             self.notes.append(
                 f"left out {len(rows) - len(units)} of {len(rows)} prompts without two episodes of different rewards"
@@ -214,9 +217,7 @@ def within(episodes: list[Trajectory], positions: int | None) -> tuple[list[Traj
     if positions is None:
         return episodes, []
     fitting = [one for one in episodes if all(len(segment.tokens) <= positions for segment in one.segments)]
-    beyond = (
-        f"{len(episodes) - len(fitting)} episodes of more than the {positions} tokens that the model has positions for"
-    )
+    beyond = f"{counted(len(episodes) - len(fitting), 'episode')} of more than the {positions} tokens that the model has positions for"
     if not fitting:
         raise DataError(
             f"source.player: no episode is left to train on; left out {beyond}: take a model with more, or set task.history=1"

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmrl.errors import DataError
+from lmrl.errors import DataError, counted
 from lmrl.seeding import stream
 from lmrl.trajectories.files import Malformed, Selection, open_rows
-from lmrl.trajectories.formats import preference
+from lmrl.trajectories.formats import equal_pairs_note, preference
 from lmrl.trajectories.store import report_bad_rows
 from lmrl.trajectories.trajectory import Messages, prompt_key
 
@@ -30,17 +30,26 @@ def read_pairs(
 
     Raises DataError with file, line, field and what was expected, unless malformed rows are skipped.
     """
-    rows, pairs, bad = open_rows(path, part), [], []
+    rows = open_rows(path, part)
+    pairs: list[Pair] = []
+    bad: list[tuple[int, str]] = []
+    equal: list[int] = []
     for number, row in enumerate(rows.scan()):
         try:
             if isinstance(row, Malformed):
                 raise row
-            pairs.append(Pair(*preference(row)))
+            pair = Pair(*preference(row))
         except Malformed as error:
             if not skip_bad_rows:
                 raise DataError(f"{rows.where(number)}: {error}") from error
             bad.append((number, str(error)))
-    notes = [f"{path}: left out {len(bad)} malformed {rows.unit}s (see {bad_rows})"] if bad else []
+            continue
+        pairs.append(pair)
+        if pair.chosen == pair.rejected:
+            equal.append(number)
+    notes = [f"{path}: left out {counted(len(bad), f'malformed {rows.unit}')} (see {bad_rows})"] if bad else []
+    if equal:
+        notes.append(equal_pairs_note(len(equal), rows.where(equal[0])))
     if bad and bad_rows is not None:
         report_bad_rows(rows, bad, bad_rows)
     return pairs, notes

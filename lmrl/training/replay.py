@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lmrl.accelerators import default_device
 from lmrl.engines.base import Sampling
 from lmrl.engines.hf import HFEngine
-from lmrl.errors import MemoryShortError, RunError
+from lmrl.errors import MemoryShortError, RunError, counted
 from lmrl.objectives import load_objective
 from lmrl.objectives.base import Objective
 from lmrl.objectives.correction import Correction
@@ -133,7 +133,9 @@ def _advice(folder: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------- replaying
 def _heading(parts: _Parts) -> list[str]:
     info = parts.info
-    lines = [f"{info['event']} in stage {info['stage']}, step {info['step']}: {len(parts.batch.sequences)} sequences"]
+    lines = [
+        f"{info['event']} in stage {info['stage']}, step {info['step']}: {counted(len(parts.batch.sequences), 'sequence')}"
+    ]
     if "collapse" in info:
         lines.append(f"{info['collapse']}; the best step was {info['best_step']}")
     here = describe_machine()["packages"]

@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from lmrl.errors import COLLAPSED, LmrlError, RecipeError, RunError
+from lmrl.errors import COLLAPSED, LmrlError, RecipeError, RunError, counted
 from lmrl.evaluation.statistics import UNLIMITED, summarize
 from lmrl.recipe import CHOICES, REWARD_MODEL, Recipe
 from lmrl.recipe.files import load_recipe
@@ -93,7 +93,7 @@ def sweep(
     folder = Path(output) if output is not None else default_output(recipe)
     _check(folder, points, resume)
     folder.mkdir(parents=True, exist_ok=True)
-    display.say(f"{len(points)} runs, {min(jobs, len(points))} at a time, in {folder}")
+    display.say(f"{counted(len(points), 'run')}, {min(jobs, len(points))} at a time, in {folder}")
 
     def start(point: Point) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "lmrl", "train", recipe, *point.overrides]

@@ -7,6 +7,7 @@ import math
 from os.path import commonprefix
 from typing import Any
 
+from lmrl.errors import counted
 from lmrl.trajectories.fields import (
     messages_in,
     not_empty,
@@ -48,7 +49,9 @@ def chat_episode(row: Row, number: int) -> Trajectory:
     if row.get("rewards") is not None:
         rewards = take(row, "rewards", list, items="numbers")
         if len(rewards) != len(turns):
-            raise Malformed(f"field 'rewards' has {len(rewards)} numbers for {len(turns)} assistant messages")
+            raise Malformed(
+                f"field 'rewards' has {counted(len(rewards), 'number')} for {counted(len(turns), 'assistant message')}"
+            )
         rewards = [reward_of(reward, "rewards") for reward in rewards]
         row = row | {"reward": math.fsum(rewards) if row.get("reward") is None else row["reward"]}
     return episode_of(row, turns, number, rewards, trailing)
@@ -81,6 +84,12 @@ def preference(row: Row) -> tuple[str | Messages, str | Messages, str | Messages
     stated = [] if prompt is None else as_messages(prompt)
     opening = shared if all(message in shared for message in stated) else stated + shared
     return opening, chosen[len(shared) :], rejected[len(shared) :]
+
+
+def equal_pairs_note(count: int, first: str) -> str:
+    """A note on pairs whose two answers are the same. first: the place of the first one."""
+    have = "in 1 pair" if count == 1 else f"in {count} pairs"
+    return f"warning: {first}: {have} chosen and rejected are the same, so that neither is preferred: take them out"
 
 
 def common_prompt(chosen: str, rejected: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from lmrl.errors import DataError, RunError
+from lmrl.errors import DataError, RunError, counted
 from lmrl.trajectories.encoding import strings
 from lmrl.trajectories.files import JsonLines, Malformed, Row, Rows, Selection, open_rows
 from lmrl.trajectories.parquet import write_parquet
@@ -68,6 +68,8 @@ class DatasetFile:
         self.notes: list[str] = []
         self.needs_template = False
         """True if there are dialogues to render."""
+        self.equal_pairs: list[int] = []
+        """Numbers of the rows whose chosen and rejected are the same."""
         self.groups = array("q")
         """Group number of each episode: episodes of one prompt share it, and can be compared."""
         self._index, self._parts = array("q"), array("b")
@@ -118,6 +120,8 @@ class DatasetFile:
                     raise DataError(f"{self.rows.where(number)}: {error}") from error
                 bad.append((number, str(error)))
                 continue
+            if len(episodes) == 2 and episodes[0].completion == episodes[1].completion:
+                self.equal_pairs.append(number)
             for part, episode in enumerate(episodes):
                 if episode.failure is not None:
                     failed += 1
@@ -134,20 +138,22 @@ class DatasetFile:
                     shared += bool(scored) and self._is_among(scored, row, episode)
                     self._keep(number, part, episode)
                     self.groups.append(_group(row, number, episode))
-        counts = {
-            f"malformed {self.rows.unit}s" + (f" (see {bad_rows})" if bad_rows else ""): len(bad),
-            "episodes that failed when they were played": failed,
-            "sides of games that ended before the side had a turn": turnless,
-            "episodes of held-out prompts (task.prompts.holdout)": heldout,
-            f"episodes of more than {self.max_tokens} tokens": long,
-            f"episodes of more than the {self.positions} tokens that the model has positions for": beyond,
-        }
-        self.notes += [f"{self.path}: left out {count} {what}" for what, count in counts.items() if count]
+        counts = [
+            (len(bad), f"malformed {self.rows.unit}", f"(see {bad_rows})" if bad_rows else ""),
+            (failed, "episode", "that failed when played"),
+            (turnless, "side", "of a game that ended before the side had a turn"),
+            (heldout, "episode", "of held-out prompts (task.prompts.holdout)"),
+            (long, "episode", f"of more than {self.max_tokens} tokens"),
+            (beyond, "episode", f"of more than the {self.positions} tokens that the model has positions for"),
+        ]
+        self.notes += [
+            f"{self.path}: left out {counted(count, one)} {which}".rstrip() for count, one, which in counts if count
+        ]
         if without and not heldout:
             self.notes.append(f"{self.path}: {UNMATCHED}")
         if shared:
             self.notes.append(
-                f"warning: {self.path}: {shared} episodes have prompts that are also in evaluation.suite, so its "
+                f"warning: {self.path}: {counted(shared, 'episode')} with prompts that are also in evaluation.suite, so its "
                 "scores flatter the policy: take them out of one of the files"
             )
         if bad and bad_rows is not None:

@@ -34,7 +34,7 @@ def test_malformed_rows_stop_a_run_or_are_kept_aside(tmp_path):
     done = lmrl(*command[:-1], "skipping", "--skip-bad-rows", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = tmp_path / "skipping/bad_rows.jsonl"
-    assert f"note: {path}: left out 1 malformed lines (see {report})" in done.stdout
+    assert f"note: {path}: left out 1 malformed line (see {report})" in done.stdout
     (row,) = map(json.loads, report.read_text().splitlines())
     assert (row["file"], row["line"], row["row"]) == (str(path), 2, ROWS[1]) and "'action'" in row["reason"]
     assert "skip_bad_rows: true" in (tmp_path / "skipping/recipe.yaml").read_text()  # so that it resumes alike

@@ -129,11 +129,11 @@ def test_playing(game):
     mine = run("play", game("Good"), input="yes\nno\n").output
     assert "start" in mine and "over after 2 turns: return 1, turns 2" in mine
     unmeasured = run("play", game("Unmeasured"), input="yes\n").output
-    assert unmeasured.endswith("over after 1 turns: return 1, right 1\n")
+    assert unmeasured.endswith("over after 1 turn: return 1, right 1\n")
     with pytest.raises(EpisodeError, match="environment raised KeyError: 'maybe'"):
         run("play", game("Fragile"), input="maybe\n")
     left = run("play", game("Good"), input="yes\n").output
-    assert "left after 1 turns: return 1" in left
+    assert "left after 1 turn: return 1" in left
     watched = run("play", game("Good"), "--player", "random", "--seed", 3).output
     assert (
         watched == run("play", game("Good"), "--player", "random", "--seed", 3).output

@@ -274,5 +274,5 @@ def test_a_lost_cache_is_reported(tmp_path, monkeypatch):
     train(tmp_path, "run", "objective.cache_reference=true")
     shutil.rmtree(tmp_path / "cache")
     shutil.rmtree(tmp_path / "run" / "stages" / "main" / "final")
-    with pytest.raises(RunError, match="16 episodes of this run are missing in the reference's cache"):
+    with pytest.raises(RunError, match="the reference's cache lacks 16 episodes of this run"):
         train(tmp_path, "run", "objective.cache_reference=true", resume=True)

@@ -116,7 +116,7 @@ def test_a_request_that_is_too_large():
 def test_a_mistake_in_the_served_function_is_reported():
     function = RewardFunction("short", "here:short", 1.0, lambda **_: [])
     with running(RewardServer(function, port=0)) as url:
-        with pytest.raises(RewardError, match="answered 422 .*returned 0 values for 1 rows"):
+        with pytest.raises(RewardError, match="answered 422 .*returned 0 values for 1 row "):
             ask(remote(url), ["a"])
 
 
@@ -216,7 +216,7 @@ def test_the_proxy_of_the_environment_is_used(monkeypatch):
     [
         ((200, b"<html>", {}), "invalid JSON"),
         ((200, b"[1]", {}), "expected an object"),
-        ((200, b'{"scores": [1, 2]}', {}), "2 scores for 1 completions"),
+        ((200, b'{"scores": [1, 2]}', {}), "2 scores for 1 completion$"),
         ((200, b'{"score": 1}', {}), "no list of scores"),
         ((200, b'{"scores": ["good"]}', {}), "returned 'good'"),
         ((302, b"", {"Location": "http://127.0.0.1:1/"}), "answered 302"),

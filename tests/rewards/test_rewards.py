@@ -111,7 +111,7 @@ def test_an_oversized_sum_is_no_reward(rewards, weight):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("short", r"mine.py:short returned 1 values for 3 rows \(row 1 has no value\): \[1.0\]"),
+        ("short", r"mine.py:short returned 1 value for 3 rows \(row 1 has no value\): \[1.0\]"),
         ("number", r"mine.py:number returned 1.0 \(float\); expected a list"),
         ("words", r"mine.py:words, row 1: returned 'good' \(str\); expected a number or None"),
     ],
@@ -153,7 +153,7 @@ def test_failed_samples_are_left_out_up_to_the_limit(rewards):
         drop_failed(episodes, 0.1, "reward")
     with pytest.raises(
         RewardError,
-        match=r"^reward failed on all 1 samples; first, row 0 .*; lmrl reward check may say how to mend it$",
+        match=r"^reward failed on every sample \(1\); first, row 0 .*; lmrl reward check may say how to mend it$",
     ):
         drop_failed([one for one in episodes if one.failure], 1.0, "reward")
 

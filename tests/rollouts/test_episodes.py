@@ -257,7 +257,7 @@ def test_remote_rewards_run_as_groups_complete(tokenizer):
 def test_a_mistake_in_a_remote_reward_stops_the_rollout(tokenizer):
     remote = RewardFunction("r", "r", 1.0, lambda **_: [1.0], is_remote=True)
     sampler = Sampler(prompt_task(tokenizer, [remote]), Batches(tokenizer), tokenizer.decode)
-    with pytest.raises(RewardError, match="reward r returned 1 values for 2 rows"):
+    with pytest.raises(RewardError, match="reward r returned 1 value for 2 rows"):
         sampler.play([0, 1], 2, Sampling(), ("x",))
 
 

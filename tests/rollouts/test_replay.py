@@ -76,7 +76,7 @@ def test_every_episode_comes_out_the_same(dice):
         (lambda line: line | {"seed": line["seed"] + 1}, "turn 0: observation"),
         (lambda line: line["turns"][0].update(reward=7.5) or line, "turn 0: reward "),
         (lambda line: line | {"turns": line["turns"][:-1]}, "the episode goes on after turn 1"),
-        (lambda line: line | {"turns": line["turns"] + line["turns"][:1]}, "turn 3: the episode is over, recorded are 4"),
+        (lambda line: line | {"turns": line["turns"] + line["turns"][:1]}, "turn 3: the episode is over, recorded: 4"),
         (lambda line: line | {"terminated": True}, "truncated, but recorded as the other"),
         (lambda line: line | {"final_observation": "x"}, "last observation '"),
         (lambda line: line | {"metrics": {"first": -1.0}}, "metrics {'first': "),

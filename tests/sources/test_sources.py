@@ -18,6 +18,7 @@ from lmrl.sources import dataset as dataset_module
 from lmrl.sources.base import SourceRequest
 from lmrl.sources.dataset import Dataset, build_dataset, open_dataset_file, play_dataset
 from lmrl.training.build import watch_suite
+from lmrl.training.preference_pairs import read_pairs
 from lmrl.trajectories.render import Renderer
 from tests.sources.conftest import dataset, lines, rewarded
 
@@ -117,7 +118,7 @@ def test_malformed_rows_can_be_skipped(tmp_path, walks):
         build_dataset(dataset(path=path), walks, 0, "main")
     report = tmp_path / "bad_rows.jsonl"
     source = build_dataset(dataset(path=path, skip_bad_rows=True), walks, 0, "main", report)
-    assert source.notes == [f"{path}: left out 1 malformed lines (see {report})"]
+    assert source.notes == [f"{path}: left out 1 malformed line (see {report})"]
     assert json.loads(report.read_text())["line"] == 2
 
 
@@ -249,7 +250,7 @@ def test_prompts_that_are_trained_on_and_scored_are_reported(tmp_path, tokenizer
     assert task.notes == [] and {"a", "z"} <= task.scored
     log = lines(tmp_path / "log.jsonl", [{"prompt": "a", "completion": "d"}, {"prompt": "b", "completion": "d"}])
     (note,) = open_dataset_file(dataset(path=log), task).notes
-    assert note.startswith(f"warning: {log}: 1 episodes have prompts that are also in evaluation.suite")
+    assert note.startswith(f"warning: {log}: 1 episode with prompts that are also in evaluation.suite")
     own = build_task(PromptTask(prompts=Prompts(path=path, holdout=0.1)), tokenizer)
     watch_suite(own, Suite(task=PromptTask(prompts=Prompts(path=path, holdout=0.1))), tokenizer, plays=True)
     assert own.notes == []  # the held-out tenth of its own prompts
@@ -259,7 +260,7 @@ def test_long_episodes_are_left_out(tmp_path, walks):
     path = lines(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "abcdef", "completion": "b"}])
     source = build_dataset(dataset(path=path, max_tokens=5), walks, 0, "main")
     assert [episode.prompt for episode in source.take(0, 2)] == ["a", "a"]
-    assert source.notes == [f"{path}: left out 1 episodes of more than 5 tokens"]
+    assert source.notes == [f"{path}: left out 1 episode of more than 5 tokens"]
 
 
 # --------------------------------------------------------------------------------------------------------------- groups
@@ -279,12 +280,24 @@ def test_pairs_of_the_same_prompt_stay_apart(tmp_path, walks):
     assert sorted(len(unit) for unit in source.units) == [2, 2]
 
 
+def test_pairs_of_equal_answers_are_reported(tmp_path, walks):
+    same = [{"prompt": "a", "chosen": "x", "rejected": "x"}, {"chosen": said("a", "x"), "rejected": said("a", "x")}]
+    path = lines(tmp_path / "data.jsonl", [{"prompt": "a", "chosen": "x", "rejected": "y"}, *same])
+    told = [
+        f"warning: {path}, line 2: in 2 pairs chosen and rejected are the same, so that neither is preferred: take them out"
+    ]
+    assert read_pairs(path)[1] == told
+    path = lines(tmp_path / "data.jsonl", [{"prompt": "a", "chosen": "x", "rejected": "y"}, same[0], same[0]])
+    assert build_dataset(dataset(path=path), walks, 0, "main", compares=True).notes == told
+    assert build_dataset(dataset(path=path), walks, 0, "main").notes == []  # to be imitated
+
+
 def test_nothing_to_compare_is_reported(tmp_path, walks):
     path = lines(tmp_path / "data.jsonl", rewarded(("a", "x", 1), ("b", "x", 0)))
     with pytest.raises(DataError, match="no two episodes of a prompt have different rewards"):
         build_dataset(dataset(path=path), walks, 0, "main", compares=True)
     path = lines(tmp_path / "data.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c" * 9}])
-    with pytest.raises(DataError, match="no pair to train on: .*left out 1 episodes of more than 5 tokens: add"):
+    with pytest.raises(DataError, match="no pair to train on: .*left out 1 episode of more than 5 tokens: add"):
         build_dataset(dataset(path=path, max_tokens=5), walks, 0, "main", compares=True)
 
 

@@ -33,7 +33,7 @@ def test_pairs_of_every_format(tmp_path):
     with pytest.raises(DataError, match="pairs.jsonl, line 5: has no field 'chosen'"):
         read_pairs(str(path))
     pairs, notes = read_pairs(str(path), skip_bad_rows=True, bad_rows=tmp_path / "bad.jsonl")
-    assert len(pairs) == 4 and "left out 1 malformed lines" in notes[0]
+    assert len(pairs) == 4 and "left out 1 malformed line " in notes[0]
     assert json.loads((tmp_path / "bad.jsonl").read_text())["line"] == 5
 
 

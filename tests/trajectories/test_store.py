@@ -85,7 +85,7 @@ def test_written_episodes_are_read_lazily_in_any_order(tmp_path, tokenizer, epis
         assert [shard.name for shard in sorted(path.iterdir())] == [f"data-0000{number}.parquet" for number in range(4)]
     file = DatasetFile(str(path), Renderer(tokenizer))
     kept = [episode for episode in episodes if not episode.failure]
-    assert file.notes == [f"{path}: left out 1 episodes that failed when they were played"]
+    assert file.notes == [f"{path}: left out 1 episode that failed when played"]
     assert len(file) == 19 and file.returns == [episode.reward for episode in kept]
     for index in (18, 0, 7, 12, 6):
         assert file[index] == kept[index]
@@ -172,7 +172,7 @@ def test_malformed_rows_are_counted_and_kept_aside(tmp_path, tokenizer):
     assert second["reason"] == "holds a list; expected one object per line" and third["line"] == 5
     assert "not valid UTF-8" in third["reason"]
     path.write_text("{}\n")
-    with pytest.raises(DataError, match="no episode is left to train on; .*left out 1 malformed lines"):
+    with pytest.raises(DataError, match="no episode is left to train on; .*left out 1 malformed line"):
         DatasetFile(str(path), Renderer(tokenizer), skip_bad_rows=True)
 
 

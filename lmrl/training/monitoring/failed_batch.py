@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from lmrl.errors import EpisodeError
+from lmrl.errors import EpisodeError, counted
 from lmrl.training.monitoring.measures import sample_line, samples_to_keep
 
 if TYPE_CHECKING:
@@ -28,6 +28,6 @@ def keep_failed(stage: Stage, error: EpisodeError) -> None:
     for cause, count in causes.most_common(CAUSES):
         stage.display.say(f"{count:>4} x {' '.join(cause.split())}")
     if len(causes) > CAUSES:
-        stage.display.say(f"     and {len(causes) - CAUSES} more causes")
+        stage.display.say(f"     and {counted(len(causes) - CAUSES, 'more cause')}")
     if "id" in lines[0]:
         stage.display.say(f"play one again: lmrl replay {stage.run.folder} --episode {lines[0]['id']}")
