@@ -35,12 +35,13 @@ class foreign:  # noqa: N801 - reads as a statement
     directory are restored afterwards: otherwise a reward that turns gradients off would silently stop the training. A call that forks returns
     in two processes; the new one is ended here, before it can write to the run.
 
-    limit: seconds after which the call is interrupted by CallTimedOut. This needs the main thread, and code that
+    limit: seconds after which the call is interrupted by CallTimedOut; key: where the recipe sets it. This needs the main thread, and code that
     returns to Python now and then; otherwise `watch` ends the process.
     """
 
-    def __init__(self, what: str, limit: float | None = None):
+    def __init__(self, what: str, limit: float | None = None, key: str | None = "task.call_timeout"):
         self.what, self.limit = what, limit
+        self.source = f" ({key})" if key else ""
         self.alarm: tuple[Any, tuple[float, float]] | None = None
         self.over = False
 
@@ -60,7 +61,7 @@ class foreign:  # noqa: N801 - reads as a statement
 
     def _late(self, _: int, __: FrameType | None) -> None:
         if not self.over:
-            raise CallTimedOut(f"timed out after {self.limit:g} s (task.call_timeout)")
+            raise CallTimedOut(f"timed out after {self.limit:g} s{self.source}")
 
     def _restore_alarm(self) -> None:
         if self.alarm is None:
@@ -141,10 +142,11 @@ def _name_slow_calls() -> None:
             told, limit = first, PATIENCE
         if first is not None and time.monotonic() - first.began > limit:
             ends = "`timeout` of a reward limits its calls"
-            if call.limit is not None:
-                ends = f"it has {call.limit:g} s (task.call_timeout)"
+            if first.limit is not None:
+                ends = f"it has {first.limit:g} s{first.source}"
             print(
-                f"lmrl: still waiting for {call.what} ({time.monotonic() - call.began:.0f} s); {ends}", file=sys.stderr
+                f"lmrl: still waiting for {first.what} ({time.monotonic() - first.began:.0f} s); {ends}",
+                file=sys.stderr,
             )
             limit *= 2
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lmrl import distributed, registry
-from lmrl.errors import LmrlError, PluginError, RecipeError, RunError
+from lmrl.errors import LmrlError, PluginError, RecipeError, RunError, counted
 from lmrl.extras import fix_of
 from lmrl.foreign import foreign
 from lmrl.recipe import CustomTracker, Recipe
@@ -25,6 +25,8 @@ from lmrl.training.display import Display
 from lmrl.trajectories.trajectory import Trajectory
 
 FOLDER, IDS_FILE = "trackers", "runs.json"
+LIMIT = 300.0
+"""Seconds that a call of a tracker may take; one that takes longer has failed."""
 CELL = 4000
 """Characters of a table's cell; longer texts are cut."""
 
@@ -114,7 +116,7 @@ def _start(run: Run, spec: CustomTracker, index: int) -> Any:
     cls = _class_of(spec, index)
     places = [str(folder)] if getattr(cls, "requires_logging_directory", False) else []
     try:
-        with foreign(f"tracker {spec.name}"):
+        with _limited(spec.name):
             tracker = cls(run.recipe.tracking.project, *places, **arguments)
             tracker.start()
             if not start.known:
@@ -124,6 +126,10 @@ def _start(run: Run, spec: CustomTracker, index: int) -> Any:
         raise RunError(f"tracking.trackers.{index}: '{spec.name}' cannot be started: {_line(error)}") from error
     write_atomically(folder / IDS_FILE, json.dumps(ids | {spec.name: chosen}, indent=2) + "\n")
     return tracker
+
+
+def _limited(name: str) -> foreign:
+    return foreign(f"tracker {name}", LIMIT, key=None)
 
 
 def _ids(folder: Path) -> dict[str, str]:
@@ -189,7 +195,7 @@ class Trackers:
                 self.missed[name] += 1
                 continue
             try:
-                with foreign(f"tracker {name}"):
+                with _limited(name):
                     call(tracker)
             except (Exception, SystemExit) as error:
                 self.missed[name] = 1
@@ -200,13 +206,15 @@ class Trackers:
         """failed: the run has not reached its end."""
         for name, tracker in self.opened.items():
             try:
-                with foreign(f"tracker {name}"):
+                with _limited(name):
                     finish_tracker(tracker, name, failed)
             except (Exception, SystemExit) as error:
                 if name not in self.missed:
                     self.display.say(f"warning: tracker {name} could not be finished: {_line(error)}")
         for name, count in self.missed.items():
-            self.display.say(f"tracker {name} has missed {count} entries since it failed; metrics.jsonl has them all")
+            self.display.say(
+                f"tracker {name} has missed {counted(count, 'entry', 'entries')} since it failed: metrics.jsonl has all"
+            )
         self.opened = {}
 
 

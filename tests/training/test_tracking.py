@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import textwrap
+import time
 from io import StringIO
 from types import SimpleNamespace
 
@@ -247,6 +248,17 @@ def test_missed_entries_are_counted(tmp_path):
     assert said(display.console).count("gone") == 1 and "tracker broken has missed 3 entries" in said(display.console)
     assert recorded == [{"stage": "main", "step": 1, "kind": "tracker", "name": "broken", "error": "OSError: gone"}]
     assert fine.finished == broken.finished == [{}]
+
+
+def test_a_tracker_that_hangs_is_given_up(tmp_path, monkeypatch):
+    class Hanging(Stub):
+        def finish(self, **told):
+            time.sleep(60)
+
+    monkeypatch.setattr(tracking, "LIMIT", 0.05)
+    display = quiet()
+    Trackers(SimpleNamespace(), display, {"slow": Hanging("lmrl")}).finish(failed=False)
+    assert "tracker slow could not be finished: CallTimedOut: timed out after 0.05 s\n" in said(display.console)
 
 
 def test_a_table_for_a_tracker_that_has_none_is_left_out():
