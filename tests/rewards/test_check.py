@@ -71,7 +71,7 @@ def failed(file, name, data=None, timeout=5.0):
 def test_a_good_reward_passes(file):
     bad, findings = failed(file, "good")
     assert bad == {}
-    assert len(findings) == 8 + len(EDGES)
+    assert len(findings) == 9 + len(EDGES)
     assert "with two workers" in findings[-2].detail and "distinct in 8" in findings[-1].detail
 
 
