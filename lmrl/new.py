@@ -22,7 +22,7 @@ from lmrl.recipe import CustomTask
 from lmrl.rollouts.collect import draw_starts
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task, build_task
-from lmrl.trajectories.files import Malformed, open_rows
+from lmrl.trajectories.files import OTHER_NAMES, Malformed, open_rows
 from lmrl.trajectories.rows import parse, prompt_of
 from lmrl.trajectories.trajectory import Trajectory, prompt_text
 
@@ -43,6 +43,7 @@ METHODS = {
     "messages": ("likelihood",),
 }
 LOGGED = ("ilql", "mc")
+NO_NAMES = "; `lmrl new` knows no other names: rename the columns, or set `columns` in a recipe of your own"
 
 
 @dataclass
@@ -152,7 +153,7 @@ def look_at_rows(path: str, kind: str, tokenizer: Any) -> Look:
             else:
                 texts = [one.prompt + one.completion for one in parse(row, number)]
         except Malformed as error:
-            raise DataError(f"{rows.where(number)}: {error}") from error
+            raise DataError(f"{rows.where(number)}: {error}".replace(OTHER_NAMES, NO_NAMES)) from error
         if kind != "prompts" and (len(texts) == 2) != (kind == "pairs"):
             is_pair = "has chosen and rejected: look at it with --pairs"
             raise DataError(

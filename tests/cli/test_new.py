@@ -169,9 +169,11 @@ def test_rows_that_would_not_train_are_refused(tmp_path, tiny_folder):
     (tmp_path / "r.py").write_text("def f(completions, weather): return [1.0] * len(completions)")
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "named.jsonl").write_text('{"question": "a", "completion": "b"}\n')
     file, rows = tmp_path / "mine.yaml", tmp_path / "rows.jsonl"
     for arguments, message in [
         (["--messages", tmp_path / "pairs.jsonl"], "has chosen and rejected: look at it with --pairs"),
+        (["--messages", tmp_path / "named.jsonl"], "has no field 'prompt' .*: rename the columns, or set `columns`"),
         (["--pairs", rows], "line 1: has no chosen and rejected"),
         (["--prompts", rows, "--reward", f"{tmp_path}/r.py:f"], "has the parameter 'weather'"),
         (["--prompts", rows, "--reward", f"{tmp_path}/r.py:g"], "defines no 'g'"),
