@@ -35,10 +35,17 @@ def export_inspect(log: str | Path, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for label, one in in_order(logs_in(log)):
-        path = folder / f"{folder_name(label)}.json"
+        path = folder / file_name(one, label)
         write_atomically(path, json.dumps(inspect_log(one), ensure_ascii=False, indent=1) + "\n")
         written.append(path)
     return written
+
+
+def file_name(log: EvalLog, label: str) -> str:
+    """A name by which inspect_ai finds the file in its folder: TIME_TASK_MODEL_ID.json."""
+    suite = log.header["suite"]
+    parts = (log.header["begun"].replace(":", "-"), Path(suite["name"]).name, label, suite["version"])
+    return "_".join(folder_name(part).replace("_", "-") for part in parts) + ".json"
 
 
 def inspect_log(log: EvalLog) -> dict[str, Any]:
@@ -56,6 +63,7 @@ def inspect_log(log: EvalLog) -> dict[str, Any]:
             "eval_id": folder_name(f"{header['suite']['version']}-{header['policy']['hash']}"),
             "created": header["begun"],
             "task": header["suite"]["name"],
+            "task_id": header["suite"]["version"],
             "task_version": header["suite"]["version"],
             "dataset": {"name": header["suite"]["name"], "samples": len(header["starts"])},
             "model": model,
@@ -64,6 +72,7 @@ def inspect_log(log: EvalLog) -> dict[str, Any]:
             "packages": {name: version for name, version in header["made_by"]["packages"].items() if version},
             "metadata": {"suite": header["suite"]["resolved"], "engine": header["engine"], "seed": header["seed"]},
         },
+        "plan": {"name": "lmrl"},
         "results": {
             "total_samples": len(samples),
             "completed_samples": len(samples) - failed,

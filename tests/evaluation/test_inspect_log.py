@@ -1,6 +1,7 @@
 """Logs for inspect_ai, as plain data and through the package's own reader where it is installed."""
 
 import json
+import re
 
 import pytest
 
@@ -47,6 +48,13 @@ def test_samples_as_plain_data(exported):
     assert data["results"]["completed_samples"] == 6
 
 
+def test_name_and_header_are_those_it_looks_for(exported):
+    _, log, path = exported
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d[^_]*_suite.yaml_policy_[0-9a-f]+.json", path.name)
+    assert path.stem.endswith(log.header["suite"]["version"])
+    assert set(json.loads(path.read_text())) >= {"version", "status", "eval", "plan", "results", "stats"}
+
+
 def test_targets_may_be_several_or_missing():
     assert target({"target": ["Rome", 3]}) == ["Rome", "3"] and target({"answer": 0}) == "0"
     assert target({"target": None, "answer": "x"}) == "x" and target({"answer": None}) == target({}) == ""
@@ -63,6 +71,8 @@ def test_package_opens_the_file(exported):
     assert (score.name, score.metrics["mean"].value) == ("reward", report.metrics["reward"]["mean"])
     summaries = reader.read_eval_log_sample_summaries(str(path))
     assert [(one.id, one.epoch) for one in summaries][:3] == [(1, 1), (1, 2), (2, 1)]
+    (listed,) = reader.list_eval_logs(str(path.parent))
+    assert reader.read_eval_log(listed, header_only=True).eval.task == found.eval.task
 
 
 def test_turns_with_tools_as_the_package_spells_them():
