@@ -35,7 +35,7 @@ Preference = Callable[[Sequence[Trajectory], Sequence[Trajectory]], list[float |
 """The confidence that the first answer of each pair is better, from 0 to 1; None if the judge gave no answer."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Judged:
     """How often a judge prefers a policy to another. first, second: their keys."""
 
@@ -167,17 +167,17 @@ def judge_pair(judge: Judge, first: Played, second: Played, fixed: bool = False)
     position = summarize(list(places.values()), of_places, (0.0, 1.0)) if places else None
     bias = position if judge.sees_pairs else None
     return Judged(
-        first.key,
-        second.key,
-        judge.name,
-        found["mean"],
-        found["ci95"],
-        p_value([share - 0.5 for share in shares], clusters, (-0.5, 0.5), fixed),
-        wins,
-        len(shares) - wins - losses,
-        losses,
-        bias["mean"] if bias else None,
-        bias["ci95"] if bias else None,
-        len(shares),
-        failed,
+        first=first.key,
+        second=second.key,
+        judge=judge.name,
+        win_rate=found["mean"],
+        ci95=found["ci95"],
+        p=p_value([share - 0.5 for share in shares], clusters, (-0.5, 0.5), fixed),
+        wins=wins,
+        ties=len(shares) - wins - losses,
+        losses=losses,
+        position=bias["mean"] if bias else None,
+        position_ci95=bias["ci95"] if bias else None,
+        pairs=len(shares),
+        failed=failed,
     )

@@ -62,19 +62,17 @@ def load_reward(spec: Reward, key: str, limit: float | None = None) -> RewardFun
             workers = 1  # only a worker can be stopped if the function hangs
     if workers > 0:
         call = pool_of(spec.model_dump(mode="json"), key, workers, spec.timeout or limit)
-    scale, needs = Scale(spec.normalize, spec.clip), getattr(call, NEEDS)
-    remote = workers > 0 or spec.kind == "url"
     return RewardFunction(
-        spec.label,
-        origin_of(spec),
-        spec.weight,
-        call,
-        max(workers, 1),
-        spec.timeout,
-        spec.retries,
-        scale,
-        remote,
-        needs,
+        label=spec.label,
+        origin=origin_of(spec),
+        weight=spec.weight,
+        call=call,
+        parallel=max(workers, 1),
+        timeout=spec.timeout,
+        retries=spec.retries,
+        scale=Scale(spec.normalize, spec.clip),
+        is_remote=workers > 0 or spec.kind == "url",
+        needs=getattr(call, NEEDS),
     )
 
 
