@@ -22,8 +22,8 @@ from itertools import combinations
 from lmrl.errors import RecipeError
 from lmrl.seeding import stream
 
-FINAL = re.compile(r"####\s*(.+)|\\boxed\{([^{}]*)\}", re.MULTILINE)
-"""How a final answer is marked in GSM8K and MATH."""
+FINAL = re.compile(r"####\s*(.+)|\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", re.MULTILINE)
+"""How a final answer is marked in GSM8K and MATH, there with up to two levels of braces inside."""
 FORM = re.compile(r"(pass|maj|best)@([1-9][0-9]*)(?:/(.+))?")
 MOST_SUBSETS = 2000
 """For maj@k, which has no closed form: if there are more subsets than this, this many are drawn, the same every

@@ -61,6 +61,7 @@ def test_majority_of_many_is_reproducible():
 
 def test_answers_that_completions_vote_for():
     assert answer_of("First 3, then\n#### 42 ") == "42" and answer_of(r"so \boxed{ x + 1 }.") == "x + 1"
+    assert answer_of(r"\boxed{7}, no: \boxed{\sqrt{\frac{1}{2}}}.") == r"\sqrt{\frac{1}{2}}"
     assert answer_of("  The Sun. ") == "the sun"
 
 
