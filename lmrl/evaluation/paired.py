@@ -39,16 +39,15 @@ ROUNDING = 1e-12
 
 @dataclass
 class Played:
-    """What a policy has played of a suite: judged episodes, and what else was measured of each, by metric."""
+    """What a policy has played of a suite: its judged episodes."""
 
     label: str
     trajectories: list[Trajectory]
-    extra: dict[str, list[float]] = field(default_factory=dict)
     key: str = ""
     """A letter, for people."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Difference:
     """How much higher a policy scores than another on one metric. first, second: their keys; the difference is first -
     second."""
@@ -160,7 +159,7 @@ def compare_played(
         one.key = key_of(number)
     check_claims(claims, [one.key for one in policies])
     check_same_prompts(policies)
-    rows = {one.key: scoring.report(one.trajectories, one.extra) for one in policies}
+    rows = {one.key: scoring.report(one.trajectories) for one in policies}
     shared = [name for name in rows["A"] if all(name in row for row in rows.values()) and name != "normalized"]
     wanted = list(metrics) or [name for name in scoring.metrics if name in shared]
     for name in asked_metrics(wanted, claims, control):
@@ -236,7 +235,9 @@ def difference(first: Played, second: Played, metric: str, scoring: Scoring) -> 
         raise RunError(f"{first.label} and {second.label} have no episode with a value of {metric} in common")
     groups = [group for group, _ in keys]
     gaps = [one[key] - other[key] for key in keys]
-    limits = gap_limits(scoring.limits_of(metric, first.trajectories), [*one.values(), *other.values()])
+    limits = gap_limits(
+        scoring.limits_of(metric, [*first.trajectories, *second.trajectories]), [*one.values(), *other.values()]
+    )
     clusters = clusters_of(groups, first.trajectories, scoring.unit)
     summary = summarize(gaps, clusters, limits, scoring.fixed, scoring.unit, paired=True)
     by_cluster = [cluster_means(clusters, [side[key] for key in keys]) for side in (one, other)]
@@ -247,23 +248,23 @@ def difference(first: Played, second: Played, metric: str, scoring: Scoring) -> 
         equal = controlled(cluster_means(clusters, gaps), cluster_means(clusters, others), control)
         summary, p = summary | {"mean": equal.mean, "ci95": equal.ci95, "holds_for": f"new {scoring.unit}s"}, equal.p
     return Difference(
-        first.key,
-        second.key,
-        metric if control is None else f"{metric}{AT_EQUAL}{control}",
-        summary["mean"],
-        summary["ci95"],
-        p,
-        p,
-        signs.count(1),
-        signs.count(0),
-        signs.count(-1),
-        len(keys),
-        summary["clusters"],
-        correlation(*by_cluster),
-        prompts_needed(gaps, clusters, scoring.fixed) if control is None else None,
-        summary["holds_for"],
-        scoring.unit,
-        scoring.fixed,
+        first=first.key,
+        second=second.key,
+        metric=metric if control is None else f"{metric}{AT_EQUAL}{control}",
+        mean=summary["mean"],
+        ci95=summary["ci95"],
+        p=p,
+        adjusted=p,
+        wins=signs.count(1),
+        ties=signs.count(0),
+        losses=signs.count(-1),
+        pairs=len(keys),
+        prompts=summary["clusters"],
+        correlation=correlation(*by_cluster),
+        needed=prompts_needed(gaps, clusters, scoring.fixed) if control is None else None,
+        holds_for=summary["holds_for"],
+        unit=scoring.unit,
+        is_fixed=scoring.fixed,
     )
 
 
@@ -283,12 +284,8 @@ def keyed_values(
     if several_samples(metric) is not None:
         values, groups = scoring.values(metric, played.trajectories)
         return {(group, 0): value for group, value in zip(groups, values, strict=True)}
-    extra = played.extra.get(metric)
-    found = {}
-    for place, trajectory in enumerate(played.trajectories):
-        value = value_of(trajectory, metric) if extra is None else extra[place]
-        if value is not None:
-            found[trajectory.group, trajectory.episode] = value
+    named = {(one.group, one.episode): value_of(one, metric) for one in played.trajectories}
+    found = {key: value for key, value in named.items() if value is not None}
     if beside is None or several_samples(beside) is None:
         return found
     groups = [group for group, _ in found]

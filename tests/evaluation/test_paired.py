@@ -93,6 +93,18 @@ def test_equal_successes_leave_room():
     assert -0.15 < low < -0.03 and high == pytest.approx(-low)
 
 
+def test_limits_are_those_of_both_policies():
+    """Majorities of scores between 0 and 1 have no limits, whichever of the two policies has them."""
+    binary, graded = ([1, 1], [0, 0], [1, 1]), ([0.5, 0.5], [0.5, 0.5], [1, 1])
+    scoring = Scoring(["reward", "maj@2"])
+    one, other = (
+        compare_played("suite", [played("a", *a), played("b", *b)], scoring, ["maj@2"]).differences[0]
+        for a, b in ((binary, graded), (graded, binary))
+    )
+    assert one.mean == -other.mean and one.ci95 == pytest.approx([-end for end in reversed(other.ci95)])
+    assert one.p == pytest.approx(other.p)
+
+
 def test_all_are_compared_with_the_first_and_as_claims_say():
     policies = [played(name, *values) for name, values in {"a": (1, 2, 4), "b": (2, 3, 3), "c": (9, 9, 9)}.items()]
     found = compared(*policies, claims=[read_claim("C - B > 0")])
