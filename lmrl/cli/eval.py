@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -83,7 +84,7 @@ def command(
 ) -> None:
     """Score policies: a table of means with 95 % confidence intervals."""
     from lmrl.evaluation.bridges import check_foreign, inspect_task, is_foreign
-    from lmrl.evaluation.frames import check_table_name, frame_of, records_of, write_table
+    from lmrl.evaluation.frames import check_table_name, frame_of, load_eval, records_of, write_table
     from lmrl.evaluation.inspect_log import export_inspect
     from lmrl.evaluation.suites import allow_code, load_suite, refuse_code
 
@@ -126,25 +127,33 @@ def command(
     from lmrl.evaluation.scoring import RESERVED
     from lmrl.training.display import Display
 
-    if rescore is not None:
-        report = rescored(rescore, suite, overrides, log, run_code)
-    else:
-        report = evaluate(
-            names,
-            suite,
-            overrides,
-            checkpoint,
-            trust_remote_code,
-            betas,
-            log,
-            listed(checkpoints),
-            part,
-            run_code=run_code,
-            overlap=overlap or (),
-            overlap_words=overlap_words or WORDS,
-            endpoint=endpoint_of(endpoint, names),
-            floors=floors,
-        )
+    with TemporaryDirectory() as scratch:
+        kept = Path(scratch) / "log" if export and log is None and not is_foreign(suite) else log
+        if rescore is not None:
+            report = rescored(rescore, suite, overrides, kept, run_code)
+        else:
+            report = evaluate(
+                names,
+                suite,
+                overrides,
+                checkpoint,
+                trust_remote_code,
+                betas,
+                kept,
+                listed(checkpoints),
+                part,
+                run_code=run_code,
+                overlap=overlap or (),
+                overlap_words=overlap_words or WORDS,
+                endpoint=endpoint_of(endpoint, names),
+                floors=floors,
+            )
+        if export:
+            if kept is None or is_foreign(suite):
+                table = frame_of(list(records_of(report.episodes)))
+            else:
+                table = load_eval(kept)
+            table = table[table["policy"].isin(report.rows)]
     display = Display()
     display.samples(report.trajectories, samples)
     display.table(f"{report.policy} on {report.suite}", report.rows)
@@ -159,7 +168,7 @@ def command(
         display.table("Without overlapping prompts", report.clean)
     write_file(json, "scores", report.to_json)
     for path in export or ():
-        write_table(frame_of(list(records_of(report.episodes))), path)
+        write_table(table, path)
         print(f"episodes written to {path}")
     if log is not None:
         print(f"log: {log}")

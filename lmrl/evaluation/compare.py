@@ -128,6 +128,7 @@ class Common:
 
 def has_logs(folder: Path) -> bool:
     """True for a log, and for a folder with logs in it."""
+    folder = folder.expanduser()
     return is_log(folder) or folder.is_dir() and any(is_log(one) for one in folder.iterdir())
 
 
@@ -153,5 +154,4 @@ def check_same_suite(logs: Sequence[EvalLog]) -> None:
 
 def _logged(log: EvalLog, name: str, several: bool) -> Played:
     """What a log holds. several: True if the user named a folder with several logs."""
-    trajectories, extra = log.judged()
-    return Played(f"{name} {log.folder.name}" if several else name, trajectories, extra)
+    return Played(f"{name} {log.folder.name}" if several else name, log.judged())

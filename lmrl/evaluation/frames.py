@@ -11,7 +11,6 @@ from lmrl.errors import RunError
 from lmrl.evaluation.log import in_order, logs_in
 from lmrl.evaluation.scoring import named_values
 from lmrl.run import METRICS_FILE, SAMPLES_FILE
-from lmrl.trajectories.rows import json_of
 from lmrl.trajectories.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -27,14 +26,13 @@ COLUMNS = ("policy", "group", "episode", "prompt", "completion", "turns", "failu
 def load_eval(log: str | Path) -> DataFrame:
     """The episodes of an evaluation log, or of all logs in a folder: one row each.
 
-    Columns: policy, group, episode, prompt, completion, reward (or return), components, metrics and further measures,
-    length, turns, failure, tokens and logprobs (of sampled tokens), began, seconds. Raises RunError if there is no log.
+    Columns: policy, group, episode, prompt, completion, reward (or return), components, metrics, length, turns, failure, tokens and logprobs (of sampled tokens), began, seconds. Raises RunError if there is no log.
     """
     records: list[dict[str, Any]] = []
     for label, one in in_order(logs_in(log)):
         for row, trajectory in zip(one.rows(), one.trajectories(), strict=True):
             times = {name: row.get(name) for name in ("began", "seconds")}
-            records.append(record(label, trajectory, json_of(row, "extra") or {}) | times)
+            records.append(record(label, trajectory) | times)
     return frame_of(records)
 
 
@@ -100,7 +98,7 @@ def records_of(episodes: Mapping[str, Sequence[Trajectory]]) -> Iterator[dict[st
             yield record(label, trajectory)
 
 
-def record(policy: str, trajectory: Trajectory, extra: Mapping[str, float] = {}) -> dict[str, Any]:
+def record(policy: str, trajectory: Trajectory) -> dict[str, Any]:
     """An episode as a row of a table."""
     sampled = [(one, place) for one in trajectory.segments for place in one.actions]
     values = {f"component/{name}" if name in COLUMNS else name: value for name, value in named_values(trajectory)}
@@ -111,7 +109,6 @@ def record(policy: str, trajectory: Trajectory, extra: Mapping[str, float] = {})
         "prompt": trajectory.prompt,
         "completion": trajectory.completion,
         **values,
-        **extra,
         "turns": len(trajectory.turns),
         "failure": trajectory.failure,
         "tokens": [one.tokens[place] for one, place in sampled],

@@ -17,7 +17,6 @@ from lmrl.evaluation.log import EvalLog, in_order, logs_in
 from lmrl.evaluation.scoring import Scores, named_values
 from lmrl.run import write_atomically
 from lmrl.trajectories.files import Row
-from lmrl.trajectories.rows import json_of
 from lmrl.trajectories.trajectory import Trajectory, as_messages
 
 VERSION = 2
@@ -88,7 +87,6 @@ def _sample(row: Row, trajectory: Trajectory, samples: int, model: str) -> dict[
     said = next((one for one in reversed(messages) if one["role"] == "assistant"), None)
     cut = bool(trajectory.turns) and len(trajectory.turns) - 1 in trajectory.cut_turns
     choices = [{"message": said, "stop_reason": "max_tokens" if cut else "stop"}] if said else []
-    values = dict(named_values(trajectory)) | (json_of(row, "extra") or {})
     sampled = [(one, place) for one in trajectory.segments for place in one.actions]
     context = sum(len(one.tokens) for one in trajectory.segments) - len(sampled)
     usage = {"input_tokens": context, "output_tokens": len(sampled), "total_tokens": context + len(sampled)}
@@ -101,7 +99,7 @@ def _sample(row: Row, trajectory: Trajectory, samples: int, model: str) -> dict[
         "output": {"model": model, "choices": choices},
         "scores": {
             name: {"value": value, "answer": trajectory.completion}
-            for name, value in values.items()
+            for name, value in named_values(trajectory)
             if value is not None
         },
         "metadata": {

@@ -3,7 +3,6 @@
     eval.json       what is evaluated, and how: suite with its version, policy with its hash, engine, sampling, start states
     samples.jsonl   one line per episode: lmrl's row (see trajectories/rows.py), free-form fields as JSON text, and
                     prompt, completion    as text
-                    extra                 further measures, such as kl
                     began, seconds        when its part was played, and how long that took
     scores.json     every metric with its interval, once all is played
 
@@ -36,7 +35,7 @@ from lmrl.run import describe_machine, write_atomically
 from lmrl.secrets import check_no_secrets
 from lmrl.trajectories.files import JsonLines, Malformed, Row
 from lmrl.trajectories.parquet import flat_row
-from lmrl.trajectories.rows import fingerprint, json_of, parse, to_row
+from lmrl.trajectories.rows import fingerprint, parse, to_row
 from lmrl.trajectories.trajectory import Trajectory
 
 HEADER_FILE, EPISODES_FILE, SCORES_FILE = "eval.json", "samples.jsonl", "scores.json"
@@ -52,7 +51,7 @@ class EvalLog:
 
     def __init__(self, folder: str | Path):
         """Raises RunError if there is none."""
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         if not is_log(self.folder):
             raise RunError(f"{folder} is not an evaluation log: it holds no {HEADER_FILE}")
         try:
@@ -94,26 +93,20 @@ class EvalLog:
             raise DataError(f"{self.folder / EPISODES_FILE}, line {number}: {error}") from error
         return trajectory
 
-    def judged(self) -> tuple[list[Trajectory], dict[str, list[float]]]:
-        """The judged episodes, and further measures of each. Raises RunError if not all were played."""
-        rows, trajectories = self.rows(), self.trajectories()
-        if len(rows) != self.episodes:
+    def judged(self) -> list[Trajectory]:
+        """The judged episodes. Raises RunError if not all were played."""
+        trajectories = self.trajectories()
+        if len(trajectories) != self.episodes:
             raise RunError(
-                f"{self.folder} holds {len(rows)} of {self.episodes} episodes: resume it with the command that began it"
+                f"{self.folder} holds {len(trajectories)} of {self.episodes} episodes: resume it with the command that began it"
             )
-        judged = [one.reward is not None for one in trajectories]
-        extras = [json_of(row, "extra") or {} for row, fine in zip(rows, judged, strict=True) if fine]
-        names = dict.fromkeys(name for one in extras for name in one)
-        extra = {name: [one[name] for one in extras] for name in names}
-        kept = drop_failed(
-            trajectories, self.header["max_failed"], self.header["judged_by"], self.header["environment"]
-        )
-        return kept, extra
+        header = self.header
+        return drop_failed(trajectories, header["max_failed"], header["judged_by"], header["environment"])
 
     def scores(self) -> tuple[Scores, list[Trajectory]]:
         """Every metric with its interval, from the episodes themselves."""
-        trajectories, extra = self.judged()
-        return self.scoring.report(trajectories, extra), trajectories
+        trajectories = self.judged()
+        return self.scoring.report(trajectories), trajectories
 
 
 def is_log(folder: Path) -> bool:
@@ -122,7 +115,7 @@ def is_log(folder: Path) -> bool:
 
 def logs_in(folder: str | Path) -> list[EvalLog]:
     """The log in a folder, or those in its subfolders, by name. Raises RunError if there is none."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if is_log(folder):
         return [EvalLog(folder)]
     found = [EvalLog(one) for one in sorted(folder.iterdir()) if is_log(one)] if folder.is_dir() else []
@@ -235,7 +228,7 @@ def play_into_log(
         for first in range(done * width, len(starts), width):
             began, clock = datetime.now(UTC), time.monotonic()
             played = evaluator.play(starts[first : first + width], first, beta)
-            rows = [episode_row(one, header["tokenizer"], extra) for one, extra in _with_extra(evaluator, played)]
+            rows = [episode_row(one, header["tokenizer"]) for one in played]
             rows = distributed.all_gather(rows)
             if writer:
                 times = {"began": began.isoformat(timespec="milliseconds"), "seconds": time.monotonic() - clock}
@@ -246,23 +239,14 @@ def play_into_log(
     return scores, trajectories
 
 
-def _with_extra(evaluator: Evaluator, played: Sequence[Trajectory]) -> Iterator[tuple[Trajectory, dict[str, float]]]:
-    """Episodes with their further measures; none for those that failed."""
-    extra = evaluator.extra([one for one in played if one.reward is not None])
-    measured = (dict(zip(extra, values, strict=True)) for values in zip(*extra.values(), strict=True))
-    for one in played:
-        yield one, {} if one.reward is None else next(measured, {})
-
-
 def write_scores(folder: Path, scores: Scores) -> None:
     write_atomically(folder / SCORES_FILE, json.dumps(scores, indent=2) + "\n")
 
 
-def episode_row(trajectory: Trajectory, tokenizer: str | None, extra: Mapping[str, float] = {}) -> Row:
+def episode_row(trajectory: Trajectory, tokenizer: str | None) -> Row:
     """A line of a log, without its times."""
-    row = flat_row(to_row(trajectory, tokenizer))
     texts = {"prompt": trajectory.prompt, "completion": trajectory.completion}
-    return texts | row | {"extra": json.dumps(dict(extra))}
+    return texts | flat_row(to_row(trajectory, tokenizer))
 
 
 def header_of(

@@ -20,7 +20,6 @@ from lmrl.recipe.paths import resolve_files
 from lmrl.recipe.validation import validate
 from lmrl.rewards.load import load_rewards
 from lmrl.rewards.rewards import drop_failed, judge
-from lmrl.trajectories.rows import json_of
 from lmrl.trajectories.trajectory import Trajectory
 
 
@@ -49,11 +48,7 @@ def rescore_log(
     fixed, unit = log.scoring.fixed, log.scoring.unit
     scoring = Scoring(judged_by.metrics, unit, fixed=fixed)
     kept = drop_failed(trajectories, task.max_failed, "reward")
-    measured = [
-        json_of(row, "extra") or {} for row, one in zip(rows, trajectories, strict=True) if one.reward is not None
-    ]
-    names = [name for name in (measured[0] if measured else {}) if all(name in one for one in measured)]
-    scores = scoring.report(kept, {name: [one[name] for one in measured] for name in names})
+    scores = scoring.report(kept)
     if target is not None:
         writer = LogWriter(target, _header(log, judged_by, scoring))
         try:
@@ -118,5 +113,4 @@ def _header(log: EvalLog, suite: Suite, scoring: Scoring) -> dict[str, Any]:
 
 
 def _row(trajectory: Trajectory, old: dict[str, Any]) -> dict[str, Any]:
-    times = {name: old[name] for name in ("began", "seconds")}
-    return episode_row(trajectory, old["tokenizer"], json_of(old, "extra") or {}) | times
+    return episode_row(trajectory, old["tokenizer"]) | {name: old[name] for name in ("began", "seconds")}

@@ -134,7 +134,8 @@ def check_known(names: Iterable[str], suite: Suite, option: str) -> None:
         return
     labels = ["acc", "acc_norm"] if suite.choices else [reward.label for reward in suite.task.rewards]
     components = [f"component/{label}" if label in RESERVED else label for label in labels]
-    known = list(dict.fromkeys([*suite.metrics, "reward", *components, "length", "kl"]))
+    listed = [name for name in suite.metrics if name != "kl"]  # measured in training alone
+    known = list(dict.fromkeys([*listed, "reward", *components, "length"]))
     for name in names:
         if name not in known and not any(name.startswith(f"{label}/") for label in labels):
             raise RecipeError(f"{option}: there is no metric '{name}': this suite has {', '.join(known)}")

@@ -283,9 +283,11 @@ def test_floors_of_unknown_metrics_are_refused_before_playing(tiny_folder, tmp_p
     suite = tmp_path / "suite.yaml"
     suite.write_text(task + "rollouts: {max_new_tokens: 2}\n")
     monkeypatch.setattr(type(evaluator_for(tiny_folder, str(suite))), "play", None)
-    known = "there is no metric 'nosuch': this suite has reward, component/length, length, kl"
+    known = "there is no metric 'nosuch': this suite has reward, component/length, length$"
     with pytest.raises(RecipeError, match=f"--fail-under: {known}"):
         lmrl.evaluate(str(tiny_folder), str(suite), floors=["length", "component/length", "length/part", "nosuch"])
+    with pytest.raises(RecipeError, match="there is no metric 'kl'"):  # which only training measures
+        lmrl.compare([tiny_folder, f"{tiny_folder}/."], str(suite), ["metrics=[reward, kl]"], metrics=["kl"])
     for asked in ({"metrics": ["nosuch"]}, {"control": "nosuch"}, {"claims": ["reward at equal nosuch: B - A > 0"]}):
         with pytest.raises(RecipeError, match=known):
             lmrl.compare([tiny_folder, f"{tiny_folder}/."], str(suite), **asked)

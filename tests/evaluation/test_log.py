@@ -195,6 +195,30 @@ def test_log_is_read_by_datasets(logged, tmp_path):
     assert found[4]["segments"][0]["tokens"] == logged[1].trajectories[4].segments[0].tokens
 
 
+def test_home_is_expanded(logged, monkeypatch):
+    monkeypatch.setenv("HOME", str(logged[0].parent))
+    assert len(lmrl.load_eval("~/log")) == 18
+    with pytest.raises(RecipeError, match="two policies or more are needed"):  # a log, and no model of that name
+        lmrl.compare(["~/log"])
+
+
+def test_exported_table_is_that_of_the_log(tiny_folder, prompts_suite, tmp_path):
+    (prompts_suite.parent / "some.py").write_text(
+        "def some(completions, answer):\n    return [None if one == 3 else 1.0 for one in answer]\n"
+    )
+    suite = prompts_suite.parent / "some.yaml"
+    suite.write_text(
+        "task: {prompts: {path: prompts.jsonl}, rewards: [{function: some.py:some}], max_failed: 0.5}\n"
+        "rollouts: {max_new_tokens: 2}\n"
+    )
+    done = forking.run(["eval", tiny_folder, "--suite", suite, "--export", tmp_path / "table.jsonl"])
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
+    lmrl.evaluate(tiny_folder, suite, log=tmp_path / "log")
+    assert len(rows) == 9 and list(rows[0]) == list(lmrl.load_eval(tmp_path / "log"))
+    assert rows[3]["reward"] is None and "returned None" in rows[3]["failure"] and rows[3]["began"]
+
+
 @pytest.mark.parametrize("kind", ["csv", "json", "jsonl", "parquet"])
 def test_tables_hold_every_episode(logged, tmp_path, kind):
     import pandas
