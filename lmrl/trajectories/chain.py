@@ -142,8 +142,9 @@ def _cut(sequences: list[Sequence], max_tokens: int) -> list[list[Sequence]]:
 def _state_before(sequence: Sequence) -> Sequence:
     """The context of a sequence's first action, with a pseudo-action that asks for its value."""
     end = int(sequence.states[0]) + 1
-    fields = {name: values.new_zeros(1) for name, values in sequence.fields.items()}
-    return Sequence(sequence.tokens[:end], sequence.states[:1], torch.zeros(1, dtype=torch.long), fields)
+    fields = {name: torch.zeros_like(values[:1]) for name, values in sequence.fields.items()}
+    target = torch.zeros(1, dtype=torch.long)
+    return Sequence(sequence.tokens[:end], sequence.states[:1], target, fields, kind=sequence.kind)
 
 
 def piece(trajectory: Trajectory, first: int, count: int) -> Trajectory:

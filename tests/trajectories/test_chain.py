@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lmrl.trajectories.batch import Batch, to_sequence
+from lmrl.trajectories.batch import VECTORS, Batch, to_sequence
 from lmrl.trajectories.chain import (
     discounts,
     first_state,
@@ -94,6 +94,14 @@ def test_a_long_episode_is_cut_and_goes_on_in_a_pseudo_action():
     assert context.tokens.tolist() == [12] and context.fields["real"].tolist() == [0]
     assert torch.allclose(flat(chains[:1], "discounts"), torch.tensor([0.8, 0.5, 0.0]))
     assert torch.allclose(flat(chains, "returns"), torch.tensor([1.2, 1.5, 0.0, 5.0]))  # realised to the very end
+
+
+def test_a_cut_chain_of_vectors_goes_on_in_a_vector():
+    whole = episode()
+    for segment in whole.segments:
+        segment.kind, segment.vectors = "gaussian", {place: (0.5, place) for place in segment.actions}
+    micro = Batch(to_chains(whole, 0.5, 0.8, max_tokens=7)[0]).collate([0, 1], pad_id=0)
+    assert micro.kind == "gaussian" and micro.fields[VECTORS].tolist() == [[0.5, 2], [0.5, 3], [0, 0]]
 
 
 def test_chains_stay_whole_and_in_order_in_any_batch():
