@@ -58,8 +58,6 @@ def _relieve(costs: list[float], chosen: list[int], loads: list[float]) -> bool:
         for taken in [None, *(item for item, rank in enumerate(chosen) if rank != fullest)]:
             others = [rank for rank in range(len(loads)) if rank != fullest] if taken is None else [chosen[taken]]
             change = costs[given] - (0.0 if taken is None else costs[taken])
-            if change <= 0:
-                continue
             other = min(others, key=lambda rank: loads[rank])
             fuller = max(loads[fullest] - change, loads[other] + change)
             if fuller < loads[fullest] * (1 - 1e-9) and (best is None or fuller < best[0]):

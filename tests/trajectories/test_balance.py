@@ -66,8 +66,10 @@ def test_longest_first_by_hand():
     assert assign([7, 6, 5, 4], [0, 1, 1, 0], 2, slack=0.0) == [0, 1, 1, 0]
     # All at home on rank 0: 7 stays, 6 goes, 5 goes to the least loaded (1), 4 fits beside 7 exactly.
     assert assign([7, 6, 5, 4], [0, 0, 0, 0], 2, slack=0.0) == [0, 1, 1, 0]
+    # 3 and 3 fill rank 0 exactly.
+    assert assign([3, 3, 2, 2, 2], [0] * 5, 2, slack=0.0) == [0, 0, 1, 1, 1]
     # 3 + 2 + 2 against 3 + 2, until a 3 and a 2 change places.
-    assert loads_of([3, 3, 2, 2, 2], assign([3, 3, 2, 2, 2], [0] * 5, 2, slack=0.0), 2) == [6, 6]
+    assert assign([3, 3, 2, 2, 2], [0, 1, 0, 0, 0], 2, slack=0.0) == [1, 1, 0, 0, 0]
     assert assign([], [], 3) == [] and assign([0.0, 0.0], [1, 0], 2) == [1, 0]
     assert imbalance([3.0, 1.0]) == 1.5 and imbalance([0.0, 0.0]) == 1.0
 
@@ -87,6 +89,12 @@ def test_parts_hold_everything_once(count):
     again = split(costs, count, np.random.default_rng(1))
     other = split(costs, count, np.random.default_rng(2))
     assert parts == again != other  # a function of the generator
+
+
+def test_similar_costs_go_to_different_parts():
+    for seed in range(10):
+        parts = split([8.0, 4.0, 2.0, 1.0, 1.0], 2, np.random.default_rng(seed))
+        assert sorted(sum([8.0, 4.0, 2.0, 1.0, 1.0][item] for item in part) for part in parts) == [7.0, 9.0]
 
 
 def sequence(tokens, actions, chain=None, zero=False):
