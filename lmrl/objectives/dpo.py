@@ -206,9 +206,7 @@ class DPO(Objective):
         logprobs_N = flat(policy.score(batch)["logprobs"])
         if not batch.sequences:
             return {}
-        names = batch.sequences[0].fields
-        fields = {name: torch.cat([sequence.fields[name] for sequence in batch.sequences]) for name in names}
-        found = self.measures(pairs_of(logprobs_N, fields))
+        found = self.measures(pairs_of(logprobs_N, batch.fields))
         return {name: found[name].tolist() for name in ("accuracy", "margin")}
 
 
