@@ -149,6 +149,14 @@ def test_one_value_apart_from_equal_ones_has_a_t_interval():
     assert found["ci95"] == pytest.approx([0.1 + 0.6 / 13 - half, 0.1 + 0.6 / 13 + half])
 
 
+def test_many_skewed_values_have_a_t_interval():
+    """0 and 2 in three to one have a skewness of 1.15, of which 40 values bear 0.63 and 400 bear 2."""
+    low, high = summarize([0.0] * 30 + [2.0] * 10)["ci95"]
+    assert high - 0.5 > 1.1 * (0.5 - low)
+    half = t95(399) * math.sqrt(0.75 / 399)
+    assert summarize([0.0] * 300 + [2.0] * 100)["ci95"] == pytest.approx([0.5 - half, 0.5 + half])
+
+
 def test_skewed_differences_of_pairs_have_a_t_interval():
     """Their mean is (15 + 2 + 3 + 5 + 8 + 20) / 20 = 2.65, and t(19) = 2.093024."""
     gaps = [1.0] * 15 + [2.0, 3.0, 5.0, 8.0, 20.0]
@@ -194,6 +202,8 @@ def test_p_value_of_equal_differences():
     assert p_value([1.0] * 60, limits=(-1.0, 1.0)) < 1e-9 and p_value([0.0] * 60, limits=(-1.0, 1.0)) == 1
     low = summarize([0.1] * 9, limits=(-1.0, 1.0))["ci95"][0]
     assert low < 0 and p_value([0.1] * 9, limits=(-1.0, 1.0)) > 0.05
+    assert p_value([t95(8) ** 2 / 9] * 9, limits=(-1.0, 1.0)) == pytest.approx(0.05)  # 0 is an end of the interval
+    assert p_value([-0.1] * 9, limits=(-1.0, 1.0)) == pytest.approx(p_value([0.1] * 9, limits=(-1.0, 1.0)))
 
 
 @pytest.mark.parametrize("kind", ["normal", "0/1"])
