@@ -166,6 +166,7 @@ def test_samples_that_changed_most():
     assert [one.prompt for one in found.changes] == ["prompt 0", "prompt 2"]
     assert found.changes[0].scores == {"A": 2.0, "B": 9.0}
     assert found.changes[0].completions == {"A": "old 2", "B": "new 9"}
+    assert compared(played("old", 1), played("new", 3), metrics=("words",)).changes[0].scores == {"A": 2.0, "B": 6.0}
 
 
 def test_other_prompts_cannot_be_paired():

@@ -120,7 +120,7 @@ def ours(policy, dialogues, **changes):
     for group, (prompt, chosen, rejected) in enumerate(dialogues):
         episodes += [episode(prompt, chosen, 1.0, group), episode(prompt, rejected, -1.0, group)]
     batch = objective.prepare(policy, episodes)
-    policy.train(False)
+    policy.eval()
     [micro] = batch.microbatches(10_000, policy.pad_id)
     loss = objective.loss(policy(micro, objective.forward_request), micro)
     return loss.sum / objective.count(micro)

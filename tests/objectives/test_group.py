@@ -168,6 +168,7 @@ def test_rloo_treats_a_turn_as_one_action(tiny_policy, episodes):
         ("grpo", {}, True),
         ("dr_grpo", {"constant_length": 10}, True),
         ("rloo", {}, True),
+        ("rloo", {"kl_coef": 0.1}, True),
         ("reinforce_pp", {}, False),
         ("grpo", {"kl_coef": 0.1}, False),
         ("grpo", {"entropy_coef": 0.1}, False),
@@ -208,7 +209,7 @@ def test_where_no_group_has_a_spread_the_gradient_is_zero(tiny_policy, episodes)
 def loss_of(policy, method, episodes):
     batch = method.prepare(policy, episodes)
     [micro] = batch.microbatches(10_000, policy.pad_id)
-    policy.train(False)
+    policy.eval()
     outputs = policy(micro, method.forward_request)
     return method.loss(outputs, micro), method.count(micro), outputs, batch
 

@@ -1,12 +1,13 @@
 """PPO against hand-computed cases and an independent float64 reference."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from lmrl.objectives.policy_gradient import k3, policy_loss, whiten
+from lmrl.objectives.policy_gradient import bearable, k3, policy_loss, whiten
 from lmrl.objectives.ppo import PPO, Warmup, adapt_kl_coef, advantages, followed, spread, value_loss
 from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.pull import bounded
@@ -193,8 +194,6 @@ def test_missing_eos_penalty_falls_on_the_cut_turn():
 
 def test_divergence_in_the_reward(tiny_policy):
     """k1: the reward of a token falls by coef * (log pi - log reference)."""
-    import copy
-
     policy = tiny_policy.eval()
     other = copy.deepcopy(policy.causal_lm)
     for parameter in other.parameters():
@@ -240,6 +239,7 @@ def test_target_kl_rejects_a_minibatch():
     assert objective.rejects(
         {"approx_kl": 0.05, "entropy": 0.2}
     )  # the less is left to chance, the less change is borne
+    assert bearable(0.1, entropy=-1e-9) == 0.0  # from rounding
     assert not PPO(options(target_kl=None)).rejects({"approx_kl": 99.0})
 
 
@@ -269,6 +269,33 @@ def test_units_of_returns_by_hand():
     # weight .1: mean 0 + .1 * 2; variance .9 * (1 + .1 * 4) + .1 * 3
     assert followed(0.0, 1.0, 1.0, 2.0, 3.0) == pytest.approx((0.2, math.sqrt(0.9 * 1.4 + 0.3)))
     assert followed(0.0, 0.01, 1.0, 0.0, 0.0)[1] == 0.05  # not below a twentieth of the largest
+
+
+def test_values_that_are_not_finite_leave_the_units(tiny_policy):
+    tiny_policy.values.renormalise(1.0, 2.0, preserve=False)
+    torch.nn.init.constant_(tiny_policy.values.v.weight, math.nan)
+    stats = PPO(options(value_normalization="returns")).prepare(tiny_policy, [two_turns()]).stats
+    assert math.isnan(stats["value_mean"]) and math.isnan(stats["return_std"])
+    assert (float(tiny_policy.values.mean), float(tiny_policy.values.std)) == (1.0, 2.0)
+
+
+def test_new_heads_take_the_units_of_the_first_returns(tiny_policy):
+    """Discounts of 1: the returns are 3, 3, 2, 2. A head with a past keeps what its values mean."""
+    for new, shift, gain in ((True, 0.0, 1.0), (False, -5.0, 2.0)):
+        values, tiny_policy.heads_are_new = copy.deepcopy(tiny_policy.values), new
+        PPO(options(value_normalization="returns", lam=1.0)).prepare(tiny_policy, [two_turns()])
+        found = (float(tiny_policy.values.shift), float(tiny_policy.values.gain))
+        assert found == pytest.approx((shift, gain), abs=1e-5)
+        tiny_policy.values = values
+
+
+def test_equal_returns_have_nothing_to_explain(tiny_policy):
+    segment = Segment()
+    segment.observe([3, 4])
+    segment.act([6], [-1.0], 0)
+    segment.rewards[-1] = -1.0
+    stats = PPO(options()).prepare(tiny_policy, [Trajectory([segment], "", "")]).stats
+    assert (stats["return_std"], stats["explained_variance"]) == (0.0, 0.0)
 
 
 def test_new_units_keep_what_values_mean(tiny_policy):

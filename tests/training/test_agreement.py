@@ -12,6 +12,7 @@ def test_agreement_by_hand():
     scores = agreement([2.0, -1.0, 0.0, 3.0])
     assert scores["accuracy"]["mean"] == pytest.approx((1 + 0 + 0.5 + 1) / 4)
     assert scores["margin"]["mean"] == 1.0
+    assert agreement([0.1])["margin"]["mean"] == 0.1  # in double
 
     def sigmoid(x):
         return 1 / (1 + math.exp(-x))

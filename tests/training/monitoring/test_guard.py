@@ -298,6 +298,7 @@ def test_each_failure_names_an_option_and_a_value(name, began, now, said):
         ("runaway_entropy", {"entropy": 0.5}, {"entropy": 2.0}, True),
         ("runaway_entropy", {"entropy": 0.5}, {"entropy": 0.9}, False),
         ("runaway_length", {"length": 10}, {"length": 40}, True),
+        ("runaway_length", {"length": 10}, {"length": 28}, False),
         ("blind_critic", {"reward_std": 1}, {"explained": -1e4, "reward_std": 0.1}, False),  # nothing varies any more
         ("blind_critic", {"reward_std": 1}, {"explained": 0.01, "reward_std": 1, "between": 0.0}, False),
         ("blind_critic", {"reward_std": 1}, {"explained": 0.01, "reward_std": 1}, False),  # unknown
