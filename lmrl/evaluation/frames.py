@@ -26,7 +26,8 @@ COLUMNS = ("policy", "group", "episode", "prompt", "completion", "turns", "failu
 def load_eval(log: str | Path) -> DataFrame:
     """The episodes of an evaluation log, or of all logs in a folder: one row each.
 
-    Columns: policy, group, episode, prompt, completion, reward (or return), components, metrics, length, turns, failure, tokens and logprobs (of sampled tokens), began, seconds. Raises RunError if there is no log.
+    Columns: policy, group, episode, prompt, completion, reward (or return), components, metrics, length, turns, failure,
+    tokens and logprobs (of sampled tokens), began, seconds. Raises RunError if there is no log.
     """
     records: list[dict[str, Any]] = []
     for label, one in in_order(logs_in(log)):
