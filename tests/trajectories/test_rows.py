@@ -260,7 +260,7 @@ TURN = {"observation": "a", "action": "b"}
             r"has no known format \(fields: words\); expected turns, prompt and completion, .* set `columns`",
         ),
         ({"text": ""}, "field 'text' is empty"),
-        ({"messages": CHAT, "rewards": [1, 2]}, "field 'rewards' has 2 numbers for 1 assistant messages"),
+        ({"messages": CHAT, "rewards": [1, 2]}, "field 'rewards' has 2 numbers for 1 assistant message"),
         ({"messages": CHAT, "rewards": [float("inf")]}, "field 'rewards' holds inf; expected a finite number"),
         ({"messages": CHAT, "rewards": [1], "reward": 3}, "field 'reward' is 3.0, but its turns earned 1.0"),
         ({"messages": CHAT, "terminated": "yes"}, "field 'terminated' is 'yes'; expected true or false"),
