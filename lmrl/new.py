@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from lmrl.environments import environment_factory
+from lmrl.environments import environment_factory, sample_texts
+from lmrl.environments.calls import begin_episode, failure_text
 from lmrl.environments.check import raised_by_odd_actions
 from lmrl.environments.games import lists_actions
 from lmrl.errors import DataError, RecipeError, counted
@@ -75,7 +76,7 @@ def look_at_environment(name: str, max_turns: int, scratch: bool = True, tokeniz
     section = CustomTask(environment=name, max_turns=max_turns, chat=look.chat and tokenizer is not None)
     task = build_task(section, tokenizer or letters)
     environment = task.make()
-    texts = list(environment.texts()) if hasattr(environment, "texts") else []
+    texts = sample_texts(environment)
     look.players = tuple(getattr(environment, "players", ()))
     if raised := raised_by_odd_actions(environment_factory(section)):
         look.only_allowed = lists_actions(environment)
@@ -83,7 +84,10 @@ def look_at_environment(name: str, max_turns: int, scratch: bool = True, tokeniz
             raised + (": only allowed actions are played" if look.only_allowed else ": such episodes fail")
         )
     if not look.players:
-        observation, _ = environment_factory(section)().reset(seed=0)
+        try:
+            observation, _ = begin_episode(environment, 0, None)
+        except (Exception, SystemExit) as error:
+            raise RecipeError(f"--environment {name}: {failure_text(error)}") from error
         look.said.append("no scripted player: the length of actions is a guess (rollouts.max_new_tokens)")
         look.context = 4 * len(task.renderer.first(observation)) + 4 * look.turn
         return look

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from lmrl import registry
-from lmrl.environments.base import TextEnvironment, limits_of, version_of
+from lmrl.environments.base import TextEnvironment, check_extras, limits_of, sample_texts, version_of
 from lmrl.environments.games import Game, GameEnvironment, check_game
 from lmrl.errors import LmrlError, PluginError
 from lmrl.foreign import foreign
@@ -22,7 +22,15 @@ ADAPTERS = {
 }
 """Adapters for environments of other libraries, by the name before the colon."""
 
-__all__ = ["Game", "GameEnvironment", "TextEnvironment", "environment_factory", "limits_of", "version_of"]
+__all__ = [
+    "Game",
+    "GameEnvironment",
+    "TextEnvironment",
+    "environment_factory",
+    "limits_of",
+    "sample_texts",
+    "version_of",
+]
 
 
 def environment_factory(task: Any) -> Callable[[], Any]:
@@ -44,6 +52,7 @@ def environment_factory(task: Any) -> Callable[[], Any]:
         raise PluginError(
             f"task: environment '{task.environment}' cannot be made with these options: {reason}"
         ) from error
+    check_extras(environment)
     if isinstance(environment, Game):
         check_game(environment, task.environment)
         return partial(_as_environment, make, task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import metadata
@@ -13,6 +14,7 @@ import gymnasium
 import numpy as np
 
 from lmrl.errors import PluginError
+from lmrl.foreign import foreign
 
 
 class TextEnvironment(gymnasium.Env):
@@ -66,6 +68,41 @@ def limits_of(environment: Any) -> dict[str, tuple[float, float]]:
         f"task.environment: metric_limits of {type(environment).__name__} is {limits!r}: map names of metrics to "
         "(LOWEST, HIGHEST), for instance {'return': (0, 1)}"
     )
+
+
+def sample_texts(environment: Any) -> list[str]:
+    """What the environment's `texts()` returns, [] if it has none. Raises PluginError for anything but texts."""
+    if not hasattr(environment, "texts"):
+        return []
+    name = f"task.environment: texts() of {type(environment).__name__}"
+    try:
+        with foreign("the environment"):
+            texts = environment.texts()
+            listed = list(texts)
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"{name} raised {type(error).__name__}: {error}") from error
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in listed):
+        raise PluginError(f"{name} returned {texts!r:.60}: return a list of texts")
+    return listed
+
+
+def check_extras(environment: Any) -> None:
+    """Raise PluginError if what an environment says about itself cannot be used."""
+    limits_of(environment)
+    players, starts = getattr(environment, "players", ()), getattr(environment, "num_starts", None)
+    name = f"of {type(environment).__name__} is"
+    if not isinstance(players, tuple | list) or not all(isinstance(player, str) for player in players):
+        raise PluginError(
+            f"task.environment: players {name} {players!r:.60}: list their names, for instance ('random',)"
+        )
+    try:
+        counted = starts is None or operator.index(starts) > 0
+    except TypeError:
+        counted = False
+    if not counted:
+        raise PluginError(
+            f"task.environment: num_starts {name} {starts!r:.60}: set the number of start states, or None if the seed draws them"
+        )
 
 
 def version_of(environment: Any) -> dict[str, str | None]:

@@ -61,8 +61,8 @@ def check_text(observation: Any) -> Any:
     """Observations are text; a prompt may also be a list of messages."""
     if not isinstance(observation, str | list):
         raise TypeError(
-            f"the observation is a {type(observation).__name__}, expected text: write it out, or register the game with "
-            "gymnasium and name it gymnasium:MODULE:ID"
+            f"the observation is {observation!r:.60} ({type(observation).__name__}), expected text: write it out, or register "
+            "the game with gymnasium and name it gymnasium:MODULE:ID"
         )
     messages = checked_messages(observation, "observation") if isinstance(observation, list) else ()
     for text in [message["content"] for message in messages] or [observation]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lmrl.environments import environment_factory, limits_of
+from lmrl.environments import environment_factory, limits_of, sample_texts
 from lmrl.environments.calls import begin_episode, call_player, take_step
 from lmrl.environments.games import GameEnvironment, lists_actions
 from lmrl.errors import LmrlError, counted
@@ -110,8 +110,7 @@ def _play(environment: Any, seed: int, player: str, turns: int) -> _Played:
     observation, _ = begin_episode(environment, seed, None)
     words = None
     if player == "texts":
-        words = list(environment.texts()) if hasattr(environment, "texts") else []
-        words = words or ["a"]
+        words = sample_texts(environment) or ["a"]
     for _ in range(turns):
         action = str(rng.choice(words)) if words else call_player(environment, player, rng)
         begun = time.perf_counter()
@@ -225,7 +224,10 @@ def raised_by_odd_actions(make: Any) -> str | None:
 
 
 def _texts(environment: Any, played: list[_Played]) -> Finding:
-    known = list(environment.texts()) if hasattr(environment, "texts") else []
+    try:
+        known = sample_texts(environment)
+    except LmrlError as error:
+        return Finding("texts", False, str(error))
     seen = [text for one in played for text in one.texts]
     letters = {letter for text in known or [string.printable] for letter in text}
     missing = "".join(sorted({letter for text in seen for letter in text} - letters))

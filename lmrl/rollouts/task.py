@@ -14,7 +14,7 @@ import numpy as np
 from lmrl import registry
 from lmrl.agents.play import Agent
 from lmrl.agents.programs import load_program
-from lmrl.environments import GameEnvironment, TextEnvironment, environment_factory, version_of
+from lmrl.environments import GameEnvironment, TextEnvironment, environment_factory, sample_texts, version_of
 from lmrl.errors import DataError, EpisodeError, ModelError, RecipeError, RewardError, did_you_mean
 from lmrl.recipe import AgentTask, Prompts, PromptTask, Recipe
 from lmrl.rewards.early import EarlyScores
@@ -190,8 +190,7 @@ def texts_of(section: Any, level: Literal["char", "word"]) -> list[str]:
     if isinstance(section, AgentTask):
         return [string.printable, *strings_in(_agent_rows(section))]
     environment = environment_factory(section)()
-    texts = list(environment.texts()) if hasattr(environment, "texts") else []
-    return texts or [string.printable] * (level == "char")
+    return sample_texts(environment) or [string.printable] * (level == "char")
 
 
 def strings_in(value: Any) -> list[str]:

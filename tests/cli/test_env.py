@@ -71,6 +71,28 @@ class Beyond(Good):
 
     def texts(self):
         return ["start", "yes", "no"]
+
+
+class OnePlayer(Good):
+    players = "random"
+
+
+class HalfStarts(Good):
+    num_starts = 2.5
+
+
+class NoStarts(Good):
+    num_starts = 0
+
+
+class Letters(Good):
+    def texts(self):
+        return "start yes no"
+
+
+class Missing(Good):
+    def texts(self):
+        return open("missing.txt").read().split()
 """
 
 
@@ -100,7 +122,12 @@ def test_a_good_environment_is_fit(game, tmp_path):
         ("Fragile", {"survives odd actions"}),
         ("Four", {"step"}),
         ("Beyond", {"limits of the return", "texts"}),
-        ("Missing", {"can be made"}),
+        ("OnePlayer", {"can be made"}),
+        ("HalfStarts", {"can be made"}),
+        ("NoStarts", {"can be made"}),
+        ("Letters", {"texts"}),
+        ("Missing", {"texts"}),
+        ("Nowhere", {"can be made"}),
     ],
 )
 def test_what_is_wrong_is_found(game, tmp_path, name, failed):
@@ -123,6 +150,11 @@ def test_findings_name_the_fix(game, tmp_path):
     assert found(game("Strict"), "allowed_actions=true")[name][0] is None
     assert found(game("Accented"))["texts"][1].endswith("letter by letter, which lacks 'é'")
     assert "not all words" not in found(game("Good"))["texts"][1]
+    assert found(game("OnePlayer"))["can be made"][1].endswith("'random': list their names, for instance ('random',)")
+    assert found(game("NoStarts"))["can be made"][1].endswith(
+        "is 0: set the number of start states, or None if the seed draws them"
+    )
+    assert found(game("Letters"))["texts"][1].endswith("returned 'start yes no': return a list of texts")
 
 
 def test_playing(game):

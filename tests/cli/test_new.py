@@ -41,6 +41,11 @@ class Silent(Coin):
     players = ()
 
 
+class Numbered(Silent):
+    def reset(self, **options):
+        return 7, {}
+
+
 class Counted(Coin):
     def step(self, action):
         observation, *rest = super().step(action)
@@ -198,6 +203,7 @@ def test_refusals(tmp_path):
         ([file, "-e", game, "-m", "dpo"], "does not go with --environment"),
         ([file, "-e", game, "--tiny", "--model", "m"], "leave one of them out"),
         ([file, "-e", f"{tmp_path}/game.py:Silent", "--tiny"], "give it `players` and `act`"),
+        ([file, "-e", f"{tmp_path}/game.py:Numbered", "--tiny"], r"the observation is 7 \(int\), expected text"),
     ]:
         with pytest.raises(RecipeError, match=message):
             new(*arguments)

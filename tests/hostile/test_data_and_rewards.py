@@ -169,7 +169,7 @@ ENVIRONMENTS = [
         r"'.*env.py:Env' failed .*step\(\) returned 4 values; .*`done` is `terminated` here",
     ),
     (returning("None"), r"step\(\) returned a NoneType; expected observation, reward, terminated, truncated, info"),
-    (returning("3, 1.0, True, False, {}"), r"the observation is a int, expected text"),
+    (returning("3, 1.0, True, False, {}"), r"the observation is 3 \(int\), expected text"),
     (returning("'x', '1', True, False, {}"), r"step\(\) returned the reward '1' \(str\); expected a number"),
     (returning("'x', float('nan'), True, False, {}"), r"step\(\) returned the reward nan"),
     (returning("'x', 1.0, None, False, {}"), r"step\(\) returned terminated=None; expected true or false"),

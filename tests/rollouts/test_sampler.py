@@ -202,7 +202,7 @@ class Returning(TextEnvironment):
         ),
         (None, r"step\(\) returned a NoneType; expected observation"),
         (("o", 1.0, True, False, None), r"step\(\) returned the info None; expected an object"),
-        ((7, 1.0, True, False, {}), "the observation is a int, expected text: .* name it gymnasium:MODULE:ID"),
+        ((7, 1.0, True, False, {}), "the observation is 7 \\(int\\), expected text: .* name it gymnasium:MODULE:ID"),
         (("a\udcff", 1.0, False, False, {}), "UnicodeEncodeError: .*surrogates not allowed"),
         (([1], 1.0, False, False, {}), "field 'observation' holds 1; expected messages with text in 'role' and"),
         (([], 1.0, False, False, {}), "field 'observation' is empty; expected messages"),
