@@ -66,9 +66,15 @@ def export(
     """
     if destination.is_file() or destination.is_dir() and any(destination.iterdir()):
         raise RunError(f"{destination} is not an empty folder: choose another destination")
-    if distill is not None and (beta is None or adapter_only):
+    if destination.suffix == ".gguf":
         raise RunError(
-            "--distill fits a plain model to the policy that Q values guide: add their weight, --beta B, and drop --adapter-only"
+            f"{destination}: export writes a folder for transformers: name a folder, and convert it with llama.cpp's "
+            "convert_hf_to_gguf.py"
+        )
+    if distill is not None and beta is None:
+        raise RunError(
+            "--distill fits a plain model to the policy that Q values guide: add their weight, --beta B; a run without "
+            "Q values is exported without --distill"
         )
     if beta is not None and adapter_only:
         raise RunError("Q heads are folded into the vocabulary matrix, which no adapter holds: drop --adapter-only")

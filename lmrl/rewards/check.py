@@ -75,9 +75,12 @@ def check_reward(spec: Reward, data: Columns | None = None, timeout: float = 30.
         return
     rows = len(found.values)
     yield Finding("protocol", True, f"one number or None for each of {rows} samples")
-    yield _judged(found)
+    judged = _judged(found)
     if all(value is None for value in found.values):
+        fix = "" if data else "; try --data"
+        yield Finding(judged.name, False, f"{judged.detail}: nothing can be checked{fix}")
         return
+    yield judged
     score(alone, columns)  # by the other worker, so that the next call goes to the first one again
     yield _same("same samples, same scores", found, score(alone, columns))
     backwards = score(alone, {name: column[::-1] for name, column in columns.items()})

@@ -193,9 +193,11 @@ def test_a_student_that_falls_short_is_not_kept(tmp_path, separate_run, short):
 
 
 def test_what_cannot_be_distilled(tmp_path, separate_run, ilql_run):
-    with pytest.raises(RunError, match="add their weight, --beta B, and drop --adapter-only"):
+    with pytest.raises(RunError, match="add their weight, --beta B; a run without Q values is exported without"):
         export(separate_run, tmp_path / "out", distill=1)
-    with pytest.raises(RunError, match="add their weight, --beta B, and drop --adapter-only"):
+    with pytest.raises(RunError, match="name a folder, and convert it with llama.cpp's"):
+        export(separate_run, tmp_path / "out.gguf")
+    with pytest.raises(RunError, match="which no adapter holds: drop --adapter-only"):
         export(separate_run, tmp_path / "out", 1.0, adapter_only=True, distill=1)
     with pytest.raises(ModelError, match="this one is not: leave it out"):  # neither weight nor mask
         export(ilql_run, tmp_path / "out", 0.0, distill=1)

@@ -34,6 +34,10 @@ def relative(prompts, completions, **columns):
 def divides(prompts, completions, **columns):
     return [1 / len(text) for text in completions]
 
+def declines(prompts, completions, **columns):
+    return [None] * len(completions)
+
+
 def constant(prompts, completions, **columns):
     return [1.0 for _ in completions]
 
@@ -99,6 +103,12 @@ def test_a_constant_reward_fails_on_real_data_only(file):
     assert bad == {} and "try --data" in findings[-1].detail
     bad, _ = failed(file, "constant", {"prompts": ["a"] * 3, "completions": ["x", "y", "z"]})
     assert list(bad) == ["distribution"]
+
+
+def test_a_reward_that_scores_nothing_fails(file):
+    bad, findings = failed(file, "declines")
+    assert bad["scores every sample"].endswith("declines returned None: nothing can be checked; try --data")
+    assert findings[-1].passed is False
 
 
 def test_columns_are_asked_for(file):
