@@ -103,7 +103,7 @@ def test_waiting_for_a_thread_is_not_counted():
     threads = StepThreads(1)
 
     async def two():
-        return await asyncio.gather(*[threads.run(lambda: time.sleep(0.2) or 1, 0.3) for _ in range(3)])
+        return await asyncio.gather(*[threads.run(lambda: time.sleep(0.4) or 1, 1.0) for _ in range(3)])
 
     assert run(two()) == [1, 1, 1]
 
