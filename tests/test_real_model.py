@@ -30,6 +30,12 @@ def test_greedy_decoding_equals_generate():
         assert completion.tokens == expected[0, len(context) :].tolist()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rounding_does_not_hide_what_the_model_can_do(dtype):
+    policy = load_policy(Model(path=MODEL, dtype=dtype, lora=Lora(r=16)))
+    assert policy.shares_prompts and policy.holds_slots
+
+
 def test_learner_and_sampler_agree():
     """float32: to rounding. bfloat16: within its resolution."""
     for dtype, tolerance in (("float32", 2e-4), ("bfloat16", 0.6)):

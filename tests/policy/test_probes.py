@@ -1,0 +1,26 @@
+"""Trials of a model's abilities: rounding passes, a mistake does not."""
+
+import pytest
+import torch
+
+from lmrl.policy.probes import _agrees
+
+
+@pytest.mark.parametrize(
+    ("autocast", "gap", "mistake", "agrees"),
+    [
+        (None, 5e-5, 2.0, True),
+        (None, 2e-4, 2.0, False),
+        (torch.bfloat16, 0.04, 0.04, True),  # too small a difference to tell
+        (torch.bfloat16, 0.1, 2.0, True),
+        (torch.bfloat16, 0.4, 2.0, False),
+        (torch.bfloat16, 2.0, 2.0, False),
+    ],
+)
+def test_in_low_precision_a_difference_is_compared_with_that_of_a_mistake(
+    tiny_policy, monkeypatch, autocast, gap, mistake, agrees
+):
+    monkeypatch.setattr(tiny_policy, "autocast_dtype", autocast)
+    expected = -torch.arange(8.0)
+    assert _agrees(tiny_policy, expected + gap, expected, expected - mistake) is agrees
+    assert not _agrees(tiny_policy, expected + torch.nan, expected, expected - mistake)
