@@ -11,8 +11,8 @@ bfloat16 base with float32 adapters. A rollout's time includes the reward's.
 
 What differs: each side draws prompts in its own order (a step takes the whole file if it has no more prompts) and with its
 own random numbers, so lengths only agree on average, and the table shows their mean. lmrl's updates compute the prompt that
-a group's samples share once. With `--engine vllm`, lmrl also corrects for the sampler; vLLM's
-memory is counted, and weight syncs are part of the rollout.
+a group's samples share once. With `--engine vllm`, lmrl also corrects for the sampler; vLLM's memory is counted, and
+weight syncs are part of the rollout.
 """
 
 from __future__ import annotations

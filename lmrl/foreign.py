@@ -35,13 +35,15 @@ class foreign:  # noqa: N801 - reads as a statement
     directory are restored afterwards: otherwise a reward that turns gradients off would silently stop the training. A call that forks returns
     in two processes; the new one is ended here, before it can write to the run.
 
-    limit: seconds after which the call is interrupted by CallTimedOut; key: where the recipe sets it. This needs the main thread, and code that
-    returns to Python now and then; otherwise `watch` ends the process.
+    limit: seconds after which the call is interrupted by CallTimedOut; key: where the recipe sets it (None: it does not). This needs the main
+    thread, and code that returns to Python now and then; otherwise `watch` ends the process, unless the call `may_hang`.
     """
 
-    def __init__(self, what: str, limit: float | None = None, key: str | None = "task.call_timeout"):
-        self.what, self.limit = what, limit
-        self.source = f" ({key})" if key else ""
+    def __init__(
+        self, what: str, limit: float | None = None, key: str | None = "task.call_timeout", may_hang: bool = False
+    ):
+        self.what, self.limit, self.may_hang = what, limit, may_hang
+        self.where = f" ({key})" if key else ""
         self.alarm: tuple[Any, tuple[float, float]] | None = None
         self.over = False
 
@@ -61,7 +63,7 @@ class foreign:  # noqa: N801 - reads as a statement
 
     def _late(self, _: int, __: FrameType | None) -> None:
         if not self.over:
-            raise CallTimedOut(f"timed out after {self.limit:g} s{self.source}")
+            raise CallTimedOut(f"timed out after {self.limit:g} s{self.where}")
 
     def _restore_alarm(self) -> None:
         if self.alarm is None:
@@ -135,7 +137,7 @@ def _name_slow_calls() -> None:
     while True:
         time.sleep(min(PATIENCE / 4, GRACE / 4, 5))
         for call in list(_running):
-            if call.limit is not None and time.monotonic() - call.began > call.limit + GRACE:
+            if call.limit is not None and not call.may_hang and time.monotonic() - call.began > call.limit + GRACE:
                 _give_up(call)
         first = next(iter(_running), None)
         if first is not told:
@@ -143,7 +145,7 @@ def _name_slow_calls() -> None:
         if first is not None and time.monotonic() - first.began > limit:
             ends = "`timeout` of a reward limits its calls"
             if first.limit is not None:
-                ends = f"it has {first.limit:g} s{first.source}"
+                ends = f"it has {first.limit:g} s{first.where}"
             print(
                 f"lmrl: still waiting for {first.what} ({time.monotonic() - first.began:.0f} s); {ends}",
                 file=sys.stderr,

@@ -14,7 +14,7 @@ from lmrl.errors import EndpointError, RewardError
 from lmrl.openai_client import OpenAIClient
 from lmrl.rewards.workers import Failure
 
-SCORE = r"(-?\d+(?:\.\d+)?)(?:\W*(?:/|out of)\s*\d+(?:\.\d+)?)?"
+SCORE = r"(-?\d+(?:\.\d+)?)(?:\W*(?:/|(?:out )?of)\s*\d+(?:\.\d+)?)?"
 """A number; what follows it in "8/10" or "8 out of 10" is no number of its own."""
 RUBRIC = """\
 Rate how good the answer is to the request, from {low:g} (useless) to {high:g} (could not be better). Judge content, not

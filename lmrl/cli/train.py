@@ -151,7 +151,7 @@ def _sweep(
         first, *others = combinations(name, overrides, over)
         training.dry_run(first.recipe)
         print(
-            f"dry run of {first.name} passed, so did the checks of {counted(len(others), 'more recipe')}: nothing was kept"
+            f"dry run of {first.name} passed, and so did the checks of {counted(len(others), 'more recipe')}: nothing was kept"
         )
     else:
         sweep(name, overrides, over, output, jobs, resume)

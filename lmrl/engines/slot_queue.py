@@ -39,7 +39,7 @@ class SlotQueue:
         return [one.request for one in self.waiting if one.kind is kind]
 
     def add(self, requests: Iterable[Request], passes: int) -> None:
-        """passes: made so far."""
+        """passes: their number so far."""
         for request in requests:
             _, shared, goes_on = self.store.find(request)
             new = len(request.tokens) - (shared if goes_on else 0)

@@ -1,4 +1,5 @@
-"""The layout of the key and value buffers: slots of running sequences first, then kept slots of finished ones."""
+"""Slots: where each lies in the key and value buffers, those of running sequences first, and which one holds a prompt's
+beginning."""
 
 from __future__ import annotations
 

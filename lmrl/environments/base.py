@@ -96,10 +96,10 @@ def check_extras(environment: Any) -> None:
             f"task.environment: players {name} {players!r:.60}: list their names, for instance ('random',)"
         )
     try:
-        counted = starts is None or operator.index(starts) > 0
+        is_count = starts is None or operator.index(starts) > 0
     except TypeError:
-        counted = False
-    if not counted:
+        is_count = False
+    if not is_count:
         raise PluginError(
             f"task.environment: num_starts {name} {starts!r:.60}: set the number of start states, or None if the seed draws them"
         )

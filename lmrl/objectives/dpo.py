@@ -143,7 +143,7 @@ class DPO(Objective):
                 )
             if lacking and distributed.size() > 1:
                 raise RunError(
-                    f"{self.cache.path}: {len(lacking)} episodes are missing in the reference's cache, which only a single process fills: "
+                    f"{self.cache.path}: the reference's cache lacks {counted(len(lacking), 'episode')}, and only a single process fills it: "
                     "start the run in one process and continue it with --resume --processes N, or set objective.cache_reference=false"
                 )
             self.cache.add(policy, lacking)

@@ -90,8 +90,8 @@ class GroupPolicyGradient(PolicyGradient):
         return self.uses_reference and self.penalises_reward
 
     def needs_old(self, sampler_is_known: bool) -> bool:
-        """True if log-probabilities from before the first update take a pass of their own: with one update per step, its
-        own pass has them, token by token."""
+        """True if log-probabilities from before the first update take a pass of their own. With one update per step the
+        update's pass provides them, which suffices for ratios of single tokens."""
         by_pass = self.correction is None or (self.correction.is_by_token and sampler_is_known)
         return self.epochs * self.minibatches > 1 or self.kl_in_reward or not by_pass
 

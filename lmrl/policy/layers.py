@@ -24,7 +24,7 @@ class Layers:
         self._compiled: dict[nn.Module, Callable[..., Any]] = {}
 
     def checkpoint(self, trunks: Iterable[PreTrainedModel], asked: bool) -> None:
-        """Have the layers of these trunks compute their activations again in updates. asked: refuse trunks that cannot."""
+        """Make the layers of these trunks recompute their activations in updates. asked: refuse trunks that cannot."""
         for trunk in trunks:
             if not trunk.supports_gradient_checkpointing:
                 if not asked:
@@ -36,6 +36,7 @@ class Layers:
             self._checkpointed += [layer for layer in layers if layer.gradient_checkpointing]
 
     def compile(self, trunks: Iterable[PreTrainedModel]) -> None:
+        """Run the layers of these trunks compiled from now on."""
         layers = [layer for trunk in trunks for layer in decoder_layers(trunk)]
         self._compiled = {layer: torch.compile(layer.forward, dynamic=True) for layer in layers}
         self.run_compiled(True)

@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 
 def take_lora(model: nn.Module) -> None:
-    """Make the linear layers of a peft model add their adapters so. Other kinds of adapters stay as they are."""
+    """Make the linear layers of a peft model add their adapters in this way. Other kinds of adapters stay as they are."""
     from peft.tuners.lora.layer import Linear
 
     for part in model.modules():

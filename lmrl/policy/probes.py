@@ -32,7 +32,9 @@ ROUNDING = 0.15
 
 def can_pack(policy: Policy) -> bool:
     """True if sequences that stand end to end in one row are computed as each is alone, and that is faster: on an accelerator in
-    bfloat16, by an attention that takes them. With `model.attention` named, wherever it is right."""
+    bfloat16, by an attention that takes them. With `model.attention` named, wherever it is right.
+
+    A flat tolerance serves here, because the same kernels compute both."""
     if policy.attention in (None, "auto"):
         computed = torch.bfloat16 in (policy.autocast_dtype, policy.causal_lm.dtype)
         if policy.device.type != "cuda" or not computed or not HAS_VARLEN:
@@ -77,10 +79,13 @@ def can_share_prompts(policy: Policy) -> bool:
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     if set(kinds) != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
         return False
-    tokens = _some_tokens(policy, 32)
+    part = min(8, (policy.max_length or 32) // 4)
+    if part == 0:
+        return False
+    tokens = _some_tokens(policy, 4 * part)
     plain = [
-        Sequence(torch.cat([tokens[:8], own]), torch.arange(7, 7 + len(own)), own)
-        for own in (tokens[8:16], tokens[16:])
+        Sequence(torch.cat([tokens[:part], own]), torch.arange(part - 1, part - 1 + len(own)), own)
+        for own in (tokens[part : 2 * part], tokens[2 * part :])
     ]
     packed = pack(plain)
     assert packed is not None  # they begin alike
@@ -129,14 +134,14 @@ def _plain_logits(policy: Policy, tokens: list[int]) -> torch.Tensor:
 
 
 def _some_tokens(policy: Policy, count: int) -> torch.Tensor:
-    """Tokens of the whole vocabulary, the same ones every time. The first few are special ones in many vocabularies, for which
-    bfloat16 is least exact."""
+    """Tokens from all over the vocabulary, the same ones every time. The lowest ids are special tokens in many vocabularies, for
+    which bfloat16 is least exact."""
     return torch.randint(policy.vocabulary.shape[0], (count,), generator=torch.Generator().manual_seed(0))
 
 
 def _agrees(policy: Policy, found: torch.Tensor, expected: torch.Tensor, careless: torch.Tensor) -> bool:
-    """True if log-probabilities differ from the expected ones by rounding alone. careless: those of a model that does not do what
-    it is tried for. In bfloat16 rounding alone may be a tenth of a nat, so there the difference from these tells."""
+    """True if log-probabilities differ from the expected ones by rounding alone. careless: what a model without the ability would
+    give. In bfloat16 rounding alone may reach a tenth of a nat, so the gap is judged relative to this mistake."""
     gap, mistake = (float((one - expected).abs().mean()) for one in (found, careless))
     tolerance = _tolerance(policy)
     return gap < (tolerance if tolerance == EXACT else max(tolerance, ROUNDING * mistake))

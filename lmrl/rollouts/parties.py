@@ -33,7 +33,7 @@ class Side:
 
     async def answer(self, game: Game, observation: str | Messages, limit: float | None = None) -> str:
         """The action. limit: seconds that a scripted player may take; `timeout` and `retries` limit an address. Raises
-        ContextFull after its first turn."""
+        ContextFull if the game no longer fits its context, never on its first turn."""
         raise NotImplementedError
 
 

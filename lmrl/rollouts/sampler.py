@@ -219,7 +219,7 @@ class Sampler:
             with self.waited_for():
                 await self._begin(episode)
                 context = episode.recorder.observe(episode.observation)
-                if self.task.longest_prompt is None:  # the engine refuses what is known before the run
+                if self.task.longest_prompt is None:  # prompts are known: they are checked before the run
                     self.check_first(context, max_new_tokens)
             while not episode.over:
                 action = await act(episode, context)

@@ -19,6 +19,8 @@ from lmrl.tools.formats import Tool
 
 SECONDS, CHARACTERS = 30.0, 4000
 """Default time limit of a call, and maximum length of its result."""
+PREFIX = "parameter_"
+"""Of the fields that hold a tool's parameters."""
 
 
 class ToolFailed(Exception):
@@ -80,7 +82,7 @@ class PythonTool:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "arguments"
             raise ToolFailed(f"{place}: {first['msg']}") from error
-        return {str(field.alias): getattr(checked, name) for name, field in type(checked).model_fields.items()}
+        return {name.removeprefix(PREFIX): getattr(checked, name) for name in type(checked).model_fields}
 
     def instance(self) -> Callable[..., Any]:
         """The callable for one episode."""
@@ -217,8 +219,8 @@ def _model_of(call: Callable[..., Any], name: str, key: str, skipped: int) -> tu
         if parameter.name not in hints:
             raise PluginError(f"{key}: parameter '{parameter.name}' of '{name}' has no type hint: add one")
         default = ... if parameter.default is parameter.empty else parameter.default
-        fields[f"parameter_{parameter.name}"] = (hints[parameter.name], default)
-    config = ConfigDict(extra="forbid", alias_generator=lambda field: field.removeprefix("parameter_"))
+        fields[PREFIX + parameter.name] = (hints[parameter.name], default)
+    config = ConfigDict(extra="forbid", alias_generator=lambda field: field.removeprefix(PREFIX))
     try:
         model = create_model(name, __config__=config, **fields)
         schema = _without_titles(model.model_json_schema())

@@ -129,7 +129,7 @@ def _start(run: Run, spec: CustomTracker, index: int) -> Any:
 
 
 def _limited(name: str) -> foreign:
-    return foreign(f"tracker {name}", LIMIT, key=None)
+    return foreign(f"tracker {name}", LIMIT, key=None, may_hang=True)
 
 
 def _ids(folder: Path) -> dict[str, str]:

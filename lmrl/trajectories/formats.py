@@ -88,8 +88,10 @@ def preference(row: Row) -> tuple[str | Messages, str | Messages, str | Messages
 
 def equal_pairs_note(count: int, first: str) -> str:
     """A note on pairs whose two answers are the same. first: the place of the first one."""
-    have = "in 1 pair" if count == 1 else f"in {count} pairs"
-    return f"warning: {first}: {have} chosen and rejected are the same, so that neither is preferred: take them out"
+    return (
+        f"warning: {first}: in {counted(count, 'pair')} chosen and rejected are the same, so that neither is preferred: take "
+        "them out"
+    )
 
 
 def common_prompt(chosen: str, rejected: str) -> str:

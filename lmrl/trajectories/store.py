@@ -153,7 +153,7 @@ class DatasetFile:
             self.notes.append(f"{self.path}: {UNMATCHED}")
         if shared:
             self.notes.append(
-                f"warning: {self.path}: {counted(shared, 'episode')} with prompts that are also in evaluation.suite, so its "
+                f"warning: {self.path}: the prompts of {counted(shared, 'episode')} are also in evaluation.suite, so the suite's "
                 "scores flatter the policy: take them out of one of the files"
             )
         if bad and bad_rows is not None:

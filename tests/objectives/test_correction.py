@@ -125,7 +125,7 @@ def test_packed_episodes_keep_their_own_weights(tiny_policy):
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "reinforce_pp"])
-def test_a_single_update_corrects_without_a_pass_of_its_own(tiny_policy, name, monkeypatch):
+def test_a_single_update_needs_no_further_pass(tiny_policy, name, monkeypatch):
     """The loss, its gradient and what is reported are those with old log-probabilities from an earlier pass."""
     episodes = [episode([4, 5], 1.0), episode([6], 0.0, sampled=-4.0), episode([7, 8, 9], 0.5)]
     assert tiny_policy.shares_prompts  # found out with passes of its own
@@ -151,7 +151,7 @@ def test_a_single_update_corrects_without_a_pass_of_its_own(tiny_policy, name, m
 
 
 @pytest.mark.parametrize(("mode", "sampled"), [("sequence_mask", -1.0), ("token_mask", None)])
-def test_a_ratio_of_whole_episodes_or_of_unknown_tokens_takes_a_pass(tiny_policy, mode, sampled):
+def test_other_ratios_take_a_pass(tiny_policy, mode, sampled):
     method = load_objective(OBJECTIVES["grpo"](name="grpo", epochs=1, minibatches=1))
     method.correction = Correction(mode, 1.2)
     batch = method.prepare(tiny_policy, [episode([4, 5], 1.0, sampled=sampled), episode([6], 0.0)])

@@ -62,7 +62,7 @@ def test_dropout_falls_on_the_adapter_alone():
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
 
 
-def test_adapters_are_switched_merged_and_mixed_as_before():
+def test_adapters_are_switched_merged_and_mixed():
     plain, own = adapted(torch.float64)
     with plain.disable_adapter(), own.disable_adapter():
         base = plain(input_ids=TOKENS).logits

@@ -17,9 +17,7 @@ from lmrl.policy.probes import _agrees
         (torch.bfloat16, 2.0, 2.0, False),
     ],
 )
-def test_in_low_precision_a_difference_is_compared_with_that_of_a_mistake(
-    tiny_policy, monkeypatch, autocast, gap, mistake, agrees
-):
+def test_bfloat16_is_judged_relative_to_a_mistake(tiny_policy, monkeypatch, autocast, gap, mistake, agrees):
     monkeypatch.setattr(tiny_policy, "autocast_dtype", autocast)
     expected = -torch.arange(8.0)
     assert _agrees(tiny_policy, expected + gap, expected, expected - mistake) is agrees

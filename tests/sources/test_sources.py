@@ -250,7 +250,7 @@ def test_prompts_that_are_trained_on_and_scored_are_reported(tmp_path, tokenizer
     assert task.notes == [] and {"a", "z"} <= task.scored
     log = lines(tmp_path / "log.jsonl", [{"prompt": "a", "completion": "d"}, {"prompt": "b", "completion": "d"}])
     (note,) = open_dataset_file(dataset(path=log), task).notes
-    assert note.startswith(f"warning: {log}: 1 episode with prompts that are also in evaluation.suite")
+    assert note.startswith(f"warning: {log}: the prompts of 1 episode are also in evaluation.suite")
     own = build_task(PromptTask(prompts=Prompts(path=path, holdout=0.1)), tokenizer)
     watch_suite(own, Suite(task=PromptTask(prompts=Prompts(path=path, holdout=0.1))), tokenizer, plays=True)
     assert own.notes == []  # the held-out tenth of its own prompts

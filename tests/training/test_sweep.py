@@ -189,7 +189,7 @@ def test_a_sweep_on_the_command_line_says_what_it_lacks(tmp_path, monkeypatch, c
         with pytest.raises(LmrlError, match=message):
             train(**options)
     train("random_walks/bc", TINY, over=["training.seed=0,1"], dry_run=True)
-    assert "dry run of seed-0 passed, so did the checks of 1 more recipe:" in capsys.readouterr().out
+    assert "dry run of seed-0 passed, and so did the checks of 1 more recipe:" in capsys.readouterr().out
     assert list(Path().iterdir()) == []
 
 

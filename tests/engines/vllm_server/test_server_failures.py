@@ -50,7 +50,7 @@ def test_a_server_that_dies_leaves_its_requests_to_the_others(fakes, engine_of):
     assert len(servers[1].requests) >= 20 - 4
 
 
-def test_a_server_that_is_started_again_gets_the_weights_before_its_completions_count(fakes, engine_of):
+def test_a_restarted_server_gets_the_weights_first(fakes, engine_of):
     """A request that was about to be sent may reach it before them: its completion is of other weights."""
     (server,) = fakes()
     engine = engine_of([server])
