@@ -124,7 +124,7 @@ def test_an_error_of_the_engine_is_not_of_the_game(tokenizer):
         ({"step": lambda self, action: ([1.0, float("nan")], True, False, {})}, "returned the reward nan"),
         ({"step": lambda self, action: (1.0, True, False)}, "expected rewards, terminated, truncated, info"),
         ({"reset": lambda self, **_: None}, "expected the info"),
-        ({"observe": lambda self, player: 3}, "the observation is 3 \\(int\\)"),
+        ({"observe": lambda self, player: 3}, "the observation is 3 (int)"),
         ({"to_move": 2}, "to_move is 2; expected a player from 0 to 1"),
     ],
 )
