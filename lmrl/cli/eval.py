@@ -159,10 +159,8 @@ def command(
     display.table(f"{report.policy} on {report.suite}", report.rows)
     known = list(dict.fromkeys(name for row in report.rows.values() for name in row))
     for name in report.columns:
-        if name not in (
-            *known,
-            *RESERVED,
-        ):  # `kl` is measured in training alone, and `normalized` depends on the environment
+        # `kl` is measured in training alone, and `normalized` depends on the environment.
+        if name not in (*known, *RESERVED):
             display.say(f"metrics: no episode has a '{name}'{did_you_mean(name, known)}")
     display.say(f"played: {report.played}")
     if report.overlap is not None:
