@@ -251,3 +251,13 @@ def test_what_it_cannot_train_is_refused(tmp_path, changes, said):
 
 def located(changes, folder):
     return [change.replace("x.jsonl", f"{folder}/x.jsonl").replace("r.py", f"{folder}/r.py") for change in changes]
+
+
+@pytest.mark.parametrize("coef", [0.0, 0.1])
+def test_only_a_bonus_sends_entropy_a_gradient(policy, coef):
+    objective = ArCHer(options(entropy_coef=coef))
+    (micro,) = objective.prepare(policy, [two_turns()]).microbatches(100, 0)
+    outputs = policy(micro, objective.forward_request)
+    outputs.entropy.retain_grad()
+    objective.loss(outputs, micro).sum.backward()
+    assert (outputs.entropy.grad is not None) == (coef > 0)

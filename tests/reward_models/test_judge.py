@@ -65,7 +65,14 @@ def test_scores_are_parsed_and_scaled(monkeypatch):
 
 @pytest.mark.parametrize(
     ("reply", "value"),
-    [("8/10", 8), ("**7**/10.", 7), ("9.5 out of 10", 9.5), ("Step 1/2 is fine.\nScore: 4", 4), ("10/10", 10)],
+    [
+        ("8/10", 8),
+        ("**7**/10.", 7),
+        ("9.5 out of 10", 9.5),
+        ("8 of 10", 8),
+        ("Step 1/2 is fine.\nScore: 4", 4),
+        ("10/10", 10),
+    ],
 )
 def test_a_score_is_not_what_it_is_out_of(reply, value):
     assert Judge("m", url="http://127.0.0.1:9/v1").score_in(reply) == pytest.approx((value - 1) / 9)

@@ -17,6 +17,9 @@ from lmrl.serve.endpoint import endpoint
 from lmrl.serve.http import Limits
 from lmrl.serve.model import ServedPolicy
 
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+KEY = "k" * 32
+
 
 class Scripted(Engine):
     """Answers with given texts, one after the other; special tokens in them are control tokens."""

@@ -228,6 +228,14 @@ def test_parameters_may_have_any_name():
     ]
 
 
+def test_the_model_reads_the_alias_and_the_function_its_own_name():
+    def half(number: Annotated[int, Field(alias="n")]) -> float:
+        return number / 2
+
+    assert list(PythonTool(half).described["function"]["parameters"]["properties"]) == ["n"]
+    assert run([half], ("half", {"n": 4})) == ["2.0"]
+
+
 def test_what_cannot_be_described_is_refused():
     def bare(a): ...
     def many(*a: int): ...
