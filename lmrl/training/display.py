@@ -39,10 +39,10 @@ class Display:
         self._began, self._done = 0.0, 0
         self._bar: NotebookBar | None = None
 
-    def say(self, text: str, whole: bool = False) -> None:
+    def say(self, text: str, whole: bool = False, style: str = "") -> None:
         """Print a line, wrapped between words in a terminal. whole: do not wrap, so that commands and paths can be
         copied."""
-        self.console.print(Text(visible(text)), soft_wrap=whole or not self.console.is_terminal)
+        self.console.print(Text(visible(text), style=style), soft_wrap=whole or not self.console.is_terminal)
 
     def begin(self, stage: str, label: str, steps: int, done: int) -> None:
         self._stage, self._steps = f"{stage} ({label})", steps
@@ -103,21 +103,28 @@ class Display:
             self.console.print(line, soft_wrap=True)
 
     def table(self, title: str, rows: dict[str, dict[str, dict[str, Any]]]) -> None:
-        table, unlimited = score_table(title, rows), self.console.options.update(max_width=10_000)
-        if self.console.measure(table, options=unlimited).minimum > self.console.width:
-            table = score_table(title, rows, upright=True)
-        self.console.print(table)
+        """Rows of scores side by side, each with its 95 % interval."""
+        self.grid(title, score_lines(rows), "mean ± half width of the 95 % interval, or its ends")
         if scope := scope_of(rows):
             self.say(f"95 % intervals hold for {scope}")
 
     def number_table(self, title: str, heads: list[str], rows: dict[str, list[float]]) -> None:
         """A table of numbers, with one column per heading."""
-        table = Table(title=title, title_justify="left")
-        for head in ["", *heads]:
-            table.add_column(head, justify="right" if head else "left")
-        for name, values in rows.items():
-            table.add_row(name, *("" if math.isnan(value) else short(value) for value in values))
-        self.console.print(table)
+        lines = [[name, *("" if math.isnan(value) else short(value) for value in row)] for name, row in rows.items()]
+        self.grid(title, [["", *heads], *lines])
+
+    def grid(self, title: str, lines: list[list[str]], caption: str = "") -> None:
+        """A table whose first line and first column are names. Where it is too wide for its cells to stay in one piece,
+        its lines become columns, if that helps."""
+        wide, upright = grid(lines), grid(list(map(list, zip(*lines, strict=True))))
+        unlimited, room = self.console.options.update(max_width=10_000), self.console.width
+        least, whole = self.console.measure(wide, options=unlimited)
+        turns = whole > room and self.console.measure(upright, options=unlimited).maximum <= room
+        # Title and caption are lines of their own: a table's would wrap at its width.
+        self.say(title, style="italic")
+        self.console.print(upright if turns or least > room else wide)
+        if caption:
+            self.say(caption, style="dim italic")
 
 
 class NotebookBar:
@@ -145,18 +152,21 @@ def spread_out(trajectories: Sequence[Trajectory], count: int) -> list[Trajector
     return list(trajectories[::stride][:count])
 
 
-def score_table(title: str, rows: dict[str, dict[str, dict[str, Any]]], upright: bool = False) -> Table:
-    """Rows of scores side by side, each with its 95 % interval. upright: a line per metric and a column per row, for
-    many metrics on a narrow screen."""
+def score_lines(rows: dict[str, dict[str, dict[str, Any]]]) -> list[list[str]]:
+    """Rows of scores as lines of cells, the heading first."""
     names = list(dict.fromkeys(name for scores in rows.values() for name in scores))
-    caption = "mean ± half width of the 95 % interval, or its ends"
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     lines = [["", *names, "n"]]
     for label, scores in rows.items():
         counts = {str(score["n"]) for score in scores.values()}
         cells = [interval(scores[name]) if name in scores else "" for name in names]
         lines.append([label, *cells, "/".join(sorted(counts))])
-    head, *body = list(map(list, zip(*lines, strict=True))) if upright else lines
+    return lines
+
+
+def grid(lines: list[list[str]]) -> Table:
+    """Lines of cells as a table, the heading first."""
+    head, *body = lines
+    table = Table()
     for name in head:
         table.add_column(name, justify="right" if name else "left", overflow="fold")
     for line in body:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.table import Table
 
 from lmrl.errors import COLLAPSED, LmrlError, RecipeError, RunError, counted
 from lmrl.evaluation.statistics import UNLIMITED, summarize
@@ -135,7 +134,11 @@ def sweep(
     write_atomically(folder / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
     columns = dict.fromkeys(column for point in points for column in point.columns)
     if rows and columns:
-        display.console.print(sweep_table(rows, columns))
+        display.grid(
+            "Result over runs",
+            sweep_lines(rows, columns),
+            "mean ± half width of the 95 % interval over runs, and the lowest run",
+        )
     elif not rows and not failed:
         display.say(
             f"no run was evaluated, so there are no scores to compare: set evaluation.every, or lmrl eval {folder}/*/"
@@ -320,23 +323,15 @@ def _over_runs(rows: list[tuple[str, dict[str, dict[str, Any]]]]) -> dict[str, d
     return scores
 
 
-def sweep_table(rows: Rows, columns: Iterable[str]) -> Table:
-    """The rows, each column with its mean over runs, the interval, and the lowest run."""
-    table = Table(
-        title="Result over runs", caption="mean ± half width of the 95 % interval over runs, and the lowest run"
-    )
-    table.title_justify = table.caption_justify = "left"
-    table.add_column("")
+def sweep_lines(rows: Rows, columns: Iterable[str]) -> list[list[str]]:
+    """The rows as lines of cells, each column with its mean over runs, the interval, and the lowest run."""
     shown = [column for column in columns if any(column in scores for scores in rows.values())]
-    for column in shown:
-        table.add_column(column, justify="right")
-        table.add_column("lowest", justify="right")
-    table.add_column("n", justify="right")
+    lines = [["", *(head for column in shown for head in (column, "lowest")), "n"]]
     for label, scores in rows.items():
         cells = [cell for column in shown for cell in _cells(scores.get(column))]
         counts = {scores[column]["n"] for column in shown if column in scores}
-        table.add_row(label, *cells, "/".join(map(str, sorted(counts))))
-    return table
+        lines.append([label, *cells, "/".join(map(str, sorted(counts)))])
+    return lines
 
 
 def _cells(score: dict[str, Any] | None) -> tuple[str, str]:

@@ -70,3 +70,19 @@ def test_each_kind_has_columns_of_its_own():
         "  short          What it is.",
         "  longer [one]   [Brackets] are no markup.",
     ]
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_cells_titles_and_captions_stay_whole(width):
+    """A table too wide for its cells stands on its side, and its title is not wrapped at its width."""
+    heads = [f"metric-{number}" for number in range(6)]
+    lines = [["", *heads, "n"], ["reward model", *["0.526 ± 0.032"] * 6, "3"]]
+    title, caption = "Result over the runs", "mean ± half width of the interval"
+
+    def show(console):
+        Display(console).grid(title, lines, caption)
+        Display(console).grid(title, [["", "a"], ["b", "1"]], caption)
+
+    text = shown(width, show)
+    assert text.count(title) == text.count(caption) == 2 and max(map(len, text)) <= width
+    assert "\n".join(text).count("0.526 ± 0.032") == 6 and all(any(head in line for line in text) for head in heads)
