@@ -1,6 +1,7 @@
 """Objects of a Python program in recipes: names for them, runs with them, and what a resumed run asks for."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -224,3 +225,33 @@ def test_a_model_without_a_tokenizer_is_refused(tiny_folder, tmp_path):
     model.config._name_or_path = ""
     with pytest.raises(lmrl.errors.ModelError, match="pass model=\\(model, tokenizer\\)"):
         lmrl.train("grpo", SHORT, tmp_path / "run", model=model, prompts=ROWS, rewards=length)
+
+
+def test_options_are_what_a_resumed_run_reads():
+    """recipe.yaml would give `{1: 0.5}` back with the key '1', and a set as a list or as text."""
+    task = {"prompts": ROWS, "rewards": {"function": length, "options": {}}}
+    recipe = {"model": {"path": "m"}, "task": task, "objective": {"name": "grpo"}, "rollouts": {"samples": 2}}
+    for options, what in (
+        ({"marks": {1: 0.5}}, "the key marks.1 is not text"),
+        ({"words": {"a"}}, "words is {'a'} (set), which recipe.yaml cannot keep"),
+        ({"limit": float("inf")}, "limit is inf (float)"),
+        ({"by": [len]}, "by.0 is <built-in function len> ("),
+    ):
+        task["rewards"]["options"] = options
+        with pytest.raises(RecipeError, match=f"^task.rewards.0.options: {re.escape(what)}"):
+            lmrl.load_recipe(recipe)
+        with pytest.raises(RecipeError, match=f"^rewards: .*{re.escape(what.removeprefix('the key '))}"):
+            lmrl.train("grpo", model="m", prompts=ROWS, rewards=task["rewards"])
+    task["rewards"]["options"] = {"pair": (1, 2)}
+    assert lmrl.load_recipe(recipe).task.rewards[0].options == {"pair": [1, 2]}
+    with pytest.raises(RecipeError, match="the key sizes.1 is not text"):
+        lmrl.load_recipe(
+            {"model": {"path": "m"}, "task": {"environment": Guess, "sizes": {1: 2}}, "objective": {"name": "ppo"}}
+        )
+
+
+def test_overrides_that_are_no_list():
+    for overrides in ("training.steps=3", {"training.steps": 3}, [3], None):
+        for call in (lmrl.train, lmrl.load_recipe):
+            with pytest.raises(RecipeError, match="^overrides: expected a list of texts, for instance "):
+                call("random_walks/ppo", overrides)

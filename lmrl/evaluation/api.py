@@ -319,9 +319,10 @@ def evaluator_for(
         if suite is None:
             if task is None:
                 raise RecipeError(f"'{policy.name}' does not say what it was trained for: name a suite, --suite NAME")
-            loaded = own_suite(task, saved.get("rollouts") or run_rollouts(Path(path)), list(overrides))
+            rollouts = saved.get("rollouts") or run_rollouts(Path(path))
+            loaded = own_suite(task, rollouts, overrides, f"'{policy.name}'")
         else:
-            loaded = load_suite(suite, list(overrides), task)
+            loaded = load_suite(suite, overrides, task)
         loaded = allow_code(loaded) if run_code else loaded
         name = OWN_TASK if suite is None else str(suite)
     opened = RemotePolicy(path, endpoint) if is_address(path) else open_policy(path, dtype, trust_remote_code)

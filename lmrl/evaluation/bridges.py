@@ -12,7 +12,7 @@ from lmrl.errors import RecipeError
 from lmrl.extras import need
 from lmrl.recipe import Section
 from lmrl.recipe.document import Document
-from lmrl.recipe.overrides import apply_override
+from lmrl.recipe.overrides import apply_override, listed
 from lmrl.recipe.validation import validate
 
 Options = TypeVar("Options", bound=Section)
@@ -111,6 +111,6 @@ def _task(suite: str | Path | None, prefix: str) -> str | None:
 
 def _options(section: type[Options], overrides: Sequence[str]) -> Options:
     document = Document({})
-    for override in overrides:
+    for override in listed(overrides):
         apply_override(document, override)
     return validate(section, document)

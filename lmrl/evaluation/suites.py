@@ -13,7 +13,7 @@ from lmrl.recipe import Choices, PromptTask, Rollouts, Section, TaskSection, any
 from lmrl.recipe.document import Document, read_yaml
 from lmrl.recipe.files import find_yaml, merge
 from lmrl.recipe.methods import spelled_out, take_arguments
-from lmrl.recipe.overrides import OVERRIDE, apply_override
+from lmrl.recipe.overrides import OVERRIDE, apply_override, listed
 from lmrl.recipe.paths import resolve_files
 from lmrl.recipe.validation import validate
 
@@ -88,7 +88,7 @@ def load_suite(name: str | Path, overrides: Sequence[str] = (), task: dict[str, 
         document.data["task"] = merge(own, task)
     else:
         _score_whole_file(own)
-    for override in overrides:
+    for override in listed(overrides):
         apply_override(document, spelled_out(override, arguments))
     resolve_files(document.data, document.folder)
     _read_own_file(document)
@@ -148,21 +148,23 @@ def refuse_unscored(suite: Suite) -> None:
         )
 
 
-def own_suite(task: dict[str, Any], rollouts: dict[str, Any], overrides: Sequence[str] = ()) -> Suite:
+def own_suite(
+    task: dict[str, Any], rollouts: dict[str, Any], overrides: Sequence[str] = (), policy: str = "the policy"
+) -> Suite:
     """The suite that a run's own task makes: fresh episodes of an environment, or prompts, sampled as the run sampled.
 
-    task, rollouts: of the run's recipe, as plain data. Raises RecipeError for a task of prompts without a reward.
+    task, rollouts: of the run's recipe, as plain data. policy: its name, for messages. Raises RecipeError for a task of prompts without a reward.
     """
     sampling = {name: rollouts[name] for name in SAMPLING if name in rollouts}
     if task.get("opponent_in_evaluation") is not None:
         task = task | {"opponent": task["opponent_in_evaluation"], "opponent_in_evaluation": None}
     document = Document({"task": task, "rollouts": sampling})
-    for override in overrides:
+    for override in listed(overrides):
         apply_override(document, override)
     resolve_files(document.data, document.folder)
     suite = validate(Suite, document)
     if isinstance(suite.task, PromptTask) and not any_weighted(suite.task.rewards):
         raise RecipeError(
-            "task.rewards: the policy's own task has no reward to score it by: name a suite, --suite NAME"
+            f"task.rewards: the own task of {policy} has no reward to score by: name a suite, --suite NAME"
         )
     return suite

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from lmrl import objects
 
@@ -18,6 +28,31 @@ RowsPath = Annotated[str, BeforeValidator(objects.by_name("rows"))]
 ModelPath = Annotated[str, BeforeValidator(objects.by_name("model"))]
 EnvironmentName = Annotated[str, BeforeValidator(objects.by_name("environment"))]
 """Text that names something; a Python object in its place is replaced by a name, see lmrl/objects.py."""
+
+
+def plain(value: Any, name: str = "") -> Any:
+    """A free-form value as files keep it: a run that is resumed reads its options from there. Raises ValueError for one
+    that would come back as something else. name: its dotted key, for messages."""
+    above = f"{name}." if name else ""
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise ValueError(f"the key {above}{key} is not text: put it in quotes, and convert it where it is used")
+        return {key: plain(one, f"{above}{key}") for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one, f"{above}{index}") for index, one in enumerate(value)]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise ValueError(
+        f"{f'{name} is ' if name else ''}{repr(value)[:100]} ({type(value).__name__}), which recipe.yaml cannot keep: name functions as "
+        "'file.py:name', and give finite numbers, text, lists and mappings as options"
+    )
+
+
+FreeForm = Annotated[dict[str, Any], AfterValidator(plain)]
+"""Keys and values that only the code they are for knows."""
 
 
 class Section(BaseModel):
@@ -44,6 +79,11 @@ class Plugin(Section):
     """A section that names custom code: further keys are that code's options, checked when it is loaded."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _options_are_plain(self) -> typing.Self:
+        (self.model_extra or {}).update(plain(self.options))
+        return self
 
     @property
     def options(self) -> dict[str, Any]:

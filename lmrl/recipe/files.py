@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel
-from pydantic_core import PydanticSerializationError
 
 from lmrl import registry
 from lmrl.errors import RecipeError, did_you_mean
@@ -17,7 +16,7 @@ from lmrl.objects import with_names
 from lmrl.recipe import CHOICES, MAIN_STAGE, REWARD_MODEL, STAGE_PREFIX, Recipe, Reward
 from lmrl.recipe.document import Document, read_yaml
 from lmrl.recipe.methods import check_arguments, spelled_out, take_arguments
-from lmrl.recipe.overrides import apply_override
+from lmrl.recipe.overrides import apply_override, listed
 from lmrl.recipe.paths import resolve_files
 from lmrl.recipe.validation import validate
 from lmrl.secrets import check_no_secrets
@@ -77,7 +76,7 @@ def load_recipe(name: str | Path | Mapping[str, Any], overrides: typing.Sequence
     else:
         document = read_yaml(find_yaml(name, "recipes"))
     arguments = take_arguments(document.data)
-    for override in overrides:
+    for override in listed(overrides):
         apply_override(document, spelled_out(override, arguments))
     check_arguments(document.data, arguments, str(name))
     stages = document.data.get("stages")
@@ -159,12 +158,5 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def to_yaml(recipe: BaseModel) -> str:
     """The resolved recipe as YAML, with every default."""
-    try:
-        data = recipe.model_dump(mode="json")
-    except PydanticSerializationError as error:  # a Python object among free-form options
-        raise RecipeError(
-            f"the recipe contains a value that cannot be written to a file ({str(error).splitlines()[0]}): name functions as 'file.py:name', "
-            "and give numbers, text, lists and mappings as options"
-        ) from error
-    text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+    text: str = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
     return text

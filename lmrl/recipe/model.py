@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from lmrl.recipe.base import ModelPath, Section
+from lmrl.recipe.base import FreeForm, ModelPath, Section
 
 SIZES = (
     "hidden_size",
@@ -67,7 +67,7 @@ class Model(Section):
     path: ModelPath | None = None
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    config: dict[str, Any] | None = None
+    config: FreeForm | None = None
     """Transformers configuration of a model from scratch: `model_type` and its sizes. Without `initializer_range`, initial
     weights have a standard deviation of 1 / sqrt(`hidden_size`), but at least transformers' own."""
     tokenizer: Literal["char", "word"] = "char"

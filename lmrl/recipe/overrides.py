@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -12,6 +13,15 @@ from lmrl.recipe.document import Document, Keys, Loader, check_size, dotted
 
 OVERRIDE = "override "
 """How the place of a key begins that an override has set."""
+
+
+def listed(overrides: Sequence[str]) -> list[str]:
+    """Overrides as a list. Raises RecipeError for anything else, such as a single text, whose letters would be taken one by one."""
+    if isinstance(overrides, list | tuple) and all(isinstance(one, str) for one in overrides):
+        return list(overrides)
+    raise RecipeError(
+        f"overrides: expected a list of texts, for instance ['training.steps=50'], got {overrides!r:.200}"
+    )
 
 
 def apply_override(document: Document, override: str) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from lmrl import registry
-from lmrl.recipe.base import Section
+from lmrl.recipe.base import FreeForm, Section
 from lmrl.recipe.server import Server
 
 CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
@@ -38,7 +38,7 @@ class Rollouts(Section):
     engine: str = "hf"
     """hf: the policy's own transformers model; vllm: a copy of its weights in vLLM, in the same process; vllm-server: copies
     in one or several vLLM servers; or your own engine (docs/plugins.md)."""
-    options: dict[str, Any] = {}
+    options: FreeForm = {}
     """Keyword arguments of your own engine."""
     prompts: int = Field(32, ge=1, le=1_000_000)
     """Prompts (or start states) per step."""

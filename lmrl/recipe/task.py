@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AllowInfNan, BeforeValidator, Field, field_validator, model_validator
 
 from lmrl.objects import is_object, name_alone, named_rewards
-from lmrl.recipe.base import EnvironmentName, Plugin, RowsPath, Section
+from lmrl.recipe.base import EnvironmentName, FreeForm, Plugin, RowsPath, Section
 from lmrl.recipe.players import OpponentOf
 from lmrl.recipe.templates import Shots
 
@@ -81,7 +81,7 @@ class Reward(Section):
     make an ensemble. `options` are the arguments of lmrl.rewards.model.RewardModel."""
     weight: float = 1.0
     """Weight in the sum of rewards. 0: watched, not trained on."""
-    options: dict[str, Any] = {}
+    options: FreeForm = {}
     """Arguments of the function or class, or options of `url` and `model`."""
     name: str | None = None
     """Name in metrics (null: from `function`, `url` or `model`)."""
@@ -202,7 +202,7 @@ class AgentTask(Section):
     agent_command: list[str] | None = None
     """A program in any language and its arguments: it gets the row as JSON on its standard input, and the address and key in
     OPENAI_BASE_URL and OPENAI_API_KEY; its last printed line is, as JSON, what `solve` would return."""
-    tools: list[str | dict[str, Any]] = []
+    tools: list[str | FreeForm] = []
     """Instead of a program, tools that the policy calls until it answers: `file.py:function` or a dotted path, a
     function with type hints; `python`, or `{python: {seconds: 5}}`, runs code; `{mcp: {command: [...]}}` or `{mcp: {url: ...}}` are
     the tools of an MCP server. `rewards` judge the answer. `options`: `prompt` (the column with the question), `system`, `rounds`
@@ -219,7 +219,7 @@ class AgentTask(Section):
     """Share of the rows, drawn with a fixed seed, that is held out for evaluation."""
     limit: int | None = Field(None, ge=1)
     """Use only this many rows, the first ones."""
-    options: dict[str, Any] = {}
+    options: FreeForm = {}
     """Further arguments of `agent`."""
     rewards: Annotated[list[Reward], BeforeValidator(as_rewards)] = []
     """Reward functions that judge episodes instead of the program: they get the row's columns, and as completion the text that the

@@ -6,11 +6,11 @@ the row itself as `row`, for columns whose names contain spaces.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from lmrl.recipe.base import Section
+from lmrl.recipe.base import FreeForm, Section
 
 
 class Shots(Section):
@@ -26,7 +26,7 @@ class Shots(Section):
     """Split of the hub dataset."""
     config: str | None = None
     """Configuration of the hub dataset (null: that of the prompts)."""
-    rows: list[dict[str, Any]] = []
+    rows: list[FreeForm] = []
     """The examples themselves, instead of a file."""
     draw: Literal["first", "random"] = "first"
     """`first`: the same examples for every prompt. `random`: drawn separately for each, in the order of lm-eval's sampler."""

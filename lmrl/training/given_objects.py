@@ -12,6 +12,7 @@ from lmrl.errors import RecipeError
 from lmrl.objects import Names, find, is_kind, is_object, named_rewards
 from lmrl.policy.given import save_given
 from lmrl.recipe import Recipe
+from lmrl.recipe.base import plain
 from lmrl.run import MODEL_FOLDER, Run
 
 EXPECTED = {
@@ -35,7 +36,10 @@ def objects_as_overrides(given: Mapping[str, Any]) -> list[str]:
     for name, value in given.items():
         key, kind = keys[name]
         if not kind:
-            value = named_rewards(value, names)
+            try:
+                value = plain(named_rewards(value, names))
+            except ValueError as error:
+                raise RecipeError(f"rewards: {error}") from error
         elif is_kind(value, kind):
             value = names(value)
         elif not isinstance(value, str | Path):

@@ -21,6 +21,7 @@ from lmrl.foreign import drop_note, keep_note
 from lmrl.objects import require
 from lmrl.recipe import MAIN_STAGE, Recipe
 from lmrl.recipe.files import load_recipe, stages_of
+from lmrl.recipe.overrides import listed
 from lmrl.recipe.own import with_own_options
 from lmrl.rollouts.task import check_rewards
 from lmrl.run import CALL_FILE, Run
@@ -83,7 +84,10 @@ def train(
     display = display or Display()
     name = str(recipe) if isinstance(recipe, str | Path) else "recipe"
     given = {"model": model, "prompts": prompts, "data": data, "rewards": rewards, "environment": environment}
-    overrides = [*objects_as_overrides({key: value for key, value in given.items() if value is not None}), *overrides]
+    overrides = [
+        *objects_as_overrides({key: value for key, value in given.items() if value is not None}),
+        *listed(overrides),
+    ]
     if isinstance(recipe, str | Path) and (Path(recipe) / RECIPE_FILE).is_file():
         if not resume or output is not None:
             raise RunError(f"'{recipe}' is a run folder: continue it with resume=True, without output")
