@@ -90,8 +90,8 @@ def calibrate(
     check_outputs(to_json)
     pairs, spec = Pairs(data, limit), _spec(reward, option)
     judge = reward_object(spec, "reward") if spec.kind == "function" else None
-    if hasattr(judge, "prefers_first"):
-        verdicts = by_comparison(judge, pairs)
+    if judge is not None and hasattr(judge, "prefers"):
+        verdicts = by_comparison(judge.prefers, pairs)
     else:
         verdicts = by_scores(load_reward(spec.model_copy(update={"timeout": timeout}), "reward"), pairs)
     show_findings(check_pairs(verdicts, pairs), to_json, well="agrees with the labels")

@@ -8,7 +8,6 @@ cancels, and is reported.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from lmrl.evaluation.scoring import PROMPT, clusters_of
 from lmrl.evaluation.statistics import p_value, summarize
 from lmrl.recipe import Reward
 from lmrl.rewards.load import load_reward, local_call, make_instance
+from lmrl.rewards.pairs import Verdict, ask_pairs, by_score
 from lmrl.rewards.rewards import arguments_of, score
 from lmrl.rewards.workers import Failure
 from lmrl.secrets import expand
@@ -31,8 +31,7 @@ REMOTE = "lmrl.reward_models.judge.Judge"
 MAX_FAILED = 0.1
 """Maximum share of pairs that a judge may leave unanswered."""
 
-Preference = Callable[[Sequence[Trajectory], Sequence[Trajectory]], list[float | None]]
-"""The confidence that the first answer of each pair is better, from 0 to 1; None if the judge gave no answer."""
+Preference = Callable[[Sequence[Trajectory], Sequence[Trajectory]], list[Verdict]]
 
 
 @dataclass(kw_only=True)
@@ -96,43 +95,23 @@ def load_judge(name: str, options: Mapping[str, Any] = {}) -> Judge:
         return Judge(label, _preference(local_call(spec, KEY)), True)
     function = load_reward(spec, KEY)
 
-    def by_score(one: Sequence[Trajectory], other: Sequence[Trajectory]) -> list[float | None]:
-        pairs = zip(*(score(function, arguments_of(side)).values for side in (one, other)), strict=True)
-        return [
-            None if a is None or b is None else 0.5 if math.isclose(a, b, abs_tol=1e-12) else float(a > b)
-            for a, b in pairs
-        ]
+    def by_scores(one: Sequence[Trajectory], other: Sequence[Trajectory]) -> list[Verdict]:
+        return by_score(score(function, arguments_of(one)), score(function, arguments_of(other)))
 
-    return Judge(label, by_score, False)
+    return Judge(label, by_scores, False)
 
 
 def _preference(call: Callable[..., Any]) -> Preference:
     """A judge of pairs, as a function of episodes."""
-    parameters = inspect.signature(call).parameters.values() if inspect.ismethod(call) else ()
-    takes_all = not parameters or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
-    names = {one.name for one in parameters}
 
-    def prefer(one: Sequence[Trajectory], other: Sequence[Trajectory]) -> list[float | None]:
+    def prefer(one: Sequence[Trajectory], other: Sequence[Trajectory]) -> list[Verdict]:
         columns = arguments_of(one)
         columns["first"], columns["second"] = columns.pop("completions"), arguments_of(other)["completions"]
         for name in ("completion_ids", "completion_cut"):
             columns.pop(name)
-        found = list(call(**{name: value for name, value in columns.items() if takes_all or name in names}))
-        if len(found) != len(one):
-            raise RewardError(f"{KEY}: the judge answered {len(found)} of {len(one)} pairs; expected a number for each")
-        return [_share(value) for value in found]
+        return ask_pairs(call, columns, KEY)
 
     return prefer
-
-
-def _share(value: Any) -> float | None:
-    if value is None or isinstance(value, Failure):
-        return None
-    if not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise RewardError(
-            f"{KEY}: the judge answered {value!r:.40}; expected a number from 0 (the second is better) to 1"
-        )
-    return float(value)
 
 
 def judge_pair(judge: Judge, first: Played, second: Played, fixed: bool = False) -> Judged:
@@ -147,18 +126,21 @@ def judge_pair(judge: Judge, first: Played, second: Played, fixed: bool = False)
     one, other = ([side[key] for key in asked] for side in sides)
     as_first, as_second = (judge.prefer(one, other), judge.prefer(other, one)) if asked else ([], [])
     values = dict.fromkeys(keys, 0.5)
-    places, failed, wins, losses = {}, 0, 0, 0
+    places, wins, losses = {}, 0, 0
+    failures: list[Failure] = []
     for key, shown_first, shown_second in zip(asked, as_first, as_second, strict=True):
-        if shown_first is None or shown_second is None:
-            failed += 1
+        if isinstance(shown_first, Failure) or isinstance(shown_second, Failure):
+            failures += [one for one in (shown_first, shown_second) if isinstance(one, Failure)][:1]
             del values[key]
             continue
         values[key] = (shown_first + 1 - shown_second) / 2
         places[key] = (shown_first + shown_second) / 2
         wins += shown_first > 0.5 > shown_second
         losses += shown_first < 0.5 < shown_second
-    if failed > MAX_FAILED * max(len(asked), 1):
-        raise RewardError(f"{KEY}: {judge.name} gave no answer on {failed} of {len(asked)} pairs")
+    if len(failures) > MAX_FAILED * max(len(asked), 1):
+        raise RewardError(
+            f"{KEY}: {judge.name} gave no answer on {len(failures)} of {len(asked)} pairs; the first: {failures[0]}"
+        )
     clusters, of_places = (
         clusters_of([group for group, _ in each], first.trajectories, PROMPT) for each in (values, places)
     )
@@ -179,5 +161,5 @@ def judge_pair(judge: Judge, first: Played, second: Played, fixed: bool = False)
         position=bias["mean"] if bias else None,
         position_ci95=bias["ci95"] if bias else None,
         pairs=len(shares),
-        failed=failed,
+        failed=len(failures),
     )

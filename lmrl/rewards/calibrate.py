@@ -7,7 +7,7 @@ clustered data (Obuchowski, Biometrics 1997): answers of one row form a cluster.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from lmrl.errors import DataError, counted
 from lmrl.evaluation.statistics import summarize
 from lmrl.evaluation.student import t95
 from lmrl.findings import Finding
+from lmrl.rewards.pairs import Verdict, ask_pairs, by_score
 from lmrl.rewards.rewards import RewardFunction, Scores, answer_to, by_column, score
 from lmrl.rewards.workers import Failure
 from lmrl.trajectories.files import Malformed, Row, Rows, open_rows, take
@@ -217,7 +218,7 @@ class Pairs:
         return [0.5 if a == b else float(a > b) for a, b in lengths]
 
 
-def by_scores(function: RewardFunction, pairs: Pairs) -> list[list[float | None]]:
+def by_scores(function: RewardFunction, pairs: Pairs) -> list[list[Verdict]]:
     """Verdicts of a reward that scores answers: 1 if it prefers the answer that people prefer; there is only one
     order."""
     columns = by_column(pairs.columns)
@@ -228,35 +229,33 @@ def by_scores(function: RewardFunction, pairs: Pairs) -> list[list[float | None]
             part = slice(first, first + BATCH)
             batch = {name: column[part] for name, column in columns.items()}
             found.extend(score(function, batch | {"prompts": pairs.prompts[part], "completions": answers[part]}))
-        sides.append(found.values)
-    return [[None if a is None or b is None else 0.5 if a == b else float(a > b)] for a, b in zip(*sides, strict=True)]
+        sides.append(found)
+    return [[verdict] for verdict in by_score(*sides)]
 
 
-def by_comparison(judge: Any, pairs: Pairs) -> list[list[float | None]]:
-    """Verdicts of a judge that compares (`prefers_first`), with the preferred answer first and then second."""
-
-    def known(value: Any) -> float | None:
-        return None if value is None or isinstance(value, Failure) else float(value)
-
-    first = judge.prefers_first(pairs.prompts, pairs.chosen, pairs.rejected)
-    second = judge.prefers_first(pairs.prompts, pairs.rejected, pairs.chosen)
-    return [[known(a), None if known(b) is None else 1 - float(b)] for a, b in zip(first, second, strict=True)]
+def by_comparison(prefers: Callable[..., Any], pairs: Pairs) -> list[list[Verdict]]:
+    """Verdicts of a judge that compares, with the preferred answer first and then second."""
+    columns = by_column(pairs.columns) | {"prompts": pairs.prompts}
+    first = ask_pairs(prefers, columns | {"first": pairs.chosen, "second": pairs.rejected}, "calibrate")
+    second = ask_pairs(prefers, columns | {"first": pairs.rejected, "second": pairs.chosen}, "calibrate")
+    return [[a, b if isinstance(b, Failure) else 1 - b] for a, b in zip(first, second, strict=True)]
 
 
-def check_pairs(verdicts: Sequence[Sequence[float | None]], pairs: Pairs) -> Iterator[Finding]:
+def check_pairs(verdicts: Sequence[Sequence[Verdict]], pairs: Pairs) -> Iterator[Finding]:
     """Agreement with the labels, and bias for length and position, each with its 95 % interval over prompts."""
-    whole = [number for number, orders in enumerate(verdicts) if all(value is not None for value in orders)]
+    causes = [next((one for one in orders if isinstance(one, Failure)), None) for orders in verdicts]
+    whole = [number for number, cause in enumerate(causes) if cause is None]
     if len(whole) < len(pairs):
         share = 1 - len(whole) / len(pairs)
         yield Finding(
             "judges every pair",
             None if share < BIAS else False,
-            f"{len(pairs) - len(whole)} of {len(pairs)} have no verdict",
+            f"{len(pairs) - len(whole)} of {len(pairs)} have no verdict; the first: {next(filter(None, causes))}",
         )
     if len(whole) < FEWEST:
         yield Finding("agrees with the labels", False, f"{counted(len(whole), 'pair')}, too few for a verdict")
         return
-    keys = [key for key, orders in zip(pairs.keys, verdicts, strict=True) if None not in orders]
+    keys = [key for key, cause in zip(pairs.keys, causes, strict=True) if cause is None]
     orders = np.array([verdicts[number] for number in whole], dtype=float)
     agreement = orders.mean(1)
     found = summarize(agreement.tolist(), keys, (0, 1), unit="prompt")

@@ -98,7 +98,7 @@ def test_too_many_failures_are_an_error(judges):
     many = [played(key, *(f"{key}{number}" for number in range(20))) for key in "AB"]
     found = judge_pair(judges("shy"), *many)
     assert (found.failed, found.pairs) == (1, 19)
-    with pytest.raises(RewardError, match="gave no answer on 1 of 3 pairs"):
+    with pytest.raises(RewardError, match="gave no answer on 1 of 3 pairs; the first: returned None"):
         judge_pair(judges("shy"), B, A)
 
 

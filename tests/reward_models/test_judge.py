@@ -72,10 +72,38 @@ def test_scores_are_parsed_and_scaled(monkeypatch):
         ("8 of 10", 8),
         ("Step 1/2 is fine.\nScore: 4", 4),
         ("10/10", 10),
+        ("Score: 7. It misses 3 of 5 points.", 7),
+        ("**Score:** 8\n\nTwo reasons: 1. It is short.", 8),
+        ("The score is 4, for 2 mistakes", 4),
+        ("2 mistakes, so 6", 6),
+        ("8,5", 8.5),
     ],
 )
 def test_a_score_is_not_what_it_is_out_of(reply, value):
     assert Judge("m", url="http://127.0.0.1:9/v1").score_in(reply) == pytest.approx((value - 1) / 9)
+
+
+@pytest.mark.parametrize(
+    ("reply", "value"),
+    [
+        ("Better: A", 1.0),
+        ("**Better: B**. A strong answer, though", 0.0),
+        ("The better answer is B", 0.0),
+        ("Answer A.", 1.0),
+        ("B beats A", None),
+    ],
+)
+def test_a_letter_is_the_verdict_or_there_is_none(reply, value):
+    with stub_openai(lambda *_: chat_answer(reply)) as stub:
+        (found,) = Judge("m", url=stub.url).prefers(["p"], ["a"], ["b"])
+    assert isinstance(found, Failure) if value is None else found == value
+
+
+@pytest.mark.parametrize("bad", [(400, {}, {"error": "content filter"}), [1, 2]])
+def test_a_refused_request_costs_its_sample(bad):
+    with stub_openai(lambda path, body, number: bad if "worst" in str(body) else chat_answer("10")) as stub:
+        good, lost = Judge("m", url=stub.url)(["p", "p"], ["good", "worst"])
+    assert good == 1.0 and isinstance(lost, Failure) and "got no reply: http" in str(lost)
 
 
 def test_a_reply_that_was_cut_has_no_score():

@@ -12,6 +12,7 @@ from lmrl.errors import DataError
 from lmrl.recipe import Reward
 from lmrl.rewards.calibrate import Pairs, auc, by_comparison, by_scores, check_gold, check_pairs
 from lmrl.rewards.load import load_reward
+from lmrl.rewards.workers import Failure
 from tests.stub_openai import chat_answer, stub_openai
 
 REWARDS = """
@@ -140,13 +141,13 @@ def test_a_fair_reward_agrees_without_bias():
 class First:
     """Prefers what stands first in two of three pairs, and what is good in the others."""
 
-    def prefers_first(self, prompts, first, second):
+    def prefers(self, prompts, first, second):
         return [1.0 if int(prompt[1:]) % 3 else float("good" in a) for prompt, a in zip(prompts, first, strict=True)]
 
 
 def test_a_bias_for_position_is_found_by_hand():
     pairs = pairs_file()
-    found = findings(by_comparison(First(), pairs), pairs)
+    found = findings(by_comparison(First().prefers, pairs), pairs)
     # Of 60 pairs 40 go by position: the first wins 40 + 20 / 2 = 50 of 60, and 20 of 60 verdicts hold in both orders.
     position = found["no bias for position"]
     assert position.passed is False and "first answer wins in 0.833; 0.333 of the verdicts" in position.detail
@@ -156,9 +157,11 @@ def test_a_bias_for_position_is_found_by_hand():
 
 def test_pairs_without_a_verdict_are_counted():
     pairs = pairs_file()
-    found = findings([[None]] * 30 + [[1.0]] * 30, pairs)
-    assert found["judges every pair"].passed is False and "30 of 60" in found["judges every pair"].detail
-    assert findings([[None]] * 59 + [[1.0]], pairs)["agrees with the labels"].passed is False
+    lost = Failure("answered 401: bad key")
+    found = findings([[lost]] * 30 + [[1.0]] * 30, pairs)
+    assert found["judges every pair"].passed is False
+    assert found["judges every pair"].detail == "30 of 60 have no verdict; the first: answered 401: bad key"
+    assert findings([[lost]] * 59 + [[1.0]], pairs)["agrees with the labels"].passed is False
 
 
 def test_each_prompt_is_looked_at_once(monkeypatch):
