@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 
 from lmrl.extras import fix_of
 from lmrl.findings import Finding
+from lmrl.process_memory import CONTAINER, container_limit
 
 GIB = 2**30
 LEAST_MEMORY, LEAST_DISK, LEAST_SHARED = 4 * GIB, 5 * GIB, GIB
@@ -153,12 +154,8 @@ def _free_memory() -> int | None:
         values.append(int(lines["MemAvailable"].split()[0]) * 1024)
     except (OSError, KeyError, ValueError):
         pass
-    try:
-        limit, used = (Path("/sys/fs/cgroup", name).read_text().strip() for name in ("memory.max", "memory.current"))
-        if limit != "max":
-            values.append(int(limit) - int(used))
-    except (OSError, ValueError):
-        pass
+    if (limit := container_limit()) is not None:
+        values.append(limit - int((CONTAINER / "memory.current").read_text()))
     return min(values) if values else None
 
 

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import sys
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
+CONTAINER = Path("/sys/fs/cgroup")
+"""Limits and use of a container, if this process runs in one."""
+
+
+def physical_bytes() -> int:
+    """The machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def container_limit() -> int | None:
+    """The memory that a container has; None without one, or if it sets no limit."""
+    try:
+        limit = (CONTAINER / "memory.max").read_text().strip()
+    except OSError:
+        return None
+    return None if limit == "max" else int(limit)
+
+
+def limit_bytes() -> int:
+    """The memory that this process may use at most."""
+    return min(physical_bytes(), container_limit() or physical_bytes())
 
 
 def peak_resident_mb() -> int:

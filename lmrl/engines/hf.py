@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lmrl.engines.base import Engine, Request, Sampling, guidance_of
 from lmrl.engines.slot_batch import SlotBatch
@@ -23,6 +24,7 @@ from lmrl.engines.waves import Wave
 from lmrl.errors import ModelError
 from lmrl.policy.cache import SPARE
 from lmrl.policy.memory import FailedPass, or_advice
+from lmrl.policy.packed_weights import pack_weights, unpack_weights
 from lmrl.policy.policy import Policy
 from lmrl.policy.slots import slots_fit
 from lmrl.recipe import Rollouts
@@ -55,6 +57,8 @@ class HFEngine(Engine):
         """None: every turn is computed anew (see waves.py)."""
         self._has_begun = False
         """True from the first pass of a batch on until it is idle."""
+        self._packed: list[nn.Linear] | None = None
+        """Layers that multiply by packed copies of their weights; None before the first pass with these weights."""
 
     @classmethod
     def build(cls, policy: Policy, options: Rollouts, check: Callable[[], None], folder: Path | None) -> HFEngine:
@@ -79,12 +83,13 @@ class HFEngine(Engine):
             return
         batch.add(arrived)
         if batch.busy:
-            with self._decoding(), or_advice(ADVICE, lambda: self._failed(batch.requests)):
+            with or_advice(ADVICE, lambda: self._failed(batch.requests)), self._decoding():
                 batch.advance()
 
     def _complete_wave(self, requests: list[Request], sampling: Sampling) -> None:
         prompts, keys = [one.tokens for one in requests], [one.key for one in requests]
-        with self.policy.decoding(), or_advice(ADVICE, lambda: self._failed(requests)):
+        with or_advice(ADVICE, lambda: self._failed(requests)), self.policy.decoding():
+            self._pack()
             completions = Wave(self, prompts, sampling, keys, [one.allowed for one in requests]).run()
         for request, completion in zip(requests, completions, strict=True):
             completion.version = self.syncs
@@ -94,6 +99,7 @@ class HFEngine(Engine):
     def _decoding(self) -> Iterator[None]:
         """Inside, one pass is made. Between passes other code runs, to which neither no_grad nor autocast may apply; what
         is costly to switch off and on stays until `idle`."""
+        self._pack()
         if not self._has_begun:
             self.policy.begin_decoding()
             self._has_begun = True
@@ -112,12 +118,24 @@ class HFEngine(Engine):
         self._restore()
         return self.batch.abandon() if self.batch is not None else []
 
+    def _pack(self) -> None:
+        if self._packed is None:
+            self._packed = pack_weights(self.policy.causal_lm, self.policy.autocast_dtype)
+
+    def sync(self) -> None:
+        unpack_weights(self._packed or [])
+        self._packed = None
+
     def forget(self) -> None:
         if self.batch is not None:
             self.batch.forget()
 
     def release_memory(self) -> None:
         self.forget()
+        self.sync()
+
+    def close(self) -> None:
+        self.sync()
 
     def places(self, tokens: int) -> int:
         """How many sequences of this many tokens are decoded at a time."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lmrl.errors import counted
+from lmrl.process_memory import limit_bytes
 from lmrl.recipe import (
     OWN_TASK,
     Lora,
@@ -40,6 +41,9 @@ VLLM_CACHE_GIB = 1.0
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 """Bytes of a weight in 4 bits: 64 weights share an 8-bit scale, and 256 scales share a 32-bit one (arXiv 2305.14314, section 3)."""
 ON_THEIR_WAY = "gradients on their way"
+PACKED = "weights packed for sampling"
+SMALLEST_PACKED, PACKED_SHARE = 100_000, 8
+"""Which weights a CPU packs, and at most which part of its memory for all of them, as in lmrl.policy.packed_weights."""
 OBSERVATION = 16
 """A guess at the tokens of an observation, which only playing tells."""
 SPARE = 64
@@ -154,13 +158,15 @@ def memory(recipe: Recipe, accelerator: bool = False) -> dict[str, float] | None
         items["vLLM's copy and cache"] = copied + round((vllm.memory or VLLM_CACHE_GIB) * 2**30)
     width = 2 if "bfloat16" in (recipe.model.dtype, recipe.training.precision or (accelerator and "bfloat16")) else 4
     update, sampling = _update_bytes(recipe, shape, width), _sampling_bytes(recipe, shape, width)
+    if sampling and not accelerator:
+        sampling[PACKED] = _packed_bytes(shape, width)
     # They do not happen at the same time, and each reuses the memory that the other has freed.
     passes = update if sum(update.values()) >= sum(sampling.values()) else sampling
     megabytes = {name: size / 2**20 for name, size in (items | passes).items() if size}
     if accelerator:
         return megabytes
     if "bfloat16" in (recipe.model.dtype, recipe.training.precision):
-        computed = sum(size for name, size in passes.items() if name != ON_THEIR_WAY)
+        computed = sum(size for name, size in passes.items() if name not in (ON_THEIR_WAY, PACKED))
         megabytes["a CPU's bfloat16 kernels"] = (CPU_BFLOAT16 - 1) * computed / 2**20
     python = PROCESS_MB + (CUDA_BUILD_MB if is_cuda_build() else 0)
     python += VLLM_PROCESS_MB if recipe.rollouts.engine == "vllm" else 0
@@ -269,6 +275,16 @@ def _sampling_bytes(recipe: Recipe, shape: dict[str, int], width: int) -> dict[s
         "keys and values": tokens * 2 * shape["layers"] * shape["keys"] * width,
         "logits of sampling": 3 * rows * shape["vocabulary"] * 4,
     }
+
+
+def _packed_bytes(shape: dict[str, int], width: int) -> int:
+    """Bytes of the copies of weights that a CPU multiplies by while it samples. width: bytes per number."""
+    head = shape["vocabulary"] * shape["hidden"]
+    layers = (
+        shape["parameters"] - shape["embeddings"] if shape["hidden"] * shape["intermediate"] >= SMALLEST_PACKED else 0
+    )
+    packed = (layers + (head if head >= SMALLEST_PACKED else 0)) * width
+    return packed if packed <= limit_bytes() // PACKED_SHARE else 0
 
 
 def _tokens_an_episode(recipe: Recipe) -> int:

@@ -28,6 +28,7 @@ from lmrl import distributed
 from lmrl.accelerators import has_memory
 from lmrl.objectives.groups import gathered
 from lmrl.policy.memory import FailedPass, free_frames
+from lmrl.process_memory import physical_bytes
 from lmrl.recipe.files import to_yaml
 from lmrl.run import describe_machine
 from lmrl.run_folders import RECIPE_FILE, step_name
@@ -175,9 +176,13 @@ def memory_limits(device: torch.device) -> dict[str, Any]:
         name = torch.get_device_module(device).get_device_name(device)
         return {"device": name, "total_mb": total >> 20, "free_mb": free >> 20, "peak_mb": peak_memory_mb()}
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit_mb = None if limit == resource.RLIM_INFINITY else limit >> 20
-    return {"device": device.type, "total_mb": total >> 20, "limit_mb": limit_mb, "peak_mb": peak_memory_mb()}
+    return {
+        "device": device.type,
+        "total_mb": physical_bytes() >> 20,
+        "limit_mb": limit_mb,
+        "peak_mb": peak_memory_mb(),
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------ generators
