@@ -44,11 +44,12 @@ class TemporaryError(Exception):
 
 
 class EndpointError(LmrlError):
-    """An endpoint did not answer as a language model should. temporary: True if another attempt may succeed."""
+    """An endpoint did not answer as a language model should. temporary: True if another attempt may succeed.
+    of_one_request: True if it refused this request, or answered it uselessly, which says nothing about others."""
 
-    def __init__(self, message: str, temporary: bool = False):
+    def __init__(self, message: str, temporary: bool = False, of_one_request: bool = False):
         super().__init__(message)
-        self.temporary = temporary
+        self.temporary, self.of_one_request = temporary, of_one_request
 
 
 class EpisodeError(LmrlError):

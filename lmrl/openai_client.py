@@ -24,7 +24,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lmrl.errors import EndpointError, LmrlError, RecipeError
-from lmrl.rewards.http import Client
+from lmrl.rewards.http import Client, RequestFailed
 from lmrl.rewards.workers import Failure
 
 OPENAI = "https://api.openai.com/v1"
@@ -304,7 +304,7 @@ class OpenAIClient:
         except Failure as failure:
             raise EndpointError(f"{self.name} {failure}", temporary=True) from failure
         except LmrlError as error:
-            raise EndpointError(str(error)) from error
+            raise EndpointError(str(error), of_one_request=isinstance(error, RequestFailed)) from error
 
     def _root(self) -> str:
         """The address that requests go to, without its user and password."""

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from lmrl.reward_models._text import text_of
 
-from lmrl.errors import EndpointError
+from lmrl.errors import EndpointError, RewardError
 from lmrl.openai_client import OpenAIClient
 from lmrl.rewards.workers import Failure
 
@@ -149,7 +149,9 @@ class Judge:
         try:
             reply = self.client.chat([{"role": "user", "content": text}], **self.settings)
         except EndpointError as error:
-            raise Failure(f"got no reply: {error}") from error
+            if error.temporary or error.of_one_request:
+                raise Failure(f"got no reply: {error}") from error
+            raise RewardError(str(error)) from error  # a wrong key, address or model, or no budget: no request will do
         if reply.finish_reason == "length":  # the last number or letter so far is not the verdict
             raise Failure(f"got a reply that was cut at max_tokens={self.settings['max_tokens']}: {reply.text[:80]!r}")
         return reply.text

@@ -20,7 +20,7 @@ import numpy as np
 
 from lmrl.coroutines import in_thread, run, watched
 from lmrl.engines.token_trie import TokenTrie
-from lmrl.errors import ModelError, RecipeError
+from lmrl.errors import EndpointError, ModelError, RecipeError
 from lmrl.policy.passes import Guidance
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Rollouts
@@ -234,8 +234,11 @@ class Engine:
     def forget(self) -> None:
         """Drop what is kept of finished requests, such as keys and values of their tokens."""
 
-    def sample(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
-        """Complete a batch. Called from a thread if the engine is remote."""
+    def sample(
+        self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys
+    ) -> Sequence[Completion | EndpointError]:
+        """Complete a batch; an error in place of a completion fails this request alone. Called from a thread if the
+        engine is remote."""
         raise NotImplementedError
 
     def score_batch(self, sequences: Sequence[list[int]]) -> list[list[float]]:
@@ -258,7 +261,10 @@ class Engine:
             batch = [request for request in arrived if request.sampling == sampling]
             results = await self._served(batch, sampling)
             for request, result in zip(batch, results, strict=True):
-                request.answer(result)
+                if isinstance(result, EndpointError):
+                    request.fail(result)
+                else:
+                    request.answer(result)
 
     def idle(self) -> None:
         """Called when all requests have been answered."""
@@ -347,8 +353,9 @@ class Engine:
                 return self.score_batch(tokens)
             completions = self.sample(tokens, sampling, keys)
             for completion in completions:
-                completion.version = version
-            return completions
+                if isinstance(completion, Completion):
+                    completion.version = version
+            return list(completions)
 
         return await watched(in_thread(work), self.check) if self.is_remote else work()
 

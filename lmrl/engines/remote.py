@@ -129,22 +129,25 @@ class RemoteEngine(Engine):
         super().__init__(policy, check)  # type: ignore[arg-type]
         self.remote = policy
 
-    def sample(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion]:
+    def sample(self, prompts: Sequence[list[int]], sampling: Sampling, keys: Keys) -> list[Completion | EndpointError]:
         settings: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
         settings |= {"top_p": sampling.top_p} if sampling.top_p < 1 else {}
         settings |= {"top_k": sampling.top_k} if sampling.top_k else {}
         settings |= {"stop": list(sampling.stop)} if sampling.stop else {}
 
-        def ask(context: list[int], name: tuple[int | str, ...]) -> Completion:
+        def ask(context: list[int], name: tuple[int | str, ...]) -> Completion | EndpointError:
             self.check()
             own = settings | {"seed": key(*name) % 2**31}
             messages = self.remote.messages(context)
-            if messages is not None:
-                return self._completion(self.remote.client.chat(messages, **own))
             try:
+                if messages is not None:
+                    return self._completion(self.remote.client.chat(messages, **own))
                 return self._completion(self.remote.client.complete(self.remote.decode(context), **own))
             except EndpointError as error:
-                if error.temporary or error.__cause__ is None:  # not the endpoint's answer, but the limit on spending
+                if error.of_one_request:
+                    return error
+                # Without a cause it is not the endpoint's answer, but the limit on spending.
+                if messages is not None or error.temporary or error.__cause__ is None:
                     raise
                 raise EndpointError(
                     f"{error}; if it has no plain-text completions, use chat: task.prompts.chat=true (for an environment: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 from typing import Any
@@ -11,7 +12,7 @@ from lmrl.secrets import redact
 from lmrl.trajectories.fields import checked_messages
 from lmrl.trajectories.trajectory import LARGEST_REWARD, is_reward
 
-NOT_ITS_OWN = ("opponent ", "model ")
+NOT_ITS_OWN = ("opponent ", "model ", "endpoint ")
 """Prefixes of failures that are not the environment's, and that do not recur when its episode is played again."""
 
 
@@ -36,9 +37,19 @@ def begin_episode(
 
     limit: seconds that the call may take.
     """
-    options = None if start is None else {"start": start}
-    with foreign("the environment", limit):
-        result = environment.reset(seed=seed, options=options)
+    arguments = {"seed": seed, "options": None if start is None else {"start": start}}
+    try:
+        with foreign("the environment", limit):
+            result = environment.reset(**arguments)
+    except TypeError as error:
+        signature = inspect.signature(environment.reset)
+        try:
+            signature.bind(**arguments)
+        except TypeError:
+            raise TypeError(
+                f"reset{signature} must take gymnasium's arguments: reset(self, *, seed=None, options=None)"
+            ) from error
+        raise
     observation, info = unpacked("reset", result, ("observation", "info"))
     return check_text(observation), info
 

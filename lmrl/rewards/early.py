@@ -28,10 +28,10 @@ class EarlyScores:
         self.calls: list[asyncio.Task[list[Scores]]] = []
 
     def add(self, group: list[Trajectory]) -> None:
-        """Add a complete group."""
+        """Add a complete group, without episodes that have failed."""
         if not self.rewards:
             return
-        self.complete += group
+        self.complete += [one for one in group if not one.failure]
         if len(self.complete) >= self.size:
             self._ask()
 

@@ -25,7 +25,13 @@ from lmrl.secrets import plain_url, remember
 
 BUSY = {408, 425, 429, 500, 502, 503, 504}
 """Status codes after which a request is retried."""
+REFUSED = {400, 413, 422}
+"""Status codes that concern a single request: what it holds, or its length."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+
+
+class RequestFailed(RewardError):
+    """The address refused a request for what it holds, or answered it uselessly: others may do."""
 
 
 class Client:
@@ -91,7 +97,9 @@ class Client:
                     return self._parsed(body)
                 said = " ".join(body[:300].decode(errors="replace").split())
                 if code not in BUSY:
-                    raise RewardError(f"{self.url} answered {code} {reason}: {said}")
+                    raise (RequestFailed if code in REFUSED else RewardError)(
+                        f"{self.url} answered {code} {reason}: {said}"
+                    )
                 failure = Failure(f"answered {code} {reason}: {said}")
                 asked = _seconds(answer_headers.get("Retry-After"))
                 wait = asked or wait
@@ -125,13 +133,13 @@ class Client:
 
     def _parsed(self, data: bytes) -> dict[str, Any]:
         if len(data) > self.max_bytes:
-            raise RewardError(f"{self.url} answered with more than {self.max_bytes / 2**20:g} MB (max_mb)")
+            raise RequestFailed(f"{self.url} answered with more than {self.max_bytes / 2**20:g} MB (max_mb)")
         try:
             answer = json.loads(data)
         except ValueError as error:
-            raise RewardError(f"{self.url} returned invalid JSON: {data[:60]!r}") from error
+            raise RequestFailed(f"{self.url} returned invalid JSON: {data[:60]!r}") from error
         if not isinstance(answer, dict):
-            raise RewardError(f"{self.url} answered with a {type(answer).__name__}, expected an object")
+            raise RequestFailed(f"{self.url} answered with a {type(answer).__name__}, expected an object")
         return answer
 
 

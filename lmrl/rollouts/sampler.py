@@ -14,6 +14,7 @@ from lmrl.coroutines import run, watched
 from lmrl.engines.base import Completion, Engine, Key, Sampling, before_stop
 from lmrl.engines.token_trie import TokenTrie
 from lmrl.environments.calls import EpisodeFailed, begin_episode, call_player, failure_text, take_step
+from lmrl.errors import EndpointError
 from lmrl.rewards.early import EarlyScores
 from lmrl.rollouts.allowed_actions import ActionTries, allowed_actions
 from lmrl.rollouts.game_play import GamePlay
@@ -109,7 +110,12 @@ class Sampler:
 
         async def act(episode: Episode, context: list[int]) -> Action:
             name = (*episode.name, episode.turn)
-            completion = await self.engine.generate(context, sampling, name, allowed=episode.allowed)
+            try:
+                completion = await self.engine.generate(context, sampling, name, allowed=episode.allowed)
+            except EndpointError as error:
+                if error.of_one_request:
+                    raise EpisodeFailed(f"endpoint refused a request: {error}") from error
+                raise
             versions = [one for one in (completion.version, episode.trajectory.version) if one is not None]
             episode.trajectory.version = min(versions, default=None)
             text = self._text(completion, sampling)

@@ -134,11 +134,10 @@ class Task:
             )
 
     def judge(self, trajectories: list[Trajectory], early: EarlyScores | None = None) -> None:
-        """Set every trajectory's reward; environments have done so already. early: scores that are known already."""
-        if self.judged_by == "reward":
-            judge(self.rewards, trajectories, self.learning, early)
-        elif self.rewards:  # an agent task; failed episodes are not judged
-            judge(self.rewards, [one for one in trajectories if not one.failure], self.learning)
+        """Set the reward of every trajectory that has not failed; environments have done so already. early: scores that
+        are known already."""
+        if self.rewards or self.judged_by == "reward":
+            judge(self.rewards, [one for one in trajectories if not one.failure], self.learning, early)
 
     def keep_judged(self, trajectories: list[Trajectory]) -> list[Trajectory]:
         """The judged trajectories; stops the run if too many are not judged (over all processes)."""

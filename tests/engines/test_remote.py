@@ -104,6 +104,23 @@ def test_an_endpoint_without_completions_is_explained():
             lmrl.evaluate(f"{stub.url}#m", "sums.yaml", ["task.prompts.chat=false"])
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_refused_request_costs_its_sample(chat):
+    """As an endpoint with a filter of contents does."""
+
+    def filters(path, body, number):
+        text = body["messages"][-1]["content"] if chat else body["prompt"]
+        return (400, {}, {"error": "filtered"}) if text.startswith("3 ") else adds(path, body, number)
+
+    with stub_openai(filters) as stub:
+        report = lmrl.evaluate(
+            f"{stub.url}#m", "sums.yaml", [f"task.prompts.chat={chat}", "task.max_failed=0.2"], log="log"
+        )
+    assert report.metrics["reward"]["n"] == 7 and report.metrics["reward"]["mean"] == pytest.approx(5 / 7)
+    failed = [row for row in map(json.loads, Path("log/samples.jsonl").read_text().splitlines()) if row["failure"]]
+    assert len(failed) == 1 and "answered 400" in failed[0]["failure"] and "filtered" in failed[0]["failure"]
+
+
 def test_a_spent_budget_is_no_lack_of_completions():
     limits = Endpoint(prices=(1e6, 1e6), max_spend=1, connections=1)
     with stub_openai(lambda *_: {"choices": [{"text": "6"}], "usage": {"prompt_tokens": 1}}) as stub:

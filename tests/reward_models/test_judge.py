@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from lmrl.reward_models.judge import Judge
 
-from lmrl.errors import LmrlError
+from lmrl.errors import LmrlError, RewardError
 from lmrl.recipe import Reward
 from lmrl.rewards.load import load_rewards
 from lmrl.rewards.rewards import score
@@ -104,6 +104,12 @@ def test_a_refused_request_costs_its_sample(bad):
     with stub_openai(lambda path, body, number: bad if "worst" in str(body) else chat_answer("10")) as stub:
         good, lost = Judge("m", url=stub.url)(["p", "p"], ["good", "worst"])
     assert good == 1.0 and isinstance(lost, Failure) and "got no reply: http" in str(lost)
+
+
+def test_a_wrong_key_ends_the_run():
+    with stub_openai(lambda *_: (401, {}, {"error": "no such key"})) as stub:
+        with pytest.raises(RewardError, match="answered 401.*no such key"):
+            Judge("m", url=stub.url)(["p"], ["c"])
 
 
 def test_a_reply_that_was_cut_has_no_score():
