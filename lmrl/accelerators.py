@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import torch
@@ -16,6 +17,13 @@ def has_memory() -> bool:
     """True if there is an accelerator with its own memory accounting and with collectives between processes. Apple's
     MPS has neither."""
     return default_device().type not in ("cpu", "mps")
+
+
+def quieten_deepspeed() -> None:
+    """Tell deepspeed, which peft and accelerate import if it is installed, where there is no accelerator: it warns
+    otherwise."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def default_precision(device: torch.device) -> Literal["float32", "bfloat16"]:

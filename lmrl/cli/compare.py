@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,13 +27,9 @@ from lmrl.cli.common import (
 from lmrl.errors import RecipeError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from lmrl.evaluation.paired import Comparison, Difference
 
 INTERVAL = "95 % interval"
-NUMBERS = ("metric", "p", "Holm")
-"""Columns that stay on one line."""
 WIDTH = 300
 """Characters of a prompt or completion to show."""
 
@@ -137,38 +132,21 @@ def _show(found: Comparison) -> None:
     display = Display()
     display.table(f"Scores on {found.suite}", {f"{key}: {name}": found.rows[key] for key, name in found.names.items()})
     display.say(f"played: {found.played}")
-    heads = ("", "metric", f"change and {INTERVAL}", "p", "Holm", "wins / ties / losses", "correlation", "to settle it")
-    table = _table("Differences of the same samples", heads)
-    table.columns[1].justify = "left"
-    for one in found.differences:
-        table.add_row(*_cells(one))
-    display.console.print(table)
+    heads = ["", "metric", "change", "p", "Holm", "won / tied / lost", "correlation", "to settle it"]
+    lines = [heads, *map(_cells, found.differences)]
+    display.grid("Differences of the same samples", lines, f"change: its mean and {INTERVAL}")
     if found.judged:
-        display.console.print(_judged_table(found))
+        display.grid(f"Judged by {found.judged[0].judge}, each pair in both orders", _judged_lines(found))
     if found.ratings:
-        display.console.print(_ratings_table(found))
+        display.grid("Bradley-Terry ratings (A is 0; 400 points are odds of 10 to 1)", _rating_lines(found))
     for change in found.changes:
         display.say(f"\n  {shorten(change.prompt, WIDTH)}")
         for key, completion in change.completions.items():
             display.say(f"    {key} [{fixed(change.scores[key])}] {shorten(completion, WIDTH)}")
 
 
-def _table(title: str, heads: Sequence[str]) -> Table:
-    """An empty table; every column but the first is right-aligned. In a narrow terminal cells wrap at spaces, so that no
-    digit is lost."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table as NewTable
-
-    table = NewTable(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for place, head in enumerate(heads):
-        justify: Literal["left", "right"] = "right" if place else "left"
-        table.add_column(head, justify=justify, no_wrap=head in NUMBERS, min_width=9 if INTERVAL in head else None)
-    return table
-
-
-def _judged_table(found: Comparison) -> Table:
-    heads = ("", "win rate", INTERVAL, "p", "wins / ties / losses", "shown first wins")
-    table = _table(f"Judged by {found.judged[0].judge}, each pair in both orders", heads)
+def _judged_lines(found: Comparison) -> list[list[str]]:
+    lines = [["", "win rate", INTERVAL, "p", "won / tied / lost", "shown first wins"]]
     for one in found.judged:
         low, high = one.ci95
         shown = ""
@@ -176,17 +154,16 @@ def _judged_table(found: Comparison) -> Table:
             shown = f"{one.position:.2f} [{one.position_ci95[0]:.2f}, {one.position_ci95[1]:.2f}]"
         wins = f"{one.wins} / {one.ties} / {one.losses}" + (f" ({one.failed} failed)" if one.failed else "")
         name = f"{one.first} over {one.second}"
-        table.add_row(name, f"{one.win_rate:.3f}", f"[{low:.3f}, {high:.3f}]", f"{one.p:.2g}", wins, shown)
-    return table
+        lines.append([name, f"{one.win_rate:.3f}", f"[{low:.3f}, {high:.3f}]", f"{one.p:.2g}", wins, shown])
+    return lines
 
 
-def _ratings_table(found: Comparison) -> Table:
-    heads = ("", "points", INTERVAL)
-    table = _table("Bradley-Terry ratings (A is 0; 400 points are odds of 10 to 1)", heads)
+def _rating_lines(found: Comparison) -> list[list[str]]:
+    lines = [["", "points", INTERVAL]]
     for one in sorted(found.ratings, key=lambda one: -one.points):
         low, high = one.ci95
-        table.add_row(f"{one.key}: {found.names[one.key]}", f"{one.points:+.0f}", f"[{low:+.0f}, {high:+.0f}]")
-    return table
+        lines.append([f"{one.key}: {found.names[one.key]}", f"{one.points:+.0f}", f"[{low:+.0f}, {high:+.0f}]"])
+    return lines
 
 
 def _cells(one: Difference) -> list[str]:

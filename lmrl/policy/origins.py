@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 import transformers
 
+from lmrl.accelerators import quieten_deepspeed
 from lmrl.errors import ModelError, did_you_mean
 from lmrl.extras import need
 from lmrl.policy import quantized
@@ -30,6 +31,7 @@ CAUSAL_LM = transformers.AutoModelForCausalLM
 CLASSIFIER = transformers.AutoModelForSequenceClassification
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+quieten_deepspeed()
 transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call,unused-ignore]  # typed in some releases
 transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call,unused-ignore]  # likewise
 logging.getLogger("transformers").setLevel(logging.ERROR)

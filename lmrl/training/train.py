@@ -176,10 +176,6 @@ def default_output(name: str) -> Path:
 
 def join(recipe: Recipe) -> Any:
     """Meet the other processes of this launch, if there are any; returns accelerate's Accelerator."""
-    if not torch.accelerator.is_available():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # or deepspeed, if installed, warns in every run that it finds none
     from accelerate import Accelerator
 
     keep_freed_memory()
