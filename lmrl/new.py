@@ -197,7 +197,8 @@ def environment_recipe(name: str, method: str, model: str | None, look: Look, ma
     if (logged or model is None) and not look.players:
         raise RecipeError(
             f"--environment {name}: {'a model from scratch first imitates' if not logged else method + ' learns from'} a scripted player, "
-            f"but it has none: give it `players` and `act` (see lmrl.TextEnvironment), or set --model"
+            "but it has none: add players = ('random',) and act(self, player, rng), which returns an action (docs/environments.md), or "
+            "set --model"
         )
     player = "random" if "random" in look.players else (look.players or ("",))[0]
     title = quoted(f"{Path(name.partition(':')[0]).stem} by {method}")

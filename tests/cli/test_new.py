@@ -202,7 +202,7 @@ def test_refusals(tmp_path):
         ([file, "--pairs", "p.jsonl"], "--pairs needs --model"),
         ([file, "-e", game, "-m", "dpo"], "does not go with --environment"),
         ([file, "-e", game, "--tiny", "--model", "m"], "leave one of them out"),
-        ([file, "-e", f"{tmp_path}/game.py:Silent", "--tiny"], "give it `players` and `act`"),
+        ([file, "-e", f"{tmp_path}/game.py:Silent", "--tiny"], "players = .*random.* and act.self, player, rng."),
         ([file, "-e", f"{tmp_path}/game.py:Numbered", "--tiny"], r"the observation is 7 \(int\), expected text"),
     ]:
         with pytest.raises(RecipeError, match=message):
