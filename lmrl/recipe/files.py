@@ -35,22 +35,24 @@ def find_launch(name: str) -> Path:
 
 
 def find_yaml(name: str | Path, kind: str) -> Path:
-    """A recipe or suite by path first, then by name among the shipped ones."""
+    """A recipe or suite by path first, then by name among the shipped ones. A folder that happens to have such a name, like
+    one of data, does not hide it, unless it is a run."""
     noun = {"recipes": "recipe", "eval": "suite"}[kind]
     path = Path(name)
     if path.is_file():
         return path
-    if path.is_dir():
-        own = path / "recipe.yaml"
-        which = str(own) if noun == "recipe" and own.is_file() else f"a {noun}'s file"
-        raise RecipeError(f"'{name}' is a folder, not a {noun}: name {which}")
-    if path.suffix in (".yaml", ".yml"):
-        raise RecipeError(f"{noun} file '{name}' does not exist")
+    own = path / "recipe.yaml"
+    if noun == "recipe" and own.is_file():
+        raise RecipeError(f"'{name}' is a folder, not a recipe: name {own}")
     names = shipped_names(kind)
     if path.as_posix() in names:
         return shipped_file(kind, path.as_posix())
     if kind == "eval" and str(name) in registry.names("suite"):
         return Path(registry.load("suite", str(name), "suite"))
+    if path.is_dir():
+        raise RecipeError(f"'{name}' is a folder, not a {noun}: name a {noun}'s file")
+    if path.suffix in (".yaml", ".yml"):
+        raise RecipeError(f"{noun} file '{name}' does not exist")
     names = [*names, *(registry.names("suite") if kind == "eval" else ())]
     raise RecipeError(f"no {noun} called '{name}'{did_you_mean(str(name), names)}")
 

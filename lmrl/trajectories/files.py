@@ -1,11 +1,12 @@
-"""Files of rows, opened for random access: JSONL (plain or gzipped), Parquet (a file or a folder), CSV, folders that
-`datasets` has saved, the hub.
+"""Files of rows, opened for random access: JSONL (plain or gzipped), one JSON array, Parquet (a file or a folder), CSV,
+folders that `datasets` has saved, the hub.
 
 Plain JSONL and Parquet stay on disk, so they may be larger than memory.
 """
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
@@ -164,24 +165,30 @@ class JsonLines(Rows):
         return self._file.readline()
 
     def _read(self, index: int) -> Row:
-        try:
-            line = self._line(index).decode("utf-8-sig")  # some editors begin a file with a byte-order mark
-            row = json.loads(line)
-            if "\\u" in line:
-                json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = ascii(error.object[error.start])[1:-1]
-            raise Malformed(
-                f"holds the lone surrogate {half}, which is not valid text: write the whole surrogate pair"
-            ) from error
-        except UnicodeDecodeError as error:
-            raise Malformed(f"not valid UTF-8 text: {error.reason}") from error
-        except (ValueError, RecursionError) as error:
-            reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", error)
-            raise Malformed(f"not valid JSON: {reason}; expected one object per line") from error
+        row = _parsed(self._line(index), "one object per line")
         if not isinstance(row, dict):
             raise Malformed(f"holds a {type(row).__name__}; expected one object per line")
         return row
+
+
+def _parsed(text: bytes, expected: str) -> Any:
+    """The value of a JSON text. Raises Malformed."""
+    try:
+        line = text.decode("utf-8-sig")  # some editors begin a file with a byte-order mark
+        value = json.loads(line)
+        if "\\u" in line:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise Malformed(
+            f"holds the lone surrogate {half}, which is not valid text: write the whole surrogate pair"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise Malformed(f"not valid UTF-8 text: {error.reason}") from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", error)
+        raise Malformed(f"not valid JSON: {reason}; expected {expected}") from error
+    return value
 
 
 class Table(Rows):
@@ -211,7 +218,7 @@ class Table(Rows):
 
 
 class Given(Rows):
-    """Rows that a Python program holds: a list of mappings."""
+    """Rows that are in memory: a list of mappings."""
 
     def __init__(self, name: str, rows: list[Row]):
         self.name, self.rows = name, rows
@@ -242,6 +249,8 @@ def open_rows(path: str, part: Selection = Selection()) -> Rows:
     elif not file.is_file():
         refuse_missing(path, "data", "dataset")
         rows = _open_hub(path, part)
+    elif file.suffix == ".json" and _is_array(file):
+        rows = _open_array(file)
     elif file.name.endswith((".jsonl", ".jsonl.gz", ".json")):
         rows = JsonLines(file)
     elif file.suffix == ".parquet":
@@ -249,7 +258,7 @@ def open_rows(path: str, part: Selection = Selection()) -> Rows:
     elif file.suffix == ".csv":
         rows = _open_csv(file, part)
     else:
-        raise DataError(f"{path}: unknown file type; expected .jsonl, .jsonl.gz, .parquet or .csv")
+        raise DataError(f"{path}: unknown file type; expected .jsonl, .jsonl.gz, .json, .parquet or .csv")
     if not len(rows):
         raise DataError(f"{path}: holds no rows")
     return Renamed(rows, dict(part.columns)) if part.columns else rows
@@ -267,6 +276,26 @@ def quiet_datasets() -> Any:
 
     datasets.disable_progress_bars()
     return datasets
+
+
+def _is_array(file: Path) -> bool:
+    """True if a JSON file holds one array instead of an object per line."""
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(256).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error}") from error
+
+
+def _open_array(file: Path) -> Given:
+    """All rows of a JSON array."""
+    try:
+        rows = _parsed(file.read_bytes(), "an array of objects")
+    except Malformed as error:
+        raise DataError(f"{file}: {error}") from error
+    if (number := next((place for place, row in enumerate(rows, 1) if not isinstance(row, dict)), None)) is not None:
+        raise DataError(f"{file}, row {number}: holds a {type(rows[number - 1]).__name__}; expected an object")
+    return Given(str(file), rows)
 
 
 def _open_folder(folder: Path, part: Selection) -> Table:

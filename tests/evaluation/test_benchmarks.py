@@ -118,6 +118,36 @@ def test_truthfulqa_prompt_ends_with_the_question(long_model):
     assert report.trajectories[0].columns["right"] == 0
 
 
+def test_truthfulqa_reads_the_original_array(tmp_path):
+    from lmrl.rollouts.templates import compiled
+
+    hub = [json.loads(line) for line in Path(file_of("truthfulqa")).read_text().splitlines()]
+    original = [row | {"mc1_targets": dict(zip(*row["mc1_targets"].values(), strict=True))} for row in hub]
+    (tmp_path / "mc_task.json").write_text(json.dumps(original, indent=4))
+    suite = load_suite("truthfulqa", [f"data={tmp_path / 'mc_task.json'}"])
+    rows = prompt_rows(suite.task.prompts)
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in rows_of("truthfulqa")]
+    texts, right = compiled(suite.choices.texts, "texts"), compiled(suite.choices.right, "right")
+    assert [texts(row) for row in rows] == [row["mc1_targets"]["choices"] for row in hub]
+    assert [right(row) for row in rows] == [0, 0]
+
+
+def test_mbpp_takes_its_splits_from_the_original_file(tmp_path):
+    (row,) = [json.loads(line) for line in Path(file_of("mbpp")).read_text().splitlines()][:1]
+    tasks = [row | {"task_id": number, "text": f"Task {number}."} for number in (1, 2, 3, 4, 10, 11, 510, 511, 974)]
+    whole = tmp_path / "mbpp.jsonl"
+    whole.write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    rows = prompt_rows(load_suite("mbpp", [f"data={whole}", f"examples={whole}"]).task.prompts)
+    assert [row["task_id"] for row in rows] == [11, 510]
+    assert [f"Task {number}." in rows[0]["prompt"] for number in (1, 2, 3, 4, 10)] == [False, True, True, True, False]
+
+
+def test_folder_of_data_does_not_hide_a_suite(tmp_path, monkeypatch):
+    (tmp_path / "mmlu").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_suite("mmlu").task.prompts.path == "cais/mmlu"
+
+
 def test_mbpp_examples_are_tasks_two_to_four():
     row = rows_of("mbpp", f"examples={file_of('mbpp_examples')}")[0]
     assert [f"return {n}.\n" in row["prompt"] or f"return {n}. Your" in row["prompt"] for n in (1, 2, 3, 4)] == [

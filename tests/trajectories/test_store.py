@@ -254,6 +254,24 @@ def test_file_kinds(tmp_path):
         open_rows(str(tmp_path / "folder"))
 
 
+def test_json_array_holds_rows(tmp_path):
+    file = tmp_path / "a.json"
+    rows = [{"prompt": "a", "n": 1}, {"prompt": "b", "deep": {"x": [1]}}]
+    file.write_text("\ufeff \n" + json.dumps(rows, indent=2))
+    assert read_rows(str(file)) == rows and open_rows(str(file)).where(1) == f"{file}, row 2"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_rows(str(file)) == rows
+    for text, reason in (
+        ('[{"a": 1}, 2]', "a.json, row 2: holds a int; expected an object"),
+        ('[{"a": 1},', "a.json: not valid JSON: .*expected an array of objects"),
+        ('[{"a": "\\ud800"}]', "a.json: holds the lone surrogate"),
+        ("[]", "a.json: holds no rows"),
+    ):
+        file.write_text(text)
+        with pytest.raises(DataError, match=reason):
+            open_rows(str(file))
+
+
 def test_csv_columns_that_are_trained_on_are_text(tmp_path):
     file = tmp_path / "a.csv"
     file.write_text("question,completion,n,right,day\n007,1.50,007,true,2024-01-05\n8,x,9,false,2024-01-06\n")
