@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from lmrl import distributed
 from lmrl.objectives import Objective
@@ -78,11 +79,12 @@ class Guard(Listener):
                 stage.save()
 
     def measure(self, stage: Stage, step: int, source_batch: SourceBatch, metrics: dict[str, Any]) -> dict[str, Any]:
-        """How much of the reward's variance prompts explain, if there is a critic that could learn it."""
+        """How much of the reward's variance prompts explain, if there is a critic that could learn it. Episodes of one
+        prompt are told by its text: what the seed hides from the policy, it hides from the critic."""
         if "explained_variance" not in metrics or self.recipe.rollouts.samples == 1:
             return {}
         earned = distributed.all_gather(
-            [(one.group, one.reward) for one in source_batch.played if one.reward is not None]
+            [(crc32(one.prompt.encode()), one.reward) for one in source_batch.played if one.reward is not None]
         )
         between = between_groups(earned)
         return {} if between is None else {"reward_between": between}

@@ -250,7 +250,8 @@ def values(name: str, rows: Sequence[Row]) -> list[float]:
 
 def between_groups(earned: Sequence[tuple[int, float]]) -> float | None:
     """Share of the reward's variance that lies between groups (the intraclass correlation of a one-way analysis of
-    variance), from the group and reward of each episode; None if groups have one episode or rewards do not vary."""
+    variance), from the group and reward of each episode; None if there is one group, groups have one episode, or rewards
+    do not vary."""
     groups: dict[int, list[float]] = {}
     for group, reward in earned:
         groups.setdefault(group, []).append(reward)

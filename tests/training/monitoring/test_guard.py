@@ -3,10 +3,12 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from lmrl.training.listeners.guard import Guard
 from lmrl.training.monitoring.collapse import (
     MOST_CORRELATED,
     START,
@@ -347,3 +349,21 @@ def test_share_between_groups_by_hand():
     assert between_groups([(0, 0.0), (0, 1.0), (1, 0.0), (1, 1.0)]) == -1
     assert between_groups([(0, 0.0), (1, 1.0)]) is None and between_groups([(0, 1.0)] * 4) is None
     assert between_groups([(0, 1.0), (0, 1.0), (1, 1.0), (1, 1.0)]) is None
+
+
+def test_what_a_seed_hides_from_the_policy_is_not_asked_of_the_critic():
+    """Two start states with one observation: the reward differs between them, and no critic can tell."""
+    recipe = SimpleNamespace(rollouts=SimpleNamespace(samples=2))
+
+    def share(*prompts: str) -> dict[str, float]:
+        rewards = [0.0, 0.1, 1.0, 0.9]
+        played = [
+            SimpleNamespace(prompt=prompt, reward=reward) for prompt, reward in zip(prompts, rewards, strict=True)
+        ]
+        found = Guard.measure(
+            SimpleNamespace(recipe=recipe), None, 1, SimpleNamespace(played=played), {"explained_variance": 0.0}
+        )
+        return {name: round(value, 2) for name, value in found.items()}
+
+    assert share("bid", "bid", "bid", "bid") == {}
+    assert share("bid 1", "bid 1", "bid 2", "bid 2") == {"reward_between": 0.99}
