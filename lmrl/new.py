@@ -78,7 +78,7 @@ def look_at_environment(name: str, max_turns: int, scratch: bool = True, tokeniz
     environment = task.make()
     texts = sample_texts(environment)
     look.players = tuple(getattr(environment, "players", ()))
-    if raised := raised_by_odd_actions(environment_factory(section)):
+    if raised := raised_by_odd_actions(environment_factory(section), section.call_timeout):
         look.only_allowed = lists_actions(environment)
         look.said.append(
             raised + (": only allowed actions are played" if look.only_allowed else ": such episodes fail")

@@ -61,7 +61,7 @@ def command(
     speakers = _speakers(policy, task, stated, seed) if policy else None
     rng, total = stream(seed, "play"), 0.0
     with _failures_in_one_line():
-        observation, _ = begin_episode(game, seed, None)
+        observation, _ = begin_episode(game, seed, None, task.call_timeout)
     for turn in range(task.max_turns):
         console.print(visible(str(observation)), style="cyan")
         action: str | None
@@ -72,7 +72,7 @@ def command(
             action = speakers(side).say(observation)
         elif player is not None:
             with _failures_in_one_line():
-                action = call_player(game, player, rng)
+                action = call_player(game, player, rng, task.call_timeout)
         else:
             action = ask(console)
         if action is None:
@@ -81,7 +81,7 @@ def command(
         if speakers is not None or player is not None:
             console.print(f"> {visible(action)}")
         with _failures_in_one_line():
-            observation, reward, terminated, truncated, metrics = take_step(game, action)
+            observation, reward, terminated, truncated, metrics = take_step(game, action, task.call_timeout)
         total += reward
         if reward:
             console.print(f"  {reward:+g}", style="dim")

@@ -68,6 +68,17 @@ def take_step(
     return observation, reward, terminated, truncated, checked_metrics(info)
 
 
+def allowed_actions(environment: Any, limit: float | None = None) -> tuple[str, ...] | None:
+    """The actions that an environment allows next (None: any), checked. limit: seconds that the call may take."""
+    with foreign("the environment", limit):
+        actions = environment.allowed_actions()
+    if actions is None:
+        return None
+    if isinstance(actions, str) or not all(isinstance(text, str) and text for text in actions) or not len(actions):
+        raise TypeError(f"allowed_actions() returned {actions!r:.60}; expected a list of texts, or None for any")
+    return tuple(dict.fromkeys(actions))
+
+
 def check_text(observation: Any) -> Any:
     """Observations are text; a prompt may also be a list of messages."""
     if not isinstance(observation, str | list):

@@ -208,6 +208,14 @@ def lists_actions(environment: Any) -> bool:
     return method not in (None, TextEnvironment.allowed_actions, Game.allowed_actions)
 
 
+def check_says_what_is_allowed(environment: Any, name: str) -> None:
+    """Raise PluginError for an environment that does not declare which actions are allowed."""
+    if not lists_actions(environment):
+        raise PluginError(
+            f"task.allowed_actions: environment '{name}' has no method allowed_actions(): add it, or leave the key out"
+        )
+
+
 def check_game(game: Any, name: str) -> None:
     """Raise PluginError for anything that cannot be played as a game of several players."""
     count = game.num_players

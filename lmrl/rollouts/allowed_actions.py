@@ -1,14 +1,8 @@
-"""Environments that declare which actions are allowed (`task.allowed_actions`), and their actions as tries of
-tokens."""
+"""The actions that an environment allows (`task.allowed_actions`), as tries of tokens."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from lmrl.engines.token_trie import TokenTrie
-from lmrl.environments.games import lists_actions
-from lmrl.errors import PluginError
-from lmrl.foreign import foreign
 from lmrl.trajectories.render import Renderer
 
 KEPT = 4096
@@ -30,22 +24,3 @@ class ActionTries:
             if len(self._known) < KEPT:
                 self._known[actions] = trie
         return trie
-
-
-def allowed_actions(environment: Any, limit: float | None = None) -> tuple[str, ...] | None:
-    """The actions that an environment allows next (None: any), checked. limit: seconds that the call may take."""
-    with foreign("the environment", limit):
-        actions = environment.allowed_actions()
-    if actions is None:
-        return None
-    if isinstance(actions, str) or not all(isinstance(text, str) and text for text in actions) or not len(actions):
-        raise TypeError(f"allowed_actions() returned {actions!r:.60}; expected a list of texts, or None for any")
-    return tuple(dict.fromkeys(actions))
-
-
-def check_says_what_is_allowed(environment: Any, name: str) -> None:
-    """Raise PluginError for an environment that does not declare which actions are allowed."""
-    if not lists_actions(environment):
-        raise PluginError(
-            f"task.allowed_actions: environment '{name}' has no method allowed_actions(): add it, or leave the key out"
-        )

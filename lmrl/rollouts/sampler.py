@@ -13,10 +13,17 @@ from lmrl.agents.play import play_agents
 from lmrl.coroutines import run, watched
 from lmrl.engines.base import Completion, Engine, Key, Sampling, before_stop
 from lmrl.engines.token_trie import TokenTrie
-from lmrl.environments.calls import EpisodeFailed, begin_episode, call_player, failure_text, take_step
+from lmrl.environments.calls import (
+    EpisodeFailed,
+    allowed_actions,
+    begin_episode,
+    call_player,
+    failure_text,
+    take_step,
+)
 from lmrl.errors import EndpointError
 from lmrl.rewards.early import EarlyScores
-from lmrl.rollouts.allowed_actions import ActionTries, allowed_actions
+from lmrl.rollouts.allowed_actions import ActionTries
 from lmrl.rollouts.game_play import GamePlay
 from lmrl.rollouts.step_threads import StepThreads
 from lmrl.rollouts.task import Task

@@ -15,12 +15,12 @@ from lmrl import registry
 from lmrl.agents.play import Agent
 from lmrl.agents.programs import load_program
 from lmrl.environments import GameEnvironment, TextEnvironment, environment_factory, sample_texts, version_of
+from lmrl.environments.games import check_says_what_is_allowed
 from lmrl.errors import DataError, EpisodeError, ModelError, RecipeError, RewardError, did_you_mean
 from lmrl.recipe import AgentTask, Prompts, PromptTask, Recipe
 from lmrl.rewards.early import EarlyScores
 from lmrl.rewards.load import load_rewards, needs_of, origin_of
 from lmrl.rewards.rewards import GIVEN, RewardFunction, drop_failed, judge
-from lmrl.rollouts.allowed_actions import check_says_what_is_allowed
 from lmrl.rollouts.parties import Party, build_party
 from lmrl.rollouts.templates import prompt_rows
 from lmrl.seeding import stream

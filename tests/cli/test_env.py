@@ -10,6 +10,7 @@ from lmrl.errors import EpisodeError, RecipeError
 
 GAME = """
 import random
+import time
 from lmrl import TextEnvironment
 
 
@@ -90,6 +91,64 @@ class Letters(Good):
         return "start yes no"
 
 
+class Shared(Good):
+    turn = 0
+
+    def step(self, action):
+        self.np_random.random()
+        Shared.turn += 1
+        return "go on", float(action == "yes"), Shared.turn == 2, False, {}
+
+    def reset(self, **options):
+        Shared.turn = 0
+        return super().reset(**options)
+
+
+class Remembers(Good):
+    def __init__(self):
+        self.said = []
+
+    def step(self, action):
+        self.said.append(action)
+        observation, _, *rest = super().step(action)
+        return observation, float(len(self.said) % 2), *rest
+
+    def reset(self, **options):
+        self.said = self.said[:1]
+        return super().reset(**options)
+
+
+class OtherMetric(Good):
+    metric_limits = {"return": (0, 2), "turns": (0, 1)}
+
+
+class Slow(Good):
+    def step(self, action):
+        time.sleep(60)
+
+
+class Cheats(Good):
+    players = ("random", "cheat")
+
+    def allowed_actions(self):
+        return ["yes", "no"]
+
+    def act(self, player, rng):
+        return "start" if player == "cheat" else super().act(player, rng)
+
+
+class NothingAllowed(Cheats):
+    def allowed_actions(self):
+        return []
+
+
+class Unplayed(Strict):
+    players = ()
+
+    def texts(self):
+        return ["start 0 1 2", "go on", "yes no"]
+
+
 class Missing(Good):
     def texts(self):
         return open("missing.txt").read().split()
@@ -127,6 +186,9 @@ def test_a_good_environment_is_fit(game, tmp_path):
         ("NoStarts", {"can be made"}),
         ("Letters", {"texts"}),
         ("Missing", {"texts"}),
+        ("Shared", {"episodes run side by side"}),
+        ("Remembers", {"reset begins anew"}),
+        ("OtherMetric", {"limits of the metric 'turns'"}),
         ("Nowhere", {"can be made"}),
     ],
 )
@@ -149,6 +211,22 @@ def test_findings_name_the_fix(game, tmp_path):
     assert found(game("Strict"))[name] == (False, f"{raised}: set task.allowed_actions=true")
     assert found(game("Strict"), "allowed_actions=true")[name][0] is None
     assert found(game("Accented"))["texts"][1].endswith("letter by letter, which lacks 'é'")
+    assert found(game("Strict"), "allowed_actions=true")["step"][0]
+    assert found(game("Unplayed"), "allowed_actions=true")["step"][0]  # plays what is allowed, not any of its texts
+    assert found(game("Cheats"), "allowed_actions=true")["player 'cheat'"] == (
+        False,
+        "ValueError: act('cheat', ...) returned 'start', which is not allowed: ('yes', 'no')",
+    )
+    assert found(game("NothingAllowed"), "allowed_actions=true")["step"] == (
+        False,
+        "TypeError: allowed_actions() returned []; expected a list of texts, or None for any",
+    )
+    assert found(game("Good"), "allowed_actions=true")["can be made"][0] is False
+    line = GAME[: GAME.index("time.sleep")].count("\n") + 1
+    assert found(game("Slow"), "call_timeout=0.2")["step"] == (
+        False,
+        f"CallTimedOut: timed out after 0.2 s (task.call_timeout) (game.py, line {line})",
+    )
     assert "not all words" not in found(game("Good"))["texts"][1]
     assert found(game("OnePlayer"))["can be made"][1].endswith("'random': list their names, for instance ('random',)")
     assert found(game("NoStarts"))["can be made"][1].endswith(

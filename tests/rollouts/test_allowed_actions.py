@@ -15,7 +15,8 @@ from lmrl.environments.random_walks import RandomWalks
 from lmrl.errors import DataError, PluginError, RecipeError
 from lmrl.objectives.correction import sampled_logprobs
 from lmrl.recipe.files import load_recipe
-from lmrl.rollouts.allowed_actions import ActionTries, allowed_actions
+from lmrl.environments.calls import allowed_actions
+from lmrl.rollouts.allowed_actions import ActionTries
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task, build_task
 from lmrl.trajectories.batch import to_batch
