@@ -17,6 +17,7 @@ PRIOR = 0.5
 ELO = 400 / math.log(10)
 """Points for a factor e of the odds: 400 points are odds of 10 to 1."""
 STEPS, CLOSE = 1000, 1e-9
+"""Steps of the fit at most, and the change of the logarithm of odds at which it ends."""
 
 
 @dataclass
@@ -58,18 +59,20 @@ def outcomes(scores_KG: np.ndarray) -> np.ndarray:
 
 
 def fit(wins_KK: np.ndarray) -> np.ndarray:
-    """Points of each policy, (K,), by the MM algorithm of Hunter (Annals of Statistics 32, 2004)."""
+    """Points of each policy, (K,): the maximum of the likelihood, which is concave, by Newton's method."""
     count = len(wins_KK)
     wins_KK = wins_KK + PRIOR / 2 * (1 - np.eye(count))
-    games_KK, won_K = wins_KK + wins_KK.T, wins_KK.sum(1)
-    strength_K = np.ones(count)
+    games_KK, strength_K = wins_KK + wins_KK.T, np.zeros(count)
     for _ in range(STEPS):
-        shared_KK = games_KK / (strength_K[:, None] + strength_K[None, :])
-        updated_K = won_K / (shared_KK.sum(1) - np.diag(shared_KK))
-        updated_K /= np.exp(np.log(updated_K).mean())
-        close = np.abs(np.log(updated_K / strength_K)).max() < CLOSE
-        strength_K = updated_K
-        if close:
+        odds_KK = strength_K[:, None] - strength_K[None, :]
+        chance_KK = 0.5 + 0.5 * np.tanh(odds_KK / 2)
+        gradient_K = (wins_KK - games_KK * chance_KK).sum(1)
+        weights_KK = games_KK * chance_KK * (1 - chance_KK)
+        curvature_KK = np.diag(weights_KK.sum(1)) - weights_KK
+        step_K = np.linalg.solve(curvature_KK[1:, 1:], gradient_K[1:])
+        longest = np.abs(step_K).max()
+        strength_K[1:] += step_K / max(longest, 1.0)  # where odds are long, a full step may overshoot
+        if longest < CLOSE:
             break
-    points_K: np.ndarray = ELO * np.log(strength_K / strength_K[0])
+    points_K: np.ndarray = ELO * strength_K
     return points_K

@@ -9,7 +9,7 @@ from lmrl.errors import RecipeError, ScoreError
 from lmrl.evaluation.claims import read_claim
 from lmrl.evaluation.controlled import controlled
 from lmrl.evaluation.paired import compare_played
-from lmrl.evaluation.ratings import ratings
+from lmrl.evaluation.ratings import fit, ratings
 from lmrl.evaluation.scoring import Scoring
 from tests.evaluation.test_paired import compared, played
 
@@ -30,6 +30,14 @@ def test_ties_are_half_a_win():
 def test_a_policy_that_always_wins_stays_finite():
     _, b = ratings(["A", "B"], np.array([[0.0] * 10, [1.0] * 10]))
     assert b.points == pytest.approx(400 * math.log10(10.25 / 0.25))
+
+
+def test_a_ladder_of_wins_is_fitted_to_the_end():
+    """Each policy always beats those before it. By symmetry ratings are 0, x and 2x, and the last one's expected wins
+    are its wins: 2 x 5,000 and half of an imaginary tie twice."""
+    a, b, c = fit(np.tril(np.full((3, 3), 5000.0), -1))
+    chances = sum(1 / (1 + 10 ** -((c - other) / 400)) for other in (a, b))
+    assert c == pytest.approx(2 * b) and 5000.5 * chances == pytest.approx(10000.5, abs=1e-6)
 
 
 @pytest.mark.slow
