@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -112,7 +113,9 @@ def printer() -> tuple[Console, Callable[[str], None]]:
 
 
 def ask(console: Console) -> str | None:
-    """The user's action; None at the end of the input."""
+    """The user's action; None at the end of the input. Bytes that are no text are replaced."""
+    if isinstance(sys.stdin, TextIOWrapper) and sys.stdin.errors != "replace":
+        sys.stdin.reconfigure(errors="replace")
     try:
         line = console.input("> ") if sys.stdin.isatty() else sys.stdin.readline()
     except (EOFError, KeyboardInterrupt):

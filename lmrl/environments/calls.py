@@ -26,6 +26,7 @@ def call_player(environment: Any, player: str, rng: Any, limit: float | None = N
         action = environment.act(player, rng)
     if not isinstance(action, str):
         raise TypeError(f"act({player!r}, ...) returned {action!r:.60} ({type(action).__name__}); expected text")
+    action.encode()  # raises for lone surrogates, which no tokenizer reads
     return action
 
 

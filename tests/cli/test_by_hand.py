@@ -67,6 +67,11 @@ def test_typed_episodes_are_saved(folder):
     assert {row["player"] for row in kept} == {"person"} and [row["episode"] for row in kept] == [0, 1, 2]
 
 
+def test_bytes_that_are_no_text_are_replaced(folder):
+    assert play(b"\xff5\n5\n", "-n", 1).exit_code == 0
+    assert [turn["action"] for turn in rows(folder)[0]["turns"]] == ["\ufffd5", "5"]
+
+
 @pytest.mark.parametrize("objective", ["likelihood", "ilql"])
 def test_played_episodes_are_learned_from(folder, objective):
     assert play("3\n5\n5\n", "-n", 2).exit_code == 0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lmrl.environments.calls import begin_episode
+from lmrl.environments.calls import begin_episode, call_player
 
 
 class OldReset:
@@ -23,3 +23,12 @@ def test_a_reset_without_gymnasiums_arguments_is_told_of_them():
 def test_other_type_errors_stay_as_they_are():
     with pytest.raises(TypeError, match="object of type 'NoneType' has no len"):
         begin_episode(Broken(), 1, None)
+
+
+def test_a_player_that_returns_no_text_is_refused():
+    class Player:
+        def act(self, player, rng):
+            return "\udcff"
+
+    with pytest.raises(UnicodeEncodeError):
+        call_player(Player(), "odd", None)

@@ -9,13 +9,13 @@ import lmrl
 from lmrl.engines.base import Sampling
 from lmrl.engines.hf import HFEngine
 from lmrl.environments import TextEnvironment
+from lmrl.environments.calls import allowed_actions
 from lmrl.environments.gymnasium_text import GymnasiumText
 from lmrl.environments.maze import MOVES, Maze
 from lmrl.environments.random_walks import RandomWalks
 from lmrl.errors import DataError, PluginError, RecipeError
 from lmrl.objectives.correction import sampled_logprobs
 from lmrl.recipe.files import load_recipe
-from lmrl.environments.calls import allowed_actions
 from lmrl.rollouts.allowed_actions import ActionTries
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task, build_task
