@@ -53,18 +53,25 @@ def _explain(schema: type[BaseModel], document: Document, mistake: Mapping[str, 
         valid = [tag.strip("<>") for tag in classes if tag not in ("<custom>", "<prompts>")]
         which = typing.cast(registry.Kind, choice if key == "name" else "environment")
         valid += [name for name in registry.names(which) if name not in valid]
+        if given is not None and not isinstance(mistake["input"], dict):
+            return _no_section(name, place, f"{key}={given if given in valid else '...'}", given)
         place = document.place((*prefix, *keys, key))
         if given is None:
             return f"missing key '{name}.{key}' ({place}){did_you_mean('', valid)}"
         return f"'{name}.{key}' names no known {keys[-1]}: '{given}' ({place}){did_you_mean(str(given), valid)}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         section = _schema_at(schema, document.data | {keys[0]: None}, keys[:1]) if len(keys) == 1 else None
-        example = f", for instance {name}.{next(iter(section.model_fields))}=..." if section else ""
-        return f"wrong value for '{name}' ({place}): expected keys with values{example}, got {_shown(mistake['input'])}"
+        return _no_section(name, place, f"{next(iter(section.model_fields))}=..." if section else "", mistake["input"])
     message = mistake["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{name + ': ' if name else ''}{message} ({place})"
     return f"wrong value for '{name}' ({place}): {message[0].lower()}{message[1:]}, got {_shown(mistake['input'])}"
+
+
+def _no_section(name: str, place: str, example: str, given: Any) -> str:
+    """The message for a section that is not one. example: one of its keys and a value; '': none is known."""
+    example = f", for instance {name}.{example}" if example else ""
+    return f"wrong value for '{name}' ({place}): expected keys with values{example}, got {_shown(given)}"
 
 
 def _shown(value: Any) -> str:

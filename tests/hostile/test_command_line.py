@@ -96,6 +96,7 @@ KEYS = [
     ("objective.name=pppo", r"'objective.name' names no known objective: 'pppo' .*did you mean 'ppo'\?"),
     ("task.environment=mze", r"'task.environment' names no known task: 'mze' .*did you mean 'maze'\?"),
     ("objective={}", r"missing key 'objective.name' .*valid here: .*ppo"),
+    ("objective=ppo", r"'objective' .*expected keys with values, for instance objective.name=ppo, got 'ppo'"),
     ("training=5", r"wrong value for 'training' .*expected keys with values, for instance training.steps=..., got 5"),
     ("model=gpt2", r"expected keys with values, for instance model.path=..., got 'gpt2'"),
     ("training.steps", r"override 'training.steps' is not of the form key=value, for instance training.steps=50"),
