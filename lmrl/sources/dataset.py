@@ -246,9 +246,12 @@ def open_dataset_file(source: DatasetOptions, task: Task, bad_rows: Path | None 
 
 
 def summarize_file(file: DatasetFile, task: Task) -> Scores | None:
-    """Return (for prompts, reward), components and metrics of logged episodes, each with its interval over prompts."""
+    """Return (for prompts, reward), components and metrics of logged episodes, each with its interval over prompts.
+
+    None if no return is known, and for pairs: their 1 and -1 say which answer is preferred, not what a reward gives it.
+    """
     known = [index for index, value in enumerate(file.returns) if value is not None]
-    if not known:
+    if file.has_pairs or not known:
         return None
     main, unit = ("reward", "prompt") if task.judged_by == "reward" else ("return", "start state")
     returns = [value for value in file.returns if value is not None]

@@ -332,6 +332,12 @@ def test_only_the_last_used_episodes_are_held(monkeypatch):
     assert len(read) > 4 and source._episode.cache_info().currsize == 3
 
 
+def test_pairs_have_no_scores(tmp_path, walks):
+    """Their returns, 1 and -1, are labels: a row of the data's mean 0 would stand next to real rewards."""
+    path = lines(tmp_path / "pairs.jsonl", [{"prompt": text, "chosen": "b", "rejected": "c"} for text in "de"])
+    assert build_dataset(dataset(path=path), walks, 0, "main", compares=True).scores() is None
+
+
 def test_logged_scores_are_clustered_by_prompt(tmp_path, walks):
     """Two prompts of three episodes each; one episode has no reward, another no component."""
     rows = [
