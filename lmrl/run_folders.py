@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 from lmrl.errors import RunError
@@ -65,7 +66,8 @@ def final_checkpoint(folder: Path, which: str = "final") -> Path:
 
 def _no_checkpoint(folder: Path) -> str:
     resumable = (folder / RECIPE_FILE).is_file()
-    fix = f"continue it with: lmrl train {folder} --resume" if resumable else f"its {RECIPE_FILE} is missing too"
+    resume = f"continue it with: lmrl train {shlex.quote(str(folder))} --resume"
+    fix = resume if resumable else f"its {RECIPE_FILE} is missing too"
     return f"{folder}: its last stage has no checkpoint yet: {fix}"
 
 

@@ -7,7 +7,8 @@ import pytest
 from lmrl.errors import RunError
 from lmrl.recipe.files import load_recipe
 from lmrl.run import METRICS_FILE, SAMPLES_FILE, Run
-from lmrl.run_folders import RECIPE_FILE, checkpoints_in
+from lmrl.run_folders import RECIPE_FILE, checkpoints_in, final_checkpoint
+from lmrl.training.monitoring.bundle import where_kept
 
 
 @pytest.fixture
@@ -97,3 +98,11 @@ def test_only_numbered_folders_are_checkpoints(tmp_path):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-000099").write_text("a file")
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-000002", "step-10"]
+
+
+def test_suggested_commands_quote_folders(tmp_path):
+    folder = tmp_path / "my run"
+    Run.create(folder, load_recipe("random_walks/ppo")).release()
+    with pytest.raises(RunError, match=f"continue it with: lmrl train '{folder}' --resume"):
+        final_checkpoint(folder)
+    assert where_kept("kept", folder, None).endswith(f"lmrl replay '{folder}'")

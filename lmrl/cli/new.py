@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -73,7 +74,8 @@ def command(
         assert rows is not None and model is not None, "rows were given, with a model"
         look = new.look_at_rows(rows, kind, _tokenizer(model))
         text = new.data_recipe(kind, rows, method, model, look, reward)
-    head = f"# Written by `lmrl new`; every line may be changed, and `lmrl show {file}` prints all defaults.\n"
+    quoted = shlex.quote(str(file))
+    head = f"# Written by `lmrl new`; every line may be changed, and `lmrl show {quoted}` prints all defaults.\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(head + text)
     try:
@@ -83,7 +85,7 @@ def command(
         raise
     for line in look.said:
         print(line)
-    print(f"written to {file}; try it: lmrl train {file} --dry-run; then: lmrl train {file}")
+    print(f"written to {file}; try it: lmrl train {quoted} --dry-run; then: lmrl train {quoted}")
 
 
 def _tokenizer(model: str) -> object | None:

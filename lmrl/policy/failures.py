@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,9 @@ def _fix(folder: Path) -> str:
     stage = folder.parent if folder.name == "final" else folder.parent.parent
     whole = [one for one in [*checkpoints_in(stage), stage / "final"] if one.is_dir() and broken_file(one) is None]
     if not whole:
-        return f"no checkpoint of this run is complete; train it again: lmrl train {run / RECIPE_FILE}"
+        return (
+            f"no checkpoint of this run is complete; train it again: lmrl train {shlex.quote(str(run / RECIPE_FILE))}"
+        )
     return f"{whole[-1]} is complete: use that"
 
 

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -90,6 +91,7 @@ def sweep(
     if jobs < 1:
         raise RecipeError(f"--jobs: at least one run at a time, not {jobs}")
     folder = Path(output) if output is not None else default_output(recipe)
+    quoted = shlex.quote(str(folder))
     _check(folder, points, resume)
     folder.mkdir(parents=True, exist_ok=True)
     display.say(f"{counted(len(points), 'run')}, {min(jobs, len(points))} at a time, in {folder}")
@@ -124,7 +126,7 @@ def sweep(
     try:
         run_all(waiting, start, report, jobs)
     except Interrupted:
-        display.say(f"interrupted; continue with the same command, --output {folder} and --resume")
+        display.say(f"interrupted; continue with the same command, --output {quoted} and --resume")
         raise
     rows = over_runs({point.name: _read(folder, point) for point in points if point.name not in failed})
     results: dict[str, Any] = {
@@ -141,7 +143,7 @@ def sweep(
         )
     elif not rows and not failed:
         display.say(
-            f"no run was evaluated, so there are no scores to compare: set evaluation.every, or lmrl eval {folder}/*/"
+            f"no run was evaluated, so there are no scores to compare: set evaluation.every, or lmrl eval {quoted}/*/"
         )
     if failed:
         raise SweepError(

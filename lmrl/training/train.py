@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -231,7 +232,7 @@ def _execute(run: Run, accelerator: Any, display: Display, resumed: bool = False
             compared, problem = _before_after(run, display)
             trackers.table("before_after", SCORE_COLUMNS, score_rows(flat(compared)), MAIN_STAGE, steps)
     except Interrupted:
-        display.say(f"interrupted; continue with: lmrl train {run.folder} --resume")
+        display.say(f"interrupted; continue with: lmrl train {shlex.quote(str(run.folder))} --resume")
         raise
     except LmrlError as error:
         if error.exit_code == 2 and not resumed:  # refused: the folder is free for the next try

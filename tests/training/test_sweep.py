@@ -156,7 +156,7 @@ def test_a_sweep_without_evaluations_says_why_it_has_no_table(tmp_path, monkeypa
 
 
 def test_an_interrupt_ends_the_runs_and_lets_them_save(tmp_path):
-    folder = tmp_path / "sweep"
+    folder = tmp_path / "my sweep"
     settings = [*TINY[1:], "training.steps=100000", "training.checkpoint_every=0", "evaluation.suite=null"]
     arguments = ["random_walks/bc", *settings, "--over", "training.seed=0,1", "--output", folder]
     process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
@@ -168,7 +168,7 @@ def test_an_interrupt_ends_the_runs_and_lets_them_save(tmp_path):
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "interrupted; continue with the same command" in said
+    assert f"interrupted; continue with the same command, --output '{folder}' and --resume" in said
     assert list((folder / "seed-0/stages/main/checkpoints").iterdir())  # it is asked once, so it saved
     assert "saved a checkpoint at step" in (folder / "seed-0.log").read_text()
     assert not (folder / "seed-1").exists() and not (folder / "results.json").exists()

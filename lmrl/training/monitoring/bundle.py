@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ def write_bundle(
         "strategy": stage.strategy.name,
         "versions": describe_machine()["packages"],
         "environment": stage.task.environment,
-        "reproduce": f"lmrl replay {target}",
+        "reproduce": _command(target),
         **info,
     }
 
@@ -153,7 +154,11 @@ def write_bundle(
 def where_kept(what: str, target: Path, problem: str | None) -> str:
     if problem is not None:
         return f"no bundle: {target} cannot be written ({problem})"
-    return f"{what} in {target}; reproduce with: lmrl replay {target}"
+    return f"{what} in {target}; reproduce with: {_command(target)}"
+
+
+def _command(bundle: Path) -> str:
+    return f"lmrl replay {shlex.quote(str(bundle))}"
 
 
 def bundle_path(stage: Stage, step: int, event: str) -> Path:

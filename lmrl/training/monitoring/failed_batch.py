@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -30,4 +31,5 @@ def keep_failed(stage: Stage, error: EpisodeError) -> None:
     if len(causes) > CAUSES:
         stage.display.say(f"     and {counted(len(causes) - CAUSES, 'more cause')}")
     if "id" in lines[0]:
-        stage.display.say(f"play one again: lmrl replay {stage.run.folder} --episode {lines[0]['id']}")
+        folder = shlex.quote(str(stage.run.folder))
+        stage.display.say(f"play one again: lmrl replay {folder} --episode {lines[0]['id']}")
