@@ -57,6 +57,8 @@ def main() -> None:
     faulthandler.enable(2)  # a crash in native code says in which call
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log file should show a run as it progresses
+        if sys.stdout.errors == "strict":  # a "±", or a model's text, must not end a run where it has no encoding
+            sys.stdout.reconfigure(errors="backslashreplace")
     try:
         arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
         sys.exit(app(args=arguments, prog_name="lmrl", standalone_mode=False))

@@ -44,6 +44,13 @@ def test_cp_then_show_and_dry_run(tmp_path):
     assert lmrl("cp", "sentiment.py", cwd=tmp_path).returncode == 0 and (tmp_path / "sentiment.py").is_file()
 
 
+def test_text_that_the_output_cannot_encode_is_escaped(tmp_path):
+    """As under PYTHONIOENCODING=ascii."""
+    code = "import sys; sys.stdout.reconfigure(encoding='ascii', errors='strict')\n" + forking.COMMAND
+    done = forking.run(["show", "random_walks/bc", "description='2 ± 1'"], code=code, env=ENV, cwd=tmp_path)
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "description: 2 \\xb1 1"), done.stderr
+
+
 HEAVY = ("torch", "transformers", "gymnasium", "numpy", "accelerate", "datasets")
 
 
