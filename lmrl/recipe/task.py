@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AllowInfNan, BeforeValidator, Field, field_validator, model_validator
 
@@ -252,6 +252,9 @@ class AgentTask(Section):
 
 
 class EpisodeLimits(Section):
+    if TYPE_CHECKING:  # each subclass says which names it has
+        environment: str
+
     history: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
     """The part of an episode that the policy sees: everything, or the last N observations with the turns between them."""
     max_turns: int = Field(100, ge=1)
