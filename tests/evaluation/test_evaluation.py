@@ -160,7 +160,7 @@ def test_run_on_prompts_is_scored_on_those_held_out(tmp_path):
     seen = lmrl.evaluate(run, overrides=["task.prompts.holdout=0", "samples=2"])
     assert "20 prompts of the task itself" in seen.played
     assert seen.metrics["reward"]["holds_for"] == "new samples of these prompts"
-    with pytest.raises(RecipeError, match="no reward to score it by: name a suite, --suite NAME"):
+    with pytest.raises(RecipeError, match="/run' has no reward to score by: name a suite, --suite NAME"):
         lmrl.evaluate(run, overrides=["task.rewards=[]"])
 
 

@@ -181,7 +181,7 @@ ENVIRONMENTS = [
     ),
     (
         "class Env:\n    def reset(self): return 'a', {}\n    def step(self, a): pass\n",
-        r"reset\(\) got an unexpected keyword",
+        r"reset\(\) must take gymnasium's arguments: reset\(self, \*, seed=None, options=None\)",
     ),
     ("class Env:\n    def reset(self, **_): return 'a', {}\n", r"task.environment: '.*env.py:Env' has no step\(\)"),
     ("class Other: pass\n", r"task.environment: '.*env.py' defines no 'Env'; .*Other"),

@@ -141,7 +141,7 @@ def test_what_is_learned_from_logs_alone_says_nothing_of_sampling(tmp_path):
 
     said = []
     display = Display()
-    display.say = lambda text, whole=False: said.append(text)
+    display.say = lambda text, whole=False, style="": said.append(text)
     lmrl.train(
         "random_walks/bc",
         [*TINY_WALKS, "training.steps=1", "rollouts.top_k=3"],
