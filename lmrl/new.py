@@ -23,7 +23,9 @@ from lmrl.recipe import CustomTask
 from lmrl.rollouts.collect import draw_starts
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task, build_task
-from lmrl.trajectories.files import OTHER_NAMES, Malformed, open_rows
+from lmrl.trajectories.fields import OTHER_NAMES
+from lmrl.trajectories.files import open_rows
+from lmrl.trajectories.readers import Malformed
 from lmrl.trajectories.rows import parse, prompt_of
 from lmrl.trajectories.trajectory import Trajectory, prompt_text
 

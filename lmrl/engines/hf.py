@@ -122,9 +122,12 @@ class HFEngine(Engine):
         if self._packed is None:
             self._packed = pack_weights(self.policy.causal_lm, self.policy.autocast_dtype)
 
-    def sync(self) -> None:
+    def _unpack(self) -> None:
         unpack_weights(self._packed or [])
         self._packed = None
+
+    def sync(self) -> None:
+        self._unpack()  # the copies are of the weights before
 
     def forget(self) -> None:
         if self.batch is not None:
@@ -132,10 +135,10 @@ class HFEngine(Engine):
 
     def release_memory(self) -> None:
         self.forget()
-        self.sync()
+        self._unpack()
 
     def close(self) -> None:
-        self.sync()
+        self._unpack()
 
     def places(self, tokens: int) -> int:
         """How many sequences of this many tokens are decoded at a time."""

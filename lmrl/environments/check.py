@@ -15,7 +15,7 @@ import numpy as np
 
 from lmrl.environments import environment_factory, limits_of, sample_texts
 from lmrl.environments.calls import allowed_actions, begin_episode, call_player, take_step
-from lmrl.environments.games import GameEnvironment, check_says_what_is_allowed, lists_actions
+from lmrl.environments.games import GameEnvironment, check_says_what_is_allowed, inner, lists_actions
 from lmrl.errors import LmrlError, counted
 from lmrl.findings import Finding
 from lmrl.recipe import EpisodeLimits
@@ -39,7 +39,7 @@ def check_environment(task: EpisodeLimits, episodes: int = EPISODES) -> Iterator
     except LmrlError as error:
         yield Finding("can be made", False, str(error))
         return
-    yield Finding("can be made", True, type(_inner(environment)).__name__)
+    yield Finding("can be made", True, type(inner(environment)).__name__)
     yield _picklable(environment)
     try:
         first, again = (begin_episode(environment, 1, None, task.call_timeout)[0] for _ in range(2))
@@ -177,13 +177,9 @@ def _side_by_side(make: Callable[[], Any], player: str, task: EpisodeLimits, alo
     return Finding(name, same, "two at a time, as each alone" if same else f"two at a time disturb each other: {fix}")
 
 
-def _inner(environment: Any) -> Any:
-    return environment.game if isinstance(environment, GameEnvironment) else environment
-
-
 def _raised(error: BaseException, environment: Any) -> str:
     """An error, and the last line of the environment's own file that it passed."""
-    module = type(_inner(environment)).__module__
+    module = type(inner(environment)).__module__
     frames = [at for at in walk_tb(error.__traceback__) if at[0].f_globals.get("__name__") == module]
     place = f" ({Path(frames[-1][0].f_code.co_filename).name}, line {frames[-1][1]})" if frames else ""
     return f"{type(error).__name__}: {error}{place}"

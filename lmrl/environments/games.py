@@ -201,10 +201,14 @@ def split_start(game: Game, start: int | None, number: int) -> tuple[int | None,
     return start // game.num_players, start % game.num_players
 
 
+def inner(environment: Any) -> Any:
+    """The user's own object: the game of a GameEnvironment, or the environment itself."""
+    return environment.game if isinstance(environment, GameEnvironment) else environment
+
+
 def lists_actions(environment: Any) -> bool:
     """True if an environment declares which actions are allowed."""
-    inner = environment.game if isinstance(environment, GameEnvironment) else environment
-    method = getattr(type(inner), "allowed_actions", None)
+    method = getattr(type(inner(environment)), "allowed_actions", None)
     return method not in (None, TextEnvironment.allowed_actions, Game.allowed_actions)
 
 

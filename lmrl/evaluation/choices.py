@@ -17,7 +17,7 @@ from lmrl.policy.policy import Policy
 from lmrl.recipe import Choices
 from lmrl.rollouts.task import Task
 from lmrl.rollouts.templates import compiled
-from lmrl.trajectories.files import Malformed
+from lmrl.trajectories.readers import Malformed
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.trajectory import Segment, Trajectory, Turn, prompt_text
 

@@ -19,7 +19,8 @@ from lmrl.recipe import DatasetOptions, PromptTask, Recipe
 from lmrl.recipe.files import stages_of
 from lmrl.rollouts.task import build_task, strings_in
 from lmrl.run_folders import RECIPE_FILE, final_checkpoint, read_recipe
-from lmrl.trajectories.files import Malformed, Selection, open_rows
+from lmrl.trajectories.files import Selection, open_rows
+from lmrl.trajectories.readers import Malformed
 from lmrl.trajectories.trajectory import Trajectory, prompt_text
 
 WORD = re.compile(r"\w+")

@@ -16,7 +16,7 @@ from lmrl.evaluation.contenders import folder_name
 from lmrl.evaluation.log import EvalLog, in_order, logs_in
 from lmrl.evaluation.scoring import Scores, named_values
 from lmrl.run import write_atomically
-from lmrl.trajectories.files import Row
+from lmrl.trajectories.readers import Row
 from lmrl.trajectories.trajectory import Trajectory, as_messages
 
 VERSION = 2

@@ -33,8 +33,8 @@ from lmrl.recipe.validation import validate
 from lmrl.rewards.rewards import drop_failed
 from lmrl.run import describe_machine, write_atomically
 from lmrl.secrets import check_no_secrets
-from lmrl.trajectories.files import JsonLines, Malformed, Row
 from lmrl.trajectories.parquet import flat_row
+from lmrl.trajectories.readers import JsonLines, Malformed, Row
 from lmrl.trajectories.rows import fingerprint, parse, to_row
 from lmrl.trajectories.trajectory import Trajectory
 

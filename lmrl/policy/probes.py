@@ -66,7 +66,7 @@ def can_pack(policy: Policy) -> bool:
         torch.stack([part[-8:] for part in score.split([len(own) - 1 for own in parts])]) for score in scores
     )
     worst = (found - expected).abs().mean(1).max()
-    return _agrees(policy, float(worst), float((ignoring - expected).abs().mean()))
+    return _agrees(policy, float(worst), _gap(ignoring, expected))
 
 
 def _logprobs(policy: Policy, sequences: list[Sequence], rows: list[int], packed: bool) -> torch.Tensor:
@@ -104,7 +104,7 @@ def can_share_prompts(policy: Policy) -> bool:
     finally:
         policy.train(was_training)
     found, expected, ignoring = scores
-    return _agrees(policy, float((found - expected).abs().mean()), float((ignoring - expected).abs().mean()))
+    return _agrees(policy, _gap(found, expected), _gap(ignoring, expected))
 
 
 def can_hold_slots(policy: Policy) -> bool:
@@ -130,7 +130,7 @@ def can_hold_slots(policy: Policy) -> bool:
     except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError, AttributeError):
         return False
     found, expected, ignoring = (one.float().log_softmax(-1) for one in (found_2V, whole_2V, careless_2V))
-    return _agrees(policy, float((found - expected).abs().mean()), float((ignoring - expected).abs().mean()))
+    return _agrees(policy, _gap(found, expected), _gap(ignoring, expected))
 
 
 def _plain_logits(policy: Policy, tokens: list[int]) -> torch.Tensor:
@@ -153,6 +153,10 @@ def _agrees(policy: Policy, gap: float, mistake: float) -> bool:
     a nat, so the gap is judged relative to it."""
     tolerance = _tolerance(policy)
     return gap < (tolerance if tolerance == EXACT else max(tolerance, ROUNDING * mistake))
+
+
+def _gap(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().mean())
 
 
 def _tolerance(policy: Policy) -> float:

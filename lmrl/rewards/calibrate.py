@@ -19,8 +19,10 @@ from lmrl.findings import Finding
 from lmrl.rewards.pairs import Verdict, ask_pairs, by_score
 from lmrl.rewards.rewards import RewardFunction, Scores, answer_to, by_column, score
 from lmrl.rewards.workers import Failure
-from lmrl.trajectories.files import Malformed, Row, Rows, open_rows, take
+from lmrl.trajectories.fields import take
+from lmrl.trajectories.files import open_rows
 from lmrl.trajectories.formats import preference
+from lmrl.trajectories.readers import Malformed, Row, Rows
 from lmrl.trajectories.rows import prompt_of
 from lmrl.trajectories.trajectory import Messages, prompt_key, prompt_text
 

@@ -10,7 +10,8 @@ import numpy as np
 from lmrl.errors import DataError
 from lmrl.rewards.rewards import RewardFunction, Scores, answer_to, by_column, score
 from lmrl.trajectories.fields import json_of
-from lmrl.trajectories.files import Malformed, Row, open_rows
+from lmrl.trajectories.files import open_rows
+from lmrl.trajectories.readers import Malformed, Row
 from lmrl.trajectories.rows import parse
 
 BATCH = 64

@@ -25,7 +25,8 @@ from lmrl.rollouts.parties import Party, build_party
 from lmrl.rollouts.templates import prompt_rows
 from lmrl.seeding import stream
 from lmrl.trajectories.fields import checked_messages
-from lmrl.trajectories.files import Malformed, Selection, read_rows
+from lmrl.trajectories.files import Selection, read_rows
+from lmrl.trajectories.readers import Malformed
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.rows import prompt_of
 from lmrl.trajectories.store import dataset_texts

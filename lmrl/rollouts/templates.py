@@ -19,7 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lmrl.errors import DataError, RecipeError
 from lmrl.recipe import Prompts, Shots
 from lmrl.seeding import stream
-from lmrl.trajectories.files import Malformed, Row, Selection, read_rows
+from lmrl.trajectories.files import Selection, read_rows
+from lmrl.trajectories.readers import Malformed, Row
 
 BRACKETS = re.compile(r"\[.*?\]")
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from lmrl.errors import DataError, counted
 from lmrl.seeding import stream
-from lmrl.trajectories.files import Malformed, Selection, open_rows
+from lmrl.trajectories.files import Selection, open_rows
 from lmrl.trajectories.formats import equal_pairs_note, preference
+from lmrl.trajectories.readers import Malformed
 from lmrl.trajectories.store import report_bad_rows
 from lmrl.trajectories.trajectory import Messages, prompt_key
 

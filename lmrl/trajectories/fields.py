@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from lmrl.trajectories.files import OTHER_NAMES, Malformed, Row, take
+from lmrl.trajectories.readers import Malformed, Row
 from lmrl.trajectories.trajectory import (
     LARGEST_REWARD,
     Messages,
@@ -14,6 +14,20 @@ from lmrl.trajectories.trajectory import (
 )
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+OTHER_NAMES = "; if columns have other names, set `columns`, for instance {prompt: question, completion: answer}"
+_KINDS = {str: "text", int: "a whole number", bool: "true or false"}
+
+
+def take(row: Row, name: str, *kinds: type, items: str = "messages", fix: str = "") -> Any:
+    """A row's field, checked: Malformed names the field and what was expected. items: what a list holds; fix: for a field
+    that is missing."""
+    expected = " or ".join(f"a list of {items}" if kind is list else _KINDS[kind] for kind in kinds)
+    if row.get(name) is None:
+        given = ", ".join(key for key, value in row.items() if value is not None)
+        raise Malformed(f"has no field '{name}' (fields: {given}); expected {expected}{fix}")
+    if not isinstance(row[name], kinds) or (isinstance(row[name], bool) and bool not in kinds):
+        raise Malformed(f"field '{name}' is {row[name]!r:.60}; expected {expected}")
+    return row[name]
 
 
 def json_of(row: Row, name: str) -> Any:

@@ -15,9 +15,10 @@ from lmrl.trajectories.fields import (
     reward_in,
     reward_of,
     same_reward,
+    take,
     text_or_messages,
 )
-from lmrl.trajectories.files import Malformed, Row, take
+from lmrl.trajectories.readers import Malformed, Row
 from lmrl.trajectories.trajectory import (
     Messages,
     Trajectory,

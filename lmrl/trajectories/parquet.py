@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lmrl.trajectories.files import Row, quiet_datasets
+from lmrl.trajectories.files import quiet_datasets
+from lmrl.trajectories.readers import Row
 
 
 def flat_row(row: Row) -> Row:

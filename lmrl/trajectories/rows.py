@@ -43,6 +43,7 @@ from typing import Any
 from lmrl.errors import DataError
 from lmrl.trajectories.allowed import AllowedTokens, from_table, to_table
 from lmrl.trajectories.fields import (
+    OTHER_NAMES,
     checked_message,
     checked_messages,
     json_of,
@@ -52,9 +53,10 @@ from lmrl.trajectories.fields import (
     reward_in,
     reward_of,
     same_reward,
+    take,
 )
-from lmrl.trajectories.files import OTHER_NAMES, Malformed, Row, take
 from lmrl.trajectories.formats import chat_episode, completion_episode, episode_of, preference, preference_episodes
+from lmrl.trajectories.readers import Malformed, Row
 from lmrl.trajectories.recorder import Recorder
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.trajectory import (

@@ -15,8 +15,9 @@ from typing import Any, TextIO
 
 from lmrl.errors import DataError, RunError, counted
 from lmrl.trajectories.encoding import strings
-from lmrl.trajectories.files import JsonLines, Malformed, Row, Rows, Selection, open_rows
+from lmrl.trajectories.files import Selection, open_rows
 from lmrl.trajectories.parquet import write_parquet
+from lmrl.trajectories.readers import JsonLines, Malformed, Row, Rows
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.rows import fingerprint, is_dialogue, parse, prompts_of, render, to_row
 from lmrl.trajectories.trajectory import Trajectory, prompt_key, prompt_text

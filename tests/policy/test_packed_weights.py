@@ -10,7 +10,7 @@ from lmrl.engines.hf import HFEngine
 from lmrl.policy import packed_weights
 from lmrl.policy.load import load_policy
 from lmrl.policy.packed_weights import pack_weights, unpack_weights
-from lmrl.recipe import Lora, Model
+from lmrl.recipe import Lora, Model, estimates
 
 BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -82,6 +82,10 @@ def test_what_is_too_large_for_the_memory_is_not_packed(monkeypatch):
     monkeypatch.setattr(packed_weights, "limit_bytes", lambda: 8 * size)
     assert pack_weights(model, None)
     assert not pack_weights(model, None), "a second engine leaves them to the first"
+
+
+def test_memory_is_predicted_by_the_same_rules():
+    assert (estimates.SMALLEST_PACKED, estimates.PACKED_SHARE) == (packed_weights.SMALLEST, packed_weights.SHARE)
 
 
 def packed(policy) -> int:

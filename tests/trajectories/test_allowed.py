@@ -10,7 +10,7 @@ from lmrl.trajectories.allowed import Allowed
 from lmrl.trajectories.balance import _from_arrays, _to_arrays
 from lmrl.trajectories.batch import VECTORS, Batch, to_sequence
 from lmrl.trajectories.chain import to_sequences
-from lmrl.trajectories.files import Malformed
+from lmrl.trajectories.readers import Malformed
 from lmrl.trajectories.rows import fingerprint, parse, to_row
 from lmrl.trajectories.shared import pack
 from lmrl.trajectories.store import read_episodes, write_episodes

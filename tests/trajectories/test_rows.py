@@ -11,8 +11,9 @@ from lmrl.environments import TextEnvironment
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.rollouts.sampler import Sampler
 from lmrl.rollouts.task import Task
-from lmrl.trajectories.files import Malformed, open_rows
+from lmrl.trajectories.files import open_rows
 from lmrl.trajectories.formats import common_prompt
+from lmrl.trajectories.readers import Malformed
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.rows import fingerprint, from_row, parse, to_row
 from lmrl.trajectories.store import DatasetFile, write_episodes

@@ -12,7 +12,8 @@ from lmrl.errors import DataError, RecipeError, RunError
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe.files import load_recipe
 from lmrl.rollouts.task import task_texts
-from lmrl.trajectories.files import JsonLines, Selection, open_rows, read_rows
+from lmrl.trajectories.files import Selection, open_rows, read_rows
+from lmrl.trajectories.readers import JsonLines
 from lmrl.trajectories.recorder import Recorder
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.rows import fingerprint, prompt_of, to_row

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lmrl.errors import ModelError
-from lmrl.trajectories.files import Malformed
+from lmrl.trajectories.readers import Malformed
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.rows import from_row
 
