@@ -10,9 +10,10 @@ Cells differ only in task, method and the source that the method needs: a small 
 same 5,000. The second stage sets neither learning rate nor options of the objective. zoo_game.py says what a game is,
 zoo_games.py, zoo_gymnasium.py and zoo_later.py hold the games, and zoo_references.py computes what can be reached on them.
 
-Scores: 0 is random play; 1 is the optimum for online methods, and for offline ones what can be reached from random play:
-one step of policy improvement for `mc`, the optimum among the logged actions for `ilql`. A policy's return is estimated
-as the optimum minus the mean regret of its actions, which has the same expectation as the mean return and less noise.
+Scores: 0 is random play; 1 is the best policy that sees what the game shows for online methods, and for offline ones what
+can be reached from random play: one step of policy improvement for `mc`, for `ilql` the best such policy among the logged
+actions. A policy's return is estimated as the optimum minus the mean regret of its actions, which has the same
+expectation as the mean return and less noise.
 
 Sixteen games are split into two halves by a hash of their names: settings are chosen on the first; the second is held
 out. Three were written later, when all settings had been chosen.
@@ -37,7 +38,7 @@ from typing import Any
 
 from zoo_game import Game, State, optimum
 from zoo_games import GAMES, SETS, half
-from zoo_references import improved, random_play, within
+from zoo_references import attainable, improved, random_play, within
 from zoo_tables import decoding, references, table
 
 HERE = Path(__file__).resolve().parent
@@ -177,9 +178,10 @@ def score(game: type[Game], regret: float, reference: float) -> float:
 
 def reference_return(game: type[Game], method: str, run: Path) -> float:
     """The expected return that scores 1."""
+    visible = attainable(game).value
     if method in ONLINE:
-        return optimum(game).value
-    return improved(game).value if method == "mc" else within(game, logged_pairs(run)).value
+        return visible
+    return min(improved(game).value, visible) if method == "mc" else within(game, logged_pairs(run)).value
 
 
 def logged_pairs(run: Path) -> set[tuple[State, str]]:

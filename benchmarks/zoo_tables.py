@@ -8,7 +8,7 @@ from typing import Any
 
 from zoo_game import optimum
 from zoo_games import GAMES, SETS, half
-from zoo_references import decoded, improved, random_play
+from zoo_references import attainable, decoded, improved, random_play
 
 
 def table(records: Sequence[dict[str, Any]], methods: Sequence[str], library: str | None = None) -> str:
@@ -67,16 +67,17 @@ def _entry(records: Sequence[dict[str, Any]]) -> str:
 def references() -> str:
     """Markdown: of each task its set, limits and exact expected returns."""
     lines = [
-        "| task | set | turns | history | states | random | one step of improvement | optimum | reward scale |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| task | set | turns | history | states | random | one step of improvement | attainable | optimum | reward scale |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for which in SETS:
         for task in half(which):
             game = GAMES[task]
             low, middle, high = random_play(game).value, improved(game).value, optimum(game)
+            visible = attainable(game).value
             lines.append(
                 f"| {task} | {which} | {game.turns} | {game.history} | {len(high.values[-1])} | {low:.4f} | {middle:.4f} "
-                f"| {high.value:.4f} | {game.scale:g} |"
+                f"| {visible:.4f} | {high.value:.4f} | {game.scale:g} |"
             )
     return "\n".join(lines)
 
