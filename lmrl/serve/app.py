@@ -64,7 +64,7 @@ class App:
             headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
             return HTTPResponse(error.status, error_body(str(error), kind, error.code, error.param), headers)
         except ModelError as error:
-            return HTTPResponse(400, error_body(str(error), code=CONTEXT_FULL))
+            return HTTPResponse(400, error_body(str(error)))
         except LmrlError as error:
             self.failures += 1
             return HTTPResponse(500, error_body(redact(str(error)), "server_error"))
@@ -248,12 +248,12 @@ class _Job:
                 done: Completion = await served.complete(self.tokens, self.sampling, self.key, heard)
         except TimeoutError as error:
             raise BadRequest(f"no answer within {self.app.limits.seconds:g} s", code="timeout", status=504) from error
-        except ModelError:  # concerns only this request
-            raise
+        except ModelError as error:  # concerns only this request: its tokens do not fit
+            raise BadRequest(str(error), code=CONTEXT_FULL) from error
         except Exception as error:
             self.app.broken = self.app.broken or error
             raise
-        choice = served.choice(self.ask, self.tokens, done, self.sampling)
+        choice = served.choice(self.ask, self.tokens, done, self.sampling, self.key)
         if self.session is not None:
             self.session.record(self.ask, self.which, choice, done, self.earlier)
         return choice

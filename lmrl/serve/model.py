@@ -97,14 +97,15 @@ class ServedPolicy:
     ) -> Completion:
         return await self.engine.generate(tokens, sampling, key, heard)
 
-    def choice(self, ask: Ask, prompt: list[int], done: Completion, sampling: Sampling) -> Choice:
-        """A completion as the client sees it."""
+    def choice(self, ask: Ask, prompt: list[int], done: Completion, sampling: Sampling, key: Key) -> Choice:
+        """A completion as the client sees it. key: of its random stream."""
         text = self.shown(done.tokens, sampling.stop if done.finish_reason == "stop" else ())
         reason, calls = REASONS[done.finish_reason], []
         if ask.tools:
             parsed = self.format.parse(self.marked(done.tokens, sampling.stop), list(ask.tools))
             if parsed.calls:
-                text, calls, reason = self.plain(parsed.content), tool_calls(parsed.calls), "tool_calls"
+                text, reason = self.plain(parsed.content), "tool_calls"
+                calls = tool_calls(parsed.calls, key, prompt)
         pieces = [self.tokenizer.decode([token]) for token in done.tokens]
         return Choice(text, pieces, done.tokens, done.logprobs, reason, calls, prompt)
 

@@ -5,6 +5,7 @@ Unsupported fields are refused by name; no field that would change the answer is
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import uuid
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lmrl.engines.base import Sampling
+from lmrl.engines.base import Key, Sampling
 from lmrl.tools.formats import Call, Tool
 from lmrl.trajectories.fields import ROLES
 from lmrl.trajectories.trajectory import Messages
@@ -295,15 +296,17 @@ def _prompts(fields: Fields) -> tuple[str | tuple[int, ...], ...]:
 
 
 # ---------------------------------------------------------------------------------------------------------------- answers
-def tool_calls(calls: Sequence[Call]) -> list[dict[str, Any]]:
-    """Calls in a message's form, each with an id."""
+def tool_calls(calls: Sequence[Call], key: Key, prompt: Sequence[int]) -> list[dict[str, Any]]:
+    """Calls in a message's form, each with an id: nine letters and digits, as Mistral's templates require, drawn from
+    the answer's random stream and prompt, because templates that show ids make them a part of later prompts."""
+    name = json.dumps([key, list(prompt)])
     return [
         {
-            "id": f"call_{uuid.uuid4().hex[:16]}",
+            "id": hashlib.blake2b(f"{name}{at}".encode()).hexdigest()[:9],
             "type": "function",
             "function": {"name": call.name, "arguments": call.arguments},
         }
-        for call in calls
+        for at, call in enumerate(calls)
     ]
 
 

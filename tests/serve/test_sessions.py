@@ -197,6 +197,19 @@ def test_calls_and_results_stay_in_one_segment(tiny_folder):
     assert answer.observation == [{"role": "tool", "tool_call_id": call.message["tool_calls"][0]["id"], "content": "3"}]
 
 
+def test_ids_of_calls_are_drawn_from_the_stream(tiny_folder):
+    def ids():
+        app, session = opened(served_model(tiny_folder, ["[add(1, 2), add(3, 4)]<eos>", "[add(1, 2)]<eos>"]))
+        results = lambda said: [{"role": "tool", "content": "3"}] * len(said["tool_calls"])  # noqa: E731
+        say(app, session, [user("?")], lambda said: [user("?"), said[0], *results(said[0])], tools=[ADD])
+        return [call["id"] for turn in written(session).turns for call in turn.message["tool_calls"]]
+
+    first = ids()
+    assert ids() == first
+    assert len(set(first)) == 3
+    assert all(len(one) == 9 and one.isalnum() for one in first)  # Mistral's templates refuse others
+
+
 def test_prompts_of_token_ids_join_by_tokens(tiny_folder):
     served = served_model(tiny_folder, ["ab", "cd", "ef"])
     app, session = opened(served)

@@ -81,6 +81,18 @@ def test_a_question_beyond_the_context_fails(tiny_folder, section, tmp_path):
     assert "the prompt has " in played.failure and "positions, but the model has" in played.failure
 
 
+def test_a_template_that_refuses_results_fails_it(tiny_folder, section):
+    policy = open_policy(str(tiny_folder))
+    policy.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.content == '3' %}{{ raise_exception('no results') }}{% endif %}{{ m.content }}<eos>"
+        "{% endfor %}"
+    )
+    task = build_task(section(), policy.tokenizer)
+    engine = Scripted(policy, ["3 [add(1, 2)]<eos>"])
+    (played,) = Sampler(task, engine, policy.decode).play([0], 1, Sampling(60), (0,))
+    assert "no results" in played.failure and played.reward is None
+
+
 def test_a_lost_tool_fails_the_episode(tiny_folder, section):
     trajectory, _ = play(tiny_folder, section(tools=[f"{__file__}:lost"]), ["[lost()]<eos>", "3<eos>"])
     assert trajectory.failure == "agent raised ToolLost: the server is gone" and trajectory.reward is None
