@@ -15,7 +15,8 @@ CLAIM = re.compile(
 
 @dataclass(frozen=True)
 class Claim:
-    """`B - A > -0.01`: what the interval of a difference has to exclude. metric: None for the main one."""
+    """`B - A > -0.01`: what the interval of a difference has to exclude. first: the later letter, so that a difference
+    written the other way round is the same test. metric: None for the main one."""
 
     text: str
     first: str
@@ -34,7 +35,10 @@ def read_claim(text: str) -> Claim:
             f"--fail-under: '{text}' compares no two policies: write 'B - A > -0.01', maybe with a metric, "
             "'length: B - A < 20'"
         )
-    return Claim(text.strip(), match["first"], match["second"], match["sign"], margin, match["metric"])
+    if match["first"] > match["second"]:
+        return Claim(text.strip(), match["first"], match["second"], match["sign"], margin, match["metric"])
+    sign = "<" if match["sign"] == ">" else ">"
+    return Claim(text.strip(), match["second"], match["first"], sign, -margin, match["metric"])
 
 
 def _number(text: str) -> float | None:

@@ -118,7 +118,8 @@ class Comparison:
             if not (low > claim.margin if claim.sign == ">" else high < claim.margin):
                 end, value = ("from", low) if claim.sign == ">" else ("to", high)
                 failed.append(
-                    f"{claim.text}: {found.metric} is {found.mean:+.4g}, and its 95 % interval goes {end} {value:+.4g}"
+                    f"{claim.text}: on {found.metric}, {found.first} - {found.second} is {found.mean:+.4g}, and its 95 % "
+                    f"interval goes {end} {value:+.4g}"
                 )
         if failed:
             raise ScoreError("not shown: " + "; ".join(failed))
@@ -172,7 +173,7 @@ def compare_played(
     wanted = list(dict.fromkeys([*wanted, *(claim.metric for claim in claims if claim.metric)]))
     by_key = {one.key: one for one in policies}
     pairs = [(one.key, "A") for one in policies[1:]]
-    pairs += [pair for claim in claims if (pair := (claim.first, claim.second)) not in pairs]
+    pairs += [(claim.first, claim.second) for claim in claims]
     found = [
         difference(by_key[first], by_key[second], metric, scoring)
         for first, second in dict.fromkeys(pairs)

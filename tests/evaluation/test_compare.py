@@ -102,6 +102,6 @@ def test_exit_codes_of_the_command(run, tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["policies"] == {"A": "step-2", "B": "final"} and found["differences"][0]["metric"] == "optimality"
     done = forking.run(["compare", tmp_path / "log", "--fail-under", "B - A > 1", "--fail-under", "length: B - A < 99"])
-    assert done.returncode == 1 and "lmrl: not shown: B - A > 1: optimality is " in done.stderr
+    assert done.returncode == 1 and "lmrl: not shown: B - A > 1: on optimality, B - A is " in done.stderr
     done = forking.run(["compare", tmp_path / "log", "--fail-under", "B > A"])
     assert done.returncode == 2 and "compares no two policies" in done.stderr

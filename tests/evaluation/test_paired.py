@@ -51,7 +51,7 @@ def test_difference_by_hand():
 def test_a_single_pair_shows_nothing():
     claim = read_claim("B - A > 0")
     found = compared(played("old", 5), played("new", 7), claims=[claim])
-    with pytest.raises(ScoreError, match="reward is \\+2, and its 95 % interval goes from -inf"):
+    with pytest.raises(ScoreError, match="on reward, B - A is \\+2, and its 95 % interval goes from -inf"):
         found.require([claim])
 
 
@@ -147,10 +147,20 @@ def test_other_claims_are_refused(text):
 def test_claims_hold_by_the_interval():
     found = compared(played("old", 5, 5, 5), played("new", 6, 7, 8))  # 2 [-0.484, 4.484]
     found.require([read_claim("B - A > -0.49"), read_claim("B - A < 4.49")])
-    with pytest.raises(ScoreError, match=r"B - A > 0: reward is \+2, and its 95 % interval goes from -0.4841"):
+    with pytest.raises(ScoreError, match=r"B - A > 0: on reward, B - A is \+2, and its 95 % interval goes from -0.4841"):
         found.require([read_claim("B - A > 0")])
     with pytest.raises(ScoreError, match=r"goes to \+4.484"):
         found.require([read_claim("B - A < 4")])
+
+
+def test_a_claim_turned_round_is_the_same_test():
+    claim = read_claim("A - B < 0")
+    found = compared(played("old", 5, 5, 5), played("new", 6, 7, 8), claims=[claim])  # 2 [-0.484, 4.484]
+    (one,) = found.differences
+    assert (one.first, one.second, one.adjusted) == ("B", "A", one.p)
+    found.require([read_claim("A - B < 0.49"), read_claim("A - B > -4.49")])
+    with pytest.raises(ScoreError, match=r"A - B < 0: on reward, B - A is \+2, and its 95 % interval goes from -0.4841"):
+        found.require([claim])
 
 
 def test_claims_on_unknown_names():
