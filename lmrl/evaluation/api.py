@@ -200,7 +200,7 @@ def _inspect_report(
     from lmrl.evaluation.inspect_tasks import run_inspect
 
     def play(policy: Policy, contender: Contender) -> tuple[Scores, list[Trajectory], str]:
-        folder = None if log is None else Path(log) if len(found) == 1 else Path(log) / folder_name(contender.label)
+        folder = None if log is None else Path(log) if len(found) == 1 else Path(log) / contender.folder
         return run_inspect(policy, contender.name, task, options, folder)
 
     unreachable = "inspect_ai can score an address itself (`inspect eval --model openai-api/...`)"
@@ -278,14 +278,15 @@ def score_rows(
         evaluator.policy.to(default_device())
         for beta in betas or (None,):
             weight = [] if beta is None else [f"beta {beta:g}"]
-            label = " ".join(([contender.label] if several or beta is None else []) + weight)
+            named = several or beta is None
+            label, own = (" ".join([name] * named + weight) for name in (contender.label, contender.folder))
             if log is None:
                 yield label, *evaluator(beta)
                 continue
             alone = not several and len(betas) < 2
             if not alone and is_log(Path(log)):
                 raise RunError(f"--log: {log} holds the log of a single policy: choose another folder for several")
-            folder = Path(log) if alone else Path(log) / folder_name(label)
+            folder = Path(log) if alone else Path(log) / folder_name(own)
             who = {"name": contender.name, "label": label, "path": contender.path}
             yield label, *play_into_log(evaluator, folder, who, beta, part)
     finally:

@@ -16,11 +16,13 @@ ALONE = "policy"
 
 @dataclass(frozen=True)
 class Contender:
-    """A policy to score. name: as the user wrote it. path: what is loaded. label: of its row in tables."""
+    """A policy to score. name: as the user wrote it. path: what is loaded. label: of its row in tables. folder: of its
+    log, among those of the others."""
 
     label: str
     name: str
     path: str
+    folder: str
 
     @property
     def is_alone(self) -> bool:
@@ -40,7 +42,7 @@ def contenders(
         for which in _expanded(name, checkpoints) or [checkpoint]:
             found.append((name, which, checkpoint_of(name, which)))
     if len(found) == 1:
-        return [Contender(ALONE, found[0][0], found[0][2])]
+        return [Contender(ALONE, found[0][0], found[0][2], ALONE)]
     several_policies, several_checkpoints = len(policies) > 1, bool(checkpoints)
     labels = [
         " ".join(part for part, shown in ((name, several_policies), (which, several_checkpoints)) if shown)
@@ -49,7 +51,10 @@ def contenders(
     for label in labels:
         if labels.count(label) > 1:
             raise RecipeError(f"policy: '{label}' is named twice: name each once")
-    return [Contender(label, name, path) for label, (name, _, path) in zip(labels, found, strict=True)]
+    return [
+        Contender(label, name, path, folder)
+        for label, (name, _, path), folder in zip(labels, found, folder_names(labels), strict=True)
+    ]
 
 
 def _expanded(name: str, checkpoints: Sequence[str]) -> list[str]:
@@ -65,3 +70,12 @@ def _expanded(name: str, checkpoints: Sequence[str]) -> list[str]:
 def folder_name(label: str) -> str:
     """A label as the name of a folder."""
     return re.sub(r"[^\w.=@-]+", "-", label).strip("-.") or ALONE
+
+
+def folder_names(labels: Sequence[str]) -> list[str]:
+    """Labels as different names of folders: `m1` and `m1-2` for `m1` and `../m1`."""
+    names: list[str] = []
+    for name in map(folder_name, labels):
+        tries = (name, *(f"{name}-{number}" for number in range(2, len(labels) + 1)))
+        names.append(next(one for one in tries if one not in names))
+    return names

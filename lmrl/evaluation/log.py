@@ -44,6 +44,8 @@ PART_ON_CPU, PART = 64, 256
 """Episodes of a part, which are played together: fewer if they are slow, so that a kill loses less work."""
 SAME = ("suite.version", "policy.hash", "engine", "sampling", "starts", "samples", "seed", "tokenizer")
 """What a log must have in common with the evaluation that resumes it."""
+NEW = ("suite", "scoring", "max_failed")
+"""What the evaluation that resumes a log may change: how its episodes are scored."""
 
 
 class EvalLog:
@@ -145,9 +147,9 @@ class LogWriter:
         if is_log(folder):
             self.log = EvalLog(folder)
             _check_same(self.log, header)
-        else:
-            write_atomically(folder / HEADER_FILE, json.dumps(header, indent=2, ensure_ascii=False) + "\n")
-            self.log = EvalLog(folder)
+            header = self.log.header | {key: header[key] for key in NEW}
+        write_atomically(folder / HEADER_FILE, json.dumps(header, indent=2, ensure_ascii=False) + "\n")
+        self.log = EvalLog(folder)
         self.part = self.log.header["part"]
         self.parts_done = self._cut()
         self._file = open(folder / EPISODES_FILE, "ab")  # noqa: SIM115

@@ -14,7 +14,7 @@ from lmrl.errors import RecipeError, RunError
 from lmrl.evaluation.api import rescored
 from lmrl.evaluation.frames import record
 from lmrl.evaluation.identity import policy_hash, suite_version
-from lmrl.evaluation.log import EvalLog
+from lmrl.evaluation.log import EvalLog, logs_in
 from lmrl.evaluation.suites import load_suite
 from lmrl.trajectories.trajectory import Trajectory
 from tests import forking
@@ -96,6 +96,27 @@ def test_stopped_log_resumes(logged, tiny_folder, prompts_suite, tmp_path, left,
     assert lines_of(tmp_path / "log") == lines_of(folder)
     whole = left if left == 18 else left // 4 * 4  # parts of two prompts, two samples each
     assert played == list(range(whole // 2, 9))
+
+
+def test_a_resumed_log_is_scored_as_asked(logged, tiny_folder, prompts_suite, tmp_path):
+    shutil.copytree(logged[0], tmp_path / "log")
+    report = lmrl.evaluate(
+        tiny_folder, prompts_suite, ["metrics=[length]", "task.max_failed=0.5"], log=tmp_path / "log"
+    )
+    assert next(iter(report.metrics)) == "length"
+    log = EvalLog(tmp_path / "log")
+    assert log.header["max_failed"] == 0.5 and log.suite.metrics == ["length"]
+    assert log.header["begun"] == EvalLog(logged[0]).header["begun"]
+
+
+def test_policies_of_similar_names_have_own_logs(tiny_folder, prompts_suite, tmp_path, monkeypatch):
+    for name in ("m1", "at/m1"):
+        shutil.copytree(tiny_folder, tmp_path / name)
+    (tmp_path / "m1" / "extra.txt").write_text("another policy")
+    monkeypatch.chdir(tmp_path / "at")
+    report = lmrl.evaluate(["m1", "../m1"], prompts_suite, ["episodes=2"], log=tmp_path / "logs")
+    assert sorted(report.rows) == ["../m1", "m1"]
+    assert {one.policy: one.folder.name for one in logs_in(tmp_path / "logs")} == {"m1": "m1", "../m1": "m1-2"}
 
 
 def test_another_evaluation_is_refused(logged, tiny_folder, prompts_suite, tmp_path):
