@@ -16,7 +16,7 @@ from lmrl.errors import RecipeError, RunError, ScoreError
 from lmrl.evaluation.bridges import HARNESS, INSPECT, harness_options, harness_task, inspect_options, inspect_task
 from lmrl.evaluation.contamination import WORDS, Overlap, overlap_of
 from lmrl.evaluation.contenders import Contender, contenders, folder_name
-from lmrl.evaluation.evaluate import Evaluator
+from lmrl.evaluation.evaluate import Evaluator, left_out
 from lmrl.evaluation.log import in_order, is_log, logs_in, play_into_log
 from lmrl.evaluation.rescoring import rescore_log
 from lmrl.evaluation.scoring import Scores, check_known, check_metrics
@@ -159,7 +159,8 @@ def evaluate(
         for label, scores, played in score_rows(evaluator, contender, betas, log, len(found) > 1, part):
             rows[label], episodes[label] = scores, played
     names = ", ".join(map(str, policies))
-    report = Report(evaluator.name, names, rows, evaluator.suite.metrics, played, evaluator.played, episodes)
+    said = evaluator.played + left_out({label: len(own) for label, own in episodes.items()}, evaluator.planned)
+    report = Report(evaluator.name, names, rows, evaluator.suite.metrics, played, said, episodes)
     if overlap:
         report.overlap = overlap_of(played, evaluator.suite, list(map(str, overlap)), overlap_words)
         if 0 < len(report.overlap.shared) < report.overlap.prompts:
@@ -255,7 +256,8 @@ def rescored(
         found, rows[label], episodes[label] = rescore_log(one, suite, overrides, folder, run_code)
         suites.append(found)
     name = one.header["suite"]["name"] if suite is None else str(suite)
-    return Report(name, str(log), rows, suites[-1].metrics, episodes[label], one.header["played"], episodes)
+    said = one.header["played"] + left_out({label: len(own) for label, own in episodes.items()}, one.episodes)
+    return Report(name, str(log), rows, suites[-1].metrics, episodes[label], said, episodes)
 
 
 def score_rows(

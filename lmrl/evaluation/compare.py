@@ -13,7 +13,7 @@ from lmrl.evaluation.api import NamedSuite, evaluator_for, score_rows
 from lmrl.evaluation.bridges import is_foreign
 from lmrl.evaluation.claims import check_claims, read_claim
 from lmrl.evaluation.contenders import contenders
-from lmrl.evaluation.evaluate import Evaluator
+from lmrl.evaluation.evaluate import Evaluator, left_out
 from lmrl.evaluation.judging import judge_pair, load_judge
 from lmrl.evaluation.log import EvalLog, is_log, logs_in
 from lmrl.evaluation.paired import Comparison, Played, asked_metrics, compare_played, key_of
@@ -99,7 +99,8 @@ def compare(
             played.setdefault(contender.name, []).append(Played(label, episodes))
     assert common is not None  # there are two policies, logs or fresh ones
     ordered = [one for name in dict.fromkeys(map(str, policies)) for one in played[name]]
-    result = compare_played(common.suite.name, ordered, common.scoring, metrics, wanted, shown, common.played, control)
+    said = common.played + left_out({one.label: len(one.trajectories) for one in ordered}, common.planned)
+    result = compare_played(common.suite.name, ordered, common.scoring, metrics, wanted, shown, said, control)
     if by is not None:
         result.judged = [judge_pair(by, one, ordered[0], common.scoring.fixed) for one in ordered[1:]]
     return result
@@ -113,17 +114,20 @@ class Common:
     scoring: Scoring
     played: str
     """A readable description of what is played."""
+    planned: int
+    """How many episodes each plays."""
 
     @classmethod
     def of(cls, evaluator: Evaluator) -> Common:
-        return cls(NamedSuite(evaluator.suite, evaluator.name), evaluator.scoring(), evaluator.played)
+        named = NamedSuite(evaluator.suite, evaluator.name)
+        return cls(named, evaluator.scoring(), evaluator.played, evaluator.planned)
 
     @classmethod
     def of_log(cls, log: EvalLog, run_code: bool) -> Common:
         suite = log.suite
         if suite.run_code and not run_code:  # permission was given to an earlier call
             suite = suite.model_copy(update={"run_code": False})
-        return cls(NamedSuite(suite, log.header["suite"]["name"]), log.scoring, log.header["played"])
+        return cls(NamedSuite(suite, log.header["suite"]["name"]), log.scoring, log.header["played"], log.episodes)
 
 
 def has_logs(folder: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from statistics import mean
@@ -69,6 +69,11 @@ class Evaluator:
         if self.suite.shuffled:
             starts = stream("suite", self.suite.seed, "starts").permutation(heldout).tolist()
         return starts[: self.suite.episodes or len(starts)]
+
+    @property
+    def planned(self) -> int:
+        """How many episodes it plays."""
+        return len(self.starts()) * self.suite.samples
 
     @property
     def unit(self) -> str:
@@ -200,6 +205,14 @@ class Evaluator:
     def report(self, trajectories: Sequence[Trajectory], extra: dict[str, list[float]] = {}) -> Scores:
         """Every metric of these episodes, the suite's own first."""
         return self.scoring().report(trajectories, extra)
+
+
+def left_out(judged: Mapping[str, int], planned: int) -> str:
+    """How many episodes could not be judged, as the end of what is said to be played; empty if none. judged: how many
+    could, by policy; planned: of each."""
+    of = {label: f" of {label}" if len(judged) > 1 else "" for label in judged}
+    lost = [f"{planned - count} of {planned} episodes{of[label]}" for label, count in judged.items() if count < planned]
+    return f"; {', '.join(lost)} failed and are left out" if lost else ""
 
 
 def divergences(policy: Policy, trajectories: Sequence[Trajectory]) -> list[float]:
