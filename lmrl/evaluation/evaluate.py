@@ -140,7 +140,11 @@ class Evaluator:
             low, high = distributed.shard_bounds(len(starts))
             return self.chooser.play(starts[low:high], first + low, self.sampling_at(beta))
         name = ("suite", self.suite.seed, *(("choosing",) if choosing else ()))
-        return self.sampler.play(starts, self.suite.samples, self.sampling_at(beta), name, shared=True, first=first)
+        played = self.sampler.play(starts, self.suite.samples, self.sampling_at(beta), name, shared=True, first=first)
+        if self.suite.is_unscored:
+            for trajectory in played:
+                trajectory.reward = None
+        return played
 
     def sampling_at(self, beta: float | None) -> Sampling:
         """How the suite samples, with this weight of Q (None: its own)."""
@@ -212,7 +216,7 @@ def left_out(judged: Mapping[str, int], planned: int) -> str:
     could, by policy; planned: of each."""
     of = {label: f" of {label}" if len(judged) > 1 else "" for label in judged}
     lost = [f"{planned - count} of {planned} episodes{of[label]}" for label, count in judged.items() if count < planned]
-    return f"; {', '.join(lost)} failed and are left out" if lost else ""
+    return f"; failed and left out: {', '.join(lost)}" if lost else ""
 
 
 def divergences(policy: Policy, trajectories: Sequence[Trajectory]) -> list[float]:

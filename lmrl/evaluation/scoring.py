@@ -186,8 +186,9 @@ def values_of(trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
 
 
 def named_values(trajectory: Trajectory) -> Iterator[tuple[str, float]]:
-    """One episode's values: `return` (for prompts, `reward`), components, metrics, length in tokens."""
-    yield "reward" if trajectory.components else "return", cast(float, trajectory.reward)
+    """One episode's values: `return` (for prompts, `reward`) if it has one, components, metrics, length in tokens."""
+    if trajectory.reward is not None:
+        yield "reward" if trajectory.components else "return", trajectory.reward
     for name, value in {**trajectory.components, **trajectory.metrics}.items():
         if value is not None:
             yield f"component/{name}" if name in RESERVED else name, value

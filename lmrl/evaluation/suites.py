@@ -37,7 +37,7 @@ class Suite(Section):
     """Episodes from each start state."""
     metrics: list[str] = Field(["return"], min_length=1)
     """Columns of tables; the first is the main one, which also names the best checkpoint. Unset: `reward` if the task
-    has rewards, `acc` for `choices`, otherwise `return`."""
+    has rewards, `acc` for `choices`, `length` for prompts that nothing else scores, otherwise `return`."""
     seed: int = Field(0, ge=0)
     choices: Choices | None = None
     """Score given answers to the prompts by their log-likelihood, instead of sampled ones by rewards."""
@@ -45,11 +45,18 @@ class Suite(Section):
     """True: rewards may run code that the policy writes. False: they do run such code, and `lmrl eval` requires
     --run-code."""
 
+    @property
+    def is_unscored(self) -> bool:
+        """True for prompts without a reward that has a weight: their episodes have no reward."""
+        return isinstance(self.task, PromptTask) and self.choices is None and not any_weighted(self.task.rewards)
+
     @model_validator(mode="after")
     def _choose_metric(self) -> Suite:
         if "metrics" not in self.model_fields_set:
             rewards = getattr(self.task, "rewards", None)
-            self.metrics = ["acc" if self.choices else "reward" if rewards else "return"]
+            self.metrics = [
+                "acc" if self.choices else "length" if self.is_unscored else "reward" if rewards else "return"
+            ]
         return self
 
     @model_validator(mode="after")
@@ -137,11 +144,8 @@ def refuse_code(suite: Suite) -> None:
 
 
 def refuse_unscored(suite: Suite) -> None:
-    """Raise RecipeError for prompts that nothing scores, or whose rewards are only watched: their return would be 0."""
-    if not isinstance(suite.task, PromptTask) or suite.choices is not None:
-        return
-    rewards = suite.task.rewards
-    if not rewards or suite.metrics[0] in ("reward", "return") and not any_weighted(rewards):
+    """Raise RecipeError for prompts that nothing scores, or whose rewards are only watched."""
+    if suite.is_unscored:
         raise RecipeError(
             "task.rewards: the suite has no reward with a weight to score its prompts by: add one (or `choices`), or keep the answers, "
             "--log LOG, and score them later, lmrl eval --rescore LOG"
@@ -163,7 +167,7 @@ def own_suite(
         apply_override(document, override)
     resolve_files(document.data, document.folder)
     suite = validate(Suite, document)
-    if isinstance(suite.task, PromptTask) and not any_weighted(suite.task.rewards):
+    if suite.is_unscored:
         raise RecipeError(
             f"task.rewards: the own task of {policy} has no reward to score by: name a suite, --suite NAME"
         )

@@ -292,7 +292,7 @@ def drop_failed(
     failed = [
         f"row {row} ({one.prompt!r:.40} -> {one.completion!r:.40}): {one.failure}"
         for row, one in enumerate(trajectories)
-        if one.reward is None
+        if one.failure
     ]
     from lmrl import distributed  # imports torch, which reward workers do without
 
@@ -306,4 +306,4 @@ def drop_failed(
             many = f"every sample ({count})"
         check = f"; {CHECKS[what]} may say how to mend it" if what in CHECKS else ""
         raise error(f"{what}{f' {name!r}' if name else ''} failed on {many}; first, {first}{check}")
-    return [trajectory for trajectory in trajectories if trajectory.reward is not None]
+    return [trajectory for trajectory in trajectories if not trajectory.failure]

@@ -12,6 +12,7 @@ import lmrl
 from lmrl import cli
 from lmrl.errors import RecipeError, RunError
 from lmrl.evaluation.api import rescored
+from lmrl.evaluation.evaluate import left_out
 from lmrl.evaluation.frames import record
 from lmrl.evaluation.identity import policy_hash, suite_version
 from lmrl.evaluation.log import EvalLog, logs_in
@@ -107,6 +108,23 @@ def test_a_resumed_log_is_scored_as_asked(logged, tiny_folder, prompts_suite, tm
     log = EvalLog(tmp_path / "log")
     assert log.header["max_failed"] == 0.5 and log.suite.metrics == ["length"]
     assert log.header["begun"] == EvalLog(logged[0]).header["begun"]
+
+
+def test_prompts_that_nothing_scores_have_no_reward(tiny_folder, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "suite.yaml").write_text("task: {prompts: {path: prompts.jsonl}}\nrollouts: {max_new_tokens: 2}\n")
+    report = lmrl.evaluate(tiny_folder, tmp_path / "suite.yaml", log=tmp_path / "log")
+    assert list(report.metrics) == ["length"]
+    assert lines_of(tmp_path / "log")[0]["reward"] is None
+    assert "return" not in lmrl.load_eval(tmp_path / "log")
+
+
+def test_left_out_episodes_are_counted():
+    assert left_out({"policy": 10}, 10) == ""
+    assert left_out({"policy": 8}, 10) == "; failed and left out: 2 of 10 episodes"
+    assert (
+        left_out({"a": 10, "b": 7, "c": 9}, 10) == "; failed and left out: 3 of 10 episodes of b, 1 of 10 episodes of c"
+    )
 
 
 def test_policies_of_similar_names_have_own_logs(tiny_folder, prompts_suite, tmp_path, monkeypatch):

@@ -147,7 +147,9 @@ def test_other_claims_are_refused(text):
 def test_claims_hold_by_the_interval():
     found = compared(played("old", 5, 5, 5), played("new", 6, 7, 8))  # 2 [-0.484, 4.484]
     found.require([read_claim("B - A > -0.49"), read_claim("B - A < 4.49")])
-    with pytest.raises(ScoreError, match=r"B - A > 0: on reward, B - A is \+2, and its 95 % interval goes from -0.4841"):
+    with pytest.raises(
+        ScoreError, match=r"B - A > 0: on reward, B - A is \+2, and its 95 % interval goes from -0.4841"
+    ):
         found.require([read_claim("B - A > 0")])
     with pytest.raises(ScoreError, match=r"goes to \+4.484"):
         found.require([read_claim("B - A < 4")])
@@ -159,7 +161,9 @@ def test_a_claim_turned_round_is_the_same_test():
     (one,) = found.differences
     assert (one.first, one.second, one.adjusted) == ("B", "A", one.p)
     found.require([read_claim("A - B < 0.49"), read_claim("A - B > -4.49")])
-    with pytest.raises(ScoreError, match=r"A - B < 0: on reward, B - A is \+2, and its 95 % interval goes from -0.4841"):
+    with pytest.raises(
+        ScoreError, match=r"A - B < 0: on reward, B - A is \+2, and its 95 % interval goes from -0.4841"
+    ):
         found.require([claim])
 
 
