@@ -171,6 +171,11 @@ NOTE_BYTES = 256
 _noted: tuple[Path, mmap.mmap] | None = None
 
 
+def noted(path: Path) -> str | None:
+    """The call in which a process ended without a word, by the note that it left."""
+    return (path.read_bytes().rstrip(b"\0").decode(errors="replace") if path.exists() else "") or None
+
+
 def keep_note(path: Path) -> str | None:
     """From now on, record the running call in this file, which survives the process.
 
@@ -179,11 +184,11 @@ def keep_note(path: Path) -> str | None:
     """
     global _noted
     drop_note()
-    left = path.read_bytes().rstrip(b"\0").decode(errors="replace") if path.exists() else ""
+    left = noted(path)
     path.write_bytes(bytes(NOTE_BYTES))
     with open(path, "r+b") as file:
         _noted = path, mmap.mmap(file.fileno(), NOTE_BYTES)
-    return left or None
+    return left
 
 
 def drop_note() -> None:

@@ -28,9 +28,10 @@ import yaml
 
 from lmrl.errors import COLLAPSED, LmrlError, RecipeError, RunError, counted
 from lmrl.evaluation.statistics import UNLIMITED, summarize
+from lmrl.foreign import noted
 from lmrl.recipe import CHOICES, REWARD_MODEL, Recipe
 from lmrl.recipe.files import load_recipe
-from lmrl.run import RESULTS_FILE, Run, write_atomically
+from lmrl.run import CALL_FILE, RESULTS_FILE, Run, write_atomically
 from lmrl.run_folders import RECIPE_FILE, read_recipe
 from lmrl.training.build import suite_of
 from lmrl.training.devices import slots_here
@@ -109,11 +110,12 @@ def sweep(
 
     def report(point: Point, code: int, seconds: float) -> None:
         slots.free(point.name)
-        if code and not (code == COLLAPSED and _finished(folder, point)):
-            failed[point.name] = failure(_log(folder, point).read_text(encoding="utf-8", errors="replace"), code)
-            display.say(f"{point.name} failed: {failed[point.name]}")
-        else:
+        if code in (0, COLLAPSED) and _finished(folder, point):
             display.say(f"{finished_line(point, _read(folder, point))}  ({seconds:.0f} s)")
+        else:
+            log = _log(folder, point).read_text(encoding="utf-8", errors="replace")
+            failed[point.name] = failure(log, code, noted(folder / point.name / CALL_FILE))
+            display.say(f"{point.name} failed: {failed[point.name]}")
 
     slots = slots_here(jobs)
     failed: dict[str, str] = {}
@@ -268,13 +270,16 @@ def run_all(
                 process.wait()
 
 
-def failure(log: str, code: int) -> str:
-    """Why a run failed, in one line: its error, or the last line that it printed, or its exit code."""
+def failure(log: str, code: int, call: str | None = None) -> str:
+    """Why a run failed, in one line: its error, or the last line that it printed, or its exit code.
+
+    call: the call of the user's code in which it ended without a word."""
     end = log.rpartition("Traceback (most recent call last):")[2]  # lines of lmrl before it did not end the run
     lines = [line.strip() for line in end.splitlines() if line.strip()]
     errors = [line.removeprefix("lmrl: ") for line in lines if line.startswith("lmrl: ")]
-    if code < 0:
-        return f"ended by {signal.Signals(-code).name}"
+    if code <= 0 or (call and not errors):
+        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}, but no result"
+        return how + (f": ended in the middle of {call}" if call else "")
     return (errors or lines or [f"exit code {code}"])[-1]
 
 
@@ -307,13 +312,16 @@ def finished_line(point: Point, rows: Rows) -> str:
 def over_runs(runs: dict[str, Rows]) -> Rows:
     """Scores over runs by row and metric: mean, 95 % interval over the runs' means, n runs, the lowest, and each one's.
 
-    A row that only some runs have (another method's) counts only these. The optimum comes last.
+    A row that only some runs have (another method's) counts only these; but a run without a row for its best or its
+    last policy counts with its result, which is that policy. The optimum comes last.
     """
     labels = dict.fromkeys(label for rows in runs.values() for label in rows)
-    return {
-        label: _over_runs([(name, rows[label]) for name, rows in runs.items() if label in rows])
-        for label in sorted(labels, key=lambda label: label == "optimum")
-    }
+    over = {}
+    for label in sorted(labels, key=lambda label: label == "optimum"):
+        result = label.removesuffix(", best").removesuffix(", last")
+        found = {name: rows.get(label) or rows.get(result) for name, rows in runs.items()}
+        over[label] = _over_runs([(name, row) for name, row in found.items() if row is not None])
+    return over
 
 
 def _over_runs(rows: list[tuple[str, dict[str, dict[str, Any]]]]) -> dict[str, dict[str, Any]]:

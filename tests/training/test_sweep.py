@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from lmrl.errors import LmrlError, RecipeError, RunError
-from lmrl.training.sweep import combinations, failure, finished_line, over_runs, read_over, sweep, sweep_lines
+from lmrl.training.sweep import (
+    SweepError,
+    combinations,
+    failure,
+    finished_line,
+    over_runs,
+    read_over,
+    sweep,
+    sweep_lines,
+)
 
 TINY = [
     "training.steps=2",
@@ -104,6 +113,21 @@ def test_scores_over_runs_by_hand():
     assert head == ["", "optimality", "lowest", "n"] and first == ["BC", "0.300 ± 1.271", "0.200", "2"]
 
 
+def test_a_run_without_a_best_row_counts_with_its_result():
+    """a and b kept their last policy, which in b is the best one too; c kept its best."""
+    rows = over_runs(
+        {
+            "a": {"GRPO, best": {"reward": score(0.6)}, "GRPO": {"reward": score(0.5)}},
+            "b": {"GRPO": {"reward": score(1.0)}},
+            "c": {"GRPO": {"reward": score(0.8)}, "GRPO, last": {"reward": score(0.2)}},
+        }
+    )
+    values = {label: row["reward"]["values"] for label, row in rows.items()}
+    assert values["GRPO"] == {"a": 0.5, "b": 1.0, "c": 0.8}
+    assert values["GRPO, best"] == {"a": 0.6, "b": 1.0, "c": 0.8}
+    assert values["GRPO, last"] == {"a": 0.5, "b": 1.0, "c": 0.2}
+
+
 def test_a_failure_in_one_line():
     assert failure("run folder: x\nlmrl: model.config: cannot build\n\nwarning\n", 2) == "model.config: cannot build"
     traceback = "Traceback (most recent call last):\nValueError: no\n"
@@ -111,6 +135,7 @@ def test_a_failure_in_one_line():
     assert failure(f"{traceback}lmrl: model.config: cannot build\n", 2) == "model.config: cannot build"
     assert failure("", 7) == "exit code 7"
     assert failure("lmrl: earlier\n", -9) == "ended by SIGKILL"
+    assert failure("main 1/4\n", 0, "reward f") == "exit code 0, but no result: ended in the middle of reward f"
 
 
 # --------------------------------------------------------------------------------------------------------------- running
@@ -145,6 +170,15 @@ def test_a_sweep_keeps_what_finished_and_goes_on_past_failures(tmp_path):
     again = sweep("random_walks/bc", TINY, over, folder, resume=True)
     assert again["rows"] == results["rows"] and again["failed"] == {}
     assert all(path.stat().st_mtime_ns == time_ for path, time_ in before.items() if path.name != ".lock")
+
+
+def test_a_run_that_ends_with_0_but_no_result_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.executable", "true")
+    with pytest.raises(SweepError, match="2 of 2 runs failed: seed-0, seed-1"):
+        sweep("random_walks/bc", TINY, ["training.seed=0,1"], tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["failed"] == dict.fromkeys(
+        ("seed-0", "seed-1"), "exit code 0, but no result"
+    )
 
 
 def test_a_sweep_without_evaluations_says_why_it_has_no_table(tmp_path, monkeypatch, capsys):
