@@ -69,6 +69,12 @@ class RunError(LmrlError):
     """A run folder cannot be used as asked: it exists already, belongs to another recipe, or holds no checkpoint."""
 
 
+class LostFolderError(RunError):
+    """A run's folder was moved, deleted or replaced during the run."""
+
+    exit_code = 1
+
+
 class EngineError(LmrlError):
     """The run's engine stopped, and could not be restarted."""
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -198,7 +199,8 @@ def drop_note() -> None:
         path, memory = _noted
         _noted = None
         memory.close()
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # it says nothing any more; the error that ends the run should be the one shown
+            path.unlink()
 
 
 def _note() -> None:

@@ -26,7 +26,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lmrl.errors import RunError
+from lmrl.errors import LostFolderError, RunError
 from lmrl.named_files import changed, contents
 from lmrl.recipe import MAIN_STAGE, OWN_TASK, Recipe
 from lmrl.recipe.document import dotted, read_yaml
@@ -38,10 +38,10 @@ RESULTS_FILE = "results.json"
 MODEL_FOLDER = "model"
 """Folder of the model that a Python program passed as an object, unchanged."""
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
-CALL_FILE = ".call"
-"""The reward or environment that is being called (see lmrl.foreign); deleted if the run ended with its own message."""
+LOCK_FILE, CALL_FILE = ".lock", ".call"
+"""The file that a writing process locks; the reward or environment that is being called (see lmrl.foreign); deleted if the run ended with its own message."""
 OF_A_START = {
-    ".lock",
+    LOCK_FILE,
     CALL_FILE,
     RECIPE_FILE,
     VERSIONS_FILE,
@@ -80,7 +80,7 @@ class Run:
         self._process = os.getpid()
         if not self.writes:
             return
-        self._lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until `release`
+        self._lock = open(folder / LOCK_FILE, "w")  # noqa: SIM115 - held until `release`
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -150,7 +150,7 @@ class Run:
             file.close()
         self._files.clear()
         self._clear()
-        (self.folder / ".lock").unlink(missing_ok=True)
+        (self.folder / LOCK_FILE).unlink(missing_ok=True)
         for folder in self.new:
             if any(folder.iterdir()):
                 break
@@ -161,12 +161,27 @@ class Run:
         for path in [*self.folder.iterdir()]:
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != ".lock":
+            elif path.name != LOCK_FILE:
                 path.unlink()
 
     # -------------------------------------------------------------------------------------------------------- writing
+    def _check_held(self) -> None:
+        """Raise LostFolderError if the folder is no longer the one that was locked: another run may be there by now."""
+        if not self.writes:
+            return
+        try:
+            held = os.path.samestat(os.stat(self.folder / LOCK_FILE), os.fstat(self._lock.fileno()))
+        except FileNotFoundError:
+            held = False
+        if not held:
+            raise LostFolderError(
+                f"{self.folder} was moved, deleted or replaced while this run was writing to it: resume it where it is "
+                "now, or start it again"
+            )
+
     def record(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
+        self._check_held()
         self._append(METRICS_FILE, line)
 
     def record_samples(self, lines: list[dict[str, Any]]) -> None:
@@ -248,6 +263,7 @@ class Run:
     def write_folder(self, target: Path, write: Callable[[Path], None], anyone: bool = False) -> None:
         """Write a folder that appears by one rename; an existing one is left unchanged. anyone: also from a process
         other than the main one, under a unique name."""
+        self._check_held()
         if not (self.writes or anyone) or target.exists():
             return
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -291,9 +307,9 @@ class Run:
 def is_blank(folder: Path) -> bool:
     """True if a folder is empty, or holds only files of a run that ended before its first step."""
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".writing-")}
-    if names <= {".lock", VERSIONS_FILE}:
+    if names <= {LOCK_FILE, VERSIONS_FILE}:
         return True
-    started = {RECIPE_FILE, VERSIONS_FILE, ".lock"} <= names
+    started = {RECIPE_FILE, VERSIONS_FILE, LOCK_FILE} <= names
     return started and names <= OF_A_START and not has_steps(folder)
 
 

@@ -226,6 +226,13 @@ with foreign("reward mine.py:f"):
     assert not (tmp_path / "note").exists()
 
 
+def test_a_note_that_cannot_be_deleted_hides_no_error(tmp_path):
+    assert keep_note(tmp_path / "note") is None
+    (tmp_path / "note").unlink()
+    (tmp_path / "note").mkdir()
+    drop_note()
+
+
 def test_a_resumed_run_names_the_call_that_ended_it(tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "ab"}\n' * 4)
     (tmp_path / "hang.py").write_text(HANG)

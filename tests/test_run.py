@@ -1,10 +1,11 @@
 """The run folder's files: what a resumed run keeps of them."""
 
 import json
+import shutil
 
 import pytest
 
-from lmrl.errors import RunError
+from lmrl.errors import LostFolderError, RunError
 from lmrl.recipe.files import load_recipe
 from lmrl.run import METRICS_FILE, SAMPLES_FILE, Run
 from lmrl.run_folders import RECIPE_FILE, checkpoints_in, final_checkpoint
@@ -77,6 +78,21 @@ def test_what_a_run_has_made_is_not_replaced(run, left):
         Run.create(run.folder, run.recipe)
     run.discard()
     assert sorted(run.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("after", ["moved", "deleted", "replaced"])
+def test_a_run_ends_if_its_folder_is_lost(run, tmp_path, after):
+    run.record({"stage": "main", "step": 1, "kind": "train"})
+    if after == "moved":
+        run.folder.rename(tmp_path / "elsewhere")
+    else:
+        shutil.rmtree(run.folder)
+    other = Run.create(run.folder, run.recipe) if after == "replaced" else None
+    with pytest.raises(LostFolderError, match="was moved, deleted or replaced while this run was writing to it"):
+        run.record({"stage": "main", "step": 2, "kind": "train"})
+    with pytest.raises(LostFolderError):
+        run.write_folder(run.final("main"), lambda folder: None)
+    assert not run.stage_folder("main").exists() and run.folder.exists() == (other is not None)
 
 
 def test_files_that_look_like_a_run_are_nobodys_to_delete(tmp_path):
