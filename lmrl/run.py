@@ -15,6 +15,7 @@ A folder under `checkpoints/` or `final/` appears by one rename, so whatever is 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from lmrl.errors import LostFolderError, RunError
-from lmrl.named_files import changed, contents
+from lmrl.named_files import changed, contents, file_hash
 from lmrl.recipe import MAIN_STAGE, OWN_TASK, Recipe
 from lmrl.recipe.document import dotted, read_yaml
 from lmrl.recipe.files import stages_of, to_yaml
@@ -108,9 +109,7 @@ class Run:
         run = cls(folder, recipe)
         run.new = new
         run._clear()
-        versions = describe_machine() | {"files": contents(recipe.model_dump(mode="json"))}
-        write_atomically(folder / VERSIONS_FILE, json.dumps(versions, indent=2) + "\n")
-        write_atomically(folder / RECIPE_FILE, to_yaml(recipe))  # last: a folder with a recipe is a run
+        run._write_recipe(describe_machine() | {"files": contents(recipe.model_dump(mode="json"))})
         return run
 
     @classmethod
@@ -129,13 +128,30 @@ class Run:
                 )
         return cls(folder, recipe or own)
 
-    def changed_files(self) -> list[str]:
-        """The files that the recipe names whose content is not what it was when the run began."""
+    def rewrite_recipe(self) -> None:
+        """Write the recipe that the run continues with, which is then its own."""
+        self._write_recipe(self._versions())
+
+    def _write_recipe(self, versions: dict[str, Any]) -> None:
+        text = to_yaml(self.recipe)
+        versions |= {"recipe": hashlib.sha256(text.encode()).hexdigest()}
+        write_atomically(self.folder / VERSIONS_FILE, json.dumps(versions, indent=2) + "\n")
+        write_atomically(self.folder / RECIPE_FILE, text)  # last: a folder with a recipe is a run
+
+    def _versions(self) -> dict[str, Any]:
+        """What versions.json holds; nothing if it is missing or damaged, because the run does not need it."""
         try:
-            before = json.loads((self.folder / VERSIONS_FILE).read_text(encoding="utf-8")).get("files", {})
-        except (OSError, ValueError):  # missing or damaged: the run does not need it
-            return []
-        return changed(before)
+            versions: dict[str, Any] = json.loads((self.folder / VERSIONS_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return versions
+
+    def changed_files(self) -> list[str]:
+        """The recipe, if it was edited, and the files that it names whose content is not what it was when the run
+        began."""
+        versions, own = self._versions(), self.folder / RECIPE_FILE
+        edited = versions.get("recipe", file_hash(own)) != file_hash(own)
+        return [str(own)] * edited + changed(versions.get("files", {}))
 
     def release(self) -> None:
         """Unlock the folder for other writers; this object only reads from now on."""

@@ -95,6 +95,17 @@ def test_a_run_ends_if_its_folder_is_lost(run, tmp_path, after):
     assert not run.stage_folder("main").exists() and run.folder.exists() == (other is not None)
 
 
+def test_a_recipe_edited_by_hand_counts_as_changed(run):
+    own = run.folder / RECIPE_FILE
+    killed(run)
+    assert Run.resume(run.folder, None).changed_files() == []
+    own.write_text(own.read_text().replace("seed: 0", "seed: 3"))
+    edited = Run.resume(run.folder, None)
+    assert edited.changed_files() == [str(own)]
+    edited.rewrite_recipe()
+    assert edited.changed_files() == [] and edited.recipe.training.seed == 3
+
+
 def test_files_that_look_like_a_run_are_nobodys_to_delete(tmp_path):
     (tmp_path / SAMPLES_FILE).write_text("{}")
     with pytest.raises(RunError, match="exists and is not empty: choose another --output"):

@@ -10,9 +10,9 @@ from typing import Any
 from lmrl.errors import RunError
 from lmrl.recipe import MAIN_STAGE, MixtureSource, Recipe
 from lmrl.recipe.evaluations import OWN_TASK, own_plan
-from lmrl.recipe.files import stages_of, to_yaml
-from lmrl.run import Run, write_atomically
-from lmrl.run_folders import RECIPE_FILE, step_name
+from lmrl.recipe.files import stages_of
+from lmrl.run import Run
+from lmrl.run_folders import step_name
 from lmrl.training.checkpoint import final_state
 from lmrl.training.updater import schedule
 
@@ -30,7 +30,7 @@ def extend(run: Run, before: Recipe) -> list[str]:
     for name in raised:
         _reopen(run, name)
     if raised:
-        write_atomically(run.folder / RECIPE_FILE, to_yaml(run.recipe))
+        run.rewrite_recipe()
     return [_note(name, old[name], new[name]) for name in raised]
 
 

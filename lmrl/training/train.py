@@ -120,10 +120,10 @@ def resume_run(folder: Path, recipe: Recipe | None = None, display: Display | No
 
     def reopen() -> Run:
         run = Run.resume(folder, recipe)
+        changed = run.changed_files()  # before the recipe is rewritten
         notes.extend(extend(run, before))
         notes.extend(
-            f"{name} has changed since the run began: from here on, its new content counts"
-            for name in run.changed_files()
+            f"{name} has changed since the run began: from here on, its new content counts" for name in changed
         )
         return run
 
