@@ -53,12 +53,12 @@ class Report:
     """By label of what was varied: only `policy`, or `beta 1`, `beta 4`, ..."""
     columns: list[str]
     """The metrics that the suite puts into tables."""
-    trajectories: list[Trajectory]
+    trajectories: list[Trajectory] = field(repr=False)
     """Of the last row."""
     played: str = ""
     """What was played: how many start states or prompts, which ones, and how often."""
 
-    episodes: dict[str, list[Trajectory]] = field(default_factory=dict)
+    episodes: dict[str, list[Trajectory]] = field(default_factory=dict, repr=False)
     """The judged episodes of each row."""
     overlap: Overlap | None = None
     """What the prompts share with training data."""

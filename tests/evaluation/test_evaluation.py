@@ -199,6 +199,11 @@ def report_of(**means):
     return Report("suite", "run", rows, list(means), [])
 
 
+def test_a_report_is_shown_without_its_episodes():
+    shown = repr(report_of(reward=0.5))
+    assert "'reward': {'mean': 0.5" in shown and "trajectories" not in shown and "episodes" not in shown
+
+
 def test_floor_is_checked_on_the_mean():
     report = report_of(**{"return": -3.0, "length": 8.0})
     report.require({"return": -3.0, "length": 7.5})
