@@ -1,4 +1,4 @@
-"""Whether lmrl's methods learn at their default options, on nineteen games that no recipe was tuned on.
+"""Whether lmrl's methods learn at their default options, on twenty-six games that no recipe was tuned on.
 
     python benchmarks/zoo.py run --half first --jobs 2 --out zoo.jsonl     # goes on where it stopped
     python benchmarks/zoo.py table --out zoo.jsonl
@@ -8,7 +8,8 @@
 Cells differ only in task, method and the source that the method needs: a small model imitates episodes of random play
 (1,000 for online methods, 5,000 for offline ones), and is then improved, online from fresh episodes, offline from the
 same 5,000. The second stage sets neither learning rate nor options of the objective. zoo_game.py says what a game is,
-zoo_games.py, zoo_gymnasium.py and zoo_later.py hold the games, and zoo_references.py computes what can be reached on them.
+zoo_games.py, zoo_gymnasium.py, zoo_later.py and zoo_tuning.py hold the games, and zoo_references.py computes what can be
+reached on them.
 
 Scores: 0 is random play; 1 is the best policy that sees what the game shows for online methods, and for offline ones what
 can be reached from random play: one step of policy improvement for `mc`, for `ilql` the best such policy among the logged
@@ -16,7 +17,7 @@ actions. A policy's return is estimated as the optimum minus the mean regret of 
 expectation as the mean return and less noise.
 
 Sixteen games are split into two halves by a hash of their names: settings are chosen on the first; the second is held
-out. Three were written later, when all settings had been chosen.
+out. Three were written later, when all settings had been chosen, and seven after that, to choose the optimizer on.
 """
 
 from __future__ import annotations
@@ -120,7 +121,14 @@ def task_section(task: str) -> dict[str, Any]:
 def version(task: str, method: str) -> str:
     """Of the code that makes a cell: lmrl's git tree, and the games, references, recipe and suite of the cell."""
     zoo = hashlib.sha256()
-    for name in ("zoo_game.py", "zoo_games.py", "zoo_gymnasium.py", "zoo_later.py", "zoo_references.py"):
+    for name in (
+        "zoo_game.py",
+        "zoo_games.py",
+        "zoo_gymnasium.py",
+        "zoo_later.py",
+        "zoo_tuning.py",
+        "zoo_references.py",
+    ):
         zoo.update((HERE / name).read_bytes())
     zoo.update(json.dumps([recipe(task, method, 0), suite(task)], sort_keys=True).encode())
     return f"{library_version()}-{zoo.hexdigest()[:8]}"

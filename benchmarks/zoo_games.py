@@ -1,4 +1,4 @@
-"""The games of zoo.py, except those of gymnasium (zoo_gymnasium.py) and later ones (zoo_later.py); zoo_game.py says what a game is."""
+"""The games of zoo.py, except those of gymnasium (zoo_gymnasium.py) and later ones (zoo_later.py, zoo_tuning.py); zoo_game.py says what a game is."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from zoo_game import Game
 from zoo_gymnasium import Blackjack, CliffWalking, FrozenLake, Taxi
 from zoo_later import Dive, Press, Wager
+from zoo_tuning import Bids, Boxes, Duel, Ferry, Keys, Lift, Market
 
 
 # --------------------------------------------------------------------------------------------------- knowing too little
@@ -311,38 +312,44 @@ class Swim(Game):
         return f"stone {state}"
 
 
-SETS = ("first", "second", "later")
+SETS = ("first", "second", "later", "tuning")
 LATER = {game.name: game for game in (Wager, Dive, Press)}
+TUNING = {game.name: game for game in (Ferry, Duel, Market, Boxes, Lift, Bids, Keys)}
 
-GAMES: dict[str, type[Game]] = {
-    game.name: game
-    for game in (
-        Guess,
-        Code,
-        Recall,
-        Haggle,
-        Bandit,
-        TwoArms,
-        Offers,
-        Sort,
-        Lock,
-        Stock,
-        Harvest,
-        Swim,
-        FrozenLake,
-        CliffWalking,
-        Taxi,
-        Blackjack,
-    )
-} | LATER
+GAMES: dict[str, type[Game]] = (
+    {
+        game.name: game
+        for game in (
+            Guess,
+            Code,
+            Recall,
+            Haggle,
+            Bandit,
+            TwoArms,
+            Offers,
+            Sort,
+            Lock,
+            Stock,
+            Harvest,
+            Swim,
+            FrozenLake,
+            CliffWalking,
+            Taxi,
+            Blackjack,
+        )
+    }
+    | LATER
+    | TUNING
+)
 
 
 def half(which: str) -> list[str]:
-    """Tasks of the first (tuning) or second (held-out) half, of those written later, or all; the halves are a matter of
-    names alone."""
-    ordered = split(GAMES.keys() - LATER.keys())
+    """Tasks of the first (tuning) or second (held-out) half, of those written later, of those written to tune on, or all; the
+    halves are a matter of names alone."""
+    ordered = split(GAMES.keys() - LATER.keys() - TUNING.keys())
     middle = len(ordered) // 2
-    return {"first": ordered[:middle], "second": ordered[middle:], "later": [*LATER], "all": [*ordered, *LATER]}[which]
+    sets = {"first": ordered[:middle], "second": ordered[middle:], "later": [*LATER], "tuning": [*TUNING]}
+    return sets[which] if which in sets else [*GAMES]
 
 
 def split(names: Iterable[str]) -> list[str]:

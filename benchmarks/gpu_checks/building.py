@@ -73,6 +73,7 @@ def recipe_of(options: argparse.Namespace, shape: str, objective: dict[str, Any]
             "source": {"name": "rollouts"},
             "rollouts": {"prompts": 16, "samples": 8, "max_new_tokens": 256},
             "objective": objective,
+            "optimizer": {"name": "adamw"},  # as large models are trained by default
             "training": {"gradient_checkpointing": False, **training},
             "evaluation": {"suite": None},
         }

@@ -120,7 +120,8 @@ def rate_line(recipe: Recipe) -> str:
     chosen, rates = with_rates(recipe, *sizes), default_rates(recipe, *sizes)
     reason = "as stated" if stated.lr is not None else rates.reason
     heads = f", heads {chosen.head_lr:g}" if recipe.objective.head_parameters(1, 1)[0] else ""
-    return f"learning rate: {chosen.lr:g}{heads} ({reason})"
+    namo = " with NAMO" if chosen.name == "namo" and stated.name is None else ""
+    return f"learning rate: {chosen.lr:g}{namo}{heads} ({reason})"
 
 
 def memory_lines(recipe: Recipe) -> list[str]:
@@ -215,17 +216,15 @@ def _copied_embeddings(lora: Lora, shape: dict[str, int]) -> int:
 def _moments_bytes(recipe: Recipe, shape: dict[str, int]) -> Callable[..., int]:
     """Bytes of the optimizer's state as a function of the number of parameters, and of those in heads.
 
-    AdamW has two moments; with 8 bits, those of embeddings stay in float32; Muon has one per matrix, plus its last step in bfloat16.
+    AdamW has two moments, of which those of embeddings stay in float32 with 8 bits; Muon and NAMO have one per matrix, and their last step.
     """
     lora, name = recipe.model.lora, recipe.optimizer.name
     embeddings, head = shape["vocabulary"] * shape["hidden"], shape["embeddings"]
     tables = (_copied_embeddings(lora, shape),) * 2 if lora else (embeddings, head)
 
     def moments(parameters: int, heads: int = 0) -> int:
-        if name == "adamw":
+        if name != "adamw_8bit":
             return 8 * parameters
-        if name == "muon":
-            return 6 * parameters + 2 * min(heads or tables[1], parameters)
         return 2 * parameters + 6 * (0 if heads else min(tables[0], parameters))
 
     return moments

@@ -11,7 +11,9 @@ with 1e-5 at 7B (Llama 2, arXiv 2307.09288, uses 2e-5) and about 1e-4 at 125M; p
 far below imitation; DPO with 5e-7 at 7B (Zephyr, arXiv 2310.16944). Adapters need about ten times the rate of all weights (Schulman
 et al., "LoRA without regret", 2025). If policy gradients still move the policy too far, `training.kl_band` lowers the rate.
 
-Muon uses the rates of AdamW: its steps are scaled to the same size (Liu et al., arXiv 2502.16982, section 2.2).
+Muon and NAMO use the rates of AdamW: their steps have about the same size (Liu et al., arXiv 2502.16982, section 2.2). NAMO is
+the default of policy gradients that train all weights of a small model, which has to find features that imitation did not teach it
+in few gradients: orthogonal steps move rare directions as far as common ones (Wang et al., arXiv 2509.26030).
 
 A head starts at zero, on a hidden state of D numbers: one step of Adam moves a linear head's output by up to the rate times their sum.
 So a value head's rate is 1 / D, at most 1e-2; Q heads, which have their own layer or an entry for each token, use 1e-3.
@@ -29,6 +31,8 @@ MOST = 1e-3
 MILLION = 1e6
 ADAPTER = 10.0
 """Learning rate of an adapter, relative to that of all weights."""
+SMALL = 1e7
+"""Parameters below which a model is small; pretrained language models that are of use are larger."""
 UNKNOWN_SIZE = 1e9
 """Parameters assumed for a model whose size is unknown before it is loaded."""
 
@@ -58,20 +62,22 @@ def default_rates(recipe: Recipe, parameters: int, hidden: int) -> Rates:
     return Rates(lr, head_lr, f"{curve.learns}, {trains} of {size} parameters")
 
 
-def with_rates(recipe: Recipe, parameters: int, hidden: int) -> Optimizer:
-    """A stage's optimizer section with defaults for the rates, the schedule, the decay rates and the norm that it does not set.
+def with_rates(recipe: Recipe, parameters: int, hidden: int, sharded: bool = False) -> Optimizer:
+    """A stage's optimizer section with defaults for all that it does not set.
 
-    If only `lr` is set, heads use it too, unless the objective says otherwise.
+    If only `lr` is set, heads use it too, unless the objective says otherwise. sharded: no process has whole matrices.
     """
     stated, rates = recipe.optimizer, default_rates(recipe, parameters, hidden)
     lr = rates.lr if stated.lr is None else stated.lr
     head_lr = rates.head_lr if stated.head_lr is None else stated.head_lr
     if stated.head_lr is None and stated.lr is not None and recipe.objective.head_lr_follows:
         head_lr = lr
+    by_namo = recipe.objective.small_by_namo and recipe.model.lora is None and parameters < SMALL and not sharded
+    name = stated.name or ("namo" if by_namo else "adamw")
     schedule = stated.schedule or ("constant" if recipe.source.plays else "linear")
     betas = stated.betas or recipe.objective.betas
     norm = recipe.objective.max_grad_norm if stated.max_grad_norm == "auto" else stated.max_grad_norm
-    chosen = {"lr": lr, "head_lr": head_lr, "schedule": schedule, "betas": betas, "max_grad_norm": norm}
+    chosen = {"name": name, "lr": lr, "head_lr": head_lr, "schedule": schedule, "betas": betas, "max_grad_norm": norm}
     return stated.model_copy(update=chosen)
 
 

@@ -14,12 +14,14 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(Section):
-    """AdamW, or Muon with AdamW, and a schedule."""
+    """AdamW, or Muon or NAMO with AdamW, and a schedule."""
 
-    name: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    name: Literal["adamw", "adamw_8bit", "muon", "namo"] | None = None
     """adamw_8bit: moments in 8 bits (Dettmers et al., arXiv 2110.02861), with bitsandbytes. muon: orthogonalized steps for the matrices
-    of layers, scaled to the size of AdamW's (Liu et al., arXiv 2502.16982), and AdamW for embeddings, head, norms and value heads. Both
-    work in one process, or in several without sharding."""
+    of layers, scaled to the size of AdamW's (Liu et al., arXiv 2502.16982), and AdamW for embeddings, head, norms and value heads. namo:
+    the same, but shorter where gradients disagree (Zhang et al., arXiv 2602.17080). These three work in one process, or in several
+    without sharding (null: there, namo where a policy gradient other than archer trains all weights of a model of less than 10M
+    parameters; else adamw)."""
     lr: float | None = Field(None, gt=0)
     """Learning rate (null: chosen by objective, trained weights and model size, see lmrl/recipe/rates.py; `lmrl show` prints it)."""
     head_lr: float | None = Field(None, gt=0)

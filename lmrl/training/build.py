@@ -29,7 +29,7 @@ from lmrl.seeding import seed_everything
 from lmrl.sources.base import Source, SourceRequest
 from lmrl.sources.build import build_source
 from lmrl.sources.dataset import BAD_ROWS
-from lmrl.training.checkpoint import Progress, verify
+from lmrl.training.checkpoint import Progress, optimizer_of, verify
 from lmrl.training.display import Display
 from lmrl.training.interrupt import Interrupt
 from lmrl.training.listeners import (
@@ -115,7 +115,12 @@ def build_stage(
         verify(checkpoint, kept[:-1])
         load_weights(policy, checkpoint, recipe.model.trust_remote_code)
     cost = pass_cost(policy)  # before its weights are sharded
-    updater = Updater(policy, with_rates(recipe, *policy.size), recipe.training.steps, strategy)
+    options = with_rates(recipe, *policy.size, strategy.synchronized)
+    if (
+        checkpoint is not None and recipe.optimizer.name is None
+    ):  # chosen when the stage began, maybe with another strategy
+        options = options.model_copy(update={"name": optimizer_of(checkpoint)})
+    updater = Updater(policy, options, recipe.training.steps, strategy)
     evaluator, every = evaluation_of(recipe, suite, policy, engine)
     gated = recipe.evaluation.gate is not None
     begins = gated or recipe.evaluation.suite != OWN_TASK or not (scratch and is_imitation(recipe))

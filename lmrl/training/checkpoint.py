@@ -109,6 +109,12 @@ def load(folder: Path, objective: Objective, updater: Updater, source: Source) -
     return Progress(**{name: state[name] for name in names})
 
 
+def optimizer_of(folder: Path) -> str:
+    """The name of the optimizer whose state a checkpoint holds."""
+    state = json.loads((folder / STATE / "trainer.json").read_text())["updater"]
+    return str(state.get("optimizer", "adamw"))  # before it was written, recipes stated another one
+
+
 def write_checksums(folder: Path) -> None:
     """Write the checksum of every file of a checkpoint into it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())

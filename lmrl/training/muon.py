@@ -1,9 +1,14 @@
-"""Muon for matrices, AdamW for everything else, as one optimizer.
+"""Muon or NAMO for matrices, AdamW for everything else, as one optimizer.
 
-Muon (Jordan et al., 2024) replaces a matrix's averaged gradient by the nearest matrix with orthonormal rows or columns.
+Muon (Jordan et al., 2024) replaces a matrix's averaged gradient by a nearly orthonormal matrix of the same direction.
 Scaled as Moonlight does (Liu et al., "Muon is scalable for LLM training", arXiv 2502.16982, section 2.2), its steps are
-as long as AdamW's, so both take the same learning rate and weight decay. Embeddings, the projection to the vocabulary,
-norms, biases and heads stay with AdamW, as both papers advise.
+about as long as AdamW's, so both take the same learning rate and weight decay; but they are equally long whatever the
+gradients are. NAMO (Zhang et al., "Adam improves Muon", arXiv 2602.17080) makes them as long as Adam would if a matrix
+were one number: short where gradients disagree or vanish. Embeddings, the projection to the vocabulary, norms, biases
+and heads stay with AdamW, as these papers advise.
+
+torch.optim.Muon computes in bfloat16 on all devices, which is slow on CPUs, and in which rounding decides what
+equivalent rewards teach; and it cannot undo a step.
 """
 
 from __future__ import annotations
@@ -16,45 +21,82 @@ from torch import nn
 
 from lmrl.policy.policy import Policy
 
-MUON: dict[str, Any] = {"momentum": 0.95, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
-"""Momentum and its use as in both papers."""
+MOMENTUM = 0.95
+"""Weight of past gradients, and Nesterov's look ahead, as in both papers."""
+LENGTH = 0.2
+"""Root mean square of Muon's steps, relative to the learning rate, as Moonlight found it of AdamW."""
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+"""Coefficients and number of iterations as Jordan et al. chose them."""
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """torch's Muon and AdamW, each over its own groups; a group's `muon` says which. Both share one state."""
+    """Muon or NAMO, and AdamW, each over its own groups; a group's `muon` says which. Both share one state."""
 
-    def __init__(self, matrices: dict[str, Any], others: list[dict[str, Any]], **adamw: Any):
-        """matrices, others: parameter groups, with `lr`. adamw: AdamW's settings; `weight_decay` applies to both."""
-        self.muon = torch.optim.Muon([matrices | {"muon": True}], weight_decay=adamw["weight_decay"], **MUON)
+    def __init__(self, matrices: dict[str, Any], others: list[dict[str, Any]], adaptive: bool, **adamw: Any):
+        """matrices, others: parameter groups, with `lr`. adaptive: NAMO. adamw: AdamW's settings, of which `weight_decay` and
+        the second of `betas` apply to both."""
         self.adamw = torch.optim.AdamW([group | {"muon": False} for group in others], **adamw)
-        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
-        self.muon.state = self.adamw.state = self.state
-        self.inputs: dict[torch.Tensor, torch.Tensor] = {}
-        """The inputs that the last step orthogonalized, in Muon's bfloat16: with them a step can be undone."""
+        own = {"muon": True, "weight_decay": adamw["weight_decay"], "beta2": adamw["betas"][1]}
+        super().__init__([matrices | own, *self.adamw.param_groups], {})
+        self.adamw.state = self.state
+        self.adaptive = adaptive
+        self.moved: dict[torch.Tensor, torch.Tensor] = {}
+        """What the last step subtracted from each matrix: with it a step can be undone."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        self.muon.step()
         self.adamw.step()
-        (group,) = self.muon.param_groups
-        self.inputs = {
-            weights: weights.grad.lerp(self.state[weights]["momentum_buffer"], group["momentum"]).bfloat16()
-            for weights in group["params"]
-            if weights.grad is not None
-        }
+        group, self.moved = self.param_groups[0], {}
+        for weights in group["params"]:
+            if weights.grad is None:
+                continue
+            state = self.state[weights]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(weights)
+            average = state["momentum_buffer"].lerp_(weights.grad, 1 - MOMENTUM)
+            length = self._agreement(state, weights.grad, group["beta2"]) if self.adaptive else LENGTH
+            step = orthogonalized(weights.grad.lerp(average, MOMENTUM))
+            self.moved[weights] = step.mul_(length * group["lr"] * max(weights.shape) ** 0.5)
+            weights.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step)
+
+    @staticmethod
+    def _agreement(state: dict[str, Any], gradient: torch.Tensor, beta2: float) -> torch.Tensor:
+        """Root mean square of NAMO's next step, relative to the learning rate: the norm of the averaged gradient by the
+        average norm of gradients (algorithm 1)."""
+        if "step" not in state:
+            state |= {"step": torch.zeros(()), "mean_square": gradient.new_zeros(())}
+        state["step"] += 1
+        steps = int(state["step"])
+        square = state["mean_square"].lerp_(gradient.square().mean(), 1 - beta2) / (1 - beta2**steps)
+        own = state["momentum_buffer"].square().mean().sqrt() / (1 - MOMENTUM**steps)
+        length: torch.Tensor = own / square.sqrt().clamp(min=torch.finfo(square.dtype).tiny)
+        return length
 
     @torch.no_grad()
     def undo_matrices(self) -> None:
         """Undo the last step of the matrices, up to rounding, and drop the momentum that would repeat it."""
-        (group,) = self.muon.param_groups
-        for weights, averaged in self.inputs.items():
-            moved = torch.zeros_like(weights)
-            moved.grad = averaged.to(weights.dtype)
-            settings = MUON | {"momentum": 0.0, "nesterov": False}
-            torch.optim.Muon([moved], lr=group["lr"], weight_decay=0.0, **settings).step()
-            weights.sub_(moved).div_(1 - group["lr"] * group["weight_decay"])
+        group = self.param_groups[0]
+        for weights, moved in self.moved.items():
+            weights.add_(moved).div_(1 - group["lr"] * group["weight_decay"])
             self.state[weights]["momentum_buffer"].zero_()
-        self.inputs = {}
+        self.moved = {}
+
+
+def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix with the same singular vectors, whose singular values are near 1 (Jordan et al., 2024).
+
+    In bfloat16 on accelerators, else in the matrix's own precision.
+    """
+    a, b, c = NEWTON_SCHULZ
+    found = matrix if matrix.device.type == "cpu" else matrix.bfloat16()
+    tall = matrix.shape[0] > matrix.shape[1]
+    found = found.T if tall else found
+    found = found / found.norm().clamp(min=torch.finfo(found.dtype).tiny)
+    for _ in range(ITERATIONS):
+        square = found @ found.T
+        found = torch.addmm(found, torch.addmm(square, square, square, beta=b, alpha=c), found, beta=a)
+    return (found.T if tall else found).to(matrix.dtype)
 
 
 def split_matrices(group: dict[str, Any], policy: Policy) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -27,16 +27,16 @@ def build_optimizer(
         "weight_decay": options.weight_decay,
     }
     fused = policy.device.type == "cuda" or None  # one kernel for all weights; on a CPU it would only round otherwise
-    if options.name == "adamw":
+    if options.name in ("adamw", None):
         return torch.optim.AdamW(groups, fused=fused, **settings)
-    if options.name == "muon":
+    if options.name in ("muon", "namo"):
         if strategy.synchronized:
             raise RecipeError(
-                f"optimizer.name=muon orthogonalizes whole matrices, which {strategy.name} shares out: set optimizer.name=adamw, or "
+                f"optimizer.name={options.name} orthogonalizes whole matrices, which {strategy.name} shares out: set optimizer.name=adamw, or "
                 "launch without --accelerate"
             )
         matrices, rest = split_matrices(groups[0], policy)
-        return MuonWithAdamW(matrices, [rest, *groups[1:]], fused=fused, **settings)
+        return MuonWithAdamW(matrices, [rest, *groups[1:]], options.name == "namo", fused=fused, **settings)
     if strategy.synchronized:
         raise RecipeError(
             f"optimizer.name=adamw_8bit: its 8-bit state cannot be shared out by {strategy.name}, which saves more: set "

@@ -189,6 +189,7 @@ class Updater:
         return {
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "optimizer": self.options.name,
             "microbatch_tokens": self.policy.microbatch_tokens if self.ran_short else None,
         }
 

@@ -93,7 +93,7 @@ def test_longer_answers_gain_nothing_at_equal_length():
     assert plain.metric == "reward" and plain.mean == 2
     assert held.metric == "reward at equal words" and held.mean == pytest.approx(0, abs=1e-9)
     claim = read_claim("reward at equal words: B - A > 1")
-    with pytest.raises(ScoreError, match="reward at equal words is"):
+    with pytest.raises(ScoreError, match="on reward at equal words, B - A is"):
         compared(*policies, control="words", claims=[claim]).require([claim])
     with pytest.raises(RecipeError, match="there is no metric 'word'"):
         compared(*policies, control="word")

@@ -65,6 +65,26 @@ def test_policy_gradients_have_a_lower_beta2():
     assert chosen("ppo", betas=(0.8, 0.9), schedule="constant") == ((0.8, 0.9), "constant")
 
 
+@pytest.mark.parametrize(
+    ("objective", "model", "parameters", "name"),
+    [
+        ("ppo", SCRATCH, 6e4, "namo"),
+        ("grpo", PRETRAINED, 6e4, "namo"),
+        ("rloo", SCRATCH, 1e7, "adamw"),
+        ("ppo", PRETRAINED | {"lora": Lora()}, 6e4, "adamw"),
+        ("archer", SCRATCH, 6e4, "adamw"),
+        ("likelihood", SCRATCH, 6e4, "adamw"),
+        ("ilql", SCRATCH, 6e4, "adamw"),
+    ],
+)
+def test_policy_gradients_train_small_models_by_namo(objective, model, parameters, name):
+    made = recipe(objective, model)
+    assert with_rates(made, int(parameters), 64).name == name
+    assert with_rates(made, int(parameters), 64, sharded=True).name == "adamw"
+    stated = recipe(objective, model, name="adamw_8bit")
+    assert with_rates(stated, int(parameters), 64).name == "adamw_8bit"
+
+
 def test_q_values_are_not_held_to_the_usual_gradients():
     def norm(objective, **stated):
         return with_rates(recipe(objective, SCRATCH, **stated), 60_000, 64).max_grad_norm

@@ -4,8 +4,10 @@ import pytest
 
 from lmrl.errors import RunError
 from lmrl.recipe.files import load_recipe
+from lmrl.recipe.objectives import PPOObjective
 from lmrl.run_folders import read_recipe
 from lmrl.training import resume_run, train
+from lmrl.training.checkpoint import optimizer_of
 
 PPO = """
 model: {path: MODEL}
@@ -94,3 +96,13 @@ def test_a_stage_that_others_started_from_keeps_its_steps(tmp_path):
         RunError, match="training.steps=2 is less than the run's 3: a resumed run may only have more steps"
     ):
         resume_run(tmp_path / "run", load_recipe(recipe, [*stages, "stages.first.training.steps=2"]))
+
+
+def test_a_stage_keeps_the_optimizer_that_it_began_with(tmp_path, tiny_folder, monkeypatch):
+    """Where the recipe leaves it open, the choice may depend on how the stage was launched."""
+    recipe = written(tmp_path, PPO, MODEL=tiny_folder, EVERY=1)
+    train(load_recipe(recipe), output=tmp_path / "run")
+    assert optimizer_of(tmp_path / "run/stages/main/final") == "namo"
+    monkeypatch.setattr(PPOObjective, "small_by_namo", False)
+    resume_run(tmp_path / "run", load_recipe(recipe, ["training.steps=3"]))
+    assert optimizer_of(tmp_path / "run/stages/main/final") == "namo"

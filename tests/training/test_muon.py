@@ -1,4 +1,4 @@
-"""Muon for matrices and AdamW for the rest: whose steps are whose, undone and resumed."""
+"""Muon or NAMO for matrices and AdamW for the rest: whose steps are whose, undone and resumed."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from lmrl.policy.heads import HeadsSpec
 from lmrl.policy.load import load_policy
 from lmrl.recipe import Lora, Model, Optimizer, estimates
 from lmrl.recipe.files import load_recipe
-from lmrl.training.muon import MuonWithAdamW, split_matrices
+from lmrl.training.muon import MuonWithAdamW, orthogonalized, split_matrices
 from lmrl.training.optimizers import undo_step
 from lmrl.training.parallel.strategy import Strategy
 from lmrl.training.updater import Updater
@@ -17,6 +17,8 @@ from tests.conftest import TINY_LLAMA
 from tests.training.test_updater_memory import batch, likelihood
 
 MUON = Optimizer(name="muon", lr=1e-2, weight_decay=0.1)
+NAMO = MUON.model_copy(update={"name": "namo"})
+both = pytest.mark.parametrize("options", [MUON, NAMO], ids=["muon", "namo"])
 
 
 def policy_of(heads=None, **config):
@@ -26,7 +28,7 @@ def policy_of(heads=None, **config):
     )
 
 
-def orthogonalized(matrix, steps=5, coefficients=(3.4445, -4.7750, 2.0315)):
+def by_definition(matrix, steps=5, coefficients=(3.4445, -4.7750, 2.0315)):
     """Newton-Schulz in float64, with the papers' coefficients."""
     a, b, c = coefficients
     x = matrix.double() / matrix.double().norm()
@@ -62,31 +64,43 @@ def test_adapters_are_matrices(tiny_folder):
     assert len(rest["params"]) == 15  # fourteen magnitudes, and the embeddings with the head
 
 
-def test_steps_by_definition():
-    """Three steps: of a matrix as in the paper, in float64; of the rest as AdamW alone."""
+@both
+def test_steps_by_definition(options):
+    """Three steps: of a matrix as in the papers, in float64; of the rest as AdamW alone."""
     policy, alone = policy_of(), policy_of()
-    updater = Updater(policy, MUON, 10)
+    updater = Updater(policy, options, 10)
     adamw = torch.optim.AdamW(alone.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.1)
     name, norm = "model.model.layers.0.mlp.up_proj.weight", "model.model.norm.weight"
     weights, other = updater.parameters[name], dict(alone.named_parameters())
-    momentum = torch.zeros_like(weights).double()
+    momentum, square = torch.zeros_like(weights).double(), 0.0
     expected = weights.detach().clone().double()
-    for _ in range(3):
+    for step in range(1, 4):
         updater.strategy.zero_grad()
         updater.backward(policy, likelihood(), batch())
         for each, one in policy.named_parameters():
             other[each].grad = one.grad.clone()
         gradient = weights.grad.double()
         momentum = 0.95 * momentum + 0.05 * gradient
-        update = orthogonalized(0.05 * gradient + 0.95 * momentum)
-        expected = expected * (1 - 1e-2 * 0.1) - 1e-2 * 0.2 * max(weights.shape) ** 0.5 * update
+        update = by_definition(0.05 * gradient + 0.95 * momentum)
+        square = 0.999 * square + 0.001 * float(gradient.norm()) ** 2
+        agreement = float(momentum.norm()) / (1 - 0.95**step) / (square / (1 - 0.999**step)) ** 0.5
+        length = agreement if options is NAMO else 0.2
+        expected = expected * (1 - 1e-2 * 0.1) - 1e-2 * length * max(weights.shape) ** 0.5 * update
         updater.strategy.optimizer.step()
         adamw.step()
     begun = policy_of().trainable()[name].detach().double()
     found, right = weights.detach().double() - begun, expected - begun
-    assert (found - right).norm() < 0.1 * right.norm()  # Muon computes in bfloat16
-    assert float(found.norm()) == pytest.approx(float(right.norm()), rel=0.03)
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(updater.parameters[norm], other[norm], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
+def test_orthogonalized_in_the_precision_of_the_matrix(shape):
+    matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = orthogonalized(matrix)
+    torch.testing.assert_close(found, by_definition(matrix), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(orthogonalized(100 * matrix), found, rtol=1e-12, atol=1e-12)
+    assert not orthogonalized(torch.zeros(shape)).any()
 
 
 def test_steps_are_as_long_as_those_of_adamw():
@@ -101,16 +115,33 @@ def test_steps_are_as_long_as_those_of_adamw():
         weights.grad = None
 
 
-def test_state_goes_through_a_checkpoint_to_the_bit():
+def test_namo_stops_where_gradients_cancel_or_vanish():
+    """After a gradient and its opposite Muon still takes full steps, NAMO hardly any."""
+    lengths = {}
+    for options in (MUON, NAMO):
+        optimizer = Updater(policy_of(), options.model_copy(update={"weight_decay": 0.0}), 10).strategy.optimizer
+        weights = optimizer.param_groups[0]["params"][0]
+        gradient = torch.randn_like(weights)
+        for sign in (1, -1, 1, -1, 0):
+            before = weights.detach().clone()
+            weights.grad = sign * gradient
+            optimizer.step()
+        lengths[options.name] = float((weights.detach() - before).norm())
+    assert lengths["namo"] < 0.2 * lengths["muon"]
+
+
+@both
+def test_state_goes_through_a_checkpoint_to_the_bit(options):
     policies = [policy_of(HeadsSpec()), policy_of(HeadsSpec())]
-    first, second = (Updater(policy, MUON, 10) for policy in policies)
+    first, second = (Updater(policy, options, 10) for policy in policies)
     for _ in range(3):
         first.step(policies[0], likelihood(), batch())
     saved = save({name: tensor.contiguous() for name, tensor in first.tensors().items()})
     policies[1].load_state_dict(policies[0].state_dict())
     second.load_tensors(load(saved))
     kinds = {name.rpartition(".")[2] for name in second.tensors() if "up_proj" in name}
-    assert kinds == {"momentum_buffer"} and "model.model.norm.weight.exp_avg" in second.tensors()
+    assert kinds == ({"momentum_buffer"} if options is MUON else {"momentum_buffer", "mean_square", "step"})
+    assert "model.model.norm.weight.exp_avg" in second.tensors()
     for _ in range(2):
         for updater, policy in zip((first, second), policies, strict=True):
             updater.step(policy, likelihood(), batch())
@@ -118,9 +149,10 @@ def test_state_goes_through_a_checkpoint_to_the_bit():
         assert torch.equal(parameter, second.parameters[name]), name
 
 
-def test_a_step_is_undone():
+@both
+def test_a_step_is_undone(options):
     policy = policy_of(HeadsSpec())
-    updater = Updater(policy, MUON, 10)
+    updater = Updater(policy, options, 10)
     for _ in range(2):
         updater.step(policy, likelihood(), batch())
     before = {name: one.detach().clone() for name, one in updater.parameters.items()}
@@ -133,7 +165,7 @@ def test_a_step_is_undone():
             torch.testing.assert_close(one.detach(), before[name], rtol=0, atol=1e-6)
     state = updater.strategy.optimizer.state
     matrix = updater.parameters["model.model.layers.0.mlp.up_proj.weight"]
-    assert not state[matrix]["momentum_buffer"].any() and not updater.strategy.optimizer.inputs
+    assert not state[matrix]["momentum_buffer"].any() and not updater.strategy.optimizer.moved
     kept = matrix.detach().clone()
     undo_step(updater.strategy.optimizer)  # there is no second step to undo
     assert torch.equal(matrix, kept)
@@ -141,34 +173,35 @@ def test_a_step_is_undone():
 
 def test_it_learns_as_fast_as_adamw():
     losses = {}
-    for name in ("muon", "adamw"):
+    for name in ("muon", "namo", "adamw"):
         policy = policy_of(hidden_size=64, intermediate_size=128)
         updater = Updater(policy, Optimizer(name=name, lr=1e-2), 10)
         for step in range(1, 11):
             updater.begin(step)
             stats = updater.step(policy, likelihood(), batch())
         losses[name] = stats["loss"]
-    assert losses["muon"] < max(1.1 * losses["adamw"], 0.1) and losses["muon"] < 2.5  # from log(34) = 3.5
+    for name in ("muon", "namo"):
+        assert losses[name] < max(1.1 * losses["adamw"], 0.1) and losses[name] < 2.5  # from log(34) = 3.5
 
 
 def test_sharded_matrices_are_refused(tiny_policy):
     class Shared(Strategy):
         name, synchronized = "fsdp", True
 
-    with pytest.raises(RecipeError, match="muon orthogonalizes whole matrices, which fsdp shares out: .*adamw"):
-        Updater(tiny_policy, MUON, 10, Shared())
+    with pytest.raises(RecipeError, match="namo orthogonalizes whole matrices, which fsdp shares out: .*adamw"):
+        Updater(tiny_policy, NAMO, 10, Shared())
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_memory_of_the_state(tied):
-    """Momentum, the last step's input in bfloat16, and AdamW's two moments of the tables, but for the norms."""
+    """Momentum and the last step of matrices, and AdamW's two moments of the rest."""
     policy = policy_of(HeadsSpec(), tie_word_embeddings=tied)
     updater = Updater(policy, MUON, 10)
     updater.step(policy, likelihood(), batch())
     optimizer = updater.strategy.optimizer
     assert isinstance(optimizer, MuonWithAdamW)
     held = sum(one.numel() * 4 for entries in optimizer.state.values() for one in entries.values() if one.ndim)
-    held += sum(one.numel() * 2 for one in optimizer.inputs.values())
+    held += sum(one.numel() * 4 for one in optimizer.moved.values())
     config = TINY_LLAMA | {"tie_word_embeddings": tied, "vocab_size": len(policy.tokenizer)}
     recipe = load_recipe("random_walks/bc", [f"model.config={config}", "optimizer.name=muon"])
     shape = estimates.model_shape(recipe.model)

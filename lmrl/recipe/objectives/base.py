@@ -42,6 +42,8 @@ class ObjectiveOptions(Section):
     """AdamW's decay rates if the recipe does not set them."""
     max_grad_norm: ClassVar[float] = 1.0
     """Norm that gradients are clipped to if the recipe does not set one."""
+    small_by_namo: ClassVar[bool] = False
+    """True if it trains small models with NAMO where the recipe names no optimizer."""
     uses_sampling_temperature: ClassVar[bool] = True
     """True if log-probabilities of fresh episodes are taken at the temperature that sampled them."""
     uses_correction: ClassVar[bool] = True

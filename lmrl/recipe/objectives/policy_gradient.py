@@ -42,6 +42,7 @@ class PolicyGradientObjective(ObjectiveOptions):
 
     rate_curve = RateCurve(5e-4, 0.68, "policy gradients")
     betas = SHORT_MEMORY
+    small_by_namo = True
 
     @property
     def holds_reference(self) -> bool:
@@ -136,6 +137,7 @@ class ArCHerObjective(PolicyGradientObjective):
 
     name: Literal["archer"]
     head_lr_follows = False
+    small_by_namo = False  # not measured
     value_coef: float = Field(0.5, ge=0)
     """Weight of the critic's loss, a mean over the starts and ends of turns."""
     value_warmup_steps: int = Field(10, ge=0)

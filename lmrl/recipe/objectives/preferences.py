@@ -113,7 +113,7 @@ class RewardModelObjective(ObjectiveOptions):
         from lmrl.recipe.source import DatasetSource
 
         source = recipe.source
-        if recipe.optimizer.name != "adamw":
+        if recipe.optimizer.name not in ("adamw", None):
             yield f"`optimizer.name={recipe.optimizer.name}`: a reward model is trained with adamw: set that for its stage"
         learns = "objective 'reward_model' learns from pairs of a chosen and a rejected completion"
         if not isinstance(source, DatasetSource) or source.path is None:
