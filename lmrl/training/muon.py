@@ -65,11 +65,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         """Root mean square of NAMO's next step, relative to the learning rate: the norm of the averaged gradient by the
         average norm of gradients (algorithm 1)."""
         if "step" not in state:
-            state |= {"step": torch.zeros(()), "mean_square": gradient.new_zeros(())}
+            state |= {"step": torch.zeros(()), "mean_square": torch.zeros_like(mean_square(gradient))}
         state["step"] += 1
         steps = int(state["step"])
-        square = state["mean_square"].lerp_(gradient.square().mean(), 1 - beta2) / (1 - beta2**steps)
-        own = state["momentum_buffer"].square().mean().sqrt() / (1 - MOMENTUM**steps)
+        square = state["mean_square"].lerp_(mean_square(gradient), 1 - beta2) / (1 - beta2**steps)
+        own = mean_square(state["momentum_buffer"]).sqrt() / (1 - MOMENTUM**steps)
         length: torch.Tensor = own / square.sqrt().clamp(min=torch.finfo(square.dtype).tiny)
         return length
 
@@ -81,6 +81,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
             weights.add_(moved).div_(1 - group["lr"] * group["weight_decay"])
             self.state[weights]["momentum_buffer"].zero_()
         self.moved = {}
+
+
+def mean_square(matrix: torch.Tensor) -> torch.Tensor:
+    """In float32 or better: a running mean stands still in bfloat16."""
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32)).square().mean()
 
 
 def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
