@@ -83,7 +83,7 @@ class PPOObjective(PolicyGradientObjective):
     not matter; unwhitened advantages are in these units too. none: in units of the reward."""
     value_clip: float | None = Field(None, gt=0)
     """Clipping range of the value around its old estimate, in the values' units (null: none)."""
-    value_pull: float | None = Field(1.0, ge=0)
+    value_pull: float | None = Field(0.1, ge=0)
     """Bound on the values' gradient into a trunk shared with the policy, relative to the policy's own gradient, per
     token (null: none)."""
     detach_value: bool = False
