@@ -217,7 +217,7 @@ def test_value_warmup_leaves_the_policy_alone(tiny_policy):
     assert tiny_policy.values.v.weight.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in tiny_policy.model.parameters())
     objective.begin(2)
-    assert objective.forward_request == ForwardRequest(logprobs=True, values=True, detach_values=False, value_pull=0.1)
+    assert objective.forward_request == ForwardRequest(logprobs=True, values=True, detach_values=False, value_pull=1.0)
 
 
 def test_detach_value_stops_the_critic_at_the_trunk(tiny_policy):

@@ -68,16 +68,17 @@ def test_policy_gradients_have_a_lower_beta2():
 @pytest.mark.parametrize(
     ("objective", "model", "parameters", "name"),
     [
-        ("ppo", SCRATCH, 6e4, "namo"),
+        ("rloo", SCRATCH, 6e4, "namo"),
         ("grpo", PRETRAINED, 6e4, "namo"),
         ("rloo", SCRATCH, 1e7, "adamw"),
-        ("ppo", PRETRAINED | {"lora": Lora()}, 6e4, "adamw"),
+        ("grpo", PRETRAINED | {"lora": Lora()}, 6e4, "adamw"),
+        ("ppo", SCRATCH, 6e4, "adamw"),
         ("archer", SCRATCH, 6e4, "adamw"),
         ("likelihood", SCRATCH, 6e4, "adamw"),
         ("ilql", SCRATCH, 6e4, "adamw"),
     ],
 )
-def test_policy_gradients_train_small_models_by_namo(objective, model, parameters, name):
+def test_group_methods_train_small_models_by_namo(objective, model, parameters, name):
     made = recipe(objective, model)
     assert with_rates(made, int(parameters), 64).name == name
     assert with_rates(made, int(parameters), 64, sharded=True).name == "adamw"

@@ -4,7 +4,7 @@ import pytest
 
 from lmrl.errors import RunError
 from lmrl.recipe.files import load_recipe
-from lmrl.recipe.objectives import PPOObjective
+from lmrl.recipe.objectives import GRPOObjective
 from lmrl.run_folders import read_recipe
 from lmrl.training import resume_run, train
 from lmrl.training.checkpoint import optimizer_of
@@ -100,9 +100,10 @@ def test_a_stage_that_others_started_from_keeps_its_steps(tmp_path):
 
 def test_a_stage_keeps_the_optimizer_that_it_began_with(tmp_path, tiny_folder, monkeypatch):
     """Where the recipe leaves it open, the choice may depend on how the stage was launched."""
-    recipe = written(tmp_path, PPO, MODEL=tiny_folder, EVERY=1)
+    text = PPO.replace("name: ppo, value_warmup_steps: 1", "name: grpo")
+    recipe = written(tmp_path, text, MODEL=tiny_folder, EVERY=1)
     train(load_recipe(recipe), output=tmp_path / "run")
     assert optimizer_of(tmp_path / "run/stages/main/final") == "namo"
-    monkeypatch.setattr(PPOObjective, "small_by_namo", False)
+    monkeypatch.setattr(GRPOObjective, "small_by_namo", False)
     resume_run(tmp_path / "run", load_recipe(recipe, ["training.steps=3"]))
     assert optimizer_of(tmp_path / "run/stages/main/final") == "namo"

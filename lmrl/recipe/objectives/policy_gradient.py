@@ -42,7 +42,6 @@ class PolicyGradientObjective(ObjectiveOptions):
 
     rate_curve = RateCurve(5e-4, 0.68, "policy gradients")
     betas = SHORT_MEMORY
-    small_by_namo = True
 
     @property
     def holds_reference(self) -> bool:
@@ -83,7 +82,7 @@ class PPOObjective(PolicyGradientObjective):
     not matter; unwhitened advantages are in these units too. none: in units of the reward."""
     value_clip: float | None = Field(None, gt=0)
     """Clipping range of the value around its old estimate, in the values' units (null: none)."""
-    value_pull: float | None = Field(0.1, ge=0)
+    value_pull: float | None = Field(1.0, ge=0)
     """Bound on the values' gradient into a trunk shared with the policy, relative to the policy's own gradient, per
     token (null: none)."""
     detach_value: bool = False
@@ -137,7 +136,6 @@ class ArCHerObjective(PolicyGradientObjective):
 
     name: Literal["archer"]
     head_lr_follows = False
-    small_by_namo = False  # not measured
     value_coef: float = Field(0.5, ge=0)
     """Weight of the critic's loss, a mean over the starts and ends of turns."""
     value_warmup_steps: int = Field(10, ge=0)
@@ -172,6 +170,7 @@ class GroupObjective(PolicyGradientObjective):
     `kl_coef` weights the divergence in the reward with rloo and reinforce_pp, and a loss term (k3) with grpo and dr_grpo.
     """
 
+    small_by_namo = True
     scale_rewards: RewardScale = "none"
     """Divisor of advantages: the group's standard deviation; the batch's; the batch's or that of recent ones if it is larger
     (running); or none, so that the size of updates depends on the scale of rewards. With per-turn rewards it is one number for
