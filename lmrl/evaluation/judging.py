@@ -16,7 +16,7 @@ from lmrl import registry
 from lmrl.errors import RecipeError, RewardError
 from lmrl.evaluation.paired import Played
 from lmrl.evaluation.scoring import PROMPT, clusters_of
-from lmrl.evaluation.statistics import p_value, summarize
+from lmrl.evaluation.statistics import UNIT, p_value, summarize
 from lmrl.recipe import Reward
 from lmrl.rewards.load import load_reward, local_call, make_instance
 from lmrl.rewards.pairs import Verdict, ask_pairs, by_score
@@ -145,8 +145,8 @@ def judge_pair(judge: Judge, first: Played, second: Played, fixed: bool = False)
         clusters_of([group for group, _ in each], first.trajectories, PROMPT) for each in (values, places)
     )
     shares = list(values.values())
-    found = summarize(shares, clusters, (0.0, 1.0), fixed)
-    position = summarize(list(places.values()), of_places, (0.0, 1.0)) if places else None
+    found = summarize(shares, clusters, UNIT, fixed)
+    position = summarize(list(places.values()), of_places, UNIT) if places else None
     bias = position if judge.sees_pairs else None
     return Judged(
         first=first.key,
@@ -154,7 +154,7 @@ def judge_pair(judge: Judge, first: Played, second: Played, fixed: bool = False)
         judge=judge.name,
         win_rate=found["mean"],
         ci95=found["ci95"],
-        p=p_value([share - 0.5 for share in shares], clusters, (-0.5, 0.5), fixed),
+        p=p_value(shares, clusters, UNIT, fixed, null=0.5),
         wins=wins,
         ties=len(shares) - wins - losses,
         losses=losses,

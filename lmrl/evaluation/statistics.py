@@ -77,22 +77,26 @@ def p_value(
     clusters: Sequence[Hashable] | None = None,
     limits: Limits | None = None,
     fixed: bool = False,
+    null: float = 0.0,
 ) -> float:
-    """Two-sided p-value of the hypothesis that the mean of differences is 0; arguments and errors as for `summarize`.
+    """Two-sided p-value of the hypothesis that the mean, as of differences, is `null`; other arguments and errors as for
+    `summarize`.
 
-    It inverts the interval of `summarize(paired=True)`: below 0.05 if that excludes 0. A single value proves nothing: 1.
+    It inverts the interval of `summarize(paired=True)`: below 0.05 if that excludes `null`. A single value proves
+    nothing: 1.
     """
     data = Clustered.of(values, clusters)
     low, high = limits_for(data, limits)
     within = is_within(data, fixed or data.clusters == 1)
     variance, df = within_clusters(data) if within else between_clusters(data)
-    if data.mean == 0 or data.values == 1:
+    if data.mean == null or data.values == 1:
         return 1.0
     if math.isfinite(high - low):
-        return limited_p_value(data.scaled(low, high), -low / (high - low), variance / (high - low) ** 2, df, within)
+        share = (null - low) / (high - low)
+        return limited_p_value(data.scaled(low, high), share, variance / (high - low) ** 2, df, within)
     if variance == 0:
         return 0.0
-    return 2 * upper_tail(abs(data.mean) / math.sqrt(variance), df)
+    return 2 * upper_tail(abs(data.mean - null) / math.sqrt(variance), df)
 
 
 def limited_p_value(data: Clustered, null: float, variance: float, df: float, within: bool) -> float:

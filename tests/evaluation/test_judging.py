@@ -10,6 +10,7 @@ from lmrl import cli
 from lmrl.errors import PluginError, RecipeError, RewardError
 from lmrl.evaluation.judging import Judge, judge_pair, load_judge
 from lmrl.evaluation.paired import Played
+from lmrl.evaluation.student import upper_tail
 from lmrl.trajectories.trajectory import Trajectory
 from tests.reward_models.test_judge import endpoint
 
@@ -92,6 +93,15 @@ def test_wins_are_of_both_orders_however_sure_the_judge_is():
 def test_a_reward_scores_each_answer_alone(judges):
     found = judge_pair(judges("length"), B, A)
     assert (found.wins, found.ties, found.losses) == (2, 1, 1) and found.position is None
+
+
+def test_p_agrees_with_the_interval():
+    """9 of 10 pairs won in both orders: effective number 9, degrees of freedom 9; t = 0.4 sqrt(9 / 0.25) = 2.4."""
+    many = [played(key, *(f"{key}{number}" for number in range(10))) for key in "AB"]
+    orders = iter([[1.0] * 9 + [0.0], [0.0] * 9 + [1.0]])
+    found = judge_pair(Judge("sure", lambda *_: next(orders), True), *reversed(many))
+    assert found.win_rate == 0.9 and found.p == pytest.approx(2 * upper_tail(2.4, 9))
+    assert found.p < 0.05 and found.ci95[0] > 0.5
 
 
 def test_too_many_failures_are_an_error(judges):
