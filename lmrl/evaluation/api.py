@@ -148,6 +148,7 @@ def evaluate(
     rows: dict[str, Scores] = {}
     episodes: dict[str, list[Trajectory]] = {}
     given: NamedSuite | None = None
+    shared: Overlap | None = None
     for contender in found:
         evaluator = evaluator_for(
             contender, suite, overrides, trust_remote_code, given=given, run_code=run_code, endpoint=endpoint
@@ -155,17 +156,19 @@ def evaluate(
         if log is None:
             refuse_unscored(evaluator.suite)
         check_known(floors, evaluator.suite, "--fail-under")
+        if overlap and shared is None:  # before anything is played
+            shared = overlap_of(
+                evaluator.suite, evaluator.task, evaluator.starts(), list(map(str, overlap)), overlap_words
+            )
         given = NamedSuite(evaluator.suite, evaluator.name)
         for label, scores, played in score_rows(evaluator, contender, betas, log, len(found) > 1, part):
             rows[label], episodes[label] = scores, played
     names = ", ".join(map(str, policies))
     said = evaluator.played + left_out({label: len(own) for label, own in episodes.items()}, evaluator.planned)
-    report = Report(evaluator.name, names, rows, evaluator.suite.metrics, played, said, episodes)
-    if overlap:
-        report.overlap = overlap_of(played, evaluator.suite, list(map(str, overlap)), overlap_words)
-        if 0 < len(report.overlap.shared) < report.overlap.prompts:
-            kept = {label: report.overlap.clean(own) for label, own in episodes.items()}
-            report.clean = {label: evaluator.report(own) for label, own in kept.items() if own}
+    report = Report(evaluator.name, names, rows, evaluator.suite.metrics, played, said, episodes, shared)
+    if shared is not None and 0 < len(shared.shared) < shared.prompts:
+        kept = {label: shared.clean(own) for label, own in episodes.items()}
+        report.clean = {label: evaluator.report(own) for label, own in kept.items() if own}
     return report
 
 

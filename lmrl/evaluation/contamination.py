@@ -15,12 +15,14 @@ from typing import Any
 
 from lmrl.errors import RecipeError, RunError
 from lmrl.evaluation.suites import Suite
-from lmrl.recipe import DatasetOptions, PromptTask, Recipe
+from lmrl.recipe import AgentTask, BlendSource, DatasetOptions, Prompts, PromptTask, Recipe, Shots
 from lmrl.recipe.files import stages_of
-from lmrl.rollouts.task import build_task, strings_in
+from lmrl.rollouts.task import Task, build_task, strings_in
+from lmrl.rollouts.templates import prompt_rows
 from lmrl.run_folders import RECIPE_FILE, final_checkpoint, read_recipe
 from lmrl.trajectories.files import Selection, open_rows
 from lmrl.trajectories.readers import Malformed
+from lmrl.trajectories.store import DatasetFile
 from lmrl.trajectories.trajectory import Trajectory, prompt_text
 
 WORD = re.compile(r"\w+")
@@ -52,22 +54,21 @@ class Overlap:
         return vars(self) | {"shared": {str(group): text for group, text in self.shared.items()}}
 
 
-def overlap_of(trajectories: Sequence[Trajectory], suite: Suite, against: Sequence[str], words: int = WORDS) -> Overlap:
+def overlap_of(
+    suite: Suite, task: Task, starts: Sequence[int | None], against: Sequence[str], words: int = WORDS
+) -> Overlap:
     """Compare a suite's prompts with the training data of runs, or with the rows of files and hub datasets.
 
-    If prompts are made from columns, the columns count, but not the few-shot examples before them, which are training
-    data on purpose. Raises RecipeError for a suite that plays an environment, and RunError for a run without prompts or
-    logged data.
+    task, starts: the suite's, of which prompts are numbered as groups are. Raises RecipeError for a suite that plays an
+    environment, and RunError for a run without prompts or logged data.
     """
     if not isinstance(suite.task, PromptTask):
         raise RecipeError("--overlap: the suite plays an environment, which has no prompts to find in training data")
-    made = suite.task.prompts.template is not None or suite.task.prompts.shots.count > 0
     index: dict[tuple[str, ...], list[int]] = {}
-    found = Overlap(list(against), words, 0)
-    for group, one in {one.group: one for one in trajectories}.items():
-        found.prompts += 1
+    found = Overlap(list(against), words, len(starts))
+    for group, texts in enumerate(texts_of(suite.task.prompts, task, starts)):
         longest = 0
-        for text in texts_of(one, made):
+        for text in texts:
             said = words_in(text)
             longest = max(longest, len(said))
             for stretch in stretches(said, words):
@@ -82,12 +83,20 @@ def overlap_of(trajectories: Sequence[Trajectory], suite: Suite, against: Sequen
     return found
 
 
-def texts_of(one: Trajectory, made: bool) -> list[str]:
-    """A prompt's own texts. made: True if its prompt was made from its columns."""
-    if not made:
-        return [prompt_text(one.messages or one.prompt)]
-    computed = ("choices", "loglikelihoods", "right")
-    return strings_in({name: value for name, value in one.columns.items() if name not in computed})
+def texts_of(prompts: Prompts, task: Task, starts: Sequence[int | None]) -> Iterator[list[str]]:
+    """Each prompt's own texts. If prompts are made from columns, these are the columns, without what is the same in all
+    prompts, and without few-shot examples, which are training data on purpose."""
+    plain = {"template": None, "opening": "", "shots": Shots()}
+    is_made = any(getattr(prompts, name) != value for name, value in plain.items())
+    columns: dict[str, list[str]] = {}
+    if is_made:
+        originals = prompt_rows(prompts.model_copy(update=plain))
+        for row, original in zip(prompt_rows(prompts), originals, strict=True):
+            columns.setdefault(row[prompts.column], []).extend(strings_in(original))
+    rows = task.make().rows
+    for start in starts:
+        prompt = rows[start][prompts.column]
+        yield columns[prompt] if is_made else [prompt_text(prompt)]
 
 
 def words_in(text: str) -> list[str]:
@@ -115,18 +124,36 @@ def training_texts(place: str) -> Iterator[str]:
 
 
 def stage_texts(recipe: Recipe, folder: Path) -> Iterator[str]:
-    """Texts that a stage learned from: logged episodes, and prompts that it did not hold out."""
-    source = recipe.source
-    if isinstance(source, DatasetOptions) and source.path is not None:
-        yield from row_texts(open_rows(source.path, Selection.of(source)).scan())
-    if isinstance(recipe.task, PromptTask) and recipe.source.plays:
-        from transformers import AutoTokenizer
+    """Texts that a stage learned from, logged and played, without what it held out."""
+    for section, log in learned_from(recipe):
+        task = None
+        if isinstance(section, PromptTask | AgentTask):
+            from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(final_checkpoint(folder))
-        task = build_task(recipe.task.model_copy(update={"rewards": []}), tokenizer)
-        rows = task.make().rows
-        for number in task.training or ():
-            yield from strings_in(rows[number])
+            tokenizer = AutoTokenizer.from_pretrained(final_checkpoint(folder))
+            task = build_task(section.model_copy(update={"rewards": []}), tokenizer)
+        if log is None and task is not None:
+            rows = task.make().rows
+            yield from row_texts(rows[number] for number in task.training or ())
+        elif log is not None and log.path is not None:
+            part, without = Selection.of(log), task.heldout_prompts() if task else set()
+            if task is None or not without:
+                yield from row_texts(open_rows(log.path, part).scan())
+            else:
+                file = DatasetFile(log.path, task.renderer, part=part, without=without, skip_bad_rows=True)
+                yield from row_texts(file.kept_rows())
+
+
+def learned_from(recipe: Recipe) -> Iterator[tuple[Any, DatasetOptions | None]]:
+    """Tasks of a stage, each with its log, or None if it is played."""
+    source = recipe.source
+    if isinstance(source, BlendSource):
+        yield from ((part.task or recipe.task, part.log) for part in source.parts)
+        return
+    if isinstance(source, DatasetOptions):
+        yield recipe.task, source
+    if source.plays:
+        yield recipe.task, None
 
 
 def row_texts(rows: Iterable[Any]) -> Iterator[str]:

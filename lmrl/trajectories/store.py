@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -100,6 +100,10 @@ class DatasetFile:
             for row, part, key in self._heldout
             if groups is None or numbers[key] < groups
         ]
+
+    def kept_rows(self) -> Iterator[Row]:
+        """The rows of its episodes, as the file has them."""
+        return (self.rows[number] for number in dict.fromkeys(self._index))
 
     def _read(self, row: int, part: int) -> Trajectory:
         try:

@@ -7,7 +7,10 @@ from typer.testing import CliRunner
 
 import lmrl
 from lmrl import cli
-from lmrl.errors import RecipeError, RunError
+from lmrl.errors import DataError, RecipeError, RunError
+from lmrl.evaluation import contamination
+from lmrl.evaluation.evaluate import Evaluator
+from lmrl.recipe.files import load_recipe
 
 SHARED = "the quick brown fox jumps over the lazy dog and runs far away from here today"
 OTHER = "seven small ships sail slowly across a silent sea of blue glass while nobody is watching"
@@ -71,6 +74,41 @@ def test_examples_before_a_prompt_are_no_overlap(suite, tiny_folder, tmp_path):
     assert SHARED in report.trajectories[0].prompt and report.overlap.shared == {}
 
 
+def test_a_prompt_inside_of_a_template_is_found(suite, tiny_folder, tmp_path):
+    file = write(tmp_path / "train.jsonl", {"text": SHARED})
+    report = lmrl.evaluate(tiny_folder, suite, ["task.prompts.template='Say: {{ prompt }}'"], overlap=[file])
+    assert report.trajectories[1].prompt == f"Say: {OTHER}"
+    assert list(report.overlap.shared) == [0] and report.overlap.short == [2]
+
+
+def test_prompts_that_could_not_be_judged_are_found(suite, tiny_folder, tmp_path):
+    file = write(tmp_path / "train.jsonl", {"text": SHARED})
+    (tmp_path / "judge.py").write_text(
+        "def judge(prompts, completions):\n    return [None if 'QUICK' in prompt else 1.0 for prompt in prompts]\n"
+    )
+    report = lmrl.evaluate(tiny_folder, suite, ["task.max_failed=0.5"], overlap=[file])
+    assert [one.group for one in report.trajectories] == [1, 2]
+    assert list(report.overlap.shared) == [0] and report.overlap.prompts == 3
+
+
+def test_a_blend_learns_from_its_parts(tiny_folder, tmp_path, monkeypatch):
+    """A log of four prompts, one of them held out, and a task of its own with two."""
+    monkeypatch.setattr(contamination, "final_checkpoint", lambda folder: tiny_folder)
+    write(tmp_path / "log.jsonl", *({"prompt": f"p{number}", "completion": "c"} for number in range(4)))
+    write(tmp_path / "task.jsonl", {"prompt": "q0"}, {"prompt": "q1"})
+    (tmp_path / "judge.py").write_text("def judge(completions):\n    return [0.0 for _ in completions]\n")
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {{path: {tiny_folder}}}\nobjective: {{name: mc}}\n"
+        "task: {prompts: {path: log.jsonl, holdout: 0.25}, rewards: judge.py:judge}\n"
+        "source:\n  name: blend\n  parts:\n    - {name: log, log: {path: log.jsonl}}\n"
+        "    - {name: other, task: {prompts: {path: task.jsonl, holdout: 0}, rewards: judge.py:judge}}\n"
+    )
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    texts = list(contamination.stage_texts(recipe, tmp_path))
+    assert sorted(text for text in texts if text[0] == "q") == ["q0", "q1"]
+    assert len([text for text in texts if text[0] == "p"]) == 3
+
+
 def test_held_out_prompts_of_a_run_are_clean(suite, tiny_folder, tmp_path):
     """A run that trains on four of five prompts, scored on all five."""
     rows = [{"prompt": f"{number} {' '.join(f'w{number}x{word}' for word in range(14))}"} for number in range(5)]
@@ -101,6 +139,9 @@ def test_command_reports_overlap(suite, tiny_folder, tmp_path):
     assert "Without overlapping prompts" in shown.output
 
 
-def test_mistakes_are_named(tiny_folder, ilql_run):
+def test_mistakes_are_named_before_anything_is_played(suite, tiny_folder, ilql_run, monkeypatch):
+    monkeypatch.setattr(Evaluator, "play", None)
+    with pytest.raises(DataError, match="there is no 'nowhere.jsonl'"):
+        lmrl.evaluate(tiny_folder, suite, overlap=["nowhere.jsonl"])
     with pytest.raises(RecipeError, match="plays an environment"):
         lmrl.evaluate(ilql_run, overlap=["x.jsonl"])
