@@ -36,7 +36,10 @@ class DataError(LmrlError):
 
 
 class RewardError(LmrlError):
-    """A reward function broke its contract, or failed on too many samples."""
+    """A reward function broke its contract, or failed on too many samples. comparison: of policies whose judge failed
+    (lmrl.evaluation.paired.Comparison), if known."""
+
+    comparison: Any = None
 
 
 class TemporaryError(Exception):

@@ -24,7 +24,7 @@ from lmrl.cli.common import (
     weights,
     write_file,
 )
-from lmrl.errors import RecipeError
+from lmrl.errors import RecipeError, RewardError
 
 if TYPE_CHECKING:
     from lmrl.evaluation.paired import Comparison, Difference
@@ -102,27 +102,35 @@ def command(
 
     from lmrl.evaluation.compare import compare
 
-    found = compare(
-        names,
-        suite,
-        overrides,
-        checkpoint,
-        listed(checkpoints),
-        betas,
-        metric or (),
-        [claim.text for claim in claims],
-        log,
-        samples,
-        trust_remote_code,
-        run_code,
-        control,
-        judge,
-        options,
-        endpoint_of(endpoint, names),
-    )
+    failure = None
+    try:
+        found = compare(
+            names,
+            suite,
+            overrides,
+            checkpoint,
+            listed(checkpoints),
+            betas,
+            metric or (),
+            [claim.text for claim in claims],
+            log,
+            samples,
+            trust_remote_code,
+            run_code,
+            control,
+            judge,
+            options,
+            endpoint_of(endpoint, names),
+        )
+    except RewardError as error:
+        if error.comparison is None:
+            raise
+        found, failure = error.comparison, error  # what was played is shown without its judge
     _show(found)
     write_file(json, "comparison", found.to_json)
     draw(plot, "comparison", found)
+    if failure is not None:
+        raise failure
     found.require(claims)
 
 

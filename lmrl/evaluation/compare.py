@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lmrl.engines.remote import Endpoint
-from lmrl.errors import RecipeError, RunError
+from lmrl.errors import RecipeError, RewardError, RunError
 from lmrl.evaluation.api import NamedSuite, evaluator_for, score_rows
 from lmrl.evaluation.bridges import is_foreign
 from lmrl.evaluation.claims import check_claims, read_claim
@@ -102,7 +102,11 @@ def compare(
     said = common.played + left_out({one.label: len(one.trajectories) for one in ordered}, common.planned)
     result = compare_played(common.suite.name, ordered, common.scoring, metrics, wanted, shown, said, control)
     if by is not None:
-        result.judged = [judge_pair(by, one, ordered[0], common.scoring.fixed) for one in ordered[1:]]
+        try:
+            result.judged = [judge_pair(by, one, ordered[0], common.scoring.fixed) for one in ordered[1:]]
+        except RewardError as error:
+            error.comparison = result  # all but the judge's part
+            raise
     return result
 
 

@@ -149,5 +149,12 @@ def test_command_judges_logs(judges, tiny_folder, tmp_path):
     assert "each pair in both orders" in shown.output and "B over A" in shown.output
     (found,) = json.loads((tmp_path / "out.json").read_text())["judged"]
     assert found["win_rate"] == 0.5 and found["ties"] == 5  # the same policy gives the same answers
+    arguments[4:] = [f"{judge}:loud", "--json", str(tmp_path / "kept.json")]
+    log = tmp_path / "b" / "samples.jsonl"
+    log.write_text(log.read_text().replace('"action": "', '"action": "+'))
+    shown = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "250"})
+    assert isinstance(shown.exception, RewardError)
+    assert "Differences of the same samples" in shown.output  # the rest is not lost
+    assert json.loads((tmp_path / "kept.json").read_text())["differences"]
     shown = CliRunner().invoke(cli.app, ["compare", "a", "b", "--judge-option", "x=1"])
     assert shown.exit_code != 0
