@@ -176,15 +176,15 @@ def checked_values(origin: str, result: Any, rows: int) -> list[Value]:
 
     Raises RewardError for a wrong length or type.
     """
-    return [_value(origin, row, value) for row, value in enumerate(_checked_list(origin, result, rows))]
+    return [_value(origin, number, value) for number, value in enumerate(_checked_list(origin, result, rows), start=1)]
 
 
-def _value(origin: str, row: int, value: Any) -> Value:
+def _value(origin: str, number: int, value: Any) -> Value:
     if isinstance(value, Failure):
         return value
     if isinstance(value, dict) and "score" in value:
-        return {name: _number(origin, row, one) for name, one in value.items()}
-    return _number(origin, row, value)
+        return {name: _number(origin, number, one) for name, one in value.items()}
+    return _number(origin, number, value)
 
 
 def _checked_list(origin: str, result: Any, rows: int) -> list[Any]:
@@ -196,21 +196,20 @@ def _checked_list(origin: str, result: Any, rows: int) -> list[Any]:
         )
     values = list(result)
     if len(values) != rows:
-        where = f"row {len(values)} has no value" if len(values) < rows else f"row {rows} does not exist"
         raise RewardError(
-            f"reward {origin} returned {counted(len(values), 'value')} for {counted(rows, 'row')} ({where}): {values!r:.80}"
+            f"reward {origin} returned {counted(len(values), 'value')} for {counted(rows, 'row')}: {values!r:.80}"
         )
     return values
 
 
-def _number(origin: str, row: int, value: Any) -> float | None:
+def _number(origin: str, number: int, value: Any) -> float | None:
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()  # a numpy or torch scalar
     if value is None:
         return None
     if not isinstance(value, numbers.Real):
         raise RewardError(
-            f"reward {origin}, row {row}: returned {value!r:.60} ({type(value).__name__}); expected a number or None"
+            f"reward {origin}, value {number}: returned {value!r:.60} ({type(value).__name__}); expected a number or None"
         )
     return float(value)
 
@@ -289,11 +288,7 @@ def drop_failed(
 ) -> list[Trajectory]:
     """The judged trajectories. what: `reward` or `environment`; name: the environment's. Raises RewardError or
     EpisodeError if more than `max_failed` of all processes' episodes, or all of them, could not be judged."""
-    failed = [
-        f"row {row} ({one.prompt!r:.40} -> {one.completion!r:.40}): {one.failure}"
-        for row, one in enumerate(trajectories)
-        if one.failure
-    ]
+    failed = [f"{one.prompt!r:.40} -> {one.completion!r:.40}: {one.failure}" for one in trajectories if one.failure]
     from lmrl import distributed  # imports torch, which reward workers do without
 
     count, lost = map(round, distributed.all_sum([len(trajectories), len(failed)]))

@@ -187,7 +187,7 @@ def test_odd_but_valid_values_count(load, name):
         ("too_short", "returned 3 values for 4 rows"),
         ("too_long", "returned 5 values for 4 rows"),
         ("one_for_all", "returned 1 value for 4 rows"),
-        ("a_word", "row 0: returned 'good'"),
+        ("a_word", "value 1: returned 'good'"),
         ("a_table", "expected a list"),
         ("a_generator", "expected a list"),
     ],

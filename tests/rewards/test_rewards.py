@@ -111,9 +111,9 @@ def test_an_oversized_sum_is_no_reward(rewards, weight):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("short", r"mine.py:short returned 1 value for 3 rows \(row 1 has no value\): \[1.0\]"),
+        ("short", r"mine.py:short returned 1 value for 3 rows: \[1.0\]"),
         ("number", r"mine.py:number returned 1.0 \(float\); expected a list"),
-        ("words", r"mine.py:words, row 1: returned 'good' \(str\); expected a number or None"),
+        ("words", r"mine.py:words, value 2: returned 'good' \(str\); expected a number or None"),
     ],
 )
 def test_wrong_shape_or_type_stops_at_once(rewards, name, message):
@@ -148,12 +148,12 @@ def test_failed_samples_are_left_out_up_to_the_limit(rewards):
     judge([rewards("bad_on_x")], episodes)
     assert len(drop_failed(episodes, 0.25, "reward")) == 3
     with pytest.raises(
-        RewardError, match=r"1 of 4.*task.max_failed=0.1.*row 1.*'x'.*mine.py:bad_on_x raised ValueError"
+        RewardError, match=r"1 of 4.*task.max_failed=0.1 allows; first, '.*' -> 'x': mine.py:bad_on_x raised ValueError"
     ):
         drop_failed(episodes, 0.1, "reward")
     with pytest.raises(
         RewardError,
-        match=r"^reward failed on every sample \(1\); first, row 0 .*; lmrl reward check may say how to mend it$",
+        match=r"^reward failed on every sample \(1\); first, '.*' -> 'x': .*; lmrl reward check may say how to mend it$",
     ):
         drop_failed([one for one in episodes if one.failure], 1.0, "reward")
 

@@ -126,7 +126,7 @@ def test_a_broken_environment_is_counted_up_to_a_limit(tokenizer):
     assert "RuntimeError: out of order" in episodes[2].failure
     assert len(task.keep_judged(episodes)) == 3
     task.max_failed = 0.2
-    with pytest.raises(EpisodeError, match="1 of 4 samples.*row 2.*out of order"):
+    with pytest.raises(EpisodeError, match="1 of 4 samples.*first, 's2' -> .*out of order"):
         task.keep_judged(episodes)
 
 
