@@ -265,7 +265,11 @@ class Run:
         if scratch.exists():
             shutil.rmtree(scratch)
         scratch.mkdir()
-        write(scratch)
+        try:
+            write(scratch)
+        except BaseException:  # of a full disk, whose space it would keep
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
         self.publish(scratch, target)
 
     def write_file(self, target: Path, write: Callable[[Path], None]) -> None:

@@ -1,6 +1,8 @@
 """The run folder's files: what a resumed run keeps of them."""
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -93,6 +95,16 @@ def test_a_run_ends_if_its_folder_is_lost(run, tmp_path, after):
     with pytest.raises(LostFolderError):
         run.write_folder(run.final("main"), lambda folder: None)
     assert not run.stage_folder("main").exists() and run.folder.exists() == (other is not None)
+
+
+def test_a_folder_that_was_not_written_is_removed(run):
+    def write(folder):
+        (folder / "half").write_text("some")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left"):
+        run.write_folder(run.final("main"), write)
+    assert list(run.stage_folder("main").iterdir()) == []
 
 
 def test_a_recipe_edited_by_hand_counts_as_changed(run):
