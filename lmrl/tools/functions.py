@@ -24,7 +24,7 @@ PREFIX = "parameter_"
 
 
 class ToolFailed(Exception):
-    """A tool's own error message, which the model reads unchanged."""
+    """A call failed; the model reads the message unchanged."""
 
 
 class ToolLost(Exception):
@@ -81,7 +81,7 @@ class PythonTool:
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "arguments"
-            raise ToolFailed(f"{place}: {first['msg']}") from error
+            raise ToolFailed(f"error: {place}: {first['msg']}") from error
         return {name.removeprefix(PREFIX): getattr(checked, name) for name in type(checked).model_fields}
 
     def instance(self) -> Callable[..., Any]:
@@ -92,35 +92,39 @@ class PythonTool:
 
 class ToolBox:
     """The tools of one episode. seconds: time limit of a call; characters: maximum length of a result; of longer ones
-    the middle is left out."""
+    the middle is left out. failed: calls that failed so far."""
 
     def __init__(self, tools: Sequence[OfferedTool], seconds: float = SECONDS, characters: int = CHARACTERS):
         self.tools = {tool.name: tool for tool in tools}
         self.calls = {tool.name: tool.instance() for tool in tools}
         self.seconds, self.characters = seconds, characters
+        self.failed = 0
 
     async def run(self, name: str, arguments: dict[str, Any]) -> str:
         """The result of a call as text; errors become text too, for the model to read. Raises ToolLost."""
-        text = shortened(await self._run(name, arguments), self.characters)
+        try:
+            text = await self._run(name, arguments)
+        except ToolFailed as error:
+            self.failed += 1
+            text = str(error)
+        text = shortened(text, self.characters)
         return text.encode(errors="replace").decode()  # without the lone surrogates of undecodable file names
 
     async def _run(self, name: str, arguments: dict[str, Any]) -> str:
+        """The result of a call as text. Raises ToolFailed or ToolLost."""
         tool = self.tools.get(name)
         if tool is None:
-            return f"error: there is no tool '{name:.60}'; the tools are {', '.join(self.tools)}"
+            raise ToolFailed(f"error: there is no tool '{name:.60}'; the tools are {', '.join(self.tools)}")
         call = self.calls[name]
         try:
             given = tool.check(arguments)
             async with asyncio.timeout(self.seconds) as limit:
                 return as_text(await _listed(await call_user(call, **given)))
-        except ToolLost:
+        except (ToolLost, ToolFailed):
             raise
-        except ToolFailed as error:
-            return f"error: {error}"
-        except TimeoutError as error:
-            return f"error: timed out after {self.seconds:g} s" if limit.expired() else f"error: {_reason(error)}"
         except (Exception, SystemExit) as error:
-            return f"error: {_reason(error)}"
+            late = isinstance(error, TimeoutError) and limit.expired()
+            raise ToolFailed(f"error: {f'timed out after {self.seconds:g} s' if late else _reason(error)}") from error
 
 
 def load_tools(names: Sequence[Any], key: str = "task.tools") -> list[OfferedTool]:

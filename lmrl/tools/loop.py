@@ -48,7 +48,7 @@ class ToolLoop:
         messages: Messages = [{"role": "system", "content": options.system}] if options.system else []
         messages += [{"role": "user", "content": given}] if isinstance(given, str) else given
         described = {"tools": [tool.described for tool in self.tools]} if self.tools else {}
-        used = failed = 0
+        used = 0
         words = ""
         for number in range(options.rounds):
             try:
@@ -69,5 +69,4 @@ class ToolLoop:
             for call, result in zip(calls, results, strict=True):
                 messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
             used += len(calls)
-            failed += sum(result.startswith("error: ") for result in results)
-        return {"answer": words, "tool_calls": used, "tool_errors": failed}
+        return {"answer": words, "tool_calls": used, "tool_errors": box.failed}

@@ -221,13 +221,13 @@ class _Link:
                 self._suspected = client
             asked.cancel()
         if not asked.done() or asked.cancelled() or _is_closed(asked.exception()):
-            raise ToolFailed("the tool's server ended during the call")
+            raise ToolFailed("error: the tool's server ended during the call")
         if (error := asked.exception()) is not None:
-            raise ToolFailed(_reason(error)) from error
+            raise ToolFailed(f"error: {_reason(error)}") from error
         result = asked.result()
         text = _text(result)
         if result.is_error:
-            raise ToolFailed(text)
+            raise ToolFailed(f"error: {text}")
         return text
 
     async def _ready(self) -> tuple[Any, asyncio.Task[None]]:

@@ -26,6 +26,7 @@ from pydantic import Field, ValidationError
 
 from lmrl.errors import PluginError
 from lmrl.recipe.base import Section
+from lmrl.tools.functions import ToolFailed
 
 NOBODY = 65534
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -141,7 +142,10 @@ def python_tool(settings: Any, key: str = "task.tools") -> Callable[[str], str]:
 
     def python(code: str) -> str:
         """Run Python code and return what it prints."""
-        return run_python(code, sandbox)
+        text, failed = _run(code, sandbox)
+        if failed:
+            raise ToolFailed(text)
+        return text
 
     return python
 
@@ -158,6 +162,11 @@ def why_not_isolated() -> str | None:
 
 def run_python(code: str, sandbox: Sandbox = Sandbox()) -> str:
     """What code prints, with the value of its last expression, and then the error, if there was one."""
+    return _run(code, sandbox)[0]
+
+
+def _run(code: str, sandbox: Sandbox) -> tuple[str, bool]:
+    """See `run_python`, and True if the code did not run to its end; its own exceptions are output."""
     with tempfile.TemporaryDirectory(prefix="lmrl-python-") as folder, tempfile.TemporaryFile() as said:
         limits = [
             max(int(sandbox.seconds + 0.999), 1),
@@ -205,18 +214,18 @@ def run_python(code: str, sandbox: Sandbox = Sandbox()) -> str:
             process.wait()
         said.seek(0)
         before, started, after = said.read(2000).decode(errors="replace").partition(STARTED)
-    lines = [output] if output else []
+    error = None
     if killed:
-        lines.append(f"error: {killed[0]}")
+        error = killed[0]
     elif not started:
-        lines.append(f"error: it did not start: {' '.join(before.split())}")
+        error = f"it did not start: {' '.join(before.split())}"
     elif status < 0 or status > 128 or after:  # unshare's exit code if it cannot end by the signal itself
-        lines.append(
-            f"error: ended by a signal or its limits ({sandbox.seconds:g} s of computing, {sandbox.memory_mb} MB)"
-        )
+        error = f"ended by a signal or its limits ({sandbox.seconds:g} s of computing, {sandbox.memory_mb} MB)"
     elif status not in (0, 1):
-        lines.append(f"error: exit code {status}")
-    return "\n".join(line.rstrip("\n") for line in lines)
+        error = f"exit code {status}"
+    lines = [output.rstrip("\n")] if output else []
+    lines += [f"error: {error}"] if error else []
+    return "\n".join(lines), error is not None
 
 
 def _isolated(python: list[str], root: str, file_mb: int) -> list[str]:

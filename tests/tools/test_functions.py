@@ -62,6 +62,25 @@ def run(tools, *calls, **limits):
     return asyncio.run(all_calls())
 
 
+def test_failed_calls_are_counted():
+    """A result that begins like an error is none; code that exits with 3 after printing has failed."""
+
+    def read_log() -> str:
+        return "error: disk full"
+
+    tools = [PythonTool(read_log), *load_tools([{"python": {"isolation": "limits"}}])]
+    box = ToolBox(tools)
+    calls = [
+        ("read_log", {}, "error: disk full", 0),
+        ("read_log", {"x": 1}, "error: x: Extra inputs are not permitted", 1),
+        ("python", {"code": "print('a'); 1 / 0"}, "a\nZeroDivisionError: division by zero (line 1)", 1),
+        ("python", {"code": "print('a'); import sys; sys.exit(3)"}, "a\nerror: exit code 3", 2),
+        ("write_log", {}, "error: there is no tool 'write_log'; the tools are read_log, python", 3),
+    ]
+    for name, arguments, text, failed in calls:
+        assert (asyncio.run(box.run(name, arguments)), box.failed) == (text, failed)
+
+
 def test_a_description_comes_from_type_hints():
     assert PythonTool(divide).described == {
         "type": "function",
