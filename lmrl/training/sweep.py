@@ -1,9 +1,9 @@
 """Sweeps: a recipe run once for every combination of some keys' values, and one table over the runs.
 
-Runs are separate processes (`python -m lmrl train ...`), so that each is what it would be alone, and one that fails
-does not affect the others. The sweep's folder holds
+Runs are separate processes (`lmrl train ...`), so that each is what it would be alone, and one that fails does not
+affect the others. The sweep's folder holds
 
-    NAME/          a run, for instance seed-0_graph-1000      NAME.log   what it printed
+    NAME/          a run, for instance seed-0_graph-1000      NAME.log   what it printed, each time
     results.json   scores over the runs, see `over_runs`
 """
 
@@ -98,10 +98,11 @@ def sweep(
     display.say(f"{counted(len(points), 'run')}, {min(jobs, len(points))} at a time, in {folder}")
 
     def start(point: Point) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "lmrl", "train", recipe, *point.overrides]
+        command = [sys.executable, "-m", "lmrl.training.swept_run", str(os.getpid()), "train", recipe, *point.overrides]
         command += ["--output", str(folder / point.name), "--resume"]
         environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {}) | slots.take(point.name)
-        with open(_log(folder, point), "w", encoding="utf-8") as log:
+        with open(_log(folder, point), "ab") as log:
+            printed[point.name] = log.tell()
             # Its own process group: Ctrl-C reaches only the sweep, which passes it on once (a second one would not
             # save).
             return subprocess.Popen(
@@ -113,12 +114,14 @@ def sweep(
         if code in (0, COLLAPSED) and _finished(folder, point):
             display.say(f"{finished_line(point, _read(folder, point))}  ({seconds:.0f} s)")
         else:
-            log = _log(folder, point).read_text(encoding="utf-8", errors="replace")
-            failed[point.name] = failure(log, code, noted(folder / point.name / CALL_FILE))
+            log = _log(folder, point).read_bytes()[printed[point.name] :]  # without what it printed in earlier attempts
+            failed[point.name] = failure(log.decode(errors="replace"), code, noted(folder / point.name / CALL_FILE))
             display.say(f"{point.name} failed: {failed[point.name]}")
 
     slots = slots_here(jobs)
     failed: dict[str, str] = {}
+    printed: dict[str, int] = {}
+    """Size of a run's log when it was started."""
     waiting = []
     for point in points:
         if _finished(folder, point):
@@ -221,9 +224,11 @@ def _labels(keys: list[str]) -> dict[str, str]:
 
 
 def _short(values: list[str]) -> list[str]:
-    """Values as parts of a folder's name, numbered if they would otherwise be equal."""
+    """Values as parts of a folder's name, numbered if some would otherwise be equal."""
     names = [re.sub(r"[^\w.+-]+", "-", value.strip("[]{}\"'/ "))[:40] for value in values]
-    return [name if names.count(name) == 1 else f"{name}-{number}" for number, name in enumerate(names, start=1)]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{name}-{number}" for number, name in enumerate(names, start=1)]
 
 
 def _check(folder: Path, points: list[Point], resume: bool) -> None:

@@ -86,6 +86,8 @@ def test_names_and_recipes_of_combinations():
     assert [point.name for point in points] == ["training-steps-5_warmup-training-steps-6"]
     points = combinations("random_walks/bc", [], ["source.player={random: 1},{random: 2.5},optimal"])
     assert [point.name for point in points] == ["player-random-1", "player-random-2.5", "player-optimal"]
+    points = combinations("random_walks/bc", [], ["description=a b,a/b,a-b-1"])
+    assert [point.name for point in points] == ["description-a-b-1", "description-a-b-2", "description-a-b-1-3"]
     points = combinations("random_walks/bc", ["objective.epochs=3"], ["objective.name=ppo", "source.name=rollouts"])
     assert points[0].recipe.objective.epochs == 3  # though choosing the objective clears the section
 
@@ -181,6 +183,21 @@ def test_a_run_that_ends_with_0_but_no_result_failed(tmp_path, monkeypatch):
     )
 
 
+def test_a_resumed_sweep_keeps_logs(tmp_path, monkeypatch):
+    """The first attempt says why it failed, the second does not."""
+    program = tmp_path / "python"
+    program.write_text(
+        f"#!/bin/sh\n[ -e {tmp_path}/tried ] && exit 7\ntouch {tmp_path}/tried\necho lmrl: no data; exit 2\n"
+    )
+    program.chmod(0o700)
+    monkeypatch.setattr("sys.executable", str(program))
+    for failed in ("no data", "exit code 7"):
+        with pytest.raises(SweepError):
+            sweep("random_walks/bc", TINY, ["training.seed=0"], tmp_path / "sweep", resume=True)
+        assert json.loads((tmp_path / "sweep" / "results.json").read_text())["failed"] == {"seed-0": failed}
+        assert (tmp_path / "sweep" / "seed-0.log").read_text() == "lmrl: no data\n"
+
+
 def test_a_sweep_without_evaluations_says_why_it_has_no_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lmrl.training.sweep._finished", lambda folder, point: True)
     monkeypatch.setattr("lmrl.training.sweep._read", lambda folder, point: {})
@@ -189,7 +206,8 @@ def test_a_sweep_without_evaluations_says_why_it_has_no_table(tmp_path, monkeypa
     assert "no run was evaluated, so there are no scores to compare: set evaluation.every, or lmrl eval" in said
 
 
-def test_an_interrupt_ends_the_runs_and_lets_them_save(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_ends_the_runs_and_lets_them_save(tmp_path, number):
     folder = tmp_path / "my sweep"
     settings = [*TINY[1:], "training.steps=100000", "training.checkpoint_every=0", "evaluation.suite=null"]
     arguments = ["random_walks/bc", *settings, "--over", "training.seed=0,1", "--output", folder]
@@ -199,10 +217,13 @@ def test_an_interrupt_ends_the_runs_and_lets_them_save(tmp_path):
     while not (metrics.is_file() and metrics.stat().st_size) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     said, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert f"interrupted; continue with the same command, --output '{folder}' and --resume" in said
+    if number == signal.SIGTERM:
+        assert process.returncode == 128 + signal.SIGTERM
+        assert f"interrupted; continue with the same command, --output '{folder}' and --resume" in said
+    while "saved a checkpoint at step" not in (folder / "seed-0.log").read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)  # the run of a killed sweep ends after it
     assert list((folder / "seed-0/stages/main/checkpoints").iterdir())  # it is asked once, so it saved
     assert "saved a checkpoint at step" in (folder / "seed-0.log").read_text()
     assert not (folder / "seed-1").exists() and not (folder / "results.json").exists()
