@@ -20,8 +20,8 @@ SHOWN = ("reward", "kl", "nll", "entropy", "approx_kl", "accuracy", "margin", "l
 TROUBLES = ("failed", "skipped")
 """Counts that are shown only if they are not 0."""
 PLAIN_EVERY_SECONDS = 2.0
-WIDE = 110
-"""Minimum terminal width, in columns, for a bar of full length."""
+NARROW, WIDE = 80, 110
+"""Minimum terminal widths, in columns, for a bar next to measures, and for one of full length."""
 ROUNDING = 1e-12
 """Share of a number below which its error is only that of float arithmetic."""
 LOPSIDED = 0.2
@@ -49,7 +49,7 @@ class Display:
         self._began, self._done = time.monotonic(), done
         if self.console.is_jupyter:
             self._bar = NotebookBar(self._stage, steps, done)
-        elif self.console.is_terminal:
+        elif self.console.is_terminal and not self.console.is_dumb_terminal and self.console.width >= NARROW:
             self._progress = Progress(
                 TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True)),
                 BarColumn(bar_width=24 if self.console.width >= WIDE else 8),

@@ -4,6 +4,7 @@ import io
 import sys
 import types
 
+import pytest
 from rich.console import Console
 
 from lmrl.training.display import Display, time_left
@@ -45,6 +46,20 @@ def test_a_terminal_shows_the_time_left_of_slow_steps(monkeypatch):
     display.step(2, {"reward": 0.5})
     display.end()
     assert "2/4" in display.console.file.getvalue() and "1:20 left reward 0.5" in display.console.file.getvalue()
+
+
+@pytest.mark.parametrize(("width", "term"), [(40, "xterm"), (120, "dumb")])
+def test_a_terminal_without_room_for_a_bar_gets_lines(monkeypatch, width, term):
+    """A dumb terminal cannot replace a line."""
+    monkeypatch.setattr("lmrl.training.display.time.monotonic", lambda: 0.0)
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, _environ={"TERM": term})
+    display = Display(console)
+    display.begin("main", "PPO", 4, 0)
+    display.step(1, {"reward": 0.5, "entropy": 1.2})
+    display.end()
+    assert console.file.getvalue().split("\n") == ["main (PPO) 1/4  0:00 left  reward 0.5  ", "entropy 1.2", ""] if (
+        width == 40
+    ) else ["main (PPO) 1/4  0:00 left  reward 0.5  entropy 1.2", ""]
 
 
 def test_a_notebook_has_one_bar_that_is_replaced(monkeypatch):
