@@ -80,7 +80,7 @@ def main() -> None:
             sys.exit(128 + number)
         _abandon()
         if not debug and (full := _disk_full(error)):
-            text = f"lmrl: {full}, then resume; checkpoints that were written before are whole"
+            text = f"lmrl: {full}, then repeat the command, for a run with --resume: its checkpoints are whole"
             if not _leave_error(text, 1, own=True):
                 print(text, file=sys.stderr)
             sys.exit(1)

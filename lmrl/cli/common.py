@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -56,12 +57,24 @@ def split_policies(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def check_outputs(file: Path | None, plot: Path | None = None, option: str = "--json") -> None:
     """Raise RunError for output files that cannot be written, before any work is done. option: that names the file."""
-    if file is not None and file.is_dir():
-        raise RunError(f"{option}: {file} is a folder, name a file")
+    for name, path in ((option, file), ("--plot", plot)):
+        if path is not None:
+            check_output(path, name)
     if plot is not None:
         from lmrl.plots import check_picture
 
         check_picture(plot)
+
+
+def check_output(path: Path, option: str) -> None:
+    """Raise RunError for an output file that cannot be written; it and its folders may not exist yet."""
+    if path.is_dir():
+        raise RunError(f"{option}: {path} is a folder, name a file")
+    there = next(one for one in (path, *path.parents) if one.exists())
+    if there != path and not there.is_dir():
+        raise RunError(f"{option}: {path} cannot be written: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise RunError(f"{option}: {path} cannot be written: {there} is read-only for this user")
 
 
 def write_file(path: Path | None, what: str, text: Callable[[], str]) -> None:

@@ -17,6 +17,7 @@ from lmrl.cli.common import (
     Policies,
     RunCode,
     TrustRemoteCode,
+    check_output,
     check_outputs,
     endpoint_of,
     listed,
@@ -92,6 +93,7 @@ def command(
     check_outputs(json)
     for path in export or ():
         check_table_name(path)
+        check_output(path, "--export")
     betas, floors = weights(beta), _floors(fail_under or [])
     if (rescore is None) == (not names):
         raise RecipeError(

@@ -180,7 +180,7 @@ def test_a_byte_order_mark_is_skipped(tmp_path):
 def test_a_full_disk_is_one_line(lmrl, monkeypatch, error):
     code, _, err = fail_with(error, lmrl, monkeypatch)
     assert code == 1 and err.startswith("lmrl: no space is left on the disk") and err.count("\n") == 1
-    assert "free some space, then resume; checkpoints that were written before are whole" in err
+    assert "free some space, then repeat the command, for a run with --resume: its checkpoints are whole" in err
 
 
 @pytest.mark.parametrize(
@@ -194,8 +194,8 @@ def test_a_full_disk_is_one_line(lmrl, monkeypatch, error):
 def test_a_limit_of_file_size_is_one_line(lmrl, monkeypatch, error, place):
     code, _, err = fail_with(error, lmrl, monkeypatch)
     assert code == 1 and err == (
-        f"lmrl: a file would be larger than its limit{place}: raise that (ulimit -f), then resume; checkpoints that "
-        "were written before are whole\n"
+        f"lmrl: a file would be larger than its limit{place}: raise that (ulimit -f), then repeat the command, for a "
+        "run with --resume: its checkpoints are whole\n"
     )
 
 

@@ -57,9 +57,11 @@ def test_a_terminal_without_room_for_a_bar_gets_lines(monkeypatch, width, term):
     display.begin("main", "PPO", 4, 0)
     display.step(1, {"reward": 0.5, "entropy": 1.2})
     display.end()
-    assert console.file.getvalue().split("\n") == ["main (PPO) 1/4  0:00 left  reward 0.5  ", "entropy 1.2", ""] if (
-        width == 40
-    ) else ["main (PPO) 1/4  0:00 left  reward 0.5  entropy 1.2", ""]
+    assert (
+        console.file.getvalue().split("\n") == ["main (PPO) 1/4  0:00 left  reward 0.5  ", "entropy 1.2", ""]
+        if (width == 40)
+        else ["main (PPO) 1/4  0:00 left  reward 0.5  entropy 1.2", ""]
+    )
 
 
 def test_a_notebook_has_one_bar_that_is_replaced(monkeypatch):
