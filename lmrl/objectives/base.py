@@ -69,6 +69,8 @@ class Objective:
 
     correction: Correction | None = None
     """Importance correction for samples of an engine with its own probabilities; the stage sets it."""
+    optimizer = "adamw"
+    """The name of the optimizer that takes the steps; the stage sets it."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

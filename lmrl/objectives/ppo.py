@@ -32,6 +32,8 @@ UNIT_FLOOR = 0.05
 """Minimum standard deviation of returns, relative to the largest so far."""
 ADVANTAGE_FLOOR = 0.05
 """Minimum standard deviation that advantages are divided by, relative to that of returns."""
+VALUE_PULL = {"adamw": 1.0, "adamw_8bit": 1.0, "muon": 0.1, "namo": 0.1}
+"""Default of `value_pull`, by optimizer: orthogonal steps make more of the smaller of two gradients."""
 PLATEAU_STEPS, PLATEAU_GAIN = 2, 0.02
 """The critic's warm-up ends when its explained variance has gained less than PLATEAU_GAIN in PLATEAU_STEPS steps."""
 
@@ -140,13 +142,19 @@ class PPO(PolicyGradient):
         self.warmup.begin(step, self.options.value_warmup_steps)
 
     @property
+    def value_pull(self) -> float | None:
+        """The bound on the values' gradient into the trunk."""
+        stated = self.options.value_pull
+        return VALUE_PULL[self.optimizer] if stated == "auto" else stated
+
+    @property
     def forward_request(self) -> ForwardRequest:
-        options = self.options
+        only_head = self.warming_up or self.options.detach_value
         return ForwardRequest(
             logprobs=not self.warming_up,
             values=True,
-            detach_values=self.warming_up or options.detach_value,
-            value_pull=None if self.warming_up or options.detach_value else options.value_pull,
+            detach_values=only_head,
+            value_pull=None if only_head else self.value_pull,
         )
 
     def prepare(self, policy: Policy, trajectories: list[Trajectory]) -> Batch:

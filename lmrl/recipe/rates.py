@@ -12,7 +12,7 @@ far below imitation; DPO with 5e-7 at 7B (Zephyr, arXiv 2310.16944). Adapters ne
 et al., "LoRA without regret", 2025). If policy gradients still move the policy too far, `training.kl_band` lowers the rate.
 
 Muon and NAMO use the rates of AdamW: their steps have about the same size (Liu et al., arXiv 2502.16982, section 2.2). NAMO is
-the default of GRPO and its relatives for all weights of a small model, which has to find features that imitation did not teach it
+the default of policy gradients for all weights of a small model, which has to find features that imitation did not teach it
 in few gradients: orthogonal steps move rare directions as far as common ones (Wang et al., arXiv 2509.26030).
 
 A head starts at zero, on a hidden state of D numbers: one step of Adam moves a linear head's output by up to the rate times their sum.
@@ -77,8 +77,9 @@ def with_rates(recipe: Recipe, parameters: int, hidden: int, sharded: bool = Fal
     schedule = stated.schedule or ("constant" if recipe.source.plays else "linear")
     betas = stated.betas or recipe.objective.betas
     norm = recipe.objective.max_grad_norm if stated.max_grad_norm == "auto" else stated.max_grad_norm
-    chosen = {"name": name, "lr": lr, "head_lr": head_lr, "schedule": schedule, "betas": betas, "max_grad_norm": norm}
-    return stated.model_copy(update=chosen)
+    floor = recipe.objective.norm_floor if stated.norm_floor is None else stated.norm_floor
+    chosen = {"name": name, "lr": lr, "head_lr": head_lr, "schedule": schedule, "betas": betas, "norm_floor": floor}
+    return stated.model_copy(update=chosen | {"max_grad_norm": norm})
 
 
 def _two_digits(rate: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -20,8 +20,8 @@ class Optimizer(Section):
     """adamw_8bit: moments in 8 bits (Dettmers et al., arXiv 2110.02861), with bitsandbytes. muon: orthogonalized steps for the matrices
     of layers, scaled to the size of AdamW's (Liu et al., arXiv 2502.16982), and AdamW for embeddings, head, norms and value heads. namo:
     the same, but shorter where gradients disagree (Zhang et al., arXiv 2602.17080). These three work in one process, or in several
-    without sharding (null: there, namo where GRPO or a relative trains all weights of a model of less than 10M parameters; else
-    adamw)."""
+    without sharding (null: there, namo where a policy gradient other than archer trains all weights of a model of less than 10M
+    parameters; else adamw)."""
     lr: float | None = Field(None, gt=0)
     """Learning rate (null: chosen by objective, trained weights and model size, see lmrl/recipe/rates.py; `lmrl show` prints it)."""
     head_lr: float | None = Field(None, gt=0)
@@ -31,6 +31,9 @@ class Optimizer(Section):
     tenfold from one update to the next; else 0.9 and 0.999)."""
     eps: float = Field(1e-8, gt=0)
     """AdamW's epsilon, added to the denominator."""
+    norm_floor: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The least that NAMO divides a matrix's step by, relative to the largest mean norm of its gradients so far (null: 0.5 for PPO,
+    whose whitened advantages are as large when nothing is left to learn; else 0)."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay: every update shrinks each weight by this share times `lr`."""
     schedule: Literal["constant", "linear", "cosine"] | None = None
@@ -40,6 +43,12 @@ class Optimizer(Section):
     """First steps, over which the learning rate rises from 0."""
     max_grad_norm: Annotated[float, Field(gt=0)] | Literal["auto"] | None = "auto"
     """Clip gradients to this norm (null: never; auto: 1, but 10 for Q values, which have to learn from rare large returns)."""
+
+    @model_validator(mode="after")
+    def _floor_of_namo(self) -> Self:
+        if self.norm_floor is not None and self.name != "namo":
+            raise ValueError("norm_floor is an option of NAMO: set name to namo too")
+        return self
 
 
 class Named(Plugin):

@@ -120,6 +120,7 @@ def build_stage(
         checkpoint is not None and recipe.optimizer.name is None
     ):  # chosen when the stage began, maybe with another strategy
         options = options.model_copy(update={"name": optimizer_of(checkpoint)})
+    objective.optimizer = options.name or objective.optimizer
     updater = Updater(policy, options, recipe.training.steps, strategy)
     evaluator, every = evaluation_of(recipe, suite, policy, engine)
     gated = recipe.evaluation.gate is not None

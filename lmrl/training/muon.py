@@ -4,8 +4,10 @@ Muon (Jordan et al., 2024) replaces a matrix's averaged gradient by a nearly ort
 Scaled as Moonlight does (Liu et al., "Muon is scalable for LLM training", arXiv 2502.16982, section 2.2), its steps are
 about as long as AdamW's, so both take the same learning rate and weight decay; but they are equally long whatever the
 gradients are. NAMO (Zhang et al., "Adam improves Muon", arXiv 2602.17080) makes them as long as Adam would if a matrix
-were one number: short where gradients disagree or vanish. Embeddings, the projection to the vocabulary, norms, biases
-and heads stay with AdamW, as these papers advise.
+were one number: short where gradients disagree. With a floor they are also short where gradients have become small: a
+policy that is nearly deterministic has hardly any gradient, and steps as long as before would be noise that changes
+what it does in states that it rarely meets. Embeddings, the projection to the vocabulary, norms, biases and heads stay
+with AdamW, as these papers advise.
 
 torch.optim.Muon computes in bfloat16 on all devices, which is slow on CPUs, and in which rounding decides what
 equivalent rewards teach; and it cannot undo a step.
@@ -33,14 +35,16 @@ ITERATIONS = 5
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon or NAMO, and AdamW, each over its own groups; a group's `muon` says which. Both share one state."""
 
-    def __init__(self, matrices: dict[str, Any], others: list[dict[str, Any]], adaptive: bool, **adamw: Any):
-        """matrices, others: parameter groups, with `lr`. adaptive: NAMO. adamw: AdamW's settings, of which `weight_decay` and
-        the second of `betas` apply to both."""
+    def __init__(
+        self, matrices: dict[str, Any], others: list[dict[str, Any]], norm_floor: float | None = None, **adamw: Any
+    ):
+        """matrices, others: parameter groups, with `lr`. norm_floor: of NAMO, see `lmrl.recipe.Optimizer`; None: Muon.
+        adamw: AdamW's settings, of which `weight_decay` and the second of `betas` apply to both."""
         self.adamw = torch.optim.AdamW([group | {"muon": False} for group in others], **adamw)
         own = {"muon": True, "weight_decay": adamw["weight_decay"], "beta2": adamw["betas"][1]}
         super().__init__([matrices | own, *self.adamw.param_groups], {})
         self.adamw.state = self.state
-        self.adaptive = adaptive
+        self.norm_floor = norm_floor
         self.moved: dict[torch.Tensor, torch.Tensor] = {}
         """What the last step subtracted from each matrix: with it a step can be undone."""
 
@@ -55,22 +59,25 @@ class MuonWithAdamW(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(weights)
             average = state["momentum_buffer"].lerp_(weights.grad, 1 - MOMENTUM)
-            length = self._agreement(state, weights.grad, group["beta2"]) if self.adaptive else LENGTH
+            length = self._length(state, weights.grad, group["beta2"])
             step = orthogonalized(weights.grad.lerp(average, MOMENTUM))
             self.moved[weights] = step.mul_(length * group["lr"] * max(weights.shape) ** 0.5)
             weights.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step)
 
-    @staticmethod
-    def _agreement(state: dict[str, Any], gradient: torch.Tensor, beta2: float) -> torch.Tensor:
-        """Root mean square of NAMO's next step, relative to the learning rate: the norm of the averaged gradient by the
-        average norm of gradients (algorithm 1)."""
+    def _length(self, state: dict[str, Any], gradient: torch.Tensor, beta2: float) -> torch.Tensor | float:
+        """Root mean square of the next step, relative to the learning rate. NAMO's is the norm of the averaged gradient by
+        the average norm of gradients (algorithm 1), or by `norm_floor` of its peak."""
+        if self.norm_floor is None:
+            return LENGTH
         if "step" not in state:
             state |= {"step": torch.zeros(()), "mean_square": torch.zeros_like(mean_square(gradient))}
         state["step"] += 1
         steps = int(state["step"])
         square = state["mean_square"].lerp_(mean_square(gradient), 1 - beta2) / (1 - beta2**steps)
+        state["peak"] = torch.maximum(square, state.get("peak", square))
         own = mean_square(state["momentum_buffer"]).sqrt() / (1 - MOMENTUM**steps)
-        length: torch.Tensor = own / square.sqrt().clamp(min=torch.finfo(square.dtype).tiny)
+        norm = torch.maximum(square, self.norm_floor**2 * state["peak"]).sqrt()
+        length: torch.Tensor = own / norm.clamp(min=torch.finfo(norm.dtype).tiny)
         return length
 
     @torch.no_grad()

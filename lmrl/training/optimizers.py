@@ -36,7 +36,8 @@ def build_optimizer(
                 "launch without --accelerate"
             )
         matrices, rest = split_matrices(groups[0], policy)
-        return MuonWithAdamW(matrices, [rest, *groups[1:]], options.name == "namo", fused=fused, **settings)
+        floor = (options.norm_floor or 0.0) if options.name == "namo" else None
+        return MuonWithAdamW(matrices, [rest, *groups[1:]], floor, fused=fused, **settings)
     if strategy.synchronized:
         raise RecipeError(
             f"optimizer.name=adamw_8bit: its 8-bit state cannot be shared out by {strategy.name}, which saves more: set "

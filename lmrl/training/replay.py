@@ -100,7 +100,9 @@ def _load(folder: Path) -> _Parts:
     objective.load_state(info["objective"])
     objective.begin(recipe.training.steps if info["pass"] == "rehearsal" else info["step"])
     batch = batch_of(load_file(folder / BATCH_FILE))
-    updater = Updater(policy, with_rates(recipe, *policy.size), recipe.training.steps)
+    options = with_rates(recipe, *policy.size)
+    objective.optimizer = options.name or objective.optimizer
+    updater = Updater(policy, options, recipe.training.steps)
     seed_everything(info["seed"], info["stage"], info["step"])
     if (folder / RNG_FILE).is_file():
         set_rng_state(load_file(folder / RNG_FILE), policy.device)

@@ -220,6 +220,17 @@ def test_value_warmup_leaves_the_policy_alone(tiny_policy):
     assert objective.forward_request == ForwardRequest(logprobs=True, values=True, detach_values=False, value_pull=1.0)
 
 
+@pytest.mark.parametrize(
+    ("stated", "optimizer", "pull"),
+    [("auto", "namo", 0.1), ("auto", "adamw", 1.0), (0.5, "namo", 0.5), (None, "namo", None)],
+)
+def test_value_pull_follows_the_optimizer(stated, optimizer, pull):
+    objective = PPO(options(value_warmup_steps=0, value_pull=stated))
+    objective.optimizer = optimizer
+    objective.begin(1)
+    assert objective.forward_request.value_pull == pull
+
+
 def test_detach_value_stops_the_critic_at_the_trunk(tiny_policy):
     torch.nn.init.normal_(tiny_policy.values.v.weight)
     objective = PPO(options(detach_value=True))

@@ -43,6 +43,7 @@ def weights_after(name: str, factor: float, **options) -> dict[str, torch.Tensor
     if name in ("ilql", "mc"):
         objective.calibrate(policy, played)
     optimizer = "namo" if OBJECTIVES[name].small_by_namo else "adamw"
+    objective.optimizer = optimizer
     updater = Updater(policy, Optimizer(name=optimizer, lr=3e-3, head_lr=1e-2), STEPS)
     for step in range(1, STEPS + 1):
         objective.begin(step)

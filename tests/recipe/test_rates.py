@@ -68,17 +68,16 @@ def test_policy_gradients_have_a_lower_beta2():
 @pytest.mark.parametrize(
     ("objective", "model", "parameters", "name"),
     [
-        ("rloo", SCRATCH, 6e4, "namo"),
+        ("ppo", SCRATCH, 6e4, "namo"),
         ("grpo", PRETRAINED, 6e4, "namo"),
         ("rloo", SCRATCH, 1e7, "adamw"),
         ("grpo", PRETRAINED | {"lora": Lora()}, 6e4, "adamw"),
-        ("ppo", SCRATCH, 6e4, "adamw"),
         ("archer", SCRATCH, 6e4, "adamw"),
         ("likelihood", SCRATCH, 6e4, "adamw"),
         ("ilql", SCRATCH, 6e4, "adamw"),
     ],
 )
-def test_group_methods_train_small_models_by_namo(objective, model, parameters, name):
+def test_policy_gradients_train_small_models_by_namo(objective, model, parameters, name):
     made = recipe(objective, model)
     assert with_rates(made, int(parameters), 64).name == name
     assert with_rates(made, int(parameters), 64, sharded=True).name == "adamw"
@@ -98,3 +97,11 @@ def test_the_reason_is_stated():
     assert default_rates(recipe("ppo", PRETRAINED), int(7e9), 4096).reason == (
         "policy gradients, all weights of a pretrained model of 7,000M parameters"
     )
+
+
+def test_only_ppo_has_a_floor_of_norms():
+    floors = {name: with_rates(recipe(name, SCRATCH), 60_000, 64).norm_floor for name in ("ppo", "grpo", "rloo", "mc")}
+    assert floors == {"ppo": 0.5, "grpo": 0.0, "rloo": 0.0, "mc": 0.0}
+    assert with_rates(recipe("ppo", SCRATCH, name="namo", norm_floor=0.1), 60_000, 64).norm_floor == 0.1
+    with pytest.raises(ValueError, match="norm_floor is an option of NAMO: set name to namo too"):
+        recipe("ppo", SCRATCH, norm_floor=0.1)

@@ -130,6 +130,21 @@ def test_namo_stops_where_gradients_cancel_or_vanish():
     assert lengths["namo"] < 0.2 * lengths["muon"]
 
 
+def test_namo_takes_short_steps_where_gradients_have_become_small():
+    """With a floor: equally long ones down to half of the largest norm so far, then in proportion to the gradient."""
+    options = NAMO.model_copy(update={"weight_decay": 0.0, "betas": (0.9, 0.95), "norm_floor": 0.5})
+    optimizer = Updater(policy_of(), options, 10).strategy.optimizer
+    weights = optimizer.param_groups[0]["params"][0]
+    gradient, lengths = torch.randn_like(weights), []
+    for size in (1.0, 0.75, 0.1, 0.01):
+        weights.grad = size * gradient
+        for _ in range(300):
+            before = weights.detach().clone()
+            optimizer.step()
+        lengths.append(float((weights.detach() - before).norm()))
+    assert [length / lengths[0] for length in lengths] == pytest.approx([1, 1, 0.2, 0.02], rel=1e-2)
+
+
 @both
 def test_state_goes_through_a_checkpoint_to_the_bit(options):
     policies = [policy_of(HeadsSpec()), policy_of(HeadsSpec())]
@@ -140,7 +155,7 @@ def test_state_goes_through_a_checkpoint_to_the_bit(options):
     policies[1].load_state_dict(policies[0].state_dict())
     second.load_tensors(load(saved))
     kinds = {name.rpartition(".")[2] for name in second.tensors() if "up_proj" in name}
-    assert kinds == ({"momentum_buffer"} if options is MUON else {"momentum_buffer", "mean_square", "step"})
+    assert kinds == ({"momentum_buffer"} if options is MUON else {"momentum_buffer", "mean_square", "peak", "step"})
     assert "model.model.norm.weight.exp_avg" in second.tensors()
     for _ in range(2):
         for updater, policy in zip((first, second), policies, strict=True):

@@ -44,6 +44,8 @@ class ObjectiveOptions(Section):
     """Norm that gradients are clipped to if the recipe does not set one."""
     small_by_namo: ClassVar[bool] = False
     """True if it trains small models with NAMO where the recipe names no optimizer."""
+    norm_floor: ClassVar[float] = 0.0
+    """NAMO's `norm_floor` if the recipe does not set one."""
     uses_sampling_temperature: ClassVar[bool] = True
     """True if log-probabilities of fresh episodes are taken at the temperature that sampled them."""
     uses_correction: ClassVar[bool] = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -42,6 +42,7 @@ class PolicyGradientObjective(ObjectiveOptions):
 
     rate_curve = RateCurve(5e-4, 0.68, "policy gradients")
     betas = SHORT_MEMORY
+    small_by_namo = True
 
     @property
     def holds_reference(self) -> bool:
@@ -75,6 +76,7 @@ class PPOObjective(PolicyGradientObjective):
 
     name: Literal["ppo"]
     head_lr_follows = False
+    norm_floor = 0.5
     value_coef: float = Field(0.5, ge=0)
     """Weight of the value loss."""
     value_normalization: Literal["returns", "none"] = "returns"
@@ -82,9 +84,9 @@ class PPOObjective(PolicyGradientObjective):
     not matter; unwhitened advantages are in these units too. none: in units of the reward."""
     value_clip: float | None = Field(None, gt=0)
     """Clipping range of the value around its old estimate, in the values' units (null: none)."""
-    value_pull: float | None = Field(1.0, ge=0)
+    value_pull: Annotated[float, Field(ge=0)] | Literal["auto"] | None = "auto"
     """Bound on the values' gradient into a trunk shared with the policy, relative to the policy's own gradient, per
-    token (null: none)."""
+    token (null: none; auto: 1, but 0.1 with Muon and NAMO, whose steps make more of the smaller of two gradients)."""
     detach_value: bool = False
     """Stop the value loss's gradient at the trunk, so that it trains only the head."""
     value_warmup_steps: int = Field(10, ge=0)
@@ -136,6 +138,7 @@ class ArCHerObjective(PolicyGradientObjective):
 
     name: Literal["archer"]
     head_lr_follows = False
+    small_by_namo = False  # not measured
     value_coef: float = Field(0.5, ge=0)
     """Weight of the critic's loss, a mean over the starts and ends of turns."""
     value_warmup_steps: int = Field(10, ge=0)
@@ -170,7 +173,6 @@ class GroupObjective(PolicyGradientObjective):
     `kl_coef` weights the divergence in the reward with rloo and reinforce_pp, and a loss term (k3) with grpo and dr_grpo.
     """
 
-    small_by_namo = True
     scale_rewards: RewardScale = "none"
     """Divisor of advantages: the group's standard deviation; the batch's; the batch's or that of recent ones if it is larger
     (running); or none, so that the size of updates depends on the scale of rewards. With per-turn rewards it is one number for
