@@ -120,7 +120,7 @@ REWARDS = [
     (
         "def good(completions, **columns): return ['1', '2']\n",
         "",
-        r"reward.py:good, row 0: returned '1' \(str\); expected a number or None",
+        r"reward.py:good, value 1: returned '1' \(str\); expected a number or None",
     ),
     ("def good(completions, **columns): return 1.0\n", "", r"reward.py:good returned"),
     ("def good(completions, **columns): return [float('nan')] * 2\n", "", r"reward.py:good returned nan"),

@@ -116,7 +116,7 @@ def test_a_request_that_is_too_large():
 def test_a_mistake_in_the_served_function_is_reported():
     function = RewardFunction("short", "here:short", 1.0, lambda **_: [])
     with running(RewardServer(function, port=0)) as url:
-        with pytest.raises(RewardError, match="answered 422 .*returned 0 values for 1 row "):
+        with pytest.raises(RewardError, match="answered 422 .*returned 0 values for 1 row:"):
             ask(remote(url), ["a"])
 
 
