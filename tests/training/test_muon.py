@@ -223,3 +223,15 @@ def test_memory_of_the_state(tied):
     moments = estimates._moments_bytes(recipe, shape)
     trunk = sum(one.numel() for name, one in updater.parameters.items() if not name.startswith("values."))
     assert moments(trunk) + moments(17, 17) == pytest.approx(held, rel=0.03)
+
+
+def test_counts_that_muon_reads_stay_on_the_cpu():
+    """Resumed on an accelerator, only AdamW's one kernel finds its counts there: reading one waits for all work before it."""
+    matrix, vector = (torch.nn.Parameter(torch.empty(size, device="meta")) for size in ((2, 2), (2,)))
+    adamw = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}
+    strategy = Strategy()
+    strategy.optimizer = MuonWithAdamW(
+        {"params": [matrix], "lr": 0.1}, [{"params": [vector], "lr": 0.1}], True, **adamw
+    )
+    strategy.load_optimizer_tensors({"a": matrix, "b": vector}, {"a.step": torch.ones(()), "b.step": torch.ones(())})
+    assert [strategy.optimizer.state[one]["step"].device.type for one in (matrix, vector)] == ["cpu", "meta"]

@@ -12,7 +12,7 @@ from lmrl.policy.load import load_policy
 from lmrl.recipe import Model, Optimizer
 from lmrl.recipe.files import load_recipe
 from lmrl.training.optimizers import state_bytes
-from lmrl.training.parallel.optimizer_state import entry_from_tensor, entry_to_tensor, is_fused
+from lmrl.training.parallel.optimizer_state import entry_from_tensor, entry_to_tensor, fused_parameters
 from lmrl.training.parallel.strategy import Strategy
 from lmrl.training.updater import Updater
 from tests.conftest import TINY_LLAMA
@@ -89,8 +89,9 @@ def test_entries_of_the_state():
     # One kernel on an accelerator reads the count there; the usual one on the CPU.
     kept, moved = (entry_from_tensor("step", plain, torch.device("meta"), fused) for fused in (False, True))
     assert kept.device.type == "cpu" and moved.device.type == "meta"
-    assert is_fused(torch.optim.AdamW([torch.nn.Parameter(table)], fused=True))
-    assert not is_fused(torch.optim.AdamW([torch.nn.Parameter(table)]))
+    weights = torch.nn.Parameter(table)
+    assert fused_parameters(torch.optim.AdamW([weights], fused=True)) == {weights}
+    assert not fused_parameters(torch.optim.AdamW([weights]))
     state = torch.arange(4, dtype=torch.uint8)
     assert torch.equal(entry_from_tensor("state1", entry_to_tensor("state1", state), torch.device("cpu")), state)
     assert state_bytes(EIGHT, [torch.zeros(10)]) == 20 and state_bytes(Optimizer(lr=1e-4), [torch.zeros(10)]) == 80

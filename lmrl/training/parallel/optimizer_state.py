@@ -22,6 +22,6 @@ def entry_from_tensor(key: str, value: torch.Tensor, device: torch.device, fused
     return value.clone() if key == "step" and not fused else value.to(device, copy=True)
 
 
-def is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    """True if an optimizer updates all weights in one kernel."""
-    return any(group.get("fused") for group in optimizer.param_groups)
+def fused_parameters(optimizer: torch.optim.Optimizer) -> set[torch.Tensor]:
+    """Those that an optimizer updates in one kernel."""
+    return {one for group in optimizer.param_groups if group.get("fused") for one in group["params"]}

@@ -24,7 +24,7 @@ from lmrl.policy.language_model import decoder_layers, projection_of
 from lmrl.policy.load import load_weights
 from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.policy import Policy
-from lmrl.training.parallel.optimizer_state import entry_from_tensor, is_fused
+from lmrl.training.parallel.optimizer_state import entry_from_tensor, fused_parameters
 from lmrl.training.parallel.strategy import Strategy, entries_of
 from lmrl.trajectories.batch import Microbatch
 
@@ -297,10 +297,10 @@ class FSDPStrategy(Strategy):
 
     def load_optimizer_tensors(self, parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
         self.optimizer.state.clear()
-        fused = is_fused(self.optimizer)
+        fused = fused_parameters(self.optimizer)
         for name, parameter in parameters.items():
             for key, value in entries_of(name, tensors).items():
-                entry = entry_from_tensor(key, value, parameter.device, fused)
+                entry = entry_from_tensor(key, value, parameter.device, parameter in fused)
                 if key != "step":
                     assert isinstance(parameter, DTensor)  # as `fully_shard` leaves every parameter
                     entry = distribute_tensor(entry, self.mesh, parameter.placements)

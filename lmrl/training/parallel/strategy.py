@@ -18,7 +18,7 @@ from lmrl import distributed
 from lmrl.policy.load import load_weights
 from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.policy import Policy
-from lmrl.training.parallel.optimizer_state import entry_from_tensor, entry_to_tensor, is_fused
+from lmrl.training.parallel.optimizer_state import entry_from_tensor, entry_to_tensor, fused_parameters
 from lmrl.trajectories.batch import Microbatch
 
 BUCKET = 2**24
@@ -117,12 +117,13 @@ class Strategy:
         self, parameters: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor]
     ) -> None:
         self.optimizer.state.clear()
-        fused = is_fused(self.optimizer)
+        fused = fused_parameters(self.optimizer)
         for name, parameter in parameters.items():
             state = entries_of(name, tensors)
             if state:
                 self.optimizer.state[parameter] = {
-                    key: entry_from_tensor(key, value, parameter.device, fused) for key, value in state.items()
+                    key: entry_from_tensor(key, value, parameter.device, parameter in fused)
+                    for key, value in state.items()
                 }
 
     def close(self) -> None:
