@@ -13,6 +13,13 @@ def default_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device. A copy from the CPU to CUDA joins the queue there, and does not wait for what is before it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def has_memory() -> bool:
     """True if there is an accelerator with its own memory accounting and with collectives between processes. Apple's
     MPS has neither."""

@@ -23,6 +23,23 @@ def test_any_kind_is_taken(monkeypatch, kind, has_memory):
     assert (measures.peak_memory_mb() == 7) is has_memory
 
 
+def test_copies_to_cuda_do_not_wait():
+    class OnCPU:
+        device, moves = torch.device("cpu"), []
+
+        def pin_memory(self):
+            self.moves.append("pinned")
+            return self
+
+        def to(self, device, **options):
+            self.moves.append((device.type, options))
+            return self
+
+    for kind in ("cuda", "cpu"):
+        accelerators.to_device(OnCPU(), torch.device(kind))
+    assert OnCPU.moves == ["pinned", ("cuda", {"non_blocking": True}), ("cpu", {})]
+
+
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
 def test_a_real_one_is_counted_and_its_generator_restored():
     device = accelerators.default_device()

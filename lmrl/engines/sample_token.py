@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from lmrl.accelerators import to_device
 from lmrl.engines.base import Sampling
 from lmrl.trajectories.allowed import AllowedTokens
 
@@ -31,7 +32,7 @@ def sample_token(
         return tokens_B, torch.zeros(len(tokens_B), device=logits_BV.device)
     tempered_BV = logits_BV if sampling.temperature == 1 else logits_BV / sampling.temperature
     probs_BV = _truncate(tempered_BV, sampling).softmax(-1)
-    tokens_B = invert(probs_BV, torch.as_tensor(uniforms_B, device=logits_BV.device))
+    tokens_B = invert(probs_BV, to_device(torch.from_numpy(uniforms_B), logits_BV.device))
     return tokens_B, probs_BV.gather(1, tokens_B[:, None])[:, 0].log()
 
 

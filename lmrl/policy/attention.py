@@ -18,8 +18,6 @@ from lmrl.trajectories.batch import Packing
 ATTENTION = "lmrl"
 SHORT = 256
 """Positions up to which a CPU's backward pass is faster in float32 than in bfloat16: five times at 20, and no longer from 384."""
-PLACEHOLDER = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-"""A mask in four dimensions, which transformers passes through unchanged instead of building its own."""
 HAS_VARLEN = find_spec("torch.nn.attention.varlen") is not None
 
 
@@ -92,6 +90,11 @@ def take_attention(model: nn.Module) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- sequences end to end
+def placeholder(device: torch.device) -> torch.Tensor:
+    """A mask in four dimensions, which transformers passes through unchanged instead of building its own."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
 def packed_arguments(packing: Packing) -> dict[str, Any]:
     """What a model takes for sequences that stand end to end in one row, by the names of transformers' `FlashAttentionKwargs`."""
     arguments = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lmrl.errors import ModelError
-from lmrl.policy.attention import ATTENTION, PLACEHOLDER, packed_arguments
+from lmrl.policy.attention import ATTENTION, packed_arguments, placeholder
 from lmrl.policy.heads import CHUNK, guide, probability_ratio
 from lmrl.policy.language_model import projection_of, trunk_of
 from lmrl.policy.logprobs import (
@@ -65,7 +65,7 @@ def _inputs(policy: Policy, batch: Microbatch) -> dict[str, Any]:
     inputs = {"input_ids": batch.tokens_BT, "position_ids": batch.positions_BT, "use_cache": False}
     own = policy.causal_lm.config._attn_implementation == ATTENTION
     if batch.packing is not None:
-        mask = PLACEHOLDER.to(batch.tokens_BT.device) if own else None
+        mask = placeholder(batch.tokens_BT.device) if own else None
         return inputs | {"attention_mask": mask, **packed_arguments(batch.packing)}
     if batch.branches_BT is not None:
         mask_B1TT = visible(batch.branches_BT)[:, None]

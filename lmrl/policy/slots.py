@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from lmrl.accelerators import to_device
 from lmrl.policy.attention import ATTENTION
 from lmrl.policy.passes import Guidance
 
@@ -181,36 +182,27 @@ def slot_logits(
     device, count = policy.device, len(new)
     start_B, new_B = np.array(starts), np.array([len(tokens) for tokens in new])
     steps, width = int(new_B.max()), int((start_B + new_B).max())
-    rows_N = np.repeat(np.arange(count), new_B)
-    steps_N = np.zeros(count, dtype=np.int64) if steps == 1 else np.concatenate([np.arange(length) for length in new_B])
-    tokens_BT = np.full((count, steps), policy.pad_id)
-    tokens_BT[rows_N, steps_N] = [token for tokens in new for token in tokens]
+    row_N = np.repeat(np.arange(count), new_B)
+    step_N = np.zeros(count, dtype=np.int64) if steps == 1 else np.concatenate([np.arange(length) for length in new_B])
+    token_BT = np.full((count, steps), policy.pad_id)
+    token_BT[row_N, step_N] = [token for tokens in new for token in tokens]
     # Padding repeats the last position: there may be no embeddings for later ones.
     position_BT = start_B[:, None] + np.minimum(np.arange(steps), new_B[:, None] - 1)
     fresh = not start_B.any()
 
-    def tensor(part: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(part)).to(device)
+    def tensors(*parts: np.ndarray) -> torch.Tensor:
+        return to_device(torch.from_numpy(np.stack(parts)), device)
 
-    cache.extent.placement = Placement(
-        first=first,
-        count=count,
-        width=width,
-        slots_N=tensor(rows_N + first),
-        columns_N=tensor(start_B[rows_N] + steps_N),
-        rows_N=tensor(rows_N),
-        steps_N=tensor(steps_N),
-        fresh=fresh,
-        steps=steps,
-    )
-    positions = tensor(position_BT)
+    slots_N, columns_N, rows_N, steps_N = tensors(row_N + first, start_B[row_N] + step_N, row_N, step_N)
+    tokens_BT, positions_BT = tensors(token_BT, position_BT)
+    cache.extent.placement = Placement(first, count, width, slots_N, columns_N, rows_N, steps_N, fresh, steps)
     return policy.next_token_logits(
         cache,
         guidance,
-        None if steps == 1 else tensor(new_B - 1),
-        input_ids=tensor(tokens_BT),
-        attention_mask=None if fresh else _mask(policy, positions, width),
-        position_ids=positions,
+        None if steps == 1 else tensors(new_B - 1)[0],
+        input_ids=tokens_BT,
+        attention_mask=None if fresh else _mask(policy, positions_BT, width),
+        position_ids=positions_BT,
     )
 
 

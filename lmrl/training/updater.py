@@ -137,7 +137,7 @@ class Updater:
     def _passes(self, policy: Policy, objective: Objective, passes: Passes, count: float) -> dict[str, Any]:
         """Accumulate the gradient of all passes, discarding earlier attempts; returns sums of loss and statistics."""
         self.strategy.zero_grad()
-        policy.value_pull.zero_()
+        policy.value_pull = torch.zeros(3, device=policy.device)
         sums: dict[str, Any] = {"loss": 0.0}
         for micro, dummy, last in passes:
             micro = micro.to(policy.device)

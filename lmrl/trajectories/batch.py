@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
+from functools import partial
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from lmrl import distributed
+from lmrl.accelerators import to_device
 from lmrl.trajectories.allowed import Allowed, AllowedTokens, shifted
 from lmrl.trajectories.trajectory import CONTEXT, TOKENS, Segment, Trajectory
 
@@ -131,12 +133,7 @@ class Microbatch:
 
     def to(self, device: torch.device) -> Microbatch:
         """Move to a device, with copies that overlap other work on an accelerator."""
-
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            if device.type == "cuda" and tensor.device.type == "cpu":
-                return tensor.pin_memory().to(device, non_blocking=True)
-            return tensor.to(device)
-
+        moved = partial(to_device, device=device)
         for name in ("tokens_BT", "mask_BT", "rows_N", "cols_N", "targets_N"):
             setattr(self, name, moved(getattr(self, name)))
         if self.branches_BT is not None:
