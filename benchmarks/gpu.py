@@ -38,8 +38,9 @@ from gpu_checks.wheels import wheels
 
 
 def execute(options: argparse.Namespace, names: list[str]) -> int:
-    """Run the measurements that the file does not hold yet; each says in a last line that it is done."""
-    lines = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.is_file() else []
+    """Run the measurements that the file does not hold yet; each says in a last line that it is done. One that was stopped or
+    failed begins anew, without its earlier lines."""
+    lines = read(options.out) if options.out.is_file() else []
     done = {line["measurement"] for line in lines if line.get("done")}
     card = torch.cuda.get_device_name() if options.device.type == "cuda" else "CPU"
     failed = 0
@@ -47,11 +48,17 @@ def execute(options: argparse.Namespace, names: list[str]) -> int:
         if name in done:
             continue
         base = {"measurement": name, "device": card, "torch": torch.__version__}
-        started = time.perf_counter()
+        started, errors = time.perf_counter(), 0
+        if any(line["measurement"] == name for line in lines):
+            kept = [line for line in read(options.out) if line["measurement"] != name]
+            options.out.write_text("".join(json.dumps(line) + "\n" for line in kept))
         try:
             for found in MEASUREMENTS[name](options):
+                errors += "error" in found
                 write(options.out, base | found)
-            write(options.out, base | {"done": True, "seconds": time.perf_counter() - started})
+            if not errors:
+                write(options.out, base | {"done": True, "seconds": time.perf_counter() - started})
+            failed += errors
         except Exception as error:  # the others are still worth their time
             failed += 1
             write(
@@ -63,6 +70,10 @@ def execute(options: argparse.Namespace, names: list[str]) -> int:
     return failed
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def write(path: Path, line: dict[str, Any]) -> None:
     line = {name: round(value, 6) if isinstance(value, float) else value for name, value in line.items()}
     print(json.dumps(line), flush=True)
@@ -72,7 +83,7 @@ def write(path: Path, line: dict[str, Any]) -> None:
 
 def table(path: Path) -> None:
     """What was measured, as Markdown."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = read(path)
     for name in MEASUREMENTS:
         rows = [line for line in lines if line["measurement"] == name and not line.get("done") and "error" not in line]
         if not rows:

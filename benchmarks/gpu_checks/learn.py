@@ -46,8 +46,9 @@ def start_run(
     folder = scratch / name.replace(" ", "-")
     code = f"import lmrl; lmrl.train('random_walks/bc', overrides={overrides!r}, output={str(folder)!r})"
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if cpu else {})
+    root = Path(__file__).parents[2]  # where Python finds lmrl
     with open(folder.with_suffix(".log"), "w") as log:
-        process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=root, env=environment, stdout=log, stderr=log)
     return name, folder, process, time.perf_counter()
 
 

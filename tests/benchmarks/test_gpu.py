@@ -1,11 +1,13 @@
 """The measurements of benchmarks/gpu.py run end to end, with tiny shapes, on a CPU."""
 
+import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 NAMES = {"parity", "head", "attention", "update", "decode", "step", "fsdp1"}
@@ -32,3 +34,20 @@ def test_measurements_run_and_are_not_repeated(tmp_path):
         [sys.executable, str(SCRIPT), "table", "--out", str(out)], check=True, capture_output=True, text=True
     )
     assert "### update (CPU" in table.stdout
+
+
+def test_a_stopped_or_failed_measurement_begins_anew(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import gpu
+
+    def fails(options):
+        yield {"case": 1, "error": "no network"}
+
+    options = argparse.Namespace(out=tmp_path / "gpu.jsonl", device=torch.device("cpu"))
+    lines = [{"measurement": "head", "way": "a"}, {"measurement": "decode", "way": "b"}, {"measurement": "step"}]
+    options.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setitem(gpu.MEASUREMENTS, "head", lambda options: iter([{"way": "c"}]))
+    monkeypatch.setitem(gpu.MEASUREMENTS, "decode", fails)
+    assert gpu.execute(options, ["head", "decode"]) == 1
+    found = [(line["measurement"], line.get("way"), "done" in line) for line in gpu.read(options.out)]
+    assert found == [("step", None, False), ("head", "c", False), ("head", None, True), ("decode", None, False)]
