@@ -139,7 +139,8 @@ class Totals:
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """A product of two matrices in their own precision, with its result in float32 at least."""
     if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left, right, out_dtype=torch.float32)  # otherwise sums are rounded to the inputs' precision
+        exact: torch.Tensor = _ProductInFloat32.apply(left, right)  # type: ignore[no-untyped-call,unused-ignore]
+        return exact  # otherwise sums are rounded to the inputs' precision
     result = left @ right
     return result.to(at_least_float32(result.dtype))
 
@@ -216,6 +217,22 @@ def slice_gradient(
         1, targets_N.clamp(0, logits_NS.shape[1] - 1)[:, None], torch.where(inside_N, grad_logprob_N, 0)[:, None]
     )
     return grad_NS.div_(temperature)
+
+
+class _ProductInFloat32(torch.autograd.Function):
+    """Of matrices in less precision, on CUDA; torch has no derivative of it."""
+
+    @staticmethod
+    def forward(ctx: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(left, right)
+        return torch.mm(left, right, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        left, right = ctx.saved_tensors
+        need_left, need_right = ctx.needs_input_grad
+        grad = grad.to(left.dtype)
+        return grad @ right.T if need_left else None, left.T @ grad if need_right else None
 
 
 class _TokenLogprobs(torch.autograd.Function):

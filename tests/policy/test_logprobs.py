@@ -132,3 +132,16 @@ def test_restricted_equals_a_masked_softmax(slice_size, frozen, entropy, all_res
     losses = [(one[0] * left).sum() + ((one[1] * right).sum() if entropy else 0) for one in (found, expected)]
     for one, other in zip(*(torch.autograd.grad(loss, inputs) for loss in losses), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_products_in_float32_have_gradients(monkeypatch):
+    """On CUDA torch multiplies so, without a derivative; a CPU does not."""
+    monkeypatch.setattr(torch, "mm", lambda left, right, out_dtype: left.to(out_dtype) @ right.to(out_dtype))
+    left, right = (torch.randn(size, dtype=torch.bfloat16, requires_grad=True) for size in ((3, 4), (4, 5)))
+    found = logprobs_module._ProductInFloat32.apply(left, right)
+    assert found.dtype == torch.float32
+    found.square().sum().backward()
+    own, other = (one.detach().float().requires_grad_() for one in (left, right))
+    (own @ other).square().sum().backward()
+    torch.testing.assert_close(left.grad.float(), own.grad, atol=0.05, rtol=0.02)
+    torch.testing.assert_close(right.grad.float(), other.grad, atol=0.05, rtol=0.02)
