@@ -15,13 +15,15 @@ from itertools import pairwise
 from pathlib import Path
 
 from lmrl.accelerators import default_device
+from lmrl.engines.base import guidance_of
 from lmrl.errors import RecipeError, RunError
 from lmrl.evaluation.api import NamedSuite, dtype_of, evaluator_for
+from lmrl.evaluation.best_of import best_at
 from lmrl.evaluation.contenders import contenders
 from lmrl.evaluation.controlled import FEWEST, controlled
-from lmrl.evaluation.evaluate import Evaluator
+from lmrl.evaluation.evaluate import Evaluator, left_out
 from lmrl.evaluation.paired import Played, means_by_cluster
-from lmrl.evaluation.scoring import Scores, clusters_of
+from lmrl.evaluation.scoring import Scores, Scoring, clusters_of, value_of
 from lmrl.evaluation.statistics import summarize
 from lmrl.policy.load import open_policy
 from lmrl.policy.policy import Policy
@@ -102,24 +104,36 @@ def frontier(
     metric = _metric_of(first)
     device = default_device()
     start = open_policy(origin, dtype_of(Path(found[0].path)), trust_remote_code).to(device)
+    assert isinstance(first.policy, Policy)  # a run's checkpoints are not addresses
+    if any(guidance_of(policy, first.sampling) for policy in (start, first.policy)):
+        raise RecipeError(
+            f"frontier: {run} plays with Q values, and the divergence that these add is not measured: play without, "
+            "rollouts.beta=0 rollouts.support=0"
+        )
     scores, episodes = Evaluator(
         start, first.suite
     )()  # with the same random numbers as the checkpoints, so that all are paired
-    base = Played(START, episodes)
-    many = Evaluator(start, first.suite.model_copy(update={"samples": best_of}))
-    sampled = many()[1] if best_of != first.suite.samples else episodes
-    yardstick = [best_of_n(many, sampled, metric, n) for n in powers(best_of)]
+    base, scoring = Played(START, episodes), first.scoring()
+    sampled = episodes
+    if best_of != first.suite.samples:
+        sampled = Evaluator(start, first.suite.model_copy(update={"samples": best_of}))()[1]
+    yardstick = [best_of_n(sampled, metric, n, scoring) for n in powers(best_of)]
     points = [Point(START, 0.0, [0.0, 0.0], *_of(scores, metric), scores[metric]["mean"], scores[metric]["mean"], 0.0)]
+    judged = {START: len(episodes)}
     for number, contender in enumerate(found):
         evaluator = evaluator_for(contender, trust_remote_code=trust_remote_code, given=named) if number else first
-        assert isinstance(evaluator.policy, Policy)  # a run's checkpoints are not addresses
+        assert isinstance(evaluator.policy, Policy)
         evaluator.policy.measure_from(start)
         evaluator.policy.to(device)
         try:
-            points.append(_point(evaluator, contender.label, metric, base, yardstick))
+            scores, episodes = evaluator()
         finally:
             evaluator.close()
-    return Frontier(named.name, metric, str(run), points, yardstick, first.played)
+        judged[contender.label] = len(episodes)
+        own = Played(contender.label, episodes)
+        points.append(_point(own, scores, scoring, metric, base, yardstick))
+    said = first.played + left_out(judged, first.planned)
+    return Frontier(named.name, metric, str(run), points, yardstick, said)
 
 
 def start_of(folder: Path) -> str:
@@ -162,14 +176,23 @@ def divergence_of(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def best_of_n(evaluator: Evaluator, episodes: Sequence[Trajectory], metric: str, n: int) -> BestOf:
-    """The mean score of the best of n samples of a prompt, over all subsets of n (see lmrl/evaluation/best_of.py)."""
-    single = metric if metric not in ("reward", "return") else None
-    name = f"best@{n}" + (f"/{single}" if single else "")
-    scoring = evaluator.scoring()
-    values, groups = scoring.values(name, episodes)
-    clusters = clusters_of(groups, episodes, scoring.unit)
-    found = summarize(values, clusters, scoring.limits_of(name, episodes), unit=scoring.unit)
+def best_of_n(episodes: Sequence[Trajectory], metric: str, n: int, scoring: Scoring) -> BestOf:
+    """The mean score of the best of n samples of a prompt, over all subsets of n (see lmrl/evaluation/best_of.py).
+
+    A sample that could not be judged is never the best: a prompt with fewer than n others takes the best of these, so
+    that every n is about the same prompts.
+    """
+    single = None if metric in ("reward", "return") else metric
+    rewards: dict[int, list[float]] = {}
+    scores: dict[int, list[float]] = {}
+    for one in episodes:
+        score = value_of(one, single)
+        if score is not None and one.reward is not None:
+            rewards.setdefault(one.group, []).append(one.reward)
+            scores.setdefault(one.group, []).append(score)
+    values = [best_at(min(n, len(scores[group])), rewards[group], scores[group]) for group in scores]
+    limits = scoring.limits_of(f"best@{n}" + (f"/{single}" if single else ""), episodes)
+    found = summarize(values, clusters_of(list(scores), episodes, scoring.unit), limits, unit=scoring.unit)
     return BestOf(n, divergence_of(n), found["mean"], found["ci95"])
 
 
@@ -185,18 +208,17 @@ def _of(scores: Scores, metric: str) -> tuple[float, list[float]]:
     return scores[metric]["mean"], scores[metric]["ci95"]
 
 
-def _point(evaluator: Evaluator, label: str, metric: str, base: Played, yardstick: Sequence[BestOf]) -> Point:
-    scores, episodes = evaluator()
+def _point(
+    own: Played, scores: Scores, scoring: Scoring, metric: str, base: Played, yardstick: Sequence[BestOf]
+) -> Point:
     (kl, kl_ci95), (score, ci95) = _of(scores, "kl"), _of(scores, metric)
     yard = at_divergence(yardstick, kl)
-    own = Played(label, episodes)
-    equal = at_equal_length(own, base, metric, evaluator)
-    return Point(label, kl, kl_ci95, score, ci95, equal, yard, None if yard is None else score - yard)
+    equal = at_equal_length(own, base, metric, scoring)
+    return Point(own.label, kl, kl_ci95, score, ci95, equal, yard, None if yard is None else score - yard)
 
 
-def at_equal_length(own: Played, base: Played, metric: str, evaluator: Evaluator) -> float | None:
+def at_equal_length(own: Played, base: Played, metric: str, scoring: Scoring) -> float | None:
     """The score that a policy would have if its episodes were as long as the initial policy's."""
-    scoring = evaluator.scoring()
     means = [[means_by_cluster(one, name, scoring) for name in (metric, "length")] for one in (own, base)]
     common = [cluster for cluster in means[0][0] if cluster in means[1][0]]
     if len(common) < FEWEST:

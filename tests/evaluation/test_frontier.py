@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 import lmrl
 from lmrl import cli
 from lmrl.errors import RecipeError, RunError
-from lmrl.evaluation.frontier import BestOf, at_divergence, divergence_of, powers, start_of
+from lmrl.evaluation.frontier import BestOf, at_divergence, best_of_n, divergence_of, powers, start_of
+from lmrl.evaluation.scoring import Scoring
+from lmrl.trajectories.trajectory import Trajectory
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +115,32 @@ def test_greedy_suites_have_no_frontier(run):
         lmrl.frontier(run, overrides=["rollouts.temperature=0"])
     with pytest.raises(RunError, match="is not a run"):
         lmrl.frontier(run / "stages")
+
+
+def test_every_n_is_about_all_prompts():
+    """Rewards 0 and 4 of one prompt; 3 of another, whose second sample was not judged."""
+    judged = [(0, 0.0), (0, 4.0), (1, 3.0)]
+    episodes = [
+        Trajectory([], f"p{group}", "", reward=reward, components={"judge": reward}, group=group)
+        for group, reward in judged
+    ]
+    means = [best_of_n(episodes, "reward", n, Scoring(["reward"])).score for n in (1, 2)]
+    assert means == [(2 + 3) / 2, (4 + 3) / 2]
+
+
+def test_failed_episodes_are_named(run, tmp_path):
+    (tmp_path / "judge.py").write_text(
+        "def some(prompts, completions):\n    return [None if prompt == 'say 1' else 1.0 for prompt in prompts]\n"
+    )
+    changes = [f"task.rewards={tmp_path / 'judge.py'}:some", "task.max_failed=0.5", "samples=2"]
+    found = lmrl.frontier(run, overrides=changes, checkpoints=["step-2", "final"], best_of=2)
+    failed = ", ".join(f"2 of 12 episodes of {label}" for label in ("start", "step-2", "final"))
+    assert found.played.endswith(f"; failed and left out: {failed}")
+
+
+def test_policies_with_q_values_are_refused(ilql_run):
+    """Log-probabilities of the language model alone are not those of what it plays."""
+    with pytest.raises(RecipeError, match=r"plays with Q values.* rollouts.beta=0 rollouts.support=0"):
+        lmrl.frontier(ilql_run, overrides=["samples=2"])
+    found = lmrl.frontier(ilql_run, overrides=["samples=2", "rollouts.beta=0", "rollouts.support=0"], best_of=2)
+    assert found.points[-1].kl > 0
