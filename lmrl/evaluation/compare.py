@@ -59,7 +59,13 @@ def compare(
         )
     wanted = [read_claim(text) for text in claims]
     by = None if judge is None else load_judge(judge, judge_options)  # before anything is played
-    policies = [policies] if isinstance(policies, str | Path) else list(policies)
+    if isinstance(policies, str | Path):
+        if not checkpoints and not betas and suite is not None:
+            raise RecipeError(
+                f"compare: '{policies}' is a single policy, and '{suite}' is taken as its suite: name policies in a list, "
+                f"lmrl.compare(['{policies}', '{suite}'])"
+            )
+        policies = [policies]
     logs = {str(name): logs_in(name) for name in policies if has_logs(Path(name))}
     given = [one for found in logs.values() for one in found]
     check_same_suite(given)

@@ -122,7 +122,7 @@ def _same(name: str, one: Scores, other: Scores) -> Finding:
     rows = [row for row, pair in enumerate(zip(one.values, other.values, strict=True)) if differ(*pair)]
     if not rows:
         return Finding(name, True, counted(len(one.values), "sample"))
-    detail = f"sample {rows[0]} scores {one.values[rows[0]]} and then {other.values[rows[0]]}"
+    detail = f"sample {rows[0] + 1} scores {one.values[rows[0]]} and then {other.values[rows[0]]}"
     cause = one.causes[rows[0]] or other.causes[rows[0]]
     return Finding(name, False, f"{len(rows)} of {len(one.values)} differ; {detail}" + (f" ({cause})" if cause else ""))
 

@@ -153,14 +153,22 @@ def spread_out(trajectories: Sequence[Trajectory], count: int) -> list[Trajector
 
 
 def score_lines(rows: dict[str, dict[str, dict[str, Any]]]) -> list[list[str]]:
-    """Rows of scores as lines of cells, the heading first."""
+    """Rows of scores as lines of cells, the heading first. n: the number of values of a row's first metric; others show
+    their own."""
     names = list(dict.fromkeys(name for scores in rows.values() for name in scores))
     lines = [["", *names, "n"]]
     for label, scores in rows.items():
-        counts = {str(score["n"]) for score in scores.values()}
-        cells = [interval(scores[name]) if name in scores else "" for name in names]
-        lines.append([label, *cells, "/".join(sorted(counts))])
+        count = next((score["n"] for score in scores.values()), "")
+        cells = [counted_interval(scores.get(name), count) for name in names]
+        lines.append([label, *cells, str(count)])
     return lines
+
+
+def counted_interval(score: dict[str, Any] | None, count: int | str) -> str:
+    """A cell of a score, with its number of values if that is not `count`; empty without a score."""
+    if score is None:
+        return ""
+    return interval(score) + (f" (n {score['n']})" if score["n"] != count else "")
 
 
 def grid(lines: list[list[str]]) -> Table:

@@ -35,7 +35,7 @@ from lmrl.run import CALL_FILE, RESULTS_FILE, Run, write_atomically
 from lmrl.run_folders import RECIPE_FILE, read_recipe
 from lmrl.training.build import suite_of
 from lmrl.training.devices import slots_here
-from lmrl.training.display import Display, fixed, interval
+from lmrl.training.display import Display, counted_interval, fixed
 from lmrl.training.extend import further_steps
 from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.train import default_output
@@ -343,11 +343,11 @@ def sweep_lines(rows: Rows, columns: Iterable[str]) -> list[list[str]]:
     shown = [column for column in columns if any(column in scores for scores in rows.values())]
     lines = [["", *(head for column in shown for head in (column, "lowest")), "n"]]
     for label, scores in rows.items():
-        cells = [cell for column in shown for cell in _cells(scores.get(column))]
-        counts = {scores[column]["n"] for column in shown if column in scores}
-        lines.append([label, *cells, "/".join(map(str, sorted(counts)))])
+        count = next((scores[column]["n"] for column in shown if column in scores), "")
+        cells = [cell for column in shown for cell in _cells(scores.get(column), count)]
+        lines.append([label, *cells, str(count)])
     return lines
 
 
-def _cells(score: dict[str, Any] | None) -> tuple[str, str]:
-    return (interval(score), fixed(score["lowest"])) if score else ("", "")
+def _cells(score: dict[str, Any] | None, count: int | str) -> tuple[str, str]:
+    return counted_interval(score, count), fixed(score["lowest"]) if score else ""

@@ -83,6 +83,8 @@ def test_policies_and_logs_compare_alike(run, tmp_path):
         lmrl.compare([tmp_path / "old", tmp_path / "new"], betas=[1])
     with pytest.raises(DataError, match="there is no 'runs/none' here"):  # one name, as for lmrl.evaluate
         lmrl.compare("runs/none")
+    with pytest.raises(RecipeError, match=r"name policies in a list, lmrl.compare\(\['runs/a', 'runs/b'\]\)"):
+        lmrl.compare("runs/a", "runs/b")
     with pytest.raises(RecipeError, match="two policies or more are needed"):
         lmrl.compare([tmp_path / "old"])
 

@@ -98,6 +98,11 @@ def test_what_is_wrong_is_found(file, name, found):
     assert len(bad) == len(found) or name == "forgetful"
 
 
+def test_samples_are_numbered_from_one(file):
+    bad, _ = failed(file, "ranked")
+    assert bad["order in the batch does not matter"] == "8 of 8 differ; sample 1 scores 0.0 and then 0.875"
+
+
 def test_a_constant_reward_fails_on_real_data_only(file):
     bad, findings = failed(file, "constant")
     assert bad == {} and "try --data" in findings[-1].detail

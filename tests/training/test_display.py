@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from lmrl.training.display import Display, interval, scope_of, short
+from lmrl.training.display import Display, interval, scope_of, score_lines, short
 
 
 def test_interval_near_a_limit_shows_both_ends():
@@ -54,6 +54,13 @@ def test_many_metrics_stand_below_each_other():
     lines = [line.split() for line in stream.getvalue().splitlines()]
     assert ["│", "metric11", "│", "0.250", "±", "0.125", "│", "0.250", "±", "0.125", "│"] in lines
     assert ["│", "n", "│", "8", "│", "8", "│"] in lines
+
+
+def test_another_number_of_values_is_shown_beside_its_score():
+    reward, pass_at = ({"mean": 0.5, "ci95": [0.25, 0.75], "n": n} for n in (186, 31))
+    head, line = score_lines({"a": {"reward": reward, "pass@4": pass_at, "length": reward}})
+    assert head == ["", "reward", "pass@4", "length", "n"]
+    assert line == ["a", "0.500 ± 0.250", "0.500 ± 0.250 (n 31)", "0.500 ± 0.250", "186"]
 
 
 def test_names_in_brackets_and_emoji_codes_are_shown_as_they_are():
