@@ -4,8 +4,8 @@
     answer = client.chat([{"role": "user", "content": "2 + 3 = ?"}], temperature=0)
     answer.text, answer.logprobs, answer.usage
 
-Keys come only from environment variables. Transient failures (no connection, 408, 429, 5xx) are retried after pauses
-that double, or as Retry-After says; what still fails raises EndpointError.
+Keys come only from environment variables. Transient failures (no connection, 408, 429, 5xx, invalid JSON) are retried
+after pauses that double, or as Retry-After says; what still fails raises EndpointError.
 """
 
 from __future__ import annotations

@@ -38,8 +38,9 @@ class Client:
     """Posts JSON to one address over connections that stay open, and retries after transient failures.
 
     A user and password in the address are sent in a header. timeout: seconds per request. connections: maximum requests
-    at a time. retries: further requests, after pauses that double (or as Retry-After says). token_env: name of the
-    environment variable that holds a bearer token. max_mb: a longer answer is refused.
+    at a time. retries: further requests, after pauses that double (or as Retry-After says); an answer that is no JSON
+    counts as transient. token_env: name of the environment variable that holds a bearer token. max_mb: a longer answer
+    is refused.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Client:
         """Called when the server asks for a pause of this many seconds (429, Retry-After)."""
 
     def _exchanged(self, method: str, address: str, data: bytes | None) -> dict[str, Any]:
+        failure: Failure | RequestFailed
         for retry in range(self.retries + 1):
             self.before_request()
             wait = min(FIRST_PAUSE * 2**retry * random.uniform(0.5, 1.5), LONGEST_PAUSE)
@@ -93,14 +95,18 @@ class Client:
                     f"timed out after {self.timeout:g} s" if _late(error) else f"cannot be reached: {_root(error)}"
                 )
             else:
-                if 200 <= code < 300:
-                    return self._parsed(body)
                 said = " ".join(body[:300].decode(errors="replace").split())
-                if code not in BUSY:
+                if 200 <= code < 300:
+                    try:
+                        return self._parsed(body)
+                    except ValueError:  # half an answer, or a page of a proxy
+                        failure = RequestFailed(f"{self.url} returned invalid JSON: {body[:60]!r}")
+                elif code not in BUSY:
                     raise (RequestFailed if code in REFUSED else RewardError)(
                         f"{self.url} answered {code} {reason}: {said}"
                     )
-                failure = Failure(f"answered {code} {reason}: {said}")
+                else:
+                    failure = Failure(f"answered {code} {reason}: {said}")
                 asked = _seconds(answer_headers.get("Retry-After"))
                 wait = asked or wait
                 if code == 429 or asked:
@@ -132,12 +138,10 @@ class Client:
             response.release_conn()
 
     def _parsed(self, data: bytes) -> dict[str, Any]:
+        """The answer's object. Raises ValueError for invalid JSON, RequestFailed for anything else that is not one."""
         if len(data) > self.max_bytes:
             raise RequestFailed(f"{self.url} answered with more than {self.max_bytes / 2**20:g} MB (max_mb)")
-        try:
-            answer = json.loads(data)
-        except ValueError as error:
-            raise RequestFailed(f"{self.url} returned invalid JSON: {data[:60]!r}") from error
+        answer = json.loads(data)
         if not isinstance(answer, dict):
             raise RequestFailed(f"{self.url} answered with a {type(answer).__name__}, expected an object")
         return answer

@@ -230,6 +230,11 @@ def test_an_address_without_a_scorer_is_reported(answer, words):
             ask(remote(url, options={"max_mb": 0.002}), ["a"])
 
 
+def test_half_an_answer_is_asked_for_again():
+    with answering((200, b'{"scores": [1', {}), FINE) as (url, seen):
+        assert ask(remote(url), ["a"]).values == [1.5] and len(seen) == 2
+
+
 def test_an_address_has_a_scheme():
     with pytest.raises(Exception, match="'localhost:1' is not an address"):
         remote("localhost:1")
