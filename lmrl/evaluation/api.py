@@ -14,7 +14,7 @@ from lmrl.engines.base import check_has_q
 from lmrl.engines.remote import Endpoint, RemotePolicy, is_address
 from lmrl.errors import RecipeError, RunError, ScoreError
 from lmrl.evaluation.bridges import HARNESS, INSPECT, harness_options, harness_task, inspect_options, inspect_task
-from lmrl.evaluation.contamination import WORDS, Overlap, overlap_of
+from lmrl.evaluation.contamination import WORDS, Overlap, find_overlap
 from lmrl.evaluation.contenders import Contender, contenders, folder_name
 from lmrl.evaluation.evaluate import Evaluator, left_out
 from lmrl.evaluation.log import in_order, is_log, logs_in, play_into_log
@@ -148,7 +148,7 @@ def evaluate(
     rows: dict[str, Scores] = {}
     episodes: dict[str, list[Trajectory]] = {}
     given: NamedSuite | None = None
-    shared: Overlap | None = None
+    shared = Overlap(list(map(str, overlap)), overlap_words) if overlap else None
     for contender in found:
         evaluator = evaluator_for(
             contender, suite, overrides, trust_remote_code, given=given, run_code=run_code, endpoint=endpoint
@@ -156,17 +156,15 @@ def evaluate(
         if log is None:
             refuse_unscored(evaluator.suite)
         check_known(floors, evaluator.suite, "--fail-under")
-        if overlap and shared is None:  # before anything is played
-            shared = overlap_of(
-                evaluator.suite, evaluator.task, evaluator.starts(), list(map(str, overlap)), overlap_words
-            )
+        if shared is not None:  # before anything is played
+            find_overlap(shared, evaluator.suite, evaluator.task, evaluator.starts())
         given = NamedSuite(evaluator.suite, evaluator.name)
         for label, scores, played in score_rows(evaluator, contender, betas, log, len(found) > 1, part):
             rows[label], episodes[label] = scores, played
     names = ", ".join(map(str, policies))
     said = evaluator.played + left_out({label: len(own) for label, own in episodes.items()}, evaluator.planned)
     report = Report(evaluator.name, names, rows, evaluator.suite.metrics, played, said, episodes, shared)
-    if shared is not None and 0 < len(shared.shared) < shared.prompts:
+    if shared is not None and 0 < len(shared.shared) < len(shared.prompts):
         kept = {label: shared.clean(own) for label, own in episodes.items()}
         report.clean = {label: evaluator.report(own) for label, own in kept.items() if own}
     return report

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lmrl.run_folders import RECIPE_FILE, final_checkpoint, read_recipe
 from lmrl.trajectories.files import Selection, open_rows
 from lmrl.trajectories.readers import Malformed
 from lmrl.trajectories.store import DatasetFile
-from lmrl.trajectories.trajectory import Trajectory, prompt_text
+from lmrl.trajectories.trajectory import Trajectory, prompt_key, prompt_text
 
 WORD = re.compile(r"\w+")
 WORDS = 13
@@ -32,60 +33,79 @@ WORDS = 13
 
 @dataclass
 class Overlap:
-    """What a suite's prompts share with training data. shared, short: indices of prompts (groups) that share an n-gram,
-    and that have too few words for one."""
+    """What a suite's prompts share with training data. prompts, shared, short: keys (see `prompt_key`) of those searched
+    for, of those that share an n-gram, and of those that have too few words for one."""
 
     against: list[str]
     words: int
-    prompts: int
-    shared: dict[int, str] = field(default_factory=dict)
+    prompts: list[str] = field(default_factory=list)
+    shared: dict[str, str] = field(default_factory=dict)
     """The first n-gram that each shares."""
-    short: list[int] = field(default_factory=list)
+    short: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        texts = f"{len(self.shared)} of {self.prompts} prompts share {self.words} words in a row with {', '.join(self.against)}"
+        texts = f"{len(self.shared)} of {len(self.prompts)} prompts share {self.words} words in a row with {', '.join(self.against)}"
         return texts + (f"; {len(self.short)} have fewer words, so nothing is known of them" if self.short else "")
 
     def clean(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         """The episodes of prompts that share nothing, as far as is known."""
-        return [one for one in trajectories if one.group not in self.shared]
+        return [one for one in trajectories if prompt_key(one.turns[0].observation) not in self.shared]
 
     def to_plain(self) -> dict[str, Any]:
-        return vars(self) | {"shared": {str(group): text for group, text in self.shared.items()}}
+        return vars(self) | {"prompts": len(self.prompts)}
 
 
-def overlap_of(
-    suite: Suite, task: Task, starts: Sequence[int | None], against: Sequence[str], words: int = WORDS
-) -> Overlap:
-    """Compare a suite's prompts with the training data of runs, or with the rows of files and hub datasets.
+def find_overlap(found: Overlap, suite: Suite, task: Task, starts: Sequence[int | None]) -> None:
+    """Compare a suite's prompts with the training data of runs, or with the rows of files and hub datasets, unless they
+    are in `found` already; a policy's tokenizer decides which prompts it plays.
 
-    task, starts: the suite's, of which prompts are numbered as groups are. Raises RecipeError for a suite that plays an
-    environment, and RunError for a run without prompts or logged data.
+    task, starts: the suite's. Raises RecipeError for a suite that plays an environment, and RunError for a run without
+    prompts or logged data.
     """
     if not isinstance(suite.task, PromptTask):
         raise RecipeError("--overlap: the suite plays an environment, which has no prompts to find in training data")
-    index: dict[tuple[str, ...], list[int]] = {}
-    found = Overlap(list(against), words, len(starts))
-    for group, texts in enumerate(texts_of(suite.task.prompts, task, starts)):
-        longest = 0
-        for text in texts:
-            said = words_in(text)
-            longest = max(longest, len(said))
-            for stretch in stretches(said, words):
-                index.setdefault(stretch, []).append(group)
-        if longest < words:
-            found.short.append(group)
-    for place in against:
+    texts = own_words(texts_of(suite.task.prompts, task, starts), found.words)
+    known = set(found.prompts)
+    fresh = [key for key in texts if key not in known]
+    found.prompts += fresh
+    found.short += [key for key in fresh if max(map(len, texts[key]), default=0) < found.words]
+    index: dict[tuple[str, ...], list[str]] = {}
+    for key in fresh:
+        for said in texts[key]:
+            for stretch in stretches(said, found.words):
+                index.setdefault(stretch, []).append(key)
+    for place in found.against if fresh else ():
         for text in training_texts(place):
-            for stretch in stretches(words_in(text), words):
-                for group in index.get(stretch, ()):
-                    found.shared.setdefault(group, " ".join(stretch))
-    return found
+            for stretch in stretches(words_in(text), found.words):
+                for key in index.get(stretch, ()):
+                    found.shared.setdefault(key, " ".join(stretch))
 
 
-def texts_of(prompts: Prompts, task: Task, starts: Sequence[int | None]) -> Iterator[list[str]]:
-    """Each prompt's own texts. If prompts are made from columns, these are the columns, without what is the same in all
-    prompts, and without few-shot examples, which are training data on purpose."""
+def own_words(texts: Mapping[str, Sequence[str]], count: int) -> dict[str, list[list[str]]]:
+    """The words of each prompt's texts, cut where `count` words in a row are in all prompts, such as a system message:
+    they say nothing about any of them."""
+    said = {key: list(map(words_in, own)) for key, own in texts.items()}
+    everywhere: set[tuple[str, ...]] = set()
+    if len(said) > 1:
+        everywhere = set.intersection(
+            *({one for own in each for one in stretches(own, count)} for each in said.values())
+        )
+    return {key: [part for own in each for part in without(own, everywhere, count)] for key, each in said.items()}
+
+
+def without(said: Sequence[str], removed: Set[tuple[str, ...]], count: int) -> list[list[str]]:
+    """The parts of a text that remain without these stretches of `count` words."""
+    is_removed = [False] * len(said)
+    for first, stretch in enumerate(stretches(said, count)):
+        if stretch in removed:
+            is_removed[first : first + count] = [True] * count
+    runs = groupby(zip(is_removed, said, strict=True), key=lambda one: one[0])
+    return [[word for _, word in run] for gone, run in runs if not gone]
+
+
+def texts_of(prompts: Prompts, task: Task, starts: Sequence[int | None]) -> dict[str, list[str]]:
+    """Each prompt's own texts, by its key. If prompts are made from columns, these are the columns, without few-shot
+    examples, which are training data on purpose."""
     plain = {"template": None, "opening": "", "shots": Shots()}
     is_made = any(getattr(prompts, name) != value for name, value in plain.items())
     columns: dict[str, list[str]] = {}
@@ -94,9 +114,8 @@ def texts_of(prompts: Prompts, task: Task, starts: Sequence[int | None]) -> Iter
         for row, original in zip(prompt_rows(prompts), originals, strict=True):
             columns.setdefault(row[prompts.column], []).extend(strings_in(original))
     rows = task.make().rows
-    for start in starts:
-        prompt = rows[start][prompts.column]
-        yield columns[prompt] if is_made else [prompt_text(prompt)]
+    chosen = [rows[start][prompts.column] for start in starts]
+    return {prompt_key(prompt): columns[prompt] if is_made else [prompt_text(prompt)] for prompt in chosen}
 
 
 def words_in(text: str) -> list[str]:
@@ -109,18 +128,33 @@ def stretches(words: Sequence[str], count: int) -> Iterator[tuple[str, ...]]:
 
 
 def training_texts(place: str) -> Iterator[str]:
-    """Texts that a run learned from, or those of a file's rows."""
+    """Texts that a run learned from, those of the runs that it continues included, or those of a file's rows."""
     folder = Path(place).expanduser()
     if (folder / RECIPE_FILE).is_file():
         found = False
-        for recipe in stages_of(read_recipe(folder)).values():
-            for text in stage_texts(recipe, folder):
-                found = True
-                yield text
+        for text in run_texts(folder):
+            found = True
+            yield text
         if not found:
             raise RunError(f"--overlap: {place} learned from no prompts or logged data, only from an environment")
         return
     yield from row_texts(open_rows(place).scan())
+
+
+def run_texts(folder: Path) -> Iterator[str]:
+    """Texts of all stages of a run, and of the run whose policy it began with."""
+    recipe = read_recipe(folder)
+    for stage in stages_of(recipe).values():
+        yield from stage_texts(stage, folder)
+    if (earlier := run_around(recipe.model.path)) is not None:
+        yield from run_texts(earlier)
+
+
+def run_around(model: str | None) -> Path | None:
+    """The run that a model's folder is, or is in."""
+    path = Path(model or "").expanduser()
+    around = (path.resolve(), *path.resolve().parents) if model and path.exists() else ()
+    return next((one for one in around if (one / RECIPE_FILE).is_file() and (one / "stages").is_dir()), None)
 
 
 def stage_texts(recipe: Recipe, folder: Path) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import lmrl
@@ -10,16 +11,20 @@ from lmrl import cli
 from lmrl.errors import DataError, RecipeError, RunError
 from lmrl.evaluation import contamination
 from lmrl.evaluation.evaluate import Evaluator
+from lmrl.evaluation.suites import load_suite
 from lmrl.recipe.files import load_recipe
+from lmrl.rollouts.task import build_task
+from lmrl.trajectories.trajectory import Trajectory, Turn
 
 SHARED = "the quick brown fox jumps over the lazy dog and runs far away from here today"
+UPPER = SHARED.upper() + "!"
 OTHER = "seven small ships sail slowly across a silent sea of blue glass while nobody is watching"
 
 
 @pytest.fixture
 def suite(tmp_path):
     rows = [
-        {"prompt": SHARED.upper() + "!", "answer": "a"},
+        {"prompt": UPPER, "answer": "a"},
         {"prompt": OTHER, "answer": "b"},
         {"prompt": "short", "answer": ""},
     ]
@@ -43,23 +48,27 @@ def test_shared_words_are_found_in_any_field(suite, tiny_folder, tmp_path):
     chat = [{"role": "user", "content": f"Once, {SHARED.replace(' ', '  ')}."}]
     file = write(tmp_path / "train.jsonl", {"messages": chat}, {"text": OTHER[:40]})
     report = lmrl.evaluate(tiny_folder, suite, overlap=[file])
-    assert list(report.overlap.shared) == [0] and report.overlap.short == [2] and report.overlap.prompts == 3
-    assert report.overlap.shared[0] == " ".join(SHARED.split()[:13])
+    assert (
+        list(report.overlap.shared) == [UPPER]
+        and report.overlap.short == ["short"]
+        and len(report.overlap.prompts) == 3
+    )
+    assert report.overlap.shared[UPPER] == " ".join(SHARED.split()[:13])
     assert report.metrics["reward"]["n"] == 3
     assert report.clean["policy"]["reward"]["mean"] == (len(OTHER) + len("short")) / 2
     data = json.loads(report.to_json())
-    assert data["overlap"]["shared"] == {"0": report.overlap.shared[0]} and "rows_without_overlap" in data
+    assert data["overlap"]["shared"] == {UPPER: report.overlap.shared[UPPER]} and "rows_without_overlap" in data
 
 
 def test_fewer_words_than_asked_are_no_overlap(suite, tiny_folder, tmp_path):
     file = write(tmp_path / "train.jsonl", {"text": " ".join(SHARED.split()[:12])})
     assert lmrl.evaluate(tiny_folder, suite, overlap=[file]).overlap.shared == {}
-    assert list(lmrl.evaluate(tiny_folder, suite, overlap=[file], overlap_words=12).overlap.shared) == [0]
+    assert list(lmrl.evaluate(tiny_folder, suite, overlap=[file], overlap_words=12).overlap.shared) == [UPPER]
 
 
 def test_json_inside_of_a_field_is_read(suite, tiny_folder, tmp_path):
     file = write(tmp_path / "log.jsonl", {"turns": json.dumps([{"action": "so\n" + SHARED}])})
-    assert list(lmrl.evaluate(tiny_folder, suite, overlap=[file]).overlap.shared) == [0]
+    assert list(lmrl.evaluate(tiny_folder, suite, overlap=[file]).overlap.shared) == [UPPER]
 
 
 def test_examples_before_a_prompt_are_no_overlap(suite, tiny_folder, tmp_path):
@@ -78,7 +87,8 @@ def test_a_prompt_inside_of_a_template_is_found(suite, tiny_folder, tmp_path):
     file = write(tmp_path / "train.jsonl", {"text": SHARED})
     report = lmrl.evaluate(tiny_folder, suite, ["task.prompts.template='Say: {{ prompt }}'"], overlap=[file])
     assert report.trajectories[1].prompt == f"Say: {OTHER}"
-    assert list(report.overlap.shared) == [0] and report.overlap.short == [2]
+    assert list(report.overlap.shared) == [f"Say: {UPPER}"] and report.overlap.short == ["Say: short"]
+    assert report.clean["policy"]["reward"]["n"] == 2
 
 
 def test_prompts_that_could_not_be_judged_are_found(suite, tiny_folder, tmp_path):
@@ -88,7 +98,52 @@ def test_prompts_that_could_not_be_judged_are_found(suite, tiny_folder, tmp_path
     )
     report = lmrl.evaluate(tiny_folder, suite, ["task.max_failed=0.5"], overlap=[file])
     assert [one.group for one in report.trajectories] == [1, 2]
-    assert list(report.overlap.shared) == [0] and report.overlap.prompts == 3
+    assert list(report.overlap.shared) == [UPPER] and len(report.overlap.prompts) == 3
+
+
+def test_what_all_prompts_say_is_no_overlap(suite, tiny_folder, tmp_path):
+    """A system message of 14 words, which the training data has as well."""
+    system = {"role": "system", "content": "you are kind and " * 3 + "very brief"}
+
+    def chat(text):
+        return [system, {"role": "user", "content": text}]
+
+    write(tmp_path / "prompts.jsonl", *({"prompt": chat(text)} for text in (SHARED, OTHER, "what is it")))
+    train = write(tmp_path / "train.jsonl", {"messages": chat("what a day")}, {"messages": chat(SHARED)})
+    found = lmrl.evaluate(tiny_folder, suite, ["task.prompts.chat=true"], overlap=[train]).overlap
+    assert [SHARED in key for key in found.shared] == [True] and ["what is it" in key for key in found.short] == [True]
+
+
+def test_prompts_are_known_by_their_text(suite, tiny_folder, tmp_path):
+    """Of two policies, only the second, by its own tokenizer, plays the first prompt: numbers of prompts differ."""
+    file, loaded = write(tmp_path / "train.jsonl", {"text": SHARED}), load_suite(suite)
+    task = build_task(loaded.task, AutoTokenizer.from_pretrained(tiny_folder))
+    found = contamination.Overlap([file], 13)
+    contamination.find_overlap(found, loaded, task, [1, 2])
+    assert found.shared == {} and found.prompts == [OTHER, "short"]
+    contamination.find_overlap(found, loaded, task, [0, 1, 2])
+    assert list(found.shared) == [UPPER] and found.prompts == [OTHER, "short", UPPER] and found.short == ["short"]
+    first = [Trajectory([], text, "", group=group, turns=[Turn(text, "")]) for group, text in enumerate([OTHER, UPPER])]
+    assert found.clean(first) == first[:1]
+
+
+def test_a_run_that_continues_another_has_learned_its_data(tiny_folder, tmp_path, monkeypatch):
+    """DPO from the final checkpoint of a run of SFT."""
+    monkeypatch.setattr(contamination, "final_checkpoint", lambda folder: tiny_folder)
+    write(tmp_path / "answers.jsonl", {"prompt": "p", "completion": "imitated"})
+    write(tmp_path / "pairs.jsonl", {"prompt": "p", "chosen": "preferred", "rejected": "r"})
+    recipe = (
+        "model: {{path: {}}}\nobjective: {{name: {}}}\n"
+        "task: {{prompts: {{path: {}, holdout: 0}}}}\nsource: {{name: dataset, path: {}}}\n"
+    )
+    for run, method, model, data in (
+        ("sft", "likelihood", "M", tmp_path / "answers.jsonl"),
+        ("dpo", "dpo", tmp_path / "sft/stages/main/final", tmp_path / "pairs.jsonl"),
+    ):
+        (tmp_path / run / "stages/main/final").mkdir(parents=True)
+        (tmp_path / run / "recipe.yaml").write_text(recipe.format(model, method, data, data))
+    assert {"preferred", "imitated"} <= set(contamination.training_texts(str(tmp_path / "dpo")))
+    assert "preferred" not in set(contamination.training_texts(str(tmp_path / "sft")))
 
 
 def test_a_blend_learns_from_its_parts(tiny_folder, tmp_path, monkeypatch):
