@@ -43,6 +43,8 @@ def load_failure(path: str, key: str, error: Exception) -> str:
     if folder.exists():
         return f"{key}: '{path}' cannot be loaded: {_first_sentence(text)}"
     if HUB_NAME.fullmatch(path) is None:
+        if path.startswith(("http:/", "https:/")):
+            return f"{key}: '{path}' is an address, but weights are loaded here: name a run, a model's folder or one of the hub"
         return f"{key}: there is no '{path}' here"
     if "gated" in text.lower():
         return f"{key}: '{path}' is gated: ask for access on its page of the hub, and log in with `hf auth login`"

@@ -106,6 +106,7 @@ def test_ls_knows_every_shipped_engine_and_tracker():
         (["train", "--resume"], "lmrl: there is no run to resume under runs/"),
         (["train", "random_walks/ppo", "--resume"], "lmrl: --resume needs the run"),
         (["eval", "nowhere/at/all", "--suite", "random_walks"], "lmrl: policy: there is no 'nowhere/at/all' here"),
+        (["chat", "http://localhost:1/v1#m"], "lmrl: policy: 'http://localhost:1/v1#m' is an address, but weights are"),
         (["eval", ".", "--suite", "random_walk"], "lmrl: no suite called 'random_walk'"),
         (["replay", ".", "--episode", "main/train/1/0"], "lmrl: --episode: samples.jsonl does not exist"),
         (["replay", "."], "lmrl: . is not a bundle (expected a folder below RUN/bundles/)"),
