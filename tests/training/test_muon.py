@@ -230,8 +230,6 @@ def test_counts_that_muon_reads_stay_on_the_cpu():
     matrix, vector = (torch.nn.Parameter(torch.empty(size, device="meta")) for size in ((2, 2), (2,)))
     adamw = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}
     strategy = Strategy()
-    strategy.optimizer = MuonWithAdamW(
-        {"params": [matrix], "lr": 0.1}, [{"params": [vector], "lr": 0.1}], 0.0, **adamw
-    )
+    strategy.optimizer = MuonWithAdamW({"params": [matrix], "lr": 0.1}, [{"params": [vector], "lr": 0.1}], 0.0, **adamw)
     strategy.load_optimizer_tensors({"a": matrix, "b": vector}, {"a.step": torch.ones(()), "b.step": torch.ones(())})
     assert [strategy.optimizer.state[one]["step"].device.type for one in (matrix, vector)] == ["cpu", "meta"]
