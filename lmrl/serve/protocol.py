@@ -125,10 +125,15 @@ class Fields:
     def finish(self) -> None:
         """Refuse the remaining fields, unless they have no effect or ask for the default behaviour."""
         for name, value in self.left.items():
-            if name in WITHOUT_EFFECT or (name in NEUTRAL and value in NEUTRAL[name]):
+            if name in WITHOUT_EFFECT or any(_is_same(value, one) for one in NEUTRAL.get(name, ())):
                 continue
             allowed = f"; only {json.dumps(NEUTRAL[name][0])} is" if name in NEUTRAL else ""
             raise BadRequest(f"'{name}' is not supported{allowed}", name, "unsupported_parameter")
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """True for the same JSON value: False is not 0, though Python has them equal."""
+    return bool(value == other and isinstance(value, bool) == isinstance(other, bool))
 
 
 def _type_names(kinds: type | tuple[type, ...]) -> str:
