@@ -8,7 +8,7 @@ cancels, and is reported.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from lmrl.rewards.pairs import Verdict, ask_pairs, by_score
 from lmrl.rewards.rewards import arguments_of, score
 from lmrl.rewards.workers import Failure
 from lmrl.secrets import expand
+from lmrl.seeding import stream
 from lmrl.trajectories.trajectory import Trajectory
 
 KEY = "--judge"
@@ -30,6 +31,8 @@ REMOTE = "lmrl.reward_models.judge.Judge"
 """The judge that is used if an address is named."""
 MAX_FAILED = 0.1
 """Maximum share of pairs that a judge may leave unanswered."""
+FIRST_BLOCK = 8
+"""Pairs that a judge gets at first; each further block has twice as many."""
 
 Preference = Callable[[Sequence[Trajectory], Sequence[Trajectory]], list[Verdict]]
 
@@ -117,30 +120,33 @@ def _preference(call: Callable[..., Any]) -> Preference:
 def judge_pair(judge: Judge, first: Played, second: Played, fixed: bool = False) -> Judged:
     """Judge the answers of two policies to the same samples, in both orders.
 
-    fixed: True if these are all the prompts there are, see `summarize`. Raises RewardError if the judge leaves too many
-    pairs unanswered.
+    fixed: True if these are all the prompts there are, see `summarize`. Raises RewardError once the judge has left too
+    many pairs unanswered, or all of the first block.
     """
     sides = [{(one.group, one.episode): one for one in played.trajectories} for played in (first, second)]
     keys = [key for key in sides[0] if key in sides[1]]
     asked = [key for key in keys if sides[0][key].completion != sides[1][key].completion]
-    one, other = ([side[key] for key in asked] for side in sides)
-    as_first, as_second = (judge.prefer(one, other), judge.prefer(other, one)) if asked else ([], [])
     values = dict.fromkeys(keys, 0.5)
     places, wins, losses = {}, 0, 0
     failures: list[Failure] = []
-    for key, shown_first, shown_second in zip(asked, as_first, as_second, strict=True):
-        if isinstance(shown_first, Failure) or isinstance(shown_second, Failure):
-            failures += [one for one in (shown_first, shown_second) if isinstance(one, Failure)][:1]
-            del values[key]
-            continue
-        values[key] = (shown_first + 1 - shown_second) / 2
-        places[key] = (shown_first + shown_second) / 2
-        wins += shown_first > 0.5 > shown_second
-        losses += shown_first < 0.5 < shown_second
-    if len(failures) > MAX_FAILED * max(len(asked), 1):
-        raise RewardError(
-            f"{KEY}: {judge.name} gave no answer on {len(failures)} of {len(asked)} pairs; the first: {failures[0]}"
-        )
+    for block in _blocks(asked, FIRST_BLOCK if judge.sees_pairs else len(asked)):
+        orders = _both_orders(judge, *([side[key] for key in block] for side in sides))
+        for key, verdicts in zip(block, orders, strict=True):
+            if isinstance(verdicts, Failure):
+                failures.append(verdicts)
+                del values[key]
+                continue
+            shown_first, shown_second = verdicts
+            values[key] = (shown_first + 1 - shown_second) / 2
+            places[key] = (shown_first + shown_second) / 2
+            wins += shown_first > 0.5 > shown_second
+            losses += shown_first < 0.5 < shown_second
+        tried = len(places) + len(failures)
+        if len(failures) > MAX_FAILED * len(asked) or failures and not places:
+            rest = f"; the other {len(asked) - tried} were not asked" if tried < len(asked) else ""
+            raise RewardError(
+                f"{KEY}: {judge.name} gave no answer on {len(failures)} of {tried} pairs{rest}; the first: {failures[0]}"
+            )
     clusters, of_places = (
         clusters_of([group for group, _ in each], first.trajectories, PROMPT) for each in (values, places)
     )
@@ -163,3 +169,25 @@ def judge_pair(judge: Judge, first: Played, second: Played, fixed: bool = False)
         pairs=len(shares),
         failed=len(failures),
     )
+
+
+def _blocks(keys: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Parts of a sequence, each twice as long as the one before. They are drawn from all of it: samples of one prompt
+    that cannot be judged would fill the first."""
+    order, first = stream("judge", len(keys)).permutation(len(keys)), 0
+    while first < len(keys):
+        yield [keys[index] for index in order[first : first + size]]
+        first, size = first + size, 2 * size
+
+
+def _both_orders(
+    judge: Judge, one: Sequence[Trajectory], other: Sequence[Trajectory]
+) -> list[tuple[float, float] | Failure]:
+    """Verdicts on pairs in both orders. A pair without a verdict in the first is not asked again."""
+    found: list[Any] = judge.prefer(one, other)
+    again = [number for number, verdict in enumerate(found) if not isinstance(verdict, Failure)]
+    if again:
+        swapped = judge.prefer([other[number] for number in again], [one[number] for number in again])
+        for number, verdict in zip(again, swapped, strict=True):
+            found[number] = verdict if isinstance(verdict, Failure) else (found[number], verdict)
+    return found

@@ -11,6 +11,7 @@ from lmrl.errors import PluginError, RecipeError, RewardError
 from lmrl.evaluation.judging import Judge, judge_pair, load_judge
 from lmrl.evaluation.paired import Played
 from lmrl.evaluation.student import upper_tail
+from lmrl.rewards.workers import Failure
 from lmrl.trajectories.trajectory import Trajectory
 from tests.reward_models.test_judge import endpoint
 
@@ -98,8 +99,11 @@ def test_a_reward_scores_each_answer_alone(judges):
 def test_p_agrees_with_the_interval():
     """9 of 10 pairs won in both orders: effective number 9, degrees of freedom 9; t = 0.4 sqrt(9 / 0.25) = 2.4."""
     many = [played(key, *(f"{key}{number}" for number in range(10))) for key in "AB"]
-    orders = iter([[1.0] * 9 + [0.0], [0.0] * 9 + [1.0]])
-    found = judge_pair(Judge("sure", lambda *_: next(orders), True), *reversed(many))
+
+    def wins(one, other):
+        return [float((a.completion[0] == "B") != (a.group == 9)) for a in one]
+
+    found = judge_pair(Judge("sure", wins, True), *reversed(many))
     assert found.win_rate == 0.9 and found.p == pytest.approx(2 * upper_tail(2.4, 9))
     assert found.p < 0.05 and found.ci95[0] > 0.5
 
@@ -110,6 +114,44 @@ def test_too_many_failures_are_an_error(judges):
     assert (found.failed, found.pairs) == (1, 19)
     with pytest.raises(RewardError, match="gave no answer on 1 of 3 pairs; the first: returned None"):
         judge_pair(judges("shy"), B, A)
+
+
+def test_a_silent_judge_is_asked_one_block_once():
+    many, seen = [played(key, *(f"{key}{number}" for number in range(100))) for key in "AB"], []
+
+    def silent(one, other):
+        seen.extend(one)
+        return [Failure("timed out")] * len(one)
+
+    said = "no answer on 8 of 8 pairs; the other 92 were not asked; the first: timed out"
+    with pytest.raises(RewardError, match=said):
+        judge_pair(Judge("mute", silent, True), *many)
+    assert len(seen) == 8
+
+
+def test_a_prompt_that_cannot_be_judged_stops_nothing(judges):
+    """Eight samples of each of twelve prompts; the judge never answers the first prompt."""
+    many = []
+    for key in "AB":
+        one = played(key, *(f"{key}{number}" for number in range(96)))
+        for number, episode in enumerate(one.trajectories):
+            episode.group, episode.prompt = number // 8, f"p{number // 8}"
+        many.append(one)
+    found = judge_pair(judges("shy"), *many)
+    assert (found.failed, found.pairs) == (8, 88)
+
+
+def test_a_judge_that_falls_silent_is_not_asked_on():
+    """Of 100 pairs 10 may fail. Pairs 0 to 7 and 8 to 23 are answered in both orders, 24 to 55 in the first alone."""
+    many, seen = [played(key, *(f"{key}{number}" for number in range(100))) for key in "AB"], []
+
+    def tired(one, other):
+        seen.extend(one)
+        return [1.0 if len(seen) <= 80 else Failure("timed out") for _ in one]
+
+    with pytest.raises(RewardError, match="no answer on 32 of 56 pairs; the other 44 were not asked"):
+        judge_pair(Judge("tired", tired, True), *many)
+    assert len(seen) == 2 * 56
 
 
 def test_answers_out_of_range_are_an_error(judges):
