@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -16,12 +16,13 @@ from typing import Any
 
 from lmrl.errors import RecipeError, RunError
 from lmrl.evaluation.suites import Suite
-from lmrl.recipe import AgentTask, BlendSource, DatasetOptions, Prompts, PromptTask, Recipe, Shots
+from lmrl.recipe import AgentTask, BlendSource, DatasetOptions, Prompts, PromptTask, Recipe, RewardModelObjective, Shots
 from lmrl.recipe.files import stages_of
 from lmrl.rollouts.task import Task, build_task, strings_in
 from lmrl.rollouts.templates import prompt_rows
 from lmrl.run_folders import RECIPE_FILE, final_checkpoint, read_recipe
 from lmrl.trajectories.files import Selection, open_rows
+from lmrl.trajectories.preference_pairs import read_pairs, split_pairs
 from lmrl.trajectories.readers import Malformed
 from lmrl.trajectories.store import DatasetFile
 from lmrl.trajectories.trajectory import Trajectory, prompt_key, prompt_text
@@ -171,11 +172,22 @@ def stage_texts(recipe: Recipe, folder: Path) -> Iterator[str]:
             yield from row_texts(rows[number] for number in task.training or ())
         elif log is not None and log.path is not None:
             part, without = Selection.of(log), task.heldout_prompts() if task else set()
-            if task is None or not without:
+            if isinstance(recipe.objective, RewardModelObjective):
+                yield from pair_texts(log.path, part, recipe.objective.holdout, task, without)
+            elif task is None or not without:
                 yield from row_texts(open_rows(log.path, part).scan())
             else:
                 file = DatasetFile(log.path, task.renderer, part=part, without=without, skip_bad_rows=True)
                 yield from row_texts(file.kept_rows())
+
+
+def pair_texts(path: str, part: Selection, share: float, task: Task | None, without: Collection[str]) -> Iterator[str]:
+    """Texts of the pairs that a reward model learned from: it holds out a share of the prompts by itself."""
+    pairs, _ = read_pairs(path, part, skip_bad_rows=True)
+    training, _ = split_pairs(
+        pairs, share, lambda prompt: task is not None and not task.renderer.keys(prompt).isdisjoint(without)
+    )
+    yield from row_texts(vars(pairs[number]) for number in training)
 
 
 def learned_from(recipe: Recipe) -> Iterator[tuple[Any, DatasetOptions | None]]:

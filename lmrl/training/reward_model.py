@@ -37,11 +37,11 @@ from lmrl.training.checkpoint import STATE, checkpoint_path, verify, write_check
 from lmrl.training.display import Display
 from lmrl.training.interrupt import Interrupt, Interrupted
 from lmrl.training.monitoring.measures import SAMPLES_KEPT, peak_memory_mb
-from lmrl.training.preference_pairs import Pair, read_pairs, split_pairs
 from lmrl.training.skipping_adamw import build_optimizer
 from lmrl.training.tracking import StageTracking
 from lmrl.training.updater import schedule
 from lmrl.trajectories.files import Selection, quiet_datasets
+from lmrl.trajectories.preference_pairs import Pair, read_pairs, split_pairs
 from lmrl.trajectories.store import UNMATCHED
 from lmrl.trajectories.trajectory import Messages
 

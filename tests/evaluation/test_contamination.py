@@ -164,6 +164,24 @@ def test_a_blend_learns_from_its_parts(tiny_folder, tmp_path, monkeypatch):
     assert len([text for text in texts if text[0] == "p"]) == 3
 
 
+def test_pairs_that_a_reward_model_holds_out_are_clean(tiny_folder, tmp_path, monkeypatch):
+    """Of five prompts with two pairs each, the task holds out one, and the reward model two in all."""
+    monkeypatch.setattr(contamination, "final_checkpoint", lambda folder: tiny_folder)
+    rows = [{"prompt": f"p{number}", "chosen": f"c{number}", "rejected": "r"} for number in range(5)]
+    write(tmp_path / "pairs.jsonl", *rows, *rows)
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {{path: {tiny_folder}}}\nobjective: {{name: reward_model, holdout: 0.4}}\n"
+        "task: {prompts: {path: pairs.jsonl, holdout: 0.2}, rewards: []}\nsource: {name: dataset, path: pairs.jsonl}\n"
+    )
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    task = build_task(recipe.task, AutoTokenizer.from_pretrained(tiny_folder))
+    texts = list(contamination.stage_texts(recipe, tmp_path))
+    prompts = [text for text in texts if text[0] == "p"]
+    assert len(prompts) == 6 and len(set(prompts)) == 3
+    assert task.heldout_prompts().isdisjoint(key for text in prompts for key in task.renderer.keys(text))
+    assert sorted(text[1] for text in texts if text[0] == "c") == sorted(prompt[1] for prompt in prompts)
+
+
 def test_held_out_prompts_of_a_run_are_clean(suite, tiny_folder, tmp_path):
     """A run that trains on four of five prompts, scored on all five."""
     rows = [{"prompt": f"{number} {' '.join(f'w{number}x{word}' for word in range(14))}"} for number in range(5)]

@@ -18,7 +18,7 @@ from lmrl.sources import dataset as dataset_module
 from lmrl.sources.base import SourceRequest
 from lmrl.sources.dataset import Dataset, build_dataset, open_dataset_file, play_dataset
 from lmrl.training.build import watch_suite
-from lmrl.training.preference_pairs import read_pairs
+from lmrl.trajectories.preference_pairs import read_pairs
 from lmrl.trajectories.render import Renderer
 from tests.sources.conftest import dataset, lines, rewarded
 

@@ -6,7 +6,7 @@ import pytest
 
 from lmrl.errors import DataError
 from lmrl.recipe.files import load_recipe
-from lmrl.training.preference_pairs import Pair, read_pairs, split_pairs
+from lmrl.trajectories.preference_pairs import Pair, read_pairs, split_pairs
 from tests.training.test_reward_model import stages_recipe
 
 
