@@ -203,7 +203,8 @@ class DatasetFile:
     @cached_property
     def _frame(self) -> int:
         """Maximum number of tokens that opening a segment and closing a turn add to the text."""
-        openings = [self.renderer.first("a")]
+        encoder = self.renderer.encoder  # not the renderer, which would report "a" where the vocabulary lacks it
+        openings = [encoder.encode(encoder.content("a"), True)]
         if self.renderer.tokenizer.chat_template:
             openings.append(self.renderer.first([{"role": "user", "content": "a"}]))
         return 2 * max(map(len, openings)) + 16

@@ -317,3 +317,11 @@ def test_episodes_beyond_the_models_positions_are_left_out(tmp_path, tokenizer, 
     ]
     both = DatasetFile(path, Renderer(tokenizer), positions=room, max_tokens=10)
     assert len(both) == 1 and len(both.notes) == 2
+
+
+def test_only_texts_of_a_log_are_reported_as_unknown(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text(json.dumps({"prompt": "bb", "completion": "c", "reward": 1}) + "\n")
+    renderer = Renderer(build_tokenizer("char", ["bc"]))
+    assert len(DatasetFile(str(log), renderer, positions=64)) == 1
+    assert renderer.unknown is None
