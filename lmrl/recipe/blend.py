@@ -120,6 +120,13 @@ class BlendSource(SourceOptions):
     def plays_own_task(self) -> bool:
         return any(part.log is None and part.task is None for part in self.parts)
 
+    def sections(self, recipe: Recipe) -> list[tuple[str, SourceOptions, Any]]:
+        return [
+            (f"source.parts.{part.name}.log", part.log, recipe.task if part.task is None else part.task)
+            for part in self.parts
+            if part.log is not None
+        ]
+
     def episodes_a_step(self, recipe: Recipe) -> tuple[int, int]:
         prompts, samples = recipe.rollouts.prompts, recipe.rollouts.samples
         if not self.has_log:

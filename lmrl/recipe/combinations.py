@@ -18,11 +18,16 @@ if TYPE_CHECKING:
 def mistakes(recipe: Recipe) -> Iterator[str]:
     """Yield one line for each combination in a recipe that cannot work."""
     objective, source, task = recipe.objective, recipe.source, recipe.task
-    if source.best_among == "prompt" and source.best == 1:
-        yield (
-            "`source.best_among=prompt` has no effect while source.best is 1, which keeps all episodes: set "
-            "source.best below 1, or source.best_among=all"
-        )
+    for key, section, played in source.sections(recipe):
+        if section.best_among == "prompt" and section.best == 1:
+            yield (
+                f"`{key}.best_among=prompt` has no effect while {key}.best is 1, which keeps all episodes: set "
+                f"{key}.best below 1, or {key}.best_among=all"
+            )
+        if getattr(section, "turns", None) is not None and getattr(played, "history", "all") == "all":
+            yield f"`{key}.turns` cuts episodes between turns, but here all turns share a context: set task.history=1 (or N)"
+        if getattr(section, "player", None) and isinstance(played, PromptTask):
+            yield f"`{key}.player` plays an environment; prompts have none: give {key}.path"
     if not objective.leaves_policy:
         if recipe.model.quantization is not None:
             yield (
@@ -59,10 +64,6 @@ def mistakes(recipe: Recipe) -> Iterator[str]:
     if isinstance(task, PromptTask):
         if source.plays_own_task and not task.rewards:
             yield "a task of prompts learns from rewards: list at least one under task.rewards"
-        if getattr(source, "player", None):
-            yield "`source.player` plays an environment; prompts have none: give source.path"
-    if getattr(source, "turns", None) is not None and getattr(task, "history", "all") == "all":
-        yield "`source.turns` cuts episodes between turns, but here all turns share a context: set task.history=1 (or N)"
     evaluation = recipe.evaluation
     unscored = evaluation.suite is None or evaluation.suite == OWN_TASK and not recipe.scores_own_task
     if evaluation.gate is not None and unscored:

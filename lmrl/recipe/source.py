@@ -31,6 +31,10 @@ class SourceOptions(Section):
         """True if it plays the recipe's own task."""
         return self.plays
 
+    def sections(self, recipe: Recipe) -> list[tuple[str, SourceOptions, Any]]:
+        """The sections that choose among episodes (`best`, `turns`), each with its key and its task."""
+        return [("source", self, recipe.task)]
+
     def episodes_a_step(self, recipe: Recipe) -> tuple[int, int]:
         """Prompts per step, and episodes per prompt, that are learned from."""
         return recipe.rollouts.prompts, recipe.rollouts.samples

@@ -301,4 +301,4 @@ def label_of(recipe: Recipe, objective: Objective) -> str:
     if not recipe.source.has_log:
         return "expert iteration"
     name = "SFT" if isinstance(recipe.task, PromptTask) else "BC"
-    return f"filtered {name}" if recipe.source.best < 1 else name
+    return f"filtered {name}" if any(one.best < 1 for _, one, _ in recipe.source.sections(recipe)) else name

@@ -81,6 +81,22 @@ REFUSED = [
         )
         for objective in ("name: mc", "name: ilql, calibrated: true")
     ),
+    *(
+        (
+            MODEL
+            + f"task: {{{task}}}\nobjective: {{name: {objective}}}\n"
+            + f"source: {{name: blend, parts: [{{name: a, log: {{player: random, {log}}}}}]}}",
+            said,
+        )
+        for task, objective, log, said in (
+            ("environment: maze", "ilql", "best: 0.5", "leave source.parts.a.log.best at 1"),
+            ("environment: maze", "mc", "turns: 2", "`source.parts.a.log.turns` cuts off the returns that followed"),
+            ("environment: maze, history: all", "ilql", "turns: 2", "all turns share a context: set task.history=1"),
+            ("environment: maze", "likelihood", "best_among: prompt", "set source.parts.a.log.best below 1"),
+            ("environment: maze", "dpo", "turns: 2", "compares whole episodes: leave source.parts.a.log.turns out"),
+            ("prompts: {path: prompts.jsonl}", "likelihood", "best: 0.5", "prompts have none: give source.parts.a.log.path"),
+        )
+    ),
 ]  # fmt: skip
 
 ALLOWED = [

@@ -83,10 +83,11 @@ class DPOObjective(ObjectiveOptions):
             yield "objective 'dpo' learns from logged pairs or from fresh ones, not both: set source.name=dataset (or rollouts)"
         elif not source.has_log and recipe.rollouts.samples == 1:
             yield "objective 'dpo' compares samples of the same prompt: set rollouts.samples to 2 or more"
-        if source.best < 1:
-            yield "objective 'dpo' learns from bad episodes as well as good ones: leave source.best at 1"
-        if getattr(source, "turns", None) is not None:
-            yield "objective 'dpo' compares whole episodes: leave source.turns out"
+        for key, section, _ in source.sections(recipe):
+            if section.best < 1:
+                yield f"objective 'dpo' learns from bad episodes as well as good ones: leave {key}.best at 1"
+            if getattr(section, "turns", None) is not None:
+                yield f"objective 'dpo' compares whole episodes: leave {key}.turns out"
         if self.cache_reference and source.plays:
             yield "`objective.cache_reference` is for logged episodes, which are used again: set source.name=dataset"
 

@@ -12,8 +12,6 @@ from lmrl.recipe.objectives.base import BINS, ObjectiveOptions
 if TYPE_CHECKING:
     from lmrl.recipe.recipe import Recipe
 
-CUT_RETURNS = "`source.turns` cuts off the returns that followed, which the objective needs: leave it out"
-
 
 class Discounts(ObjectiveOptions):
     """Discounting of later rewards."""
@@ -37,6 +35,11 @@ class Guidance(ObjectiveOptions):
     values_log = True
 
     @property
+    def needs_returns(self) -> bool:
+        """True if it learns from the returns that followed, which it cannot bootstrap."""
+        return False
+
+    @property
     def folds(self) -> bool:
         """True if Q can be folded into the vocabulary matrix."""
         return False
@@ -46,8 +49,11 @@ class Guidance(ObjectiveOptions):
         return f"--beta {self.beta:g}" + ("" if self.folds or not self.beta else " --distill")
 
     def mistakes(self, recipe: Recipe) -> Iterator[str]:
-        if recipe.source.best < 1:
-            yield f"objective '{self.name}' learns from bad episodes as well as good ones: leave source.best at 1"
+        for key, section, _ in recipe.source.sections(recipe):
+            if section.best < 1:
+                yield f"objective '{self.name}' learns from bad episodes as well as good ones: leave {key}.best at 1"
+            if self.needs_returns and getattr(section, "turns", None) is not None:
+                yield f"`{key}.turns` cuts off the returns that followed, which the objective needs: leave it out"
 
 
 class QObjective(Discounts, Guidance):
@@ -98,8 +104,10 @@ class QObjective(Discounts, Guidance):
         yield from super().mistakes(recipe)
         if self.trunk == "separate" and recipe.model.lora is not None:
             yield "`objective.trunk: separate` trains a second copy of all weights: with model.lora use shared (or detached)"
-        if self.calibrated and getattr(recipe.source, "turns", None) is not None:
-            yield CUT_RETURNS
+
+    @property
+    def needs_returns(self) -> bool:
+        return self.calibrated
 
     def resolved(self, recipe: Recipe) -> Self:
         if self.trunk != "auto":
@@ -144,10 +152,9 @@ class MCObjective(QObjective):
 
     name: Literal["mc"]
 
-    def mistakes(self, recipe: Recipe) -> Iterator[str]:
-        yield from super().mistakes(recipe)
-        if getattr(recipe.source, "turns", None) is not None and not self.calibrated:
-            yield CUT_RETURNS
+    @property
+    def needs_returns(self) -> bool:
+        return True
 
 
 class QSFTObjective(Discounts, Guidance):
