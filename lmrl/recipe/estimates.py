@@ -161,14 +161,15 @@ def memory(recipe: Recipe, accelerator: bool = False) -> dict[str, float] | None
     update, sampling = _update_bytes(recipe, shape, width), _sampling_bytes(recipe, shape, width)
     if sampling and not accelerator:
         sampling[PACKED] = _packed_bytes(shape, width)
+    if not accelerator and "bfloat16" in (recipe.model.dtype, recipe.training.precision):
+        for passes in (update, sampling):
+            computed = sum(size for name, size in passes.items() if name not in (ON_THEIR_WAY, PACKED))
+            passes["a CPU's bfloat16 kernels"] = (CPU_BFLOAT16 - 1) * computed
     # They do not happen at the same time, and each reuses the memory that the other has freed.
     passes = update if sum(update.values()) >= sum(sampling.values()) else sampling
     megabytes = {name: size / 2**20 for name, size in (items | passes).items() if size}
     if accelerator:
         return megabytes
-    if "bfloat16" in (recipe.model.dtype, recipe.training.precision):
-        computed = sum(size for name, size in passes.items() if name not in (ON_THEIR_WAY, PACKED))
-        megabytes["a CPU's bfloat16 kernels"] = (CPU_BFLOAT16 - 1) * computed / 2**20
     python = PROCESS_MB + (CUDA_BUILD_MB if is_cuda_build() else 0)
     python += VLLM_PROCESS_MB if recipe.rollouts.engine == "vllm" else 0
     python += 0 if recipe.objective.leaves_policy else TRL_MB

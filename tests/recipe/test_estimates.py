@@ -208,6 +208,16 @@ def test_memory_of_sampling():
     assert "keys and values" not in other and "activations" in other
 
 
+def test_an_update_counts_with_what_its_kernels_add(monkeypatch):
+    """Packed weights, which need no more in bfloat16, may be larger than an update's activations, but not than four times these."""
+    recipe = load_recipe("random_walks/bc", ["source={name: rollouts, best: 0.5}", "training.precision=bfloat16"])
+    update = sum(estimates._update_bytes(recipe, estimates.model_shape(recipe.model), 2).values())
+    for packed, expected in ((2 * update, "activations"), (5 * update, estimates.PACKED)):
+        monkeypatch.setattr(estimates, "_packed_bytes", lambda shape, width, packed=packed: packed)
+        found = memory(recipe)
+        assert expected in found and not {"activations", estimates.PACKED} - {expected} & found.keys()
+
+
 def test_memory_of_an_accelerator():
     default = memory(load_recipe("random_walks/bc"), accelerator=True)
     recipe = load_recipe("random_walks/bc", ["training.precision=float32"])
