@@ -3,13 +3,14 @@
 import pytest
 
 from lmrl.errors import RunError
+from lmrl.objectives.ppo import PPO
 from lmrl.recipe.files import load_recipe
-from lmrl.recipe.objectives import GRPOObjective
+from lmrl.recipe.objectives import PPOObjective
 from lmrl.run_folders import read_recipe
 from lmrl.training import resume_run, train
 from lmrl.training.checkpoint import optimizer_of
 
-PPO = """
+PPO_TEXT = """
 model: {path: MODEL}
 task: {prompts: {path: prompts.jsonl}, rewards: [{function: "reward.py:long"}]}
 rollouts: {prompts: 2, samples: 2, max_new_tokens: 4}
@@ -46,7 +47,7 @@ def files_of(run):
 
 @pytest.mark.parametrize("every", [0, 1])
 def test_more_steps_are_those_of_a_longer_run(tmp_path, tiny_folder, every):
-    recipe = written(tmp_path, PPO, MODEL=tiny_folder, EVERY=every)
+    recipe = written(tmp_path, PPO_TEXT, MODEL=tiny_folder, EVERY=every)
     train(load_recipe(recipe, ["training.steps=4"]), output=tmp_path / "long")
     train(load_recipe(recipe), output=tmp_path / "short")
     before = files_of(tmp_path / "short")
@@ -99,11 +100,13 @@ def test_a_stage_that_others_started_from_keeps_its_steps(tmp_path):
 
 
 def test_a_stage_keeps_the_optimizer_that_it_began_with(tmp_path, tiny_folder, monkeypatch):
-    """Where the recipe leaves it open, the choice may depend on how the stage was launched."""
-    text = PPO.replace("name: ppo, value_warmup_steps: 1", "name: grpo")
-    recipe = written(tmp_path, text, MODEL=tiny_folder, EVERY=1)
+    """Where the recipe leaves it open, the choice may depend on how the stage was launched; PPO's `value_pull` follows it."""
+    pulls, state = [], PPO.state
+    monkeypatch.setattr(PPO, "state", lambda self: pulls.append(self.value_pull) or state(self))
+    recipe = written(tmp_path, PPO_TEXT, MODEL=tiny_folder, EVERY=1)
     train(load_recipe(recipe), output=tmp_path / "run")
     assert optimizer_of(tmp_path / "run/stages/main/final") == "namo"
-    monkeypatch.setattr(GRPOObjective, "small_by_namo", False)
+    monkeypatch.setattr(PPOObjective, "small_by_namo", False)
     resume_run(tmp_path / "run", load_recipe(recipe, ["training.steps=3"]))
     assert optimizer_of(tmp_path / "run/stages/main/final") == "namo"
+    assert set(pulls) == {0.1}
