@@ -12,8 +12,8 @@ far below imitation; DPO with 5e-7 at 7B (Zephyr, arXiv 2310.16944). Adapters ne
 et al., "LoRA without regret", 2025). If policy gradients still move the policy too far, `training.kl_band` lowers the rate.
 
 Muon and NAMO use the rates of AdamW: their steps have about the same size (Liu et al., arXiv 2502.16982, section 2.2). NAMO is
-the default of policy gradients for all weights of a small model, which has to find features that imitation did not teach it
-in few gradients: orthogonal steps move rare directions as far as common ones (Wang et al., arXiv 2509.26030).
+the default of PPO, GRPO and its relatives for all weights of a small model, which has to find features that imitation did not
+teach it in few gradients: orthogonal steps move rare directions as far as common ones (Wang et al., arXiv 2509.26030).
 
 A head starts at zero, on a hidden state of D numbers: one step of Adam moves a linear head's output by up to the rate times their sum.
 So a value head's rate is 1 / D, at most 1e-2; Q heads, which have their own layer or an entry for each token, use 1e-3.

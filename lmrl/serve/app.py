@@ -14,9 +14,10 @@ from typing import Any
 from lmrl.engines.base import Completion, Key, Sampling
 from lmrl.errors import LmrlError, ModelError
 from lmrl.secrets import LOOPBACK, redact
+from lmrl.serve.answers import Choice, Writer, sse
 from lmrl.serve.http import HTTPRequest, HTTPResponse, error_body
 from lmrl.serve.model import ServedPolicy, TextStream
-from lmrl.serve.protocol import CONTEXT_FULL, Ask, BadRequest, Choice, Writer, read_ask, sse
+from lmrl.serve.requests import CONTEXT_FULL, Ask, BadRequest, read_ask
 from lmrl.serve.sessions import Said, Session
 
 SESSIONS = "/session/"

@@ -10,7 +10,8 @@ from typing import Any
 from lmrl.engines.base import Completion, Engine, Key, Sampling, before_stop
 from lmrl.policy.policy import Policy
 from lmrl.recipe import SpecialTokens
-from lmrl.serve.protocol import CONTEXT_FULL, Ask, BadRequest, Choice, tool_calls
+from lmrl.serve.answers import Choice, tool_calls
+from lmrl.serve.requests import CONTEXT_FULL, Ask, BadRequest
 from lmrl.tools.formats import Tool, format_of
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.trajectory import Messages

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lmrl.engines.base import Completion, Sampling
+from lmrl.serve.answers import Choice
 from lmrl.serve.model import ServedPolicy, TextStream
-from lmrl.serve.protocol import Ask, BadRequest, Choice
+from lmrl.serve.requests import Ask, BadRequest
 from lmrl.tools.formats import Tool
 from lmrl.trajectories.trajectory import Messages, Segment, Trajectory, Turn, prompt_text, transcript
 

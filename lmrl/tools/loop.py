@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from lmrl.recipe.base import Section
-from lmrl.serve.protocol import CONTEXT_FULL
+from lmrl.serve.requests import CONTEXT_FULL
 from lmrl.tools.functions import CHARACTERS, SECONDS, OfferedTool, ToolBox
 from lmrl.trajectories.trajectory import Messages
 

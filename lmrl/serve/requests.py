@@ -1,20 +1,16 @@
-"""The supported part of OpenAI's API: parsing and checking requests, writing answers.
+"""Requests in the supported part of OpenAI's API: parsing and checking them.
 
 Unsupported fields are refused by name; no field that would change the answer is ignored.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import time
-import uuid
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lmrl.engines.base import Key, Sampling
-from lmrl.tools.formats import Call, Tool
+from lmrl.engines.base import Sampling
+from lmrl.tools.formats import Tool
 from lmrl.trajectories.fields import ROLES
 from lmrl.trajectories.trajectory import Messages
 
@@ -86,19 +82,6 @@ class Ask:
         return self.n * (1 if self.is_chat else len(self.prompts))
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A completion as the client sees it. tokens: the text of each token."""
-
-    text: str
-    tokens: list[str]
-    ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    calls: list[dict[str, Any]]
-    prompt_ids: list[int]
-
-
 class Fields:
     """The fields of a request; each known field is taken once, and those left at the end are unknown."""
 
@@ -148,7 +131,6 @@ def _type_names(kinds: type | tuple[type, ...]) -> str:
     return " or ".join(names[kind] for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
 
 
-# --------------------------------------------------------------------------------------------------------------- requests
 def read_ask(payload: Any, chat: bool, defaults: Sampling, most: int = 128) -> Ask:
     """A request for completions, checked. defaults: how to sample unless the request says otherwise. most: maximum
     `n`."""
@@ -298,111 +280,3 @@ def _prompts(fields: Fields) -> tuple[str | tuple[int, ...], ...]:
             raise BadRequest(f"'prompt' holds {prompt!r:.60}; expected text or token ids", "prompt")
         found.append(prompt if isinstance(prompt, str) else tuple(prompt))
     return tuple(found)
-
-
-# ---------------------------------------------------------------------------------------------------------------- answers
-def tool_calls(calls: Sequence[Call], key: Key, prompt: Sequence[int]) -> list[dict[str, Any]]:
-    """Calls in a message's form, each with an id: nine letters and digits, as Mistral's templates require, drawn from
-    the answer's random stream and prompt, because templates that show ids make them a part of later prompts."""
-    name = json.dumps([key, list(prompt)])
-    return [
-        {
-            "id": hashlib.blake2b(f"{name}{at}".encode()).hexdigest()[:9],
-            "type": "function",
-            "function": {"name": call.name, "arguments": call.arguments},
-        }
-        for at, call in enumerate(calls)
-    ]
-
-
-def _wire(calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Calls in the form in which they are sent: with arguments as JSON text."""
-    return [
-        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
-        for call in calls
-    ]
-
-
-def logprobs_of(choice: Choice, chat: bool) -> dict[str, Any]:
-    if chat:
-        content = [
-            {"token": token, "logprob": value, "bytes": list(token.encode()), "top_logprobs": []}
-            for token, value in zip(choice.tokens, choice.logprobs, strict=True)
-        ]
-        return {"content": content, "refusal": None}
-    offsets = [sum(map(len, choice.tokens[:at])) for at in range(len(choice.tokens))]
-    return {"tokens": choice.tokens, "token_logprobs": choice.logprobs, "top_logprobs": None, "text_offset": offsets}
-
-
-class Writer:
-    """Writes the answers to one request."""
-
-    def __init__(self, ask: Ask, model: str):
-        self.ask, self.id = ask, f"{'chatcmpl' if ask.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self.model, self.created = model, int(time.time())
-
-    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        written = []
-        for index, choice in enumerate(choices):
-            one: dict[str, Any] = {"index": index, "finish_reason": choice.finish_reason}
-            if self.ask.is_chat:
-                one["message"] = message_of(choice)
-            else:
-                one["text"] = choice.text
-            one["logprobs"] = logprobs_of(choice, self.ask.is_chat) if self.ask.logprobs else None
-            if self.ask.token_ids:
-                one |= {"token_ids": choice.ids, "prompt_token_ids": choice.prompt_ids}
-            written.append(one)
-        kind = "chat.completion" if self.ask.is_chat else "text_completion"
-        return self._frame(kind) | {"choices": written, "usage": self.usage(choices)}
-
-    def usage(self, choices: Sequence[Choice]) -> dict[str, int]:
-        prompt = sum(len(choice.prompt_ids) for choice in choices[:: self.ask.n])
-        completion = sum(len(choice.ids) for choice in choices)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-    def opening(self, index: int) -> bytes:
-        """The first event of a choice of a chat."""
-        return self._event(index, {"role": "assistant", "content": ""})
-
-    def part(self, index: int, text: str) -> bytes:
-        return self._event(index, {"content": text} if self.ask.is_chat else text)
-
-    def closing(self, index: int, choice: Choice) -> bytes:
-        """The last event of a choice: calls, finish reason, and token details."""
-        delta: Any = "" if not self.ask.is_chat else {}
-        if choice.calls:
-            delta = {"tool_calls": [{"index": at, **call} for at, call in enumerate(_wire(choice.calls))]}
-        extra: dict[str, Any] = (
-            {"token_ids": choice.ids, "prompt_token_ids": choice.prompt_ids} if self.ask.token_ids else {}
-        )
-        logprobs = logprobs_of(choice, self.ask.is_chat) if self.ask.logprobs else None
-        return self._event(index, delta, choice.finish_reason, logprobs, extra)
-
-    def totals(self, choices: Sequence[Choice]) -> bytes:
-        return sse(self._frame(self._kind) | {"choices": [], "usage": self.usage(choices)})
-
-    @property
-    def _kind(self) -> str:
-        return "chat.completion.chunk" if self.ask.is_chat else "text_completion"
-
-    def _event(
-        self, index: int, delta: Any, reason: str | None = None, logprobs: Any = None, extra: Mapping[str, Any] = {}
-    ) -> bytes:
-        name = "delta" if self.ask.is_chat else "text"
-        choice = {"index": index, name: delta, "logprobs": logprobs, "finish_reason": reason, **extra}
-        return sse(self._frame(self._kind) | {"choices": [choice]})
-
-    def _frame(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-
-def message_of(choice: Choice) -> dict[str, Any]:
-    """The assistant's message of a choice, as it is sent."""
-    message: dict[str, Any] = {"role": "assistant", "content": choice.text or (None if choice.calls else "")}
-    return message | ({"tool_calls": _wire(choice.calls)} if choice.calls else {})
-
-
-def sse(value: Any) -> bytes:
-    """A server-sent event."""
-    return b"data: " + (value if isinstance(value, bytes) else json.dumps(value).encode()) + b"\n\n"
