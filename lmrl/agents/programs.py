@@ -95,9 +95,10 @@ class Function(Program):
             # A coroutine that it returns is refused: with the synchronous client it would block this loop.
             return outcome_of(await in_thread(lambda: self.call(row, client, **options)))
         finally:
-            closed = client.close()
-            if inspect.isawaitable(closed):
-                await closed
+            with suppress(RuntimeError):  # its connections belong to a loop of the program's own, which has ended
+                closed = client.close()
+                if inspect.isawaitable(closed):
+                    await closed
 
 
 class Command(Program):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,15 +147,15 @@ def test_a_decorated_async_function_is_awaited(policy, rows, program):
     ("program", "cause"),
     [
         ("not_awaited", "raised TypeError: it returned a coroutine that nothing awaits: write `async def`"),
-        ("oversized", "raised ValueError: 'reward' is 1e+301; expected at most 1e+30 in size"),
-        ("in_a_group", "Error: 'messages' is missing or empty"),
+        ("oversized", r"raised ValueError: 'reward' is 1e\+301; expected at most 1e\+30 in size"),
+        ("in_a_group", "'messages' is missing or empty"),
         ("exits_in_a_task", "raised SystemExit: 0"),
-        ("impatient", "has waited for no answer of the policy"),
+        ("impatient", "has (waited for no answer of|sent no request to) the policy"),  # by client
     ],
 )
 def test_what_is_no_reward_fails_with_its_cause(policy, rows, program, cause):
     (played,) = play(policy, rows, program, starts=[0])
-    assert played.reward is None and cause in played.failure
+    assert played.reward is None and re.search(cause, played.failure)
 
 
 def test_a_plain_function_over_its_limit_is_abandoned(policy, rows):
