@@ -120,8 +120,8 @@ def rate_line(recipe: Recipe) -> str:
     chosen, rates = with_rates(recipe, *sizes), default_rates(recipe, *sizes)
     reason = "as stated" if stated.lr is not None else rates.reason
     heads = f", heads {chosen.head_lr:g}" if recipe.objective.head_parameters(1, 1)[0] else ""
-    namo = " with NAMO" if chosen.name == "namo" and stated.name is None else ""
-    return f"learning rate: {chosen.lr:g}{namo}{heads} ({reason})"
+    by = "" if stated.name else {"namo": " with NAMO", "muon": " with Muon"}.get(chosen.name or "", "")
+    return f"learning rate: {chosen.lr:g}{by}{heads} ({reason})"
 
 
 def memory_lines(recipe: Recipe) -> list[str]:

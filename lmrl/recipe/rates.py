@@ -11,9 +11,11 @@ with 1e-5 at 7B (Llama 2, arXiv 2307.09288, uses 2e-5) and about 1e-4 at 125M; p
 far below imitation; DPO with 5e-7 at 7B (Zephyr, arXiv 2310.16944). Adapters need about ten times the rate of all weights (Schulman
 et al., "LoRA without regret", 2025). If policy gradients still move the policy too far, `training.kl_band` lowers the rate.
 
-Muon and NAMO use the rates of AdamW: their steps have about the same size (Liu et al., arXiv 2502.16982, section 2.2). NAMO is
-the default of PPO, GRPO and its relatives for all weights of a small model, which has to find features that imitation did not
-teach it in few gradients: orthogonal steps move rare directions as far as common ones (Wang et al., arXiv 2509.26030).
+Muon and NAMO use the rates of AdamW: their steps have about the same size (Liu et al., arXiv 2502.16982, section 2.2). For all
+weights of a small model, which has to find features that imitation did not teach it, they are the default where that was measured:
+orthogonal steps move rare directions as far as common ones (Wang et al., arXiv 2509.26030). NAMO trains PPO, GRPO and its relatives,
+whose rate is constant, so that steps must get short where gradients disagree; Muon trains Q values on logged episodes alone, whose
+rate falls to 0.
 
 A head starts at zero, on a hidden state of D numbers: one step of Adam moves a linear head's output by up to the rate times their sum.
 So a value head's rate is 1 / D, at most 1e-2; Q heads, which have their own layer or an entry for each token, use 1e-3.
@@ -72,8 +74,8 @@ def with_rates(recipe: Recipe, parameters: int, hidden: int, sharded: bool = Fal
     head_lr = rates.head_lr if stated.head_lr is None else stated.head_lr
     if stated.head_lr is None and stated.lr is not None and recipe.objective.head_lr_follows:
         head_lr = lr
-    by_namo = recipe.objective.small_by_namo and recipe.model.lora is None and parameters < SMALL and not sharded
-    name = stated.name or ("namo" if by_namo else "adamw")
+    small = recipe.model.lora is None and parameters < SMALL and not sharded
+    name = stated.name or (recipe.objective.small_optimizer(recipe) if small else "adamw")
     schedule = stated.schedule or ("constant" if recipe.source.plays else "linear")
     betas = stated.betas or recipe.objective.betas
     norm = recipe.objective.max_grad_norm if stated.max_grad_norm == "auto" else stated.max_grad_norm

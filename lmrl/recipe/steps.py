@@ -20,8 +20,8 @@ class Optimizer(Section):
     """adamw_8bit: moments in 8 bits (Dettmers et al., arXiv 2110.02861), with bitsandbytes. muon: orthogonalized steps for the matrices
     of layers, scaled to the size of AdamW's (Liu et al., arXiv 2502.16982), and AdamW for embeddings, head, norms and value heads. namo:
     the same, but shorter where gradients disagree (Zhang et al., arXiv 2602.17080). These three work in one process, or in several
-    without sharding (null: there, namo where a policy gradient other than archer trains all weights of a model of less than 10M
-    parameters; else adamw)."""
+    without sharding (null: there, for all weights of a model of less than 10M parameters, namo with policy gradients other than
+    archer, and muon with ilql and mc on logged episodes alone; else adamw)."""
     lr: float | None = Field(None, gt=0)
     """Learning rate (null: chosen by objective, trained weights and model size, see lmrl/recipe/rates.py; `lmrl show` prints it)."""
     head_lr: float | None = Field(None, gt=0)

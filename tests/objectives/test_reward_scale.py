@@ -1,13 +1,14 @@
 """The size of rewards changes nothing: ten updates at default options, in float64, with every reward multiplied."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lmrl.objectives import load_objective
 from lmrl.policy.load import load_policy
-from lmrl.recipe import OBJECTIVES, Model, Optimizer
+from lmrl.recipe import OBJECTIVES, DatasetSource, Model, Optimizer
 from lmrl.training.updater import Updater
 from lmrl.trajectories.trajectory import Segment, Trajectory
 from tests.conftest import TINY_LLAMA
@@ -42,7 +43,9 @@ def weights_after(name: str, factor: float, **options) -> dict[str, torch.Tensor
     played = episodes(factor)
     if name in ("ilql", "mc"):
         objective.calibrate(policy, played)
-    optimizer = "namo" if OBJECTIVES[name].small_by_namo else "adamw"
+    optimizer = objective.options.small_optimizer(
+        SimpleNamespace(source=DatasetSource(name="dataset", player="random"))
+    )
     objective.optimizer = optimizer
     updater = Updater(policy, Optimizer(name=optimizer, lr=3e-3, head_lr=1e-2), STEPS)
     for step in range(1, STEPS + 1):

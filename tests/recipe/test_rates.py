@@ -8,12 +8,15 @@ from lmrl.recipe.rates import default_rates, with_rates
 SCRATCH, PRETRAINED = {"config": {"model_type": "llama"}}, {"path": "folder"}
 
 
-def recipe(objective: str, model: dict, **optimizer) -> Recipe:
+LOGGED = DatasetSource(name="dataset", player="random")
+
+
+def recipe(objective: str, model: dict, source=None, **optimizer) -> Recipe:
     return Recipe.model_construct(
         model=Model(**model),
         objective=OBJECTIVES[objective](name=objective),
         optimizer=Optimizer(**optimizer),
-        source=RolloutsSource(),
+        source=source or RolloutsSource(),
     )
 
 
@@ -56,8 +59,7 @@ def test_stated_rates_stay():
 
 def test_policy_gradients_have_a_lower_beta2():
     def chosen(objective, **stated):
-        logged = {"source": DatasetSource(name="dataset", player="random")}
-        found = with_rates(recipe(objective, SCRATCH, **stated).model_copy(update=logged), 60_000, 64)
+        found = with_rates(recipe(objective, SCRATCH, LOGGED, **stated), 60_000, 64)
         return found.betas, found.schedule
 
     assert chosen("ppo")[0] == (0.9, 0.95)
@@ -66,22 +68,26 @@ def test_policy_gradients_have_a_lower_beta2():
 
 
 @pytest.mark.parametrize(
-    ("objective", "model", "parameters", "name"),
+    ("objective", "source", "model", "parameters", "name"),
     [
-        ("ppo", SCRATCH, 6e4, "namo"),
-        ("grpo", PRETRAINED, 6e4, "namo"),
-        ("rloo", SCRATCH, 1e7, "adamw"),
-        ("grpo", PRETRAINED | {"lora": Lora()}, 6e4, "adamw"),
-        ("archer", SCRATCH, 6e4, "adamw"),
-        ("likelihood", SCRATCH, 6e4, "adamw"),
-        ("ilql", SCRATCH, 6e4, "adamw"),
+        ("ppo", None, SCRATCH, 6e4, "namo"),
+        ("grpo", None, PRETRAINED, 6e4, "namo"),
+        ("rloo", None, SCRATCH, 1e7, "adamw"),
+        ("grpo", None, PRETRAINED | {"lora": Lora()}, 6e4, "adamw"),
+        ("archer", None, SCRATCH, 6e4, "adamw"),
+        ("likelihood", LOGGED, SCRATCH, 6e4, "adamw"),
+        ("ilql", LOGGED, SCRATCH, 6e4, "muon"),
+        ("mc", LOGGED, PRETRAINED, 6e4, "muon"),
+        ("mc", LOGGED, PRETRAINED, 1e7, "adamw"),
+        ("ilql", LOGGED, PRETRAINED | {"lora": Lora()}, 6e4, "adamw"),
+        ("ilql", None, SCRATCH, 6e4, "adamw"),  # with fresh episodes, whose rate does not fall
     ],
 )
-def test_policy_gradients_train_small_models_by_namo(objective, model, parameters, name):
-    made = recipe(objective, model)
+def test_small_models_need_not_be_trained_by_adamw(objective, source, model, parameters, name):
+    made = recipe(objective, model, source)
     assert with_rates(made, int(parameters), 64).name == name
     assert with_rates(made, int(parameters), 64, sharded=True).name == "adamw"
-    stated = recipe(objective, model, name="adamw_8bit")
+    stated = recipe(objective, model, source, name="adamw_8bit")
     assert with_rates(stated, int(parameters), 64).name == "adamw_8bit"
 
 

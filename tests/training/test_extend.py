@@ -106,7 +106,7 @@ def test_a_stage_keeps_the_optimizer_that_it_began_with(tmp_path, tiny_folder, m
     recipe = written(tmp_path, PPO_TEXT, MODEL=tiny_folder, EVERY=1)
     train(load_recipe(recipe), output=tmp_path / "run")
     assert optimizer_of(tmp_path / "run/stages/main/final") == "namo"
-    monkeypatch.setattr(PPOObjective, "small_by_namo", False)
+    monkeypatch.setattr(PPOObjective, "small_optimizer", lambda *_: "adamw")
     resume_run(tmp_path / "run", load_recipe(recipe, ["training.steps=3"]))
     assert optimizer_of(tmp_path / "run/stages/main/final") == "namo"
     assert set(pulls) == {0.1}

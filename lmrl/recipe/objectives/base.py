@@ -42,8 +42,6 @@ class ObjectiveOptions(Section):
     """AdamW's decay rates if the recipe does not set them."""
     max_grad_norm: ClassVar[float] = 1.0
     """Norm that gradients are clipped to if the recipe does not set one."""
-    small_by_namo: ClassVar[bool] = False
-    """True if it trains small models with NAMO where the recipe names no optimizer."""
     norm_floor: ClassVar[float] = 0.0
     """NAMO's `norm_floor` if the recipe does not set one."""
     uses_sampling_temperature: ClassVar[bool] = True
@@ -68,6 +66,10 @@ class ObjectiveOptions(Section):
     def resolved(self, recipe: Recipe) -> Self:
         """The options, with `auto` values filled in from the rest of the recipe."""
         return self
+
+    def small_optimizer(self, recipe: Recipe) -> str:
+        """The optimizer for all weights of a small model where the recipe names none."""
+        return "adamw"
 
     def head_lr(self, lr: float, hidden: int) -> float:
         """Learning rate of heads on a model of hidden size `hidden` whose other weights use `lr`."""

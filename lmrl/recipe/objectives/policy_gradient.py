@@ -42,7 +42,9 @@ class PolicyGradientObjective(ObjectiveOptions):
 
     rate_curve = RateCurve(5e-4, 0.68, "policy gradients")
     betas = SHORT_MEMORY
-    small_by_namo = True
+
+    def small_optimizer(self, recipe: Recipe) -> str:
+        return "namo"
 
     @property
     def holds_reference(self) -> bool:
@@ -138,7 +140,7 @@ class ArCHerObjective(PolicyGradientObjective):
 
     name: Literal["archer"]
     head_lr_follows = False
-    small_by_namo = False  # not measured
+
     value_coef: float = Field(0.5, ge=0)
     """Weight of the critic's loss, a mean over the starts and ends of turns."""
     value_warmup_steps: int = Field(10, ge=0)
@@ -156,6 +158,9 @@ class ArCHerObjective(PolicyGradientObjective):
             yield "objective 'archer' has a turn-level critic, but episodes of `task.prompts` have one turn: use ppo or grpo"
         if recipe.model.lora is not None:
             yield "objective 'archer' trains a second copy of all weights as its critic: leave model.lora out, or use ppo"
+
+    def small_optimizer(self, recipe: Recipe) -> str:
+        return "adamw"  # the others have not been measured
 
     def head_lr(self, lr: float, hidden: int) -> float:
         return min(1 / hidden, LARGEST_HEAD_LR)

@@ -109,6 +109,9 @@ class QObjective(Discounts, Guidance):
     def needs_returns(self) -> bool:
         return self.calibrated
 
+    def small_optimizer(self, recipe: Recipe) -> str:
+        return "adamw" if recipe.source.plays else "muon"  # whose steps stay as long as the rate lets them
+
     def resolved(self, recipe: Recipe) -> Self:
         if self.trunk != "auto":
             return self
