@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import mmap
 import os
+import random
 import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 FORKED = 70
 """Exit code of a second process that returns from such a call after a fork (EX_SOFTWARE)."""
@@ -98,6 +103,25 @@ class foreign:  # noqa: N801 - reads as a statement
             _restore_directory()
         if self.settings is not None and self.settings != _settings():
             _restore(self.settings)
+
+
+@contextmanager
+def as_guest(device: torch.device) -> Iterator[None]:
+    """Around training, which may be one call of a larger program, such as a notebook: gradients are on, whatever that
+    program has set, and its torch settings and random generators are restored afterwards."""
+    import numpy as np
+    import torch
+
+    settings, python, numpy = _settings(), random.getstate(), np.random.get_state()
+    devices = [] if device.type == "cpu" else [device]
+    try:
+        with torch.random.fork_rng(devices, device_type=device.type), torch.inference_mode(False):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        if settings is not None:
+            _restore(settings)
 
 
 def waited_for() -> str | None:
@@ -236,15 +260,17 @@ def _settings() -> tuple[Any, ...] | None:
         torch.get_default_dtype(),
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
     )
 
 
 def _restore(settings: tuple[Any, ...]) -> None:
     import torch
 
-    gradients, dtype, threads, deterministic = settings
+    gradients, dtype, threads, deterministic, precision = settings
     torch.set_grad_enabled(gradients)
     torch.set_default_dtype(dtype)
     torch.use_deterministic_algorithms(deterministic)
+    torch.set_float32_matmul_precision(precision)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)

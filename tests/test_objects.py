@@ -1,6 +1,7 @@
 """Objects of a Python program in recipes: names for them, runs with them, and what a resumed run asks for."""
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import datasets
 import pandas
 import pytest
+import torch
 import transformers
 import yaml
 
@@ -185,6 +187,21 @@ def test_an_environment_of_each_kind_is_played(environment, tmp_path):
     result = lmrl.train(recipe, output=tmp_path / "run")
     assert len(result.metrics) == 2
     assert set(result.samples["prompt"]) <= {"say a:", "say b:", "say c:"}
+
+
+def test_a_run_learns_and_leaves_settings_alone(tmp_path):
+    """Its caller has switched gradients off, as for inference, and draws numbers of its own."""
+    rewards = lambda completions, **_: list(map(float, range(len(completions))))  # noqa: E731
+    recipe = tiny(task={"prompts": ROWS, "rewards": rewards}, training={"steps": 1, "threads": 1})
+    threads, before = torch.get_num_threads(), (random.getstate(), torch.get_rng_state().tolist())
+    torch.set_num_threads(2)
+    try:
+        with torch.no_grad():
+            assert lmrl.train(recipe, output=tmp_path / "run").metrics["grad_norm"].item() > 0
+            assert not torch.is_grad_enabled() and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert (random.getstate(), torch.get_rng_state().tolist()) == before
 
 
 def test_supervised_rows_train(tiny_folder, tmp_path):

@@ -18,7 +18,7 @@ from lmrl import distributed
 from lmrl.allocator import keep_freed_memory
 from lmrl.errors import LmrlError, RunError
 from lmrl.evaluation.scoring import Scores
-from lmrl.foreign import drop_note, keep_note
+from lmrl.foreign import as_guest, drop_note, keep_note
 from lmrl.objects import require
 from lmrl.recipe import MAIN_STAGE, Recipe
 from lmrl.recipe.files import load_recipe, stages_of
@@ -288,7 +288,8 @@ def _train_stages(run: Run, accelerator: Any, display: Display, interrupt: Inter
                 start = None if recipe.start == "model" else run.final(recipe.start)
             track = StageTracking(trackers, name, steps)
             parts = StageParts(run, name, recipe, start, accelerator.device, display, interrupt, track)
-            shared = _train_stage(parts, accelerator)
+            with as_guest(accelerator.device):
+                shared = _train_stage(parts, accelerator)
             distributed.barrier()
             predicted = max(predicted, predicted_memory_mb(recipe))
             if not shared:
