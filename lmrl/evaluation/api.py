@@ -72,7 +72,8 @@ class Report:
         return scores
 
     def require(self, floors: Mapping[str, float]) -> None:
-        """Raise ScoreError if a metric's mean is below its floor in any row, RecipeError if there is no such metric."""
+        """Raise ScoreError if a metric's mean is below its floor in any row, or a row has no value of it; RecipeError if
+        none has."""
         known = list(dict.fromkeys(name for scores in self.rows.values() for name in scores))
         for metric in floors:
             if metric not in known:
@@ -81,9 +82,11 @@ class Report:
                 )
         low = [
             f"{metric} of {label} is {scores[metric]['mean']:.4g}, below {floor:g}"
+            if metric in scores
+            else f"{metric} of {label} is not known: no episode has a value of it"
             for metric, floor in floors.items()
             for label, scores in self.rows.items()
-            if metric in scores and not scores[metric]["mean"] >= floor
+            if metric not in scores or not scores[metric]["mean"] >= floor
         ]
         if low:
             raise ScoreError("; ".join(low))

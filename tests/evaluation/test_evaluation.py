@@ -213,6 +213,15 @@ def test_floor_is_checked_on_the_mean():
         report_of(reward=math.nan).require({"reward": 0.0})
 
 
+def test_a_row_without_the_metric_misses_its_floor():
+    """As of an environment that reports it only for episodes that reach the goal: here A's do, and none of B's."""
+    first, second = report_of(reward=1.0, seconds=5.0), report_of(reward=1.0)
+    report = Report("suite", "A, B", {"A": first.metrics, "B": second.metrics}, ["reward"], [])
+    report.require({"reward": 1.0})
+    with pytest.raises(ScoreError, match="^seconds of B is not known: no episode has a value of it$"):
+        report.require({"seconds": 1.0})
+
+
 def test_floor_of_an_unknown_metric_is_an_error():
     with pytest.raises(RecipeError, match="no metric 'retrun'.*: this evaluation has return, length"):
         report_of(**{"return": -3.0, "length": 8.0}).require({"retrun": -2.5})
