@@ -93,18 +93,23 @@ def checkpoint_of(policy: str, which: str = "final", key: str = "policy") -> str
         return str(path)
     if (path / RECIPE_FILE).is_file() or (path / "stages").is_dir():
         found = final_checkpoint(path, which)
-        if not any((found / name).exists() for name in MODEL_FILES):
+        if not is_policy(found):
             raise RunError(
                 f"checkpoint {found} is incomplete, it holds no model: choose another one, --checkpoint step-N"
             )
         return str(found)
     if which != "final":
         raise RunError(f"--checkpoint {which}: '{policy}' is not a run folder: leave it out")
-    if not any((path / name).exists() for name in MODEL_FILES):
+    if not is_policy(path):
         inner = sorted(one.parent for one in path.glob(f"*/{RECIPE_FILE}"))
         hint = f": did you mean '{inner[-1]}'?" if inner else " (a model's folder holds a config.json)"
         raise RunError(f"{key}: '{policy}' is neither a run folder nor a checkpoint or model{hint}")
     return str(path)
+
+
+def is_policy(folder: Path) -> bool:
+    """True for a folder that is a run, or that holds a model."""
+    return any((folder / name).exists() for name in MODEL_FILES)
 
 
 def latest_run(root: Path = Path("runs")) -> Path:

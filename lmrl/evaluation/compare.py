@@ -19,6 +19,7 @@ from lmrl.evaluation.log import EvalLog, is_log, logs_in
 from lmrl.evaluation.paired import Comparison, Played, asked_metrics, compare_played, key_of
 from lmrl.evaluation.scoring import Scoring, check_known
 from lmrl.evaluation.suites import refuse_unscored
+from lmrl.run_folders import is_policy
 
 SHOWN = 5
 """How many of the samples that changed most are shown."""
@@ -141,9 +142,10 @@ class Common:
 
 
 def has_logs(folder: Path) -> bool:
-    """True for a log, and for a folder with logs in it."""
+    """True for a log, and for a folder with logs in it that is not itself a run or a model."""
     folder = folder.expanduser()
-    return is_log(folder) or folder.is_dir() and any(is_log(one) for one in folder.iterdir())
+    inside = folder.iterdir() if folder.is_dir() and not is_policy(folder) else ()
+    return is_log(folder) or any(map(is_log, inside))
 
 
 def check_same_suite(logs: Sequence[EvalLog]) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 import lmrl
 from lmrl.errors import DataError, RecipeError, RunError
+from lmrl.evaluation.compare import has_logs
 from tests import forking
 from tests.conftest import TINY_WALKS
 
@@ -87,6 +88,15 @@ def test_policies_and_logs_compare_alike(run, tmp_path):
         lmrl.compare("runs/a", "runs/b")
     with pytest.raises(RecipeError, match="two policies or more are needed"):
         lmrl.compare([tmp_path / "old"])
+
+
+@pytest.mark.parametrize("file", ["recipe.yaml", "config.json", None])
+def test_a_run_with_a_log_inside_is_a_run(file, tmp_path):
+    """`lmrl eval RUN --log RUN/scores` does not turn the run into its log, which later training leaves behind."""
+    (tmp_path / "scores").mkdir()
+    for one in ("scores/eval.json", *([file] if file else [])):
+        (tmp_path / one).write_text("{}")
+    assert has_logs(tmp_path / "scores") and has_logs(tmp_path) == (file is None)
 
 
 def test_weights_of_q_are_compared(ilql_run):
