@@ -267,6 +267,18 @@ def test_options_are_what_a_resumed_run_reads():
         )
 
 
+def test_folders_of_a_run_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text("{}")
+    (tmp_path / "own.yaml").write_text("seed: 1")
+    with pytest.raises(lmrl.errors.RunError, match="'~' is a run folder: continue it with resume=True"):
+        lmrl.train("~")
+    with pytest.raises(lmrl.errors.RunError, match=f"^{tmp_path} holds a run"):
+        lmrl.train("random_walks/ppo", output="~")
+    with pytest.raises(RecipeError, match="missing key 'model'"):
+        lmrl.load_recipe("~/own.yaml")
+
+
 def test_overrides_that_are_no_list():
     for overrides in ("training.steps=3", {"training.steps": 3}, [3], None):
         for call in (lmrl.train, lmrl.load_recipe):

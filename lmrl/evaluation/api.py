@@ -15,7 +15,7 @@ from lmrl.engines.remote import Endpoint, RemotePolicy, is_address
 from lmrl.errors import RecipeError, RunError, ScoreError
 from lmrl.evaluation.bridges import HARNESS, INSPECT, harness_options, harness_task, inspect_options, inspect_task
 from lmrl.evaluation.contamination import WORDS, Overlap, find_overlap
-from lmrl.evaluation.contenders import Contender, contenders, folder_name
+from lmrl.evaluation.contenders import Contender, contenders, folder_name, names_of
 from lmrl.evaluation.evaluate import Evaluator, left_out
 from lmrl.evaluation.log import in_order, is_log, logs_in, play_into_log
 from lmrl.evaluation.rescoring import rescore_log
@@ -136,7 +136,7 @@ def evaluate(
     floors: metrics that `Report.require` will be asked about: an unknown one is refused before anything is played, if
     it can be known by then.
     """
-    policies = [policy] if isinstance(policy, str | Path) else list(policy)
+    policies = names_of(policy)
     found = contenders(policies, checkpoint, checkpoints)
     if (task := harness_task(suite)) is not None:
         if betas or log is not None or part is not None or overlap:
@@ -164,7 +164,7 @@ def evaluate(
         given = NamedSuite(evaluator.suite, evaluator.name)
         for label, scores, played in score_rows(evaluator, contender, betas, log, len(found) > 1, part):
             rows[label], episodes[label] = scores, played
-    names = ", ".join(map(str, policies))
+    names = ", ".join(policies)
     said = evaluator.played + left_out({label: len(own) for label, own in episodes.items()}, evaluator.planned)
     report = Report(evaluator.name, names, rows, evaluator.suite.metrics, played, said, episodes, shared)
     if shared is not None and 0 < len(shared.shared) < len(shared.prompts):
@@ -278,6 +278,7 @@ def score_rows(
     """
     from lmrl.accelerators import default_device
 
+    log = None if log is None else Path(log).expanduser()
     if betas:
         check_has_q(evaluator.policy, contender.name)
     try:
@@ -290,9 +291,9 @@ def score_rows(
                 yield label, *evaluator(beta)
                 continue
             alone = not several and len(betas) < 2
-            if not alone and is_log(Path(log)):
+            if not alone and is_log(log):
                 raise RunError(f"--log: {log} holds the log of a single policy: choose another folder for several")
-            folder = Path(log) if alone else Path(log) / folder_name(own)
+            folder = log if alone else log / folder_name(own)
             who = {"name": contender.name, "label": label, "path": contender.path}
             yield label, *play_into_log(evaluator, folder, who, beta, part)
     finally:
@@ -313,7 +314,7 @@ def evaluator_for(
     endpoint: how requests are sent to an address."""
     keep_freed_memory()
     if not isinstance(policy, Contender):
-        (policy,) = contenders([policy], checkpoint)
+        (policy,) = contenders([str(policy)], checkpoint)
     path = policy.path
     task, dtype = None, "float32"
     if (Path(path) / TASK_FILE).is_file():

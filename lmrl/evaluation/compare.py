@@ -12,13 +12,14 @@ from lmrl.errors import RecipeError, RewardError, RunError
 from lmrl.evaluation.api import NamedSuite, evaluator_for, score_rows
 from lmrl.evaluation.bridges import is_foreign
 from lmrl.evaluation.claims import check_claims, read_claim
-from lmrl.evaluation.contenders import contenders
+from lmrl.evaluation.contenders import contenders, names_of
 from lmrl.evaluation.evaluate import Evaluator, left_out
 from lmrl.evaluation.judging import judge_pair, load_judge
 from lmrl.evaluation.log import EvalLog, is_log, logs_in
 from lmrl.evaluation.paired import Comparison, Played, asked_metrics, compare_played, key_of
 from lmrl.evaluation.scoring import Scoring, check_known
 from lmrl.evaluation.suites import refuse_unscored
+from lmrl.recipe.overrides import listed
 from lmrl.run_folders import is_policy
 
 SHOWN = 5
@@ -58,7 +59,8 @@ def compare(
         raise RecipeError(
             f"--suite {suite}: tasks of other tools are scored, not compared: lmrl eval A B --suite {suite}"
         )
-    wanted = [read_claim(text) for text in claims]
+    wanted = [read_claim(text) for text in listed(claims, "claims", "B - A > -0.01")]
+    metrics = listed(metrics, "metrics", "reward")
     by = None if judge is None else load_judge(judge, judge_options)  # before anything is played
     if isinstance(policies, str | Path):
         if not checkpoints and not betas and suite is not None:
@@ -66,8 +68,8 @@ def compare(
                 f"compare: '{policies}' is a single policy, and '{suite}' is taken as its suite: name policies in a list, "
                 f"lmrl.compare(['{policies}', '{suite}'])"
             )
-        policies = [policies]
-    logs = {str(name): logs_in(name) for name in policies if has_logs(Path(name))}
+    policies = names_of(policies)
+    logs = {name: logs_in(name) for name in policies if has_logs(Path(name))}
     given = [one for found in logs.values() for one in found]
     check_same_suite(given)
     if given and (suite is not None or overrides):
@@ -75,7 +77,7 @@ def compare(
             "--suite: a log already has a suite, which the other policies play as well: leave --suite out, or score "
             "the logs by other rewards first, lmrl eval --rescore LOG --suite NAME"
         )
-    names = [str(name) for name in policies if str(name) not in logs]
+    names = [name for name in policies if name not in logs]
     fresh = contenders(names, checkpoint, checkpoints) if names else []
     if not fresh and (checkpoints or betas or log is not None or checkpoint != "final"):
         raise RecipeError(
@@ -105,7 +107,7 @@ def compare(
             label = row if not contender.is_alone else f"{contender.name} {row}" if betas else contender.name
             played.setdefault(contender.name, []).append(Played(label, episodes))
     assert common is not None  # there are two policies, logs or fresh ones
-    ordered = [one for name in dict.fromkeys(map(str, policies)) for one in played[name]]
+    ordered = [one for name in dict.fromkeys(policies) for one in played[name]]
     said = common.played + left_out({one.label: len(one.trajectories) for one in ordered}, common.planned)
     result = compare_played(common.suite.name, ordered, common.scoring, metrics, wanted, shown, said, control)
     if by is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lmrl.errors import RecipeError, RunError
+from lmrl.recipe.overrides import listed
 from lmrl.run_folders import checkpoint_names, checkpoint_of
 
 ALONE = "policy"
@@ -29,16 +31,24 @@ class Contender:
         return self.label == ALONE
 
 
-def contenders(
-    policies: Sequence[str | Path], checkpoint: str = "final", checkpoints: Sequence[str] = ()
-) -> list[Contender]:
+def names_of(policies: Any) -> list[str]:
+    """The names of one policy or of several. Raises RecipeError for anything else, such as the result of a run."""
+    one = isinstance(policies, str | Path)
+    found = [policies] if one else list(policies) if isinstance(policies, Iterable) else []
+    if found and all(isinstance(name, str | Path) for name in found):
+        return list(map(str, found))
+    raise RecipeError(f"policies: expected a folder, a name, or a list of these, got {policies!r:.200}")
+
+
+def contenders(policies: Sequence[str], checkpoint: str = "final", checkpoints: Sequence[str] = ()) -> list[Contender]:
     """The policies in order. checkpoint: of every run, see `checkpoint_of`. checkpoints: several of each run instead,
     or `all`. Raises DataError or RunError if something is not a policy, RecipeError for a policy that is named
     twice."""
+    checkpoints = listed(checkpoints, "checkpoints", "all")
     if checkpoints and checkpoint != "final":
         raise RecipeError(f"--checkpoint {checkpoint}: --checkpoints names the checkpoints already: add it there")
     found: list[tuple[str, str, str]] = []
-    for name in map(str, policies):
+    for name in policies:
         for which in _expanded(name, checkpoints) or [checkpoint]:
             found.append((name, which, checkpoint_of(name, which)))
     if len(found) == 1:

@@ -98,7 +98,7 @@ def frontier(
     if not (folder / RECIPE_FILE).is_file():
         raise RunError(f"frontier: {run} is not a run: name the folder of one, which holds a {RECIPE_FILE}")
     origin = start_of(folder)
-    found = contenders([folder], checkpoints=checkpoints)
+    found = contenders([str(folder)], checkpoints=checkpoints)
     first = evaluator_for(found[0], suite, overrides, trust_remote_code)
     named = NamedSuite(first.suite, first.name)
     metric = _metric_of(first)

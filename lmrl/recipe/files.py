@@ -38,7 +38,7 @@ def find_yaml(name: str | Path, kind: str) -> Path:
     """A recipe or suite by path first, then by name among the shipped ones. A folder that happens to have such a name, like
     one of data, does not hide it, unless it is a run."""
     noun = {"recipes": "recipe", "eval": "suite"}[kind]
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_file():
         return path
     own = path / "recipe.yaml"

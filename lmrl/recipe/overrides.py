@@ -15,13 +15,12 @@ OVERRIDE = "override "
 """How the place of a key begins that an override has set."""
 
 
-def listed(overrides: Sequence[str]) -> list[str]:
-    """Overrides as a list. Raises RecipeError for anything else, such as a single text, whose letters would be taken one by one."""
-    if isinstance(overrides, list | tuple) and all(isinstance(one, str) for one in overrides):
-        return list(overrides)
-    raise RecipeError(
-        f"overrides: expected a list of texts, for instance ['training.steps=50'], got {overrides!r:.200}"
-    )
+def listed(texts: Sequence[str], name: str = "overrides", example: str = "training.steps=50") -> list[str]:
+    """Overrides, or other texts, as a list. Raises RecipeError for anything else, such as a single text, whose letters
+    would be taken one by one. name, example: for messages."""
+    if isinstance(texts, list | tuple) and all(isinstance(one, str) for one in texts):
+        return list(texts)
+    raise RecipeError(f"{name}: expected a list of texts, for instance ['{example}'], got {texts!r:.200}")
 
 
 def apply_override(document: Document, override: str) -> None:

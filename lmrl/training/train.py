@@ -89,11 +89,11 @@ def train(
         *objects_as_overrides({key: value for key, value in given.items() if value is not None}),
         *listed(overrides),
     ]
-    if isinstance(recipe, str | Path) and (Path(recipe) / RECIPE_FILE).is_file():
+    output = None if output is None else Path(output).expanduser()
+    if isinstance(recipe, str | Path) and (own := Path(recipe).expanduser() / RECIPE_FILE).is_file():
         if not resume or output is not None:
             raise RunError(f"'{recipe}' is a run folder: continue it with resume=True, without output")
-        again = load_recipe(Path(recipe) / RECIPE_FILE, overrides) if overrides else None
-        return resume_run(Path(recipe), again, display)
+        return resume_run(own.parent, load_recipe(own, overrides) if overrides else None, display)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
     elif overrides:
@@ -101,7 +101,7 @@ def train(
     require(recipe.model_dump(mode="json"), at_hand(output))
     check_before_after(recipe)
     accelerator = join(recipe)
-    folder = distributed.broadcast(Path(output) if output is not None else default_output(name)).resolve()
+    folder = distributed.broadcast(output or default_output(name)).resolve()
     if resume and distributed.broadcast((folder / "recipe.yaml").exists()):
         return resume_run(folder, recipe, display)
     if resume:

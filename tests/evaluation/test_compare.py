@@ -7,6 +7,7 @@ import pytest
 import lmrl
 from lmrl.errors import DataError, RecipeError, RunError
 from lmrl.evaluation.compare import has_logs
+from lmrl.training.result import Result
 from tests import forking
 from tests.conftest import TINY_WALKS
 
@@ -88,6 +89,17 @@ def test_policies_and_logs_compare_alike(run, tmp_path):
         lmrl.compare("runs/a", "runs/b")
     with pytest.raises(RecipeError, match="two policies or more are needed"):
         lmrl.compare([tmp_path / "old"])
+
+
+def test_what_is_no_list_of_names_is_refused(tmp_path):
+    result = Result(tmp_path, {})
+    for call in (lmrl.evaluate, lmrl.compare):
+        for policies in (result, [result], [], None):
+            with pytest.raises(RecipeError, match="^policies: expected a folder, a name, or a list of these, got "):
+                call(policies)
+    for name, value in (("checkpoints", "all"), ("metrics", "reward"), ("claims", "B - A > 0")):
+        with pytest.raises(RecipeError, match=rf"^{name}: expected a list of texts, for instance \['.*, got '{value}'"):
+            lmrl.compare([tmp_path], **{name: value})
 
 
 @pytest.mark.parametrize("file", ["recipe.yaml", "config.json", None])

@@ -234,11 +234,13 @@ def test_log_is_read_by_datasets(logged, tmp_path):
     assert found[4]["segments"][0]["tokens"] == logged[1].trajectories[4].segments[0].tokens
 
 
-def test_home_is_expanded(logged, monkeypatch):
+def test_home_is_expanded(logged, tiny_folder, prompts_suite, monkeypatch):
     monkeypatch.setenv("HOME", str(logged[0].parent))
     assert len(lmrl.load_eval("~/log")) == 18
     with pytest.raises(RecipeError, match="two policies or more are needed"):  # a log, and no model of that name
         lmrl.compare(["~/log"])
+    again = lmrl.evaluate(tiny_folder, prompts_suite, log="~/log", part=4)  # plays nothing again
+    assert again.metrics == logged[1].metrics
 
 
 def test_exported_table_is_that_of_the_log(tiny_folder, prompts_suite, tmp_path):
