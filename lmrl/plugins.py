@@ -12,6 +12,10 @@ from typing import Any
 from lmrl.errors import PluginError, did_you_mean
 from lmrl.extras import EXTRAS, fix_of
 from lmrl.foreign import foreign
+from lmrl.named_files import changed, file_hash
+
+_imported: dict[str, dict[str, str]] = {}
+"""By module, the file that it was imported from, with a hash of its content."""
 
 
 def load_plugin(name: str, key: str) -> Any:
@@ -57,9 +61,17 @@ def _import_file(path: Path) -> Any:
         raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
+    _imported[module_name] = {str(path): file_hash(path)}
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[module_name]
         raise
     return module
+
+
+def forget_edited() -> None:
+    """Import files of code whose content has changed since again, when they are next named."""
+    for module_name, file in _imported.items():
+        if changed(file):
+            sys.modules.pop(module_name, None)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lmrl.allocator import keep_freed_memory
+from lmrl.earlier import forget_earlier_calls
 from lmrl.engines.base import check_has_q
 from lmrl.engines.remote import Endpoint, RemotePolicy, is_address
 from lmrl.errors import RecipeError, RunError, ScoreError
@@ -136,6 +137,7 @@ def evaluate(
     floors: metrics that `Report.require` will be asked about: an unknown one is refused before anything is played, if
     it can be known by then.
     """
+    forget_earlier_calls()
     policies = names_of(policy)
     found = contenders(policies, checkpoint, checkpoints)
     if (task := harness_task(suite)) is not None:

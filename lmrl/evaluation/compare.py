@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmrl.earlier import forget_earlier_calls
 from lmrl.engines.remote import Endpoint
 from lmrl.errors import RecipeError, RewardError, RunError
 from lmrl.evaluation.api import NamedSuite, evaluator_for, score_rows
@@ -59,6 +60,7 @@ def compare(
         raise RecipeError(
             f"--suite {suite}: tasks of other tools are scored, not compared: lmrl eval A B --suite {suite}"
         )
+    forget_earlier_calls()
     wanted = [read_claim(text) for text in listed(claims, "claims", "B - A > -0.01")]
     metrics = listed(metrics, "metrics", "reward")
     by = None if judge is None else load_judge(judge, judge_options)  # before anything is played

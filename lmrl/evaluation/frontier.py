@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from lmrl.accelerators import default_device
+from lmrl.earlier import forget_earlier_calls
 from lmrl.engines.base import guidance_of
 from lmrl.errors import RecipeError, RunError
 from lmrl.evaluation.api import NamedSuite, dtype_of, evaluator_for
@@ -94,6 +95,7 @@ def frontier(
     """
     if best_of < 1:
         raise RecipeError(f"--best-of: expected 1 or more samples, got {best_of}")
+    forget_earlier_calls()
     folder = Path(run).expanduser()
     if not (folder / RECIPE_FILE).is_file():
         raise RunError(f"frontier: {run} is not a run: name the folder of one, which holds a {RECIPE_FILE}")

@@ -151,8 +151,8 @@ def opponent_failure(error: BaseException) -> str:
 
 
 def build_party(section: Any, game: Game) -> Party | None:
-    """The opponent of a recipe's `task` section; None: the policy itself. Models and addresses are opened once per
-    process."""
+    """The opponent of a recipe's `task` section; None: the policy itself. Models and addresses are opened once until
+    `forget_parties`."""
     options = section.opponent or Opponent(player=SELF)
     if options.player in game.players and options.player != SELF:
         return ScriptedParty(options.player)
@@ -177,6 +177,12 @@ def _address_party(options: str) -> AddressParty:
 @cache
 def _model_party(options: str, chat: bool, history: int | str) -> ModelParty:
     return ModelParty(Opponent.model_validate_json(options), chat, history)
+
+
+def forget_parties() -> None:
+    """Open models and addresses again, when they are next named."""
+    _address_party.cache_clear()
+    _model_party.cache_clear()
 
 
 def against_other(section: Any) -> Any:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from lmrl import distributed
 from lmrl.allocator import keep_freed_memory
+from lmrl.earlier import forget_earlier_calls
 from lmrl.errors import LmrlError, RunError
 from lmrl.evaluation.scoring import Scores
 from lmrl.foreign import as_guest, drop_note, keep_note
@@ -82,6 +83,7 @@ def train(
     function that makes one, or an environment, of which episodes play copies. A mapping and a `Recipe` take objects in
     the same places. A given model stays as it is: the run trains its own copy.
     """
+    forget_earlier_calls()
     display = display or Display()
     name = str(recipe) if isinstance(recipe, str | Path) else "recipe"
     given = {"model": model, "prompts": prompts, "data": data, "rewards": rewards, "environment": environment}

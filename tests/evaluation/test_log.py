@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import time
 
 import pytest
@@ -160,6 +161,21 @@ def test_version_depends_on_content_not_path(prompts_suite, tmp_path):
     judge = tmp_path / "moved" / "judge.py"
     judge.write_text(judge.read_text().replace("== 0", "== 1"))
     assert suite_version(load_suite(moved)) != version
+
+
+def test_an_edited_reward_counts_in_the_next_call(tiny_folder, tmp_path):
+    """As in a notebook, whose calls share a process: the log says the new code's version, so it has to be what judged."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "suite.yaml").write_text(
+        "task:\n  prompts: {path: prompts.jsonl}\n  rewards: [judge.py:own, {function: judge.py:own, name: other, workers: 1}]\n"
+        "rollouts: {max_new_tokens: 1}\n"
+    )
+    for value in (1.0, 20.5, 20.5):
+        (tmp_path / "judge.py").write_text(f"def own(completions, **_):\n    return [{value}] * len(completions)\n")
+        before = sys.modules.copy()
+        scores = lmrl.evaluate(tiny_folder, tmp_path / "suite.yaml").metrics
+        assert scores["own"]["mean"] == scores["other"]["mean"] == value
+    assert {name: sys.modules[name] for name in before} == before  # what stayed the same is not imported again
 
 
 # -------------------------------------------------------------------------------------------------------------- rescoring
