@@ -1,4 +1,4 @@
-"""The files of data and code that a recipe or a suite names, and what is in them."""
+"""The files of data and code that a recipe or a suite names, or objects in their place, and what is in them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from lmrl.objects import content_of, is_object
 
 BLOCK = 1 << 20
 
@@ -29,14 +31,21 @@ def file_in(text: str) -> tuple[Path, str] | None:
 
 
 def contents(data: Any) -> dict[str, str]:
-    """Hashes of the files that plain data names, by name."""
-    found = filter(None, map(file_in, _texts(data)))
-    return {str(file): file_hash(file) for file in sorted({file for file, _ in found})}
+    """Hashes of the files and objects that plain data names, by name."""
+    files = {str(named[0]) for text in _texts(data) if (named := file_in(text))}
+    names = [*sorted(files), *dict.fromkeys(filter(is_object, _texts(data)))]
+    return {name: found for name in names if (found := _content(name))}
 
 
 def changed(before: dict[str, str]) -> list[str]:
-    """The files whose content is no longer that of these hashes; those that are gone do not count."""
-    return [name for name, old in before.items() if Path(name).is_file() and file_hash(Path(name)) != old]
+    """The files and objects whose content is no longer that of these hashes; those that are gone do not count."""
+    return [name for name, old in before.items() if _content(name) not in (None, old)]
+
+
+def _content(name: str) -> str | None:
+    if is_object(name):
+        return content_of(name)
+    return file_hash(Path(name)) if Path(name).is_file() else None
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -14,7 +14,8 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from lmrl.errors import RecipeError
@@ -27,6 +28,11 @@ PLACES = {
     ("source", "path"): "rows",
 }
 """Keys that take an object, besides the functions of `task.rewards`, and its kind."""
+
+PLAIN = (str, bytes, int, float)
+IN_CLASSES = (*PLAIN, staticmethod, classmethod)
+NOT_DONE = ("__module__", "__qualname__", "__doc__", "__firstlineno__")
+"""Attributes of a class that say nothing about what it does."""
 
 _provided: dict[str, Any] = {}
 
@@ -119,6 +125,56 @@ def _fingerprint(rows: Any) -> str:
         return str(rows._fingerprint)[:8]
     data = rows.to_json(orient="records") if hasattr(rows, "to_json") else json.dumps(rows, sort_keys=True, default=str)
     return hashlib.sha256(data.encode()).hexdigest()[:8]
+
+
+def content_of(name: str) -> str | None:
+    """A hash of what the object of a name does, the same in every process; None: this process does not have it.
+
+    It is that of a function's or class's code, with the numbers and texts that it holds: defaults, what it has closed
+    over, attributes. Other code that it calls does not count. The name of rows says their content already.
+    """
+    thing = _provided.get(name.removeprefix(PREFIX))
+    if thing is None:
+        return None
+    if is_rows(thing) or is_kind(thing, "model"):  # of which the run keeps a copy
+        return name
+    return hashlib.sha256(repr(_traits(thing, set())).encode()).hexdigest()
+
+
+def _traits(thing: Any, seen: set[int]) -> Any:
+    """What an object does, as plain data. seen: ids of functions, classes and other objects that it names already."""
+
+    def each(parts: Iterable[Any]) -> list[Any]:
+        return [_traits(part, seen) for part in parts]
+
+    if thing is None or isinstance(thing, PLAIN):
+        return repr(thing)
+    if isinstance(thing, tuple):
+        return each(thing)
+    if isinstance(thing, frozenset):  # its order differs between processes
+        return sorted(map(repr, each(thing)))
+    if inspect.iscode(thing):
+        return [thing.co_code, thing.co_names, *each(thing.co_consts)]
+    if isinstance(thing, staticmethod | classmethod):
+        return each([thing.__func__])
+    if inspect.ismethod(thing):
+        return each([thing.__func__, thing.__self__])
+    if isinstance(thing, partial):
+        return each([thing.func, thing.args, *thing.keywords.values()])
+    name = getattr(thing, "__qualname__", None)
+    if id(thing) in seen or inspect.isclass(thing) and thing.__module__ == "builtins":
+        return name
+    seen.add(id(thing))
+    if inspect.isfunction(thing):
+        closed_over = (cell.cell_contents for cell in thing.__closure__ or ())
+        return each([thing.__code__, thing.__defaults__, *(thing.__kwdefaults__ or {}).values(), *closed_over])
+    held = {key: one for key, one in getattr(thing, "__dict__", {}).items() if key not in NOT_DONE}
+    if inspect.isclass(thing):
+        kept = {key: one for key, one in held.items() if callable(one) or isinstance(one, IN_CLASSES)}
+        bases = [base for base in thing.__bases__ if base.__module__ == thing.__module__]
+        return [*kept, *each([*kept.values(), *bases])]
+    kept = {key: one for key, one in held.items() if isinstance(one, PLAIN)}
+    return [name, *kept, *each([type(thing), *kept.values()])]
 
 
 def is_rows(thing: Any) -> bool:

@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+from functools import partial
 
 import datasets
 import pandas
@@ -104,6 +105,59 @@ def test_a_function_that_is_defined_again_keeps_its_name():
     again.__name__ = "starts_well"
     second = load_recipe(tiny(task={"prompts": ROWS, "rewards": again})).task.rewards[0].function
     assert first == second and objects.find(second, "") is again
+
+
+def judge(*, word="good", least=1):
+    """A function that has closed over values and over another function."""
+
+    def count(text):
+        return text.count(word)
+
+    return lambda completions, **_: [float(count(text) >= least) for text in completions]
+
+
+class Judge:
+    least = 1
+
+    def __init__(self, word):
+        self.word = word
+
+    def __call__(self, completions, **_):
+        return [float(text.count(self.word) in {self.least, "more", "most"}) for text in completions]
+
+
+class Stricter(Judge):
+    least = 2
+
+
+def calls_itself():
+    def again(completions, **_):
+        return again(completions[:-1]) if completions else []
+
+    return again
+
+
+def content(thing):
+    lmrl.provide(thing=thing)
+    return objects.content_of("python:thing")
+
+
+def test_content_is_what_an_object_does():
+    same = [
+        (judge(), judge(word="good")),
+        (calls_itself(), calls_itself()),
+        (Judge("a"), Judge("a")),
+        (Guess, Guess),
+        (partial(length, x=1),) * 2,
+    ]
+    assert all(content(one) == content(other) for one, other in same)
+    others = [judge(), judge(word="bad"), judge(least=2), Judge("a"), Judge("b"), Judge, Stricter, Guess, Guess("ab")]
+    others += [len, sum, length, starts_well, partial(length, x=1), partial(length, x=2), Judge("a").__call__]
+    assert len(set(map(content, others))) == len(others)
+    assert objects.content_of("python:unknown") is None
+    script = "from tests.test_objects import *; print(content(Judge('a')), content(judge()), content(Guess))"
+    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert other.stdout.split() == [content(Judge("a")), content(judge()), content(Guess)]
 
 
 def test_a_typed_reward_takes_a_function():

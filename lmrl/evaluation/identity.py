@@ -9,6 +9,7 @@ from typing import Any
 
 from lmrl.evaluation.suites import SAMPLING, Suite
 from lmrl.named_files import file_hash, file_in
+from lmrl.objects import content_of, is_object
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf", ".json", ".model", ".txt", ".jinja")
 """Files of a model's folder that define the policy: weights, configuration, tokenizer, heads."""
@@ -25,7 +26,7 @@ NO_PART_OF_TASKS = ("call_timeout", "max_failed", "min_group", "workers", "envir
 def suite_version(suite: Suite, environment: dict[str, Any] | None = None) -> str:
     """A hash of what is played, how it is sampled and what judges it: 16 hexadecimal digits.
 
-    Files that it names count by their content. environment: what plays it, see `Task.environment`; its version and
+    Files and objects that it names count by their content. environment: what plays it, see `Task.environment`; its version and
     source count. Columns of tables, the engine and time limits do not count.
     """
     data = suite.model_dump(mode="json", exclude_defaults=True)
@@ -57,11 +58,13 @@ def policy_files(folder: Path) -> list[Path]:
 
 
 def _by_content(value: Any) -> Any:
-    """Plain data with absolute file names replaced by hashes of the files' content."""
+    """Plain data with absolute file names, and names of objects, replaced by hashes of their content."""
     if isinstance(value, dict):
         return {name: _by_content(one) for name, one in value.items()}
     if isinstance(value, list):
         return [_by_content(one) for one in value]
+    if is_object(value):
+        return content_of(value) or value
     if not isinstance(value, str) or not value.startswith("/"):
         return value
     if named := file_in(value):

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 import lmrl
-from lmrl import cli
+from lmrl import cli, objects
 from lmrl.errors import RecipeError, RunError
 from lmrl.evaluation.api import rescored
 from lmrl.evaluation.evaluate import left_out
@@ -18,6 +18,7 @@ from lmrl.evaluation.frames import record
 from lmrl.evaluation.identity import policy_hash, suite_version
 from lmrl.evaluation.log import EvalLog, logs_in
 from lmrl.evaluation.suites import load_suite
+from lmrl.named_files import changed, contents
 from lmrl.trajectories.trajectory import Trajectory
 from tests import forking
 
@@ -161,6 +162,21 @@ def test_version_depends_on_content_not_path(prompts_suite, tmp_path):
     judge = tmp_path / "moved" / "judge.py"
     judge.write_text(judge.read_text().replace("== 0", "== 1"))
     assert suite_version(load_suite(moved)) != version
+
+
+def test_version_depends_on_the_code_of_objects(prompts_suite, monkeypatch):
+    """A log whose reward was defined anew in a notebook is not resumed, nor compared with an older one."""
+    monkeypatch.setattr(objects, "_provided", {})
+    rewards = [lambda completions, **_: [1.0] * len(completions), lambda completions, **_: [2.0] * len(completions)]
+    versions = []
+    for function in (*rewards, rewards[0]):
+        lmrl.provide(own=function)
+        versions.append(suite_version(load_suite(prompts_suite, ["task.rewards=[{function: python:own}]"])))
+    assert versions[0] == versions[2] != versions[1]
+    files = contents({"function": "python:own"})
+    assert changed(files) == []
+    lmrl.provide(own=rewards[1])
+    assert changed(files) == ["python:own"]
 
 
 def test_an_edited_reward_counts_in_the_next_call(tiny_folder, tmp_path):
