@@ -25,7 +25,7 @@ from lmrl.trajectories.chain import piece
 from lmrl.trajectories.files import Selection
 from lmrl.trajectories.formats import equal_pairs_note
 from lmrl.trajectories.store import DatasetFile
-from lmrl.trajectories.trajectory import Trajectory, prompt_key
+from lmrl.trajectories.trajectory import Trajectory, start_key
 
 BAD_ROWS = "bad_rows.jsonl"
 PART = 64
@@ -45,7 +45,7 @@ class Dataset(Source):
         stage: str,
         best: float = 1.0,
         turns: int | None = None,
-        groups: Sequence[int] | None = None,
+        groups: Sequence[Hashable] | None = None,
         best_among: Sequence[Hashable] | None = None,
         scores: Callable[[], Scores | None] = lambda: None,
         heldout: Callable[[int | None], list[Trajectory]] = lambda count: [],
@@ -70,7 +70,7 @@ class Dataset(Source):
         self.units = [[row] for row in range(len(returns))] if groups is None else self._comparable(groups, file)
         if best_among is not None and len(set(best_among)) == len(returns):
             raise DataError(
-                "source.best_among=prompt ranks the episodes of each prompt, but no prompt has two: set it to all"
+                "source.best_among=prompt ranks the episodes of each prompt and start state, but none has two: set it to all"
             )
         rng = stream(seed, stage, "best")
         self.kept = best_of(returns, best, rng, best_among) if groups is None else list(range(len(self.units)))
@@ -123,9 +123,9 @@ class Dataset(Source):
             return [self._episode(row) for row in units[low:high]]
         return self.pieces([self._episode(row) for row in units], "piece", first)[low:high]
 
-    def _comparable(self, groups: Sequence[int], file: DatasetFile | None) -> list[list[int]]:
+    def _comparable(self, groups: Sequence[Hashable], file: DatasetFile | None) -> list[list[int]]:
         """Rows of each group that has different returns; the others are counted in a note."""
-        rows: dict[int, list[int]] = {}
+        rows: dict[Hashable, list[int]] = {}
         for row, group in enumerate(groups):
             rows.setdefault(group, []).append(row)
         self._need_returns("pairs are ranked by rewards", "add it, or give chosen and rejected")
@@ -174,6 +174,7 @@ def build_dataset(
     if source.player is not None:
         episodes, notes = within(play_dataset(task, source.player, source.episodes, seed), task.positions)
         returns = [episode.reward for episode in episodes]
+        starts = [start_key(episode) for episode in episodes]
         return Dataset(
             episodes,
             returns,
@@ -182,8 +183,8 @@ def build_dataset(
             stage,
             source.best,
             source.turns,
-            [episode.group for episode in episodes] if compares else None,
-            [prompt_key(episode.turns[0].observation) for episode in episodes] if by_prompt else None,
+            starts if compares else None,
+            starts if by_prompt else None,
             lambda: summarize_trajectories(episodes, "start state", limits_of(task.make())),
             notes=notes,
         )
@@ -253,13 +254,15 @@ def summarize_file(file: DatasetFile, task: Task) -> Scores | None:
     known = [index for index, value in enumerate(file.returns) if value is not None]
     if file.has_pairs or not known:
         return None
-    main, unit = ("reward", "prompt") if task.judged_by == "reward" else ("return", "start state")
+    main, unit, clusters = (
+        ("reward", "prompt", file.groups) if task.judged_by == "reward" else ("return", "start state", file.draws)
+    )
     returns = [value for value in file.returns if value is not None]
     columns: dict[str, tuple[Sequence[float], Sequence[int]]] = {main: (returns, known)}
     for name, values in file.measures.items():
         columns[f"component/{name}" if name in RESERVED else name] = values, file.measured[name]
     limits = limits_of(task.make())
     return {
-        name: summarize(values, [file.groups[index] for index in episodes], limits.get(name), unit=unit)
+        name: summarize(values, [clusters[index] for index in episodes], limits.get(name), unit=unit)
         for name, (values, episodes) in columns.items()
     }

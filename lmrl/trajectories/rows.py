@@ -238,11 +238,7 @@ def _own(row: Row, number: int, tokenizer: str | None) -> Trajectory:
     trajectory.components = _numbers(row, "components")
     trajectory.metrics = _numbers(row, "metrics")
     trajectory.failure = optional(row, "failure", str)
-    columns = json_of(row, "columns")
-    if columns is not None and not isinstance(columns, dict):
-        raise Malformed(f"field 'columns' is {columns!r:.60}; expected an object")
-    trajectory.columns = columns or {}
-    trajectory.game = json_of(row, "game")
+    trajectory.columns, trajectory.game = _object(row, "columns") or {}, _object(row, "game")
     if not trajectory.terminated:
         trajectory.final_observation = optional(row, "final_observation", str)
     segments = _segments(row, len(turns))
@@ -250,6 +246,13 @@ def _own(row: Row, number: int, tokenizer: str | None) -> Trajectory:
         _check_rewards(segments, turns)
         trajectory.segments = segments
     return trajectory
+
+
+def _object(row: Row, name: str) -> dict[str, Any] | None:
+    value = json_of(row, name)
+    if value is not None and not isinstance(value, dict):
+        raise Malformed(f"field '{name}' is {value!r:.60}; expected an object")
+    return value
 
 
 def _turn(turn: Any, index: int) -> Row:

@@ -20,7 +20,7 @@ from lmrl.trajectories.parquet import write_parquet
 from lmrl.trajectories.readers import JsonLines, Malformed, Row, Rows
 from lmrl.trajectories.render import Renderer
 from lmrl.trajectories.rows import fingerprint, is_dialogue, parse, prompts_of, render, to_row
-from lmrl.trajectories.trajectory import Trajectory, prompt_key, prompt_text
+from lmrl.trajectories.trajectory import Trajectory, prompt_text, start_key
 
 SHARD_EPISODES = 1000
 UNMATCHED = "none of its prompts is held out by task.prompts.holdout, so no row is left out"
@@ -72,7 +72,9 @@ class DatasetFile:
         self.equal_pairs: list[int] = []
         """Numbers of the rows whose chosen and rejected are the same."""
         self.groups = array("q")
-        """Group number of each episode: episodes of one prompt share it, and can be compared."""
+        """Group number of each episode: episodes of one prompt and start state share it, and can be compared."""
+        self.draws = array("q")
+        """Number of each episode's draw of a start state: one state may have been drawn several times."""
         self._index, self._parts = array("q"), array("b")
         self._heldout: list[tuple[int, int, int]] = []
         self._scan(without, skip_bad_rows, bad_rows, scored)
@@ -143,6 +145,7 @@ class DatasetFile:
                     shared += bool(scored) and self._is_among(scored, row, episode)
                     self._keep(number, part, episode)
                     self.groups.append(_group(row, number, episode))
+                    self.draws.append(hash((str(row.get("group")), episode.prompt)))
         counts = [
             (len(bad), f"malformed {self.rows.unit}", f"(see {bad_rows})" if bad_rows else ""),
             (failed, "episode", "that failed when played"),
@@ -233,14 +236,10 @@ def dataset_texts(path: str, part: Selection = Selection()) -> list[str]:
 
 
 def _group(row: Row, number: int, episode: Trajectory) -> int:
-    """A number shared by the episodes that can be compared: a pair, a group, or else those of the same prompt."""
+    """A number shared by the episodes that can be compared: a pair, or those that begin alike."""
     if row.get("chosen") is not None:
         return hash(number)
-    return hash((str(row.get("group")), _prompt(episode)))
-
-
-def _prompt(episode: Trajectory) -> str:
-    return prompt_key(episode.turns[0].observation)
+    return hash(start_key(episode, row.get("group")))
 
 
 # --------------------------------------------------------------------------------------------------------------- writing

@@ -182,6 +182,13 @@ def prompt_key(prompt: str | Messages) -> str:
     return str([{name: message[name] for name in names if message.get(name) is not None} for message in prompt])
 
 
+def start_key(trajectory: Trajectory, group: Any = None) -> tuple[Any, ...]:
+    """What episodes that can be compared share: the first prompt, the start state, and the side of a game. group: stands
+    for the start state where that has no number."""
+    start = str(group) if trajectory.start is None else trajectory.start
+    return prompt_key(trajectory.turns[0].observation), start, (trajectory.game or {}).get("player")
+
+
 def transcript(turns: list[Turn]) -> str:
     """The readable text after the prompt: actions and the observations between them, one per line."""
     lines = [line for turn in turns for line in (prompt_text(turn.observation), turn.action)]

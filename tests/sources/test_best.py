@@ -50,11 +50,30 @@ def test_the_best_of_each_logged_prompt(tmp_path, walks):
     source = build_dataset(dataset(path=path, best=0.5, best_among="prompt"), walks, 0, "main")
     assert source.kept == [0, 3, 4] and build_dataset(dataset(path=path, best=0.5), walks, 0, "main").kept == [1, 3]
     path = lines(tmp_path / "data.jsonl", rewarded(("a", "x", 1), ("b", "x", 0)))
-    with pytest.raises(DataError, match="source.best_among=prompt .* no prompt has two: set it to all"):
+    with pytest.raises(DataError, match="source.best_among=prompt .* none has two: set it to all"):
         build_dataset(dataset(path=path, best=0.5, best_among="prompt"), walks, 0, "main")
     source = build_dataset(dataset(player="random", episodes=80, best=0.3, best_among="prompt"), walks, 0, "main")
     found = {source._episode(row).prompt for row in source.kept}
     assert found == {source._episode(row).prompt for row in range(80)} and len(source.kept) < 40
+
+
+def test_draws_of_one_start_state_are_compared(tmp_path, walks):
+    """A collected log numbers every draw of a start state as a group; states without a number are known by it."""
+
+    def row(group, start, reward, side=None):
+        turns = [{"observation": "go", "action": "x", "reward": reward}]
+        return {"turns": turns, "group": group, "start": start, "game": side and {"player": side}}
+
+    def kept(*rows):
+        path = lines(tmp_path / "data.jsonl", rows)
+        return build_dataset(dataset(path=path, best=0.5, best_among="prompt"), walks, 0, "main").kept
+
+    assert kept(row(0, 5, 1.0), row(1, 5, 3.0), row(2, 7, 0.0), row(3, 7, -1.0)) == [1, 2]
+    assert kept(row(0, 5, 1.0, 1), row(0, 5, 3.0, 1), row(1, 5, 0.0, 2), row(1, 5, -1.0, 2)) == [1, 2]
+    assert kept(row(0, None, 1.0), row(0, None, 3.0), row(1, None, 0.0), row(1, None, -1.0)) == [1, 2]
+    path = lines(tmp_path / "data.jsonl", [row(number, number % 2, float(number)) for number in range(8)])
+    found = build_dataset(dataset(path=path), walks, 0, "main", compares=True)
+    assert found.units == [[0, 2, 4, 6], [1, 3, 5, 7]] and found.scores()["return"]["clusters"] == 8
 
 
 def judged(group, episode, reward):
