@@ -37,6 +37,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -346,6 +347,8 @@ def _numbers(row: Row, name: str) -> dict[str, float | None]:
             raise Malformed(f"field '{name}' is {value!r:.60}; expected an object of numbers") from error
     if value is None:
         return {}
-    if not isinstance(value, dict) or any(not isinstance(one, int | float | None) for one in value.values()):
-        raise Malformed(f"field '{name}' is {value!r:.60}; expected an object of numbers")
+    if not isinstance(value, dict) or not all(
+        one is None or isinstance(one, int | float) and abs(one) <= sys.float_info.max for one in value.values()
+    ):
+        raise Malformed(f"field '{name}' is {value!r:.60}; expected an object of finite numbers")
     return value

@@ -1,6 +1,7 @@
 """Formats of rows: lmrl's own token by token, those of other tools, and malformed rows."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -282,6 +283,9 @@ TURN = {"observation": "a", "action": "b"}
         ({"turns": [TURN | {"reward": "x"}]}, "field 'turns', turn 0: field 'reward' holds 'x'"),
         ({"turns": [TURN | {"reward": 1}], "reward": 2}, "field 'reward' is 2.0, but its turns earned 1.0"),
         ({"turns": [TURN], "metrics": "x"}, "field 'metrics' is 'x'; expected an object of numbers"),
+        ({"turns": [TURN], "metrics": {"m": math.nan}}, "field 'metrics' is {'m': nan}; expected an object of finite"),
+        ({"turns": [TURN], "components": {"m": 10**400}}, "field 'components' is .* expected an object of finite"),
+        ({"turns": [TURN], "game": "1"}, "field 'game' is 1; expected an object"),
         ({"turns": [TURN], "group": "x"}, "field 'group' is 'x'; expected a whole number"),
         ({"turns": [TURN], "segments": [{"tokens": [1]}]}, "field 'segments', segment 0 is .*expected an object with"),
         (
