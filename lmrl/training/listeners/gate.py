@@ -38,6 +38,9 @@ class GateMonitor(Listener):
         stage.save()
 
     def after_step(self, stage: Stage, step: int) -> None:
+        best = stage.progress.best
+        if best is not None and best["step"] < step == getattr(stage.recipe.source, "warmup_steps", 0):
+            best["step"] = step  # the same weights, and the episodes collected until now to learn from
         if not is_due(self.gate, step):
             return
         if self.evaluation.step != step:

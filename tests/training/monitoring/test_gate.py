@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lmrl.recipe import Gate
 from lmrl.recipe.files import load_recipe
 from lmrl.training import resume_run, train
 from lmrl.training.display import Display
+from lmrl.training.listeners.gate import GateMonitor
 from lmrl.training.monitoring.gate import GateState, breached, drop, has_given_up, is_due
 from lmrl.training.stage import Stage
 from lmrl.trajectories.trajectory import Trajectory
@@ -75,6 +77,18 @@ def test_points_of_each_start_by_hand(ilql_run):
     assert evaluator.by_start(episodes) == pytest.approx([50, 50])
     evaluator.scale = None
     assert evaluator.by_start(episodes) == pytest.approx([0.45, 0.45])
+
+
+def test_a_rollback_keeps_what_the_warmup_collected():
+    """Steps that only collect change no weights, so the last of them is as good as the start, and its buffer is full."""
+    monitor = GateMonitor(Gate(every=10), SimpleNamespace(evaluator=object()))
+    recipe = SimpleNamespace(source=SimpleNamespace(warmup_steps=3))
+    stage = SimpleNamespace(recipe=recipe, progress=SimpleNamespace(best={"step": 0, "metric": "return", "value": 1.0}))
+    steps = []
+    for step in range(1, 6):
+        monitor.after_step(stage, step)
+        steps.append(stage.progress.best["step"])
+    assert steps == [0, 0, 3, 3, 3]
 
 
 # ------------------------------------------------------------------------------------------------------------------ runs
