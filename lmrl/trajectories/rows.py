@@ -251,9 +251,9 @@ def _own(row: Row, number: int, tokenizer: str | None) -> Trajectory:
 
 def _object(row: Row, name: str) -> dict[str, Any] | None:
     value = json_of(row, name)
-    if value is not None and not isinstance(value, dict):
-        raise Malformed(f"field '{name}' is {value!r:.60}; expected an object")
-    return value
+    if value is None or isinstance(value, dict):
+        return value
+    raise Malformed(f"field '{name}' is {value!r:.60}; expected an object")
 
 
 def _turn(turn: Any, index: int) -> Row:
