@@ -41,11 +41,19 @@ class QSFT(Objective):
         return ForwardRequest(logprobs=False, probability=self.options.support)
 
     def ready(self, policy: Policy, dataset: Iterable[list[Trajectory]], fresh: bool) -> None:
-        """Raise DataError if a stage begins and a logged episode has returns outside the range."""
+        """Raise DataError if a stage begins and a logged episode has returns outside the range, or restricted actions."""
         if not fresh:
             return
         options, (low, high) = self.options, self.options.return_range
-        found = [token_returns(one, options.gamma, options.gamma_token).aminmax() for part in dataset for one in part]
+        found = []
+        for one in (one for part in dataset for one in part):
+            if any(segment.allowed for segment in one.segments):
+                raise DataError(
+                    "source: the log holds actions that were restricted (task.allowed_actions), but 'q_sft' compares "
+                    "probabilities over the whole vocabulary, which imitating such actions does not teach: set "
+                    "objective.name=ilql, or `segments` to null in the log"
+                )
+            found.append(token_returns(one, options.gamma, options.gamma_token).aminmax())
         lowest, highest = (min(float(one.min) for one in found), max(float(one.max) for one in found))
         if lowest < low - 1e-6 or highest > high + 1e-6:
             raise DataError(

@@ -202,6 +202,17 @@ def test_returns_outside_the_range_are_refused_at_once():
     build(QSFTObjective(name="q_sft", gamma=1.0, return_range=(4.0, 5.0)))[0].ready(policy, [[episode()]], fresh=True)
 
 
+def test_restricted_actions_are_refused_by_q_sft():
+    objective, policy = build(QSFTObjective(name="q_sft", gamma=1.0, return_range=(4.0, 5.0)))
+    one = episode()
+    (place, *_) = one.segments[0].actions
+    one.segments[0].allowed = {place: (one.segments[0].tokens[place],)}
+    with pytest.raises(
+        DataError, match="actions that were restricted .* set objective.name=ilql, or `segments` to null"
+    ):
+        objective.ready(policy, [[one]], fresh=True)
+
+
 def test_the_updater_moves_targets_after_each_step():
     objective, policy = build(ILQLObjective(name="ilql", q_head="linear", polyak=0.5))
     updater = Updater(policy, Optimizer(lr=1e-2), 10)
