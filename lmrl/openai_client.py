@@ -2,7 +2,7 @@
 
     client = OpenAIClient("http://localhost:8000/v1", "my-model", requests_per_minute=600, cache="data/cache")
     answer = client.chat([{"role": "user", "content": "2 + 3 = ?"}], temperature=0)
-    answer.text, answer.logprobs, answer.usage
+    answer.text, answer.usage
 
 Keys come only from environment variables. Transient failures (no connection, 408, 429, 5xx, invalid JSON) are retried
 after pauses that double, or as Retry-After says; what still fails raises EndpointError.
@@ -33,15 +33,6 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class TokenLogprob:
-    """A sampled token as text, its log-probability, and those of the most likely tokens at its position."""
-
-    text: str
-    logprob: float
-    top: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Usage:
     """Tokens of a request and its answer, as the endpoint counts them."""
 
@@ -55,13 +46,9 @@ class Answer:
 
     text: str
     finish_reason: str | None = None
-    logprobs: list[TokenLogprob] | None = None
-    """Of the sampled tokens, if requested (`logprobs=True`, `logprobs=5`) and returned."""
     message: dict[str, Any] = field(default_factory=dict)
     """The assistant's message of a chat, with its `tool_calls` if there are any."""
     usage: Usage = Usage()
-    cached: bool = False
-    """True if it came from the cache, and no request was made."""
 
 
 @dataclass(frozen=True)
@@ -184,9 +171,9 @@ class OpenAIClient:
     url: without `/chat/completions`. model: its name there (None: the only one that the endpoint serves). key_env: name
     of the environment variable with the key (None: OPENAI_API_KEY for OpenAI's own address, no key elsewhere). timeout:
     seconds per request. retries: further requests after a transient failure. connections: concurrent requests of
-    `chat_all`, `complete_all` and the asynchronous calls. requests_per_minute: of all threads together. prices: dollars
-    per million prompt tokens and per million completion tokens. max_spend: dollars after which no request is started.
-    cache: a folder for answers; a request that was answered before costs nothing.
+    `side_by_side` and `chat_async`. requests_per_minute: of all threads together. prices: dollars per million prompt
+    tokens and per million completion tokens. max_spend: dollars after which no request is started. cache: a folder for
+    answers; a request that was answered before costs nothing.
     """
 
     def __init__(
@@ -233,22 +220,9 @@ class OpenAIClient:
         """The continuation of a text; arguments as for `chat`."""
         return self._ask("completions", {"prompt": prompt, **settings}, draw)
 
-    def chat_all(self, dialogues: Sequence[Messages], **settings: Any) -> list[Answer | EndpointError]:
-        """An answer to each dialogue, `connections` at a time; the error in place of one that failed. Equal dialogues
-        get independent samples."""
-        return self._all(self.chat, dialogues, settings)
-
-    def complete_all(self, prompts: Sequence[str], **settings: Any) -> list[Answer | EndpointError]:
-        """The same for texts."""
-        return self._all(self.complete, prompts, settings)
-
-    async def chat_async(self, messages: Messages, *, draw: int = 0, **settings: Any) -> Answer:
+    async def chat_async(self, messages: Messages, **settings: Any) -> Answer:
         """`chat` for coroutines."""
-        return await self._in_thread(lambda: self.chat(messages, draw=draw, **settings))
-
-    async def complete_async(self, prompt: str, *, draw: int = 0, **settings: Any) -> Answer:
-        """`complete` for coroutines."""
-        return await self._in_thread(lambda: self.complete(prompt, draw=draw, **settings))
+        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: self.chat(messages, **settings))
 
     def models(self) -> list[str]:
         """Names of the models that the endpoint serves."""
@@ -264,32 +238,11 @@ class OpenAIClient:
         self._threads.shutdown(cancel_futures=True)
 
     # ---------------------------------------------------------------------------------------------------------- inside
-    async def _in_thread(self, call: Callable[[], Answer]) -> Answer:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
-
-    def _all(self, ask: Callable[..., Answer], requests: Sequence[Any], settings: Mapping[str, Any]) -> list[Any]:
-        seen: dict[str, int] = {}
-        draws = []
-        for one in requests:
-            key = json.dumps(one, sort_keys=True, default=dict)
-            draws.append(seen.get(key, 0))
-            seen[key] = draws[-1] + 1
-        first = int(settings.get("draw", 0))
-        rest = {name: value for name, value in settings.items() if name != "draw"}
-
-        def call(request: Any, draw: int) -> Answer | EndpointError:
-            try:
-                return ask(request, draw=first + draw, **rest)
-            except EndpointError as error:
-                return error
-
-        return list(self.side_by_side(call, requests, draws))
-
     def _ask(self, route: str, fields: dict[str, Any], draw: int) -> Answer:
         payload = {"model": self.model, **fields}
         request = {"url": f"{self.name}/{route}", "draw": draw, "payload": payload}
         if self.cache and (known := self.cache.get(request)) is not None:
-            return _answer(known, self.name, cached=True)
+            return _answer(known, self.name)
         self.budget.check(self.name)
         found = self._exchange(lambda: self._routes[route].post(payload))
         answer = _answer(found, self.name)
@@ -318,7 +271,7 @@ class OpenAIClient:
         return found[0]
 
 
-def _answer(found: Mapping[str, Any], name: str, cached: bool = False) -> Answer:
+def _answer(found: Mapping[str, Any], name: str) -> Answer:
     """An endpoint's JSON as an Answer. Raises EndpointError if it is not one."""
     try:
         choice = found["choices"][0]
@@ -328,27 +281,6 @@ def _answer(found: Mapping[str, Any], name: str, cached: bool = False) -> Answer
             raise TypeError("not a text")
         usage = found.get("usage") or {}
         counted = Usage(int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
-        logprobs = _logprobs(choice.get("logprobs"))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise EndpointError(f"{name} answered without a completion: {str(dict(found))[:80]}", temporary=True) from error
-    return Answer(text or "", choice.get("finish_reason"), logprobs, message, counted, cached)
-
-
-def _logprobs(given: Any) -> list[TokenLogprob] | None:
-    """Log-probabilities in the form of chats (`content`) or of completions (`tokens`, `token_logprobs`)."""
-    if not given:
-        return None
-    if given.get("content") is not None:
-        return [
-            TokenLogprob(
-                one["token"], one["logprob"], {top["token"]: top["logprob"] for top in one.get("top_logprobs") or ()}
-            )
-            for one in given["content"]
-        ]
-    if given.get("tokens") is None or given.get("token_logprobs") is None:
-        return None
-    tops = given.get("top_logprobs") or [None] * len(given["tokens"])
-    return [
-        TokenLogprob(text, float("nan") if value is None else value, dict(top or {}))
-        for text, value, top in zip(given["tokens"], given["token_logprobs"], tops, strict=True)
-    ]
+    return Answer(text or "", choice.get("finish_reason"), message, counted)
