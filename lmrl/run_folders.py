@@ -40,6 +40,12 @@ def read_recipe(folder: Path) -> Recipe:
     return validate(Recipe, read_yaml(folder / RECIPE_FILE))
 
 
+def run_of(path: Path) -> Path | None:
+    """The run that an existing file or folder is, or lies in."""
+    around = (path.resolve(), *path.resolve().parents) if path.exists() else ()
+    return next((one for one in around if (one / RECIPE_FILE).is_file() and (one / "stages").is_dir()), None)
+
+
 def final_checkpoint(folder: Path, which: str = "final") -> Path:
     """A checkpoint folder of a run's last stage: `final` (or the newest one), `best`, or `step-N`."""
     stage = folder / "stages" / MAIN_STAGE

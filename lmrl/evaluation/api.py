@@ -25,7 +25,7 @@ from lmrl.evaluation.suites import Suite, allow_code, load_suite, own_suite, ref
 from lmrl.policy.load import open_policy
 from lmrl.policy.policy import Policy
 from lmrl.recipe.files import locate_rewards
-from lmrl.run_folders import RECIPE_FILE, read_recipe
+from lmrl.run_folders import read_recipe, run_of
 from lmrl.trajectories.trajectory import Trajectory
 
 TASK_FILE = "lmrl.json"
@@ -364,7 +364,3 @@ def run_rollouts(checkpoint: Path) -> dict[str, Any]:
     """How the run around a checkpoint sampled; {} for a checkpoint outside its run."""
     run = run_of(checkpoint)
     return read_recipe(run).rollouts.model_dump(mode="json") if run else {}
-
-
-def run_of(checkpoint: Path) -> Path | None:
-    return next((one for one in checkpoint.resolve().parents if (one / RECIPE_FILE).is_file()), None)

@@ -20,7 +20,7 @@ from lmrl.recipe import AgentTask, BlendSource, DatasetOptions, Prompts, PromptT
 from lmrl.recipe.files import stages_of
 from lmrl.rollouts.task import Task, build_task, strings_in
 from lmrl.rollouts.templates import prompt_rows
-from lmrl.run_folders import RECIPE_FILE, final_checkpoint, read_recipe
+from lmrl.run_folders import RECIPE_FILE, final_checkpoint, read_recipe, run_of
 from lmrl.trajectories.files import Selection, open_rows
 from lmrl.trajectories.preference_pairs import read_pairs, split_pairs
 from lmrl.trajectories.readers import Malformed
@@ -147,15 +147,8 @@ def run_texts(folder: Path) -> Iterator[str]:
     recipe = read_recipe(folder)
     for stage in stages_of(recipe).values():
         yield from stage_texts(stage, folder)
-    if (earlier := run_around(recipe.model.path)) is not None:
+    if recipe.model.path and (earlier := run_of(Path(recipe.model.path).expanduser())):
         yield from run_texts(earlier)
-
-
-def run_around(model: str | None) -> Path | None:
-    """The run that a model's folder is, or is in."""
-    path = Path(model or "").expanduser()
-    around = (path.resolve(), *path.resolve().parents) if model and path.exists() else ()
-    return next((one for one in around if (one / RECIPE_FILE).is_file() and (one / "stages").is_dir()), None)
 
 
 def stage_texts(recipe: Recipe, folder: Path) -> Iterator[str]:

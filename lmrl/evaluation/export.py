@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lmrl.errors import RunError
-from lmrl.evaluation.api import TASK_FILE, dtype_of, evaluator_for, run_of
+from lmrl.evaluation.api import TASK_FILE, dtype_of, evaluator_for
 from lmrl.evaluation.card import write_card
 from lmrl.evaluation.distill import Distillation, Fit
 from lmrl.evaluation.evaluate import Evaluator
@@ -19,7 +19,7 @@ from lmrl.evaluation.scoring import Scores
 from lmrl.policy.export import save_adapter, save_plain
 from lmrl.policy.load import open_policy
 from lmrl.policy.policy import Policy
-from lmrl.run_folders import checkpoint_of
+from lmrl.run_folders import checkpoint_of, run_of
 
 
 @dataclass

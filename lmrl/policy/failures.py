@@ -14,7 +14,7 @@ from torch import nn
 
 from lmrl.errors import ModelError
 from lmrl.local_names import HUB_NAME
-from lmrl.run_folders import RECIPE_FILE, checkpoints_in
+from lmrl.run_folders import RECIPE_FILE, checkpoints_in, run_of
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 TRUST = {
@@ -88,7 +88,7 @@ def broken_file(folder: Path) -> str | None:
 
 def _fix(folder: Path) -> str:
     """The fix for a broken folder: another checkpoint of its run, if one is complete."""
-    run = next((one for one in folder.resolve().parents if (one / RECIPE_FILE).is_file()), None)
+    run = run_of(folder)
     if run is None:
         return "copy or download it again"
     stage = folder.parent if folder.name == "final" else folder.parent.parent

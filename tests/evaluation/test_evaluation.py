@@ -124,7 +124,7 @@ def test_checkpoint_of_an_older_version_takes_the_sampling_of_its_run(walks_run,
     final = walks_run / "stages" / "main" / "final"
     saved = json.loads((final / "lmrl.json").read_text())
     assert saved.pop("rollouts")["temperature"] == 0.5
-    old = tmp_path / "run" / "final"
+    old = tmp_path / "run" / "stages" / "main" / "final"
     shutil.copytree(final, old)
     (old / "lmrl.json").write_text(json.dumps(saved))
     assert evaluator_for(old).sampling.temperature == 1.0  # outside of its run
