@@ -15,7 +15,7 @@ from lmrl.local_names import refuse_missing
 from lmrl.recipe import AgentTask, PromptTask, Rollouts, Section, TaskSection
 from lmrl.recipe.document import Document
 from lmrl.recipe.files import merge
-from lmrl.recipe.overrides import apply_override
+from lmrl.recipe.overrides import apply_overrides
 from lmrl.recipe.paths import resolve_files
 from lmrl.recipe.source import Players
 from lmrl.recipe.validation import validate
@@ -130,8 +130,7 @@ def resolve(environment: str | None, overrides: list[str], saved: dict[str, Any]
         document.data = merge(document.data, {"task": {"environment": environment}})
         if "environment" not in saved.get("task", {}):
             document.data["task"] = {"environment": environment}  # a task of prompts has other keys
-    for override in overrides:
-        apply_override(document, override)
+    apply_overrides(document, overrides)
     if "task" not in document.data:
         raise RecipeError(
             "the policy does not say what it was trained for: name what to play, --environment NAME (lmrl ls environments "

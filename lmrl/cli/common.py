@@ -108,14 +108,13 @@ def endpoint_of(options: Sequence[str] | None, policies: Sequence[str]) -> Any:
     """`--endpoint KEY=VALUE` as an Endpoint. Raises RecipeError if it is invalid, or if no policy is an address."""
     from lmrl.engines.remote import Endpoint, is_address
     from lmrl.recipe.document import Document
-    from lmrl.recipe.overrides import apply_override
+    from lmrl.recipe.overrides import apply_overrides
     from lmrl.recipe.validation import validate
 
     if options and not any(map(is_address, policies)):
         raise RecipeError("--endpoint is for policies that are addresses, and none is: leave it out")
     document = Document({})
-    for option in options or ():
-        apply_override(document, option)
+    apply_overrides(document, options or ())
     return validate(Endpoint, document)
 
 

@@ -48,7 +48,7 @@ def task_section(environment: str, options: list[str] | None) -> EpisodeLimits:
     """The `task` section that a recipe would have for this environment and these options."""
     from lmrl.recipe import EpisodeLimits, Section, TaskSection
     from lmrl.recipe.document import Document
-    from lmrl.recipe.overrides import apply_override
+    from lmrl.recipe.overrides import apply_overrides
     from lmrl.recipe.paths import resolve_files
     from lmrl.recipe.validation import validate
 
@@ -56,8 +56,7 @@ def task_section(environment: str, options: list[str] | None) -> EpisodeLimits:
         task: TaskSection
 
     document = Document({"task": {"environment": environment}}, places={("task", "environment"): "ENVIRONMENT"})
-    for option in options or ():
-        apply_override(document, option if option.startswith("task.") else f"task.{option}")
+    apply_overrides(document, [one if one.startswith("task.") else f"task.{one}" for one in options or ()])
     resolve_files(document.data, Path.cwd())
     task = validate(Checked, document).task
     assert isinstance(task, EpisodeLimits), "an environment was named"

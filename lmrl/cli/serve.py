@@ -12,7 +12,7 @@ from lmrl.cli.common import Checkpoint, Debug, TrustRemoteCode
 from lmrl.errors import RecipeError, RunError
 from lmrl.recipe import Rollouts, Section
 from lmrl.recipe.document import Document
-from lmrl.recipe.overrides import apply_override
+from lmrl.recipe.overrides import apply_overrides
 from lmrl.recipe.paths import resolve_files
 from lmrl.recipe.validation import validate
 
@@ -120,6 +120,6 @@ def resolve(overrides: list[str]) -> Rollouts:
     for override in overrides:
         if not override.startswith("rollouts."):
             raise RecipeError(f"'{override}': only rollouts.KEY=VALUE can be changed here")
-        apply_override(document, override)
+    apply_overrides(document, overrides)
     resolve_files(document.data, Path.cwd())
     return validate(Serving, document).rollouts

@@ -12,7 +12,7 @@ from lmrl.errors import RecipeError
 from lmrl.extras import need
 from lmrl.recipe import Section
 from lmrl.recipe.document import Document
-from lmrl.recipe.overrides import apply_override, listed
+from lmrl.recipe.overrides import apply_overrides
 from lmrl.recipe.validation import validate
 
 Options = TypeVar("Options", bound=Section)
@@ -111,6 +111,5 @@ def _task(suite: str | Path | None, prefix: str) -> str | None:
 
 def _options(section: type[Options], overrides: Sequence[str]) -> Options:
     document = Document({})
-    for override in listed(overrides):
-        apply_override(document, override)
+    apply_overrides(document, overrides)
     return validate(section, document)

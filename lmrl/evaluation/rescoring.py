@@ -15,7 +15,7 @@ from lmrl.evaluation.scoring import Scores, Scoring, check_metrics
 from lmrl.evaluation.suites import Suite, allow_code, load_suite, refuse_code
 from lmrl.recipe import PromptTask, any_weighted
 from lmrl.recipe.document import Document
-from lmrl.recipe.overrides import apply_override, listed
+from lmrl.recipe.overrides import apply_overrides
 from lmrl.recipe.paths import resolve_files
 from lmrl.recipe.validation import validate
 from lmrl.rewards.load import load_rewards
@@ -80,8 +80,7 @@ def judging_suite(log: EvalLog, suite: str | Path | None, overrides: Sequence[st
         data["task"]["rewards"], data["metrics"] = plain["task"]["rewards"], plain["metrics"]
         data["run_code"] = plain["run_code"]
     document = Document(data, log.folder)
-    for override in listed(overrides):
-        apply_override(document, override)
+    apply_overrides(document, overrides)
     resolve_files(document.data, Path.cwd())
     found = validate(Suite, document)
     task = found.task

@@ -12,8 +12,8 @@ from lmrl.errors import RecipeError
 from lmrl.recipe import Choices, PromptTask, Rollouts, Section, TaskSection, any_weighted
 from lmrl.recipe.document import Document, read_yaml
 from lmrl.recipe.files import find_yaml, merge
-from lmrl.recipe.methods import spelled_out, take_arguments
-from lmrl.recipe.overrides import OVERRIDE, apply_override, listed
+from lmrl.recipe.methods import take_arguments
+from lmrl.recipe.overrides import OVERRIDE, apply_overrides
 from lmrl.recipe.paths import resolve_files
 from lmrl.recipe.validation import validate
 
@@ -95,8 +95,7 @@ def load_suite(name: str | Path, overrides: Sequence[str] = (), task: dict[str, 
         document.data["task"] = merge(own, task)
     else:
         _score_whole_file(own)
-    for override in listed(overrides):
-        apply_override(document, spelled_out(override, arguments))
+    apply_overrides(document, overrides, arguments)
     resolve_files(document.data, document.folder)
     _read_own_file(document)
     return validate(Suite, document)
@@ -163,8 +162,7 @@ def own_suite(
     if task.get("opponent_in_evaluation") is not None:
         task = task | {"opponent": task["opponent_in_evaluation"], "opponent_in_evaluation": None}
     document = Document({"task": task, "rollouts": sampling})
-    for override in listed(overrides):
-        apply_override(document, override)
+    apply_overrides(document, overrides)
     resolve_files(document.data, document.folder)
     suite = validate(Suite, document)
     if suite.is_unscored:

@@ -15,8 +15,8 @@ from lmrl.errors import RecipeError, did_you_mean
 from lmrl.objects import with_names
 from lmrl.recipe import CHOICES, MAIN_STAGE, REWARD_MODEL, STAGE_PREFIX, Recipe, Reward
 from lmrl.recipe.document import Document, read_yaml
-from lmrl.recipe.methods import check_arguments, spelled_out, take_arguments
-from lmrl.recipe.overrides import apply_override, listed
+from lmrl.recipe.methods import check_arguments, take_arguments
+from lmrl.recipe.overrides import apply_overrides
 from lmrl.recipe.paths import resolve_files
 from lmrl.recipe.validation import validate
 from lmrl.secrets import check_no_secrets
@@ -78,8 +78,7 @@ def load_recipe(name: str | Path | Mapping[str, Any], overrides: typing.Sequence
     else:
         document = read_yaml(find_yaml(name, "recipes"))
     arguments = take_arguments(document.data)
-    for override in listed(overrides):
-        apply_override(document, spelled_out(override, arguments))
+    apply_overrides(document, overrides, arguments)
     check_arguments(document.data, arguments, str(name))
     stages = document.data.get("stages")
     resolve_files(document.data, document.folder)

@@ -5,6 +5,7 @@ Such a recipe lists what it requires under `arguments`: a key of the recipe, or 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ def take_arguments(data: dict[str, Any]) -> list[Argument]:
     ]
 
 
-def spelled_out(override: str, arguments: list[Argument]) -> str:
+def spelled_out(override: str, arguments: Sequence[Argument]) -> str:
     """An override with its short name replaced by the key; also for keys below it (`prompts.chat=true`)."""
     name, equals, value = override.partition("=")
     for one in arguments:

@@ -10,6 +10,7 @@ import yaml
 from lmrl.errors import RecipeError, did_you_mean
 from lmrl.recipe import CHOICES, MAIN_STAGE, EpisodeLimits
 from lmrl.recipe.document import Document, Keys, Loader, check_size, dotted
+from lmrl.recipe.methods import Argument, spelled_out
 
 OVERRIDE = "override "
 """How the place of a key begins that an override has set."""
@@ -23,8 +24,14 @@ def listed(texts: Sequence[str], name: str = "overrides", example: str = "traini
     raise RecipeError(f"{name}: expected a list of texts, for instance ['{example}'], got {texts!r:.200}")
 
 
-def apply_override(document: Document, override: str) -> None:
-    """Apply `a.b.c=value`; the value is read as YAML. Items of a list have an index: `task.rewards.0.weight=2`."""
+def apply_overrides(document: Document, overrides: Sequence[str], arguments: Sequence[Argument] = ()) -> None:
+    """Apply each `a.b.c=value`, which is read as YAML. Items of a list have an index: `task.rewards.0.weight=2`.
+    arguments: those of the recipe, whose short names may stand for keys."""
+    for override in listed(overrides):
+        _apply(document, spelled_out(override, arguments))
+
+
+def _apply(document: Document, override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise RecipeError(f"override '{override}' is not of the form key=value, for instance training.steps=50")
