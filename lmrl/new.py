@@ -170,7 +170,7 @@ def look_at_rows(path: str, kind: str, tokenizer: Any) -> Look:
     look.said.append(
         f"{counted(look.rows, 'row')}; {'prompts' if kind == 'prompts' else 'texts'} of {_range(lengths, 'token')}, 99 in 100 up to {common}"
     )
-    look.tokens = rounded(1.25 * (longest if longest <= LONGEST else common) + TEMPLATE, 64)
+    look.tokens = 64 * math.ceil((1.25 * (longest if longest <= LONGEST else common) + TEMPLATE) / 64)
     return look
 
 
@@ -185,11 +185,6 @@ def quoted(text: str) -> str:
         return text if yaml.safe_load(f"[{text}]") == [text] else json.dumps(text, ensure_ascii=False)
     except yaml.YAMLError:
         return json.dumps(text, ensure_ascii=False)
-
-
-def rounded(value: float, to: int) -> int:
-    """The next multiple of `to`."""
-    return max(math.ceil(value / to) * to, to)
 
 
 # ------------------------------------------------------------------------------------------------------------ the recipe

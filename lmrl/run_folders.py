@@ -118,9 +118,9 @@ def is_policy(folder: Path) -> bool:
     return any((folder / name).exists() for name in MODEL_FILES)
 
 
-def latest_run(root: Path = Path("runs")) -> Path:
-    """The run folder that was written to last."""
-    found = [path.parent for path in root.glob(f"**/{RECIPE_FILE}") if (path.parent / VERSIONS_FILE).exists()]
+def latest_run() -> Path:
+    """The run folder under `runs/` that was written to last."""
+    found = [path.parent for path in Path("runs").glob(f"**/{RECIPE_FILE}") if (path.parent / VERSIONS_FILE).exists()]
     if not found:
-        raise RunError(f"there is no run to resume under {root}/: name its folder, lmrl train FOLDER --resume")
+        raise RunError("there is no run to resume under runs/: name its folder, lmrl train FOLDER --resume")
     return max(found, key=lambda folder: max(path.stat().st_mtime for path in folder.iterdir()))

@@ -95,7 +95,7 @@ async def _play_all(
     app = App(served, limits=AppLimits(1_000_000, agent.seconds or 1e9), open=False)
     places = asyncio.Semaphore(agent.workers)
 
-    async with endpoint(app, limits=LIMITS) as port:
+    async with endpoint(app, LIMITS) as port:
 
         async def play(trajectory: Trajectory, row: dict[str, Any]) -> None:
             async with places:

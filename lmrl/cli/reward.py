@@ -89,7 +89,7 @@ def calibrate(
 
     check_outputs(to_json)
     pairs, spec = Pairs(data, limit), _spec(reward, option)
-    judge = reward_object(spec, "reward") if spec.kind == "function" else None
+    judge = reward_object(spec) if spec.kind == "function" else None
     if judge is not None and hasattr(judge, "prefers"):
         verdicts = by_comparison(judge.prefers, pairs)
     else:

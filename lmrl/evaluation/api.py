@@ -307,7 +307,6 @@ def evaluator_for(
     suite: str | Path | None = None,
     overrides: Sequence[str] = (),
     trust_remote_code: bool = False,
-    checkpoint: str = "final",
     given: NamedSuite | None = None,
     run_code: bool = False,
     endpoint: Endpoint | None = None,
@@ -316,7 +315,7 @@ def evaluator_for(
     endpoint: how requests are sent to an address."""
     keep_freed_memory()
     if not isinstance(policy, Contender):
-        (policy,) = contenders([str(policy)], checkpoint)
+        (policy,) = contenders([str(policy)])
     path = policy.path
     task, dtype = None, "float32"
     if (Path(path) / TASK_FILE).is_file():

@@ -108,7 +108,7 @@ def serving(app: App) -> Iterator[int]:
 
     async def serve() -> None:
         found["loop"], found["stop"] = asyncio.get_running_loop(), asyncio.Event()
-        async with endpoint(app, limits=LIMITS) as port:
+        async with endpoint(app, LIMITS) as port:
             found["port"] = port
             ready.set()
             await found["stop"].wait()

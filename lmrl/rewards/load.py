@@ -117,9 +117,9 @@ def needs_of(function: Any, options: Collection[str]) -> list[str]:
     ]
 
 
-def reward_object(spec: Reward, key: str) -> Any:
+def reward_object(spec: Reward) -> Any:
     """The object that the reward names: a function, or an instance of a class, constructed with the options."""
-    call = local_call(spec, key)
+    call = local_call(spec, "reward")
     assert isinstance(call, partial)
     return call.args[0]
 

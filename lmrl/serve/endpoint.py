@@ -13,11 +13,11 @@ from lmrl.serve.http import HTTPServer, Limits
 
 
 @asynccontextmanager
-async def endpoint(app: App, host: str = "127.0.0.1", port: int = 0, limits: Limits = Limits()) -> AsyncIterator[int]:
-    """Serve the app inside the block; yields the port. At the end, running requests get `grace_seconds`."""
+async def endpoint(app: App, limits: Limits) -> AsyncIterator[int]:
+    """Serve the app on this machine inside the block; yields the port. At the end, running requests get `grace_seconds`."""
     server = HTTPServer(app, limits)
     try:
-        yield await server.start(host, port)
+        yield await server.start("127.0.0.1", 0)
     finally:
         await server.close()
 

@@ -142,10 +142,12 @@ def read_ask(payload: Any, chat: bool, defaults: Sampling, most: int = 128) -> A
         defaults,
         max_new_tokens=limit or defaults.max_new_tokens,
         temperature=float(fields.number("temperature", 0, 2, defaults.temperature)),
-        top_p=_positive("top_p", float(fields.number("top_p", 0, 1, defaults.top_p))),
+        top_p=float(fields.number("top_p", 0, 1, defaults.top_p)),
         top_k=max(fields.number("top_k", -1, 2**31, defaults.top_k, whole=True), 0),
         stop=_stops(fields, defaults),
     )
+    if not sampling.top_p:
+        raise BadRequest("'top_p' is 0; expected a number above 0", "top_p")
     stream = fields.take("stream", bool, False)
     options = Fields(fields.take("stream_options", dict, {}))
     usage = options.take("include_usage", bool, False)
@@ -172,12 +174,6 @@ def read_ask(payload: Any, chat: bool, defaults: Sampling, most: int = 128) -> A
         ask = replace(ask, prompts=_prompts(fields), logprobs=wanted)
     fields.finish()
     return ask
-
-
-def _positive(name: str, value: float) -> float:
-    if value <= 0:
-        raise BadRequest(f"'{name}' is {value:g}; expected a number above 0", name)
-    return value
 
 
 def _stops(fields: Fields, defaults: Sampling) -> tuple[str, ...]:

@@ -127,7 +127,7 @@ class ToolBox:
             raise ToolFailed(f"error: {f'timed out after {self.seconds:g} s' if late else _reason(error)}") from error
 
 
-def load_tools(names: Sequence[Any], key: str = "task.tools") -> list[OfferedTool]:
+def load_tools(names: Sequence[Any]) -> list[OfferedTool]:
     """The tools that a recipe names. Raises PluginError.
 
     A name is `file.py:function`, a dotted path, `python`, `{python: {seconds: 5}}`, or a server: `{mcp: {command:
@@ -135,10 +135,10 @@ def load_tools(names: Sequence[Any], key: str = "task.tools") -> list[OfferedToo
     """
     tools: list[OfferedTool] = []
     for index, name in enumerate(names):
-        tools += _load(name, f"{key}.{index}")
+        tools += _load(name, f"task.tools.{index}")
     called = [tool.name for tool in tools]
     if twice := [name for name in called if called.count(name) > 1]:
-        raise PluginError(f"{key}: two tools are called '{twice[0]}'")
+        raise PluginError(f"task.tools: two tools are called '{twice[0]}'")
     return tools
 
 

@@ -78,7 +78,6 @@ def sweep(
     output: str | Path | None = None,
     jobs: int = 1,
     resume: bool = False,
-    display: Display | None = None,
 ) -> dict[str, Any]:
     """Run a recipe (a file or a shipped name) over values, `jobs` runs at a time; returns what results.json holds.
 
@@ -87,7 +86,7 @@ def sweep(
     runs. Raises RecipeError or RunError before anything runs, and SweepError at the end if runs failed. SIGTERM and
     Ctrl-C let every run save a checkpoint.
     """
-    display = display or Display()
+    display = Display()
     points = combinations(recipe, overrides, over)
     if jobs < 1:
         raise RecipeError(f"--jobs: at least one run at a time, not {jobs}")

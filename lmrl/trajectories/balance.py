@@ -74,7 +74,7 @@ def _relieve(costs: list[float], chosen: list[int], loads: list[float]) -> bool:
     return True
 
 
-def split(costs: list[float], count: int, rng: np.random.Generator, tries: int = TRIES) -> list[list[int]]:
+def split(costs: list[float], count: int, rng: np.random.Generator) -> list[list[int]]:
     """Items at random in `count` parts of nearly equal numbers and costs; parts are empty only if there are fewer
     items.
 
@@ -86,7 +86,7 @@ def split(costs: list[float], count: int, rng: np.random.Generator, tries: int =
     order_BP = np.full((blocks, count), len(costs))  # the index after the last stands for "no item"
     order_BP.flat[: len(costs)] = np.argsort(-np.asarray(costs), kind="stable")
     costs_I = np.append(np.asarray(costs, dtype=np.float64), 0.0)
-    cuts = [rng.permuted(order_BP, axis=1) for _ in range(tries)]
+    cuts = [rng.permuted(order_BP, axis=1) for _ in range(TRIES)]
     best_BP = min(cuts, key=lambda cut_BP: costs_I[cut_BP].sum(0).max())
     return [[int(item) for item in rng.permutation(part_B) if item < len(costs)] for part_B in best_BP.T]
 

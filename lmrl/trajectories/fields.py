@@ -44,8 +44,8 @@ def optional(row: Row, name: str, kind: type, default: Any = None) -> Any:
     return default if row.get(name) is None else take(row, name, kind)
 
 
-def reward_in(row: Row, name: str) -> float | None:
-    return None if row.get(name) is None else reward_of(row[name], name)
+def reward_in(row: Row) -> float | None:
+    return None if row.get("reward") is None else reward_of(row["reward"], "reward")
 
 
 def reward_of(value: Any, name: str) -> float:

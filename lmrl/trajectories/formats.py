@@ -153,7 +153,7 @@ def episode_of(
 ) -> Trajectory:
     """An episode of any format. rewards: one per turn; without them, the row's `reward` is given in the last turn.
     trailing: messages after the last action."""
-    total = reward_in(row, "reward")
+    total = reward_in(row)
     terminated = optional(row, "terminated", bool, not optional(row, "truncated", bool, False))
     if rewards is not None:
         for turn, reward in zip(turns, rewards, strict=True):

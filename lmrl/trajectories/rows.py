@@ -262,7 +262,7 @@ def _turn(turn: Any, index: int) -> Row:
     try:
         take(turn, "observation", str)
         take(turn, "action", str)
-        reward_in(turn, "reward")
+        reward_in(turn)
         optional(turn, "cut", bool)
     except Malformed as error:
         raise Malformed(f"field 'turns', turn {index}: {error}") from error

@@ -103,7 +103,7 @@ def bearer(key):
 async def serving(app: App, limits: Limits = Limits()):
     """Inside, a function connects to the app."""
     open_ones = []
-    async with endpoint(app, limits=limits) as port:
+    async with endpoint(app, limits) as port:
 
         async def connect() -> Connection:
             connection = Connection(*await asyncio.open_connection("127.0.0.1", port))

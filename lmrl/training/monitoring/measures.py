@@ -11,7 +11,6 @@ from lmrl import distributed
 from lmrl.accelerators import has_memory
 from lmrl.evaluation.scoring import RESERVED
 from lmrl.process_memory import peak_resident_mb
-from lmrl.training.monitoring.reward_hacking import repetition
 from lmrl.trajectories.rows import to_row
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -59,8 +58,15 @@ def numbers_of(trajectory: Trajectory, taken: Collection[str] = ()) -> dict[str,
 
 
 def repetition_of_all(trajectories: Sequence[Trajectory]) -> float:
-    """Mean share of repeated n-grams in the processes' completions."""
-    return distributed.mean([repetition([one.completion]) for one in trajectories])
+    """Mean share of repeated trigrams in the processes' completions."""
+    return distributed.mean([repetition(one.completion) for one in trajectories])
+
+
+def repetition(text: str) -> float:
+    """Share of the trigrams of words that occurred before in the text, in [0, 1]."""
+    words = text.split()
+    trigrams = list(zip(words, words[1:], words[2:], strict=False))
+    return (len(trigrams) - len(set(trigrams))) / len(trigrams) if trigrams else 0.0
 
 
 def drift(metrics: dict[str, Any]) -> dict[str, float]:

@@ -7,7 +7,6 @@ the true objective falls. A reward of weight 0 is not trained on, so it shows th
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from statistics import mean, variance
 
@@ -17,17 +16,6 @@ THRESHOLD = 2.0
 """Standard errors by which the two windows must differ."""
 COLUMNS = 6
 TRAINED = "reward"
-
-
-def repetition(texts: Sequence[str], n: int = 3) -> float:
-    """Mean share of repeated word n-grams in a text, in [0, 1]; 0 for texts shorter than n words."""
-    shares = []
-    for text in texts:
-        words = text.split()
-        grams = Counter(tuple(words[at : at + n]) for at in range(len(words) - n + 1))
-        total = sum(grams.values())
-        shares.append((total - len(grams)) / total if total else 0.0)
-    return mean(shares)
 
 
 class RewardHackingDetector:

@@ -4,12 +4,13 @@ import math
 
 import pytest
 
-from lmrl.training.monitoring.reward_hacking import RewardHackingDetector, difference, repetition
+from lmrl.training.monitoring.measures import repetition
+from lmrl.training.monitoring.reward_hacking import RewardHackingDetector, difference
 
 
 def test_repetition_by_hand():
     # "a b c a b c": trigrams abc bca cab abc, one of four again
-    assert repetition(["a b c a b c", "a b"]) == pytest.approx(0.125)
+    assert repetition("a b c a b c") == pytest.approx(0.25) and repetition("a b") == 0
 
 
 def test_difference_by_hand():
