@@ -22,7 +22,7 @@ from itertools import combinations
 from lmrl.errors import RecipeError
 from lmrl.seeding import stream
 
-FINAL = re.compile(r"####\s*(.+)|\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", re.MULTILINE)
+FINAL = re.compile(r"####\s*(.+)|\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 """How a final answer is marked in GSM8K and MATH, there with up to two levels of braces inside."""
 FORM = re.compile(r"(pass|maj|best)@([1-9][0-9]*)(?:/(.+))?")
 MOST_SUBSETS = 2000

@@ -21,12 +21,11 @@ FEWEST = 4
 
 @dataclass
 class Controlled:
-    """A difference while the difference of another metric is held at 0, and the slope per unit of that metric."""
+    """A difference while the difference of another metric is held at 0."""
 
     mean: float
     ci95: list[float]
     p: float
-    slope: float
 
 
 def controlled(gaps_G: Sequence[float], others_G: Sequence[float], name: str) -> Controlled:
@@ -54,5 +53,4 @@ def controlled(gaps_G: Sequence[float], others_G: Sequence[float], name: str) ->
     df = count - design_GP.shape[1]
     mean = float(beta_P[0])
     p = 2 * upper_tail(abs(mean) / error, df) if error > 0 else float(mean == 0)
-    slope = float(beta_P[1]) if len(beta_P) > 1 else 0.0
-    return Controlled(mean, [mean - t95(df) * error, mean + t95(df) * error], p, slope)
+    return Controlled(mean, [mean - t95(df) * error, mean + t95(df) * error], p)

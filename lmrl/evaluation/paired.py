@@ -18,11 +18,19 @@ import numpy as np
 
 from lmrl.errors import RecipeError, RunError, ScoreError, did_you_mean
 from lmrl.evaluation.best_of import several_samples
-from lmrl.evaluation.claims import Claim, check_claims
+from lmrl.evaluation.claims import Claim
 from lmrl.evaluation.controlled import controlled
 from lmrl.evaluation.ratings import Rating, ratings
 from lmrl.evaluation.scoring import PROMPT, Scores, Scoring, clusters_of, value_of
-from lmrl.evaluation.statistics import Clustered, Limits, between_clusters, p_value, summarize, within_clusters
+from lmrl.evaluation.statistics import (
+    Clustered,
+    Limits,
+    between_clusters,
+    is_within,
+    p_value,
+    summarize,
+    within_clusters,
+)
 from lmrl.evaluation.student import NORMAL
 from lmrl.trajectories.trajectory import Trajectory
 
@@ -158,7 +166,6 @@ def compare_played(
     """
     for number, one in enumerate(policies):
         one.key = key_of(number)
-    check_claims(claims, [one.key for one in policies])
     check_same_prompts(policies)
     rows = {one.key: scoring.report(one.trajectories) for one in policies}
     shared = [name for name in rows["A"] if all(name in row for row in rows.values()) and name != "normalized"]
@@ -334,8 +341,7 @@ def prompts_needed(gaps: Sequence[float], clusters: Sequence[Hashable], fixed: b
     """Prompts with which a mean as large as that of `gaps` has a p-value below 0.05 in 4 of 5 comparisons; None where
     it is 0. Of fixed prompts: as many times the samples of each as this is the number of prompts."""
     data = Clustered.of(gaps, clusters)
-    within = fixed and data.values > data.clusters
-    variance, _ = within_clusters(data) if within else between_clusters(data)
+    variance, _ = within_clusters(data) if is_within(data, fixed) else between_clusters(data)
     if data.mean == 0:
         return None
     return math.ceil(data.clusters * variance * ((SETTLED + POWER) / data.mean) ** 2)

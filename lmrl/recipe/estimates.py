@@ -220,13 +220,12 @@ def _moments_bytes(recipe: Recipe, shape: dict[str, int]) -> Callable[..., int]:
     AdamW has two moments, of which those of embeddings stay in float32 with 8 bits; Muon and NAMO have one per matrix, and their last step.
     """
     lora, name = recipe.model.lora, recipe.optimizer.name
-    embeddings, head = shape["vocabulary"] * shape["hidden"], shape["embeddings"]
-    tables = (_copied_embeddings(lora, shape),) * 2 if lora else (embeddings, head)
+    embeddings = _copied_embeddings(lora, shape) if lora else shape["vocabulary"] * shape["hidden"]
 
     def moments(parameters: int, heads: int = 0) -> int:
         if name != "adamw_8bit":
             return 8 * parameters
-        return 2 * parameters + 6 * (0 if heads else min(tables[0], parameters))
+        return 2 * parameters + 6 * (0 if heads else min(embeddings, parameters))
 
     return moments
 

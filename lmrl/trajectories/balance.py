@@ -159,11 +159,6 @@ def joined(parts: list[Batch]) -> Batch:
     return Batch([sequence for part in parts for sequence in part.sequences])
 
 
-def imbalance(loads: list[float]) -> float:
-    """The largest load divided by the mean: how many times as long as necessary the ranks take."""
-    return max(loads) * len(loads) / sum(loads) if any(loads) else 1.0
-
-
 def loads_of(costs: list[float], ranks: list[int], count: int) -> list[float]:
     """The sum of the costs of each of `count` ranks."""
     return (

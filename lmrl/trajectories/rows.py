@@ -137,17 +137,8 @@ def prompts_of(trajectory: Trajectory) -> list[str | Messages]:
     return prompts
 
 
-def from_row(row: Row, renderer: Renderer, history: int | str = "all", number: int = 0) -> list[Trajectory]:
-    """The episodes of a row of any format: one, or two for chosen and rejected.
-
-    Stored tokens of the renderer's tokenizer are taken as they are; otherwise the text is rendered and tokenised as the
-    sampler does it (`history`: see Recorder), and log-probabilities are unknown. Raises Malformed.
-    """
-    return [render(one, renderer, history) for one in parse(row, number, fingerprint(renderer.tokenizer))]
-
-
 def parse(row: Row, number: int = 0, tokenizer: str | None = None) -> list[Trajectory]:
-    """The episodes of a row as text, checked; `segments` are empty unless the row holds tokens of this `tokenizer`.
+    """The episodes of a row as text, checked: one, or two for chosen and rejected. `segments` are empty unless the row holds tokens of this `tokenizer`.
 
     number: the row's, for its group and episode. Raises Malformed with field and what was expected.
     """
@@ -184,7 +175,8 @@ def prompt_of(row: Row, column: str = "prompt") -> str | Messages:
 
 
 def render(trajectory: Trajectory, renderer: Renderer, history: int | str = "all") -> Trajectory:
-    """Fill the segments of an episode that is known as text. One that has tokens already is returned unchanged."""
+    """Fill the segments of an episode that is known as text, tokenised as the sampler does it, without log-probabilities.
+    One that has tokens already is returned unchanged. history: see Recorder. Raises Malformed."""
     if trajectory.segments or not trajectory.turns:
         return trajectory
     if is_dialogue(trajectory) and not renderer.chat:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lmrl.errors import RecipeError, RunError, ScoreError
-from lmrl.evaluation.claims import read_claim
+from lmrl.evaluation.claims import check_claims, read_claim
 from lmrl.evaluation.paired import Played, compare_played, correlation, holm, means_by_cluster, prompts_needed
 from lmrl.evaluation.scoring import Scoring
 from lmrl.trajectories.trajectory import Trajectory, Turn
@@ -169,7 +169,7 @@ def test_a_claim_turned_round_is_the_same_test():
 
 def test_claims_on_unknown_names():
     with pytest.raises(RecipeError, match="'D - A > 0' names D, but the policies are A, B"):
-        compared(played("old", 5, 5), played("new", 6, 7), claims=[read_claim("D - A > 0")])
+        check_claims([read_claim("D - A > 0")], ["A", "B"])
     with pytest.raises(RecipeError, match="no metric 'wrods' that all policies have; did you mean 'words'"):
         compared(played("old", 5, 5), played("new", 6, 7), claims=[read_claim("wrods: B - A > 0")])
 

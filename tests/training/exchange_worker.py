@@ -23,7 +23,7 @@ from lmrl.recipe.objectives import OBJECTIVES
 from lmrl.training.parallel.strategy import Strategy, all_reduce_gradients
 from lmrl.training.train import join
 from lmrl.training.updater import Updater
-from lmrl.trajectories.balance import deal, imbalance, joined, labelled
+from lmrl.trajectories.balance import deal, joined, labelled
 from lmrl.trajectories.trajectory import Segment, Trajectory
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -134,7 +134,7 @@ def main(folder: Path) -> None:
                 "apart": moved,
                 "losses": [one["stats"]["loss"] for one in (alone, together)],
                 "norms": [one["stats"]["grad_norm"] for one in (alone, together)],
-                "imbalance": [imbalance(own) for own in loads],
+                "imbalance": [max(own) * len(own) / sum(own) for own in loads],
                 "total": [sum(own) for own in loads],
             }
     parcels = [[(distributed.rank(), to)] * (to + 1) for to in range(distributed.size())]

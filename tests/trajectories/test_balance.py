@@ -13,7 +13,6 @@ from lmrl.trajectories.balance import (
     _to_arrays,
     assign,
     deal,
-    imbalance,
     joined,
     labelled,
     loads_of,
@@ -71,7 +70,6 @@ def test_longest_first_by_hand():
     # 3 + 2 + 2 against 3 + 2, until a 3 and a 2 change places.
     assert assign([3, 3, 2, 2, 2], [0, 1, 0, 0, 0], 2, slack=0.0) == [1, 1, 0, 0, 0]
     assert assign([], [], 3) == [] and assign([0.0, 0.0], [1, 0], 2) == [1, 0]
-    assert imbalance([3.0, 1.0]) == 1.5 and imbalance([0.0, 0.0]) == 1.0
 
 
 def test_even_loads_do_not_move():

@@ -9,7 +9,7 @@ from lmrl.errors import ModelError
 from lmrl.recipe import Prompts, PromptTask, RandomWalksTask
 from lmrl.rollouts.task import build_task
 from lmrl.trajectories.render import SENTINEL, Renderer
-from lmrl.trajectories.rows import from_row
+from tests.trajectories.episodes import from_row
 
 
 @pytest.fixture

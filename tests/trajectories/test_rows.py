@@ -16,9 +16,10 @@ from lmrl.trajectories.files import open_rows
 from lmrl.trajectories.formats import common_prompt
 from lmrl.trajectories.readers import Malformed
 from lmrl.trajectories.render import Renderer
-from lmrl.trajectories.rows import fingerprint, from_row, parse, to_row
+from lmrl.trajectories.rows import fingerprint, parse, to_row
 from lmrl.trajectories.store import DatasetFile, write_episodes
 from lmrl.trajectories.trajectory import CONTEXT
+from tests.trajectories.episodes import from_row
 
 
 class Count(TextEnvironment):

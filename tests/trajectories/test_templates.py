@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from lmrl.errors import ModelError
 from lmrl.trajectories.readers import Malformed
 from lmrl.trajectories.render import Renderer
-from lmrl.trajectories.rows import from_row
+from tests.trajectories.episodes import from_row
 
 TEMPLATES = Path(__file__).parent / "templates"
 CHATML = ["<|im_start|>", "<|im_end|>"]
