@@ -11,7 +11,7 @@ from lmrl.cli.common import Debug, Overrides, check_outputs, show_findings
 from lmrl.cli.verbs import PLAIN, VERBS
 
 if TYPE_CHECKING:
-    from lmrl.recipe import EpisodeLimits
+    from lmrl.recipe import EnvironmentTask
 
 app = typer.Typer(help=VERBS["env"], no_args_is_help=True, **PLAIN)
 Named = Annotated[
@@ -44,9 +44,9 @@ def check(
     show_findings(check_environment(task_section(environment, options), episodes), to_json)
 
 
-def task_section(environment: str, options: list[str] | None) -> EpisodeLimits:
+def task_section(environment: str, options: list[str] | None) -> EnvironmentTask:
     """The `task` section that a recipe would have for this environment and these options."""
-    from lmrl.recipe import EpisodeLimits, Section, TaskSection
+    from lmrl.recipe import EnvironmentTask, Section, TaskSection
     from lmrl.recipe.document import Document
     from lmrl.recipe.overrides import apply_overrides
     from lmrl.recipe.paths import resolve_files
@@ -59,5 +59,5 @@ def task_section(environment: str, options: list[str] | None) -> EpisodeLimits:
     apply_overrides(document, [one if one.startswith("task.") else f"task.{one}" for one in options or ()])
     resolve_files(document.data, Path.cwd())
     task = validate(Checked, document).task
-    assert isinstance(task, EpisodeLimits), "an environment was named"
+    assert isinstance(task, EnvironmentTask), "an environment was named"
     return task

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lmrl.chat import Speaker
-    from lmrl.recipe import EpisodeLimits
+    from lmrl.recipe import EnvironmentTask
 
 
 def command(
@@ -123,7 +123,7 @@ def ask(console: Console) -> str | None:
     return line.rstrip("\n") if line or sys.stdin.isatty() else None
 
 
-def _speakers(policy: str, task: EpisodeLimits, stated: dict[str, Any], seed: int) -> Callable[[int], Speaker]:
+def _speakers(policy: str, task: EnvironmentTask, stated: dict[str, Any], seed: int) -> Callable[[int], Speaker]:
     """The policy as each side of a game; each side has its own dialogue. stated: how to sample, see `Sampling`."""
     from functools import cache
 

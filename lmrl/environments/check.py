@@ -18,7 +18,7 @@ from lmrl.environments.calls import allowed_actions, begin_episode, call_player,
 from lmrl.environments.games import GameEnvironment, check_says_what_is_allowed, inner, lists_actions
 from lmrl.errors import LmrlError, counted
 from lmrl.findings import Finding
-from lmrl.recipe import EpisodeLimits
+from lmrl.recipe import EnvironmentTask
 from lmrl.seeding import stream
 from lmrl.visible import visible
 
@@ -28,7 +28,7 @@ NONSENSE = ("", "nonsense \x00", "A" * 10_000)
 DRAW = "call super().reset(seed=seed), and draw from self.np_random"
 
 
-def check_environment(task: EpisodeLimits, episodes: int = EPISODES) -> Iterator[Finding]:
+def check_environment(task: EnvironmentTask, episodes: int = EPISODES) -> Iterator[Finding]:
     """Check the environment of a recipe's `task`. Findings are yielded one by one; a failure that makes the rest
     meaningless is the last."""
     try:
@@ -99,7 +99,7 @@ def check_environment(task: EpisodeLimits, episodes: int = EPISODES) -> Iterator
 class _Played:
     """An episode, and what was seen of it."""
 
-    def __init__(self, environment: Any, seed: int, player: str, task: EpisodeLimits) -> None:
+    def __init__(self, environment: Any, seed: int, player: str, task: EnvironmentTask) -> None:
         """player: a scripted one, or `texts`: any of the allowed actions, else of the environment's texts."""
         self.environment, self.seed, self.player, self.task = environment, seed, player, task
         self.rewards: list[float] = []
@@ -146,14 +146,14 @@ def _player(environment: Any) -> str:
     return "random" if "random" in players else players[0] if players else "texts"
 
 
-def _play(environment: Any, seed: int, player: str, task: EpisodeLimits) -> _Played:
+def _play(environment: Any, seed: int, player: str, task: EnvironmentTask) -> _Played:
     played = _Played(environment, seed, player, task)
     for _ in played.steps():
         pass
     return played
 
 
-def _again(make: Callable[[], Any], player: str, task: EpisodeLimits, first: list[_Played]) -> Finding:
+def _again(make: Callable[[], Any], player: str, task: EnvironmentTask, first: list[_Played]) -> Finding:
     """The first episode, in an environment that has played the second: rollouts keep environments."""
     name, environment, fix = "reset begins anew", make(), "set all state of an episode in reset()"
     try:
@@ -164,7 +164,7 @@ def _again(make: Callable[[], Any], player: str, task: EpisodeLimits, first: lis
     return Finding(name, same, "after an episode" if same else f"an episode changes the next one: {fix}")
 
 
-def _side_by_side(make: Callable[[], Any], player: str, task: EpisodeLimits, alone: list[_Played]) -> Finding:
+def _side_by_side(make: Callable[[], Any], player: str, task: EnvironmentTask, alone: list[_Played]) -> Finding:
     """Two episodes, whose steps take turns, against the same ones alone."""
     name, both = "episodes run side by side", [_Played(make(), seed, player, task) for seed in range(2)]
     fix = "keep an episode's state in self, not in the class or the module"
@@ -201,7 +201,7 @@ def _picklable(environment: Any) -> Finding:
     return Finding("can be pickled", True, "for other processes")
 
 
-def _starts(environment: Any, task: EpisodeLimits) -> Finding:
+def _starts(environment: Any, task: EnvironmentTask) -> Finding:
     count = getattr(environment, "num_starts", None)
     if count is None:
         return Finding(
@@ -245,7 +245,7 @@ def _within_limits(environment: Any, played: list[_Played]) -> Iterator[Finding]
             )
 
 
-def _scripted(make: Any, environment: Any, task: EpisodeLimits) -> Iterator[Finding]:
+def _scripted(make: Any, environment: Any, task: EnvironmentTask) -> Iterator[Finding]:
     players = tuple(getattr(environment, "players", ()))
     if not players:
         yield Finding(
@@ -262,7 +262,7 @@ def _scripted(make: Any, environment: Any, task: EpisodeLimits) -> Iterator[Find
         yield Finding(f"player '{player}'", True, f"mean return {np.mean(returns):.3g} in 5 episodes")
 
 
-def _odd_actions(make: Any, task: EpisodeLimits, environment: Any) -> Finding:
+def _odd_actions(make: Any, task: EnvironmentTask, environment: Any) -> Finding:
     name = "survives odd actions"
     if task.allowed_actions:
         return Finding(name, None, "not tried: task.allowed_actions=true plays only those that the environment lists")

@@ -36,7 +36,7 @@ from lmrl.recipe.task import (
     STAGE_PREFIX,
     AgentTask,
     CustomTask,
-    EpisodeLimits,
+    EnvironmentTask,
     MazeTask,
     NimTask,
     Prompts,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lmrl.recipe.recipe import Recipe
 from lmrl.recipe.source import DatasetOptions, MixtureSource
-from lmrl.recipe.task import EpisodeLimits, RandomWalksTask
+from lmrl.recipe.task import EnvironmentTask, RandomWalksTask
 
 EPISODE = 610
 """Bytes of a `Trajectory` without segments and turns, in CPython 3.11, as are the following."""
@@ -25,7 +25,7 @@ def held_bytes(recipe: Recipe, turn_tokens: int) -> int:
 
     Episodes of files are read when they are needed, and those of prompts are a single turn: neither is counted.
     """
-    if not isinstance(recipe.task, EpisodeLimits):
+    if not isinstance(recipe.task, EnvironmentTask):
         return 0
     return held_episodes(recipe) * episode_bytes(turns_an_episode(recipe.task), recipe.task.history, turn_tokens)
 
@@ -38,7 +38,7 @@ def held_episodes(recipe: Recipe) -> int:
     return logged + (fresh if source.plays else 0)
 
 
-def turns_an_episode(task: EpisodeLimits) -> int:
+def turns_an_episode(task: EnvironmentTask) -> int:
     """Maximum turns of an episode."""
     if isinstance(task, RandomWalksTask):
         return min(task.max_length - 1, task.max_turns) if task.stepwise else 1
@@ -46,7 +46,7 @@ def turns_an_episode(task: EpisodeLimits) -> int:
 
 
 def episode_bytes(turns: int, history: int | str, turn_tokens: int) -> int:
-    """Bytes of an episode. history: see `EpisodeLimits`; with "all" there is one segment, else one for each turn, which
+    """Bytes of an episode. history: see `EnvironmentTask`; with "all" there is one segment, else one for each turn, which
     repeats the turns before that it shows."""
     segments, shown = (1, 1) if history == "all" else (turns, int(history))
     tokens = turns * shown * turn_tokens

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from lmrl.errors import RecipeError, did_you_mean
-from lmrl.recipe import CHOICES, MAIN_STAGE, EpisodeLimits
+from lmrl.recipe import CHOICES, MAIN_STAGE, EnvironmentTask
 from lmrl.recipe.document import Document, Keys, Loader, check_size, dotted
 from lmrl.recipe.methods import Argument, spelled_out
 
@@ -73,7 +73,7 @@ def _keep_shared(document: Document, keys: Keys, given: dict[str, Any], override
     those of overrides."""
     section = str(keys[-1])
     choice = CHOICES[section][0]
-    shared = EpisodeLimits.model_fields if section == "task" and "environment" in given else ()
+    shared = EnvironmentTask.model_fields if section == "task" and "environment" in given else ()
     below = {known: place for known, place in document.places.items() if known[: len(keys)] == keys != known}
     overridden = {known[len(keys)] for known, place in below.items() if place.startswith(OVERRIDE)}
     lost = [key for key in given if key not in {*shared, *overridden, choice}]

@@ -9,7 +9,7 @@ from pydantic import AllowInfNan, BeforeValidator, Field, field_validator, model
 
 from lmrl.objects import is_object, name_alone, named_rewards
 from lmrl.recipe.base import EnvironmentName, FreeForm, Plugin, RowsPath, Section
-from lmrl.recipe.players import OpponentOf
+from lmrl.recipe.opponent import OpponentOf
 from lmrl.recipe.templates import Shots
 
 SpecialTokens = Literal["text", "parse"]
@@ -251,7 +251,9 @@ class AgentTask(Section):
         return self
 
 
-class EpisodeLimits(Section):
+class EnvironmentTask(Section):
+    """What the tasks of all environments have in common."""
+
     if TYPE_CHECKING:  # each subclass says which names it has
         environment: str
 
@@ -277,7 +279,7 @@ class EpisodeLimits(Section):
     training. Only with rollouts.engine=hf."""
 
 
-class RandomWalksTask(EpisodeLimits):
+class RandomWalksTask(EnvironmentTask):
     """Shortest paths on a generated graph."""
 
     environment: Literal["random_walks"]
@@ -303,7 +305,7 @@ class RandomWalksTask(EpisodeLimits):
         return self.model_dump(include={"graph", "nodes", "max_length", "edge_probability", "stepwise"})
 
 
-class MazeTask(EpisodeLimits):
+class MazeTask(EnvironmentTask):
     """Walk to the goal of a double-T maze, one move per turn."""
 
     environment: Literal["maze"]
@@ -316,7 +318,7 @@ class MazeTask(EpisodeLimits):
         return {"observed": self.observed}
 
 
-class NimTask(EpisodeLimits):
+class NimTask(EnvironmentTask):
     """Nim with one heap, for two players (see lmrl/environments/nim.py)."""
 
     environment: Literal["nim"]
@@ -335,7 +337,7 @@ class NimTask(EpisodeLimits):
         return {"sticks": self.sticks, "most": self.most}
 
 
-class CustomTask(EpisodeLimits, Plugin):
+class CustomTask(EnvironmentTask, Plugin):
     """A custom environment, `file.py:Name` or a dotted path, or one of another library, LIBRARY:ID."""
 
     environment: EnvironmentName
@@ -346,4 +348,4 @@ class CustomTask(EpisodeLimits, Plugin):
     """The opponent in evaluations (null: `opponent`; instead of `self`, a scripted player of the game)."""
 
 
-ENVIRONMENTS: dict[str, type[EpisodeLimits]] = {"random_walks": RandomWalksTask, "maze": MazeTask, "nim": NimTask}
+ENVIRONMENTS: dict[str, type[EnvironmentTask]] = {"random_walks": RandomWalksTask, "maze": MazeTask, "nim": NimTask}

@@ -15,7 +15,7 @@ from lmrl.environments.games import Answer, Game
 from lmrl.errors import EndpointError, RecipeError, did_you_mean
 from lmrl.foreign import CallTimedOut
 from lmrl.openai_client import OpenAIClient
-from lmrl.recipe.players import SELF, Opponent
+from lmrl.recipe.opponent import SELF, Opponent
 from lmrl.run_folders import checkpoint_of
 from lmrl.secrets import redact
 from lmrl.seeding import key, stream

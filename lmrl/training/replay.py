@@ -22,8 +22,8 @@ from lmrl.policy.load import load_policy
 from lmrl.policy.passes import ForwardRequest
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Recipe
+from lmrl.recipe.custom import with_custom_options
 from lmrl.recipe.files import stages_of
-from lmrl.recipe.own import with_own_options
 from lmrl.recipe.rates import with_rates
 from lmrl.rollouts.task import task_texts
 from lmrl.run import describe_machine
@@ -85,7 +85,7 @@ def _load(folder: Path) -> _Parts:
         "versions": {},
     }
     info |= json.loads((folder / INFO_FILE).read_text())
-    recipe = with_own_options(stages_of(read_recipe(folder))[info["stage"]])
+    recipe = with_custom_options(stages_of(read_recipe(folder))[info["stage"]])
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)
     objective = load_objective(recipe.resolved_objective)

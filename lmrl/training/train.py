@@ -22,9 +22,9 @@ from lmrl.evaluation.scoring import Scores
 from lmrl.foreign import as_guest, drop_note, keep_note
 from lmrl.objects import require
 from lmrl.recipe import MAIN_STAGE, Recipe
+from lmrl.recipe.custom import with_custom_options
 from lmrl.recipe.files import load_recipe, stages_of
 from lmrl.recipe.overrides import listed
-from lmrl.recipe.own import with_own_options
 from lmrl.rollouts.task import check_rewards
 from lmrl.run import CALL_FILE, Run
 from lmrl.run_folders import RECIPE_FILE, read_recipe
@@ -281,7 +281,7 @@ def _train_stages(run: Run, accelerator: Any, display: Display, interrupt: Inter
             for task in [recipe.task, *(part.task for part in getattr(recipe.source, "parts", ()) if part.log is None)]:
                 check_rewards(task)
     for name, recipe in stages_of(run.recipe).items():
-        recipe = with_own_options(with_saved_model(run, recipe))
+        recipe = with_custom_options(with_saved_model(run, recipe))
         if distributed.broadcast(run.final(name).exists()):
             display.say(f"stage {name} is finished: not run again")
         else:

@@ -7,7 +7,7 @@ import torch
 from lmrl import distributed
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Recipe
-from lmrl.recipe.task import EpisodeLimits
+from lmrl.recipe.task import EnvironmentTask
 from lmrl.rollouts.task import Task
 from lmrl.trajectories.batch import Batch, Sequence
 
@@ -52,6 +52,6 @@ def sequences_of_a_minibatch(recipe: Recipe, pairs: bool) -> int:
     """How many sequences one process's part of a minibatch has at most."""
     episodes = -(-recipe.arithmetic()["episodes_per_minibatch"] // distributed.size()) * (2 if pairs else 1)
     task = recipe.task
-    if isinstance(task, EpisodeLimits) and task.history != "all":  # each turn is a sequence
+    if isinstance(task, EnvironmentTask) and task.history != "all":  # each turn is a sequence
         return episodes * task.max_turns
     return episodes
