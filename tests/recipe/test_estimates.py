@@ -18,8 +18,9 @@ from lmrl.recipe import (
     QSFTObjective,
     estimates,
 )
-from lmrl.recipe.estimates import arithmetic_line, evaluation_line, memory, memory_lines, model_shape
+from lmrl.recipe.estimates import arithmetic_line, evaluation_line, memory, memory_lines
 from lmrl.recipe.files import load_recipe
+from lmrl.recipe.model_shape import model_shape
 from lmrl.recipe.objectives.base import BINS
 from tests.conftest import TINY_LLAMA
 
