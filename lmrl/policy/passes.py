@@ -73,7 +73,6 @@ class States:
     features_ND: torch.Tensor
     """Last hidden states, which the heads take."""
     logits_NV: torch.Tensor
-    values_N: torch.Tensor | None = None
     q_NV: torch.Tensor | None = None
     """As decoding uses it: the lower of the target twins."""
 

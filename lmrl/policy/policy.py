@@ -298,12 +298,8 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def states(self, batch: Microbatch) -> States:
-        """Logits, values and Q of the states of a small batch, over the whole vocabulary."""
-        states = self._states_of(batch, self.guidance is not None)
-        if self.values is not None and self.values.v is not None:
-            # The features are the target trunk's if there is one; V's target belongs to them.
-            states.values_N = self.values.value(states.features_ND, self.values.target_v)[0]
-        return states
+        """Logits and Q of the states of a small batch, over the whole vocabulary."""
+        return self._states_of(batch, self.guidance is not None)
 
     def logits(self, batch: Microbatch) -> torch.Tensor:
         """Logits of the states of a small batch over the whole vocabulary, (N, V), with gradient."""

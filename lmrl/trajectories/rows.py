@@ -138,9 +138,10 @@ def prompts_of(trajectory: Trajectory) -> list[str | Messages]:
 
 
 def parse(row: Row, number: int = 0, tokenizer: str | None = None) -> list[Trajectory]:
-    """The episodes of a row as text, checked: one, or two for chosen and rejected. `segments` are empty unless the row holds tokens of this `tokenizer`.
+    """The episodes of a row as text, checked: one, or two for chosen and rejected.
 
-    number: the row's, for its group and episode. Raises Malformed with field and what was expected.
+    Their `segments` are empty unless the row holds tokens of this `tokenizer`. number: the row's, for its group and
+    episode. Raises Malformed with field and what was expected.
     """
     present = {name for name, value in row.items() if value is not None}
     if "turns" in present:

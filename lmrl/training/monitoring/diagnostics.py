@@ -109,7 +109,7 @@ class Probe:
             column = [getattr(states, name) for states, _ in parts]
             return None if column[0] is None else torch.cat(column).float().cpu()
 
-        names = ("features_ND", "logits_NV", "values_N", "q_NV")
+        names = ("features_ND", "logits_NV", "q_NV")
         return States(**{name: join(name) for name in names}), torch.cat([targets for _, targets in parts]).cpu()
 
 

@@ -81,7 +81,8 @@ def test_start_values_by_hand(tiny_policy):
     torch.nn.init.normal_(tiny_policy.values.v.weight.data)
     with torch.no_grad():
         micro = to_batch([one]).collate([0], tiny_policy.pad_id)
-        first = float(tiny_policy.states(micro).values_N[0])
+        features_ND, values = tiny_policy.states(micro).features_ND, tiny_policy.values
+        first = float(values.value(features_ND, values.v)[0][0])
     found = start_values(tiny_policy, [one, unjudged], gamma=0.5, gamma_token=0.8)
     assert abs(first) > 1e-3 and found == {
         "value_start": pytest.approx(first, rel=1e-4),
