@@ -89,7 +89,8 @@ class foreign:  # noqa: N801 - reads as a statement
     def _leave(self) -> None:
         if self.alarm is not None:
             self._restore_alarm()
-        if self in _running:
+        expected = self in _running
+        if expected:
             _running.remove(self)
         if os.getpid() == self.process:
             _note()
@@ -99,6 +100,8 @@ class foreign:  # noqa: N801 - reads as a statement
             )
             os.write(2, text.encode())
             os._exit(FORKED)
+        if not expected:  # abandoned: the program has gone on, and its settings are no longer those of before
+            return
         if not _running:  # of nested and concurrent calls, the last
             _restore_directory()
         if self.settings is not None and self.settings != _settings():

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from lmrl.environments import TextEnvironment
 from lmrl.errors import EpisodeError
-from lmrl.foreign import FORKED, CallTimedOut, drop_note, foreign, keep_note
+from lmrl.foreign import FORKED, CallTimedOut, drop_note, foreign, give_up_on, keep_note
 from lmrl.plugins import load_plugin
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import Reward
@@ -68,6 +69,20 @@ def test_a_call_that_changes_the_working_directory(tmp_path, monkeypatch):
             os.chdir(tmp_path / "beyond")
         (tmp_path / "beyond").rmdir()
     assert os.getcwd() == str(tmp_path / "here")
+
+
+def test_an_abandoned_call_leaves_the_working_directory_alone(tmp_path, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    abandoned = foreign("a reward")
+    abandoned.__enter__()
+    give_up_on(threading.get_ident())
+    with foreign("another"):
+        pass
+    os.chdir(tmp_path / "there")
+    abandoned.__exit__(None, None, None)
+    assert os.getcwd() == str(tmp_path / "there")
 
 
 class Meddling(TextEnvironment):
