@@ -29,7 +29,7 @@ from lmrl.policy.policy import Policy
 from lmrl.recipe import ArCHerObjective
 from lmrl.trajectories.allowed import AllowedTokens
 from lmrl.trajectories.batch import Batch, Microbatch, Sequence
-from lmrl.trajectories.chain import returns_to_go, rewards_and_turns
+from lmrl.trajectories.chain import continues, returns_to_go, rewards_and_turns
 from lmrl.trajectories.trajectory import Segment, Trajectory
 
 INSIDE, BEGIN, END, AFTER = range(4)
@@ -45,7 +45,7 @@ def turn_targets(
     """The regression targets of V and Q for each turn of an episode, both (K,).
 
     rewards_K: earned by each turn; values_K, q_K: V before and Q after it, by the target network; last_value: of the
-    state after the last turn (0 if the episode terminated). With lam 0, Q_k <- r_k + gamma V_{k+1} and V_k <- Q_k;
+    state after the last turn (0 if the episode ended there). With lam 0, Q_k <- r_k + gamma V_{k+1} and V_k <- Q_k;
     otherwise lam is the weight of the next state's own target in place of its value, so that lam 1 gives the returns.
     """
     v_targets, q_targets, following = [], [], last_value
@@ -161,7 +161,7 @@ class ArCHer(PolicyGradient):
             gap_A = gap_E[kinds_E < END].double()
             kls.append(float(gap_A.sum()))
             rewards_K = _by_turn(rewards_A - options.kl_coef * gap_A, kinds_E)
-            after = 0.0 if trajectory.terminated else float(targets_E[kinds_E == AFTER])
+            after = float(targets_E[kinds_E == AFTER]) if continues(trajectory, options.gamma) else 0.0
             regressed = turn_targets(
                 rewards_K, targets_E[kinds_E == BEGIN], targets_E[kinds_E == END], after, options.gamma, options.lam
             )

@@ -23,7 +23,7 @@ from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.policy import Policy
 from lmrl.recipe import PPOObjective
 from lmrl.trajectories.batch import Batch, Microbatch
-from lmrl.trajectories.chain import discounts, returns_to_go, rewards_and_turns, to_sequences
+from lmrl.trajectories.chain import continues, discounts, returns_to_go, rewards_and_turns, to_sequences
 from lmrl.trajectories.trajectory import Trajectory
 
 UNIT_RATE = 0.1
@@ -45,7 +45,7 @@ def advantages(
     """Generalised advantage estimation over the action tokens of one episode.
 
     rewards_A: what was earned at each action; values_A: value of the state each action was taken in; last_value: value
-    of the state after the last action (0 if the episode terminated); discounts_A: discount from each action to the
+    of the state after the last action (0 if the episode ended there); discounts_A: discount from each action to the
     next. Shape (A,). A_t = delta_t + discount_t lam A_{t+1}, delta_t = r_t + discount_t V_{t+1} - V_t.
     """
     following_A = torch.cat([values_A[1:], values_A.new_tensor([last_value])])
@@ -178,9 +178,8 @@ class PPO(PolicyGradient):
         for trajectory, span, (rewards_A, _), discounts_A, (old_A, reference_A, values_A) in zip(
             trajectories, spans, earned, weights, columns, strict=True
         ):
-            last_value = 0.0
+            last_value = float(values_A[-1]) if continues(trajectory, min(options.gamma, options.gamma_token)) else 0.0
             if not trajectory.terminated:  # drop the pseudo-action
-                last_value = float(values_A[-1])
                 old_A, reference_A, values_A = old_A[:-1], reference_A[:-1], values_A[:-1]
                 span[-1].drop_last_action()
             if options.kl_in == "reward":

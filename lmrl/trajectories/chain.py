@@ -33,6 +33,16 @@ def to_sequences(trajectory: Trajectory) -> list[Sequence]:
     return sequences
 
 
+def continues(trajectory: Trajectory, gamma: float) -> bool:
+    """Whether the value of an episode's last state counts: it was truncated, and what follows is discounted.
+
+    With gamma 1 a limit is part of the task and ends the episode, as it does when returns are reported: rewards that are
+    neither discounted nor end have no finite sum, and if all episodes are truncated, values that are learned from the
+    value of the last state are fixed by nothing and drift.
+    """
+    return not trajectory.terminated and gamma < 1
+
+
 def rewards_and_turns(trajectory: Trajectory, cut_penalty: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Reward of each action token, in double, and its turn, both (A,).
 

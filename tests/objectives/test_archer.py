@@ -124,6 +124,13 @@ def test_prepare_follows_the_definition(policy, terminated):
     )
 
 
+def test_without_a_discount_a_limit_ends_the_episode(policy):
+    torch.nn.init.constant_(policy.values.target_v.bias, 3.0)
+    batch = ArCHer(options(lam=1.0)).prepare(policy, [two_turns(terminated=False)])
+    found = policy.values.to_returns(batch.sequences[0].fields["returns"])[[0, 2, 3, 6]]
+    assert found.tolist() == pytest.approx([3, 3, 2, 2])
+
+
 def test_turns_with_a_context_each(policy):
     """The second turn's value reaches the first across segments."""
     first, second = Segment(), Segment()

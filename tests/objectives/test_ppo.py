@@ -184,6 +184,22 @@ def test_prepare_follows_the_definition(tiny_policy, terminated):
     assert sequence.states.tolist() == states
 
 
+@pytest.mark.parametrize(("gammas", "bootstraps"), [((1.0, 1.0), False), ((0.5, 1.0), True), ((1.0, 0.9), True)])
+def test_without_a_discount_a_limit_ends_the_episode(tiny_policy, gammas, bootstraps):
+    """Otherwise nothing fixes the values of a task whose episodes all end at a limit."""
+    policy = tiny_policy.eval()
+    policy.values.v.bias.data.fill_(3.0)
+    gamma, gamma_token = gammas
+    objective = PPO(options(gamma=gamma, gamma_token=gamma_token, lam=1.0))
+    cut, whole = (
+        objective.prepare(policy, [two_turns(terminated)]).get("returns").tolist() for terminated in (False, True)
+    )
+    assert whole == pytest.approx(
+        [gamma_token * (1 + gamma * gamma_token * 2), 1 + gamma * gamma_token * 2, gamma_token * 2, 2]
+    )
+    assert (cut != whole) == bootstraps
+
+
 def test_missing_eos_penalty_falls_on_the_cut_turn():
     trajectory = two_turns()
     trajectory.cut_turns = [0]

@@ -5,6 +5,7 @@ import torch
 
 from lmrl.trajectories.batch import VECTORS, Batch, to_sequence
 from lmrl.trajectories.chain import (
+    continues,
     discounts,
     first_state,
     has_known_return,
@@ -64,6 +65,12 @@ def test_a_truncated_episode_asks_for_the_value_of_its_last_state():
         assert torch.allclose(flat([chain], "returns"), torch.tensor([1.2, 1.5, 5.0, 0.0]))
         last = chain[-1]
         assert int(last.states[-1]) == len(last.tokens) - 1 and int(last.tokens[-1]) == 14
+
+
+def test_only_a_truncated_episode_with_a_discount_continues():
+    cut = episode(terminated=False)
+    assert continues(cut, 0.99) and not continues(cut, 1.0)
+    assert not continues(episode(), 0.99)
 
 
 def test_a_truncated_return_is_known_where_discounting_hides_little():
