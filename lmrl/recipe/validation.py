@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -24,12 +25,26 @@ def validate(schema: type[Schema], document: Document, prefix: Keys = ()) -> Sch
     try:
         valid = schema.model_validate(document.data)
     except ValidationError as error:
-        mistakes = error.errors()
+        mistakes = _merged(error.errors())
         more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
         raise RecipeError(_explain(schema, document, mistakes[0], prefix) + more) from error
     while document.notes:
         print(f"lmrl: note: {document.notes.pop(0)}", file=sys.stderr)
     return valid
+
+
+def _merged(mistakes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """One mistake for a value that fits none of several types, for which pydantic reports one per type."""
+    merged: list[dict[str, Any]] = []
+    for mistake in mistakes:
+        above, alternative = mistake["loc"][:-1], "".join(map(str, mistake["loc"][-1:]))
+        if re.match(r"literal\[|constrained-|(bool|int|float|str)$", alternative):
+            mistake = {**mistake, "loc": above}
+            if merged and merged[-1]["loc"] == above:
+                merged[-1]["msg"] += f", or {mistake['msg'].removeprefix('Input should be ')}"
+                continue
+        merged.append(dict(mistake))
+    return list(merged)
 
 
 def _explain(schema: type[BaseModel], document: Document, mistake: Mapping[str, Any], prefix: Keys) -> str:
@@ -62,7 +77,7 @@ def _explain(schema: type[BaseModel], document: Document, mistake: Mapping[str, 
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         section = _schema_at(schema, document.data | {keys[0]: None}, keys[:1]) if len(keys) == 1 else None
         return _no_section(name, place, f"{next(iter(section.model_fields))}=..." if section else "", mistake["input"])
-    message = mistake["msg"].removeprefix("Value error, ")
+    message = re.sub(", unable to parse string as an? [a-z]+", "", mistake["msg"].removeprefix("Value error, "))
     if kind == "value_error":
         return f"{name + ': ' if name else ''}{message} ({place})"
     return f"wrong value for '{name}' ({place}): {message[0].lower()}{message[1:]}, got {_shown(mistake['input'])}"

@@ -88,6 +88,14 @@ def test_mistakes_in_a_file(tmp_path, change, message):
         ("objective.clip", "not of the form key=value"),
         ("objective.clp=1", r"unknown key 'objective.clp' \(override objective.clp=1\); did you mean 'objective.clip'"),
         ("training.steps=many", r"wrong value for 'training.steps' \(override training.steps=many\)"),
+        (
+            "task.history=last",
+            r"^wrong value for 'task.history' \(.*\): input should be 'all', or a valid integer, got 'last'$",
+        ),
+        (
+            "objective.value_pull=-1",
+            r"'objective.value_pull' \(.*\): input should be greater than or equal to 0, or 'auto', got -1$",
+        ),
         ("training.steps.more=1", "unknown key|valid integer"),
         ("task.rewards.0.weight=2", "unknown key 'task.rewards'"),
         ("objective.clip.high=2", "'objective.clip' is a single value"),
