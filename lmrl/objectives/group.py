@@ -27,6 +27,7 @@ from lmrl.objectives.turns import (
     repeated,
     rewards_fall_at_turns,
     sums_to_go,
+    turn_numbers,
     turns_of,
     visits_of,
 )
@@ -40,7 +41,7 @@ from lmrl.trajectories.trajectory import Trajectory, prompt_key
 SAMPLED = "sampled_logprobs"
 """Field of the sampler's log-probabilities, if it knows those of all tokens."""
 TURN = "turn"
-"""Field that numbers the turns of a batch."""
+"""Field that numbers the turns of a batch, each of which lies in one sequence."""
 SCALE_RATE = 0.1
 """Weight of a step in the running mean square of advantages."""
 
@@ -136,7 +137,7 @@ class GroupPolicyGradient(PolicyGradient):
             batch.set("kept", kept_N)
             advantages_N = advantages_N * kept_N
         batch.set("advantages", advantages_N.to(policy.precision))
-        batch.set(TURN, turn_N)
+        batch.set(TURN, turn_numbers([turns_A for _, turns_A in earned]))
         lengths_E = torch.tensor(sizes, dtype=policy.precision)
         batch.set("share", (1 / lengths_E).repeat_interleave(torch.tensor(sizes, dtype=torch.long)))
         batch.stats |= self._measure(groups)

@@ -171,15 +171,23 @@ def turns_of(
     earned: rewards and turns of each episode's tokens; groups: the group of each. by_turn: compare the return from each
     turn on; otherwise an episode counts as a single turn.
     """
-    to_go, index, group, numbers, first = [], [], [], [], 0
-    for (rewards_A, turns_A), own in zip(earned, groups, strict=True):
-        place_A = turns_A.unique(return_inverse=True)[1] if by_turn else torch.zeros_like(turns_A)
-        count = int(place_A.max()) + 1
-        sums = rewards_A.new_zeros(count).index_add(0, place_A, rewards_A)
-        to_go.append(sums_to_go(sums))
-        index.append(torch.arange(count))
-        group.append(torch.full((count,), own))
-        numbers.append(first + place_A)
-        first += count
+    to_go, index, group = [], [], []
+    counted = [turns_A if by_turn else torch.zeros_like(turns_A) for _, turns_A in earned]
+    for (rewards_A, _), own_A, own in zip(earned, counted, groups, strict=True):
+        played, place_A = own_A.unique(return_inverse=True)
+        to_go.append(sums_to_go(rewards_A.new_zeros(len(played)).index_add(0, place_A, rewards_A)))
+        index.append(torch.arange(len(played)))
+        group.append(torch.full((len(played),), own))
     turns = Turns(flat(to_go, torch.float64), flat(index, torch.long), flat(group, torch.long))
-    return turns, flat(numbers, torch.long)
+    return turns, turn_numbers(counted)
+
+
+def turn_numbers(turns: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The index, among all turns of these episodes, of the one that each action token belongs to, (N,). turns: the turn of
+    each episode's tokens."""
+    numbers, first = [], 0
+    for turns_A in turns:
+        played, place_A = turns_A.unique(return_inverse=True)
+        numbers.append(first + place_A)
+        first += len(played)
+    return flat(numbers, torch.long)

@@ -162,6 +162,27 @@ def test_rloo_treats_a_turn_as_one_action(tiny_policy, episodes):
     assert float(loss.sum.detach()) == pytest.approx(-0.75 * math.exp(0.05) + 0.75 * math.exp(0.1), abs=1e-4)
 
 
+def test_rloo_loss_does_not_depend_on_microbatches(tiny_policy):
+    """Two turns with a context each, and a reward at the end alone: two ratios, wherever the turns are computed."""
+    played = []
+    for reward in (1.0, 0.0):
+        segments = [Segment(), Segment()]
+        for turn, segment in enumerate(segments):
+            segment.observe([1, 3 + turn])
+            segment.act([4, 5 + turn], [-1.0, -1.0], turn)
+        segments[-1].rewards[-1] = reward
+        played.append(Trajectory(segments, "", "", reward=reward))
+    method = objective("rloo", minibatches=2, scale_rewards="none")
+    batch = method.prepare(tiny_policy, played)
+    moved = torch.tensor([0.02, 0.03, 0.1, -0.04, 0.01, 0.01, -0.03, 0.01])
+    batch.set("old_logprobs", batch.get("old_logprobs") - moved)
+    for tokens in (10_000, 1):
+        micros = batch.microbatches(tokens, tiny_policy.pad_id)
+        losses = [method.loss(tiny_policy(micro, method.forward_request), micro).sum for micro in micros]
+        expected = -math.exp(0.05) - math.exp(0.06) + math.exp(0.02) + math.exp(-0.02)  # advantages 1 and -1
+        assert float(sum(losses).detach()) == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "skipped"),
     [
