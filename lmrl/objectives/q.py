@@ -14,7 +14,7 @@ from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.policy import Policy
 from lmrl.recipe import QObjective
 from lmrl.trajectories.batch import Batch, Microbatch, Sequence
-from lmrl.trajectories.chain import has_known_return, rewards_and_turns, to_chains, token_returns
+from lmrl.trajectories.chain import anchors, has_known_return, rewards_and_turns, to_chains, token_returns
 from lmrl.trajectories.trajectory import Trajectory
 
 
@@ -41,6 +41,15 @@ def in_units(batch: Batch, mean: float, std: float) -> dict[str, torch.Tensor]:
         "discounts": discounts_N,
         "real": batch.get("real"),
     }
+
+
+def drifting(name: str, episodes: int) -> DataError:
+    """The error for a log in which no episode anchors the values (see `anchors`): a constant can be added to all of them."""
+    return DataError(
+        f"objective '{name}' bootstraps from the last states of truncated episodes, as all {episodes} logged ones are, and "
+        "without a discount nothing fixes these values: set objective.gamma=0.99, or `terminated` to true in the log if "
+        "the limit is part of the task"
+    )
 
 
 class QLearning(Objective):
@@ -100,12 +109,16 @@ class QLearning(Objective):
         )
 
     def ready(self, policy: Policy, dataset: Iterable[list[Trajectory]], fresh: bool) -> None:
-        """Raise DataError if returns are needed, but truncation hides those of all logged episodes."""
+        """Raise DataError if truncation hides the returns of all logged episodes: those that are needed, or the last that
+        bootstrapped values depend on."""
         options, count = self.options, 0
-        for part in dataset if self.needs_returns else ():
-            if any(has_known_return(one, options.gamma, options.gamma_token) for one in part):
+        suffices = has_known_return if self.needs_returns else anchors
+        for part in dataset:
+            if any(suffices(one, options.gamma, options.gamma_token) for one in part):
                 return
             count += len(part)
+        if count and not self.needs_returns:
+            raise drifting(options.name, count)
         if count:
             needs, fix = f"objective '{options.name}'", "objective.name=ilql, which bootstraps"
             if options.name != "mc":

@@ -17,12 +17,13 @@ from collections.abc import Iterable
 from lmrl.errors import DataError
 from lmrl.objectives.base import Loss, Objective
 from lmrl.objectives.ilql import next_values
+from lmrl.objectives.q import drifting
 from lmrl.policy.heads import HeadsSpec
 from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.policy import Policy
 from lmrl.recipe import QSFTObjective
 from lmrl.trajectories.batch import Batch, Microbatch, Sequence
-from lmrl.trajectories.chain import to_chains, token_returns
+from lmrl.trajectories.chain import anchors, to_chains, token_returns
 from lmrl.trajectories.trajectory import Trajectory
 
 
@@ -41,11 +42,12 @@ class QSFT(Objective):
         return ForwardRequest(logprobs=False, probability=self.options.support)
 
     def ready(self, policy: Policy, dataset: Iterable[list[Trajectory]], fresh: bool) -> None:
-        """Raise DataError if a stage begins and a logged episode has returns outside the range, or restricted actions."""
+        """Raise DataError if a stage begins and a logged episode has returns outside the range, or restricted actions; or if
+        nothing fixes the values."""
         if not fresh:
             return
         options, (low, high) = self.options, self.options.return_range
-        found = []
+        found, anchored = [], False
         for one in (one for part in dataset for one in part):
             if any(segment.allowed for segment in one.segments):
                 raise DataError(
@@ -54,6 +56,9 @@ class QSFT(Objective):
                     "objective.name=ilql, or `segments` to null in the log"
                 )
             found.append(token_returns(one, options.gamma, options.gamma_token).aminmax())
+            anchored = anchored or anchors(one, options.gamma, options.gamma_token)
+        if not anchored:
+            raise drifting(options.name, len(found))
         lowest, highest = (min(float(one.min) for one in found), max(float(one.max) for one in found))
         if lowest < low - 1e-6 or highest > high + 1e-6:
             raise DataError(

@@ -97,6 +97,13 @@ def has_known_return(trajectory: Trajectory, gamma: float, gamma_token: float) -
     return bool((hidden_shares(trajectory, discounts(turns_A, gamma, gamma_token)) <= NEGLIGIBLE).any())
 
 
+def anchors(trajectory: Trajectory, gamma: float, gamma_token: float) -> bool:
+    """True if the value of an episode's first action is not that of its last state plus what was earned: it terminated, or
+    something is discounted."""
+    _, turns_A = rewards_and_turns(trajectory)
+    return bool(hidden_shares(trajectory, discounts(turns_A, gamma, gamma_token))[0] < 1)
+
+
 def to_chains(
     trajectory: Trajectory, gamma: float, gamma_token: float, max_tokens: int, first: int = 0
 ) -> list[list[Sequence]]:

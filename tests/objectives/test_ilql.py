@@ -160,6 +160,20 @@ def test_returns_that_are_all_hidden_are_refused():
     build(ILQLObjective(name="ilql"))[0].ready(policy, cut, fresh=True)
 
 
+@pytest.mark.parametrize(
+    "options", [ILQLObjective(name="ilql", gamma=1.0), QSFTObjective(name="q_sft", gamma=1.0, return_range=(-1.0, 5.0))]
+)
+def test_values_that_nothing_fixes_are_refused(options):
+    """Three tokens of value V(end), V(end), V(end) plus what they earned: any V(end) fits, unless something is discounted."""
+    cut = [[episode(terminated=False)], [episode(terminated=False)]]
+    objective, policy = build(options)
+    with pytest.raises(DataError, match=f"'{options.name}' bootstraps .* all 2 logged ones .*: set objective.gamma=0.99"):
+        objective.ready(policy, cut, fresh=True)
+    objective.ready(policy, [*cut, [episode()]], fresh=True)
+    for discounted in ({"gamma": 0.99}, {"gamma_token": 0.99}):  # the first turn has two tokens
+        load_objective(options.model_copy(update=discounted)).ready(policy, cut, fresh=True)
+
+
 def test_cal_ql_reports_how_often_its_bound_binds():
     objective, policy = build(ILQLObjective(name="ilql", calibrated=True, gamma=1.0, value_normalization="none"))
     loss, outputs, micro = compute(objective, policy, [episode()])
