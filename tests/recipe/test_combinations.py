@@ -9,6 +9,10 @@ MODEL = "model: {config: {model_type: llama}}\n"
 ADAPTED = "model: {path: some/model, lora: {r: 4}}\n"
 WALKS = "task: {environment: random_walks}\n"
 PROMPTS = "task: {prompts: {path: prompts.jsonl}}\n"
+RUNNING = (
+    "task: {prompts: {path: prompts.jsonl}, "
+    "rewards: [{function: lmrl.reward_models.answers.exact, normalize: running}]}\n"
+)
 UNHELD = "task: {prompts: {path: prompts.jsonl, holdout: 0}, rewards: [{function: lmrl.reward_models.answers.exact}]}\n"
 DATA = "source: {name: dataset, player: random}\n"
 MIXTURE = "source: {name: mixture, player: random}\n"
@@ -56,6 +60,13 @@ REFUSED = [
     (ADAPTED + WALKS + DATA + "objective: {name: ilql, trunk: separate}", "with model.lora use shared"),
     (MODEL + PROMPTS + ROLLOUTS + "objective: {name: ppo}", "list at least one under task.rewards"),
     (MODEL + PROMPTS + "source: {name: mixture, path: prompts.jsonl}\nobjective: {name: ilql}", "list at least one under"),
+    *(
+        (MODEL + RUNNING + source + "objective: {name: ilql}", "together with logged rewards, .*: set `normalize: ")
+        for source in (
+            "source: {name: mixture, path: prompts.jsonl}\n",
+            "source: {name: blend, parts: [{}, {name: log, log: {path: prompts.jsonl}}]}\n",
+        )
+    ),
     (MODEL + PROMPTS + DATA + "objective: {name: ilql}", "prompts have none: give source.path"),
     (
         MODEL + WALKS + "evaluation: {suite: null, gate: {drop: 1}}\nobjective: {name: ppo}",
@@ -100,6 +111,11 @@ REFUSED = [
 ]  # fmt: skip
 
 ALLOWED = [
+    MODEL + RUNNING + ROLLOUTS + "objective: {name: ppo}",
+    MODEL + RUNNING + "source: {name: dataset, path: prompts.jsonl}\nobjective: {name: ilql}",
+    MODEL
+    + RUNNING.replace("running", "[0, 2]")
+    + "source: {name: mixture, path: prompts.jsonl}\nobjective: {name: ilql}",
     MODEL + WALKS + ROLLOUTS + "objective: {name: ppo}",
     MODEL + WALKS + "source: {name: rollouts, best: 0.3}\nobjective: {name: likelihood}",
     MODEL + WALKS + "source: {name: dataset, player: random, best: 0.3}\nobjective: {name: likelihood}",
