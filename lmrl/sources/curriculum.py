@@ -12,6 +12,7 @@ from typing import Any
 
 from lmrl.recipe.blend import Curriculum
 from lmrl.seeding import stream
+from lmrl.trajectories.trajectory import same_reward
 
 
 @dataclass
@@ -69,7 +70,7 @@ class Schedule:
         for start, reward in rewards:
             record = self.records.setdefault(start, Record())
             record.tried += 1
-            record.solved += reward >= options.solved
+            record.solved += reward >= options.solved or same_reward(reward, options.solved)
             touched.add(start)
         for start in touched:
             record = self.records[start]

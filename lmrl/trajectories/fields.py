@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 from lmrl.trajectories.readers import Malformed, Row
@@ -52,10 +51,6 @@ def reward_of(value: Any, name: str) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and is_reward(value):
         return float(value)
     raise Malformed(f"field '{name}' holds {value!r:.60}; expected a finite number up to {LARGEST_REWARD:g}")
-
-
-def same_reward(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-6)
 
 
 def not_empty(text: str, name: str) -> str:

@@ -14,7 +14,6 @@ from lmrl.trajectories.fields import (
     optional,
     reward_in,
     reward_of,
-    same_reward,
     take,
     text_or_messages,
 )
@@ -25,6 +24,7 @@ from lmrl.trajectories.trajectory import (
     Turn,
     as_messages,
     prompt_text,
+    same_reward,
     transcript,
 )
 

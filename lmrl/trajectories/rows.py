@@ -53,7 +53,6 @@ from lmrl.trajectories.fields import (
     optional,
     reward_in,
     reward_of,
-    same_reward,
     take,
 )
 from lmrl.trajectories.formats import chat_episode, completion_episode, episode_of, preference, preference_episodes
@@ -69,6 +68,7 @@ from lmrl.trajectories.trajectory import (
     Turn,
     as_messages,
     prompt_text,
+    same_reward,
 )
 
 SEGMENT_LISTS = ("tokens", "turns", "logprobs", "rewards")

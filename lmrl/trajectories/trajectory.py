@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -167,6 +168,11 @@ class Trajectory:
 def is_reward(value: float) -> bool:
     """True if a number can be a reward: it is finite, and no larger than LARGEST_REWARD."""
     return abs(value) <= LARGEST_REWARD
+
+
+def same_reward(one: float, other: float) -> bool:
+    """True if two sums of rewards are equal but for rounding: .7 + .2 + .1 is less than 1, and depends on the order."""
+    return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-6)
 
 
 def prompt_text(observation: str | Messages) -> str:

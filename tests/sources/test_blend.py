@@ -91,6 +91,12 @@ def test_always_and_never_solved_rest_and_come_back():
     assert one.records[1].rest == 0 and not one.rests(1, 6)
 
 
+def test_a_rounded_sum_of_rewards_is_solved():
+    one = schedule()
+    one.record(1, [(0, 0.7 + 0.2 + 0.1), (0, 0.7)])  # .9999999999999999
+    assert one.resting(2) == 0 and one.records[0].rest == 0
+
+
 def test_a_rest_has_a_limit():
     one = schedule(longest=5)
     for step in (1, 10, 20):
