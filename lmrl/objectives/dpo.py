@@ -19,11 +19,13 @@ from lmrl import distributed
 from lmrl.errors import DataError, RunError, counted
 from lmrl.objectives.base import Loss, Objective
 from lmrl.objectives.groups import EPISODE, episode_sums, flat, grouped_batch, groups_of
+from lmrl.objectives.policy_gradient import ROUNDING
 from lmrl.policy.passes import Outputs
 from lmrl.policy.policy import Policy
 from lmrl.policy.reference_cache import ReferenceCache, model_key
 from lmrl.recipe import DPOObjective
 from lmrl.trajectories.batch import Batch, Microbatch
+from lmrl.trajectories.chain import rewards_and_turns
 from lmrl.trajectories.trajectory import Trajectory
 
 DISCOPOP_TEMPERATURE = 0.05
@@ -101,12 +103,14 @@ def log1mexp(values: torch.Tensor) -> torch.Tensor:
 
 def best_and_worst(trajectories: List[Trajectory]) -> list[list[Trajectory]]:
     """The episodes with the highest and the lowest reward of each group; groups whose rewards are all equal are left
-    out."""
+    out. Rewards that were earned in another order are equal, although their sums are rounded otherwise."""
     pairs = []
     for group in groups_of(trajectories):
         ranked = sorted((trajectories[position] for position in group), key=lambda one: -(one.reward or 0.0))
-        if (ranked[0].reward or 0.0) > (ranked[-1].reward or 0.0):
-            pairs.append([ranked[0], ranked[-1]])
+        best, worst = ranked[0], ranked[-1]
+        summed = max(float(rewards_and_turns(one)[0].abs().sum()) for one in (best, worst))
+        if (best.reward or 0.0) - (worst.reward or 0.0) > ROUNDING * summed:
+            pairs.append([best, worst])
     return pairs
 
 

@@ -14,6 +14,7 @@ from lmrl.recipe.objectives.preferences import PREFERENCE_LOSSES
 from lmrl.training.monitoring.bundle import batch_of, batch_tensors
 from lmrl.training.updater import Updater
 from lmrl.trajectories.trajectory import CONTEXT, Segment, Trajectory
+from tests.objectives.test_group import game
 
 LOSSES = PREFERENCE_LOSSES.__args__
 OF_TRL = [loss for loss in LOSSES if loss not in ("simpo", "orpo")]
@@ -77,6 +78,14 @@ def test_best_and_worst_of_a_group():
     group = [episode([1], [2], reward, group=4) for reward in (0.5, 2.0, -1.0)]
     ties = [episode([1], [2], 1.0, group=5) for _ in range(3)]
     assert [[one.reward for one in pair] for pair in best_and_worst(group + ties)] == [[2.0, -1.0]]
+
+
+def test_rounding_prefers_no_episode():
+    """1 - .1 - .1 - .1 is more than -.1 - .1 - .1 + 1 in double precision."""
+    early, late = (game(*rewards) for rewards in ((1.0, -0.1, -0.1, -0.1), (-0.1, -0.1, -0.1, 1.0)))
+    assert early.reward > late.reward and best_and_worst([early, late]) == []
+    smaller = game(1e-9, 0.0)
+    assert best_and_worst([smaller, game(0.0, 0.0)])[0][0] is smaller
 
 
 def test_options_that_do_nothing_are_refused():

@@ -167,7 +167,9 @@ def test_values_that_nothing_fixes_are_refused(options):
     """Three tokens of value V(end), V(end), V(end) plus what they earned: any V(end) fits, unless something is discounted."""
     cut = [[episode(terminated=False)], [episode(terminated=False)]]
     objective, policy = build(options)
-    with pytest.raises(DataError, match=f"'{options.name}' bootstraps .* all 2 logged ones .*: set objective.gamma=0.99"):
+    with pytest.raises(
+        DataError, match=f"'{options.name}' bootstraps .* all 2 logged ones .*: set objective.gamma=0.99"
+    ):
         objective.ready(policy, cut, fresh=True)
     objective.ready(policy, [*cut, [episode()]], fresh=True)
     for discounted in ({"gamma": 0.99}, {"gamma_token": 0.99}):  # the first turn has two tokens
