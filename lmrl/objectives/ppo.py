@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lmrl import distributed
+from lmrl.errors import RecipeError
 from lmrl.objectives.base import Loss, less_entropy
 from lmrl.objectives.correction import OLD, mismatch, sampled_logprobs
 from lmrl.objectives.groups import flat
@@ -137,6 +138,15 @@ class PPO(PolicyGradient):
         if self.options.value_loss == "hl_gauss":
             low, high = self.options.value_range
             policy.values.calibrate(start=0.0, mean=min(max(0.0, low), high), scale=1.0, low=low, high=high)
+
+    def start(self, policy: Policy) -> None:
+        """Raise RecipeError if the categories of an earlier stage's values are over another range."""
+        known = torch.stack([policy.values.low, policy.values.high]).cpu()
+        if self.options.value_loss == "hl_gauss" and not torch.allclose(known, known.new_tensor(self.options.value_range)):
+            raise RecipeError(
+                "objective.value_range: the values that the stage begins with are categories over another range: set "
+                f"objective.value_range=[{known[0]:g},{known[1]:g}]"
+            )
 
     def begin(self, step: int) -> None:
         self.warmup.begin(step, self.options.value_warmup_steps)

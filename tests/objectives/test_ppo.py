@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 import torch
 
+from lmrl.errors import RecipeError
 from lmrl.objectives.policy_gradient import bearable, k3, policy_loss, whiten
 from lmrl.objectives.ppo import PPO, Warmup, adapt_kl_coef, advantages, followed, spread, value_loss
+from lmrl.policy.load import load_policy
 from lmrl.policy.passes import ForwardRequest, Outputs
 from lmrl.policy.pull import bounded
-from lmrl.recipe import Optimizer, PPOObjective
+from lmrl.recipe import Model, Optimizer, PPOObjective
 from lmrl.training.updater import Updater
 from lmrl.trajectories.batch import Batch, to_batch
 from lmrl.trajectories.chain import rewards_and_turns
 from lmrl.trajectories.trajectory import Segment, Trajectory
+from tests.conftest import TINY_LLAMA
 
 
 def options(**changes) -> PPOObjective:
@@ -255,6 +258,17 @@ def test_detach_value_stops_the_critic_at_the_trunk(tiny_policy):
     values = tiny_policy(micro, objective.forward_request).values
     gradients = torch.autograd.grad(values.sum(), list(tiny_policy.model.parameters()), allow_unused=True)
     assert all(gradient is None for gradient in gradients)
+
+
+def test_categories_of_another_range_are_refused():
+    """Targets would be sorted into bins of the new range, and read off in the old one."""
+    one = PPO(options(value_loss="hl_gauss", value_range=(-0.3, 2.0)))
+    policy = load_policy(Model(config=dict(TINY_LLAMA)), texts=lambda: ["abc"], heads=one.heads)
+    one.calibrate(policy, [])
+    one.start(policy)
+    with pytest.raises(RecipeError, match=r"set objective.value_range=\[-0.3,2\]"):
+        PPO(options(value_loss="hl_gauss", value_range=(-3.0, 2.0))).start(policy)
+    PPO(options()).start(policy)
 
 
 def test_target_kl_rejects_a_minibatch():
