@@ -142,7 +142,9 @@ class PPO(PolicyGradient):
     def start(self, policy: Policy) -> None:
         """Raise RecipeError if the categories of an earlier stage's values are over another range."""
         known = torch.stack([policy.values.low, policy.values.high]).cpu()
-        if self.options.value_loss == "hl_gauss" and not torch.allclose(known, known.new_tensor(self.options.value_range)):
+        if self.options.value_loss == "hl_gauss" and not torch.allclose(
+            known, known.new_tensor(self.options.value_range)
+        ):
             raise RecipeError(
                 "objective.value_range: the values that the stage begins with are categories over another range: set "
                 f"objective.value_range=[{known[0]:g},{known[1]:g}]"

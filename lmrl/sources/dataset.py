@@ -240,6 +240,7 @@ def open_dataset_file(source: DatasetOptions, task: Task, bad_rows: Path | None 
         source.max_tokens,
         task.scored,
         task.positions,
+        as_shown=task.agent is None,  # a program shows what it likes
     )
     if file.needs_template and not task.renderer.tokenizer.chat_template:
         raise ModelError(f"{source.path}: holds dialogues, but the tokenizer has no chat template")

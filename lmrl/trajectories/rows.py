@@ -183,12 +183,42 @@ def render(trajectory: Trajectory, renderer: Renderer, history: int | str = "all
     if is_dialogue(trajectory) and not renderer.chat:
         renderer = copy.copy(renderer)
         renderer.chat = True
-    rendered = replace(trajectory, segments=[], turns=[], cut_turns=[])
-    recorder = Recorder(rendered, renderer, history)
+    return _played(trajectory, renderer, history, {})
+
+
+def in_contexts(trajectory: Trajectory, renderer: Renderer, history: int | str) -> Trajectory:
+    """An episode whose tokens are known, with each action in the context that a task of this history shows it; unchanged if
+    it is. Otherwise the actions keep their tokens, but their log-probabilities are those of other contexts, and unknown."""
+    known: dict[int, list[tuple[int, AllowedTokens | None]]] = {}
+    for segment in trajectory.segments:
+        for place in segment.actions:
+            known.setdefault(segment.turns[place], []).append((segment.tokens[place], segment.allowed.get(place)))
+    if not trajectory.turns or len(known) < len(trajectory.turns):
+        return trajectory
+    played = _played(trajectory, renderer, history, known)
+    return trajectory if _acted(played) == _acted(trajectory) else played
+
+
+def _acted(trajectory: Trajectory) -> list[list[int]]:
+    """The tokens of each segment, up to its last action."""
+    return [segment.tokens[: segment.actions[-1] + 1] for segment in trajectory.segments if segment.actions]
+
+
+def _played(
+    trajectory: Trajectory,
+    renderer: Renderer,
+    history: int | str,
+    known: dict[int, list[tuple[int, AllowedTokens | None]]],
+) -> Trajectory:
+    """An episode, recorded as the sampler does it. known: tokens of the actions, by turn, and what each was chosen from."""
+    played = replace(trajectory, segments=[], turns=[], cut_turns=[])
+    recorder = Recorder(played, renderer, history)
     for number, turn in enumerate(trajectory.turns):
         recorder.observe(turn.observation)
-        cut = number in trajectory.cut_turns
-        if turn.message:
+        cut, allowed = number in trajectory.cut_turns, [own for _, own in known.get(number, ())]
+        if number in known:
+            tokens = [token for token, _ in known[number]]
+        elif turn.message:
             tokens = renderer.call(turn.message)
         else:
             tokens = (renderer.plain(turn.action) if cut else []) or renderer.action(turn.action)
@@ -196,11 +226,11 @@ def render(trajectory: Trajectory, renderer: Renderer, history: int | str = "all
             raise Malformed(
                 f"turn {number} has an empty action, and the tokenizer no end-of-sequence token to stand for it"
             )
-        recorder.act(turn.action, tokens, cut=cut, message=turn.message)
-        rendered.place_reward(turn.reward, number)
+        recorder.act(turn.action, tokens, cut=cut, message=turn.message, allowed=allowed)
+        played.place_reward(turn.reward, number)
     if trajectory.final_observation is not None:
         recorder.truncate(trajectory.final_observation)
-    return rendered
+    return played
 
 
 def is_dialogue(trajectory: Trajectory) -> bool:

@@ -19,13 +19,15 @@ from lmrl.trajectories.files import Selection, open_rows
 from lmrl.trajectories.parquet import write_parquet
 from lmrl.trajectories.readers import JsonLines, Malformed, Row, Rows
 from lmrl.trajectories.render import Renderer
-from lmrl.trajectories.rows import fingerprint, is_dialogue, parse, prompts_of, render, to_row
+from lmrl.trajectories.rows import fingerprint, in_contexts, is_dialogue, parse, prompts_of, render, to_row
 from lmrl.trajectories.trajectory import Trajectory, prompt_text, start_key
 
 SHARD_EPISODES = 1000
 UNMATCHED = "none of its prompts is held out by task.prompts.holdout, so no row is left out"
 VOCABULARY_ROWS = 10_000
 """Number of rows from whose text a model built from scratch takes its vocabulary."""
+PROBED = 64
+"""Number of rows that show whether tokens were played in the contexts of the task."""
 SHARDS, SCRATCH = "data-*.parquet", ".writing-"
 
 
@@ -38,7 +40,8 @@ class DatasetFile:
 
     max_tokens: also leave out longer episodes, which requires tokenising all once. scored: keys of prompts that a suite
     scores; a note counts their episodes. positions: tokens that the model has positions for; longer episodes are left
-    out.
+    out. as_shown: give the actions of episodes with tokens the contexts of `renderer` and `history`, if the first PROBED
+    rows say that these are others.
 
     skip_bad_rows: count malformed rows and write them to `bad_rows`, one JSON object per line, instead of raising
     DataError with file, line, field and what was expected.
@@ -56,6 +59,7 @@ class DatasetFile:
         max_tokens: int | None = None,
         scored: Collection[str] = (),
         positions: int | None = None,
+        as_shown: bool = False,
     ):
         self.path, self.renderer, self.history, self.max_tokens = path, renderer, history, max_tokens
         self.positions = positions
@@ -77,6 +81,8 @@ class DatasetFile:
         """Number of each episode's draw of a start state: one state may have been drawn several times."""
         self._index, self._parts = array("q"), array("b")
         self._heldout: list[tuple[int, int, int]] = []
+        self.moves = as_shown and any(map(self._is_elsewhere, islice(self.rows.scan(), PROBED)))
+        """True if the tokens were played in other contexts, and are moved to this task's."""
         self._scan(without, skip_bad_rows, bad_rows, scored)
 
     def __len__(self) -> int:
@@ -109,9 +115,21 @@ class DatasetFile:
 
     def _read(self, row: int, part: int) -> Trajectory:
         try:
-            return render(parse(self.rows[row], row, self.tokenizer)[part], self.renderer, self.history)
+            return self._rendered(parse(self.rows[row], row, self.tokenizer)[part])
         except Malformed as error:
             raise DataError(f"{self.rows.where(row)}: {error}") from error
+
+    def _rendered(self, episode: Trajectory) -> Trajectory:
+        episode = in_contexts(episode, self.renderer, self.history) if self.moves else episode
+        return render(episode, self.renderer, self.history)
+
+    def _is_elsewhere(self, row: Row | Malformed) -> bool:
+        """True if a row holds tokens that were played in other contexts than `renderer` and `history` give."""
+        try:
+            episodes = [] if isinstance(row, Malformed) else parse(row, 0, self.tokenizer)
+        except Malformed:
+            return False
+        return any(in_contexts(one, self.renderer, self.history) is not one for one in episodes if one.segments)
 
     def _scan(
         self, without: Collection[str], skip_bad_rows: bool, bad_rows: Path | None, scored: Collection[str]
@@ -154,6 +172,11 @@ class DatasetFile:
             (long, "episode", f"of more than {self.max_tokens} tokens"),
             (beyond, "episode", f"of more than the {self.positions} tokens that the model has positions for"),
         ]
+        if self.moves:
+            self.notes.append(
+                f"{self.path}: was played in other contexts than the task shows (history, chat or system): the actions' tokens "
+                "are kept, and their contexts are rendered again"
+            )
         self.notes += [
             f"{self.path}: left out {counted(count, one)} {which}".rstrip() for count, one, which in counts if count
         ]
@@ -192,7 +215,7 @@ class DatasetFile:
         """Tokens of its longest segment, or an upper bound if that is within both limits."""
         if self.max_tokens is None and (self.positions is None or self._surely_fits(episode)):
             return 0
-        segments = render(episode, self.renderer, self.history).segments
+        segments = self._rendered(episode).segments
         return max((len(segment.tokens) for segment in segments), default=0)
 
     def _surely_fits(self, episode: Trajectory) -> bool:

@@ -6,6 +6,9 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
+from lmrl.engines.base import Sampling
+from lmrl.engines.hf import HFEngine
+from lmrl.environments import TextEnvironment
 from lmrl.errors import DataError, ModelError, RecipeError
 from lmrl.evaluation.statistics import summarize
 from lmrl.evaluation.suites import Suite
@@ -18,8 +21,12 @@ from lmrl.sources import dataset as dataset_module
 from lmrl.sources.base import SourceRequest
 from lmrl.sources.dataset import Dataset, build_dataset, open_dataset_file, play_dataset
 from lmrl.training.build import watch_suite
+from lmrl.trajectories.chain import rewards_and_turns
 from lmrl.trajectories.preference_pairs import read_pairs
+from lmrl.trajectories.recorder import Recorder
 from lmrl.trajectories.render import Renderer
+from lmrl.trajectories.store import write_episodes
+from lmrl.trajectories.trajectory import Trajectory
 from tests.sources.conftest import dataset, lines, rewarded
 
 
@@ -103,6 +110,55 @@ def test_the_window_of_the_task_holds_for_files(tmp_path, tokenizer):
     for history, count in (("all", 1), (1, 3)):
         task = Task(lambda: None, Renderer(tokenizer), None, None, history=history)
         assert len(open_dataset_file(dataset(path=path), task)[0].segments) == count
+
+
+class Letters(TextEnvironment):
+    """Shows the letters in turn, and ends for no action."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.turn = 0
+        return "a", {}
+
+    def step(self, action):
+        self.turn += 1
+        return "abcdef"[self.turn], float(self.turn), False, False, {}
+
+
+def test_tokens_get_the_contexts_of_the_task(tmp_path, tiny_policy):
+    """A log of a policy that saw all of the episode, for one that sees a part of it, and the other way around."""
+    tokenizer = tiny_policy.tokenizer
+
+    def task(history):
+        return Task(Letters, Renderer(tokenizer), None, None, max_turns=3, history=history)
+
+    sampler = {history: Sampler(task(history), HFEngine(tiny_policy), tiny_policy.decode) for history in ("all", 1, 2)}
+    for logged, own in sampler.items():
+        played = own.play([None, None], 1, Sampling(max_new_tokens=3), ("log",))
+        write_episodes(tmp_path / f"{logged}.jsonl", played, tokenizer)
+        for history in sampler:
+            file = open_dataset_file(dataset(path=str(tmp_path / f"{logged}.jsonl")), task(history))
+            assert len(file.notes) == (history != logged)
+            for number, one in enumerate(played):
+                if history == logged:
+                    assert file[number] == one
+                    continue
+                actions = [
+                    [token for segment in one.segments for token, of in pairs(segment) if of == turn]
+                    for turn in range(3)
+                ]
+                recorder = Recorder(Trajectory([], "", ""), Renderer(tokenizer), history)
+                for turn in range(3):
+                    recorder.observe("abc"[turn])
+                    recorder.act(one.turns[turn].action, actions[turn])
+                recorder.truncate("d")
+                for found, expected in zip(file[number].segments, recorder.trajectory.segments, strict=True):
+                    assert (found.tokens, found.turns) == (expected.tokens, expected.turns)
+                assert rewards_and_turns(file[number])[0].tolist() == rewards_and_turns(one)[0].tolist()
+
+
+def pairs(segment):
+    return zip(segment.tokens, segment.turns, strict=True)
 
 
 def test_dialogues_need_a_template(tmp_path, walks):
