@@ -82,7 +82,8 @@ class FreshRollouts(Source):
             if not zero_variance:
                 break
             name = (*self.name, "again", again)
-            starts = starts_for(task.training, (step - 1) * count, len(zero_variance), *name)
+            # A start state of a self-play game has a group for each side.
+            starts = starts_for(task.training, (step - 1) * count, -(-len(zero_variance) // task.sides), *name)
             more = self.sampler.play(starts, self.options.samples, self.sampling, (*name, step), shared=True)
             for trajectory in more:
                 trajectory.group += again * count * task.sides

@@ -1,15 +1,18 @@
 """The best share of episodes: which are kept, and how ties are drawn."""
 
+from dataclasses import replace
+
 import pytest
 
 from lmrl import distributed
 from lmrl.errors import DataError
 from lmrl.recipe import Rollouts
+from lmrl.rollouts.task import Match
 from lmrl.seeding import stream
 from lmrl.sources.best import best_among_all, best_of
 from lmrl.sources.dataset import Dataset, build_dataset
 from lmrl.sources.fresh import FreshRollouts
-from lmrl.trajectories.trajectory import Trajectory
+from lmrl.trajectories.trajectory import Trajectory, Turn
 from tests.sources.conftest import dataset, lines, rewarded
 
 
@@ -112,3 +115,27 @@ def test_fresh_rollouts_keep_the_best_of_each_prompt(walks):
     source = FreshRollouts(Played(), options, 0, "main", best=0.5, by_prompt=True)
     kept = [[one.episode for one in source.next(step).learn] for step in (1, 2, 1)]
     assert kept[0] == kept[2] != kept[1] and [number // 4 for number in kept[0]] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+
+
+def test_resampled_sides_of_a_game_keep_their_groups(walks):
+    """Two sides a start state: no group of one round has the number of another round's, or of other episodes."""
+    rounds = []
+
+    class Played:
+        task = replace(walks, match=Match(2, None))
+
+        def play(self, starts, samples, sampling, name, shared):
+            rounds.append(len(starts))
+            played = []
+            for group in range(2 * len(starts)):
+                spread = len(rounds) == 3 or len(rounds) == 2 and group >= len(starts)
+                for number in range(samples):
+                    one = judged(group, 2 * number + group % 2, float(spread and number))
+                    one.turns, one.columns = [Turn("", "")], {"origin": (len(rounds), group)}
+                    played.append(one)
+            return played
+
+    learn = FreshRollouts(Played(), Rollouts(prompts=4, samples=2), 0, "main", resample=2).next(1).learn
+    assert rounds == [4, 4, 2]  # eight groups without a signal, then four
+    assert len({(one.group, one.columns["origin"]) for one in learn}) == len({one.group for one in learn}) == 8
+    assert all(one.columns["origin"][0] > 1 for one in learn)
