@@ -61,13 +61,18 @@ def mistakes(recipe: Recipe) -> Iterator[str]:
             f"`task.min_group`={task.min_group} keeps no group of rollouts.samples={recipe.rollouts.samples} episodes: set it "
             "to that number at most"
         )
-    if source.plays and source.has_log:
-        tasks = [task, *(part.task for part in getattr(source, "parts", ()) if part.task is not None)]
-        if any(one.normalize == "running" for played in tasks for one in getattr(played, "rewards", ())):
+    tasks = [task, *(part.task for part in getattr(source, "parts", ()) if part.task is not None)]
+    if any(one.normalize == "running" for played in tasks for one in getattr(played, "rewards", ())):
+        fix = "set `normalize: [MEAN, STD]`, or leave it out"
+        if source.plays and source.has_log:
             yield (
                 f"`normalize: running` changes the unit of fresh rewards as training goes on, and source '{source.name}' learns from "
-                "them together with logged rewards, which have the file's unit: set `normalize: [MEAN, STD]`, as the log has it, "
-                "or leave it out"
+                f"them together with logged rewards, which have the file's unit: {fix}"
+            )
+        if getattr(source, "curriculum", None) is not None:
+            yield (
+                "`normalize: running` changes the unit of rewards as training goes on, and `source.curriculum.solved` is one "
+                f"number for all steps: {fix}"
             )
     if isinstance(task, PromptTask):
         if source.plays_own_task and not task.rewards:

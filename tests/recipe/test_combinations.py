@@ -67,6 +67,10 @@ REFUSED = [
             "source: {name: blend, parts: [{}, {name: log, log: {path: prompts.jsonl}}]}\n",
         )
     ),
+    (
+        MODEL + RUNNING + "source: {name: blend, curriculum: {}}\nobjective: {name: ppo}",
+        "`source.curriculum.solved` is one number for all steps: set `normalize: ",
+    ),
     (MODEL + PROMPTS + DATA + "objective: {name: ilql}", "prompts have none: give source.path"),
     (
         MODEL + WALKS + "evaluation: {suite: null, gate: {drop: 1}}\nobjective: {name: ppo}",
