@@ -223,16 +223,20 @@ def judge(
     """Fill `components`, `reward` and `failure` of one-step trajectories and place the reward on their last token.
 
     The reward is the weighted sum of scores, after their normalisation and clipping; components are the original
-    scores. A sample that a weighted function did not judge has no reward; a function of weight 0 is only watched.
+    scores. `steady` is the same by the statistics of the first step, if running ones change. A sample that a weighted
+    function did not judge has no reward; a function of weight 0 is only watched.
     learning: True for training samples, which update running statistics. early: scores that are known already.
     """
     arguments = arguments_of(trajectories)
+    moves = learning and any(function.scale.is_running and function.weight for function in rewards)
     for trajectory in trajectories:
         trajectory.reward = 0.0
+        trajectory.steady = 0.0 if moves else None
     for function in rewards:
         known = early.scores(function, trajectories) if early is not None else None
         scores = known or score(function, arguments)
         scaled = function.scale(scores.values, learning)
+        steady = function.scale.steady(scores.values) if learning and function.scale.is_running else scaled
         for row, trajectory in enumerate(trajectories):
             trajectory.components[function.label] = scores.values[row]
             trajectory.components |= {f"{function.label}/{name}": one for name, one in scores.extras[row].items()}
@@ -243,6 +247,8 @@ def judge(
                 trajectory.reward, trajectory.failure = None, trajectory.failure or scores.causes[row]
             elif trajectory.reward is not None:
                 trajectory.reward += function.weight * earned
+                if trajectory.steady is not None:
+                    trajectory.steady += function.weight * (steady[row] or 0.0)
     for trajectory in trajectories:
         if trajectory.reward is None:
             continue

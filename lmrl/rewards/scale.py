@@ -23,6 +23,8 @@ class Scale:
         self.normalize, self.clip = normalize, clip
         self.count, self.mean, self.squares = 0, 0.0, 0.0
         """Samples so far, their mean, and the sum of squared deviations from it."""
+        self.first: tuple[float, float] | None = None
+        """Mean and standard deviation of the first step's samples."""
 
     @property
     def is_running(self) -> bool:
@@ -38,8 +40,17 @@ class Scale:
 
             self._follow(distributed.all_gather([score for score in scores if score is not None]))
             mean, std = self.mean, math.sqrt(self.squares / self.count) if self.squares > 0 else 1.0
+            if self.first is None and self.count:
+                self.first = mean, std
         elif isinstance(self.normalize, tuple):
             mean, std = self.normalize
+        return self._scaled(scores, mean, std)
+
+    def steady(self, scores: Sequence[float | None]) -> list[float | None]:
+        """Training samples by the statistics of the first step, so that steps can be compared."""
+        return self._scaled(scores, *(self.first or (0.0, 1.0)))
+
+    def _scaled(self, scores: Sequence[float | None], mean: float, std: float) -> list[float | None]:
         low, high = self.clip or (-math.inf, math.inf)
         return [None if score is None else min(max((score - mean) / std, low), high) for score in scores]
 
@@ -54,7 +65,8 @@ class Scale:
         self.count = total
 
     def state(self) -> dict[str, Any]:
-        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+        return {"count": self.count, "mean": self.mean, "squares": self.squares, "first": self.first}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]
+        self.first = tuple(state["first"]) if state.get("first") else None

@@ -121,6 +121,7 @@ class AsyncRollouts(Source):
         state = {
             "step": pending.step,
             "staleness": max(self.engine.staleness(trajectory.version) for trajectory in batch.played),
+            "steady": [trajectory.steady for trajectory in batch.played],
             "learn": [places[id(trajectory)] for trajectory in batch.learn],
             "failed": batch.failed,
             "dropped": batch.dropped,
@@ -134,7 +135,8 @@ class AsyncRollouts(Source):
             return
         state = json.loads((folder / STATE_FILE).read_text())
         played = read_episodes(folder / EPISODES_FILE, self.tokenizer)
-        for trajectory in played:
+        for trajectory, steady in zip(played, state.get("steady", [None] * len(played)), strict=True):
+            trajectory.steady = steady
             trajectory.version = self.engine.syncs + self.engine.stale - state["staleness"]
         batch = SourceBatch(
             [played[place] for place in state["learn"]], played, state["failed"], state.get("dropped", 0)

@@ -146,6 +146,8 @@ class Trajectory:
     game: dict[str, Any] | None = field(default=None, compare=False)
     """In a game of several players: `player`, the side of this episode; `start`, the game's own start state; and
     `moves`, those of all players as [player, action]."""
+    steady: float | None = field(default=None, compare=False)
+    """The reward on a scale that stays the same throughout a run, where that of `reward` follows running statistics."""
     version: int | None = field(default=None, compare=False)
     """Version of the weights that played: the number of the engine's weight sync (None: not played by this process)."""
 

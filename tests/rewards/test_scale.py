@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from lmrl.recipe import Reward
 from lmrl.rewards.rewards import RewardFunction, judge
 from lmrl.rewards.scale import Scale
+from lmrl.training.monitoring.measures import measure
 from lmrl.trajectories.trajectory import Segment, Trajectory
 
 
@@ -48,6 +49,27 @@ def test_components_stay_as_they_were_scored():
     episode = Trajectory([segment], "p", "c")
     judge([RewardFunction("r", "r", 2.0, lambda **_: [5.0], scale=Scale((1.0, 2.0), None))], [episode], learning=True)
     assert episode.components == {"r": 5.0} and episode.reward == 4.0
+
+
+def test_steps_are_compared_by_the_first_ones_statistics():
+    """Equal scores earn less and less as the running mean comes near: recorded, that would be a collapse."""
+    scores = iter([[0.0, 4.0], [4.0, 4.0], [4.0, 4.0]])
+    moving = RewardFunction("r", "r", 3.0, lambda **_: next(scores), scale=Scale("running"))
+    other = RewardFunction("s", "s", 1.0, lambda **_: [0.5, 0.5])
+    trained, recorded = [], []
+    for _ in range(3):
+        episodes = []
+        for _ in range(2):
+            segment = Segment()
+            segment.observe([1])
+            segment.act([2], [-1.0], 0)
+            episodes.append(Trajectory([segment], "p", "c"))
+        judge([moving, other], episodes, learning=True)
+        trained.append(episodes[1].reward)
+        recorded.append(measure(episodes)["reward"])
+    # Means 2, 3 and 10 / 3 of all samples so far, deviations 2, 3 ** .5 and (20 / 9) ** .5.
+    assert trained == pytest.approx([3.5, 3 / 3**0.5 + 0.5, 2 / (20 / 9) ** 0.5 + 0.5])
+    assert recorded == pytest.approx([0.5, 3.5, 3.5])  # 3 (score - 2) / 2 + .5
 
 
 @pytest.mark.parametrize(

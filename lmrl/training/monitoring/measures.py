@@ -48,7 +48,7 @@ def numbers_of(trajectory: Trajectory, taken: Collection[str] = ()) -> dict[str,
     """The numbers of one episode. A metric of its environment with a name in OWN or `taken` becomes `component/NAME`."""
     found = {"length": trajectory.num_actions, "cut": float(bool(trajectory.cut_turns))}
     if trajectory.reward is not None:
-        found["reward"] = trajectory.reward
+        found["reward"] = trajectory.reward if trajectory.steady is None else trajectory.steady
     for name, value in {**trajectory.components, **trajectory.metrics}.items():
         if value is not None:
             is_taken = name in OWN or name in RESERVED or name in taken
