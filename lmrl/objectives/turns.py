@@ -74,7 +74,8 @@ def _over_groups(turns: Turns) -> torch.Tensor:
     """Each return minus the mean of the other episodes at the same turn in all groups of all processes, (K,); 0 if
     there are none.
 
-    Returns are measured from the mean of their own group, so that easy and hard prompts can be compared.
+    Returns are measured from the mean of their own group, so that easy and hard prompts can be compared. From that of a
+    group of one episode only what came before the turn is left, so such groups are not compared.
     """
     deepest = max(distributed.all_gather([int(turns.index_K.max()) + 1 if len(turns.index_K) else 0]))
     first_K = turns.index_K == 0
@@ -83,16 +84,16 @@ def _over_groups(turns: Turns) -> torch.Tensor:
         torch.zeros(len(groups), dtype=torch.float64).index_add(0, place_K[first_K], own)
         for own in (torch.ones_like(turns.to_go_K[first_K]), turns.to_go_K[first_K])
     )
-    counted_K = turns.to_go_K - (returns_G / episodes_G)[place_K]
+    several_K = (episodes_G > 1)[place_K].double()
+    counted_K = (turns.to_go_K - (returns_G / episodes_G)[place_K]) * several_K
     count_T, total_T = (
-        torch.zeros(deepest, dtype=torch.float64).index_add(0, turns.index_K, own)
-        for own in (torch.ones_like(counted_K), counted_K)
+        torch.zeros(deepest, dtype=torch.float64).index_add(0, turns.index_K, own) for own in (several_K, counted_K)
     )
     sums = torch.tensor(distributed.all_sum([*count_T.tolist(), *total_T.tolist()]), dtype=torch.float64)
     count_K, total_K = (part[turns.index_K] for part in (sums[:deepest], sums[deepest:]))
     gap_K = counted_K - (total_K - counted_K) / (count_K - 1).clamp(min=1)
     equal_K = gap_K.abs() <= ROUNDING * turns.to_go_K.abs()
-    masked_K: torch.Tensor = gap_K.masked_fill((count_K < 2) | equal_K, 0.0)
+    masked_K: torch.Tensor = gap_K.masked_fill((count_K < 2) | (several_K == 0) | equal_K, 0.0)
     return masked_K
 
 

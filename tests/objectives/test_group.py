@@ -91,6 +91,17 @@ def test_a_lone_survivor_is_compared_with_other_groups():
     assert less_group_mean(turns([4.0, 2.0, 5.0], index=[0, 0, 1])).tolist() == [1.0, -1.0, 0.0]  # nobody else anywhere
 
 
+def test_an_only_episode_is_compared_with_nobody():
+    """The others of group 1 have failed. Its return from turn 1, counted from its own, is minus what it earned before."""
+    played = turns([4.0, 2.0, 5.0, 1.0, 9.0, 3.0], groups=[0, 0, 0, 0, 1, 1], index=[0, 0, 1, 1, 0, 1])
+    assert less_group_mean(played).tolist() == [1.0, -1.0, 2.0, -2.0, 0.0, 0.0]
+    # Nor does it count as the other groups' turn 1: that is reached by 5 - 3 and by 7 - 4, and by it with 3 - 9.
+    played = turns(
+        [4.0, 2.0, 5.0, 4.0, 4.0, 7.0, 9.0, 3.0], groups=[0, 0, 0, 1, 1, 1, 2, 2], index=[0, 0, 1, 0, 0, 1, 0, 1]
+    )
+    assert less_group_mean(played).tolist() == [1.0, -1.0, -1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
+
+
 def test_scale_is_one_number_for_all_turns_of_a_group():
     # Squares around the turns' means: 1 + 1 and 4 + 4, with two degrees of freedom.
     assert group_scales(turns([4.0, 2.0, 5.0, 1.0], index=[0, 0, 1, 1])).tolist() == pytest.approx([5**0.5] * 4)
