@@ -190,7 +190,7 @@ class PPO(PolicyGradient):
         for trajectory, span, (rewards_A, _), discounts_A, (old_A, reference_A, values_A) in zip(
             trajectories, spans, earned, weights, columns, strict=True
         ):
-            last_value = float(values_A[-1]) if continues(trajectory, min(options.gamma, options.gamma_token)) else 0.0
+            last_value = float(values_A[-1]) if continues(trajectory, float(discounts_A.min())) else 0.0
             if not trajectory.terminated:  # drop the pseudo-action
                 old_A, reference_A, values_A = old_A[:-1], reference_A[:-1], values_A[:-1]
                 span[-1].drop_last_action()

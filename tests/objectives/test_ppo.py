@@ -203,6 +203,21 @@ def test_without_a_discount_a_limit_ends_the_episode(tiny_policy, gammas, bootst
     assert (cut != whole) == bootstraps
 
 
+def test_turns_of_one_token_have_no_discount_inside(tiny_policy):
+    segment = Segment()
+    for turn in range(2):
+        segment.observe([3 + turn])
+        segment.act([6], [-1.0], turn)
+    segment.rewards[-1] = 1.0
+    segment.observe([5])
+    tiny_policy.values.v.bias.data.fill_(3.0)
+    cut = Trajectory([segment], "", "", terminated=False)
+    assert PPO(options(gamma_token=0.9, lam=1.0)).prepare(tiny_policy.eval(), [cut]).get("returns").tolist() == [
+        1.0,
+        1.0,
+    ]
+
+
 def test_missing_eos_penalty_falls_on_the_cut_turn():
     trajectory = two_turns()
     trajectory.cut_turns = [0]
