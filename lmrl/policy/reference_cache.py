@@ -33,10 +33,11 @@ def model_key(policy: Policy) -> str:
 
 
 def episode_key(trajectory: Trajectory) -> str:
-    """A hash of an episode's tokens, and of which of them are actions."""
+    """A hash of an episode's tokens, of which of them are actions, and of what restricted ones were chosen from."""
     digest = hashlib.blake2b(digest_size=16)
     for segment in trajectory.segments:
-        digest.update(json.dumps([segment.tokens, segment.actions]).encode())
+        restricted = [sorted(segment.allowed.items())] if segment.allowed else []
+        digest.update(json.dumps([segment.tokens, segment.actions, *restricted]).encode())
     return digest.hexdigest()
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from lmrl.errors import DataError
 from lmrl.objectives.dpo import DPO, Pairs, best_and_worst, log1mexp, preference_loss
+from lmrl.policy.reference_cache import ReferenceCache
 from lmrl.recipe import DPOObjective, Optimizer
 from lmrl.recipe.objectives.preferences import PREFERENCE_LOSSES
 from lmrl.training.monitoring.bundle import batch_of, batch_tensors
@@ -235,6 +236,18 @@ def test_pairs_without_rewards_are_refused(tiny_policy):
 
 
 # ------------------------------------------------------------------------------------------------- the cached reference
+def test_a_restricted_action_has_a_reference_of_its_own(tiny_policy, tmp_path, monkeypatch):
+    """The same tokens, chosen from two and from the whole vocabulary."""
+    monkeypatch.setenv("LMRL_CACHE", str(tmp_path))
+    free, restricted = episode([1, 2], [3], 1.0), episode([1, 2], [3], 1.0)
+    restricted.segments[0].allowed = {2: (3, 5)}
+    cache = ReferenceCache("key")
+    cache.add(tiny_policy, [restricted])
+    assert cache.missing([restricted, free]) == [free]
+    cache.add(tiny_policy, [free])
+    assert cache[free] < cache[restricted]
+
+
 def train(tmp_path, name, *changes, resume=False):
     import json
 
