@@ -100,24 +100,30 @@ def parse_plain(text: str, tools: list[Tool]) -> Parsed:
 
 
 def _python_calls(text: str, tools: list[Tool]) -> list[Call] | None:
+    """The calls in a list of Python; None if it is anything else."""
     parameters = {tool["function"]["name"]: list(_properties(tool)) for tool in tools}
     try:
         tree = ast.parse(text, mode="eval").body
-        assert isinstance(tree, ast.List)
-        calls = []
-        for node in tree.elts:
-            assert isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in parameters
-            names = parameters[node.func.id]
-            assert len(node.args) <= len(names)
-            arguments = dict(zip(names, map(ast.literal_eval, node.args), strict=False))
-            for keyword in node.keywords:
-                assert keyword.arg is not None and keyword.arg not in arguments
-                arguments[keyword.arg] = ast.literal_eval(keyword.value)
-            json.dumps(arguments)
-            calls.append(Call(node.func.id, arguments))
-        return calls
-    except (SyntaxError, AssertionError, ValueError, TypeError, MemoryError, RecursionError):
+        calls = [_python_call(node, parameters) for node in tree.elts] if isinstance(tree, ast.List) else [None]
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return None
+    found = [call for call in calls if call is not None]
+    return found if len(found) == len(calls) else None
+
+
+def _python_call(node: ast.expr, parameters: dict[str, list[str]]) -> Call | None:
+    """A call of a known tool; None if it is anything else. Raises ValueError or TypeError for values that are not
+    literals, or have no form in JSON."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id not in parameters:
+        return None
+    names = parameters[node.func.id][: len(node.args)]
+    given = [*names, *(keyword.arg for keyword in node.keywords)]
+    if len(names) < len(node.args) or None in given or len(set(given)) < len(given):
+        return None
+    values = [*node.args, *(keyword.value for keyword in node.keywords)]
+    arguments = {str(name): ast.literal_eval(value) for name, value in zip(given, values, strict=True)}
+    json.dumps(arguments)
+    return Call(node.func.id, arguments)
 
 
 def _xml_call(text: str, tools: list[Tool]) -> Call | None:
