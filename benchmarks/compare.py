@@ -24,7 +24,7 @@ import numpy as np
 
 from lmrl.evaluation.paired import gap_limits, prompts_needed
 from lmrl.evaluation.statistics import p_value, summarize
-from lmrl.evaluation.student import upper_tail
+from lmrl.evaluation.t_distribution import upper_tail
 from lmrl.seeding import stream
 
 CORRELATIONS = (0.3, 0.6, 0.8)

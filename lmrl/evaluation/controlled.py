@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lmrl.errors import RecipeError, counted
-from lmrl.evaluation.student import t95, upper_tail
+from lmrl.evaluation.t_distribution import t95, upper_tail
 
 FEWEST = 4
 """Minimum number of prompts for estimating a slope."""

@@ -25,7 +25,7 @@ from lmrl.errors import RecipeError, RunError, counted
 from lmrl.evaluation.bridges import HARNESS, HarnessOptions
 from lmrl.evaluation.scoring import Scores
 from lmrl.evaluation.statistics import summarize
-from lmrl.evaluation.student import NORMAL
+from lmrl.evaluation.t_distribution import NORMAL
 from lmrl.policy.likelihood import Continued, likelihoods
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Rollouts

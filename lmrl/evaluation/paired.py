@@ -31,7 +31,7 @@ from lmrl.evaluation.statistics import (
     summarize,
     within_clusters,
 )
-from lmrl.evaluation.student import NORMAL
+from lmrl.evaluation.t_distribution import NORMAL
 from lmrl.trajectories.trajectory import Trajectory
 
 if TYPE_CHECKING:

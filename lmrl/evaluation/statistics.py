@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lmrl.evaluation.student import t95, upper_tail
+from lmrl.evaluation.t_distribution import t95, upper_tail
 from lmrl.seeding import stream
 
 Limits = tuple[float, float]

@@ -14,7 +14,7 @@ import numpy as np
 
 from lmrl.errors import DataError, counted
 from lmrl.evaluation.statistics import summarize
-from lmrl.evaluation.student import t95
+from lmrl.evaluation.t_distribution import t95
 from lmrl.findings import Finding
 from lmrl.rewards.pairs import Verdict, ask_pairs, by_score
 from lmrl.rewards.rewards import RewardFunction, Scores, answer_to, by_column, score

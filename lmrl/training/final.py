@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from lmrl.evaluation.scoring import named_values
-from lmrl.evaluation.student import upper_tail
+from lmrl.evaluation.t_distribution import upper_tail
 from lmrl.trajectories.trajectory import Trajectory
 
 LEVEL = 0.025

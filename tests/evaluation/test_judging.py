@@ -10,7 +10,7 @@ from lmrl import cli
 from lmrl.errors import PluginError, RecipeError, RewardError
 from lmrl.evaluation.judging import Judge, judge_pair, load_judge
 from lmrl.evaluation.paired import Played
-from lmrl.evaluation.student import upper_tail
+from lmrl.evaluation.t_distribution import upper_tail
 from lmrl.rewards.workers import Failure
 from lmrl.trajectories.trajectory import Trajectory
 from tests.reward_models.test_judge import endpoint

@@ -17,7 +17,7 @@ from lmrl.evaluation.statistics import (
     wilson,
     within_clusters,
 )
-from lmrl.evaluation.student import t95
+from lmrl.evaluation.t_distribution import t95
 
 
 def test_interval_by_hand():

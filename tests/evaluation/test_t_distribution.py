@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lmrl.evaluation.student import t95, upper_tail
+from lmrl.evaluation.t_distribution import t95, upper_tail
 
 
 def test_tail_in_closed_form():
