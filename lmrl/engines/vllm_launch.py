@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 
-from lmrl.parent import when_parent_ends
+from lmrl.parent_process import when_parent_ends
 
 GRACE = 10.0
 """Seconds between asking and killing."""

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lmrl.allocator import keep_freed_memory
-from lmrl.earlier import forget_earlier_calls
+from lmrl.earlier_calls import forget_earlier_calls
 from lmrl.engines.base import check_has_q
 from lmrl.engines.remote import Endpoint, RemotePolicy, is_address
 from lmrl.errors import RecipeError, RunError, ScoreError
@@ -24,6 +23,7 @@ from lmrl.evaluation.scoring import Scores, check_known, check_metrics
 from lmrl.evaluation.suites import Suite, allow_code, load_suite, own_suite, refuse_unscored
 from lmrl.policy.load import open_policy
 from lmrl.policy.policy import Policy
+from lmrl.process_memory import keep_freed_memory
 from lmrl.recipe.files import locate_rewards
 from lmrl.run_folders import read_recipe, run_of
 from lmrl.trajectories.trajectory import Trajectory

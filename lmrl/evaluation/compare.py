@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmrl.earlier import forget_earlier_calls
+from lmrl.earlier_calls import forget_earlier_calls
 from lmrl.engines.remote import Endpoint
 from lmrl.errors import RecipeError, RewardError, RunError
 from lmrl.evaluation.api import NamedSuite, evaluator_for, score_rows

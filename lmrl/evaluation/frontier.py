@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from lmrl.accelerators import default_device
-from lmrl.earlier import forget_earlier_calls
+from lmrl.earlier_calls import forget_earlier_calls
 from lmrl.engines.base import guidance_of
 from lmrl.errors import RecipeError, RunError
 from lmrl.evaluation.api import NamedSuite, dtype_of, evaluator_for

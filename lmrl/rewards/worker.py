@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from lmrl.errors import LmrlError, RewardError
-from lmrl.parent import when_parent_ends
+from lmrl.parent_process import when_parent_ends
 from lmrl.recipe import Reward
 from lmrl.rewards.load import NEEDS, local_call, origin_of
 from lmrl.rewards.rewards import checked_values, is_temporary

@@ -10,7 +10,7 @@ import signal
 import sys
 
 from lmrl.cli import main
-from lmrl.parent import when_parent_ends
+from lmrl.parent_process import when_parent_ends
 
 if __name__ == "__main__":
     when_parent_ends(int(sys.argv.pop(1)), lambda: os.kill(os.getpid(), signal.SIGTERM))
