@@ -41,7 +41,7 @@ def command(
     """Talk to a policy, or to two side by side."""
     if len(policies) > 2:
         raise RecipeError(f"chat takes one policy or two, got {len(policies)}")
-    from lmrl.chat import Speaker
+    from lmrl.cli.speaker import Speaker
     from lmrl.engines.base import Sampling, check_has_q
     from lmrl.policy.load import open_policy
     from lmrl.run_folders import checkpoint_of

@@ -53,11 +53,11 @@ def command(
     if model is None and kind != "environment":
         raise RecipeError(f"--{kind} needs --model: a hub name, a folder or a run")
 
-    from lmrl import new
+    from lmrl.cli import first_recipe
     from lmrl.recipe.files import load_recipe
     from lmrl.rollouts.task import check_rewards
 
-    known = new.METHODS[kind]
+    known = first_recipe.METHODS[kind]
     method = {"sft": "likelihood", "rm": "reward_model"}.get(method or "", method) or known[0]
     if method not in known:
         raise RecipeError(f"--method {method} does not go with --{kind}{did_you_mean(method, known)}")
@@ -67,13 +67,13 @@ def command(
             raise DataError(f"{option}: file '{path}' does not exist")
     if environment is not None:
         turns = max_turns or 100
-        look = new.look_at_environment(environment, turns, model is None, _tokenizer(model) if model else None)
-        text = new.environment_recipe(environment, method, model, look, turns)
+        look = first_recipe.look_at_environment(environment, turns, model is None, _tokenizer(model) if model else None)
+        text = first_recipe.environment_recipe(environment, method, model, look, turns)
     else:
         rows = given[kind]
         assert rows is not None and model is not None, "rows were given, with a model"
-        look = new.look_at_rows(rows, kind, _tokenizer(model))
-        text = new.data_recipe(kind, rows, method, model, look, reward)
+        look = first_recipe.look_at_rows(rows, kind, _tokenizer(model))
+        text = first_recipe.data_recipe(kind, rows, method, model, look, reward)
     quoted = shlex.quote(str(file))
     head = f"# Written by `lmrl new`; every line may be changed, and `lmrl show {quoted}` prints all defaults.\n"
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from lmrl.visible import plain_console, visible
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lmrl.chat import Speaker
+    from lmrl.cli.speaker import Speaker
     from lmrl.recipe import EnvironmentTask
 
 
@@ -127,7 +127,7 @@ def _speakers(policy: str, task: EnvironmentTask, stated: dict[str, Any], seed: 
     """The policy as each side of a game; each side has its own dialogue. stated: how to sample, see `Sampling`."""
     from functools import cache
 
-    from lmrl.chat import Speaker
+    from lmrl.cli.speaker import Speaker
     from lmrl.engines.base import Sampling, check_has_q
     from lmrl.policy.load import open_policy
     from lmrl.run_folders import checkpoint_of

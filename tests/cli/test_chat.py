@@ -3,8 +3,8 @@
 import pytest
 from typer.testing import CliRunner
 
-from lmrl.chat import Speaker
 from lmrl.cli import app
+from lmrl.cli.speaker import Speaker
 from lmrl.engines.base import Sampling
 from lmrl.errors import RecipeError
 from lmrl.policy.load import open_policy

@@ -9,7 +9,7 @@ from importlib import metadata
 import pytest
 import torch
 
-from lmrl import doctor
+from lmrl.cli import doctor
 from lmrl.findings import show
 
 Usage = namedtuple("Usage", "total used free")
