@@ -44,10 +44,10 @@ if TYPE_CHECKING:
     from lmrl.evaluation.frames import load_eval, load_run
     from lmrl.evaluation.frontier import frontier
     from lmrl.objectives import Objective
-    from lmrl.objects import provide
+    from lmrl.plugins.objects import provide
+    from lmrl.plugins.registry import register
     from lmrl.recipe import ObjectiveOptions, Recipe, SourceOptions
     from lmrl.recipe.files import load_recipe
-    from lmrl.registry import register
     from lmrl.sources.base import Source
     from lmrl.training.listeners import Listener
     from lmrl.training.train import train
@@ -69,8 +69,8 @@ _HOMES = {
     "load_eval": "lmrl.evaluation",
     "load_recipe": "lmrl.recipe.files",
     "load_run": "lmrl.evaluation",
-    "provide": "lmrl.objects",
-    "register": "lmrl.registry",
+    "provide": "lmrl.plugins.objects",
+    "register": "lmrl.plugins.registry",
     "train": "lmrl.training",
 }
 

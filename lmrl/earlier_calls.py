@@ -3,7 +3,7 @@ process, as in a notebook: code in files that have been edited since, and models
 
 from __future__ import annotations
 
-from lmrl.plugins import forget_edited
+from lmrl.plugins.loading import forget_edited
 from lmrl.rewards.workers import close_pools
 from lmrl.rollouts.parties import forget_parties
 

@@ -7,17 +7,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lmrl.objects import content_of, is_object
-
-BLOCK = 1 << 20
+from lmrl.plugins.objects import content_of, is_object
 
 
 def file_hash(file: Path) -> str:
-    digest = hashlib.sha256()
     with open(file, "rb") as stream:
-        while block := stream.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def file_in(text: str) -> tuple[Path, str] | None:

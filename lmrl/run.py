@@ -40,7 +40,7 @@ MODEL_FOLDER = "model"
 """Folder of the model that a Python program passed as an object, unchanged."""
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 LOCK_FILE, CALL_FILE = ".lock", ".call"
-"""The file that a writing process locks; the reward or environment that is being called (see lmrl.foreign); deleted if the run ended with its own message."""
+"""The file that a writing process locks; the reward or environment that is being called (see lmrl.plugins.foreign); deleted if the run ended with its own message."""
 OF_A_START = {
     LOCK_FILE,
     CALL_FILE,

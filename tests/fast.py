@@ -13,6 +13,7 @@ UNITS = (
     "environments",
     "evaluation",
     "objectives",
+    "plugins",
     "policy",
     "recipe",
     "sources",

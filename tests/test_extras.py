@@ -8,7 +8,7 @@ import pytest
 
 from lmrl.errors import ModelError, PluginError
 from lmrl.extras import EXTRAS
-from lmrl.plugins import load_plugin
+from lmrl.plugins.loading import load_plugin
 from lmrl.policy.load import open_policy
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from lmrl.agents.client import Dispatch, client_for
 from lmrl.coroutines import call_user, in_thread, is_async, watched
 from lmrl.errors import PluginError
-from lmrl.plugins import load_plugin
+from lmrl.plugins.loading import load_plugin
 from lmrl.tools.functions import load_tools
 from lmrl.tools.loop import LoopOptions, ToolLoop
 from lmrl.trajectories.trajectory import LARGEST_REWARD, is_reward

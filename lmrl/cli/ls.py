@@ -13,9 +13,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lmrl import registry
 from lmrl.cli.common import Debug
 from lmrl.errors import RecipeError, did_you_mean
+from lmrl.plugins import registry
 from lmrl.shipped import descriptions, reward_docs, section_docs
 from lmrl.visible import plain_console
 

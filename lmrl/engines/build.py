@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from lmrl import registry
 from lmrl.engines.base import Engine
 from lmrl.errors import LmrlError, PluginError
+from lmrl.plugins import registry
 from lmrl.policy.policy import Policy
 from lmrl.recipe import Rollouts
 

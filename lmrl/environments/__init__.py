@@ -6,11 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from lmrl import registry
 from lmrl.environments.base import TextEnvironment, check_extras, limits_of, sample_texts, version_of
 from lmrl.environments.games import Game, GameEnvironment, check_game
 from lmrl.errors import LmrlError, PluginError
-from lmrl.foreign import foreign
+from lmrl.plugins import registry
+from lmrl.plugins.foreign import foreign
 from lmrl.secrets import expand
 
 ADAPTERS = {

@@ -14,7 +14,7 @@ import gymnasium
 import numpy as np
 
 from lmrl.errors import PluginError
-from lmrl.foreign import foreign
+from lmrl.plugins.foreign import foreign
 
 
 class TextEnvironment(gymnasium.Env):

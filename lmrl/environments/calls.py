@@ -7,7 +7,7 @@ import math
 import numbers
 from typing import Any
 
-from lmrl.foreign import CallTimedOut, foreign
+from lmrl.plugins.foreign import CallTimedOut, foreign
 from lmrl.secrets import redact
 from lmrl.trajectories.fields import checked_messages
 from lmrl.trajectories.trajectory import LARGEST_REWARD, is_reward

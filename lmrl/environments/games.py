@@ -11,7 +11,7 @@ from gymnasium.utils import seeding
 from lmrl.environments.base import TextEnvironment
 from lmrl.environments.calls import check_text, checked_flag, checked_metrics, checked_reward, unpacked
 from lmrl.errors import PluginError
-from lmrl.foreign import foreign
+from lmrl.plugins.foreign import foreign
 
 Move = tuple[int, str]
 """The player, and its action."""

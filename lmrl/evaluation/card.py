@@ -12,7 +12,7 @@ import yaml
 from lmrl import __version__
 from lmrl.errors import counted
 from lmrl.local_names import HUB_NAME
-from lmrl.objects import PREFIX, is_object
+from lmrl.plugins.objects import PREFIX, is_object
 from lmrl.recipe import MAIN_STAGE, AgentTask, PromptTask, Recipe
 from lmrl.recipe.files import stages_of, to_yaml
 from lmrl.run import RESULTS_FILE

@@ -9,7 +9,7 @@ from typing import Any
 
 from lmrl.evaluation.suites import SAMPLING, Suite
 from lmrl.named_files import file_hash, file_in
-from lmrl.objects import content_of, is_object
+from lmrl.plugins.objects import content_of, is_object
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf", ".json", ".model", ".txt", ".jinja")
 """Files of a model's folder that define the policy: weights, configuration, tokenizer, heads."""

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lmrl import registry
 from lmrl.errors import RecipeError, RewardError
 from lmrl.evaluation.paired import Played
 from lmrl.evaluation.scoring import PROMPT, clusters_of
 from lmrl.evaluation.statistics import UNIT, p_value, summarize
+from lmrl.plugins import registry
 from lmrl.recipe import Reward
 from lmrl.rewards.load import load_reward, local_call, make_instance
 from lmrl.rewards.pairs import Verdict, ask_pairs, by_score

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lmrl import registry
 from lmrl.errors import PluginError
 from lmrl.objectives.base import Loss, Objective
+from lmrl.plugins import registry
 from lmrl.recipe import CustomObjective, ObjectiveOptions
 from lmrl.secrets import expand
 

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from lmrl import objects
+from lmrl.plugins import objects
 
 LARGEST = 2**63 - 1
 """Largest whole number in torch and numpy."""
@@ -27,7 +27,7 @@ LARGEST = 2**63 - 1
 RowsPath = Annotated[str, BeforeValidator(objects.by_name("rows"))]
 ModelPath = Annotated[str, BeforeValidator(objects.by_name("model"))]
 EnvironmentName = Annotated[str, BeforeValidator(objects.by_name("environment"))]
-"""Text that names something; a Python object in its place is replaced by a name, see lmrl/objects.py."""
+"""Text that names something; a Python object in its place is replaced by a name, see lmrl/plugins/objects.py."""
 
 
 def plain(value: Any, name: str = "") -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lmrl import registry
 from lmrl.errors import PluginError, RecipeError
+from lmrl.plugins import registry
 from lmrl.recipe import CustomObjective, CustomSource, Recipe, Section
 from lmrl.recipe.document import Document
 from lmrl.recipe.validation import validate

@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from lmrl import registry
 from lmrl.errors import RecipeError, did_you_mean
-from lmrl.objects import with_names
+from lmrl.plugins import registry
+from lmrl.plugins.objects import with_names
 from lmrl.recipe import CHOICES, MAIN_STAGE, REWARD_MODEL, STAGE_PREFIX, Recipe, Reward
 from lmrl.recipe.document import Document, read_yaml
 from lmrl.recipe.methods import check_arguments, take_arguments

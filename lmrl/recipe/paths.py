@@ -8,7 +8,7 @@ from typing import Any
 
 from lmrl.errors import DataError, PluginError
 from lmrl.local_names import refuse_missing
-from lmrl.objects import is_object
+from lmrl.plugins.objects import is_object
 from lmrl.recipe import STAGE_PREFIX
 from lmrl.recipe.document import dotted
 from lmrl.recipe.steps import as_suites

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import Discriminator, SerializeAsAny, Tag, field_validator, model_validator
 
-from lmrl import objects, registry
+from lmrl.plugins import objects, registry
 from lmrl.recipe.base import Section
 from lmrl.recipe.blend import BlendSource
 from lmrl.recipe.combinations import mistakes

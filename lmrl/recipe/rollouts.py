@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from lmrl import registry
+from lmrl.plugins import registry
 from lmrl.recipe.base import FreeForm, Section
 from lmrl.recipe.server import Server
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from lmrl import registry
+from lmrl.plugins import registry
 from lmrl.recipe.base import Plugin, Section
 from lmrl.recipe.evaluations import OWN_TASK
 

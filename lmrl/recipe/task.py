@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AllowInfNan, BeforeValidator, Field, field_validator, model_validator
 
-from lmrl.objects import is_object, name_alone, named_rewards
+from lmrl.plugins.objects import is_object, name_alone, named_rewards
 from lmrl.recipe.base import EnvironmentName, FreeForm, Plugin, RowsPath, Section
 from lmrl.recipe.opponent import OpponentOf
 from lmrl.recipe.templates import Shots

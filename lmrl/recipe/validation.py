@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from lmrl import registry
 from lmrl.errors import RecipeError, did_you_mean
+from lmrl.plugins import registry
 from lmrl.recipe import CHOICES
 from lmrl.recipe.document import Document, Keys, dotted
 from lmrl.recipe.suggestions import suggest

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lmrl import registry
 from lmrl.coroutines import is_async
 from lmrl.errors import LmrlError, PluginError, RewardError, did_you_mean
-from lmrl.foreign import CallTimedOut, foreign
+from lmrl.plugins import registry
+from lmrl.plugins.foreign import CallTimedOut, foreign
 from lmrl.recipe import STAGE_PREFIX, Reward, SpecialTokens
 from lmrl.rewards.rewards import RewardFunction
 from lmrl.rewards.scale import Scale

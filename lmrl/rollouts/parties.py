@@ -13,8 +13,8 @@ from lmrl.engines.remote import check_address, is_address
 from lmrl.environments.calls import call_player
 from lmrl.environments.games import Answer, Game
 from lmrl.errors import EndpointError, RecipeError, did_you_mean
-from lmrl.foreign import CallTimedOut
 from lmrl.openai_client import OpenAIClient
+from lmrl.plugins.foreign import CallTimedOut
 from lmrl.recipe.opponent import SELF, Opponent
 from lmrl.run_folders import checkpoint_of
 from lmrl.secrets import redact

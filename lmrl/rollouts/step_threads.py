@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from lmrl.coroutines import post, settle
-from lmrl.foreign import CallTimedOut, give_up_on
+from lmrl.plugins.foreign import CallTimedOut, give_up_on
 
 T = TypeVar("T")
 

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lmrl import registry
 from lmrl.agents.play import Agent
 from lmrl.agents.programs import load_program
 from lmrl.environments import GameEnvironment, TextEnvironment, environment_factory, sample_texts, version_of
 from lmrl.environments.games import check_says_what_is_allowed
 from lmrl.errors import DataError, EpisodeError, ModelError, RecipeError, RewardError, did_you_mean
+from lmrl.plugins import registry
 from lmrl.recipe import AgentTask, Prompts, PromptTask, Recipe
 from lmrl.rewards.early import EarlyScores
 from lmrl.rewards.load import load_rewards, needs_of, origin_of

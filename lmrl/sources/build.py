@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lmrl import registry
 from lmrl.errors import LmrlError, PluginError
+from lmrl.plugins import registry
 from lmrl.sources.base import Source, SourceRequest
 
 

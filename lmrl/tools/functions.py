@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from lmrl.coroutines import call_user, in_thread
 from lmrl.errors import PluginError, first_of
-from lmrl.plugins import load_plugin
+from lmrl.plugins.loading import load_plugin
 from lmrl.tools.formats import Tool
 
 SECONDS, CHARACTERS = 30.0, 4000

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lmrl import distributed, registry
+from lmrl import distributed
 from lmrl import run as runs
 from lmrl.engines.base import Engine
 from lmrl.engines.build import build_engine
@@ -16,6 +16,7 @@ from lmrl.evaluation.evaluate import Evaluator
 from lmrl.evaluation.suites import Suite, load_suite, own_suite
 from lmrl.objectives import Objective, load_objective
 from lmrl.objectives.correction import Correction
+from lmrl.plugins import registry
 from lmrl.policy.costs import pass_cost
 from lmrl.policy.load import load_policy, load_weights
 from lmrl.policy.policy import Policy

@@ -9,7 +9,7 @@ from typing import Any
 
 from lmrl import distributed
 from lmrl.errors import RecipeError
-from lmrl.objects import Names, find, is_kind, is_object, named_rewards
+from lmrl.plugins.objects import Names, find, is_kind, is_object, named_rewards
 from lmrl.policy.given import save_given
 from lmrl.recipe import Recipe
 from lmrl.recipe.base import plain

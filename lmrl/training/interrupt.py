@@ -8,7 +8,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from lmrl.foreign import runs_here, waited_for, watch
+from lmrl.plugins.foreign import runs_here, waited_for, watch
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

@@ -28,7 +28,7 @@ import yaml
 
 from lmrl.errors import COLLAPSED, LmrlError, RecipeError, RunError, counted
 from lmrl.evaluation.statistics import UNLIMITED, summarize
-from lmrl.foreign import noted
+from lmrl.plugins.foreign import noted
 from lmrl.recipe import CHOICES, REWARD_MODEL, Recipe
 from lmrl.recipe.files import load_recipe
 from lmrl.run import CALL_FILE, RESULTS_FILE, Run, write_atomically

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lmrl import distributed, registry
+from lmrl import distributed
 from lmrl.errors import LmrlError, PluginError, RecipeError, RunError, counted
 from lmrl.extras import fix_of
-from lmrl.foreign import foreign
+from lmrl.plugins import registry
+from lmrl.plugins.foreign import foreign
 from lmrl.recipe import CustomTracker, Recipe
 from lmrl.run import Run, write_atomically
 from lmrl.training.display import Display

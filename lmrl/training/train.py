@@ -18,8 +18,8 @@ from lmrl import distributed
 from lmrl.earlier_calls import forget_earlier_calls
 from lmrl.errors import LmrlError, RunError
 from lmrl.evaluation.scoring import Scores
-from lmrl.foreign import as_guest, drop_note, keep_note
-from lmrl.objects import require
+from lmrl.plugins.foreign import as_guest, drop_note, keep_note
+from lmrl.plugins.objects import require
 from lmrl.process_memory import keep_freed_memory
 from lmrl.recipe import MAIN_STAGE, Recipe
 from lmrl.recipe.custom import with_custom_options

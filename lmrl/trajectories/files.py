@@ -10,7 +10,7 @@ from typing import Any
 
 from lmrl.errors import DataError
 from lmrl.local_names import refuse_missing
-from lmrl.objects import find, is_object, is_rows
+from lmrl.plugins.objects import find, is_object, is_rows
 from lmrl.trajectories.readers import Given, JsonLines, Malformed, Renamed, Row, Rows, Table, parsed
 
 TEXT_FIELDS = ("prompt", "completion", "chosen", "rejected", "text")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lmrl import registry
 from lmrl.cli.ls import ENGINES, SHIPPED, TRACKERS
 from lmrl.cli.verbs import VERBS, load_verb
+from lmrl.plugins import registry
 from lmrl.recipe import ENVIRONMENTS, OBJECTIVES, SOURCES, PromptTask
 from lmrl.recipe.files import load_recipe, shipped_names
 from lmrl.shipped import shipped_file

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 import lmrl
-from lmrl import cli, objects
+from lmrl import cli
 from lmrl.errors import RecipeError, RunError
 from lmrl.evaluation.api import rescored
 from lmrl.evaluation.evaluate import left_out
@@ -19,6 +19,7 @@ from lmrl.evaluation.identity import policy_hash, suite_version
 from lmrl.evaluation.log import EvalLog, logs_in
 from lmrl.evaluation.suites import load_suite
 from lmrl.named_files import changed, contents
+from lmrl.plugins import objects
 from lmrl.trajectories.trajectory import Trajectory
 from tests import forking
 

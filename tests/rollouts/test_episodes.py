@@ -12,7 +12,7 @@ from lmrl.engines.base import Completion, Engine, Sampling
 from lmrl.engines.hf import HFEngine
 from lmrl.environments import TextEnvironment
 from lmrl.errors import RecipeError, RewardError
-from lmrl.foreign import CallTimedOut, foreign, runs_here, waited_for
+from lmrl.plugins.foreign import CallTimedOut, foreign, runs_here, waited_for
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import Rollouts
 from lmrl.recipe.files import load_recipe

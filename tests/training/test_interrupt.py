@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from lmrl.foreign import foreign, waited_for, watch
+from lmrl.plugins.foreign import foreign, waited_for, watch
 from lmrl.training.interrupt import Interrupt, Interrupted
 
 
@@ -61,8 +61,8 @@ def test_nohup_stays_ignored():
 
 
 def test_a_slow_call_is_named(capfd, monkeypatch):
-    monkeypatch.setattr("lmrl.foreign.PATIENCE", 0.1)
-    monkeypatch.setattr("lmrl.foreign._watcher", None)
+    monkeypatch.setattr("lmrl.plugins.foreign.PATIENCE", 0.1)
+    monkeypatch.setattr("lmrl.plugins.foreign._watcher", None)
     watch()
     with foreign("reward mine.py:slow"):
         time.sleep(1.5)

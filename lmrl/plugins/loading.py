@@ -11,8 +11,8 @@ from typing import Any
 
 from lmrl.errors import PluginError, did_you_mean
 from lmrl.extras import EXTRAS, fix_of
-from lmrl.foreign import foreign
 from lmrl.named_files import changed, file_hash
+from lmrl.plugins.foreign import foreign
 
 _imported: dict[str, dict[str, str]] = {}
 """By module, the file that it was imported from, with a hash of its content."""

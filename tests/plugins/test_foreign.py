@@ -13,8 +13,8 @@ import torch
 
 from lmrl.environments import TextEnvironment
 from lmrl.errors import EpisodeError
-from lmrl.foreign import FORKED, CallTimedOut, drop_note, foreign, give_up_on, keep_note
-from lmrl.plugins import load_plugin
+from lmrl.plugins.foreign import FORKED, CallTimedOut, drop_note, foreign, give_up_on, keep_note
+from lmrl.plugins.loading import load_plugin
 from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import Reward
 from lmrl.rewards.load import load_rewards
@@ -111,7 +111,7 @@ def test_an_environment_that_turns_gradients_off_and_exits():
 def test_only_one_process_returns_from_a_fork():
     code = f"""
 import os
-from lmrl.foreign import foreign
+from lmrl.plugins.foreign import foreign
 with foreign("reward f"):
     child = os.fork()
 print("back", flush=True)
@@ -155,7 +155,7 @@ def test_a_call_over_its_limit_is_interrupted():
 
 
 def test_a_call_that_catches_the_first_interrupt_gets_a_second(monkeypatch):
-    monkeypatch.setattr("lmrl.foreign.REPEAT", 0.1)
+    monkeypatch.setattr("lmrl.plugins.foreign.REPEAT", 0.1)
     caught = []
     with pytest.raises(CallTimedOut), foreign("reward f", 0.1):
         try:
@@ -207,7 +207,7 @@ def test_an_environment_over_its_limit_has_failed():
 
 def test_a_call_that_nothing_can_interrupt_ends_the_process():
     code = """
-import threading, time, lmrl.foreign as module
+import threading, time, lmrl.plugins.foreign as module
 module.PATIENCE = module.GRACE = 0.4
 module.watch()
 def hang():
@@ -225,7 +225,7 @@ threading.Thread(target=hang).start()
 def test_the_call_in_which_a_process_ended_is_known_afterwards(tmp_path):
     code = f"""
 import os, pathlib
-from lmrl.foreign import foreign, keep_note
+from lmrl.plugins.foreign import foreign, keep_note
 assert keep_note(pathlib.Path({str(tmp_path / "note")!r})) is None
 with foreign("reward first"):
     pass

@@ -21,8 +21,8 @@ from importlib import metadata
 from typing import Any, Literal, TypeVar
 
 from lmrl.errors import PluginError, did_you_mean
-from lmrl.objects import find, is_object, maker
-from lmrl.plugins import load_plugin
+from lmrl.plugins.loading import load_plugin
+from lmrl.plugins.objects import find, is_object, maker
 
 Kind = Literal["objective", "source", "engine", "environment", "reward", "listener", "suite", "tracker"]
 T = TypeVar("T")

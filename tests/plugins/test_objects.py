@@ -15,8 +15,8 @@ import transformers
 import yaml
 
 import lmrl
-from lmrl import objects
 from lmrl.errors import DataError, RecipeError
+from lmrl.plugins import objects
 from lmrl.recipe import Recipe, Reward
 from lmrl.recipe.files import load_recipe
 from lmrl.trajectories.files import open_rows
