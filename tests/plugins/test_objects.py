@@ -155,7 +155,7 @@ def test_content_is_what_an_object_does():
     others += [len, sum, length, starts_well, partial(length, x=1), partial(length, x=2), Judge("a").__call__]
     assert len(set(map(content, others))) == len(others)
     assert objects.content_of("python:unknown") is None
-    script = "from tests.test_objects import *; print(content(Judge('a')), content(judge()), content(Guess))"
+    script = "from tests.plugins.test_objects import *; print(content(Judge('a')), content(judge()), content(Guess))"
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert other.stdout.split() == [content(Judge("a")), content(judge()), content(Guess)]
 
