@@ -1,4 +1,4 @@
-"""Which recipe a resumed run may continue with: one that computes the same, or more steps of it."""
+"""The recipe that a resumed run may continue with: one that computes the same, or more steps of it."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class Run:
         write_atomically(self.folder / RECIPE_FILE, text)  # last: a folder with a recipe is a run
 
     def _versions(self) -> dict[str, Any]:
-        """What versions.json holds; nothing if it is missing or damaged, because the run does not need it."""
+        """The content of versions.json; empty if it is missing or damaged, because the run does not need it."""
         try:
             versions: dict[str, Any] = json.loads((self.folder / VERSIONS_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):

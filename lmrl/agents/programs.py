@@ -176,7 +176,7 @@ def last_line(text: str) -> Outcome:
 
 
 def outcome_of(value: Any) -> Outcome:
-    """What a program returned, checked. Raises TypeError or ValueError."""
+    """The checked result of a program. Raises TypeError or ValueError."""
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()
     if inspect.iscoroutine(value):

@@ -124,7 +124,7 @@ def _leave_error(text: str, code: int, own: bool) -> bool:
 
 
 def _disk_full(error: BaseException | None) -> str | None:
-    """Which limit of the disk caused the error, and what to do about it; None if none did."""
+    """The limit of the disk that caused the error, and the fix; None if none did."""
     while error is not None:
         for number, (fact, fix) in DISK_LIMITS.items():
             if os.strerror(number) in str(error):  # not by class: safetensors and Arrow have errors of their own

@@ -51,7 +51,7 @@ NO_NAMES = "; `lmrl new` knows no other names: rename the columns, or set `colum
 
 @dataclass
 class Look:
-    """What was found, in words and numbers."""
+    """Findings about an environment or data, in words and numbers."""
 
     said: list[str] = field(default_factory=list)
     """Comment lines for the top of the recipe."""

@@ -224,7 +224,7 @@ class Engine:
             self.check, self.weights_pinned = before, False
 
     def staleness(self, version: int | None) -> int:
-        """How many weight versions a sample is behind the policy (0 for None, a sample of unknown origin)."""
+        """The number of weight versions that a sample is behind the policy (0 for None, a sample of unknown origin)."""
         return 0 if version is None else self.syncs + self.stale - version
 
     # ------------------------------------------------------------------------------------------ what subclasses implement
@@ -379,7 +379,7 @@ def check_has_q(policy: Any, name: str) -> None:
 
 
 def guidance_of(policy: Policy, sampling: Sampling) -> Guidance | None:
-    """How Q guides this policy: as the sampling says, else as the policy itself says; None if it has no Q."""
+    """The guidance of this policy by Q: that of the sampling, else the policy's own; None if it has no Q."""
     own = policy.guidance
     if own is None:
         return None

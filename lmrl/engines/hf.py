@@ -141,7 +141,7 @@ class HFEngine(Engine):
         self._unpack()
 
     def places(self, tokens: int) -> int:
-        """How many sequences of this many tokens are decoded at a time."""
+        """The number of sequences of this many tokens that are decoded at a time."""
         if self.cache_tokens is None:
             return self.slots
         return min(self.slots, self.cache_tokens // (tokens + SPARE))

@@ -1,4 +1,4 @@
-"""What prompts have in common at their beginning."""
+"""Common beginnings of prompts."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ TEMPLATE = (
 
 
 class Endpoint(Section):
-    """How requests are sent to an address; see lmrl.openai_client.OpenAIClient."""
+    """Settings of requests to an address; see lmrl.openai_client.OpenAIClient."""
 
     key_env: str | None = None
     """Environment variable with the key (null: OPENAI_API_KEY for OpenAI's own address, no key elsewhere)."""

@@ -71,7 +71,7 @@ def limits_of(environment: Any) -> dict[str, tuple[float, float]]:
 
 
 def sample_texts(environment: Any) -> list[str]:
-    """What the environment's `texts()` returns, [] if it has none. Raises PluginError for anything but texts."""
+    """The result of the environment's `texts()`, [] if it has none. Raises PluginError for anything but texts."""
     if not hasattr(environment, "texts"):
         return []
     name = f"task.environment: texts() of {type(environment).__name__}"

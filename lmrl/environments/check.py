@@ -276,7 +276,7 @@ def _odd_actions(make: Any, task: EnvironmentTask, environment: Any) -> Finding:
 
 
 def raised_by_odd_actions(make: Any, limit: float | None) -> str | None:
-    """Which odd action an environment does not survive, and what it raises; None: it survives them all. limit: seconds
+    """The odd action that an environment does not survive, with its error; None: it survives them all. limit: seconds
     that a call may take."""
     for action in NONSENSE:
         environment = make()

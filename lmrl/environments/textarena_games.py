@@ -111,7 +111,7 @@ class Arena:
         return int(self.inner.state.current_player_id)
 
     def observe(self, player: int) -> str:
-        """What a player sees now."""
+        """The current observation of a player."""
         with self.own_generators():
             if player == self.to_move:
                 source = self.env if self.view == "whole" else self.inner
@@ -139,7 +139,7 @@ class Arena:
         return bool(done)
 
     def rewards(self, players: int) -> tuple[list[float], dict[str, float]]:
-        """What each player earned in a finished game, and the share of players who ended it by an invalid move."""
+        """Each player's reward in a finished game, and the share of players who ended it by an invalid move."""
         with self.own_generators():
             rewards, info = self.env.close()
         earned = [float((rewards or {}).get(player, 0.0)) for player in range(players)]

@@ -107,7 +107,7 @@ def _last(trace: Any) -> int | None:
 
 
 def _needs(task: Any, base: type[Any]) -> str | None:
-    """What a task needs besides one answer; None: nothing."""
+    """The first thing that a task needs besides one answer; None: nothing."""
     cls = type(task)
     if task.NEEDS_CONTAINER:
         return "a container"

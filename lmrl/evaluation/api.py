@@ -360,6 +360,6 @@ def saved_task(checkpoint: Path) -> dict[str, Any]:
 
 
 def run_rollouts(checkpoint: Path) -> dict[str, Any]:
-    """How the run around a checkpoint sampled; {} for a checkpoint outside its run."""
+    """The rollout section of the run around a checkpoint; {} for a checkpoint outside its run."""
     run = run_of(checkpoint)
     return read_recipe(run).rollouts.model_dump(mode="json") if run else {}

@@ -173,5 +173,5 @@ def check_same_suite(logs: Sequence[EvalLog]) -> None:
 
 
 def _logged(log: EvalLog, name: str, several: bool) -> Played:
-    """What a log holds. several: True if the user named a folder with several logs."""
+    """The episodes of a log. several: True if the user named a folder with several logs."""
     return Played(f"{name} {log.folder.name}" if several else name, log.judged())

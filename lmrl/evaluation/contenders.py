@@ -1,4 +1,4 @@
-"""Which policies an evaluation scores: names, checkpoints of runs, weights of Q."""
+"""The policies that an evaluation scores: names, checkpoints of runs, weights of Q."""
 
 from __future__ import annotations
 

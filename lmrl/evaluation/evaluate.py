@@ -72,7 +72,7 @@ class Evaluator:
 
     @property
     def planned(self) -> int:
-        """How many episodes it plays."""
+        """The number of episodes that it plays."""
         return len(self.starts()) * self.suite.samples
 
     @property
@@ -147,7 +147,7 @@ class Evaluator:
         return played
 
     def sampling_at(self, beta: float | None) -> Sampling:
-        """How the suite samples, with this weight of Q (None: its own)."""
+        """The suite's sampling, with this weight of Q (None: its own)."""
         return self.sampling if beta is None else replace(self.sampling, beta=beta)
 
     def extra(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
@@ -212,8 +212,9 @@ class Evaluator:
 
 
 def left_out(judged: Mapping[str, int], planned: int) -> str:
-    """How many episodes could not be judged, as the end of what is said to be played; empty if none. judged: how many
-    could, by policy; planned: of each."""
+    """The end of the line that says what was played: how many episodes could not be judged; empty if all could.
+
+    judged: the number of judged episodes by policy. planned: of each."""
     of = {label: f" of {label}" if len(judged) > 1 else "" for label in judged}
     lost = [f"{planned - count} of {planned} episodes{of[label]}" for label, count in judged.items() if count < planned]
     return f"; failed and left out: {', '.join(lost)}" if lost else ""

@@ -37,7 +37,7 @@ class Export:
 
     @property
     def unit(self) -> str:
-        """What `loss` is counted in."""
+        """The unit of `loss`."""
         return "% of the gain over beta 0" if "without Q" in self.rows else "points of normalised score"
 
 
@@ -173,7 +173,7 @@ def compare(
 
 
 def points_lost(evaluator: Evaluator, beta: float, rows: dict[str, Scores], choosing: bool = False) -> float:
-    """How much less `exported` scores than `guided`, see `Export.loss`. Adds the row `without Q` if it is needed."""
+    """The score that `exported` loses to `guided`, see `Export.loss`. Adds the row `without Q` if it is needed."""
     metric = evaluator.suite.metrics[0]
 
     def score(row: dict[str, Any]) -> float:

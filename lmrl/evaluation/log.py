@@ -65,7 +65,7 @@ class EvalLog:
 
     @property
     def episodes(self) -> int:
-        """How many there are once all have been played."""
+        """The number of episodes once all have been played."""
         return len(self.header["starts"]) * int(self.header["samples"])
 
     @property

@@ -47,7 +47,7 @@ ROUNDING = 1e-12
 
 @dataclass
 class Played:
-    """What a policy has played of a suite: its judged episodes."""
+    """A policy's judged episodes of a suite."""
 
     label: str
     trajectories: list[Trajectory]
@@ -57,7 +57,7 @@ class Played:
 
 @dataclass(kw_only=True)
 class Difference:
-    """How much higher a policy scores than another on one metric. first, second: their keys; the difference is first -
+    """The difference between two policies' scores on one metric. first, second: their keys; the difference is first -
     second."""
 
     first: str

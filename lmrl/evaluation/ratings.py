@@ -49,7 +49,7 @@ def ratings(keys: Sequence[str], scores_KG: np.ndarray) -> list[Rating]:
 
 
 def outcomes(scores_KG: np.ndarray) -> np.ndarray:
-    """Who beats whom on each prompt, (G, K, K): 1 for a win, 1/2 for a tie; 0 on the diagonal."""
+    """Results of each pair on each prompt, (G, K, K): 1 for a win, 1/2 for a tie; 0 on the diagonal."""
     first_KKG, second_KKG = scores_KG[:, None, :], scores_KG[None, :, :]
     alike_KKG = np.isclose(first_KKG, second_KKG, rtol=1e-12, atol=1e-12)
     wins_KKG = np.where(alike_KKG, 0.5, (first_KKG > second_KKG).astype(float))

@@ -165,7 +165,7 @@ def summarize_trajectories(
 
 
 def cluster_of(trajectory: Trajectory, unit: str) -> Hashable:
-    """What an episode's value is clustered by: its group; rows of a file with the same prompt are one prompt. Episodes
+    """The cluster of an episode's value: its group; rows of a file with the same prompt are one prompt. Episodes
     of several turns may begin alike in different states."""
     return prompt_key(trajectory.prompt) if unit == PROMPT and len(trajectory.turns) <= 1 else trajectory.group
 

@@ -160,7 +160,7 @@ def unlimited_interval(data: Clustered, within: bool, paired: bool) -> tuple[flo
 
 
 def holds_for(clusters: int, fixed: bool, unit: str) -> str:
-    """What an interval generalises to."""
+    """The population that an interval generalises to."""
     if not fixed:
         return f"new {unit}s"
     return f"new samples of this {unit}" if clusters == 1 else f"new samples of these {unit}s"

@@ -109,7 +109,7 @@ def _same_kind(own: dict[str, Any], task: dict[str, Any]) -> bool:
 
 
 def _read_own_file(document: Document) -> None:
-    """If an override names a file instead of the suite's hub dataset, drop the keys that select from the dataset."""
+    """Drop the keys that select from the suite's hub dataset if an override names a file instead."""
     task = document.data.get("task")
     prompts = task.get("prompts") if isinstance(task, dict) else None
     for section, keys in ((prompts, ("task", "prompts")), ((prompts or {}).get("shots"), ("task", "prompts", "shots"))):

@@ -96,7 +96,7 @@ def placeholder(device: torch.device) -> torch.Tensor:
 
 
 def packed_arguments(packing: Packing) -> dict[str, Any]:
-    """What a model takes for sequences that stand end to end in one row, by the names of transformers' `FlashAttentionKwargs`."""
+    """Arguments for sequences that stand end to end in one row, named as in transformers' `FlashAttentionKwargs`."""
     arguments = {
         "cu_seq_lens_q": packing.query_ends,
         "cu_seq_lens_k": packing.key_ends,

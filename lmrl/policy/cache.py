@@ -25,7 +25,7 @@ SPARE = 64
 
 
 def cache_arguments(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """How a model's forward is given a cache (None: no cache)."""
+    """Arguments that give a model's forward a cache (None: no cache)."""
     return {_cache_argument(type(model).forward): cache, "use_cache": cache is not None}
 
 

@@ -136,7 +136,7 @@ class Head(nn.Module):
         return self._parameter.dtype
 
     def matrix(self, vocabulary_VD: torch.Tensor) -> torch.Tensor:
-        """What features are multiplied by, (outputs, F)."""
+        """The matrix that multiplies features, (outputs, F)."""
         return vocabulary_VD.detach() if self.weight is None else self.weight
 
     def linear_weight(self, vocabulary_VD: torch.Tensor) -> torch.Tensor:

@@ -39,8 +39,8 @@ def _autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
 
 
 def _offset(part: nn.Module) -> float | None:
-    """What an RMSNorm adds to its weight (usually 0, Gemma's 1); None for modules that do not compute an RMSNorm (Zhang
-    and Sennrich, arXiv 1910.07467)."""
+    """The number that an RMSNorm (Zhang and Sennrich, arXiv 1910.07467) adds to its weight: usually 0, Gemma's 1; None for
+    modules that do not compute one."""
     weight, eps = getattr(part, "weight", None), _eps(part)
     is_norm = type(part).__name__.endswith("RMSNorm") and not isinstance(part, nn.RMSNorm)
     if hasattr(part, TAKEN) or not is_norm or weight is None or eps is None or weight.is_meta:

@@ -1,4 +1,4 @@
-"""Where models and their tokenizers come from: a hub name, a folder, a GGUF file, a run of lmrl, a LoRA adapter, or a config."""
+"""Opening models and tokenizers: of a hub name, a folder, a GGUF file, a run of lmrl, a LoRA adapter, or a config."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def _is_multiplied(dtype: torch.dtype) -> bool:
 
 
 def _packed_product(layer: nn.Linear, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What a linear layer computes, with a packed copy of its weight while that is the same and needs no gradient."""
+    """A linear layer's function, by a packed copy of its weight while that is the same and needs no gradient."""
     version = layer.weight._version
     weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype))
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)

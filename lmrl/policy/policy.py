@@ -134,7 +134,7 @@ class Policy(nn.Module):
 
     @property
     def guidance(self) -> Guidance | None:
-        """How this policy decodes by default; None if it has no Q values."""
+        """The policy's own guidance of decoding; None if it has no Q values."""
         spec = self.values.spec if self.values is not None else None
         return Guidance(spec.beta, spec.support) if spec is not None and spec.q is not None else None
 

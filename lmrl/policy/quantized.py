@@ -109,7 +109,7 @@ def save_quantization(quantization: str | None, folder: Path) -> None:
 
 
 def saved_quantization(folder: Path) -> str | None:
-    """How the base of an adapter was quantized; None: not by lmrl."""
+    """The quantization of an adapter's base; None: not by lmrl."""
     file = folder / FILE
     if not file.is_file():
         return None

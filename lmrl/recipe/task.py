@@ -252,7 +252,7 @@ class AgentTask(Section):
 
 
 class EnvironmentTask(Section):
-    """What the tasks of all environments have in common."""
+    """Keys that the tasks of all environments share."""
 
     if TYPE_CHECKING:  # each subclass says which names it has
         environment: str

@@ -1,4 +1,4 @@
-"""How well a reward or a judge agrees with known labels: right and wrong answers, or human preferences.
+"""Agreement of a reward or a judge with known labels: right and wrong answers, or human preferences.
 
 AUC: the probability that a right answer scores higher than a wrong one, with ties counted half. Its interval is for
 clustered data (Obuchowski, Biometrics 1997): answers of one row form a cluster.

@@ -138,7 +138,7 @@ def _open(
 
 
 def output_of(classifier: Classifier, label: str | int | None, path: str) -> int:
-    """Which output of a classifier a label means. Raises RecipeError if there is no such label, or none is chosen."""
+    """The output of a classifier that a label means. Raises RecipeError if there is no such label, or none is chosen."""
     names = [classifier.config.id2label[index] for index in range(classifier.config.num_labels)]
     if label is None:
         if len(names) > 1:

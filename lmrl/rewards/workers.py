@@ -148,7 +148,7 @@ class Worker:
         return unpacked(answer["values"])
 
     def end(self) -> str:
-        """How the process ended, and the end of its output."""
+        """The process's exit, and the end of its output."""
         try:
             code = self.process.wait(5)
         except subprocess.TimeoutExpired:

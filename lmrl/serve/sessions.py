@@ -87,7 +87,7 @@ class Session:
             task.cancel()
 
     def sampling_of(self, ask: Ask) -> Sampling:
-        """How a call is sampled: as the recipe says, so that log-probabilities match those of training; the program may
+        """The sampling of a call: the recipe's, so that log-probabilities match those of training; the program may
         add stop strings and lower the limit."""
         limit = ask.sampling.max_new_tokens if ask.limited else self.sampling.max_new_tokens
         return replace(self.sampling, stop=ask.sampling.stop, max_new_tokens=min(limit, self.sampling.max_new_tokens))

@@ -26,7 +26,7 @@ STATE_FILE = "blend.json"
 
 
 class Shares:
-    """How a step's `total` units are divided by weight.
+    """The division of a step's `total` units by weight.
 
     Every unit goes to the part that lags furthest behind, so over the steps each stays within one unit of its share. A
     step's units depend only on the step's number.

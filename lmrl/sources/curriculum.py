@@ -61,7 +61,7 @@ class Schedule:
         return start in self.records and step <= self.records[start].until
 
     def resting(self, step: int) -> int:
-        """How many rest in a step."""
+        """The number of start states that rest in a step."""
         return sum(self.rests(start, step) for start in self.starts)
 
     def record(self, step: int, rewards: Iterable[tuple[int, float]]) -> None:

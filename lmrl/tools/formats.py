@@ -1,4 +1,4 @@
-"""How models write tool calls: the formats of Qwen and Hermes, of Llama and of Mistral, and a plain one for all others.
+"""Formats of tool calls: of Qwen and Hermes, of Llama and of Mistral, and a plain one for all others.
 
     hermes    <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>   (Qwen's newer templates: <function=add> inside)
     llama     {"name": "add", "parameters": {"a": 1}}, optionally after <|python_tag|>
@@ -71,7 +71,7 @@ def parse_llama(text: str, tools: list[Tool]) -> Parsed:
 
 
 def parse_mistral(text: str, tools: list[Tool]) -> Parsed:
-    """What follows [TOOL_CALLS]: a JSON list, or NAME[ARGS]{...} for each mark."""
+    """Calls after [TOOL_CALLS]: a JSON list, or NAME[ARGS]{...} for each mark."""
     words, *blocks = text.split("[TOOL_CALLS]")
     calls: list[Call] = []
     for block in blocks:

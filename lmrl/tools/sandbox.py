@@ -161,7 +161,7 @@ def why_not_isolated() -> str | None:
 
 
 def run_python(code: str, sandbox: Sandbox = Sandbox()) -> str:
-    """What code prints, with the value of its last expression, and then the error, if there was one."""
+    """Run code; return what it prints, with the value of its last expression, and then the error, if there was one."""
     return _run(code, sandbox)[0]
 
 

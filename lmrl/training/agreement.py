@@ -1,4 +1,4 @@
-"""How well a reward model agrees with preferences: accuracy, margin, calibration."""
+"""Agreement of a reward model with preferences: accuracy, margin, calibration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BOOTSTRAP = 1000
 
 
 def agreement(margins: Sequence[float]) -> Scores:
-    """How well a reward model's margins (chosen minus rejected) agree with held-out preferences.
+    """Agreement of a reward model's margins (chosen minus rejected) with held-out preferences.
 
     accuracy: share of pairs with the chosen completion above (a tie counts half). margin: mean margin. ece: expected
     calibration error of the probability sigmoid(margin), in ten bins of equal width, biased upwards if there are few

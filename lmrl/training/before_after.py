@@ -1,4 +1,4 @@
-"""What training has cost or gained elsewhere: paired scores of the base model and the final policy on further suites.
+"""The effect of training elsewhere: paired scores of the base model and the final policy on further suites.
 
 Both are scored after training, because the base model is still available then. The logs are kept in the run folder, so
 a run that is stopped during scoring resumes there.

@@ -36,7 +36,7 @@ NEEDED = (Path(STATE) / "trainer.json", Path(STATE) / "optimizer.safetensors")
 
 @dataclass
 class Progress:
-    """Where a stage stands, apart from tensors."""
+    """The state of a stage, apart from tensors."""
 
     step: int = 0
     best: dict[str, Any] | None = None

@@ -55,7 +55,7 @@ def closing_table(run: Run) -> tuple[dict[str, dict[str, dict[str, Any]]], list[
 
 
 def closing_lines(run: Run) -> list[str]:
-    """Where the result is, and the commands for what comes next."""
+    """The place of the result, and commands to continue with."""
     recipe, folder = run.recipe, run.folder
     folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     checkpoint = folder / "stages" / MAIN_STAGE / "final"

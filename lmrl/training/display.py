@@ -183,7 +183,7 @@ def grid(lines: list[list[str]]) -> Table:
 
 
 def scope_of(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """What a table's intervals hold for, by row if rows differ; scores of older runs lack it."""
+    """The population that a table's intervals hold for, by row if rows differ; scores of older runs lack it."""
     scopes = {
         label: " or ".join(dict.fromkeys(score["holds_for"] for score in scores.values() if "holds_for" in score))
         for label, scores in rows.items()

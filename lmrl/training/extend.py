@@ -91,7 +91,7 @@ def _reopen(run: Run, name: str) -> None:
 
 
 def _note(name: str, old: Recipe, new: Recipe) -> str:
-    """How the further steps differ from those of a run that was planned this long."""
+    """The difference between the further steps and those of a run that was planned this long."""
     before, after = old.training.steps, new.training.steps
     changes = []
     options = new.optimizer

@@ -1,4 +1,4 @@
-"""Which policy is a stage's result: the last one, unless an earlier one was significantly better.
+"""Choosing a stage's result: the last policy, unless an earlier one was significantly better.
 
 Two policies that have played the same episodes are compared by their differences: one per prompt or drawn start state,
 since a policy should be better on new ones as well; or one per episode if all existing start states were played. The

@@ -38,7 +38,7 @@ class Result:
 
     @cached_property
     def policy(self) -> Policy | Classifier:
-        """What was trained, loaded to be used: `.model` and `.tokenizer` are transformers'. A reward model is a classifier."""
+        """The trained policy, loaded: `.model` and `.tokenizer` are transformers'. A reward model is a classifier."""
         if read_recipe(self.folder).objective.leaves_policy:
             return open_policy(str(self.checkpoint))
         return open_classifier(str(self.checkpoint))
@@ -50,5 +50,5 @@ class Result:
 
     @cached_property
     def samples(self) -> DataFrame:
-        """What was sampled, and its rewards: samples.jsonl."""
+        """The samples with their rewards: samples.jsonl."""
         return load_samples(self.folder)

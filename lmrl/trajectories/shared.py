@@ -14,7 +14,7 @@ from lmrl.trajectories.batch import Sequence
 
 
 def shared_length(sequences: list[Sequence]) -> int:
-    """How many leading tokens can be computed once: equal in all, and before the first action of any."""
+    """The number of leading tokens that can be computed once: equal in all, and before the first action of any."""
     shortest = min(int(sequence.states[0]) + 1 for sequence in sequences)
     first = sequences[0].tokens[:shortest]
     for other in sequences[1:]:
@@ -50,7 +50,7 @@ def pack(sequences: list[Sequence]) -> Sequence | None:
 
 
 def visible(branches_BT: torch.Tensor) -> torch.Tensor:
-    """Which tokens each token attends to: earlier ones of the beginning (branch 0) or of its own branch, (B, T, T)."""
+    """Attention masks: each token attends to earlier ones of the beginning (branch 0) or of its own branch, (B, T, T)."""
     size = branches_BT.shape[1]
     earlier_TT = torch.ones(size, size, dtype=torch.bool, device=branches_BT.device).tril()
     same_BTT = branches_BT[:, :, None] == branches_BT[:, None, :]

@@ -191,8 +191,8 @@ def prompt_key(prompt: str | Messages) -> str:
 
 
 def start_key(trajectory: Trajectory, group: Any = None) -> tuple[Any, ...]:
-    """What episodes that can be compared share: the first prompt, the start state, and the side of a game. group: stands
-    for the start state where that has no number."""
+    """The key that comparable episodes share: the first prompt, the start state, and the side of a game. group: stands
+    for a start state without a number."""
     start = str(group) if trajectory.start is None else trajectory.start
     return prompt_key(trajectory.turns[0].observation), start, (trajectory.game or {}).get("player")
 

@@ -85,7 +85,7 @@ class ServerProcess:
         self.kill()
 
     def last_words(self) -> str:
-        """How it ended: exit code, the last error in its log (or its last line), and where the log is."""
+        """A description of its end: exit code, the last error in its log (or its last line), and where the log is."""
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines()[-200:] if line.strip()]
         # vLLM's processes report each other's end, "see root cause above", after the cause itself.
         errors = [line for line in lines if ERROR_LINE.search(line) and "root cause" not in line]

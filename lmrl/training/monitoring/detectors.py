@@ -108,7 +108,7 @@ def no_signal(first: Sequence[Row], last: Sequence[Row], of: Settings, gained: b
 
 
 def more_varied(of: Settings) -> str:
-    """How to make episodes of one prompt differ more."""
+    """Advice that makes episodes of one prompt differ more."""
     return "raise objective.entropy_coef" if of.entropy_coef is not None else "set rollouts.samples higher"
 
 

@@ -80,7 +80,7 @@ class RewardHackingDetector:
 
 
 def difference(one: Sequence[float], other: Sequence[float]) -> float:
-    """How much higher the mean of `other` is, in standard errors of the difference (Welch)."""
+    """The mean of `other` minus that of `one`, in standard errors of the difference (Welch)."""
     error = math.sqrt(variance(one) / len(one) + variance(other) / len(other))
     gap = mean(other) - mean(one)
     return gap / error if error > 0 else math.copysign(math.inf, gap) if gap else 0.0

@@ -49,7 +49,7 @@ def longest_sequence(recipe: Recipe, policy: Policy, task: Task) -> int:
 
 
 def sequences_of_a_minibatch(recipe: Recipe, pairs: bool) -> int:
-    """How many sequences one process's part of a minibatch has at most."""
+    """Maximum number of sequences in one process's part of a minibatch."""
     episodes = -(-recipe.arithmetic()["episodes_per_minibatch"] // distributed.size()) * (2 if pairs else 1)
     task = recipe.task
     if isinstance(task, EnvironmentTask) and task.history != "all":  # each turn is a sequence

@@ -1,1 +1,1 @@
-"""How weights, gradients and optimizer state are spread over processes."""
+"""Sharing weights, gradients and optimizer state among processes."""

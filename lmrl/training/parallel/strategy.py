@@ -1,4 +1,4 @@
-"""How weights, gradients and optimizer state are distributed over the processes of a run.
+"""Strategies that distribute weights, gradients and optimizer state over the processes of a run.
 
 `Strategy` is plain data parallelism: every rank holds everything, and gradients are all-reduced once per update. Since
 that happens after the last microbatch, ranks may have different numbers of microbatches. Strategies that shard the
