@@ -73,29 +73,34 @@ def resolve_files(data: Any, recipe_folder: Path, place: tuple[str, ...] = ()) -
     for index, part in enumerate(parts if isinstance(parts, list) else ()):
         resolve_files(part, recipe_folder, (*place, "source", "parts", str(index)))
     task = data.get("task") if isinstance(data, dict) else None
-    if isinstance(task, dict) and isinstance(task.get("tools"), list):
-        given = enumerate(task["tools"])
+    if isinstance(task, dict):
+        _resolve_lists_of_task(task, recipe_folder, at("task"))
+
+
+def _resolve_lists_of_task(task: dict[str, Any], recipe_folder: Path, key: str) -> None:
+    """Make the files in lists of a recipe's `task` absolute, in place: tools, the agent's command, rewards."""
+    if isinstance(task.get("tools"), list):
         task["tools"] = [
-            _plugin_path(one, recipe_folder, at("task", "tools", str(n)))
+            _plugin_path(one, recipe_folder, f"{key}.tools.{index}")
             if isinstance(one, str)
             else _server_path(one, recipe_folder)
-            for n, one in given
+            for index, one in enumerate(task["tools"])
         ]
-    if isinstance(task, dict) and isinstance(task.get("agent_command"), list):
+    if isinstance(task.get("agent_command"), list):
         task["agent_command"] = [_beside(part, recipe_folder) for part in task["agent_command"]]
-    if isinstance(task, dict) and "rewards" in task:
+    if "rewards" in task:
         task["rewards"] = as_rewards(task["rewards"])
-    rewards = task.get("rewards") if isinstance(task, dict) else None
+    rewards = task.get("rewards")
     for index, reward in enumerate(rewards if isinstance(rewards, list) else ()):
-        if isinstance(reward, dict) and isinstance(reward.get("function"), str):
-            reward["function"] = _plugin_path(
-                reward["function"], recipe_folder, at("task", "rewards", str(index), "function")
-            )
-        if isinstance(reward, dict) and isinstance(reward.get("model"), str | list):
-            models = [reward["model"]] if isinstance(reward["model"], str) else reward["model"]
-            key = at("task", "rewards", str(index), "model")
-            found = [_reward_model(model, recipe_folder, key) for model in models]
-            reward["model"] = found[0] if isinstance(reward["model"], str) else found
+        if not isinstance(reward, dict):
+            continue
+        function, model = reward.get("function"), reward.get("model")
+        if isinstance(function, str):
+            reward["function"] = _plugin_path(function, recipe_folder, f"{key}.rewards.{index}.function")
+        if isinstance(model, str):
+            reward["model"] = _reward_model(model, recipe_folder, f"{key}.rewards.{index}.model")
+        elif isinstance(model, list):
+            reward["model"] = [_reward_model(one, recipe_folder, f"{key}.rewards.{index}.model") for one in model]
 
 
 def _server_path(tool: Any, recipe_folder: Path) -> Any:

@@ -214,18 +214,22 @@ def _run(code: str, sandbox: Sandbox) -> tuple[str, bool]:
             process.wait()
         said.seek(0)
         before, started, after = said.read(2000).decode(errors="replace").partition(STARTED)
-    error = None
-    if killed:
-        error = killed[0]
-    elif not started:
-        error = f"it did not start: {' '.join(before.split())}"
-    elif status < 0 or status > 128 or after:  # unshare's exit code if it cannot end by the signal itself
-        error = f"ended by a signal or its limits ({sandbox.seconds:g} s of computing, {sandbox.memory_mb} MB)"
-    elif status not in (0, 1):
-        error = f"exit code {status}"
+    error = killed[0] if killed else _failure(sandbox, status, before, bool(started), bool(after))
     lines = [output.rstrip("\n")] if output else []
     lines += [f"error: {error}"] if error else []
     return "\n".join(lines), error is not None
+
+
+def _failure(sandbox: Sandbox, status: int, before: str, started: bool, more: bool) -> str | None:
+    """The reason why code that was not killed here did not run to its end; None if it did.
+
+    status: the exit code. before, more: what the launcher said before the code started, and whether it said more after.
+    """
+    if not started:
+        return f"it did not start: {' '.join(before.split())}"
+    if status < 0 or status > 128 or more:  # unshare's exit code if it cannot end by the signal itself
+        return f"ended by a signal or its limits ({sandbox.seconds:g} s of computing, {sandbox.memory_mb} MB)"
+    return f"exit code {status}" if status not in (0, 1) else None
 
 
 def _isolated(python: list[str], root: str, file_mb: int) -> list[str]:

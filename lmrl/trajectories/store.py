@@ -134,36 +134,25 @@ class DatasetFile:
     def _scan(
         self, without: Collection[str], skip_bad_rows: bool, bad_rows: Path | None, scored: Collection[str]
     ) -> None:
-        bad, failed, turnless, heldout, long, beyond, shared = [], 0, 0, 0, 0, 0, 0
-        for number, row in enumerate(self.rows.scan()):
-            try:
-                if isinstance(row, Malformed):
-                    raise row
-                episodes = parse(row, number, self.tokenizer)
-            except Malformed as error:
-                if not skip_bad_rows:
-                    raise DataError(f"{self.rows.where(number)}: {error}") from error
-                bad.append((number, str(error)))
-                continue
-            if len(episodes) == 2 and episodes[0].completion == episodes[1].completion:
-                self.equal_pairs.append(number)
-            for part, episode in enumerate(episodes):
-                if episode.failure is not None:
-                    failed += 1
-                elif not episode.turns:
-                    turnless += 1
-                elif (length := self._length(episode)) > (self.positions or math.inf):
-                    beyond += 1
-                elif length > (self.max_tokens or math.inf):
-                    long += 1
-                elif without and self._is_among(without, row, episode):
-                    heldout += 1
-                    self._heldout.append((number, part, _group(row, number, episode)))
-                else:
-                    shared += bool(scored) and self._is_among(scored, row, episode)
-                    self._keep(number, part, episode)
-                    self.groups.append(_group(row, number, episode))
-                    self.draws.append(hash((str(row.get("group")), episode.prompt)))
+        failed, turnless, heldout, long, beyond, shared = 0, 0, 0, 0, 0, 0
+        bad: list[tuple[int, str]] = []
+        for number, part, row, episode in self._parsed(bad if skip_bad_rows else None):
+            if episode.failure is not None:
+                failed += 1
+            elif not episode.turns:
+                turnless += 1
+            elif (length := self._length(episode)) > (self.positions or math.inf):
+                beyond += 1
+            elif length > (self.max_tokens or math.inf):
+                long += 1
+            elif without and self._is_among(without, row, episode):
+                heldout += 1
+                self._heldout.append((number, part, _group(row, number, episode)))
+            else:
+                shared += bool(scored) and self._is_among(scored, row, episode)
+                self._keep(number, part, episode)
+                self.groups.append(_group(row, number, episode))
+                self.draws.append(hash((str(row.get("group")), episode.prompt)))
         counts = [
             (len(bad), f"malformed {self.rows.unit}", f"(see {bad_rows})" if bad_rows else ""),
             (failed, "episode", "that failed when played"),
@@ -194,6 +183,24 @@ class DatasetFile:
             raise DataError(
                 f"no episode is left to train on; {reasons}: add rows, or relax the options that leave them out"
             )
+
+    def _parsed(self, bad: list[tuple[int, str]] | None) -> Iterator[tuple[int, int, Row, Trajectory]]:
+        """Each episode with its row's number, its place in the row, and the row. bad: gets malformed rows and what is
+        wrong with them (None: raise DataError)."""
+        for number, row in enumerate(self.rows.scan()):
+            try:
+                if isinstance(row, Malformed):
+                    raise row
+                episodes = parse(row, number, self.tokenizer)
+            except Malformed as error:
+                if bad is None:
+                    raise DataError(f"{self.rows.where(number)}: {error}") from error
+                bad.append((number, str(error)))
+                continue
+            if len(episodes) == 2 and episodes[0].completion == episodes[1].completion:
+                self.equal_pairs.append(number)
+            for part, episode in enumerate(episodes):
+                yield number, part, row, episode
 
     def _keep(self, number: int, part: int, episode: Trajectory) -> None:
         self._index.append(number)
