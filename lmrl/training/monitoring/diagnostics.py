@@ -29,12 +29,11 @@ own support."""
 
 
 # ------------------------------------------------------------------------------------------------------------ mathematics
-def effective_rank(features_ND: torch.Tensor, delta: float = 0.01) -> int:
-    """Smallest number of singular values that make up 1 - delta of their sum (Kumar et al., arXiv 2010.14498, section
-    3)."""
+def effective_rank(features_ND: torch.Tensor) -> int:
+    """Smallest number of singular values that make up 99 % of their sum (Kumar et al., arXiv 2010.14498, section 3)."""
     values = torch.linalg.svdvals(features_ND.double())
     share = values.cumsum(0) / values.sum().clamp(min=1e-12)
-    return int((share < 1 - delta).sum()) + 1
+    return int((share < 0.99).sum()) + 1
 
 
 def dead_units(features_ND: torch.Tensor) -> float:
