@@ -19,13 +19,13 @@ class Case:
     """A command, and the files that it finds."""
 
     kind: str
-    verb: str
+    command: str
     recipe: str
     rows: bytes
     overrides: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        parts = [f"lmrl {self.verb} recipe.yaml {' '.join(map(repr, self.overrides))}", self.recipe, repr(self.rows)]
+        parts = [f"lmrl {self.command} recipe.yaml {' '.join(map(repr, self.overrides))}", self.recipe, repr(self.rows)]
         return "\n".join(part if len(part) < 3000 else f"{part[:1500]} ... {part[-200:]}" for part in parts)
 
 
@@ -221,7 +221,7 @@ def torn(draw: Any, text: str) -> str:
 @st.composite
 def cases(draw: Any) -> Case:
     """Half of the mutations are of recipes, half of rows."""
-    verb = draw(st.sampled_from(["train --dry-run"] * 9 + ["train"]))
+    command = draw(st.sampled_from(["train --dry-run"] * 9 + ["train"]))
     if draw(st.booleans()):
         form = draw(st.sampled_from(list(ROWS)))
         how = draw(st.sampled_from(["keys", "values", "values", "types", "nesting", "text"]))
@@ -232,12 +232,12 @@ def cases(draw: Any) -> Case:
             lines[number] = draw(torn(lines[number]))
         else:
             lines[number] = json.dumps(draw(mutated(rows[number], how)))
-        return Case(f"{form}: {how}", verb, as_yaml(RECIPES[form]), encoded("\n".join(lines) + "\n"))
+        return Case(f"{form}: {how}", command, as_yaml(RECIPES[form]), encoded("\n".join(lines) + "\n"))
     name = draw(st.sampled_from(list(RECIPES)))
     how = draw(
         st.sampled_from(["keys", "values", "values", "values", "types", "nesting", "text", "override", "override"])
     )
-    verb = draw(st.sampled_from(["show", verb]))
+    command = draw(st.sampled_from(["show", command]))
     recipe, overrides = draw(st.sampled_from([RECIPES[name], resolved(name)])), ()
     text = as_yaml(recipe)
     if how == "text":
@@ -247,7 +247,7 @@ def cases(draw: Any) -> Case:
     else:
         text = as_yaml(draw(mutated(recipe, how)))
     rows = "\n".join(json.dumps(row) for row in ROWS.get(name, ()))
-    return Case(f"recipe: {how}", verb, text, encoded(rows + "\n"), overrides)
+    return Case(f"recipe: {how}", command, text, encoded(rows + "\n"), overrides)
 
 
 @functools.cache

@@ -53,13 +53,13 @@ def run_case(case: Case, model: Path, scratch: Path) -> Outcome:
     (here / "rows.jsonl").write_bytes(case.rows)
     (here / "reward.py").write_text(REWARD)
     before = tree(home)
-    verb, *options = case.verb.split()
-    arguments = [verb, "recipe.yaml", *case.overrides, *options]
-    if case.verb == "train":
+    command, *options = case.command.split()
+    arguments = [command, "recipe.yaml", *case.overrides, *options]
+    if case.command == "train":
         arguments += [*SMALL, "--output", "run"]
     code, trace, out, err, took = call(lmrl.cli.main, arguments, here, temporary)
     text = f"{out}\n{err}"
-    made = sorted(name for name in tree(home) - before if not (case.verb == "train" and name.startswith("here/run")))
+    made = sorted(name for name in tree(home) - before if not (case.command == "train" and name.startswith("here/run")))
     lines = [line for line in err.splitlines() if line.startswith("lmrl: ")]
     if trace:
         return Outcome("defect", trace)

@@ -109,7 +109,7 @@ def commands() -> str:
 
 
 def _functions() -> Iterator[tuple[str, Callable[..., None]]]:
-    """The words that call each command, and its function: one module a verb, or a group of them."""
+    """The words that call each command, and its function: one module per command, or a group of them."""
     for found in pkgutil.iter_modules(cli.__path__):
         module = importlib.import_module(f"lmrl.cli.{found.name}")
         if hasattr(module, "command"):

@@ -23,9 +23,9 @@ def model(tmp_path_factory):
     return fuzz.prepare(tmp_path_factory.mktemp("fuzz"))
 
 
-def case(name, verb="train --dry-run", recipe=None, **changes):
+def case(name, command="train --dry-run", recipe=None, **changes):
     rows = "".join(json.dumps(row) + "\n" for row in ROWS.get(name, ()))
-    return Case("as it is", verb, as_yaml(recipe or RECIPES[name]), rows.encode(), **changes)
+    return Case("as it is", command, as_yaml(recipe or RECIPES[name]), rows.encode(), **changes)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -1,4 +1,4 @@
-"""The command line: one file a verb, imported when it is called."""
+"""The command line: one file per command, imported when it is called."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import Annotated
 
 import typer
 
+from lmrl.cli.commands import PLAIN, Commands
 from lmrl.cli.usage import UsageError, report_usage
-from lmrl.cli.verbs import PLAIN, Verbs
 from lmrl.errors import LmrlError
 from lmrl.visible import visible
 
 app = typer.Typer(
     name="lmrl",
     help="Fine-tune language models with reinforcement learning, online and from logged data.",
-    cls=Verbs,
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

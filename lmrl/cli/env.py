@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lmrl.cli.commands import COMMANDS, PLAIN
 from lmrl.cli.common import Debug, Overrides, check_outputs, show_findings
-from lmrl.cli.verbs import PLAIN, VERBS
 
 if TYPE_CHECKING:
     from lmrl.recipe import EnvironmentTask
 
-app = typer.Typer(help=VERBS["env"], no_args_is_help=True, **PLAIN)
+app = typer.Typer(help=COMMANDS["env"], no_args_is_help=True, **PLAIN)
 Named = Annotated[
     str,
     typer.Argument(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lmrl.cli.commands import COMMANDS, PLAIN
 from lmrl.cli.common import Debug, check_outputs, read_options, show_findings, write_file
-from lmrl.cli.verbs import PLAIN, VERBS
 from lmrl.errors import counted
 from lmrl.visible import visible
 
@@ -26,7 +26,7 @@ Data = Annotated[
     str | None, typer.Option("--data", "-d", help="Samples: JSONL or Parquet with prompt, completion and other columns")
 ]
 
-app = typer.Typer(help=VERBS["reward"], no_args_is_help=True, **PLAIN)
+app = typer.Typer(help=COMMANDS["reward"], no_args_is_help=True, **PLAIN)
 
 
 @app.command()

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lmrl.cli.commands import COMMANDS, load_command
 from lmrl.cli.ls import ENGINES, SHIPPED, TRACKERS
-from lmrl.cli.verbs import VERBS, load_verb
 from lmrl.plugins import registry
 from lmrl.recipe import ENVIRONMENTS, OBJECTIVES, SOURCES, PromptTask
 from lmrl.recipe.files import load_recipe, shipped_names
@@ -55,7 +55,7 @@ HEAVY = ("torch", "transformers", "gymnasium", "numpy", "accelerate", "datasets"
 
 
 @pytest.mark.parametrize(
-    ("verb", "absent"),
+    ("command", "absent"),
     [
         (["--help"], (*HEAVY, "pydantic", "yaml", "rich", "lmrl.recipe", "lmrl.launch", "lmrl.cli.train")),
         (["ls"], (*HEAVY, "lmrl.recipe", "lmrl.environments")),
@@ -63,10 +63,10 @@ HEAVY = ("torch", "transformers", "gymnasium", "numpy", "accelerate", "datasets"
         (["show", "random_walks/ppo"], HEAVY),
     ],
 )
-def test_light_verbs_import_no_more_than_they_need(verb, absent):
+def test_light_commands_import_no_more_than_they_need(command, absent):
     code = "import sys; sys.argv = ['lmrl', *sys.argv[1:]]\nfrom lmrl.cli import main\ntry: main()\nexcept SystemExit: pass\n"
     code += "print(sorted(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code, *verb], capture_output=True, text=True, env=ENV)
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, env=ENV)
     imported = done.stdout.strip().splitlines()[-1]
     assert "'lmrl.cli'" in imported
     assert [name for name in absent if f"'{name}'" in imported] == []
@@ -74,8 +74,8 @@ def test_light_verbs_import_no_more_than_they_need(verb, absent):
 
 def test_help_lists_each_verb_with_its_own_text():
     listed = lmrl("--help").stdout
-    for name, text in VERBS.items():
-        assert load_verb(name).help.split("\n")[0] == text
+    for name, text in COMMANDS.items():
+        assert load_command(name).help.split("\n")[0] == text
         assert f"  {name} " in listed
     assert "--skip-bad-rows" in lmrl("train", "--help").stdout and "serve" in lmrl("reward", "-h").stdout
     unknown = lmrl("trian")
@@ -217,13 +217,13 @@ def test_train_resume_and_eval(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("verb", "limit"), [(["--help"], 0.3), (["ls"], 0.9), (["show", "random_walks/ppo"], 0.9)])
-def test_light_verbs_take_little_time(verb, limit):
+@pytest.mark.parametrize(("command", "limit"), [(["--help"], 0.3), (["ls"], 0.9), (["show", "random_walks/ppo"], 0.9)])
+def test_light_commands_take_little_time(command, limit):
     """CPU seconds, best of four, so that the load of other processes does not matter."""
     times = []
     for _ in range(4):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert lmrl(*verb).returncode == 0
+        assert lmrl(*command).returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < limit, times

@@ -127,17 +127,17 @@ def test_mistakes(tmp_path, tiny_folder):
 def test_an_interrupted_collection_keeps_what_was_played(tmp_path, tiny_policy, monkeypatch):
     import signal
 
-    from lmrl.cli import collect as verb
+    from lmrl.cli import collect as command
     from lmrl.training.interrupt import Interrupted
 
-    add = verb.Totals.add
+    add = command.Totals.add
 
     def add_then_interrupt(self, played):
         add(self, played)
         if self.episodes >= 64:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(verb.Totals, "add", add_then_interrupt)
+    monkeypatch.setattr(command.Totals, "add", add_then_interrupt)
     with pytest.raises(Interrupted):
         run("random", "-e", "random_walks", "-n", 1000, "-o", "out")
     assert len(episodes_of(tmp_path / "out", tiny_policy.tokenizer)) == 64

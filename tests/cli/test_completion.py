@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lmrl.cli.verbs import VERBS
+from lmrl.cli.commands import COMMANDS
 from lmrl.shipped import shipped_names
 
 
@@ -32,8 +32,8 @@ def scripts():
     return {shell: run(shell) for shell in ("bash", "zsh", "fish", "csh")}
 
 
-def test_verbs_options_and_names_are_offered():
-    assert offered("lmrl", "").split() == list(VERBS)
+def test_commands_options_and_names_are_offered():
+    assert offered("lmrl", "").split() == list(COMMANDS)
     assert offered("lmrl", "ex").split() == ["export"]
     assert offered("lmrl", "train", "--res").split() == ["--resume"]
     expected = [name for name in shipped_names("recipes") if name.startswith("maze/")]

@@ -123,7 +123,7 @@ def test_columns_are_asked_for(file):
     assert failed(file, "wants_answer", data)[0] == {}
 
 
-# ------------------------------------------------------------------------------------------------------------- the verbs
+# ---------------------------------------------------------------------------------------------------------- the commands
 def lmrl(*arguments):
     return forking.run(["reward", *arguments])
 

@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from lmrl.errors import did_you_mean
 
-VERBS = {
+COMMANDS = {
     "ls": "List recipes, environments, rewards, objectives, suites and more, of lmrl and of installed packages.",
     "new": "Write a first recipe for an environment or data of your own, after looking at it.",
     "cp": "Copy a recipe (or a suite, or a reward) to edit.",
@@ -36,27 +36,27 @@ PLAIN: dict[str, Any] = {"add_completion": False, "rich_markup_mode": None}
 """Help without rich, whose Markdown renderer takes longer to import than the rest of the command line."""
 
 
-class Verbs(TyperGroup):
-    """The group of all verbs."""
+class Commands(TyperGroup):
+    """The group of all commands."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(VERBS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        return load_verb(cmd_name) if cmd_name in VERBS else None
+        return load_command(cmd_name) if cmd_name in COMMANDS else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args[0] not in VERBS and not args[0].startswith("-"):
-            ctx.fail(f"No such command '{args[0]}'{did_you_mean(args[0], VERBS)}")
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"No such command '{args[0]}'{did_you_mean(args[0], COMMANDS)}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(VERBS.items()))
+            formatter.write_dl(list(COMMANDS.items()))
 
 
-def load_verb(name: str) -> Any:
-    """The click command of a verb: its module's `app`, or its function `command`."""
+def load_command(name: str) -> Any:
+    """The click command of that name: its module's `app`, or its function `command`."""
     module = importlib.import_module(f"lmrl.cli.{name}")
     app = getattr(module, "app", None)
     if app is None:
