@@ -27,6 +27,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lmrl.atomic_files import SCRATCH, replacing, scratch_path, write_atomically
 from lmrl.errors import LostFolderError, RunError
 from lmrl.named_files import changed, contents, file_hash
 from lmrl.recipe import MAIN_STAGE, Recipe
@@ -261,7 +262,7 @@ class Run:
         if not (self.writes or anyone) or target.exists():
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.parent / f".writing-{target.name}"
+        scratch = scratch_path(target)
         if scratch.exists():
             shutil.rmtree(scratch)
         scratch.mkdir()
@@ -277,9 +278,8 @@ class Run:
         if not self.writes:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_name(f".writing-{target.name}")
-        write(scratch)
-        scratch.rename(target)
+        with replacing(target) as scratch:
+            write(scratch)
 
     def publish(self, scratch: Path, target: Path) -> None:
         """Sync a written folder to disk and rename it to its final name."""
@@ -295,16 +295,14 @@ class Run:
             return
         for path in self.checkpoints(stage)[:-keep]:
             if path.name not in map(step_name, wanted):
-                doomed = path.with_name(
-                    f".writing-{path.name}"
-                )  # so that a half-deleted folder is not taken for a checkpoint
+                doomed = scratch_path(path)  # so that a half-deleted folder is not taken for a checkpoint
                 path.rename(doomed)
                 shutil.rmtree(doomed)
 
 
 def is_blank(folder: Path) -> bool:
     """True if a folder is empty, or holds only files of a run that ended before its first step."""
-    names = {path.name for path in folder.iterdir() if not path.name.startswith(".writing-")}
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(SCRATCH)}
     if names <= {LOCK_FILE, VERSIONS_FILE}:
         return True
     started = {RECIPE_FILE, VERSIONS_FILE, LOCK_FILE} <= names
@@ -351,15 +349,6 @@ def describe_machine() -> dict[str, Any]:
         "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
         "command": [redact(argument) for argument in sys.argv],
     }
-
-
-def write_atomically(path: Path, text: str) -> None:
-    scratch = path.with_name(f".writing-{path.name}")
-    with open(scratch, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.rename(path)
 
 
 def _fsync(path: Path) -> None:

@@ -11,11 +11,11 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from lmrl.atomic_files import write_atomically
 from lmrl.errors import RunError
 from lmrl.evaluation.contenders import folder_name
 from lmrl.evaluation.log import EvalLog, in_order, logs_in
 from lmrl.evaluation.scoring import Scores, named_values
-from lmrl.run import write_atomically
 from lmrl.trajectories.readers import Row
 from lmrl.trajectories.trajectory import Trajectory, as_messages
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lmrl import distributed
+from lmrl.atomic_files import write_atomically
 from lmrl.errors import DataError, RunError
 from lmrl.evaluation.evaluate import Evaluator
 from lmrl.evaluation.identity import policy_hash, suite_version
@@ -31,7 +32,7 @@ from lmrl.evaluation.suites import Suite
 from lmrl.recipe.document import Document
 from lmrl.recipe.validation import validate
 from lmrl.rewards.rewards import drop_failed
-from lmrl.run import describe_machine, write_atomically
+from lmrl.run import describe_machine
 from lmrl.secrets import check_no_secrets
 from lmrl.trajectories.parquet import flat_row
 from lmrl.trajectories.readers import JsonLines, Malformed, Row

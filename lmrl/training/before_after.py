@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmrl.atomic_files import write_atomically
 from lmrl.errors import RecipeError
 from lmrl.evaluation.bridges import is_foreign
 from lmrl.evaluation.paired import Comparison
@@ -18,7 +19,7 @@ from lmrl.evaluation.scoring import Scores
 from lmrl.evaluation.suites import load_suite, refuse_code
 from lmrl.recipe import MAIN_STAGE, OtherSuite, Recipe
 from lmrl.recipe.files import stages_of
-from lmrl.run import Run, write_atomically
+from lmrl.run import Run
 
 if TYPE_CHECKING:
     from lmrl.training.display import Display

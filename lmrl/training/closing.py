@@ -7,9 +7,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from lmrl.atomic_files import write_atomically
 from lmrl.recipe import MAIN_STAGE, OWN_TASK, PromptTask, any_weighted
 from lmrl.recipe.files import stages_of
-from lmrl.run import RESULTS_FILE, Run, write_atomically
+from lmrl.run import RESULTS_FILE, Run
 from lmrl.training.checkpoint import final_state
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lmrl.atomic_files import scratch_path
 from lmrl.errors import RunError
 from lmrl.recipe import MAIN_STAGE, MixtureSource, Recipe
 from lmrl.recipe.evaluations import OWN_TASK, own_plan
@@ -85,7 +86,7 @@ def _reopen(run: Run, name: str) -> None:
         last.parent.mkdir(exist_ok=True)
         final.rename(last)
         return
-    doomed = final.with_name(".writing-final")  # so that a half-deleted folder is not taken for a result
+    doomed = scratch_path(final)  # so that a half-deleted folder is not taken for a result
     final.rename(doomed)
     shutil.rmtree(doomed)
 

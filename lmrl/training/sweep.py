@@ -26,12 +26,13 @@ from typing import Any
 
 import yaml
 
+from lmrl.atomic_files import write_atomically
 from lmrl.errors import COLLAPSED, LmrlError, RecipeError, RunError, counted
 from lmrl.evaluation.statistics import UNLIMITED, summarize
 from lmrl.plugins.foreign import noted
 from lmrl.recipe import CHOICES, REWARD_MODEL, Recipe
 from lmrl.recipe.files import load_recipe
-from lmrl.run import CALL_FILE, RESULTS_FILE, Run, write_atomically
+from lmrl.run import CALL_FILE, RESULTS_FILE, Run
 from lmrl.run_folders import RECIPE_FILE, read_recipe
 from lmrl.training.build import suite_of
 from lmrl.training.devices import slots_here

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from lmrl import distributed
+from lmrl.atomic_files import write_atomically
 from lmrl.errors import LmrlError, PluginError, RecipeError, RunError, counted
 from lmrl.extras import fix_of
 from lmrl.plugins import registry
 from lmrl.plugins.foreign import foreign
 from lmrl.recipe import CustomTracker, Recipe
-from lmrl.run import Run, write_atomically
+from lmrl.run import Run
 from lmrl.training.display import Display
 from lmrl.trajectories.trajectory import Trajectory
 

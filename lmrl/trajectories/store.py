@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from lmrl.atomic_files import SCRATCH, replacing
 from lmrl.errors import DataError, RunError, counted
 from lmrl.trajectories.encoding import strings
 from lmrl.trajectories.files import Selection, open_rows
@@ -28,7 +29,7 @@ VOCABULARY_ROWS = 10_000
 """Number of rows from whose text a model built from scratch takes its vocabulary."""
 PROBED = 64
 """Number of rows that show whether tokens were played in the contexts of the task."""
-SHARDS, SCRATCH = "data-*.parquet", ".writing-"
+SHARDS = "data-*.parquet"
 
 
 class DatasetFile:
@@ -321,9 +322,8 @@ class EpisodeWriter:
             old.unlink()
 
     def _write_shard(self, rows: list[Row]) -> None:
-        name = f"data-{self._shards:05d}.parquet"
-        write_parquet(self.path / (SCRATCH + name), rows)
-        (self.path / (SCRATCH + name)).rename(self.path / name)
+        with replacing(self.path / f"data-{self._shards:05d}.parquet") as scratch:
+            write_parquet(scratch, rows)
         self._shards += 1
 
     def __enter__(self) -> EpisodeWriter:

@@ -102,6 +102,17 @@ def test_a_finished_shard_is_readable_whatever_happens_next(tmp_path, tokenizer,
     assert len(open_rows(str(tmp_path / "out"))) == 5
 
 
+def test_a_full_disk_leaves_no_unfinished_shard(tmp_path, episodes, monkeypatch):
+    def fill_up(path, rows):
+        path.write_bytes(b"PAR1")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lmrl.trajectories.store.write_parquet", fill_up)
+    with pytest.raises(OSError, match="No space"), EpisodeWriter(tmp_path / "out") as writer:
+        writer.write(episodes[:1])
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_destinations(tmp_path, episodes):
     for name in ("out", "out.jsonl"):
         with EpisodeWriter(tmp_path / name) as writer:
