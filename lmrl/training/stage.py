@@ -26,6 +26,7 @@ from lmrl.training.listeners import Listener
 from lmrl.training.monitoring.bundle import Attempt, keep_pass, rng_state
 from lmrl.training.monitoring.failed_batch import keep_failed
 from lmrl.training.monitoring.measures import (
+    fresh,
     mean_of,
     measure,
     peak_memory_mb,
@@ -187,7 +188,8 @@ class Stage:
         }
         self.record(step, "train", {**metrics, "time": times})
         self.track({f"{self.name}/{name}": value for name, value in (metrics | times).items()}, step)
-        self.display.step(step, metrics)
+        # Of logged episodes, the reward says nothing of the policy; that of pairs is their order.
+        self.display.step(step, metrics | {"reward": fresh(metrics, "reward") if played_well else None})
         for listener in self.listeners:
             listener.recorded(self, step, source_batch, metrics)
         if step % self.recipe.evaluation.show_every == 0:

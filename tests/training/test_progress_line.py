@@ -7,7 +7,10 @@ import types
 import pytest
 from rich.console import Console
 
-from lmrl.training.display import Display, time_left
+import lmrl
+from lmrl.training.display import Display, short, time_left
+from tests.conftest import TINY_LLAMA
+from tests.runs import metrics
 
 
 def test_time_left_by_hand():
@@ -23,6 +26,44 @@ def test_measures_of_zero_are_shown(monkeypatch):
     display.begin("main", "PPO", 12, 0)
     display.step(1, {"reward": 0.0, "kl": 0, "entropy": 1.234, "failed": 0, "skipped": 2, "unshown": 3})
     assert display.console.file.getvalue() == "main (PPO) 1/12  0:44 left  reward 0  kl 0  entropy 1.23  skipped 2\n"
+
+
+class Dice(lmrl.TextEnvironment):
+    players = ("random",)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return "roll", {}
+
+    def step(self, action):
+        return "", float(self.np_random.random()), True, False, {}
+
+    def act(self, player, rng):
+        return "roll"
+
+    def texts(self):
+        return ["roll"]
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_only_fresh_episodes_have_a_reward_to_show(tmp_path, fresh):
+    """The logged ones, and the best of the fresh ones, on which it trains, earn what the policy does not."""
+    display = Display(Console(file=io.StringIO(), width=200))
+    logged = {"name": "dataset", "player": "random", "episodes": 8, "batch_size": 4}
+    recipe = {
+        "model": {"config": TINY_LLAMA},
+        "source": {"name": "rollouts", "best": 0.3} if fresh else logged,
+        "rollouts": {"prompts": 4, "samples": 2, "max_new_tokens": 2},
+        "objective": {"name": "likelihood"},
+        "training": {"steps": 1, "threads": 1},
+    }
+    lmrl.train(recipe, output=tmp_path / "run", display=display, environment=Dice)
+    (line,) = [one for one in display.console.file.getvalue().splitlines() if " 1/1 " in one]
+    (step,) = [one for one in metrics(tmp_path / "run") if one["kind"] == "train"]
+    if fresh:
+        assert step["online/reward"] < step["reward"] and f"  reward {short(step['online/reward'])}  " in line
+    else:
+        assert "reward" in step and "reward" not in line and "nll" in line
 
 
 def test_what_precedes_the_first_step_is_not_its_pace(monkeypatch):

@@ -23,6 +23,7 @@ from lmrl.training.listeners.recovery import end_with_best, go_back, leave_check
 from lmrl.training.monitoring.bundle import keep_update, rng_state
 from lmrl.training.monitoring.collapse import KEEP, LEAST, START, RollbackPoint, Step, Tracker
 from lmrl.training.monitoring.detectors import DETECTORS, WIDE, Row, Settings, between_groups
+from lmrl.training.monitoring.measures import fresh
 from lmrl.visible import visible
 
 if TYPE_CHECKING:
@@ -236,10 +237,6 @@ def measured_of(metrics: dict[str, Any], recipe: Recipe, objective: Objective, s
         return None if mean is None or spread is None else Step(mean, spread, max(episodes - failed, 1))
     loss = metrics.get(objective.loss_of_data or "") if not recipe.source.plays else None
     return None if loss is None else Step(-loss, abs(loss))
-
-
-def fresh(metrics: dict[str, Any], name: str) -> float | None:
-    return metrics.get(f"online/{name}", metrics.get(name))
 
 
 def note_first(first: list[Row], row: Row) -> None:

@@ -69,10 +69,15 @@ def repetition(text: str) -> float:
     return (len(trigrams) - len(set(trigrams))) / len(trigrams) if trigrams else 0.0
 
 
+def fresh(metrics: dict[str, Any], name: str) -> float | None:
+    """A measure of a step's fresh episodes, if it played any; else of those that it learned from."""
+    return metrics.get(f"online/{name}", metrics.get(name))
+
+
 def drift(metrics: dict[str, Any]) -> dict[str, float]:
     """The metrics of a step's fresh episodes that can show reward hacking."""
     names = ("reward", "reward_std", "length", "repetition", "kl", "entropy")
-    own = {name: metrics.get(f"online/{name}", metrics.get(name)) for name in names}
+    own = {name: fresh(metrics, name) for name in names}
     own |= {name.removeprefix("online/"): value for name, value in metrics.items() if "reward/" in name}
     return {name: value for name, value in own.items() if value is not None}
 
