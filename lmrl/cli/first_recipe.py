@@ -117,6 +117,11 @@ def look_at_environment(name: str, max_turns: int, scratch: bool = True, tokeniz
         f"{counted(len(done), 'episode')} of player '{player}': {_range([len(one.turns) for one in done], 'turn')}, return "
         f"{np.mean(returns):.3g} on average, {min(returns):.3g} to {max(returns):.3g}"
     )
+    if not any(one.terminated for one in done):
+        look.said.append(
+            "no episode terminated, all were truncated, as if the game would go on: -m mc cannot learn from them; if the limit is a "
+            "rule of the game, return terminated=True at it"
+        )
     if len(done) < len(played):
         look.said.append(
             f"{counted(len(played) - len(done), 'episode')} failed, for instance: {next(one.failure for one in played if one.failure)}"

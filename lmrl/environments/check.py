@@ -74,13 +74,7 @@ def check_environment(task: EnvironmentTask, episodes: int = EPISODES) -> Iterat
         yield _side_by_side(make, player, task, played)
     if isinstance(environment, GameEnvironment):
         yield _turns(environment.game.num_players, played)
-    ended = sum(one.ended for one in played)
-    yield Finding(
-        "ends by itself",
-        True if ended else None,
-        f"{ended} of {episodes} episodes"
-        + ("" if ended == episodes else f", the others after task.max_turns={task.max_turns}"),
-    )
+    yield _ends(played, task)
     returns = [sum(one.rewards) for one in played]
     spread = len(set(returns)) > 1
     yield Finding(
@@ -106,7 +100,8 @@ class _Played:
         self.trace: list[Any] = []
         self.texts: list[str] = []
         self.metrics: dict[str, float | None] = {}
-        self.ended, self.seconds = False, 0.0
+        self.ended = self.terminated = False
+        self.seconds = 0.0
         self.movers: set[int] = set()
         """Players of a game that had a turn."""
 
@@ -133,12 +128,22 @@ class _Played:
             self.texts += [str(observation), action]
             self.trace.append((observation, action, reward, terminated, truncated, after))
             observation = after
-            self.ended = terminated or truncated
+            self.ended, self.terminated = terminated or truncated, terminated
             if self.ended:
                 break
             yield
         if isinstance(environment, GameEnvironment):
             self.movers = {player for player, _ in environment.referee.moves}
+
+
+def _ends(played: list[_Played], task: EnvironmentTask) -> Finding:
+    ended, terminated = sum(one.ended for one in played), sum(one.terminated for one in played)
+    said = f"{ended} of {len(played)} episodes"
+    if ended < len(played):
+        said += f", the others after task.max_turns={task.max_turns}"
+    if ended and not terminated:
+        said += ", all by truncated=True, as if the game would go on: if the limit is one of its rules, return terminated=True"
+    return Finding("ends by itself", True if terminated else None, said)
 
 
 def _player(environment: Any) -> str:

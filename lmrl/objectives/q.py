@@ -124,8 +124,9 @@ class QLearning(Objective):
             if options.name != "mc":
                 needs, fix = "`objective.calibrated`", "objective.calibrated=false"
             raise DataError(
-                f"{needs} needs the returns that followed, but all {count} logged episodes are truncated, so that their ends "
-                f"are missing: set {fix}, or log episodes to their end"
+                f"{needs} needs the returns that followed, but all {count} logged episodes are truncated: cut off by a limit, as "
+                "if the game would go on. If the limit is one of its rules, end episodes by it: an environment returns "
+                f'terminated=True, a row says "terminated": true. Else set {fix}, or log episodes to their end'
             )
 
     @property

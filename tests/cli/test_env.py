@@ -149,6 +149,12 @@ class Unplayed(Strict):
         return ["start 0 1 2", "go on", "yes no"]
 
 
+class TimeLimit(Good):
+    def step(self, action):
+        observation, reward, over, _, info = super().step(action)
+        return observation, reward, False, over, info
+
+
 class Missing(Good):
     def texts(self):
         return open("missing.txt").read().split()
@@ -210,6 +216,9 @@ def test_findings_name_the_fix(game, tmp_path):
     assert found(game("Fragile"))[name] == (False, f"{raised}: answer any text, or list allowed_actions()")
     assert found(game("Strict"))[name] == (False, f"{raised}: set task.allowed_actions=true")
     assert found(game("Strict"), "allowed_actions=true")[name][0] is None
+    passed, detail = found(game("TimeLimit"))["ends by itself"]
+    assert passed is None and detail.startswith("20 of 20 episodes, all by truncated=True")
+    assert detail.endswith("if the limit is one of its rules, return terminated=True")
     assert found(game("Accented"))["texts"][1].endswith("letter by letter, which lacks 'é'")
     assert found(game("Strict"), "allowed_actions=true")["step"][0]
     assert found(game("Unplayed"), "allowed_actions=true")["step"][0]  # plays what is allowed, not any of its texts

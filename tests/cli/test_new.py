@@ -66,6 +66,12 @@ class Logbook(Coin):
         return []
 
 
+class TimeLimit(Coin):
+    def step(self, action):
+        observation, reward, over, _, info = super().step(action)
+        return observation, reward, False, over, info
+
+
 class Strict(Coin):
     def step(self, action):
         return super().step({"heads": "heads", "tails": "tails"}[action])
@@ -109,6 +115,13 @@ def test_the_recipe_fits_the_game(tmp_path, game, tokenizer, history, allowed, p
     recipe = load_recipe(tmp_path / "mine.yaml")
     assert recipe.model.tokenizer == tokenizer and recipe.model.config["max_position_embeddings"] == positions
     assert recipe.task.history == history and recipe.task.allowed_actions == allowed
+
+
+def test_a_game_that_only_a_limit_ends_is_noted(tmp_path):
+    (tmp_path / "game.py").write_text(GAME)
+    for game in ("Coin", "TimeLimit"):
+        said = new(tmp_path / f"{game}.yaml", "-e", f"{tmp_path}/game.py:{game}", "-m", "mc", "--tiny")
+        assert ("all were truncated" in said) == (game == "TimeLimit")
 
 
 def test_a_models_tokens_are_counted(tmp_path, tiny_folder):

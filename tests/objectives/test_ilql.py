@@ -149,10 +149,12 @@ def test_a_truncated_episode_has_no_floor():
 def test_returns_that_are_all_hidden_are_refused():
     cut = [[episode(terminated=False)], [episode(terminated=False)]]
     mc, policy = build(MCObjective(name="mc"))
-    with pytest.raises(DataError, match="'mc' needs the returns .* all 2 logged episodes are truncated.*name=ilql"):
+    with pytest.raises(DataError, match="'mc' needs the returns .* all 2 .* are truncated.*terminated=True.*name=ilql"):
         mc.ready(policy, cut, fresh=True)
     calibrated, policy = build(ILQLObjective(name="ilql", calibrated=True))
-    with pytest.raises(DataError, match="`objective.calibrated` needs the returns .*: set objective.calibrated=false"):
+    with pytest.raises(
+        DataError, match="`objective.calibrated` needs the returns .*[.] Else set objective.calibrated=false"
+    ):
         calibrated.ready(policy, cut, fresh=True)
     mc.ready(policy, [*cut, [episode()]], fresh=True)
     mc.ready(policy, [], fresh=True)  # fresh episodes alone
