@@ -68,9 +68,13 @@ class Report:
 
     @property
     def metrics(self) -> Scores:
-        """Scores of the report's only row."""
-        (scores,) = self.rows.values()
-        return scores
+        """Scores of the report's only row. Raises RecipeError if there are several."""
+        if len(self.rows) > 1:
+            raise RecipeError(
+                f"this report has {len(self.rows)} rows ({', '.join(self.rows)}): take the scores of one from "
+                f"`rows`, for instance .rows[{next(iter(self.rows))!r}]"
+            )
+        return next(iter(self.rows.values()))
 
     def require(self, floors: Mapping[str, float]) -> None:
         """Raise ScoreError if a metric's mean is below its floor in any row, or a row has no value of it; RecipeError if

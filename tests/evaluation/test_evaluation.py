@@ -204,6 +204,13 @@ def test_a_report_is_shown_without_its_episodes():
     assert "'reward': {'mean': 0.5" in shown and "trajectories" not in shown and "episodes" not in shown
 
 
+def test_scores_of_several_rows_are_taken_by_label():
+    scores = report_of(reward=0.5).metrics
+    report = Report("suite", "A, B", {"A": scores, "B": scores}, ["reward"], [])
+    with pytest.raises(RecipeError, match=r"has 2 rows \(A, B\): .*for instance .rows\['A'\]$"):
+        _ = report.metrics
+
+
 def test_floor_is_checked_on_the_mean():
     report = report_of(**{"return": -3.0, "length": 8.0})
     report.require({"return": -3.0, "length": 7.5})
