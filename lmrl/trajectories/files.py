@@ -11,7 +11,7 @@ from typing import Any
 from lmrl.errors import DataError
 from lmrl.local_names import refuse_missing
 from lmrl.plugins.objects import find, is_object, is_rows
-from lmrl.trajectories.readers import Given, JsonLines, Malformed, Renamed, Row, Rows, Table, parsed
+from lmrl.trajectories.readers import NOT_UTF8, Given, JsonLines, Malformed, Renamed, Row, Rows, Table, parsed
 
 TEXT_FIELDS = ("prompt", "completion", "chosen", "rejected", "text")
 """Fields that are text even where a CSV file writes them as numbers."""
@@ -134,7 +134,7 @@ def _open_parquet(shards: list[Path]) -> Table:
 def _open_csv(file: Path, part: Selection) -> Table:
     """A CSV file. Columns that hold only numbers become numbers, or booleans; all others, and those that are trained
     on, are text as it is written."""
-    from pyarrow import ArrowInvalid, csv, string, types
+    from pyarrow import csv, string, types
 
     def read(text: list[str]) -> Any:
         columns = csv.ConvertOptions(column_types=dict.fromkeys(text, string()))
@@ -151,9 +151,21 @@ def _open_csv(file: Path, part: Selection) -> Table:
             if not any(kind(one.type) for kind in (fine if one.name in trained else (*fine, *values)))
         ]:  # numbers, dates and times; and bytes, which are refused
             table = read(text)
-    except (OSError, ArrowInvalid) as error:
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError, as is a column's name in another encoding
+        if isinstance(error, ValueError) and (line := _first_line_not_in_utf8(file)) is not None:
+            raise DataError(f"{file}, line {line}: {NOT_UTF8}") from error
         raise DataError(f"{file}: cannot be read: {error}") from error
     return Table(quiet_datasets().Dataset(table), [(str(file), len(table))])
+
+
+def _first_line_not_in_utf8(file: Path) -> int | None:
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return None
 
 
 def _open_object(name: str) -> Rows:

@@ -19,6 +19,7 @@ import numpy as np
 
 from lmrl.errors import DataError
 
+NOT_UTF8 = "not valid UTF-8 text: convert the file, for instance with `iconv -f WINDOWS-1252 -t UTF-8`"
 Row = dict[str, Any]
 SCAN_ROWS = 256
 """Rows of a table that a scan holds in memory at a time."""
@@ -155,7 +156,7 @@ def parsed(text: bytes, expected: str) -> Any:
             f"holds the lone surrogate {half}, which is not valid text: write the whole surrogate pair"
         ) from error
     except UnicodeDecodeError as error:
-        raise Malformed(f"not valid UTF-8 text: {error.reason}") from error
+        raise Malformed(f"{NOT_UTF8} ({error.reason})") from error
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", error)
         raise Malformed(f"not valid JSON: {reason}; expected {expected}") from error

@@ -290,7 +290,7 @@ def test_csv_columns_that_are_trained_on_are_text(tmp_path):
     rows = read_rows(str(file), Selection(columns=(("prompt", "question"),)))
     assert rows[0] == {"prompt": "007", "completion": "1.50", "n": 7, "right": True, "day": "2024-01-05"}
     file.write_bytes("prompt\ncaf\xe9\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"a\.csv: cannot be read: .*invalid UTF8"):
+    with pytest.raises(DataError, match=r"a\.csv, line 2: not valid UTF-8 text: convert the file, .*iconv"):
         read_rows(str(file))
 
 
