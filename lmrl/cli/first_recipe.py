@@ -43,7 +43,7 @@ METHODS = {
     "environment": ("ppo", "grpo", "rloo", "ilql", "mc"),
     "prompts": ("grpo", "ppo", "rloo"),
     "pairs": ("dpo", "reward_model"),
-    "messages": ("likelihood",),
+    "messages": ("likelihood", "ilql", "mc"),
 }
 LOGGED = ("ilql", "mc")
 NO_NAMES = "; `lmrl new` knows no other names: rename the columns, or set `columns` in a recipe of your own"
@@ -61,6 +61,8 @@ class Look:
     """Tokens of an action."""
     players: tuple[str, ...] = ()
     rows: int = 0
+    rewarded: int = 0
+    """Rows of data with a reward, among those that were read."""
     tokens: int = 0
     """Maximum tokens of a row of data, with room for what a chat template adds."""
     tokenizer: Literal["char", "word"] = "char"
@@ -162,7 +164,9 @@ def look_at_rows(path: str, kind: str, tokenizer: Any) -> Look:
             if kind == "prompts":
                 texts = [prompt_text(prompt_of(row))]
             else:
-                texts = [one.prompt + one.completion for one in parse(row, number)]
+                episodes = parse(row, number)
+                texts = [one.prompt + one.completion for one in episodes]
+                look.rewarded += episodes[0].reward is not None
         except Malformed as error:
             raise DataError(f"{rows.where(number)}: {error}".replace(OTHER_NAMES, NO_NAMES)) from error
         if kind != "prompts" and (len(texts) == 2) != (kind == "pairs"):
@@ -175,6 +179,8 @@ def look_at_rows(path: str, kind: str, tokenizer: Any) -> Look:
     look.said.append(
         f"{counted(look.rows, 'row')}; {'prompts' if kind == 'prompts' else 'texts'} of {_range(lengths, 'token')}, 99 in 100 up to {common}"
     )
+    if kind == "messages" and look.rewarded:
+        look.said.append("rows have rewards: -m ilql and -m mc learn from them, likelihood imitates good and bad alike")
     look.tokens = 64 * math.ceil((1.25 * (longest if longest <= LONGEST else common) + TEMPLATE) / 64)
     return look
 
@@ -242,8 +248,9 @@ def environment_recipe(name: str, method: str, model: str | None, look: Look, ma
         ]
     lines += [""]
     if logged:
+        others = "".join(f"player: {other}, or " for other in look.players if other != player)
         lines += [
-            f"source: {{name: dataset, player: {player}, episodes: 5000, batch_size: 32}}  # or path: FILE, logged by `lmrl collect`"
+            f"source: {{name: dataset, player: {player}, episodes: 5000, batch_size: 32}}  # or {others}path: FILE, logged by `lmrl collect`"
         ]
     else:
         lines += ["source: {name: rollouts}"]
@@ -261,6 +268,10 @@ def environment_recipe(name: str, method: str, model: str | None, look: Look, ma
 
 def data_recipe(kind: str, path: str, method: str, model: str, look: Look, reward: str | None) -> str:
     """The recipe's text for rows of prompts, pairs or messages."""
+    if method in LOGGED and not look.rewarded:
+        raise DataError(
+            f"{path}: no row has a reward, and {method} learns from rewards: add the column, or leave --method out"
+        )
     size = look.tokens
     batch = 16 if look.rows >= 64 else max(look.rows // 4, 1)
     epochs = 3 if method == "likelihood" else 1
@@ -284,9 +295,10 @@ def data_recipe(kind: str, path: str, method: str, model: str, look: Look, rewar
         return "\n".join(lines) + "\n"
     if method != "reward_model":
         lines += ["task:", f"  prompts: {{max_tokens: {size}, holdout: 0.1}}  # a tenth is held out, and measured", ""]
-    lines += [
-        f"source: {{name: dataset, path: {quoted(path)}, batch_size: {batch}, max_tokens: {size}}}",
-        f"objective: {{name: {method}}}",
-        f"training: {{steps: {steps}, seed: 0}}  # every row {'three times' if epochs == 3 else 'once'}",
-    ]
+    lines += [f"source: {{name: dataset, path: {quoted(path)}, batch_size: {batch}, max_tokens: {size}}}"]
+    if method in LOGGED:
+        lines += [f"objective: {{name: {method}, q_head: tied}}", "training: {steps: 500, seed: 0}"]
+    else:
+        times = "three times" if epochs == 3 else "once"
+        lines += [f"objective: {{name: {method}}}", f"training: {{steps: {steps}, seed: 0}}  # every row {times}"]
     return "\n".join(lines) + "\n"

@@ -23,7 +23,10 @@ def command(
     reward: Annotated[str | None, typer.Option("--reward", help="A reward, file.py:function")] = None,
     pairs: Annotated[str | None, typer.Option("--pairs", help="A file of pairs, chosen and rejected")] = None,
     messages: Annotated[
-        str | None, typer.Option("--messages", help="A file of dialogues, of prompts with completions, or of texts")
+        str | None,
+        typer.Option(
+            "--messages", help="A file of dialogues, of prompts with completions, of texts, or of logged episodes"
+        ),
     ] = None,
     method: Annotated[str | None, typer.Option("--method", "-m", help="An objective (default: the usual one)")] = None,
     model: Annotated[str | None, typer.Option("--model", help="A hub name, a folder or a run")] = None,

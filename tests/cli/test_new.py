@@ -176,6 +176,19 @@ def test_rows(tmp_path, tiny_folder):
     )
 
 
+def test_logged_rewards_are_learned_from(tmp_path, tiny_folder):
+    data, file = tmp_path / "log.jsonl", tmp_path / "mine.yaml"
+    data.write_text(
+        '{"prompt": "a", "completion": "b", "reward": 1}\n{"prompt": "a", "completion": "c", "reward": 0}\n' * 4
+    )
+    assert "rows have rewards" in new(file, "--messages", data, "--model", tiny_folder, "-m", "ilql")
+    assert load_recipe(file).objective.name == "ilql"
+    dry_run(load_recipe(file))
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(DataError, match="no row has a reward, and mc learns from rewards: add the column"):
+        new(tmp_path / "other.yaml", "--messages", data, "--model", tiny_folder, "-m", "mc")
+
+
 def test_odd_names_are_quoted(tmp_path, tiny_folder):
     data = tmp_path / "my, {odd} #1: rows.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n' * 4)
