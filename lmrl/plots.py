@@ -47,15 +47,31 @@ def learning_curves(
     frames = {str(name): load_run(name) for name in names}
     metric = metric or "reward"
     figure, axes = _figure("step", metric)
+    labels = _short_names(list(frames))
     for number, (name, frame) in enumerate(frames.items()):
         found = _of_stage(frame, name, stage)
         if metric not in found and f"{metric}_low" not in found:
             known = [column for column in found if column not in ("stage", "step", "kind")]
             raise RecipeError(f"metric: {name} has no '{metric}' in stage '{stage}'{did_you_mean(metric, known)}")
         colour = COLOURS[number % len(COLOURS)]
-        _curve(axes, found, metric, colour, Path(name).name)
+        _curve(axes, found, metric, colour, _as_it_is(labels[number]))
     _finish(axes, len(frames) > 1)
     return figure
+
+
+def _short_names(paths: Sequence[str]) -> list[str]:
+    """The ends of paths, with as many folders as tell them apart."""
+    parts = [Path(path).parts for path in paths]
+    for count in range(1, max(map(len, parts), default=1)):
+        names = [str(Path(*own[-count:])) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(paths)
+
+
+def _as_it_is(text: str) -> str:
+    """A text as matplotlib shows it unchanged: it reads mathematics between $, and legends lack what begins with _."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def _of_stage(frame: DataFrame, name: str, stage: str) -> DataFrame:
@@ -100,7 +116,7 @@ def comparison(found: Comparison) -> Figure:
     figure = NewFigure(
         figsize=(SIZE[0], 0.7 + 0.5 * len(metrics) + 0.26 * len(rows) + 0.16 * len(found.names)), layout="constrained"
     )
-    figure.suptitle(f"Differences on {found.suite}", color=INK, fontsize=11)
+    figure.suptitle(f"Differences on {_as_it_is(found.suite)}", color=INK, fontsize=11)
     heights = [sum(one.metric == metric for one in rows) + 0.8 for metric in metrics]
     panels = figure.subplots(len(metrics), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, metric in zip(panels, metrics, strict=True):
@@ -113,9 +129,9 @@ def comparison(found: Comparison) -> Figure:
         axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
         axes.set_yticks(range(len(own)), [f"{one.first} - {one.second}" for one in own])
         axes.set_ylim(-0.7, len(own) - 0.3)
-        axes.set_title(metric, loc="left", fontsize=9, color=INK)
+        axes.set_title(_as_it_is(metric), loc="left", fontsize=9, color=INK)
         _style(axes)
-    key = "\n".join(f"{letter}: {name}" for letter, name in found.names.items())
+    key = "\n".join(f"{letter}: {_as_it_is(name)}" for letter, name in found.names.items())
     figure.supxlabel(key, fontsize=8, color=INK, x=0.02, ha="left")
     return figure
 
@@ -162,7 +178,7 @@ def frontier(found: Frontier) -> Figure:
         linewidth=1.4,
         elinewidth=0.8,
         capsize=2,
-        label=Path(found.run).name,
+        label=_as_it_is(Path(found.run).name),
     )
     axes.margins(0.08)
     for point in _labelled_points(points, axes):
@@ -217,7 +233,7 @@ def _figure(across: str, up: str) -> tuple[Figure, Any]:
     figure = NewFigure(figsize=SIZE, layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(across, color=INK)
-    axes.set_ylabel(up, color=INK)
+    axes.set_ylabel(_as_it_is(up), color=INK)
     return figure, axes
 
 

@@ -1,6 +1,7 @@
 """Runs as data frames, and the contents of pictures."""
 
 import json
+import shutil
 
 import pytest
 
@@ -41,6 +42,23 @@ def test_samples_with_unicode_line_breaks_are_kept(tmp_path):
     lines = [json.dumps({"completion": text}, ensure_ascii=False) + "\n" for text in texts]
     (tmp_path / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
     assert load_samples(tmp_path)["completion"].tolist() == texts
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["a/last", "b/last"], ["a/last", "b/last"]),
+        (["a/old", "b/last"], ["old", "last"]),
+        ([r"_$\foo$", "b/last"], [r" _\$\foo\$", "last"]),  # mathematics between $ would raise
+    ],
+)
+def test_legends_tell_runs_apart_and_keep_their_names(run, names, shown):
+    for name in names:
+        (run / name).mkdir(parents=True)
+        shutil.copy(run / "metrics.jsonl", run / name)
+    figure = lmrl.plots.learning_curves([run / name for name in names])
+    lmrl.plots.save(figure, run / "curves.svg")
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == shown
 
 
 def test_curves_show_steps_and_evaluations(run):
