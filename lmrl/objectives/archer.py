@@ -246,7 +246,7 @@ class ArCHer(PolicyGradient):
             stats["policy_loss"], stats["entropy"] = policy.detach(), entropy.detach()
             stats["clip_fraction"] = (clipped_N * real_N).sum()
             stats["approx_kl"] = (k3(fields[OLD], outputs.logprobs) * real_N).sum()
-        return Loss(less_entropy(policy + options.value_coef * critic, entropy, options.entropy_coef), stats)
+        return Loss(less_entropy(policy + options.value_coef * critic, entropy, self.entropy_coef), stats)
 
     def count(self, batch: Batch) -> float:
         """Action tokens, without the ends of turns."""

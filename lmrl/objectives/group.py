@@ -146,7 +146,7 @@ class GroupPolicyGradient(PolicyGradient):
             batch.stats["kl"] = distributed.mean(episode_sums(ratio_N, episodes_N))
         if self.correction is not None and self.needs_old(sampler_is_known):
             batch.stats |= self.correction.weigh(batch, sampled_N, episodes_N)
-        if options.entropy_coef == 0 and (not self.uses_reference or self.kl_in_reward):
+        if self.entropy_coef == 0 and (not self.uses_reference or self.kl_in_reward):
             for sequence in batch.sequences:
                 sequence.zero_gradient = not sequence.fields["advantages"].any()
         return batch
@@ -198,7 +198,7 @@ class GroupPolicyGradient(PolicyGradient):
         if self.uses_reference and not self.kl_in_reward:
             divergence_N = k3(logprobs_N, fields["reference_logprobs"])
             losses_N = losses_N + options.kl_coef * divergence_N
-        losses_N = less_entropy(losses_N, outputs.entropy, options.entropy_coef)
+        losses_N = less_entropy(losses_N, outputs.entropy, self.entropy_coef)
         loss_N, stat_N = self.weights(fields)
         if "kept" in fields:
             loss_N, stat_N = loss_N * fields["kept"], stat_N * fields["kept"]

@@ -20,6 +20,9 @@ ROUNDING = 1e-8
 OPEN_ENTROPY = 0.5
 """Entropy in nats per token below which the limit on the policy's change shrinks in proportion."""
 
+HOLD_ENTROPY = {"muon": 0.5, "namo": 0.5}
+"""Default of `hold_entropy`, by optimizer: steps that stay long make a policy deterministic before it knows why."""
+
 
 # ------------------------------------------------------------------------------------------------------------ mathematics
 def policy_loss(
@@ -85,6 +88,14 @@ class PolicyGradient(Objective):
         self.options = options
         self.epochs, self.minibatches = options.epochs, options.minibatches
         self.uses_reference = options.kl_coef > 0
+        self.entropy_coef = options.entropy_coef
+        """Weight of the entropy bonus in the coming step."""
+
+    @property
+    def hold_entropy(self) -> float | None:
+        """The share of a stage in which entropy is held."""
+        stated = self.options.hold_entropy
+        return HOLD_ENTROPY.get(self.optimizer) if stated == "auto" else stated
 
     def surrogate(
         self, logprobs_N: torch.Tensor, old_N: torch.Tensor, fields: dict[str, torch.Tensor]

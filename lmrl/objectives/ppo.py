@@ -261,7 +261,7 @@ class PPO(PolicyGradient):
             return Loss(options.value_coef * critic, stats)
         surrogate_N, clipped_N = self.surrogate(outputs.logprobs, fields[OLD], fields)
         total = surrogate_N.sum() + options.value_coef * critic
-        total = less_entropy(total, outputs.entropy.sum(), options.entropy_coef)
+        total = less_entropy(total, outputs.entropy.sum(), self.entropy_coef)
         if options.kl_in == "loss" and self.kl_coef > 0:
             penalty = k3(outputs.logprobs, fields["reference_logprobs"]).sum()
             total = total + self.kl_coef * penalty

@@ -16,6 +16,7 @@ from lmrl.evaluation.evaluate import Evaluator
 from lmrl.evaluation.suites import Suite, load_suite, own_suite
 from lmrl.objectives import Objective, load_objective
 from lmrl.objectives.correction import Correction
+from lmrl.objectives.policy_gradient import PolicyGradient
 from lmrl.plugins import registry
 from lmrl.policy.costs import pass_cost
 from lmrl.policy.load import load_policy, load_weights
@@ -35,6 +36,7 @@ from lmrl.training.display import Display
 from lmrl.training.interrupt import Interrupt
 from lmrl.training.listeners import (
     Diagnostics,
+    EntropyController,
     Evaluation,
     GateMonitor,
     Guard,
@@ -159,6 +161,8 @@ def build_listeners(
     listeners: list[Listener] = [Memory(policy), RewardHackingMonitor(watched)]
     if objective.kl_controlled and recipe.training.kl_band is not None:
         listeners.append(RateController(recipe.training.kl_band))
+    if isinstance(objective, PolicyGradient) and objective.hold_entropy is not None:
+        listeners.append(EntropyController(objective.hold_entropy))
     if objective.heads is not None and recipe.evaluation.diagnostics_every:
         listeners.append(Diagnostics())
     listeners.append(evaluation)

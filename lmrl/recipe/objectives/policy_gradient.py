@@ -35,6 +35,9 @@ class PolicyGradientObjective(ObjectiveOptions):
     skipped, the previous one is undone, and the step's updates end (null: no limit). Shrinks below half a nat of entropy."""
     entropy_coef: float = Field(0.0, ge=0)
     """Weight of an entropy bonus."""
+    hold_entropy: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] | None = "auto"
+    """Share of a stage's steps in which entropy falls from its first value to 0 at most in a straight line: below that an entropy bonus
+    is added, in proportion to what is missing (null: never; auto: 0.5 with Muon and NAMO, else null)."""
     kl_coef: float = Field(0.0, ge=0)
     """Weight of the divergence from the reference (0: none, and no reference is kept)."""
     missing_eos_penalty: float = Field(0.0, ge=0)
