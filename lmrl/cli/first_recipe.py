@@ -35,6 +35,8 @@ WORDS = 200
 """Maximum number of distinct words for which a tiny model gets a word-level tokenizer."""
 LONGEST = 2048
 """Maximum tokens of a context; of longer episodes only the last observations are shown."""
+MOST_POSITIONS = 4096
+"""Maximum positions of a model from scratch for episodes that are longer than those seen."""
 TURN = 32
 """Tokens of an action if none is known, and at least of a model that was not taught how short actions are."""
 TEMPLATE = 64
@@ -57,6 +59,8 @@ class Look:
     """Comment lines for the top of the recipe."""
     context: int = 0
     """Tokens of the longest context, as far as was seen."""
+    room: int = 0
+    """Tokens that an episode of `max_turns` turns could have in its context; 0 if all that were seen had as many turns."""
     turn: int = TURN
     """Tokens of an action."""
     players: tuple[str, ...] = ()
@@ -141,7 +145,12 @@ def _level(texts: list[str], played: Iterable[Trajectory]) -> Literal["char", "w
 
 
 def _measure(look: Look, played: Iterable[Trajectory], task: Task, per_token: int) -> None:
+    played = list(played)
     context = max((len(segment.tokens) for one in played for segment in one.segments), default=0)
+    whole = [one for one in played if task.history == "all" and one.turns]
+    if len({len(one.turns) for one in whole}) > 1:  # a policy that gets better may last longer than random play
+        a_turn = max(sum(len(segment.tokens) for segment in one.segments) / len(one.turns) for one in whole)
+        look.room = math.ceil(a_turn * task.max_turns / per_token)
     turn = max((len(task.renderer.action(turn.action)) for one in played for turn in one.turns), default=look.turn)
     look.context, look.turn = math.ceil(context / per_token), math.ceil(turn / per_token)
 
@@ -212,7 +221,7 @@ def environment_recipe(name: str, method: str, model: str | None, look: Look, ma
     title = quoted(f"{Path(name.partition(':')[0]).stem} by {method}")
     lines = [*(f"# {line}" for line in look.said), "", f"description: {title}", "", "model:"]
     if model is None:
-        size = 2 ** math.ceil(math.log2(max(1.5 * look.context + look.turn, 32)))
+        size = 2 ** math.ceil(math.log2(max(1.5 * look.context + look.turn, min(look.room, MOST_POSITIONS), 32)))
         lines += [
             "  config:  # a model from scratch, small enough for a laptop",
             "    model_type: llama",

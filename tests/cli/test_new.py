@@ -72,6 +72,12 @@ class TimeLimit(Coin):
         return observation, reward, False, over, info
 
 
+class Survival(Coin):
+    def step(self, action):
+        self.turn += 1
+        return "again", 1.0, self.np_random.random() < 0.3, False, {}
+
+
 class Strict(Coin):
     def step(self, action):
         return super().step({"heads": "heads", "tails": "tails"}[action])
@@ -107,6 +113,7 @@ def test_an_environment(tmp_path, method):
         ("Counted", "char", "all", False, 64),  # its texts have the digits of "turn 2", not the word
         ("Logbook", "char", 1, False, 4096),  # the longest: 2,000 letters and an action of 6 tokens
         ("Strict", "word", "all", True, 32),
+        ("Survival", "word", "all", False, 512),  # up to 100 turns of 4 tokens, though those seen end much sooner
     ],
 )
 def test_the_recipe_fits_the_game(tmp_path, game, tokenizer, history, allowed, positions):
