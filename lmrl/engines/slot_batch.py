@@ -102,13 +102,6 @@ class SlotBatch:
         store.make_room(joins, places)
         joins.sort(key=lambda join: join.slot.place)
         distinct = [join for join in joins if join.twin is None]
-        store.copy(
-            [
-                (join.source.place, join.slot.place, join.shared)
-                for join in distinct
-                if join.source is not None and not join.goes_on
-            ]
-        )
         logits_UV = self._pass([join.slot for join in distinct])
         store.copy(
             [(join.twin.slot.place, join.slot.place, len(join.slot.tokens)) for join in joins if join.twin is not None]

@@ -3,7 +3,6 @@ beginning."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -30,7 +29,7 @@ class Slot:
     name: Key
     """Key without the turn."""
     placed: int | None = None
-    """Its index among the slots; None before it has one."""
+    """Its index among the slots; before it has one, that of the slot that holds its first tokens, if there is one."""
     computed: int = 0
     """Tokens whose keys and values are held."""
     used: int = 0
@@ -140,18 +139,17 @@ class SlotStore:
         """Place the slots of those that join behind the running ones, and drop kept ones that they leave no room
         for."""
         self.admissions += 1
+        for join in joins:
+            join.slot.used, join.slot.computed = self.admissions, join.shared
+            if join.source is not None:  # what it shares is read from there, even if the source is moved or dropped
+                join.slot.placed, join.source.used = join.source.place, self.admissions
+                if join.goes_on:
+                    self.drop(join.source)
         going_on = {join.source for join in joins if join.goes_on}
         kept = [slot for slot in self.slots[self.running :] if slot not in going_on]
         most = places + (self.beginning is not None)
-        dropped = self._drop_excess(kept, self.running + len(joins) + len(kept) - most, joins)
+        dropped = self._drop_excess(kept, self.running + len(joins) + len(kept) - most)
         kept = [slot for slot in kept if slot not in dropped]
-        for join in joins:
-            join.slot.used, join.slot.computed = self.admissions, join.shared
-            if join.source is not None:
-                join.source.used = self.admissions
-                if join.goes_on:
-                    join.slot.placed = join.source.place
-                    self.drop(join.source)
         distinct = [join.slot for join in joins if join.twin is None]
         twins = [join.slot for join in joins if join.twin is not None]
         self.arrange(self._order(distinct, twins, kept), most)
@@ -168,23 +166,16 @@ class SlotStore:
         order = {place: slot for place, slot in enumerate(self.slots[:first])}
         for zone, slots in zones:
             staying = {slot.place: slot for slot in slots if slot.placed in zone}
-            moving = iter([slot for slot in slots if slot.placed not in zone])
+            moving = iter([slot for slot in slots if slot not in staying.values()])
             order |= {place: staying[place] if place in staying else next(moving) for place in zone}
         return list(order.values())
 
-    def _drop_excess(self, kept: list[Slot], count: int, joins: Sequence[Join] = ()) -> set[Slot]:
-        """Drop `count` kept slots: first those that no join copies from, and of these the least recently used."""
-        sources = {join.source for join in joins}
-        candidates = [slot for slot in kept if slot is not self.beginning]
-        candidates.sort(key=lambda slot: (slot in sources, slot.used))
+    def _drop_excess(self, kept: list[Slot], count: int) -> set[Slot]:
+        """Drop the `count` kept slots that were least recently used."""
+        candidates = sorted((slot for slot in kept if slot is not self.beginning), key=lambda slot: slot.used)
         dropped = set(candidates[: max(count, 0)])
         for slot in dropped:
             self.drop(slot)
-        for join in joins:
-            if join.source in dropped:  # the first join that needs it takes it over
-                join.goes_on = all(other.source is not join.source for other in joins if other.goes_on)
-                if not join.goes_on:
-                    join.source, join.shared = None, 0
         return dropped
 
     def part(self, first: int, ended: list[bool]) -> None:

@@ -113,6 +113,41 @@ def test_a_group_that_arrives_in_parts_shares_its_prompt(policy):
     assert_same(found, alone)
 
 
+def test_a_prompt_is_copied_while_its_slot_moves(policy):
+    """A dialogue goes on in the slot that a new one shares its prompt with, and another slot moves to where it was."""
+    engine, prompt, one = HFEngine(policy), [5, 6, 8], Sampling(max_new_tokens=1)
+
+    async def two_rounds():
+        opening = [[20, 21, 22, 23, 24], [20, 21, 22, 23], prompt]
+        first = await asyncio.gather(
+            *[engine.generate(tokens, one, ("x", name, 0)) for name, tokens in enumerate(opening)]
+        )
+        contexts = [prompt + first[2].tokens + [10], prompt]
+        found = [
+            engine.generate(tokens, SAMPLING, name)
+            for tokens, name in zip(contexts, [("x", 2, 1), ("x", 3, 0)], strict=True)
+        ]
+        return list(zip(contexts, await asyncio.gather(*found), strict=True))
+
+    said = run(two_rounds())
+    assert_same([completion for _, completion in said], anew(policy, said, [("x", 2, 1), ("x", 3, 0)]))
+
+
+def test_a_prompt_is_copied_from_a_slot_that_is_dropped(policy):
+    """The long dialogue that begins with it no longer fits beside the others."""
+    policy.causal_lm.generation_config.eos_token_id = policy.tokenizer.eos_token = None  # it is long
+    policy.causal_lm.config.max_position_embeddings = 128
+    engine, prompt = HFEngine(policy, cache_tokens=204), [5, 6, 8]
+
+    async def one_after_the_other():
+        await engine.generate(prompt, Sampling(max_new_tokens=70), ("long", 0))
+        await engine.generate([20, 21, 22], Sampling(max_new_tokens=1), ("other", 0))
+        return await engine.generate(prompt, Sampling(max_new_tokens=1), ("short", 0))
+
+    found = run(one_after_the_other())
+    assert found.logprobs == pytest.approx(logprobs_of(policy.eval(), prompt, found.tokens).tolist(), rel=1e-4)
+
+
 def test_new_weights_drop_kept_slots(policy):
     engine = HFEngine(policy)
 
