@@ -15,7 +15,7 @@ equivalent rewards teach; and it cannot undo a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any
 
 import torch
@@ -81,11 +81,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return length
 
     @torch.no_grad()
-    def undo_matrices(self) -> None:
-        """Undo the last step of the matrices, up to rounding, and drop the momentum that would repeat it."""
+    def undo_matrices(self, wanted: Set[torch.Tensor]) -> None:
+        """Undo the last step of these matrices, up to rounding, and drop the momentum that would repeat it."""
         group = self.param_groups[0]
-        for weights, moved in self.moved.items():
-            weights.add_(moved).div_(1 - group["lr"] * group["weight_decay"])
+        for weights in wanted & self.moved.keys():
+            weights.add_(self.moved[weights]).div_(1 - group["lr"] * group["weight_decay"])
             self.state[weights]["momentum_buffer"].zero_()
         self.moved = {}
 

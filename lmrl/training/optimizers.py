@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any
 
 import torch
@@ -59,31 +59,31 @@ def build_optimizer(
     return eight_bit
 
 
-def undo_step(optimizer: torch.optim.Optimizer) -> None:
-    """Undo the last step of the trunk's weights, unless the optimizer keeps too little for it (AdamW in 8 bits)."""
+def undo_step(optimizer: torch.optim.Optimizer, moved: Set[torch.Tensor]) -> None:
+    """Undo the last step of these weights, unless the optimizer keeps too little for it (AdamW in 8 bits). moved: with a
+    gradient in that step."""
     if isinstance(optimizer, MuonWithAdamW):
-        optimizer.undo_matrices()
+        optimizer.undo_matrices(moved)
     elif not isinstance(optimizer, torch.optim.AdamW):
         return
     for group in optimizer.param_groups:
-        if not group["head"] and not group.get("muon"):
-            undo_adamw(optimizer, group)
+        if not group.get("muon"):
+            undo_adamw(optimizer, group, moved)
 
 
 @torch.no_grad()
-def undo_adamw(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
-    """Undo the last step of a group's weights, but for rounding, and forget the momentum that would repeat it.
+def undo_adamw(optimizer: torch.optim.Optimizer, group: dict[str, Any], moved: Set[torch.Tensor]) -> None:
+    """Undo the last step of a group's moved weights, but for rounding, and forget the momentum that would repeat it.
 
     AdamW's state holds what a step was made of (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2), so no copy of the weights is
     needed.
     """
     (beta1, beta2), rate = group["betas"], group["lr"]
-    states = {weights: optimizer.state[weights] for weights in group["params"] if optimizer.state.get(weights)}
-    latest = max((float(state["step"]) for state in states.values()), default=0.0)
-    for weights, state in states.items():
-        steps = float(state["step"])
-        if steps < latest:  # had no gradient in the last step
+    for weights in group["params"]:
+        if weights not in moved:
             continue
+        state = optimizer.state[weights]
+        steps = float(state["step"])
         deviation = (state["exp_avg_sq"] / (1 - beta2**steps)).sqrt_().add_(group["eps"])
         weights.addcdiv_(state["exp_avg"], deviation, value=rate / (1 - beta1**steps))
         weights.div_(1 - rate * group["weight_decay"])

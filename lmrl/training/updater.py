@@ -108,9 +108,11 @@ class Updater:
         return stats
 
     def undo_step(self) -> None:
-        """Undo this step's last update of the trunk, unless that is done or its optimizer cannot; the heads keep theirs."""
+        """Undo this step's last update of the language model, unless that is done or its optimizer cannot; heads, and a
+        trunk of their own, keep theirs."""
         if self.has_updated and self.strategy.can_discard:
-            undo_step(self.strategy.optimizer)
+            own = {parameter for name, parameter in self.parameters.items() if not name.startswith("values.")}
+            undo_step(self.strategy.optimizer, own & self.strategy.moved)
         self.has_updated = False
 
     def backward(self, policy: Policy, objective: Objective, minibatch: Batch) -> dict[str, float]:

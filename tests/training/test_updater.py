@@ -9,6 +9,9 @@ import torch
 from lmrl.errors import NonFiniteError
 from lmrl.objectives.base import Loss, Objective
 from lmrl.objectives.likelihood import Likelihood
+from lmrl.policy.heads import HeadsSpec
+from lmrl.policy.passes import ForwardRequest
+from lmrl.policy.policy import Policy
 from lmrl.recipe import LikelihoodObjective, Optimizer
 from lmrl.recipe.files import load_recipe
 from lmrl.training.replay import replay
@@ -121,6 +124,38 @@ def test_weights_without_a_gradient_in_the_last_step_keep_what_they_have(tiny_po
     assert torch.equal(left, before[0])
     for weights, old in zip(others, before[1:], strict=True):
         torch.testing.assert_close(weights.detach(), old, rtol=0, atol=1e-12)
+
+
+class Critic(Objective):
+    """Values alone while they warm up, then the policy as well."""
+
+    label, warming_up = "critic", True
+
+    @property
+    def forward_request(self):
+        return ForwardRequest(logprobs=not self.warming_up, values=True)
+
+    def loss(self, outputs, micro) -> Loss:
+        critic = (outputs.values - 1).square().sum()
+        return Loss(critic if self.warming_up else critic - outputs.logprobs.sum())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_critic_on_its_own_trunk_keeps_an_update_that_the_policy_takes_back(tiny_policy, optimizer):
+    policy = Policy(tiny_policy.model, tiny_policy.tokenizer, HeadsSpec(trunk="separate")).double()
+    updater, objective = Updater(policy, Optimizer(name=optimizer, lr=1e-2), 10), Critic()
+    for _ in range(2):
+        updater.step(policy, objective, batch())
+    objective.warming_up = False
+    updater.step(policy, objective, batch())
+    before = {name: weights.detach().clone() for name, weights in updater.parameters.items()}
+    updater.step(policy, objective, batch(4))
+    moved = {name: weights.detach().clone() for name, weights in updater.parameters.items()}
+    updater.undo_step()
+    for name, weights in updater.parameters.items():
+        expected = moved if name.startswith("values.") else before
+        torch.testing.assert_close(weights.detach(), expected[name], rtol=0, atol=1e-12)
+        assert (moved[name] - before[name]).abs().max() > 1e-5
 
 
 def test_the_first_minibatch_of_a_step_is_not_rejected_and_nothing_older_is_undone(tiny_policy):

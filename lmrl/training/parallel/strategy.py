@@ -7,7 +7,7 @@ weights (sharded.py) gather them for every pass, so their ranks must run the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,6 +36,8 @@ class Strategy:
     can_reload_weights = True
     """True if a checkpoint's weights can be loaded in the middle of a stage."""
     optimizer: torch.optim.Optimizer
+    moved: Set[torch.nn.Parameter] = frozenset()
+    """The parameters that had a gradient in the last step."""
 
     def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:
         """Take over a policy and its optimizer. Called once, before the first pass."""
@@ -68,6 +70,7 @@ class Strategy:
             return float(norm)
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+        self.moved = {parameter for parameter in self.parameters if parameter.grad is not None}
         self.optimizer.step()
         return float(norm)
 
