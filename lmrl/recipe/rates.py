@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from lmrl.recipe.recipe import Recipe
 from lmrl.recipe.steps import Optimizer
@@ -76,12 +77,17 @@ def with_rates(recipe: Recipe, parameters: int, hidden: int, sharded: bool = Fal
         head_lr = lr
     small = recipe.model.lora is None and parameters < SMALL and not sharded
     name = stated.name or (recipe.objective.small_optimizer(recipe) if small else "adamw")
-    schedule = stated.schedule or ("constant" if recipe.source.plays else "linear")
+    schedule = stated.schedule or default_schedule(recipe)
     betas = stated.betas or recipe.objective.betas
     norm = recipe.objective.max_grad_norm if stated.max_grad_norm == "auto" else stated.max_grad_norm
     floor = recipe.objective.norm_floor if stated.norm_floor is None else stated.norm_floor
     chosen = {"name": name, "lr": lr, "head_lr": head_lr, "schedule": schedule, "betas": betas, "norm_floor": floor}
     return stated.model_copy(update=chosen | {"max_grad_norm": norm})
+
+
+def default_schedule(recipe: Recipe) -> Literal["constant", "linear"]:
+    """The schedule of a stage that sets none."""
+    return "constant" if recipe.source.plays else "linear"
 
 
 def _two_digits(rate: float) -> float:

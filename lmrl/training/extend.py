@@ -12,6 +12,7 @@ from lmrl.errors import RunError
 from lmrl.recipe import MAIN_STAGE, MixtureSource, Recipe
 from lmrl.recipe.evaluations import OWN_TASK, own_plan
 from lmrl.recipe.files import stages_of
+from lmrl.recipe.rates import default_schedule
 from lmrl.run import Run
 from lmrl.run_folders import step_name
 from lmrl.training.checkpoint import final_state
@@ -96,7 +97,7 @@ def _note(name: str, old: Recipe, new: Recipe) -> str:
     before, after = old.training.steps, new.training.steps
     changes = []
     options = new.optimizer
-    shape = options.schedule or ("linear" if new.source.name == "dataset" else "constant")
+    shape = options.schedule or default_schedule(new)
     if shape != "constant":
         options = options.model_copy(update={"schedule": shape})
         then, now = (schedule(options, min(before, one), one) for one in (before, after))

@@ -9,6 +9,7 @@ from lmrl.recipe.objectives import PPOObjective
 from lmrl.run_folders import read_recipe
 from lmrl.training import resume_run, train
 from lmrl.training.checkpoint import optimizer_of
+from lmrl.training.extend import _note
 
 PPO_TEXT = """
 model: {path: MODEL}
@@ -70,6 +71,13 @@ def test_a_schedule_over_all_steps_is_reported(tmp_path, capsys):
         "(at step 2 the learning rate was 0.5 of its peak, and is 0.75 of it with the new length)"
     ) in " ".join(out.split())
     assert "resumed stage main at step 2" in out
+
+
+def test_a_blend_of_logs_has_the_schedule_of_a_log():
+    """Which spans all steps, so that more of them change it."""
+    logs = "source={name: blend, batch_size: 4, parts: [{name: a, log: {player: random, episodes: 40}}]}"
+    old, new = (load_recipe("random_walks/bc", [logs, f"training.steps={steps}"]) for steps in (2, 4))
+    assert "optimizer.schedule=linear now spans 4 steps" in _note("main", old, new)
 
 
 def test_a_mixture_whose_share_changes_is_refused(tmp_path):
