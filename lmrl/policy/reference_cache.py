@@ -17,6 +17,9 @@ from lmrl.policy.policy import Policy
 from lmrl.trajectories.batch import to_batch
 from lmrl.trajectories.trajectory import Trajectory
 
+ORIGIN = ("_name_or_path", "transformers_version")
+"""Entries of a configuration that say where a model comes from."""
+
 
 def cache_folder() -> Path:
     """`LMRL_CACHE`, or `~/.cache/lmrl`."""
@@ -24,8 +27,10 @@ def cache_folder() -> Path:
 
 
 def model_key(policy: Policy) -> str:
-    """A hash of all current weights, and of the arithmetic."""
+    """A hash of all current weights, of the arithmetic, and of the configuration, which says what else is computed."""
     digest = hashlib.blake2b(str((policy.causal_lm.dtype, policy.autocast_dtype)).encode(), digest_size=16)
+    settings = {name: value for name, value in policy.causal_lm.config.to_dict().items() if name not in ORIGIN}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in policy.model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())

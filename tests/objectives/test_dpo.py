@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from lmrl.errors import DataError
 from lmrl.objectives.dpo import DPO, Pairs, best_and_worst, log1mexp, preference_loss
-from lmrl.policy.reference_cache import ReferenceCache
+from lmrl.policy.reference_cache import ReferenceCache, model_key
 from lmrl.recipe import DPOObjective, Optimizer
 from lmrl.recipe.objectives.preferences import PREFERENCE_LOSSES
 from lmrl.training.monitoring.bundle import batch_of, batch_tensors
@@ -298,3 +298,12 @@ def test_a_lost_cache_is_reported(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "run" / "stages" / "main" / "final")
     with pytest.raises(RunError, match="the reference's cache lacks 16 episodes of this run"):
         train(tmp_path, "run", "objective.cache_reference=true", resume=True)
+
+
+def test_the_reference_cache_tells_configurations_apart(tiny_policy):
+    """The same weights compute something else with other norms; a model that was moved computes the same."""
+    config, before = tiny_policy.causal_lm.config, model_key(tiny_policy)
+    config._name_or_path = "elsewhere"
+    assert model_key(tiny_policy) == before
+    config.rms_norm_eps *= 10
+    assert model_key(tiny_policy) != before
