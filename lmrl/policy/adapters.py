@@ -45,6 +45,7 @@ def with_lora(
             raise ModelError(
                 f"model.lora.{name}: '{origin}' is an adapter with {name}={own}, but the recipe asks for {asked}: make them equal"
             )
+    _set_dropout(model, lora.dropout)
     if reference:
         assert origin is not None  # an adapter was read from somewhere
         with quiet_peft():
@@ -52,6 +53,16 @@ def with_lora(
         _tie_copies(model.get_base_model(), REFERENCE_ADAPTER)
         model.set_adapter("default")
     return model, "adapter"
+
+
+def _set_dropout(model: PeftModel, share: float) -> None:
+    """Give an existing adapter the dropout of the recipe, which is no part of what it computes otherwise."""
+    config: Any = model.peft_config["default"]
+    config.lora_dropout = share
+    for layer in model.modules():
+        found: Any = getattr(layer, "lora_dropout", ())
+        if "default" in found:
+            found["default"] = nn.Dropout(share) if share else nn.Identity()
 
 
 def add_adapter(model: Any, lora: Lora, task: str, revision: str | None) -> PeftModel:

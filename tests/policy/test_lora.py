@@ -1,5 +1,7 @@
 """peft's options of adapters: what is saved, merged, resumed from and referred to is what was trained."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -150,6 +152,17 @@ def test_a_later_stage_adapts_as_the_first(tmp_path, folders, options):
     name = next(iter(options))
     with pytest.raises(ModelError, match=f"model.lora.{name}: .* make them equal"):
         load_policy(Model(path=path, lora=Lora(r=4, **options)), start=tmp_path)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.0, 0.5), (0.5, 0.0)])
+def test_a_later_stage_has_its_own_dropout(tmp_path, folders, before, after):
+    path = str(folders["llama"])
+    load_policy(Model(path=path, lora=Lora(r=4, dropout=before))).save(tmp_path / "first")
+    later = load_policy(Model(path=path, lora=Lora(r=4, dropout=after)), start=tmp_path / "first", reference=True)
+    layer = later.causal_lm.model.layers[0].mlp.up_proj
+    assert getattr(layer.lora_dropout["default"], "p", 0.0) == after
+    later.save(tmp_path / "second")
+    assert json.loads((tmp_path / "second/adapter_config.json").read_text())["lora_dropout"] == after
 
 
 @pytest.mark.parametrize(
