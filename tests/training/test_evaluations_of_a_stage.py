@@ -199,6 +199,22 @@ def test_the_choice_is_the_same_on_resume(tmp_path, breaks, gone):
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "torn")
 
 
+def test_the_scores_of_weights_that_were_rolled_back_select_nothing():
+    """The checkpoint of their step holds the weights that the stage went back to."""
+    stage = SimpleNamespace(
+        progress=SimpleNamespace(best=None, step=0),
+        recipe=SimpleNamespace(evaluation=SimpleNamespace(metric="return"), objective=None),
+    )
+    listener = evaluation.Evaluation(None, every=1)
+    for step, value in [(1, 2.0), (2, 3.0)]:
+        stage.progress.step, listener.values = step, {"0": value}
+        listener.consider(stage, step, {"return": {"mean": value}})
+    listener.rolled_back(stage, 1)
+    assert stage.progress.best == {"step": 1, "metric": "return", "value": 2.0} and listener.best_values == {"0": 2.0}
+    listener.rolled_back(stage, 1)  # nothing of this step is left to forget
+    assert stage.progress.best["step"] == 1
+
+
 def test_the_kl_limit_leaves_policies_out():
     def at(low):
         return {"kl": {"mean": low + 1, "ci95": [low, low + 2], "n": 9}}

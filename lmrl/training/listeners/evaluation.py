@@ -44,6 +44,8 @@ class Evaluation(Listener):
         self.values: dict[str, float] = {}
         self.best_values: dict[str, float] = {}
         """Scores of the newest and of the best policy, see `paired_values`."""
+        self.before: tuple[dict[str, Any] | None, dict[str, float]] = None, {}
+        """`progress.best` and `best_values` before the newest evaluation."""
         self.tries = 0
         """Number of policies that the best was chosen from."""
         self.reports: list[tuple[int, Scores, list[Trajectory]]] = []
@@ -143,9 +145,16 @@ class Evaluation(Listener):
             return
         self.tries += 1
         best, value = stage.progress.best, scores[metric]["mean"]
+        self.before = best, self.best_values
         if best is None or value > best["value"]:
             stage.progress.best = {"step": step, "metric": metric, "value": value}
             self.best_values = self.values
+
+    def rolled_back(self, stage: Stage, step: int) -> None:
+        """Forget a best policy whose weights are lost: those of the step that has just been taken back."""
+        best = stage.progress.best
+        if best is not None and best["step"] == stage.progress.step != step:
+            stage.progress.best, self.best_values = self.before
 
     def finish(self, stage: Stage) -> None:
         """Decide which policy is the stage's result, load it, and score it on episodes that did not select it."""
