@@ -19,7 +19,7 @@ from lmrl.policy.logprobs import (
     whole_logits,
 )
 from lmrl.policy.passes import ABSENT, ForwardRequest, Outputs
-from lmrl.policy.pull import bounded
+from lmrl.policy.pull import bounded, bounded_input
 from lmrl.trajectories.batch import Microbatch
 from lmrl.trajectories.shared import visible
 from lmrl.trajectories.trajectory import TOKENS
@@ -91,8 +91,10 @@ def _policy_outputs(
     if policy.splits_head:
         hidden_BTD = trunk_of(lm)(**inputs).last_hidden_state
     else:
-        result = lm(**inputs, output_hidden_states=True)
-        hidden_BTD = result.hidden_states[-1]
+        limit = request.value_pull if request.logprobs else None
+        with bounded_input(projection_of(lm), limit, policy.value_pull) as for_values:
+            result = lm(**inputs, output_hidden_states=True)
+        hidden_BTD = for_values[0] if for_values else result.hidden_states[-1]
     hidden_ND = values_ND = hidden_BTD[batch.rows_N, batch.cols_N]
     if request.logprobs and request.value_pull is not None and policy.splits_head and hidden_ND.requires_grad:
         hidden_ND, values_ND = bounded(hidden_ND, request.value_pull, policy.value_pull)

@@ -5,8 +5,8 @@ transformers and peft name these parts per model, so their own types do not know
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -29,6 +29,8 @@ class Projection(Protocol):
     def __call__(self, hidden: torch.Tensor, /) -> torch.Tensor: ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def register_forward_pre_hook(self, hook: Callable[..., Any], /) -> Any: ...
 
 
 def has_adapters(model: AnyModel) -> TypeIs[PeftModel]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from lmrl import distributed
 from lmrl.accelerators import default_precision
+from lmrl.errors import ModelError
 from lmrl.policy.attention import take_attention
 from lmrl.policy.cache import Cache
 from lmrl.policy.forward import run_pass
@@ -91,6 +92,11 @@ class Policy(nn.Module):
         if has_adapters(model):
             take_lora(model)
         self.splits_head = head_is_linear(self.causal_lm)
+        if heads is not None and heads.q == "probability" and not self.splits_head:
+            raise ModelError(
+                "objective.name=q_sft computes the logits of a second model from its vocabulary's matrix, but this model caps or "
+                "scales its logits: set objective.name=ilql, or take another model"
+            )
         super().train()  # all parts in one mode, which `train` relies on
 
     def train(self, mode: bool = True) -> Policy:

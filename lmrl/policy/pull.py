@@ -8,9 +8,13 @@ policy is certain of a token, its gradient vanishes, and so does the harm that a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from lmrl.policy.language_model import Projection
 
 
 def bounded(hidden_ND: torch.Tensor, limit: float, tally_3: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,6 +25,25 @@ def bounded(hidden_ND: torch.Tensor, limit: float, tally_3: torch.Tensor) -> tup
     """
     twice: tuple[torch.Tensor, torch.Tensor] = _Bounded.apply(hidden_ND, limit, tally_3)  # type: ignore[no-untyped-call,unused-ignore]
     return twice
+
+
+@contextmanager
+def bounded_input(head: Projection, limit: float | None, tally_3: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """As `bounded`, in a pass through a model's own head: inside, it gets its input for the policy, and the list the same
+    for the values. limit: None for no bound, and an empty list."""
+    for_values: list[torch.Tensor] = []
+
+    def split(_: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        own, other = bounded(given[0], limit or 0.0, tally_3)
+        for_values.append(other)
+        return own, *given[1:]
+
+    hooked = head.register_forward_pre_hook(split) if limit is not None and torch.is_grad_enabled() else None
+    try:
+        yield for_values
+    finally:
+        if hooked is not None:
+            hooked.remove()
 
 
 def with_gradient_times(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -55,4 +78,4 @@ class _Bounded(torch.autograd.Function):
         bound_N = values_N > allowed_N
         ctx.tally += torch.stack([values_N.sum(), policy_N.sum(), bound_N.sum()]).to(ctx.tally)
         factor_N = torch.where(bound_N, allowed_N / values_N.clamp(min=torch.finfo(values_N.dtype).tiny), 1.0)
-        return policy_ND + values_ND * factor_N[:, None].to(values_ND.dtype), None, None
+        return policy_ND + values_ND * factor_N[..., None].to(values_ND.dtype), None, None

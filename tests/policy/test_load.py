@@ -122,20 +122,48 @@ def test_bfloat16_base_has_float32_adapters(tiny_folder):
     assert policy.values.v.weight.grad.dtype == torch.float32
 
 
+CAPPED = {
+    "model_type": "gemma2",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "final_logit_softcapping": 1.0,
+}
+
+
+def test_values_pull_at_a_trunk_below_capped_logits_no_more_than_allowed():
+    """With a bound of 0 the trunk gets the policy's gradient alone; without one, both."""
+    policy = load_policy(Model(config=dict(CAPPED)), texts=lambda: ["abcdefghijklmn"], heads=HeadsSpec()).double()
+    torch.nn.init.normal_(policy.values.v.weight)
+    micro = to_batch(episodes()).microbatches(1000, 0)[0]
+
+    def gradient(limit, values=1.0):
+        policy.zero_grad()
+        outputs = policy(micro, ForwardRequest(values=True, value_pull=limit))
+        (outputs.logprobs.sum() + values * outputs.values.sum()).backward()
+        return policy.causal_lm.model.layers[0].mlp.up_proj.weight.grad
+
+    alone = gradient(None, values=0.0)
+    torch.testing.assert_close(gradient(0.0), alone, rtol=1e-12, atol=1e-12)
+    assert float(policy.value_pull[0]) > 0
+    torch.testing.assert_close(gradient(1e9), gradient(None), rtol=1e-12, atol=1e-12)
+    assert (gradient(None) - alone).abs().max() > 1e-3
+
+
+def test_a_second_model_of_probabilities_needs_plain_logits():
+    with pytest.raises(ModelError, match="caps or scales its logits"):
+        load_policy(
+            Model(config=dict(CAPPED)), texts=lambda: ["abc"], heads=HeadsSpec(q="probability", trunk="separate")
+        )
+
+
 def test_a_model_with_capped_logits_goes_through_its_own_head():
     """Gemma 2 caps its logits, so projecting the hidden state by hand would be wrong."""
     torch.manual_seed(0)
-    config = {
-        "model_type": "gemma2",
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "head_dim": 8,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "final_logit_softcapping": 1.0,
-    }
-    policy = load_policy(Model(config=config), texts=lambda: ["abcdefghijklmn"])
+    policy = load_policy(Model(config=dict(CAPPED)), texts=lambda: ["abcdefghijklmn"])
     with torch.no_grad():
         policy.causal_lm.get_output_embeddings().weight.mul_(100)
     policy = Policy(policy.model, policy.tokenizer)
