@@ -105,6 +105,9 @@ def _note(name: str, old: Recipe, new: Recipe) -> str:
             f"optimizer.schedule={shape} now spans {after} steps (at step {before} the learning rate was "
             f"{then:.2g} of its peak, and is {now:.2g} of it with the new length)"
         )
+    held = getattr(new.objective, "hold_entropy", None)
+    if held is not None and (held != "auto" or options.name not in ("adamw", "adamw_8bit")):
+        changes.append(f"entropy, where it is held (objective.hold_entropy), is so by a line over {after} steps")
     if new.rollouts.ahead:
         changes.append("rollouts.ahead=1 starts afresh where the stage had ended")
     if new.evaluation.suite == OWN_TASK and own_plan(old) != own_plan(new):

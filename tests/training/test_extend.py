@@ -80,6 +80,13 @@ def test_a_blend_of_logs_has_the_schedule_of_a_log():
     assert "optimizer.schedule=linear now spans 4 steps" in _note("main", old, new)
 
 
+@pytest.mark.parametrize(("optimizer", "said"), [("namo", True), ("adamw", False)])
+def test_a_line_of_entropy_over_all_steps_is_reported(optimizer, said):
+    changes = [f"optimizer.name={optimizer}", "evaluation.suite=null"]
+    old, new = (load_recipe("random_walks/ppo", [*changes, f"training.steps={steps}"]) for steps in (2, 4))
+    assert ("by a line over 4 steps" in _note("main", old, new)) == said
+
+
 def test_a_mixture_whose_share_changes_is_refused(tmp_path):
     mixture = "source={name: mixture, player: random, episodes: 40, batch_size: 4, replay: 8}"
     changes = [mixture, "objective={name: mc}"]
