@@ -15,6 +15,8 @@ import numpy as np
 from lmrl.errors import RecipeError, counted
 from lmrl.evaluation.t_distribution import t95, upper_tail
 
+ROUNDING = 1e-10
+"""Relative size of what an exact line leaves over."""
 FEWEST = 4
 """Minimum number of prompts for estimating a slope."""
 
@@ -44,11 +46,14 @@ def controlled(gaps_G: Sequence[float], others_G: Sequence[float], name: str) ->
         )
     columns = [np.ones(count)] + ([x_G] if np.ptp(x_G) > 0 else [])
     design_GP = np.stack(columns, 1)
-    inverse_PP = np.linalg.inv(design_GP.T @ design_GP)
-    beta_P = inverse_PP @ design_GP.T @ y_G
-    leverage_G = np.einsum("gp,pq,gq->g", design_GP, inverse_PP, design_GP)
-    residual_G = (y_G - design_GP @ beta_P) / np.maximum(1 - leverage_G, 1e-6)
-    half_PG = inverse_PP @ design_GP.T * residual_G
+    inverse_PG = np.linalg.pinv(design_GP)
+    beta_P = inverse_PG @ y_G
+    leverage_G = np.einsum("gp,pg->g", design_GP, inverse_PG)
+    rest_G = y_G - design_GP @ beta_P
+    for numbers in (beta_P[:1], rest_G):
+        numbers[np.abs(numbers) <= ROUNDING * np.abs(y_G).max()] = 0.0
+    residual_G = rest_G / np.maximum(1 - leverage_G, 1e-6)
+    half_PG = inverse_PG * residual_G
     error = math.sqrt(float((half_PG @ half_PG.T)[0, 0]))
     df = count - design_GP.shape[1]
     mean = float(beta_P[0])

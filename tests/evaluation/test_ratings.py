@@ -64,6 +64,9 @@ def test_line_is_found_by_hand():
     found = controlled([2 + 3 * x for x in (0, 1, 2, 5)], [0, 1, 2, 5], "length")
     assert found.mean == pytest.approx(2)
     assert found.ci95 == pytest.approx([2, 2])
+    # What rounding leaves over an exact line is neither a difference nor a spread.
+    found = controlled([0.3 * x for x in (0.7, 0.1, 0.6, 1.1, 0.4)], [0.7, 0.1, 0.6, 1.1, 0.4], "length")
+    assert (found.mean, found.ci95, found.p) == (0.0, [0.0, 0.0], 1.0)
 
 
 def test_without_spread_the_mean_stays():
