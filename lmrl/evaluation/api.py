@@ -20,6 +20,7 @@ from lmrl.evaluation.evaluate import Evaluator, left_out
 from lmrl.evaluation.log import in_order, is_log, logs_in, play_into_log
 from lmrl.evaluation.rescoring import rescore_log
 from lmrl.evaluation.scoring import Scores, check_known, check_metrics
+from lmrl.evaluation.statistics import is_tie
 from lmrl.evaluation.suites import Suite, allow_code, load_suite, own_suite, refuse_unscored
 from lmrl.policy.load import open_policy
 from lmrl.policy.policy import Policy
@@ -91,7 +92,7 @@ class Report:
             else f"{metric} of {label} is not known: no episode has a value of it"
             for metric, floor in floors.items()
             for label, scores in self.rows.items()
-            if metric not in scores or not scores[metric]["mean"] >= floor
+            if metric not in scores or not (scores[metric]["mean"] >= floor or is_tie(scores[metric]["mean"], floor))
         ]
         if low:
             raise ScoreError("; ".join(low))

@@ -20,6 +20,7 @@ from functools import lru_cache
 from itertools import combinations
 
 from lmrl.errors import RecipeError
+from lmrl.evaluation.statistics import are_binary, is_tie
 from lmrl.seeding import stream
 
 FINAL = re.compile(r"####\s*(.+)|\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
@@ -56,11 +57,11 @@ class SeveralSamples:
             return best_at(self.count, [rewards[row] for row in rows], scored)
         if self.kind == "maj":
             return majority_at(self.count, [answer_of(completions[row]) for row in rows], scored)
-        if other := next((value for value in scored if value not in (0, 1)), None):
+        if other := next((value for value in scored if not are_binary([value])), None):
             raise RecipeError(
                 f"metrics: '{self.name}' counts scores of 0 and 1, but there is {other:g}: name such a one, pass@{self.count}/NAME"
             )
-        return pass_at(self.count, len(scored), int(sum(scored)))
+        return pass_at(self.count, len(scored), round(sum(scored)))
 
 
 @lru_cache
@@ -81,7 +82,7 @@ def best_at(k: int, rewards: Sequence[float], values: Sequence[float]) -> float:
     subsets, total, first = math.comb(len(order), k), 0.0, 0
     while first < len(order):
         last = first
-        while last < len(order) and rewards[order[last]] == rewards[order[first]]:
+        while last < len(order) and is_tie(rewards[order[last]], rewards[order[first]]):
             last += 1
         share = (math.comb(last, k) - math.comb(first, k)) / subsets  # subsets whose highest reward is this one
         total += share * math.fsum(values[row] for row in order[first:last]) / (last - first)

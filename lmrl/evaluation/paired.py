@@ -25,7 +25,9 @@ from lmrl.evaluation.scoring import PROMPT, Scores, Scoring, clusters_of, value_
 from lmrl.evaluation.statistics import (
     Clustered,
     Limits,
+    are_binary,
     between_clusters,
+    is_tie,
     is_within,
     p_value,
     summarize,
@@ -41,8 +43,6 @@ SETTLED, POWER = NORMAL, 0.8416212335729143
 """Normal quantiles: of a two-sided p-value of 0.05, and of finding a difference with probability 0.8."""
 AT_EQUAL = " at equal "
 """Between a metric and the one that is held equal."""
-ROUNDING = 1e-12
-"""Relative difference up to which two scores are a tie."""
 
 
 @dataclass
@@ -242,17 +242,17 @@ def difference(first: Played, second: Played, metric: str, scoring: Scoring) -> 
     if not keys:
         raise RunError(f"{first.label} and {second.label} have no episode with a value of {metric} in common")
     groups = [group for group, _ in keys]
-    gaps = [one[key] - other[key] for key in keys]
+    gaps = [gap(one[key], other[key]) for key in keys]
     limits = gap_limits(
         scoring.limits_of(metric, [*first.trajectories, *second.trajectories]), [*one.values(), *other.values()]
     )
     clusters = clusters_of(groups, first.trajectories, scoring.unit)
     summary = summarize(gaps, clusters, limits, scoring.fixed, scoring.unit, paired=True)
     by_cluster = [cluster_means(clusters, [side[key] for key in keys]) for side in (one, other)]
-    signs = [_sign(a, b) for a, b in zip(*by_cluster, strict=True)]
+    signs = [np.sign(gap(a, b)) for a, b in zip(*by_cluster, strict=True)]
     p = p_value(gaps, clusters, limits, scoring.fixed)
     if control is not None:
-        others = [held[0][key] - held[1][key] for key in keys]
+        others = [gap(held[0][key], held[1][key]) for key in keys]
         equal = controlled(cluster_means(clusters, gaps), cluster_means(clusters, others), control)
         summary, p = summary | {"mean": equal.mean, "ci95": equal.ci95, "holds_for": f"new {scoring.unit}s"}, equal.p
     return Difference(
@@ -311,7 +311,7 @@ def means_by_cluster(played: Played, metric: str, scoring: Scoring) -> dict[Hash
 def gap_limits(limits: Limits | None, values: Sequence[float]) -> Limits:
     """The limits of a difference of two values. 0 and 1 are those of values that are all one of them."""
     if limits is None:
-        limits = (0.0, 1.0) if all(value in (0, 1) for value in values) else (-math.inf, math.inf)
+        limits = (0.0, 1.0) if are_binary(values) else (-math.inf, math.inf)
     span = limits[1] - limits[0]
     return -span, span
 
@@ -324,16 +324,17 @@ def cluster_means(clusters: Sequence[Hashable], values: Sequence[float]) -> list
     return [math.fsum(each) / len(each) for each in found.values()]
 
 
-def _sign(a: float, b: float) -> int:
-    return 0 if math.isclose(a, b, rel_tol=ROUNDING, abs_tol=ROUNDING) else 1 if a > b else -1
+def gap(one: float, other: float) -> float:
+    """one - other; 0 for a tie."""
+    return 0.0 if is_tie(one, other) else one - other
 
 
 def correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
     """Pearson's; None if a side does not vary."""
+    if any(is_tie(min(side), max(side)) for side in (one, other)):
+        return None
     a, b = (math.fsum(side) / len(side) for side in (one, other))
     spread = math.fsum((x - a) ** 2 for x in one) * math.fsum((y - b) ** 2 for y in other)
-    if spread <= 0:
-        return None
     return math.fsum((x - a) * (y - b) for x, y in zip(one, other, strict=True)) / math.sqrt(spread)
 
 
@@ -364,7 +365,7 @@ def changed_samples(policies: Sequence[Played], metric: str, scoring: Scoring, s
     values = [keyed_values(one, metric, scoring) for one in policies]
     episodes = [{(each.group, each.episode): each for each in one.trajectories} for one in policies]
     common = [key for key in values[0] if all(key in other for other in values[1:])]
-    gaps = {key: max((abs(other[key] - values[0][key]) for other in values[1:]), default=0.0) for key in common}
+    gaps = {key: max((abs(gap(other[key], values[0][key])) for other in values[1:]), default=0.0) for key in common}
     best: dict[int, tuple[int, int]] = {}
     for key in common:
         if gaps[key] > 0 and (key[0] not in best or gaps[key] > gaps[best[key[0]]]):

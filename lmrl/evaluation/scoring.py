@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from lmrl.errors import RecipeError, did_you_mean
 from lmrl.evaluation.best_of import SeveralSamples, several_samples
-from lmrl.evaluation.statistics import UNIT, UNLIMITED, Limits, summarize
+from lmrl.evaluation.statistics import UNIT, UNLIMITED, Limits, are_binary, summarize
 from lmrl.evaluation.suites import Suite
 from lmrl.recipe import PromptTask
 from lmrl.trajectories.trajectory import Trajectory, prompt_key
@@ -108,7 +108,7 @@ class Scoring:
             return UNIT
         single = several.metric or ("reward" if trajectories[0].components else "return")
         values, _ = self.values(single, trajectories)
-        return (self.limits | LIMITS).get(single) or (UNIT if all(value in (0, 1) for value in values) else None)
+        return (self.limits | LIMITS).get(single) or (UNIT if are_binary(values) else None)
 
 
 def check_metrics(metrics: Sequence[str], samples: int) -> None:

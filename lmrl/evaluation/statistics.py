@@ -14,7 +14,7 @@ benchmarks/coverage.py measures the coverage of these intervals, and how wide th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,8 @@ UNIT: Limits = (0.0, 1.0)
 
 ROUNDING = 1e-28
 """Variance that equal values in [0, 1] may have from rounding."""
+TIE = 1e-12
+"""Difference, relative to large values, that equal scores may have from rounding: .7 + .2 + .1 is less than 1."""
 RESAMPLES = 999
 BOOTSTRAP_CLUSTERS = 8
 """With fewer, a resample has too few distinct clusters for a variance of its own."""
@@ -113,6 +115,16 @@ def limited_p_value(data: Clustered, null: float, variance: float, df: float, wi
     return 2 * upper_tail(abs(share - null) * math.sqrt(effective / (null * (1 - null))), df)
 
 
+def is_tie(one: float, other: float) -> bool:
+    """True if two scores are equal but for rounding."""
+    return math.isclose(one, other, rel_tol=TIE, abs_tol=TIE)
+
+
+def are_binary(values: Iterable[float]) -> bool:
+    """True if every value is 0 or 1, but for rounding."""
+    return all(is_tie(value, 0) or is_tie(value, 1) for value in values)
+
+
 def limits_for(data: Clustered, limits: Limits | None) -> Limits:
     """The limits of these values: 0 and 1 if every value is one of them, and none if a value lies
     outside."""
@@ -185,6 +197,8 @@ class Clustered:
         values_N = np.asarray(values, dtype=float)
         if not len(values_N):
             raise ValueError("no values to summarize")
+        whole_N = np.rint(values_N)  # what a sum of rewards is but for rounding, which would take it over its limits
+        values_N = np.where(np.abs(values_N - whole_N) <= TIE, whole_N, values_N)
         rows_N = np.arange(len(values_N)) if clusters is None else _numbered(clusters)
         if len(rows_N) != len(values_N):
             raise ValueError(f"{len(values_N)} values, but clusters for {len(rows_N)}")

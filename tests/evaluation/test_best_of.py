@@ -36,6 +36,12 @@ def test_expected_over_all_subsets(k):
     assert best_at(k, rewards, values) == pytest.approx(mean(map(best, subsets)))
 
 
+def test_rewards_equal_but_for_rounding_tie():
+    assert best_at(2, [0.1 + 0.2, 0.3], [1.0, 0.0]) == 0.5
+    solved = several_samples("pass@1")([0.7 + 0.2 + 0.1, 0.0], [0.7 + 0.2 + 0.1, 0.0], ["", ""])
+    assert solved == 0.5
+
+
 def test_pass_at_as_published():
     # Chen et al. 2021: 1 - (1 - c/n)... the product form of their listing.
     n, c, k = 200, 13, 10

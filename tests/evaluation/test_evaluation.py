@@ -218,6 +218,7 @@ def test_floor_is_checked_on_the_mean():
         report.require({"return": -2.5, "length": 7.5})
     with pytest.raises(ScoreError):
         report_of(reward=math.nan).require({"reward": 0.0})
+    report_of(reward=0.7 + 0.2 + 0.1).require({"reward": 1.0})  # less than 1, by rounding
 
 
 def test_a_row_without_the_metric_misses_its_floor():

@@ -55,6 +55,19 @@ def test_a_single_pair_shows_nothing():
         found.require([claim])
 
 
+def test_a_difference_by_rounding_is_none():
+    """.1 + .2 is not .3 in floating point: eight such gaps without spread had a p-value of 0."""
+    found = compared(played("old", *[0.1 + 0.2] * 8), played("new", *[0.3] * 8))
+    one = found.differences[0]
+    assert (one.mean, one.ci95, one.p, one.more) == (0.0, [0.0, 0.0], 1.0, None)
+    assert (one.wins, one.ties, one.losses) == (0, 8, 0) and not found.changes
+
+
+def test_equal_scores_have_no_correlation():
+    # The mean of three scores of 0.1 is not 0.1: what rounding leaves over had correlated perfectly.
+    assert correlation([0.1] * 3, [0.7] * 3) is None and correlation([0.7] * 6, [0.7] * 6) is None
+
+
 def test_samples_of_a_prompt_are_one_cluster():
     """Two prompts with two samples each: differences 1 and 3 in the mean, t(1) = 12.706205."""
     found = compared(played("old", [0, 4], [1, 1]), played("new", [2, 4], [4, 4])).differences[0]

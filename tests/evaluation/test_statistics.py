@@ -125,6 +125,14 @@ def test_limits_hold():
     assert summarize([1.0] * 50, limits=UNLIMITED)["ci95"] == [1, 1]
 
 
+def test_rounding_breaks_no_limits():
+    whole, below, above = 1.0, 0.7 + 0.2 + 0.1, 1 + 2**-52
+    assert below < 1 < above
+    for value in (below, above):
+        assert summarize([value] * 20) == summarize([whole] * 20)
+        assert summarize([value] * 9 + [0.5], limits=UNIT) == summarize([whole] * 9 + [0.5], limits=UNIT)
+
+
 def test_few_clumps_widen_the_interval():
     """32 successes of one prompt among 20 say less than 32 successes spread over all."""
     prompts = [number // 32 for number in range(640)]
