@@ -96,15 +96,19 @@ class EvalLog:
             raise DataError(f"{self.folder / EPISODES_FILE}, line {number}: {error}") from error
         return trajectory
 
-    def judged(self) -> list[Trajectory]:
-        """The judged episodes. Raises RunError if not all were played."""
+    def complete(self) -> list[Trajectory]:
+        """All episodes, as `trajectories`. Raises RunError if not all were played."""
         trajectories = self.trajectories()
         if len(trajectories) != self.episodes:
             raise RunError(
                 f"{self.folder} holds {len(trajectories)} of {self.episodes} episodes: resume it with the command that began it"
             )
+        return trajectories
+
+    def judged(self) -> list[Trajectory]:
+        """The judged episodes. Raises RunError if not all were played."""
         header = self.header
-        return drop_failed(trajectories, header["max_failed"], header["judged_by"], header["environment"])
+        return drop_failed(self.complete(), header["max_failed"], header["judged_by"], header["environment"])
 
     def scores(self) -> tuple[Scores, list[Trajectory]]:
         """Every metric with its interval, from the episodes themselves."""

@@ -34,17 +34,17 @@ def rescore_log(
 
     Only rewards and metrics of the suite count: prompts, completions and sampling are the log's. target: a folder for a
     new log with the new scores; the old one stays as it is. run_code: allow rewards to run code that the policy wrote.
-    Raises RecipeError if there are no rewards to score by.
+    Raises RecipeError if there are no rewards to score by, RunError for an incomplete log.
     """
     judged_by, task = judging_suite(log, suite, overrides)
     judged_by = allow_code(judged_by) if run_code else judged_by
     refuse_code(judged_by)
     rewards = load_rewards(task.rewards, task.special_tokens, task.call_timeout)
-    rows, trajectories = log.rows(), [cleared(one) for one in log.trajectories()]
+    rows, trajectories = log.rows(), [cleared(one) for one in log.complete()]
     width = log.header["part"] * log.header["samples"]
     parts = [trajectories[first : first + width] for first in range(0, len(trajectories), width)]
     for part in parts:
-        judge(rewards, part)
+        judge(rewards, [one for one in part if not one.failure])
     fixed, unit = log.scoring.fixed, log.scoring.unit
     scoring = Scoring(judged_by.metrics, unit, fixed=fixed)
     kept = drop_failed(trajectories, task.max_failed, "reward")
@@ -91,7 +91,9 @@ def judging_suite(log: EvalLog, suite: str | Path | None, overrides: Sequence[st
 
 
 def cleared(trajectory: Trajectory) -> Trajectory:
-    """An episode without its scores; changed in place."""
+    """An episode without its scores; changed in place. One that failed before the policy's answer has nothing to score."""
+    if not trajectory.turns:
+        return trajectory
     trajectory.reward, trajectory.components, trajectory.failure = 0.0, {}, None
     for segment in trajectory.segments:
         segment.rewards = [0.0] * len(segment.tokens)

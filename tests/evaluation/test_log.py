@@ -220,6 +220,26 @@ def test_rescoring_by_another_suite(logged, prompts_suite, tmp_path):
     assert all(sum(one.segments[0].rewards) == one.reward == len(one.completion) for one in log.trajectories())
 
 
+def test_an_incomplete_log_is_not_rescored(logged, tmp_path):
+    shutil.copytree(logged[0], tmp_path / "log")
+    lines = (logged[0] / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "log" / "samples.jsonl").write_bytes(b"".join(lines[:6]))
+    with pytest.raises(RunError, match="holds 6 of 18 episodes: resume it"):
+        rescored(tmp_path / "log")
+
+
+def test_episodes_without_an_answer_stay_failed(logged, tmp_path):
+    """As those whose request an endpoint refused: there is no answer to score."""
+    shutil.copytree(logged[0], tmp_path / "log")
+    rows = [json.loads(line) for line in (logged[0] / "samples.jsonl").read_text().splitlines()]
+    rows[3] |= {"turns": [], "segments": [], "completion": "", "reward": None, "components": None, "failure": "refused"}
+    (tmp_path / "log" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = rescored(tmp_path / "log")
+    kept = [one for place, one in enumerate(logged[1].trajectories) if place != 3]
+    assert [one.reward for one in report.trajectories] == [one.reward for one in kept]
+    assert report.played.endswith("; failed and left out: 1 of 18 episodes")
+
+
 def test_rescoring_needs_rewards(logged, ilql_run, tmp_path):
     with pytest.raises(RecipeError, match="has no rewards to score completions by"):
         rescored(logged[0], "maze")
