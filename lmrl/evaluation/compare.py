@@ -15,6 +15,7 @@ from lmrl.evaluation.bridges import is_foreign
 from lmrl.evaluation.claims import check_claims, read_claim
 from lmrl.evaluation.contenders import contenders, names_of
 from lmrl.evaluation.evaluate import Evaluator, left_out
+from lmrl.evaluation.identity import suite_version
 from lmrl.evaluation.judging import judge_pair, load_judge
 from lmrl.evaluation.log import EvalLog, is_log, logs_in
 from lmrl.evaluation.paired import Comparison, Played, asked_metrics, compare_played, key_of
@@ -54,7 +55,7 @@ def compare(
     run code that the policies write. control: a metric, such as `length`; the others are also compared at equal values
     of it.
     judge, judge_options: a judge of pairs of answers, see `load_judge`. endpoint: how requests are sent to addresses.
-    Raises RunError for logs of different suites, RecipeError for an unknown metric or policy.
+    Raises RunError for logs of different suites, or of one that was edited since, RecipeError for an unknown metric or policy.
     """
     if is_foreign(suite):
         raise RecipeError(
@@ -101,6 +102,8 @@ def compare(
             run_code=run_code,
             endpoint=endpoint,
         )
+        if given:
+            check_same_version(given[0], evaluator)
         common = common or Common.of(evaluator)
         if not metrics and by is None and log is None:
             refuse_unscored(evaluator.suite)
@@ -170,6 +173,16 @@ def check_same_suite(logs: Sequence[EvalLog]) -> None:
                 "episodes cannot be paired: play one suite with both policies, or score both logs by the same rewards, "
                 "lmrl eval --rescore"
             )
+
+
+def check_same_version(log: EvalLog, evaluator: Evaluator) -> None:
+    """Raise RunError if the log's suite means something else today, so that new episodes cannot be paired with its."""
+    then, now = log.header["suite"]["version"], suite_version(evaluator.suite, evaluator.task.environment)
+    if then != now:
+        raise RunError(
+            f"{log.folder}: its suite was edited since (version {then} then, {now} now): a file of prompts or rewards, or an "
+            "environment. Score the log by today's rewards first, lmrl eval --rescore, or play its policy again"
+        )
 
 
 def _logged(log: EvalLog, name: str, several: bool) -> Played:
