@@ -33,11 +33,14 @@ def suite_version(suite: Suite, environment: dict[str, Any] | None = None) -> st
     sampling = data.pop("rollouts", {})
     data = {name: value for name, value in data.items() if name not in NOT_PLAYED}
     data["rollouts"] = {name: sampling[name] for name in SAMPLING if name in sampling and name not in OF_THE_ENGINE}
-    data["task"] = {name: value for name, value in data["task"].items() if name not in NO_PART_OF_TASKS} | {
-        "environment": environment
-    }
+    data["task"] = _part(data["task"]) | {"environment": None if environment is None else _part(environment)}
     text = json.dumps(_by_content(data), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _part(section: dict[str, Any]) -> dict[str, Any]:
+    """What changes what is played, of a task or an environment."""
+    return {name: value for name, value in section.items() if name not in NO_PART_OF_TASKS}
 
 
 def policy_hash(path: str, commit: str | None = None) -> str:

@@ -165,6 +165,27 @@ def test_version_depends_on_content_not_path(prompts_suite, tmp_path):
     assert suite_version(load_suite(moved)) != version
 
 
+def test_time_limits_of_environments_are_no_part_of_versions():
+    environment = {"name": "maze", "options": {}, "max_turns": 5, "call_timeout": None, "version": "1", "source": "a"}
+    suite = load_suite("maze")
+    version = suite_version(suite, environment)
+    assert suite_version(load_suite("maze", ["task.call_timeout=5"]), environment | {"call_timeout": 5.0}) == version
+    assert suite_version(suite, environment | {"max_turns": 6}) != version
+
+
+def test_a_log_of_an_edited_suite_is_not_compared(tiny_folder, prompts_suite, tmp_path):
+    """The same policy had differed from its own log, because another reward judged it."""
+    shutil.copytree(prompts_suite.parent, tmp_path / "suite")
+    lmrl.evaluate(tiny_folder, tmp_path / "suite" / "suite.yaml", log=tmp_path / "log")
+    assert lmrl.compare([tmp_path / "log", tiny_folder]).differences[0].mean == 0
+    judge = tmp_path / "suite" / "judge.py"
+    judge.write_text(judge.read_text().replace("== 0", "== 1"))
+    with pytest.raises(RunError, match="log: its suite was edited since"):
+        lmrl.compare([tmp_path / "log", tiny_folder])
+    rescored(tmp_path / "log", target=tmp_path / "today")
+    assert lmrl.compare([tmp_path / "today", tiny_folder]).differences[0].mean == 0
+
+
 def test_version_depends_on_the_code_of_objects(prompts_suite, monkeypatch):
     """A log whose reward was defined anew in a notebook is not resumed, nor compared with an older one."""
     monkeypatch.setattr(objects, "_provided", {})
