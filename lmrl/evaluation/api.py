@@ -16,7 +16,7 @@ from lmrl.errors import RecipeError, RunError, ScoreError
 from lmrl.evaluation.bridges import HARNESS, INSPECT, harness_options, harness_task, inspect_options, inspect_task
 from lmrl.evaluation.contamination import WORDS, Overlap, find_overlap
 from lmrl.evaluation.contenders import Contender, contenders, folder_name, names_of
-from lmrl.evaluation.evaluate import Evaluator, left_out
+from lmrl.evaluation.evaluate import Evaluator, Play, played_by
 from lmrl.evaluation.log import in_order, is_log, logs_in, play_into_log
 from lmrl.evaluation.rescoring import rescore_log
 from lmrl.evaluation.scoring import Scores, check_known, check_metrics
@@ -157,6 +157,7 @@ def evaluate(
         return _inspect_report(task, found, overrides, trust_remote_code, log, run_code)
     rows: dict[str, Scores] = {}
     episodes: dict[str, list[Trajectory]] = {}
+    plays: dict[str, Play] = {}
     given: NamedSuite | None = None
     shared = Overlap(list(map(str, overlap)), overlap_words) if overlap else None
     for contender in found:
@@ -171,9 +172,11 @@ def evaluate(
         given = NamedSuite(evaluator.suite, evaluator.name)
         for label, scores, played in score_rows(evaluator, contender, betas, log, len(found) > 1, part):
             rows[label], episodes[label] = scores, played
+            plays[label] = Play(evaluator.played, evaluator.planned, len(played))
     names = ", ".join(policies)
-    said = evaluator.played + left_out({label: len(own) for label, own in episodes.items()}, evaluator.planned)
-    report = Report(evaluator.name, names, rows, evaluator.suite.metrics, played, said, episodes, shared)
+    report = Report(
+        evaluator.name, names, rows, evaluator.suite.metrics, played, played_by(plays), episodes, shared
+    )
     if shared is not None and 0 < len(shared.shared) < len(shared.prompts):
         kept = {label: shared.clean(own) for label, own in episodes.items()}
         report.clean = {label: evaluator.report(own) for label, own in kept.items() if own}
@@ -261,14 +264,14 @@ def rescored(
     code that the policy wrote.
     """
     logs = logs_in(log)
-    rows, episodes, suites = {}, {}, []
+    rows, episodes, suites, plays = {}, {}, [], {}
     for label, one in in_order(logs):
         folder = None if target is None else Path(target) / one.folder.name if len(logs) > 1 else Path(target)
         found, rows[label], episodes[label] = rescore_log(one, suite, overrides, folder, run_code)
         suites.append(found)
+        plays[label] = Play(one.header["played"], one.episodes, len(episodes[label]))
     name = one.header["suite"]["name"] if suite is None else str(suite)
-    said = one.header["played"] + left_out({label: len(own) for label, own in episodes.items()}, one.episodes)
-    return Report(name, str(log), rows, suites[-1].metrics, episodes[label], said, episodes)
+    return Report(name, str(log), rows, suites[-1].metrics, episodes[label], played_by(plays), episodes)
 
 
 def score_rows(

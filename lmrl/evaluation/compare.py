@@ -14,7 +14,7 @@ from lmrl.evaluation.api import NamedSuite, evaluator_for, score_rows
 from lmrl.evaluation.bridges import is_foreign
 from lmrl.evaluation.claims import check_claims, read_claim
 from lmrl.evaluation.contenders import contenders, names_of
-from lmrl.evaluation.evaluate import Evaluator, left_out
+from lmrl.evaluation.evaluate import Evaluator, Play, played_by
 from lmrl.evaluation.identity import suite_version
 from lmrl.evaluation.judging import judge_pair, load_judge
 from lmrl.evaluation.log import EvalLog, is_log, logs_in
@@ -91,6 +91,11 @@ def compare(
         raise RecipeError("compare: two policies or more are needed, or several checkpoints of one: --checkpoints all")
     check_claims(wanted, [key_of(number) for number in range(count)])  # before anything is played
     played = {name: [_logged(one, name, len(found) > 1) for one in found] for name, found in logs.items()}
+    plays = {
+        own.label: Play(one.header["played"], one.episodes, len(own.trajectories))
+        for name, found in logs.items()
+        for one, own in zip(found, played[name], strict=True)
+    }
     common = Common.of_log(given[0], run_code) if given else None
     for contender in fresh:
         evaluator = evaluator_for(
@@ -111,9 +116,10 @@ def compare(
         for row, _, episodes in score_rows(evaluator, contender, betas, log, several=len(fresh) > 1):
             label = row if not contender.is_alone else f"{contender.name} {row}" if betas else contender.name
             played.setdefault(contender.name, []).append(Played(label, episodes))
+            plays[label] = Play(evaluator.played, evaluator.planned, len(episodes))
     assert common is not None  # there are two policies, logs or fresh ones
     ordered = [one for name in dict.fromkeys(policies) for one in played[name]]
-    said = common.played + left_out({one.label: len(one.trajectories) for one in ordered}, common.planned)
+    said = played_by({one.label: plays[one.label] for one in ordered})
     result = compare_played(common.suite.name, ordered, common.scoring, metrics, wanted, shown, said, control)
     if by is not None:
         try:
@@ -130,22 +136,17 @@ class Common:
 
     suite: NamedSuite
     scoring: Scoring
-    played: str
-    """A readable description of what is played."""
-    planned: int
-    """How many episodes each plays."""
 
     @classmethod
     def of(cls, evaluator: Evaluator) -> Common:
-        named = NamedSuite(evaluator.suite, evaluator.name)
-        return cls(named, evaluator.scoring(), evaluator.played, evaluator.planned)
+        return cls(NamedSuite(evaluator.suite, evaluator.name), evaluator.scoring())
 
     @classmethod
     def of_log(cls, log: EvalLog, run_code: bool) -> Common:
         suite = log.suite
         if suite.run_code and not run_code:  # permission was given to an earlier call
             suite = suite.model_copy(update={"run_code": False})
-        return cls(NamedSuite(suite, log.header["suite"]["name"]), log.scoring, log.header["played"], log.episodes)
+        return cls(NamedSuite(suite, log.header["suite"]["name"]), log.scoring)
 
 
 def has_logs(folder: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import mean
 
@@ -95,7 +95,7 @@ class Evaluator:
         task, count, samples = self.task, len(self.starts()), self.suite.samples
         if task.judged_by == "reward":
             whole = not task.training  # a suite's own file, of which nothing is for training
-            what = f"{'all ' if whole and count == len(task.heldout or ()) else ''}{counted(count, ('' if whole else 'held-out ') + 'prompt')}"
+            what = f"{'all ' if whole and not task.notes and count == len(task.heldout or ()) else ''}{counted(count, ('' if whole else 'held-out ') + 'prompt')}"
             if task.heldout == task.training:
                 what = f"{counted(count, 'prompt')} of the task itself (task.prompts.holdout keeps none aside)"
         elif task.heldout is None:
@@ -103,9 +103,10 @@ class Evaluator:
         else:
             some = "drawn" if self.suite.shuffled else "the first"
             what = f"{'all' if count == len(task.heldout) else some} {counted(count, 'start state')}"
-        if self.suite.choices is not None:
-            return f"{what}, each answer by its log-likelihood"
-        return f"{what}, {counted(samples, 'fresh episode')} from each"
+        how = "each answer by its log-likelihood"
+        if self.suite.choices is None:
+            how = f"{counted(samples, 'fresh episode')} from each"
+        return "; ".join([f"{what}, {how}", *task.notes])
 
     @cached_property
     def limits(self) -> dict[str, Limits]:
@@ -211,13 +212,29 @@ class Evaluator:
         return self.scoring().report(trajectories, extra)
 
 
-def left_out(judged: Mapping[str, int], planned: int) -> str:
-    """The end of the line that says what was played: how many episodes could not be judged; empty if all could.
+@dataclass(frozen=True)
+class Play:
+    """What one policy played. what: a readable description. planned, judged: numbers of episodes."""
 
-    judged: the number of judged episodes by policy. planned: of each."""
-    of = {label: f" of {label}" if len(judged) > 1 else "" for label in judged}
-    lost = [f"{planned - count} of {planned} episodes{of[label]}" for label, count in judged.items() if count < planned]
-    return f"; failed and left out: {', '.join(lost)}" if lost else ""
+    what: str
+    planned: int
+    judged: int
+
+
+def played_by(policies: Mapping[str, Play]) -> str:
+    """The line that says what was played, once if it is the same for all policies, and how many episodes could not be
+    judged. policies: by label."""
+    several = len(policies) > 1
+    by_what: dict[str, list[str]] = {}
+    for label, one in policies.items():
+        by_what.setdefault(one.what, []).append(label)
+    what = [f"{', '.join(labels)}: {what}" if len(by_what) > 1 else what for what, labels in by_what.items()]
+    lost = [
+        f"{one.planned - one.judged} of {one.planned} episodes{f' of {label}' if several else ''}"
+        for label, one in policies.items()
+        if one.judged < one.planned
+    ]
+    return "; ".join([*what, *([f"failed and left out: {', '.join(lost)}"] if lost else [])])
 
 
 def divergences(policy: Policy, trajectories: Sequence[Trajectory]) -> list[float]:

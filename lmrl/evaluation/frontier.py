@@ -22,7 +22,7 @@ from lmrl.evaluation.api import NamedSuite, dtype_of, evaluator_for
 from lmrl.evaluation.best_of import best_at
 from lmrl.evaluation.contenders import contenders
 from lmrl.evaluation.controlled import FEWEST, controlled
-from lmrl.evaluation.evaluate import Evaluator, left_out
+from lmrl.evaluation.evaluate import Evaluator, Play, played_by
 from lmrl.evaluation.paired import Played, means_by_cluster
 from lmrl.evaluation.scoring import Scores, Scoring, clusters_of, value_of
 from lmrl.evaluation.statistics import summarize
@@ -121,7 +121,7 @@ def frontier(
         sampled = Evaluator(start, first.suite.model_copy(update={"samples": best_of}))()[1]
     yardstick = [best_of_n(sampled, metric, n, scoring) for n in powers(best_of)]
     points = [Point(START, 0.0, [0.0, 0.0], *_of(scores, metric), scores[metric]["mean"], scores[metric]["mean"], 0.0)]
-    judged = {START: len(episodes)}
+    plays = {START: Play(first.played, first.planned, len(episodes))}
     for number, contender in enumerate(found):
         evaluator = evaluator_for(contender, trust_remote_code=trust_remote_code, given=named) if number else first
         assert isinstance(evaluator.policy, Policy)
@@ -131,11 +131,10 @@ def frontier(
             scores, episodes = evaluator()
         finally:
             evaluator.close()
-        judged[contender.label] = len(episodes)
+        plays[contender.label] = Play(first.played, first.planned, len(episodes))
         own = Played(contender.label, episodes)
         points.append(_point(own, scores, scoring, metric, base, yardstick))
-    said = first.played + left_out(judged, first.planned)
-    return Frontier(named.name, metric, str(run), points, yardstick, said)
+    return Frontier(named.name, metric, str(run), points, yardstick, played_by(plays))
 
 
 def start_of(folder: Path) -> str:

@@ -13,7 +13,7 @@ import lmrl
 from lmrl import cli
 from lmrl.errors import RecipeError, RunError
 from lmrl.evaluation.api import rescored
-from lmrl.evaluation.evaluate import left_out
+from lmrl.evaluation.evaluate import Play, played_by
 from lmrl.evaluation.frames import record
 from lmrl.evaluation.identity import policy_hash, suite_version
 from lmrl.evaluation.log import EvalLog, logs_in
@@ -122,11 +122,24 @@ def test_prompts_that_nothing_scores_have_no_reward(tiny_folder, tmp_path):
     assert "return" not in lmrl.load_eval(tmp_path / "log")
 
 
-def test_left_out_episodes_are_counted():
-    assert left_out({"policy": 10}, 10) == ""
-    assert left_out({"policy": 8}, 10) == "; failed and left out: 2 of 10 episodes"
-    assert (
-        left_out({"a": 10, "b": 7, "c": 9}, 10) == "; failed and left out: 3 of 10 episodes of b, 1 of 10 episodes of c"
+def test_what_was_played_is_said_of_each_policy():
+    """Policies whose tokenizers leave out other prompts, or logs of other suites, do not play the same."""
+    assert played_by({"policy": Play("9 prompts", 10, 10)}) == "9 prompts"
+    assert played_by({"policy": Play("9 prompts", 10, 8)}) == "9 prompts; failed and left out: 2 of 10 episodes"
+    plays = {"a": Play("9 prompts", 9, 9), "b": Play("9 prompts", 9, 7), "c": Play("8 prompts", 8, 7)}
+    assert played_by(plays) == (
+        "a, b: 9 prompts; c: 8 prompts; failed and left out: 2 of 9 episodes of b, 1 of 8 episodes of c"
+    )
+
+
+def test_prompts_that_are_too_long_are_said(tiny_folder, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "bbbbbbbbbbbbbbbb"}\n')
+    (tmp_path / "suite.yaml").write_text(
+        "task:\n  prompts: {path: prompts.jsonl, max_tokens: 4}\n"
+        "  rewards: [{function: lmrl.reward_models.shaping.length}]\nrollouts: {max_new_tokens: 1}\n"
+    )
+    assert lmrl.evaluate(tiny_folder, tmp_path / "suite.yaml").played == (
+        "1 prompt, 1 fresh episode from each; 1 of 2 prompts are longer than task.prompts.max_tokens=4"
     )
 
 
