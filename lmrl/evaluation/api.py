@@ -174,9 +174,7 @@ def evaluate(
             rows[label], episodes[label] = scores, played
             plays[label] = Play(evaluator.played, evaluator.planned, len(played))
     names = ", ".join(policies)
-    report = Report(
-        evaluator.name, names, rows, evaluator.suite.metrics, played, played_by(plays), episodes, shared
-    )
+    report = Report(evaluator.name, names, rows, evaluator.suite.metrics, played, played_by(plays), episodes, shared)
     if shared is not None and 0 < len(shared.shared) < len(shared.prompts):
         kept = {label: shared.clean(own) for label, own in episodes.items()}
         report.clean = {label: evaluator.report(own) for label, own in kept.items() if own}

@@ -42,11 +42,11 @@ class SeveralSamples:
     metric: str | None
 
     def __call__(
-        self, rewards: Sequence[float], values: Sequence[float | None], completions: Sequence[str]
+        self, rewards: Sequence[float | None], values: Sequence[float | None], completions: Sequence[str]
     ) -> float | None:
         """Its value for the judged samples of one prompt; None if fewer than `count` have a value.
 
-        rewards: for choosing the best. values: of the metric. Raises RecipeError for pass@k of a value that is not 0 or
+        rewards: for choosing the best (None: not judged). values: of the metric. Raises RecipeError for pass@k of a value that is not 0 or
         1.
         """
         rows = [row for row, value in enumerate(values) if value is not None]
@@ -54,7 +54,8 @@ class SeveralSamples:
             return None
         scored = [value for value in values if value is not None]
         if self.kind == "best":
-            return best_at(self.count, [rewards[row] for row in rows], scored)
+            known = [reward for reward in (rewards[row] for row in rows) if reward is not None]
+            return best_at(self.count, known, scored) if len(known) == len(scored) else None
         if self.kind == "maj":
             return majority_at(self.count, [answer_of(completions[row]) for row in rows], scored)
         if other := next((value for value in scored if not are_binary([value])), None):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import inf, isfinite
-from typing import Any, cast
+from typing import Any
 
 from lmrl.errors import RecipeError, did_you_mean
 from lmrl.evaluation.best_of import SeveralSamples, several_samples
@@ -90,7 +90,7 @@ class Scoring:
         found = {}
         for group, samples in groups.items():
             scored = [value_of(one, several.metric) for one in samples]
-            value = several([cast(float, one.reward) for one in samples], scored, [one.completion for one in samples])
+            value = several([one.reward for one in samples], scored, [one.completion for one in samples])
             if value is not None:
                 found[group] = value
         if not found:

@@ -107,6 +107,8 @@ def test_mistakes_in_metrics():
     check_metrics(["reward", "pass@4"], 4)
     with pytest.raises(RecipeError, match="'pass@4' takes 4 samples of a prompt: set samples=4"):
         check_metrics(["reward", "pass@4"], 3)
+    with pytest.raises(RecipeError, match="'best@1/length' needs 1 judged samples of a prompt"):  # nothing chooses
+        Scoring(["length", "best@1/length"]).report([episode(0, 0, None), episode(0, 1, None)])
     with pytest.raises(RecipeError, match="put reward or return first"):
         check_metrics(["pass@4"], 4)
     with pytest.raises(RecipeError, match=r"counts scores of 0 and 1, but there is 0.3: name such a one, pass@1/NAME"):
