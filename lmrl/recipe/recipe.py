@@ -148,6 +148,7 @@ class Recipe(Section):
                 )
             for name in ("path", "split", "config", "revision", "columns"):
                 setattr(self.task.prompts, name, getattr(source, name, getattr(self.task.prompts, name)))
+            self._leave_prompts_open()
         if isinstance(self.task, PromptTask) and self.task.prompts.holdout == 1:
             raise ValueError(
                 "`task.prompts.holdout`: 1 holds out all prompts and leaves none to train on: set it below 1, for instance "
@@ -171,6 +172,14 @@ class Recipe(Section):
         for mistake in self.mistakes():
             raise ValueError(mistake)
         return self
+
+    def _leave_prompts_open(self) -> None:
+        """Keep null the prompts' path of stages that name none: those are the prompts of their own logged episodes, not of this one's."""
+        for changes in self.stages.values():
+            task = changes.get("task", {})
+            prompts = task.get("prompts", {}) if isinstance(task, dict) and "environment" not in task else None
+            if isinstance(prompts, dict):
+                changes["task"] = task | {"prompts": {"path": None} | prompts}
 
     @staticmethod
     def _prompts_of_logs(blend: BlendSource, task: PromptTask) -> SourceOptions:

@@ -182,6 +182,29 @@ def test_stages_inherit_and_override():
     assert main.objective.name == "ppo" and not hasattr(warmup.objective, "clip")
 
 
+def test_prompts_of_a_stage_are_those_of_its_own_log(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "q", "chosen": "x", "rejected": "y"}\n')
+    logs = {name: {"name": "dataset", "path": str(tmp_path / f"{name}.jsonl")} for name in ("a", "b")}
+    data = {
+        "model": {"config": {"model_type": "llama"}},
+        "task": {"prompts": {"holdout": 0.5}},
+        "source": logs["b"],
+        "objective": {"name": "dpo"},
+        "stages": {
+            "first": {"objective": {"name": "likelihood"}, "source": logs["a"]},
+            "second": {"task": {"prompts": {"holdout": 0.2}}, "source": logs["a"]},
+            "third": {"task": {"prompts": {"path": logs["b"]["path"]}}, "source": logs["a"]},
+            "fourth": {"task": {"environment": "maze"}, "source": {"player": "random", "path": None}},
+        },
+    }
+    recipe = load_recipe(data)
+    for stages in (stages_of(recipe), stages_of(load_recipe(yaml.safe_load(to_yaml(recipe))))):
+        paths = [stage.task.prompts.path for name, stage in stages.items() if name != "fourth"]
+        assert paths == [logs[name]["path"] for name in ("a", "a", "b", "b")]
+        assert stages["second"].task.prompts.holdout == 0.2 and stages["fourth"].task.environment == "maze"
+
+
 def test_one_override_puts_a_real_model_into_any_recipe(tmp_path):
     recipe = load_recipe("random_walks/ppo", [f"model.path={tmp_path}"])
     assert recipe.model.path == str(tmp_path) and recipe.model.config is None
