@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 ADAPTER_CONFIG = "adapter_config.json"
+ALL = "all-linear"
+"""The default of `model.lora.target_modules`: an adapter that a stage continues may have fewer layers."""
+INSIDE = (".base_layer", ".lora_", ".original_module", ".modules_to_save.")
+"""Parts of the names of modules inside those that peft puts in a layer's place."""
 
 
 def with_lora(
@@ -45,6 +49,11 @@ def with_lora(
             raise ModelError(
                 f"model.lora.{name}: '{origin}' is an adapter with {name}={own}, but the recipe asks for {asked}: make them equal"
             )
+    if lora.target_modules != ALL and _adapted_layers(model) != _named_layers(model, lora.target_modules):
+        raise ModelError(
+            f"model.lora.target_modules: '{origin}' is an adapter of {_listed(found.target_modules)}, but the recipe asks for "
+            f"{_listed(lora.target_modules)}: make them equal"
+        )
     _set_dropout(model, lora.dropout)
     if reference:
         assert origin is not None  # an adapter was read from somewhere
@@ -53,6 +62,36 @@ def with_lora(
         _tie_copies(model.get_base_model(), REFERENCE_ADAPTER)
         model.set_adapter("default")
     return model, "adapter"
+
+
+def _adapted_layers(model: PeftModel) -> set[str]:
+    """Names of the layers that have an adapter, without those that only have one on a parameter."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    layers = model.get_base_model().named_modules()
+    kinds = ((name, type(layer)) for name, layer in layers)
+    return {
+        name.replace(".base_layer", "")
+        for name, kind in kinds
+        if issubclass(kind, LoraLayer) and not issubclass(kind, ParamWrapper)
+    }
+
+
+def _named_layers(model: PeftModel, targets: str | list[str]) -> set[str]:
+    """Names of the layers that `target_modules` names, in a model that has adapters."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    config = LoraConfig(target_modules=targets)
+    names = (name for name, _ in model.get_base_model().named_modules())
+    return {
+        name for name in names if not any(part in name for part in INSIDE) and check_target_module_exists(config, name)
+    }
+
+
+def _listed(names: Any) -> str:
+    return names if isinstance(names, str) else ", ".join(sorted(names or ()))
 
 
 def _set_dropout(model: PeftModel, share: float) -> None:

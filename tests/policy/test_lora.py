@@ -144,6 +144,8 @@ def test_layers_that_cannot_be_adapted(folders, kind, options, message):
         {"use_dora": True},
         {"modules_to_save": ["lm_head"]},
         {"target_parameters": ["q_proj.weight"]},
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ".*q_proj"},
     ],
 )
 def test_a_later_stage_adapts_as_the_first(tmp_path, folders, options):
@@ -152,6 +154,14 @@ def test_a_later_stage_adapts_as_the_first(tmp_path, folders, options):
     name = next(iter(options))
     with pytest.raises(ModelError, match=f"model.lora.{name}: .* make them equal"):
         load_policy(Model(path=path, lora=Lora(r=4, **options)), start=tmp_path)
+
+
+@pytest.mark.parametrize("same", [["v_proj", "self_attn.q_proj"], r".*\.[qv]_proj", "all-linear"])
+def test_layers_may_be_named_in_other_ways(tmp_path, folders, same):
+    path = str(folders["llama"])
+    load_policy(Model(path=path, lora=Lora(r=4, target_modules=["q_proj", "v_proj"]))).save(tmp_path)
+    later = load_policy(Model(path=path, lora=Lora(r=4, target_modules=same)), start=tmp_path)
+    assert {name.split(".lora_")[0].split(".")[-1] for name in later.trainable()} == {"q_proj", "v_proj"}
 
 
 @pytest.mark.parametrize(("before", "after"), [(0.0, 0.5), (0.5, 0.0)])
