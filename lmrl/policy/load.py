@@ -145,15 +145,23 @@ def load_classifier(
     origin = options.path if start is None else str(start)
     model: AnyModel
     if origin is None:
-        model, tokenizer = build_model(options, texts, CLASSIFIER, num_labels=1)
+        model, tokenizer = build_model(options, texts, CLASSIFIER, num_labels=1, **attention_of(options))
     else:
         # Read in float32, so that merging an adapter rounds once and not for every matrix twice.
         model, tokenizer = open_model(
-            origin, "float32", options.trust_remote_code, options.revision, auto=CLASSIFIER, num_labels=1
+            origin,
+            "float32",
+            options.trust_remote_code,
+            options.revision,
+            auto=CLASSIFIER,
+            num_labels=1,
+            **attention_of(options),
         )
         if has_adapters(model):
             model = merged_model(model)
         model.to(getattr(torch, options.dtype))
+    if options.chat_template is not None:
+        tokenizer.chat_template = options.chat_template
     if options.lora is not None:
         model = add_adapter(model, options.lora, "SEQ_CLS", options.revision)
     else:

@@ -20,6 +20,7 @@ from lmrl.policy.tokenizers import build_tokenizer
 from lmrl.recipe import Lora, Model
 from lmrl.trajectories.batch import to_batch
 from lmrl.trajectories.trajectory import Segment, Trajectory
+from tests.conftest import TINY_LLAMA
 
 
 def episodes() -> list[Trajectory]:
@@ -268,6 +269,14 @@ def test_an_adapter_without_all_its_weights_is_refused(tmp_path, tiny_folder):
         ModelError, match=r"the adapter '.*adapter' has no weights for '.*lora_A.*', which would be random"
     ):
         load_policy(Model(path=str(tmp_path / "adapter"), lora=Lora(r=2)))
+
+
+def test_a_classifier_has_the_template_and_attention_of_its_recipe(tiny_folder):
+    for origin in ({"path": str(tiny_folder)}, {"config": dict(TINY_LLAMA)}):
+        options = Model(**origin, chat_template="{{ messages[0].content }}!", attention="eager")
+        classifier = load_classifier(options, texts=lambda: ["ab"])
+        assert classifier.tokenizer.chat_template == options.chat_template
+        assert classifier.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
