@@ -55,6 +55,7 @@ def save_plain(policy: Policy, folder: Path, beta: float | None = None) -> None:
     A quantized base becomes ordinary weights again, in bfloat16.
     """
     matrix_VD = fold(policy, beta) if beta else None
+    ends = sorted(policy.eos_ids)
     model = plain_model(policy)
     if matrix_VD is not None:
         bias = getattr(projection_of(model), "bias", None)
@@ -65,6 +66,8 @@ def save_plain(policy: Policy, folder: Path, beta: float | None = None) -> None:
         model.set_output_embeddings(folded)  # type: ignore[no-untyped-call,unused-ignore]  # typed in some releases
         for config in {id(one): one for one in (model.config, model.config.get_text_config())}.values():
             config.tie_word_embeddings = False
+    if ends and model.generation_config is not None:  # a base model's may lack the tokenizer's, which ended turns too
+        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
 

@@ -61,6 +61,14 @@ def reopened(folder):
 
 
 # --------------------------------------------------------------------------------------------------------------- weights
+def test_an_export_ends_where_the_policy_does(tmp_path):
+    policy = load_policy(Model(config=dict(TINY_LLAMA)), texts=lambda: [LETTERS])
+    policy.causal_lm.generation_config.eos_token_id = 5  # of a base model, whose tokenizer ends turns with 1
+    assert policy.eos_ids == {1, 5}
+    save_plain(policy, tmp_path)
+    assert reopened(tmp_path).generation_config.eos_token_id == [1, 5]
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("trunk", ["shared", "detached"])
