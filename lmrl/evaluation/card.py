@@ -21,6 +21,8 @@ from lmrl.training.display import interval, scope_of
 
 CARD = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM takes for `--max-lora-rank`."""
 
 
 def write_card(
@@ -188,14 +190,12 @@ def _loading(folder: Path, name: str, base: str | None, chat: bool) -> str:
     )
     say = "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))"
     if _is_adapter(folder):
-        rank = json.loads((folder / ADAPTER_CONFIG).read_text())["r"]
         shown = _shown(base or "BASE")
         note = "" if _is_hub_name(base) else f"`{shown}` has to be where the adapter's `adapter_config.json` says.\n\n"
         return (
             f"## Loading\n\n{note}With peft:\n\n```python\nfrom peft import AutoPeftModelForCausalLM\nfrom transformers import "
             f'AutoTokenizer\n\ntokenizer = AutoTokenizer.from_pretrained("{name}")\nmodel = AutoPeftModelForCausalLM.from_pretrained('
-            f'"{name}")\n{ask}\n{say}\n```\n\nWith vLLM:\n\n```bash\nvllm serve {shown} --enable-lora --max-lora-rank {max(rank, 8)} '
-            f"--lora-modules adapter={name}\n```"
+            f'"{name}")\n{ask}\n{say}\n```\n\n{_in_vllm(json.loads((folder / ADAPTER_CONFIG).read_text()), shown, name)}'
         )
     return (
         "## Loading\n\nWith transformers:\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -203,6 +203,15 @@ def _loading(folder: Path, name: str, base: str | None, chat: bool) -> str:
         f"With vLLM:\n\n```bash\nvllm serve {name}\n```\n\nTo train it further with lmrl or peft, name it as the model: "
         f"`model.path={name}`."
     )
+
+
+def _in_vllm(adapter: dict[str, Any], base: str, name: str) -> str:
+    """How vLLM loads an adapter, or that it cannot. adapter: its configuration."""
+    rank = next((rank for rank in VLLM_RANKS if rank >= adapter["r"]), None)
+    if rank is None or adapter.get("use_dora") or adapter.get("modules_to_save"):
+        return "vLLM cannot load an adapter of this kind: export the merged model for it, without `--adapter-only`."
+    command = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules adapter={name}"
+    return f"With vLLM:\n\n```bash\n{command}\n```"
 
 
 def _recipe(recipe: Recipe) -> str:

@@ -16,6 +16,7 @@ import yaml
 
 import lmrl
 from lmrl.errors import RunError
+from lmrl.evaluation.card import _in_vllm
 from lmrl.evaluation.export import export
 from lmrl.run import RESULTS_FILE
 from lmrl.run_folders import RECIPE_FILE
@@ -73,6 +74,20 @@ def test_card_of_an_adapter(runs, tiny_folder, tmp_path):
     assert front["library_name"] == "peft" and "base_model" not in front  # a folder is no name on the hub
     assert f"`{tiny_folder.name}` has to be where" in body and "--max-lora-rank 8" in body
     assert "AutoPeftModelForCausalLM.from_pretrained" in body and "A LoRA adapter" in body
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ({"r": 4}, "--max-lora-rank 8 "),
+        ({"r": 24}, "--max-lora-rank 32 "),
+        ({"r": 513}, "vLLM cannot load"),
+        ({"r": 8, "use_dora": True}, "vLLM cannot load"),
+        ({"r": 8, "modules_to_save": ["lm_head"]}, "vLLM cannot load"),
+    ],
+)
+def test_the_command_for_vllm_is_one_that_it_takes(adapter, said):
+    assert said in _in_vllm(adapter, "base", "mine")
 
 
 def test_names_on_the_hub_are_named(runs, tmp_path):
