@@ -31,6 +31,7 @@ from lmrl.errors import COLLAPSED, LmrlError, RecipeError, RunError, counted
 from lmrl.evaluation.statistics import UNLIMITED, summarize
 from lmrl.plugins.foreign import noted
 from lmrl.recipe import CHOICES, REWARD_MODEL, Recipe
+from lmrl.recipe.document import Loader
 from lmrl.recipe.files import load_recipe
 from lmrl.run import CALL_FILE, RESULTS_FILE, Run
 from lmrl.run_folders import RECIPE_FILE, read_recipe
@@ -134,10 +135,7 @@ def sweep(
         display.say(f"interrupted; continue with the same command, --output {quoted} and --resume")
         raise
     rows = over_runs({point.name: _read(folder, point) for point in points if point.name not in failed})
-    results: dict[str, Any] = {
-        "over": {key: [yaml.safe_load(text) for text in texts] for key, texts in read_over(over).items()}
-    }
-    results |= {"rows": rows, "failed": failed}
+    results: dict[str, Any] = {"over": swept_values(over), "rows": rows, "failed": failed}
     write_atomically(folder / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
     columns = dict.fromkeys(column for point in points for column in point.columns)
     if rows and columns:
@@ -174,10 +172,15 @@ def read_over(over: Iterable[str]) -> dict[str, list[str]]:
     return swept
 
 
+def swept_values(over: Iterable[str]) -> dict[str, list[Any]]:
+    """The values of each key, read as overrides are."""
+    return {key: [yaml.load(text, Loader=Loader) for text in texts] for key, texts in read_over(over).items()}
+
+
 def _split(text: str, option: str) -> list[str]:
     listed = f"[{text}]"
     try:
-        node = yaml.compose(listed, Loader=yaml.SafeLoader)
+        node = yaml.compose(listed, Loader=Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"--over '{option}': the values are not a YAML list, for instance 0,1,2") from error
     assert node is not None, "brackets are a list"

@@ -20,6 +20,7 @@ from lmrl.training.sweep import (
     read_over,
     sweep,
     sweep_lines,
+    swept_values,
 )
 
 TINY = [
@@ -128,6 +129,11 @@ def test_a_run_without_a_best_row_counts_with_its_result():
     assert values["GRPO"] == {"a": 0.5, "b": 1.0, "c": 0.8}
     assert values["GRPO, best"] == {"a": 0.6, "b": 1.0, "c": 0.8}
     assert values["GRPO, last"] == {"a": 0.5, "b": 1.0, "c": 0.2}
+
+
+def test_values_are_read_as_overrides_are():
+    over = ["optimizer.lr=1e-4,0.001", "source.player={random: 1e-1},optimal"]
+    assert swept_values(over) == {"optimizer.lr": [1e-4, 1e-3], "source.player": [{"random": 0.1}, "optimal"]}
 
 
 def test_a_failure_in_one_line():
