@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import string
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from traceback import walk_tb
@@ -23,6 +25,7 @@ from lmrl.seeding import stream
 from lmrl.visible import visible
 
 EPISODES, REPEATED = 20, 3
+is_close = partial(math.isclose, abs_tol=1e-9)
 NONSENSE = ("", "nonsense \x00", "A" * 10_000)
 """Actions that a model might write."""
 DRAW = "call super().reset(seed=seed), and draw from self.np_random"
@@ -245,7 +248,7 @@ def _within_limits(environment: Any, played: list[_Played]) -> Iterator[Finding]
         if seen:
             yield Finding(
                 "limits of the return" if name == "return" else f"limits of the metric '{name}'",
-                low <= min(seen) and max(seen) <= high,
+                all(low <= value <= high or is_close(value, low) or is_close(value, high) for value in seen),
                 f"({low:g}, {high:g}); seen {min(seen):.3g} to {max(seen):.3g}",
             )
 

@@ -120,6 +120,11 @@ def is_tie(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=TIE, abs_tol=TIE)
 
 
+def are_within(values: Iterable[float], low: float, high: float) -> bool:
+    """True if every value is within the limits, but for rounding."""
+    return all(low <= value <= high or is_tie(value, low) or is_tie(value, high) for value in values)
+
+
 def are_binary(values: Iterable[float]) -> bool:
     """True if every value is 0 or 1, but for rounding."""
     return all(is_tie(value, 0) or is_tie(value, 1) for value in values)
@@ -129,7 +134,7 @@ def limits_for(data: Clustered, limits: Limits | None) -> Limits:
     """The limits of these values: 0 and 1 if every value is one of them, and none if a value lies
     outside."""
     low, high = limits or (UNIT if data.is_binary else UNLIMITED)
-    return (low, high) if low <= data.lowest and data.highest <= high else UNLIMITED
+    return (low, high) if are_within([data.lowest, data.highest], low, high) else UNLIMITED
 
 
 def is_within(data: Clustered, fixed: bool) -> bool:

@@ -3,13 +3,14 @@
 import importlib.util
 import pickle
 import random
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
 import pytest
 
 from lmrl.environments import environment_factory
-from lmrl.environments.check import check_environment
+from lmrl.environments.check import _within_limits, check_environment
 from lmrl.environments.gymnasium_text import as_text
 from lmrl.errors import PluginError
 from lmrl.recipe import CustomTask
@@ -24,6 +25,14 @@ TASKS = ["leg_counting", "basic_arithmetic", "chain_sum", "spell_backward", "let
 
 def make(name, **options):
     return environment_factory(CustomTask(environment=name, **options))()
+
+
+def test_rounding_leaves_no_limits():
+    world, played = (
+        SimpleNamespace(metric_limits={"return": (0.0, 0.3)}),
+        SimpleNamespace(rewards=[0.1, 0.2], metrics={}),
+    )
+    assert sum(played.rewards) > 0.3 and next(_within_limits(world, [played])).passed
 
 
 @pytest.mark.parametrize("game", GAMES)

@@ -107,6 +107,12 @@ def test_equal_outcomes_leave_room(value):
     assert 0.35 < low < 0.45 and 0.55 < high < 0.65
 
 
+def test_rounding_refutes_no_limits():
+    sums = [0.1 + 0.2, 0.0, 0.1] * 4  # the first is above 0.3
+    found, exact = (summarize(values, limits=(0.0, 0.3))["ci95"] for values in (sums, [0.3, 0.0, 0.1] * 4))
+    assert sums[0] > 0.3 and found == pytest.approx(exact)
+
+
 def test_limits_hold():
     scores = [0.97, 1.0, 1.0, 0.2, 1.0, 1.0]
     assert summarize(scores, limits=UNLIMITED)["ci95"][1] > 1
