@@ -84,6 +84,12 @@ class GymnasiumText(TextEnvironment):
         known = ACTIONS.get(id.rpartition("/")[2].partition("-v")[0])
         count, self.first = int(choices.n), int(choices.start)
         self.words = actions or (known if known and len(known) == count else [str(number) for number in range(count)])
+        for word in self.words:
+            if not isinstance(word, str) or word != " ".join(word.split()) or not word:
+                raise PluginError(
+                    f"task.actions: {word!r} is no text that an answer can be: write words with single spaces between them, and "
+                    "numbers, yes, no, on and off in quotes"
+                )
         if len(self.words) != count or len(set(self.words)) != count:
             raise PluginError(
                 f"task.actions: '{id}' has {count} actions; expected as many different words, got {len(self.words)}"

@@ -27,6 +27,15 @@ def make(name, **options):
     return environment_factory(CustomTask(environment=name, **options))()
 
 
+@pytest.mark.parametrize("actions", [[0, 1], [True, False], ["go  left", "right"], ["left", " right"], ["", "right"]])
+def test_words_that_no_answer_is(actions):
+    with pytest.raises(PluginError, match=r"task.actions: .* is no text that an answer can be"):
+        make("gymnasium:CartPole-v1", actions=actions)
+    words = make("gymnasium:CartPole-v1", actions=["1", "go right"])
+    words.reset(seed=0)
+    assert words.step(" go\n right")[4] == words.step("1")[4] == {"metrics": {"illegal": 0}}
+
+
 def test_rounding_leaves_no_limits():
     world, played = (
         SimpleNamespace(metric_limits={"return": (0.0, 0.3)}),
