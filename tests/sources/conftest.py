@@ -30,3 +30,8 @@ def dataset(**options):
 
 def rewarded(*triples):
     return [{"prompt": prompt, "completion": text, "reward": reward} for prompt, text, reward in triples]
+
+
+def said(*contents):
+    roles = ["user", "assistant"] * len(contents)
+    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
