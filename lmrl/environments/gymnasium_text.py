@@ -29,6 +29,11 @@ SAMPLED_EPISODES, SAMPLED_STEPS = 100, 20
 """Beginnings of random play from which a vocabulary is taken."""
 
 
+def _game_of(id: str) -> str:
+    """The name of a game, without its package, size (FrozenLake8x8) and version."""
+    return id.rpartition("/")[2].partition("-v")[0].removesuffix("8x8")
+
+
 def _cell(state: Any, columns: int) -> str:
     return f"row {int(state) // columns} column {int(state) % columns}"
 
@@ -81,7 +86,7 @@ class GymnasiumText(TextEnvironment):
         choices = self.env.action_space
         if not isinstance(choices, spaces.Discrete):
             raise PluginError(f"task.environment: actions of '{id}' are {choices}; expected a Discrete space")
-        known = ACTIONS.get(id.rpartition("/")[2].partition("-v")[0])
+        known = ACTIONS.get(_game_of(id))
         count, self.first = int(choices.n), int(choices.start)
         self.words = actions or (known if known and len(known) == count else [str(number) for number in range(count)])
         for word in self.words:
@@ -97,7 +102,7 @@ class GymnasiumText(TextEnvironment):
         if "{observation}" not in template:
             raise PluginError("task.template: expected text with {observation} in it")
         self.template, self.illegal_reward = template, illegal_reward
-        self.describe = self._describe_of(id.rpartition("/")[2].partition("-v")[0])
+        self.describe = self._describe_of(_game_of(id))
         _writable(self.env.observation_space, id)
         specification = self.env.spec
         self.version = specification.id if specification else id

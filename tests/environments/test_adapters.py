@@ -44,6 +44,11 @@ def test_rounding_leaves_no_limits():
     assert sum(played.rewards) > 0.3 and next(_within_limits(world, [played])).passed
 
 
+def test_a_larger_lake_has_the_same_words():
+    large = make("gymnasium:FrozenLake8x8-v1")
+    assert large.reset(seed=0)[0] == "row 0 column 0" and large.words == ["left", "down", "right", "up"]
+
+
 @pytest.mark.parametrize("game", GAMES)
 def test_gymnasium_passes_every_check(game):
     findings = list(check_environment(CustomTask(environment=f"gymnasium:{game}"), episodes=3))
