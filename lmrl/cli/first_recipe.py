@@ -230,7 +230,8 @@ def environment_recipe(name: str, method: str, model: str | None, look: Look, ma
             "    num_hidden_layers: 2",
             "    num_attention_heads: 4",
             "    num_key_value_heads: 4",
-            f"    max_position_embeddings: {size}  # the longest context seen has {look.context} tokens",
+            f"    max_position_embeddings: {size}  # the longest context seen has {look.context} tokens"
+            + (f", and episodes may last up to {max_turns} turns" if look.room else ""),
             f"  tokenizer: {look.tokenizer}",
         ]
     else:

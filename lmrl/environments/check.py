@@ -7,7 +7,6 @@ import pickle
 import string
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from traceback import walk_tb
@@ -25,7 +24,6 @@ from lmrl.seeding import stream
 from lmrl.visible import visible
 
 EPISODES, REPEATED = 20, 3
-is_close = partial(math.isclose, abs_tol=1e-9)
 NONSENSE = ("", "nonsense \x00", "A" * 10_000)
 """Actions that a model might write."""
 DRAW = "call super().reset(seed=seed), and draw from self.np_random"
@@ -248,7 +246,10 @@ def _within_limits(environment: Any, played: list[_Played]) -> Iterator[Finding]
         if seen:
             yield Finding(
                 "limits of the return" if name == "return" else f"limits of the metric '{name}'",
-                all(low <= value <= high or is_close(value, low) or is_close(value, high) for value in seen),
+                all(
+                    low <= value <= high or any(math.isclose(value, one, abs_tol=1e-9) for one in (low, high))
+                    for value in seen
+                ),
                 f"({low:g}, {high:g}); seen {min(seen):.3g} to {max(seen):.3g}",
             )
 

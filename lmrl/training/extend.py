@@ -9,6 +9,7 @@ from typing import Any
 
 from lmrl.atomic_files import scratch_path
 from lmrl.errors import RunError
+from lmrl.objectives.policy_gradient import HOLD_ENTROPY
 from lmrl.recipe import MAIN_STAGE, MixtureSource, Recipe
 from lmrl.recipe.evaluations import OWN_TASK, own_plan
 from lmrl.recipe.files import stages_of
@@ -106,7 +107,7 @@ def _note(name: str, old: Recipe, new: Recipe) -> str:
             f"{then:.2g} of its peak, and is {now:.2g} of it with the new length)"
         )
     held = getattr(new.objective, "hold_entropy", None)
-    if held is not None and (held != "auto" or options.name not in ("adamw", "adamw_8bit")):
+    if held is not None and (held != "auto" or options.name is None or options.name in HOLD_ENTROPY):
         changes.append(f"entropy, where it is held (objective.hold_entropy), is so by a line over {after} steps")
     if new.rollouts.ahead:
         changes.append("rollouts.ahead=1 starts afresh where the stage had ended")
